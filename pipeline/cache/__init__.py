@@ -1,0 +1,1 @@
+"""The cache: the only door between stage one and stage two."""

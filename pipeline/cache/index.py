@@ -1,0 +1,120 @@
+"""The index: which digests a registry entry means now. It is how stage two finds its units.
+
+Stage two has neither weights nor raw CTs to digest, so stage one writes, per registry entry, one
+small JSON under a key that the registry alone determines. It says where to look, never what is
+done: that is for receipts to say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.cache.provenance import Inputs, unit_inputs
+from pipeline.cache.store import write_json
+from pipeline.config import digest, short
+from pipeline.errors import CacheStale
+
+
+@dataclass(frozen=True)
+class IndexedCase:
+    """A case as stage one last saw it."""
+
+    dataset: str
+    case: str
+    split: str
+    image_sha256: str
+    digest: str
+
+    @property
+    def name(self) -> str:
+        """`dataset/case`, as messages name it."""
+        return f"{self.dataset}/{self.case}"
+
+
+@dataclass(frozen=True)
+class IndexedTeacher:
+    """A teacher as stage one last saw it; `inputs` is what its digest is of."""
+
+    teacher: str
+    digest: str
+    organs: tuple[str, ...]
+    taps: tuple[str, ...]
+    inputs: Inputs
+
+
+def case_path(work: Path, case: IndexedCase) -> Path:
+    """Where a case on the student grid is."""
+    return work / "cases" / case.dataset / f"{case.case}@{short(case.digest)}.zarr"
+
+
+def teacher_folder(work: Path, teacher: IndexedTeacher) -> Path:
+    """The folder of all units of one teacher with one digest."""
+    return work / "teachers" / f"{teacher.teacher}@{short(teacher.digest)}"
+
+
+def unit_path(work: Path, teacher: IndexedTeacher, case: IndexedCase) -> Path:
+    """Where one teacher's numbers for one case are."""
+    image = short(case.image_sha256)
+    return teacher_folder(work, teacher) / case.dataset / f"{case.case}@{image}.zarr"
+
+
+def unit_digest(teacher: IndexedTeacher, case: IndexedCase) -> str:
+    """The digest that the receipt of such a unit must have."""
+    inputs = unit_inputs(teacher_digest=teacher.digest, image_sha256=case.image_sha256)
+    return digest(inputs)
+
+
+def write_dataset_index(work: Path, dataset: str, key: str, cases: Sequence[IndexedCase]) -> None:
+    """Records the cases of a dataset under the registry's key for it."""
+    content = {"dataset": dataset, "key": key, "cases": [asdict(case) for case in cases]}
+    write_json(_dataset_file(work, dataset, key), content)
+
+
+def read_dataset_index(work: Path, dataset: str, key: str) -> list[IndexedCase]:
+    """The cases of a dataset.
+
+    Raises:
+        CacheStale: stage one has not seen this registry entry.
+    """
+    content = _read(_dataset_file(work, dataset, key), f"dataset {dataset}", work)
+    return [IndexedCase(**case) for case in content["cases"]]
+
+
+def write_teacher_index(work: Path, key: str, teacher: IndexedTeacher) -> None:
+    """Records a teacher's digest under the registry's key for it."""
+    write_json(_teacher_file(work, teacher.teacher, key), {"key": key, **asdict(teacher)})
+
+
+def read_teacher_index(work: Path, teacher: str, key: str) -> IndexedTeacher:
+    """A teacher's digest, organs and taps.
+
+    Raises:
+        CacheStale: stage one has not seen this registry entry.
+    """
+    content = _read(_teacher_file(work, teacher, key), f"teacher {teacher}", work)
+    organs, taps = tuple(content["organs"]), tuple(content["taps"])
+    return IndexedTeacher(content["teacher"], content["digest"], organs, taps, content["inputs"])
+
+
+def _dataset_file(work: Path, dataset: str, key: str) -> Path:
+    return work / "index" / "datasets" / f"{dataset}.{short(key)}.json"
+
+
+def _teacher_file(work: Path, teacher: str, key: str) -> Path:
+    return work / "index" / "teachers" / f"{teacher}.{short(key)}.json"
+
+
+def _read(path: Path, what: str, work: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CacheStale(
+            f"{what} is not in the cache as the registry describes it now.",
+            where=work,
+            fix="Run `pipeline cache-teachers` with this registry; what is still valid is reused.",
+        ) from error
+    return content

@@ -1,0 +1,136 @@
+"""Reading: arrays of a case, sliced lazily. Opening is cheap; only what is sliced is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from pipeline.cache.schema import IMAGE, LABEL, features_name, log_odds_name
+from pipeline.cache.store import Receipt, read_receipt
+from pipeline.errors import CacheCorrupt
+from pipeline.patches import Patch
+from pipeline.volume import Grid
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One unit, open for reading."""
+
+    path: Path
+    receipt: Receipt
+
+    @classmethod
+    def open(cls, path: Path, *, expect: str | None = None) -> Unit:
+        """Opens a unit after the cheap check of its receipt.
+
+        Raises:
+            CacheError: see `read_receipt`.
+        """
+        return cls(path, read_receipt(path, expect=expect))
+
+    @cached_property
+    def group(self) -> zarr.Group:
+        """The Zarr group, opened on first use, so that a forked or spawned worker opens its own."""
+        return zarr.open_group(self.path, mode="r", zarr_format=3)
+
+    @cached_property
+    def attributes(self) -> Mapping[str, Any]:
+        """Grid, source, sampling centres."""
+        attributes: dict[str, Any] = self.group.attrs.asdict()
+        return attributes
+
+    @cached_property
+    def _arrays(self) -> dict[str, zarr.Array[Any]]:
+        return {}
+
+    def array(self, name: str) -> zarr.Array[Any]:
+        """A lazy array; slicing it reads the chunks that the slice touches."""
+        if name not in self._arrays:
+            array = self.group[name]
+            assert isinstance(array, zarr.Array)
+            self._arrays[name] = array
+        return self._arrays[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was opened: a worker process opens its own."""
+        return {"path": self.path, "receipt": self.receipt}
+
+    def read(self, name: str, patch: Patch | None = None) -> npt.NDArray[Any]:
+        """Reads an array, or the part of it inside a patch (last three axes).
+
+        Raises:
+            CacheCorrupt: a chunk that fails its checksum.
+        """
+        array = self.array(name)
+        index: Any = ...
+        if patch is not None:
+            index = (..., *patch.clip(array.shape[-3:])[0])
+        try:
+            return np.asarray(array[index])
+        except (RuntimeError, ValueError, OSError) as error:
+            raise CacheCorrupt(
+                f"array {name} cannot be decoded ({error}).",
+                where=self.path,
+                fix="Run `pipeline cache-teachers` again: it recomputes damaged units.",
+            ) from error
+
+    def read_padded(self, name: str, patch: Patch, fill: float) -> npt.NDArray[Any]:
+        """Like `read`, with voxels of the patch outside the volume set to `fill`."""
+        inside = self.read(name, patch)
+        missing = patch.clip(self.array(name).shape[-3:])[1]
+        if not any(before or after for before, after in missing):
+            return inside
+        padding = [(0, 0)] * (inside.ndim - 3) + list(missing)
+        return np.pad(inside, padding, constant_values=fill)
+
+
+@dataclass(frozen=True)
+class CachedCase:
+    """Image, label, and each teacher's arrays of one case on the student grid.
+
+    Attributes:
+        name: `dataset/case`.
+        split: train, validation or test.
+        annotated: organs that the label speaks of.
+        case: the unit with image and label.
+        teachers: teacher -> its unit; teachers without one are absent.
+        experts: organ -> teachers that are expert in it.
+    """
+
+    name: str
+    split: str
+    annotated: tuple[str, ...]
+    case: Unit
+    teachers: Mapping[str, Unit]
+    experts: Mapping[str, Sequence[str]]
+
+    @property
+    def grid(self) -> Grid:
+        """The student grid of this case."""
+        return Grid.from_json(self.case.attributes["grid"])
+
+    def image(self, patch: Patch | None = None, *, fill: float = -1024) -> npt.NDArray[np.int16]:
+        """int16 HU (D, H, W)."""
+        return self._read(self.case, IMAGE, patch, fill)
+
+    def label(self, patch: Patch | None = None, *, fill: float = 255) -> npt.NDArray[np.uint8]:
+        """uint8 organ ids (D, H, W), 255 ignore."""
+        return self._read(self.case, LABEL, patch, fill)
+
+    def log_odds(self, teacher: str, organ: str, patch: Patch | None = None) -> npt.NDArray[Any]:
+        """float16 (D, H, W), NaN where not seen."""
+        return self._read(self.teachers[teacher], log_odds_name(organ), patch, np.nan)
+
+    def features(self, teacher: str, tap: str, cells: Patch | None = None) -> npt.NDArray[Any]:
+        """float16 (F, d, h, w), NaN where not seen; the patch is in feature cells."""
+        return self._read(self.teachers[teacher], features_name(tap), cells, np.nan)
+
+    def _read(self, unit: Unit, name: str, patch: Patch | None, fill: float) -> npt.NDArray[Any]:
+        return unit.read(name) if patch is None else unit.read_padded(name, patch, fill)

@@ -1,0 +1,129 @@
+"""What a unit looks like inside: names, axes, dtypes, chunks, codecs. See docs/cache-format.md.
+
+Values are rounded in memory before they are written (`round_bits`), so that decoding is the
+identity and the files hold core Zarr v3 codecs only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numcodecs
+import numpy as np
+import numpy.typing as npt
+import zarr
+from pydantic import Field
+from zarr.codecs import ZstdCodec
+
+from pipeline.config import Config
+
+FORMAT_VERSION: Final = 1
+IMAGE: Final = "image"
+LABEL: Final = "label"
+SPATIAL: Final = ("z", "y", "x")
+FLOAT16_MAX: Final = 65504.0
+
+
+class StorageConfig(Config):
+    """How arrays are stored; enters the digest, since rounding changes numbers."""
+
+    chunk: int = Field(default=64, ge=8, description="inner chunk side in voxels; a read unit")
+    log_odds_bits: int = Field(default=5, ge=1, le=10, description="mantissa bits kept of 10")
+    feature_bits: int = Field(default=5, ge=1, le=10, description="mantissa bits kept of 10")
+    zstd_level: int = Field(default=1, ge=1, le=19)
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array to be written: its name in the group, its values and the names of its axes."""
+
+    name: str
+    values: npt.NDArray[Any]
+    axes: tuple[str, ...]
+    fill_value: float | int
+
+
+def log_odds_name(organ: str) -> str:
+    """Array of an organ's log-odds in a teacher unit."""
+    return f"log_odds/{organ}"
+
+
+def features_name(tap: str) -> str:
+    """Array of a tap's features in a teacher unit."""
+    return f"features/{tap}"
+
+
+def image_spec(image: npt.NDArray[np.int16]) -> ArraySpec:
+    """int16 HU (D, H, W)."""
+    return ArraySpec(IMAGE, image, SPATIAL, -1024)
+
+
+def label_spec(label: npt.NDArray[np.uint8]) -> ArraySpec:
+    """uint8 organ ids (D, H, W), 255 ignore."""
+    return ArraySpec(LABEL, label, SPATIAL, 255)
+
+
+def log_odds_spec(organ: str, values: npt.NDArray[np.float32], storage: StorageConfig) -> ArraySpec:
+    """float32 (D, H, W) -> rounded float16; NaN means that the teacher did not see the voxel."""
+    rounded = round_bits(values, storage.log_odds_bits)
+    return ArraySpec(log_odds_name(organ), rounded, SPATIAL, float("nan"))
+
+
+def features_spec(tap: str, values: npt.NDArray[np.float32], storage: StorageConfig) -> ArraySpec:
+    """float32 (F, d, h, w) -> rounded float16; NaN means not seen."""
+    rounded = round_bits(values, storage.feature_bits)
+    return ArraySpec(features_name(tap), rounded, ("feature", *SPATIAL), float("nan"))
+
+
+def round_bits(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float16]:
+    """Rounds to float16 with that many mantissa bits; sign, zero and NaN are kept.
+
+    A non-zero value that would become zero keeps its sign as the smallest normal number, so that
+    no voxel changes its region by rounding. Values beyond float16 are clipped to +-65504.
+    """
+    small = np.float32(np.finfo(np.float16).tiny)
+    clipped = np.clip(values, -FLOAT16_MAX, FLOAT16_MAX)
+    tiny = (clipped != 0) & (np.abs(clipped) < small)
+    clipped = np.where(tiny, np.copysign(small, clipped), clipped)
+    half = clipped.astype(np.float16)
+    if bits >= 10:
+        return half
+    rounded = numcodecs.BitRound(keepbits=bits).encode(half).view(np.float16).reshape(half.shape)
+    # Rounding up may pass the largest float16 and become infinite: truncate there instead.
+    mask = np.uint16(0xFFFF << (10 - bits) & 0xFFFF)
+    truncated = (half.view(np.uint16) & mask).view(np.float16)
+    kept = np.where(np.isinf(rounded), truncated, rounded)
+    return np.where(np.isnan(half), np.float16(np.nan), kept)
+
+
+def create_array(group: zarr.Group, spec: ArraySpec, storage: StorageConfig) -> None:
+    """Writes one array: one shard, inner chunks of `storage.chunk` voxels, Zstd with checksum."""
+    shape = spec.values.shape
+    spatial = _chunks(shape[-3:], storage.chunk)
+    chunks = (*shape[:-3], *spatial)
+    shards = tuple(-(-n // c) * c for n, c in zip(shape, chunks, strict=True))
+    array = group.create_array(
+        spec.name,
+        shape=shape,
+        dtype=spec.values.dtype,
+        chunks=chunks,
+        shards=shards,
+        compressors=ZstdCodec(level=storage.zstd_level, checksum=True),
+        fill_value=spec.fill_value,
+        dimension_names=spec.axes,
+        # An all-fill chunk that is not written looks like a lost one.
+        config={"write_empty_chunks": True},
+    )
+    array[...] = spec.values
+
+
+def _chunks(shape: Sequence[int], chunk: int) -> tuple[int, ...]:
+    """Chunks of at most `chunk` voxels a side; a volume a little larger is cut evenly."""
+    return tuple(-(-n // -(-n // chunk)) for n in shape)
+
+
+def describe(spec: ArraySpec) -> Mapping[str, Any]:
+    """What the receipt says of an array."""
+    return {"shape": list(spec.values.shape), "dtype": str(spec.values.dtype), "axes": spec.axes}

@@ -1,0 +1,207 @@
+"""Configuration: frozen models from YAML, every mistake at once and each with its line; digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import ConfigError, PipelineError
+
+Location = tuple[str | int, ...]
+
+
+class Config(BaseModel):
+    """Base of every configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: where in the YAML, what is wrong, what to do."""
+
+    location: Location
+    what: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A parsed YAML file that remembers on which line each value stands."""
+
+    path: Path
+    data: Any
+    lines: Mapping[Location, int]
+    problems: tuple[Problem, ...] = field(default=())
+
+    def line_of(self, location: Sequence[str | int]) -> int:
+        """The line of a value, or of its nearest parent that is in the file (first line: 1)."""
+        here = tuple(location)
+        while here and here not in self.lines:
+            here = here[:-1]
+        return self.lines.get(here, 1)
+
+
+def read_yaml(path: Path, *, error: type[PipelineError] = ConfigError) -> Document:
+    """Parses a YAML file with plain data only (no tags that run code).
+
+    Raises:
+        PipelineError: of the kind `error`; the file is absent or not YAML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise error(f"cannot be read ({problem}).", where=path, fix="Check the path.") from problem
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        mark = getattr(problem, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        what = getattr(problem, "problem", None) or str(problem)
+        fix = "Check indentation, quotes and colons on that line."
+        raise error(f"not valid YAML: {what}.", where=f"{path}{line}", fix=fix) from problem
+    lines: dict[Location, int] = {}
+    problems: list[Problem] = []
+    if root is not None:
+        _walk(root, (), lines, problems)
+    return Document(path, {} if data is None else data, lines, tuple(problems))
+
+
+def load_config(
+    path: Path,
+    model: type[ConfigT],
+    *,
+    error: type[PipelineError] = ConfigError,
+) -> ConfigT:
+    """Reads and validates a YAML file; every field may be left out where the model has defaults.
+
+    Raises:
+        PipelineError: of the kind `error`, naming file, line and remedy of every mistake.
+    """
+    return validate(read_yaml(path, error=error), model, error=error)
+
+
+def validate(
+    document: Document, model: type[ConfigT], *, error: type[PipelineError] = ConfigError
+) -> ConfigT:
+    """Validates a parsed document against a model; see `load_config`."""
+    problems = list(document.problems)
+    config: ConfigT | None = None
+    try:
+        config = model.model_validate(document.data)
+    except ValidationError as failure:
+        problems += schema_problems(failure, model)
+    raise_problems(document, problems, error=error)
+    assert config is not None
+    return config
+
+
+def raise_problems(
+    document: Document, problems: Iterable[Problem], *, error: type[PipelineError] = ConfigError
+) -> None:
+    """Raises one error that lists all problems in the order of the file; none: returns."""
+    listed = sorted(problems, key=lambda p: document.line_of(p.location))
+    if not listed:
+        return
+    places = [f"{document.path}:{document.line_of(p.location)}" for p in listed]
+    texts = [
+        f"{place}: {_dotted(p.location)}{p.what} {p.fix}".rstrip()
+        for place, p in zip(places, listed, strict=True)
+    ]
+    if len(texts) == 1:
+        raise error(texts[0])
+    raise error(f"{len(texts)} mistakes:\n" + "\n".join(f"  {text}" for text in texts))
+
+
+def schema_problems(failure: ValidationError, model: type[BaseModel]) -> list[Problem]:
+    """pydantic's findings in the words of a user."""
+    return [_problem(dict(item), model) for item in failure.errors()]
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces, no NaN; the input of every digest."""
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 over `canonical_json`, as 64 hexadecimal digits."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def short(full: str) -> str:
+    """The 16 digits of a digest that appear in folder names."""
+    return full[:16]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return _plain(value.model_dump(mode="json"))
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(v) for v in value)
+    if isinstance(value, Path):
+        return value.as_posix()
+    # 1.0 and 1 in a YAML file mean the same setting and must not give two digests.
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        return int(value)
+    return value
+
+
+def _walk(
+    node: yaml.Node, here: Location, lines: dict[Location, int], problems: list[Problem]
+) -> None:
+    lines.setdefault(here, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            there = (*here, key)
+            lines[there] = key_node.start_mark.line + 1
+            if key in seen:
+                problems.append(Problem(there, "written twice.", "Keep one of the two."))
+            seen.add(key)
+            _walk(value_node, there, lines, problems)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _walk(item, (*here, index), lines, problems)
+
+
+def _problem(item: dict[str, Any], model: type[BaseModel]) -> Problem:
+    location: Location = tuple(item["loc"])
+    kind, message = item["type"], str(item["msg"])
+    if kind == "extra_forbidden":
+        known = ", ".join(sorted(model.model_fields)) if len(location) == 1 else ""
+        fix = f"Known here: {known}." if known else "Remove it, or check its spelling."
+        return Problem(location, "unknown key.", fix)
+    if kind == "missing":
+        return Problem(location, "required, but missing.", "Add it.")
+    text = message.removeprefix("Value error, ")
+    text = text[0].lower() + text[1:] if text[:2].istitle() else text
+    if kind != "value_error":
+        text = f"{text}, not {item.get('input')!r}"
+    return Problem(location, text.rstrip(".") + ".")
+
+
+def _dotted(location: Location) -> str:
+    return f"{'.'.join(str(part) for part in location)}: " if location else ""

@@ -1,0 +1,1 @@
+"""From files on disk to volumes: registry, NIfTI, resampling, the phantom."""

@@ -1,0 +1,259 @@
+"""NIfTI in and out. The only file that knows the (x, y, z) order of files.
+
+Images come back in the closest canonical orientation (RAS+), with axes (D, H, W) = z, y, x; an
+oblique affine is kept as it is, never straightened by interpolation.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+from nibabel.spatialimages import HeaderDataError
+
+from pipeline.errors import GeometryError
+from pipeline.volume import Grid, Volume
+
+_RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=np.float64)
+_GZIP_MAGIC = b"\x1f\x8b"
+_NIFTI_BY_HEADER_SIZE = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
+_COMMENT_EXTENSION = 6
+
+
+@dataclass(frozen=True)
+class NiftiVolume:
+    """A file's content in this project's axis order, and where it came from.
+
+    Attributes:
+        volume: array (D, H, W) in RAS+ with its grid.
+        path: the file.
+        sha256: of the file's bytes, the very bytes that `volume` was decoded from.
+        file_shape: (x, y, z) sizes as stored.
+        file_affine: 4 x 4 as stored, (x, y, z) voxels to RAS+ mm.
+    """
+
+    volume: Volume
+    path: Path
+    sha256: str
+    file_shape: tuple[int, ...]
+    file_affine: npt.NDArray[np.float64]
+
+
+def read_image(path: Path) -> NiftiVolume:
+    """Reads a CT as int16 Hounsfield units (fractional values are rounded to the nearest HU).
+
+    Raises:
+        GeometryError: not a readable 3D NIfTI, NaN or infinite voxels, or values outside int16.
+    """
+    image, sha256 = _load(path)
+    array = _canonical_array(image, path)
+    if array.dtype.kind == "f":
+        bad = int(np.count_nonzero(~np.isfinite(array)))
+        if bad:
+            raise GeometryError(
+                f"{bad} voxels are NaN or infinite.",
+                where=path,
+                fix="Hounsfield units must be finite: replace them (air is -1024) and save again.",
+            )
+        array = np.rint(array)
+    low, high = int(array.min()), int(array.max())
+    if low < np.iinfo(np.int16).min or high > np.iinfo(np.int16).max:
+        raise GeometryError(
+            f"values range from {low} to {high}, which are not Hounsfield units.",
+            where=path,
+            fix="Check the rescale slope and intercept that the file was written with.",
+        )
+    return _wrap(image, array.astype(np.int16), path, sha256)
+
+
+def read_label(path: Path) -> NiftiVolume:
+    """Reads a label map; values must be whole numbers from 0 to 65535. Array dtype is uint16.
+
+    Raises:
+        GeometryError: not a readable 3D NIfTI, or values that are no labels.
+    """
+    image, sha256 = _load(path)
+    array = _canonical_array(image, path)
+    whole = array.dtype.kind in "iu" or bool(np.all(np.isfinite(array) & (array == np.rint(array))))
+    if not whole or array.min() < 0 or array.max() > np.iinfo(np.uint16).max:
+        raise GeometryError(
+            "label values are not whole numbers from 0 to 65535.",
+            where=path,
+            fix="A label map holds one whole number per voxel; is this an image or a probability?",
+        )
+    return _wrap(image, array.astype(np.uint16), path, sha256)
+
+
+def read_grid(path: Path) -> Grid:
+    """The grid of a file in RAS+, from its header alone (the voxels are not read).
+
+    Raises:
+        GeometryError: not a 3D NIfTI header.
+    """
+    try:
+        image: Any = nib.load(path)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    shape = _check_shape(image, path)
+    orientation = io_orientation(image.affine)
+    order = np.argsort(orientation[:, 0])
+    canonical = image.affine @ nib.orientations.inv_ornt_aff(orientation, shape)
+    return _grid_from_file([shape[i] for i in order], canonical)
+
+
+def write_image(path: Path, volume: Volume, *, affine_xyz: npt.ArrayLike | None = None) -> None:
+    """Writes (D, H, W) in RAS+ as NIfTI, atomically.
+
+    Args:
+        path: `.nii` or `.nii.gz`.
+        volume: its array's dtype is stored as it is (bool as uint8).
+        affine_xyz: if given, the file is stored in the orientation of this affine (its axis order
+            and directions), with this affine; it must describe the same voxels.
+    """
+    array = _to_file_order(volume.array)
+    affine = _swap(volume.grid.matrix)
+    if affine_xyz is not None:
+        affine = np.asarray(affine_xyz, dtype=np.float64)
+        array = apply_orientation(array, ornt_transform(_RAS, io_orientation(affine)))
+    _save(nib.Nifti1Image(np.ascontiguousarray(array), affine), path)
+
+
+def write_like(
+    path: Path, volume: Volume, like: Path, *, names: Mapping[int, str] | None = None
+) -> None:
+    """Writes (D, H, W) back in the geometry of the file `like`: same shape, axes, affine, codes.
+
+    Args:
+        path: where to write, `.nii` or `.nii.gz`; written atomically.
+        volume: in RAS+, on the grid that reading `like` gave.
+        like: the NIfTI whose geometry the output takes over.
+        names: label value -> organ name, stored as JSON in a comment header extension.
+
+    Raises:
+        GeometryError: the volume does not lie on the grid of `like`.
+    """
+    source: Any = nib.load(like)
+    back = ornt_transform(_RAS, io_orientation(source.affine))
+    array = np.ascontiguousarray(apply_orientation(_to_file_order(volume.array), back))
+    if array.shape != source.shape[:3]:
+        raise GeometryError(
+            f"a volume of shape {array.shape} (x, y, z) cannot be written like one of "
+            f"{source.shape[:3]}.",
+            where=like,
+        )
+    header = source.header.copy()
+    header.set_data_dtype(array.dtype)
+    header["scl_slope"], header["scl_inter"] = 1, 0
+    header["cal_min"], header["cal_max"] = 0, 0
+    header.extensions.clear()
+    out = type(source)(array, source.affine, header)
+    out.header.set_data_dtype(array.dtype)
+    if names is not None:
+        text = json.dumps({"labels": {str(k): v for k, v in names.items()}}, sort_keys=True)
+        extension = nib.nifti1.Nifti1Extension(_COMMENT_EXTENSION, text.encode())
+        out.header.extensions.append(extension)
+    _save(out, path)
+
+
+def _load(path: Path) -> tuple[Any, str]:
+    """Decodes the bytes that were hashed, so that a file changing meanwhile cannot mix the two."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise GeometryError(
+            f"the file cannot be read ({error.strerror}).",
+            where=path,
+            fix="Check the path and its permissions.",
+        ) from error
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        if path.name.endswith(".gz") or data[:2] == _GZIP_MAGIC:
+            data = gzip.decompress(data)
+        kind = _NIFTI_BY_HEADER_SIZE.get(int.from_bytes(data[:4], "little"), nib.Nifti1Image)
+        return kind.from_bytes(data), digest
+    except (OSError, EOFError, zlib.error, ValueError, ImageFileError, HeaderDataError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> GeometryError:
+    return GeometryError(
+        f"not a readable NIfTI file ({type(error).__name__}: {error}).",
+        where=path,
+        fix="It may be truncated, or not gzip: fetch or export it again.",
+    )
+
+
+def _check_shape(image: Any, path: Path) -> tuple[int, int, int]:
+    shape = tuple(int(n) for n in image.shape)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3 or min(shape) < 2:
+        raise GeometryError(
+            f"expected one 3D volume of at least 2 voxels a side, found shape {shape}.",
+            where=path,
+            fix="Split a 4D file into one file per volume; a 2D slice cannot be used.",
+        )
+    scale = abs(np.linalg.det(image.affine[:3, :3]))
+    if not np.all(np.isfinite(image.affine)) or scale < 1e-9:
+        raise GeometryError(
+            "the affine is not invertible, so voxel sizes are unknown.",
+            where=path,
+            fix="Write the file again with its spacing and orientation.",
+        )
+    return shape
+
+
+def _canonical_array(image: Any, path: Path) -> npt.NDArray[Any]:
+    shape = _check_shape(image, path)
+    try:
+        array = np.asanyarray(image.dataobj).reshape(shape)
+    except (OSError, EOFError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    canonical = apply_orientation(array, io_orientation(image.affine))
+    return np.ascontiguousarray(canonical.transpose(2, 1, 0))
+
+
+def _wrap(image: Any, array: npt.NDArray[Any], path: Path, sha256: str) -> NiftiVolume:
+    shape = _check_shape(image, path)
+    affine = np.array(image.affine, dtype=np.float64)
+    canonical = affine @ nib.orientations.inv_ornt_aff(io_orientation(affine), shape)
+    grid = _grid_from_file(array.shape[::-1], canonical)
+    return NiftiVolume(Volume(array, grid), path, sha256, shape, affine)
+
+
+def _grid_from_file(shape_xyz: Any, affine_xyz: npt.NDArray[np.float64]) -> Grid:
+    return Grid.from_matrix([int(n) for n in reversed(list(shape_xyz))], _swap(affine_xyz))
+
+
+def _swap(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Between (x, y, z) -> RAS and (z, y, x) -> (S, A, R): reverse both sides."""
+    order = [2, 1, 0, 3]
+    return affine[np.ix_(order, order)]
+
+
+def _to_file_order(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    stored = array.astype(np.uint8) if array.dtype == np.bool_ else array
+    return stored.transpose(2, 1, 0)
+
+
+def _save(image: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
+    try:
+        nib.save(image, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

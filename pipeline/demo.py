@@ -1,0 +1,271 @@
+"""`pipeline demo`: the whole road on a made-up cohort, each stage as a user would run it.
+
+The registry and the configurations are written into the demo's folder first and read back from
+there, so that every step can be repeated by hand with the commands that are printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pipeline.cohort import compute, lazy_consensus, open_cohort
+from pipeline.config import load_config
+from pipeline.data.phantom import PhantomSpec, write_dataset
+from pipeline.data.registry import Registry, load_registry
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.figures import save_overlay
+from pipeline.log import Log, print_table
+from stages import cache_teachers, evaluate, predict, train_student, train_teachers
+from stages.report import StageReport
+
+STUDENTS = ("ms_kd", "pseudo_label", "marginal")
+_TITLES = {
+    "ms_kd": "student: ms_kd (teachers' log-odds and features)",
+    "pseudo_label": "student: pseudo_label (hard labels of the teachers)",
+    "marginal": "student: marginal (partial labels alone)",
+}
+_PATCH = [32, 40, 40]
+_STUDENT_TAP = "model.1.submodule.1.submodule.2"
+
+
+def generate_phantoms(registry: Registry, log: Log) -> None:
+    """Writes the datasets of a registry that have a `phantom` entry; what is there is kept.
+
+    Raises:
+        ConfigError: the registry has none.
+    """
+    specs = [(registry.resolve(e.root), e.phantom) for e in registry.datasets.values() if e.phantom]
+    if not specs:
+        raise ConfigError(
+            "no dataset in this registry has a `phantom` entry.",
+            where=registry.path,
+            fix="Only made-up datasets are generated; your own are already there.",
+        )
+    began = time.monotonic()
+    processes = min(len(specs), os.cpu_count() or 1)
+    with (
+        log.progress("phantom datasets", len(specs)) as advance,
+        ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool,
+    ):
+        jobs = {pool.submit(_generate, root, spec): root for root, spec in specs}
+        for job in as_completed(jobs):
+            job.result()
+            advance(jobs[job].name)
+    log.info(f"phantom: {sum(s.num_cases for _, s in specs)} cases, {_since(began)}")
+
+
+def run_demo(folder: Path, *, quick: bool, log: Log) -> Mapping[str, float]:
+    """Runs phantom, teachers, cache, three students, prediction, evaluation, table and picture.
+
+    Everything is resumable: a second call goes on where the first one stopped.
+
+    Args:
+        folder: where everything goes.
+        quick: a tiny cohort and a few steps, of meaningless quality.
+        log: where progress goes.
+
+    Returns:
+        Student -> mean test Dice over organs.
+
+    Raises:
+        PipelineError: a stage failed; the message says which unit.
+    """
+    began = time.monotonic()
+    registry_path = write_settings(folder, quick=quick)
+    work = folder / "work"
+    generate_phantoms(load_registry(registry_path, files=False), log)
+    registry = load_registry(registry_path)
+    teachers = train_teachers.run(
+        load_config(folder / "train_teachers.yaml", train_teachers.TrainTeachersConfig),
+        registry,
+        work,
+        log=log,
+    )
+    _done(teachers, log)
+    cached = cache_teachers.run(
+        load_config(folder / "cache_teachers.yaml", cache_teachers.CacheTeachersConfig),
+        registry,
+        work,
+        log=log,
+        window_batch=4,
+        tables=False,
+    )
+    _done(cached, log)
+    results = {kind: _student(kind, folder, registry, work, log) for kind in STUDENTS}
+    figure = folder / "overlay.png"
+    draw_overlay(registry, work, folder / "predictions" / "ms_kd", figure)
+    _print_results(registry, cached.details["teachers"], results)
+    _say_where(folder, figure, quick, began)
+    return {kind: result["foreground_mean"]["Dice"] for kind, result in results.items()}
+
+
+def write_settings(folder: Path, *, quick: bool) -> Path:
+    """Writes registry and configurations of the demo; returns the registry's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = yaml.safe_load(reference_registry().read_text(encoding="utf-8"))
+    if quick:
+        _shrink(data)
+    registry = folder / "data_registry.yaml"
+    _write_yaml(registry, data)
+    steps = 8 if quick else 300
+    training = {"patch": _PATCH, "batch_size": 2, "validate_every": 1000}
+    _write_yaml(
+        folder / "train_teachers.yaml",
+        {"training": {**training, "steps": steps, "optimiser": {"lr": 0.003}}},
+    )
+    window = {"shape": _PATCH, "overlap": 0.5}
+    _write_yaml(folder / "cache_teachers.yaml", {"window": window})
+    for kind in STUDENTS:
+        supervision: dict[str, Any] = {"kind": kind}
+        if kind == "ms_kd":
+            supervision["features"] = {"student_tap": _STUDENT_TAP}
+        student = {
+            **training,
+            "steps": 8 if quick else 350,
+            "validate_every": 1000,
+            "optimiser": {"lr": 0.003},
+            "supervision": supervision,
+        }
+        _write_yaml(folder / f"train_student_{kind}.yaml", {"run": kind, "training": student})
+    return registry
+
+
+def reference_registry() -> Path:
+    """The annotated reference registry: beside the packages in a checkout, within them in a wheel.
+
+    Raises:
+        ConfigError: the installation lacks it.
+    """
+    package = Path(__file__).parent
+    for path in (package.parent / "data_registry.yaml", package / "data" / "data_registry.yaml"):
+        if path.is_file():
+            return path
+    raise ConfigError("data_registry.yaml is not installed.", fix="Install organ-distill again.")
+
+
+def draw_overlay(registry: Registry, work: Path, predictions: Path, path: Path) -> None:
+    """CT, reference, student, each teacher's region and the agreed background of one test case, on
+    the student grid."""
+    from pipeline.data.nifti import read_label
+    from pipeline.data.resample import resample
+
+    space = registry.label_space
+    cases = open_cohort(work, registry, teachers=list(registry.teachers), splits=("test",)).cases
+    case = cases[0]
+    regions, known = lazy_consensus(case, space, use_labels=False)
+    organ, background = compute(regions.organ, regions.background)
+    dataset, name = case.name.split("/")
+    predicted = read_label(predictions / dataset / f"{name}.nii.gz").volume
+    student = resample(predicted, case.grid, order=0).array
+    label = case.label()
+    panels: dict[str, dict[str, Any]] = {
+        "CT": {},
+        "reference": {o: label == i for o, i in space.ids.items()},
+        "student (ms_kd)": {o: student == i for o, i in space.ids.items()},
+    }
+    for number, k in enumerate(known):
+        panels[f"teacher: {space.organs[k]}"] = {space.organs[k]: organ[number]}
+    panels["agreed background"] = {"agreed background": background}
+    title = f"{case.name}: student and teachers on a test case (made-up CT)"
+    save_overlay(path, case.image(), panels, case.grid.spacing_mm, title=title)
+
+
+def _student(
+    kind: str, folder: Path, registry: Registry, work: Path, log: Log
+) -> Mapping[str, Any]:
+    config = load_config(folder / f"train_student_{kind}.yaml", train_student.TrainStudentConfig)
+    _done(train_student.run(config, registry, work, log=log), log)
+    student = work / "students" / kind / "student.pt"
+    cases = [c for d in registry.datasets for c in registry.cases(d) if c.split == "test"]
+    output = folder / "predictions" / kind
+    inputs = {case.name: case.image for case in cases}
+    _done(
+        predict.run(predict.PredictConfig(), student, inputs, output, log=log, window_batch=4), log
+    )
+    _done(evaluate.run(evaluate.EvaluateConfig(), registry, output, log=log, table=False), log)
+    summary: dict[str, Any] = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def _done(report: StageReport, log: Log) -> None:
+    log.info(report.summary())
+    if report.failed:
+        unit, error = next(iter(report.failed.items()))
+        if isinstance(error, PipelineError):
+            raise error
+        raise PipelineError(f"{report.stage} failed ({error}).", where=unit) from error
+
+
+def _print_results(
+    registry: Registry, teachers: list[dict[str, Any]], results: Mapping[str, Mapping[str, Any]]
+) -> None:
+    organs = list(registry.label_space.organs)
+    multi = [d for d, e in registry.datasets.items() if len(e.annotated) == len(organs)]
+    own = {r["organ"]: r for r in teachers if r["dataset"] not in multi}
+    shifted = {r["organ"]: r for r in teachers if r["dataset"] in multi}
+    rows = [
+        ["teachers, validation cases of their own dataset", *_row(own, organs)],
+        ["teachers, validation cases of multi-organ-ct", *_row(shifted, organs)],
+    ]
+    for kind, summary in results.items():
+        dice = [summary["mean"][organ]["Dice"] for organ in organs]
+        overall = summary["foreground_mean"]["Dice"]
+        rows.append([_TITLES[kind], *(_number(d) for d in dice), _number(overall)])
+    print_table("Dice (students: test cases)", ["", *organs, "mean"], rows)
+
+
+def _row(rows: Mapping[str, Mapping[str, Any]], organs: list[str]) -> list[str]:
+    dice = [rows[o]["dice"] if o in rows else None for o in organs]
+    mean = float(np.mean([d for d in dice if d is not None])) if any(dice) else None
+    return [*(_number(d) for d in dice), _number(mean)]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _say_where(folder: Path, figure: Path, quick: bool, began: float) -> None:
+    note = "\n(--quick: too little training for these numbers to mean anything)" if quick else ""
+    print(  # noqa: T201
+        f"{note}\n"
+        f"picture       {figure}\n"
+        f"registry      {folder / 'data_registry.yaml'}, settings beside it\n"
+        f"cache         {folder / 'work' / 'cases'}, {folder / 'work' / 'teachers'}\n"
+        f"students      {folder / 'work' / 'students'} (progress.png, metrics.jsonl, student.pt)\n"
+        f"predictions   {folder / 'predictions'} (summary.json beside the label maps)\n"
+        f"again by hand pipeline train-student -r {folder / 'data_registry.yaml'} "
+        f"-c {folder / 'train_student_ms_kd.yaml'} -w {folder / 'work'}\n"
+        f"took {_since(began)}"
+    )
+
+
+def _shrink(data: dict[str, Any]) -> None:
+    for entry in data["datasets"].values():
+        entry["phantom"] |= {"num_cases": 3, "shape": [24, 28, 32]}
+        if "train" in entry["split"]:
+            entry["split"] = {"train": [], "validation": ["case_000"], "test": ["case_001"]}
+    data["grid"]["spacing_mm"] = [12.0, 12.0, 12.0]
+    data["teachers"]["liver"]["spacing_mm"] = [12.0, 12.0, 12.0]
+
+
+def _generate(root: Path, spec: PhantomSpec) -> None:
+    write_dataset(root, spec)
+
+
+def _write_yaml(path: Path, data: Any) -> None:
+    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+
+
+def _since(began: float) -> str:
+    seconds = round(time.monotonic() - began)
+    return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"

@@ -1,0 +1,82 @@
+"""One family of errors; each knows its exit code.
+
+A message says what happened, where (case, teacher, path, YAML line) and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """Something the user can act on; printed as one paragraph, without a traceback.
+
+    Args:
+        what: what is wrong, as a sentence.
+        where: the case, teacher, path or YAML line it was found at.
+        fix: what the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: object = None, fix: str = "") -> None:
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.fix = fix
+        super().__init__(what, where, fix)
+
+    def __str__(self) -> str:
+        text = self.what if self.where is None else f"{self.where}: {self.what}"
+        return f"{text} {self.fix}".strip()
+
+
+class ConfigError(PipelineError):
+    """A stage configuration or a command-line value that cannot be used."""
+
+    exit_code = 2
+
+
+class RegistryError(PipelineError):
+    """A mistake in the data registry, or a file that it names and that is not usable."""
+
+    exit_code = 2
+
+
+class GeometryError(PipelineError):
+    """An image or label whose shape, affine or values cannot be trusted."""
+
+    exit_code = 2
+
+
+class TeacherError(PipelineError):
+    """A teacher that cannot be loaded, contradicts the registry, or emits unusable numbers."""
+
+    exit_code = 2
+
+
+class WorkFolderError(PipelineError):
+    """A work folder that cannot be created or written."""
+
+    exit_code = 2
+
+
+class CacheError(PipelineError):
+    """The cache cannot give what was asked of it."""
+
+
+class CacheMissing(CacheError):
+    """A unit that does not exist: it has no receipt."""
+
+
+class CacheIncomplete(CacheError):
+    """A unit whose receipt names objects that are not there."""
+
+
+class CacheStale(CacheError):
+    """A unit, or an index entry, that was made for other settings."""
+
+
+class CacheCorrupt(CacheError):
+    """Bytes that are not the bytes the receipt vouches for."""
+
+
+class CheckpointError(PipelineError):
+    """A checkpoint that cannot be read, or that belongs to another run."""

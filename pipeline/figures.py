@@ -1,0 +1,155 @@
+"""Pictures: training curves, and the overlay of a case with its regions; no screen is needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+ORGAN_COLOURS = ("#e6550d", "#3182bd", "#31a354", "#fdd835", "#8e44ad", "#00acc1", "#d81b60")
+_BACKGROUND_COLOUR = "#4dd0e1"
+_WINDOW_HU = (-160, 240)
+
+
+def save_curves(path: Path, terms: Curves, dice: Curves) -> None:
+    """Loss terms (smoothed, with the raw values behind) and validation Dice against steps."""
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    for number, (name, points) in enumerate(terms.items()):
+        steps, values = np.array(points, dtype=np.float64).T
+        colour = f"C{number}"
+        left.plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)
+        left.plot(steps, _smooth(values), color=colour, label=name.replace("_", " "))
+    left.set(xlabel="step", ylabel="weighted term", title="Training loss")
+    for number, (organ, points) in enumerate(dice.items()):
+        steps, values = np.array(points, dtype=np.float64).T
+        colour = ORGAN_COLOURS[number % len(ORGAN_COLOURS)]
+        right.plot(steps, values, marker="o", markersize=4, color=colour, label=organ)
+    right.set(xlabel="step", ylabel="Dice", ylim=(0, 1), title="Validation, labelled organs")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def save_overlay(
+    path: Path,
+    image_hu: npt.NDArray[Any],
+    panels: Mapping[str, Mapping[str, npt.NDArray[np.bool_]]],
+    spacing_mm: tuple[float, float, float],
+    *,
+    title: str,
+    colours: Mapping[str, str] | None = None,
+) -> None:
+    """One row of slices per plane, one column per panel.
+
+    Args:
+        path: PNG.
+        image_hu: (D, H, W) in RAS+.
+        panels: column title -> region name -> bool (D, H, W) drawn over the CT; an empty mapping
+            shows the CT alone.
+        spacing_mm: z, y, x.
+        title: above everything.
+        colours: region name -> colour; others take theirs in order of appearance.
+    """
+    plt = _pyplot()
+    names = list(dict.fromkeys(n for regions in panels.values() for n in regions))
+    palette = {n: ORGAN_COLOURS[i % len(ORGAN_COLOURS)] for i, n in enumerate(names)}
+    palette |= {"agreed background": _BACKGROUND_COLOUR, **(colours or {})}
+    centre = _busiest_voxel([m for n, m in _all(panels) if n != "agreed background"], image_hu)
+    figure, axes = plt.subplots(
+        2, len(panels), figsize=(2.6 * len(panels), 5.4), squeeze=False, constrained_layout=True
+    )
+    for row, (plane, aspect) in enumerate(
+        [(0, spacing_mm[1] / spacing_mm[2]), (1, spacing_mm[0] / spacing_mm[2])]
+    ):
+        for column, (heading, regions) in enumerate(panels.items()):
+            ax = axes[row, column]
+            # Radiological view: the patient's right is on the left of the picture.
+            slice_ = _plane(image_hu, plane, centre)
+            ax.imshow(
+                slice_, cmap="gray", vmin=_WINDOW_HU[0], vmax=_WINDOW_HU[1],
+                origin="lower", aspect=aspect,
+            )  # fmt: skip
+            for name, mask in regions.items():
+                _fill(ax, _plane(mask, plane, centre), palette[name], aspect)
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if row == 0:
+                ax.set_title(heading, fontsize=9)
+        axes[row, 0].set_ylabel(("axial", "coronal")[row], fontsize=9)
+        axes[row, 0].text(0.02, 0.5, "R", color="w", transform=axes[row, 0].transAxes, fontsize=8)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=palette[n]) for n in names]
+    if handles:
+        figure.legend(
+            handles, names, loc="outside lower center", ncol=min(8, len(names)), frameon=False,
+            fontsize=9,
+        )  # fmt: skip
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _plane(volume: npt.NDArray[Any], plane: int, centre: tuple[int, ...]) -> npt.NDArray[Any]:
+    slice_ = volume[centre[0]] if plane == 0 else volume[:, centre[1]]
+    return slice_[:, ::-1]
+
+
+def _fill(ax: Any, mask: npt.NDArray[Any], colour: str, aspect: float) -> None:
+    from matplotlib.colors import to_rgb
+
+    rgba = np.zeros((*mask.shape, 4))
+    rgba[..., :3] = to_rgb(colour)
+    rgba[..., 3] = 0.45 * mask
+    ax.imshow(rgba, origin="lower", aspect=aspect, interpolation="nearest")
+
+
+def _all(
+    panels: Mapping[str, Mapping[str, npt.NDArray[np.bool_]]],
+) -> list[tuple[str, npt.NDArray[np.bool_]]]:
+    return [(name, mask) for regions in panels.values() for name, mask in regions.items()]
+
+
+def _busiest_voxel(masks: Sequence[npt.NDArray[Any]], image: npt.NDArray[Any]) -> tuple[int, ...]:
+    """Per axis the slice that shows the most different regions, then the most of them."""
+    if not masks:
+        return tuple(n // 2 for n in image.shape)
+    chosen = []
+    for axis in range(3):
+        others = tuple(a for a in range(3) if a != axis)
+        areas = np.array([m.sum(axis=others) for m in masks], dtype=np.float64)
+        largest = areas.max(axis=1, keepdims=True).clip(min=1)
+        chosen.append(int((areas / largest).sum(axis=0).argmax()))
+    return tuple(chosen)
+
+
+def _smooth(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    width = max(1, min(51, len(values) // 10))
+    kernel = np.ones(width) / width
+    padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
+    return np.convolve(padded, kernel, mode="valid")
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        figure.savefig(temporary, dpi=130)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        _pyplot().close(figure)

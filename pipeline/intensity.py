@@ -1,0 +1,49 @@
+"""Hounsfield units -> what a network wants to see."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+
+from pipeline.config import Config
+
+
+class Intensity(Config):
+    """A CT window and how it is scaled.
+
+    kind `window`: values are clipped to `window_hu` and mapped linearly to -1 .. 1.
+    kind `zscore`: clipped to `window_hu`, then `(hu - mean_hu) / std_hu` (nnU-Net's CT scheme).
+    kind `raw`: Hounsfield units as they are.
+    """
+
+    kind: Literal["window", "zscore", "raw"] = "window"
+    window_hu: tuple[float, float] = Field(default=(-160.0, 240.0), description="low, high")
+    mean_hu: float = 0.0
+    std_hu: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Intensity:
+        if self.window_hu[0] >= self.window_hu[1]:
+            raise ValueError(f"window_hu {self.window_hu} must be (low, high) with low < high")
+        return self
+
+    @property
+    def air(self) -> float:
+        """The value that air takes, in the units `apply` returns: what padding is filled with."""
+        return float(self.apply(np.full((1,), -1024.0, dtype=np.float32))[0])
+
+    def apply(self, hu: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Any shape in HU -> float32 of the same shape in the network's units."""
+        low, high = self.window_hu
+        values = hu.astype(np.float32)
+        match self.kind:
+            case "window":
+                scaled = (np.clip(values, low, high) - low) * (2.0 / (high - low)) - 1.0
+            case "zscore":
+                scaled = (np.clip(values, low, high) - self.mean_hu) / self.std_hu
+            case "raw":
+                scaled = values
+        return scaled.astype(np.float32)

@@ -1,0 +1,157 @@
+"""Organ names and ids; dataset labels -> organs; teacher channels -> organs.
+
+Stored labels are uint8: 0 background, an organ's id from the registry, 255 ignore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import log_expit, logsumexp
+
+from pipeline.errors import GeometryError, TeacherError
+
+IGNORE = 255
+MAX_ORGAN_ID = 254
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """The organs of a student, in the order of its output channels (channel 0 is background).
+
+    Attributes:
+        ids: organ name -> id in stored labels and in predicted label maps, ordered by id.
+    """
+
+    ids: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", dict(sorted(self.ids.items(), key=lambda kv: kv[1])))
+
+    @property
+    def organs(self) -> tuple[str, ...]:
+        """Organ names; organ number k stands at student channel k + 1."""
+        return tuple(self.ids)
+
+    def index(self, organ: str) -> int:
+        """The number 0 .. K - 1 of an organ."""
+        return self.organs.index(organ)
+
+    def to_classes(self, label: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+        """Stored ids -> classes 0 .. K; ids of organs that are not in this space -> 0; 255 stays.
+
+        Args:
+            label: any shape, uint8, organ ids.
+        """
+        table = np.zeros(256, dtype=np.uint8)
+        for number, organ_id in enumerate(self.ids.values()):
+            table[organ_id] = number + 1
+        table[IGNORE] = IGNORE
+        return np.asarray(table[label], dtype=np.uint8)
+
+    def to_ids(self, classes: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+        """Classes 0 .. K -> organ ids; any shape."""
+        table = np.array([0, *self.ids.values()], dtype=np.uint8)
+        return np.asarray(table[classes], dtype=np.uint8)
+
+
+def map_labels(
+    label: npt.NDArray[Any],
+    values: Mapping[str, Sequence[int]],
+    ids: Mapping[str, int],
+    ignore_values: Sequence[int] = (),
+    *,
+    where: object = None,
+) -> npt.NDArray[np.uint8]:
+    """A dataset's own label values -> organ ids as stored in the cache.
+
+    Args:
+        label: (D, H, W), whole numbers as in the file; 0 is background.
+        values: organ -> the values that mean it in this dataset.
+        ids: organ -> id.
+        ignore_values: values that mean "unknown": stored as 255.
+        where: named in the error.
+
+    Raises:
+        GeometryError: a value that neither `values` nor `ignore_values` names.
+    """
+    table = np.zeros(int(max(label.max(), 0)) + 1, dtype=np.int16) - 1
+    table[0] = 0
+    for value in ignore_values:
+        if value < table.size:
+            table[value] = IGNORE
+    for organ, meanings in values.items():
+        for value in meanings:
+            if value < table.size:
+                table[value] = ids[organ]
+    out = table[label]
+    if out.min() < 0:
+        unknown = sorted(int(v) for v in np.unique(label[out < 0]))
+        raise GeometryError(
+            f"label values {unknown} are not named in the registry.",
+            where=where,
+            fix="Name them under the dataset's `annotated`, or list them in `ignore_values`.",
+        )
+    return np.asarray(out, dtype=np.uint8)
+
+
+def log_odds(
+    logits: npt.NDArray[np.float32],
+    channels: Sequence[int],
+    activation: Literal["softmax", "sigmoid"],
+    *,
+    where: object = None,
+) -> npt.NDArray[np.float32]:
+    """A network's outputs -> the log-odds of one organ.
+
+    softmax: d = logsumexp(channels that mean the organ) - logsumexp(all other channels), which for
+    a binary softmax is the difference of its two logits.
+    sigmoid: the channel's logit; of several channels that mean the organ, the union
+    p = 1 - prod(1 - p_c), as log-odds.
+
+    Args:
+        logits: (C, D, H, W) float32.
+        channels: those that mean the organ.
+        activation: what the network was trained with.
+        where: named in the error.
+
+    Returns:
+        (D, H, W) float32.
+
+    Raises:
+        TeacherError: a channel that the network does not have.
+    """
+    num_channels = logits.shape[0]
+    out_of_range = [c for c in channels if not 0 <= c < num_channels]
+    if out_of_range:
+        raise TeacherError(
+            f"channels {out_of_range} are out of range: the network emits {num_channels} channels.",
+            where=where,
+            fix="Correct the teacher's `organs` in the registry (channels count from 0).",
+        )
+    ours = list(channels)
+    if activation == "sigmoid":
+        if len(ours) == 1:
+            return np.asarray(logits[ours[0]], dtype=np.float32)
+        log_none = np.sum(log_expit(-logits[ours].astype(np.float64)), axis=0)
+        # Clipped away from 0 so that a union of vanishing probabilities stays finite.
+        log_any = np.log(-np.expm1(np.minimum(log_none, -1e-300)))
+        return np.asarray(log_any - log_none, dtype=np.float32)
+    others = [c for c in range(num_channels) if c not in ours]
+    if not others:
+        raise TeacherError(
+            "every channel means the organ, so there is no background to compare with.",
+            where=where,
+            fix="Leave at least one channel out, or set `activation: sigmoid`.",
+        )
+    return np.asarray(_lse(logits, ours) - _lse(logits, others), dtype=np.float32)
+
+
+def _lse(logits: npt.NDArray[np.float32], channels: Sequence[int]) -> npt.NDArray[Any]:
+    if len(channels) == 1:
+        return np.asarray(logits[channels[0]])
+    return np.asarray(logsumexp(logits[list(channels)], axis=0))

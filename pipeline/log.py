@@ -1,0 +1,135 @@
+"""What people and machines are told while work runs.
+
+People: rich on a terminal, plain lines with a time stamp elsewhere (a Slurm log, a pipe).
+Machines: one JSON object per line in `events.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Log:
+    """Lines and progress on standard error, so that standard output stays for results.
+
+    Args:
+        quiet: only warnings and errors.
+        events: file to append machine-readable events to; None writes none.
+    """
+
+    def __init__(self, *, quiet: bool = False, events: Path | None = None) -> None:
+        self.quiet = quiet
+        self.events = events
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._began = time.monotonic()
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a person is watching."""
+        return self._console.is_terminal
+
+    def info(self, text: str) -> None:
+        """A line for people; dropped when quiet."""
+        if not self.quiet:
+            self._line(text)
+
+    def warn(self, text: str) -> None:
+        """A line that is shown even when quiet."""
+        self._line(f"warning: {text}", style="yellow")
+        self.event("warning", text=text)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Appends one JSON line with the time (seconds since the epoch) and the kind."""
+        if self.events is None:
+            return
+        record = {"time": round(time.time(), 3), "event": kind, **fields}
+        self.events.parent.mkdir(parents=True, exist_ok=True)
+        with self.events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, default=str) + "\n")
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Advance]:
+        """Progress with an ETA: a bar on a terminal, timed lines elsewhere."""
+        if self.quiet:
+            yield _silent
+        elif self.is_terminal:
+            with self._bar() as bar:
+                task = bar.add_task(what, total=total, note="")
+
+                def advance(note: str = "", steps: int = 1) -> None:
+                    bar.update(task, advance=steps, note=note)
+
+                yield advance
+        else:
+            yield _TimedLines(self, what, total)
+
+    def _bar(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+        )
+
+    def _line(self, text: str, *, style: str | None = None) -> None:
+        if self.is_terminal:
+            self._console.print(text, style=style, markup=False)
+        else:
+            print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+class Advance(Protocol):
+    """Reports that `steps` more are done; `note` names the case or the loss."""
+
+    def __call__(self, note: str = "", steps: int = 1) -> None:
+        """Moves the bar or, where nobody watches, prints a line when one is due."""
+
+
+def _silent(note: str = "", steps: int = 1) -> None:
+    return None
+
+
+class _TimedLines:
+    def __init__(self, log: Log, what: str, total: int) -> None:
+        self._log, self._what, self._total = log, what, total
+        self._done, self._began = 0, time.monotonic()
+        self._last = self._began
+
+    def __call__(self, note: str = "", steps: int = 1) -> None:
+        self._done += steps
+        now = time.monotonic()
+        if now - self._last < SECONDS_BETWEEN_LINES and self._done < self._total:
+            return
+        self._last = now
+        spent = now - self._began
+        left = spent / max(1, self._done) * (self._total - self._done)
+        self._log.info(
+            f"{self._what}: {self._done}/{self._total}, {spent:.0f} s spent, "
+            f"{left:.0f} s left{', ' + note if note else ''}"
+        )
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output; the first column is text, the others are right-aligned."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else max(120, int(os.environ.get("COLUMNS", "0")))
+    Console(width=width, highlight=False, markup=False).print(table)

@@ -1,0 +1,152 @@
+"""MONAI networks by name, and taps: the outputs of named layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+_DEFAULT_ARGS: Mapping[str, Any] = {
+    "channels": [16, 32, 64, 96],
+    "strides": [2, 2, 2],
+    "num_res_units": 0,
+    "norm": "instance",
+}
+
+
+class NetworkConfig(Config):
+    """A class of `monai.networks.nets` and its arguments; channels in and out are ours to give."""
+
+    name: str = Field(default="UNet", description="class name in monai.networks.nets")
+    args: dict[str, Any] = Field(
+        default_factory=lambda: dict(_DEFAULT_ARGS),
+        description="its arguments, except spatial_dims, in_channels and out_channels",
+    )
+
+
+def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int) -> nn.Module:
+    """Builds the network; weights come from torch's global random state.
+
+    Raises:
+        ConfigError: no such network, or arguments that it does not take.
+    """
+    from monai.networks import nets
+
+    kind = getattr(nets, config.name, None)
+    if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
+        raise ConfigError(
+            f"monai.networks.nets has no network {config.name!r}.",
+            where="network.name",
+            fix="For example UNet, DynUNet, SegResNet, BasicUNet.",
+        )
+    try:
+        network: nn.Module = kind(
+            spatial_dims=3, in_channels=in_channels, out_channels=out_channels, **config.args
+        )
+    except (TypeError, ValueError, KeyError, AssertionError) as error:
+        raise ConfigError(
+            f"{config.name} does not accept these arguments ({error}).",
+            where="network.args",
+            fix=f"It takes {inspect.signature(kind)}.",
+        ) from error
+    return network
+
+
+def find_module(network: nn.Module, name: str) -> nn.Module:
+    """The layer of that name, as `named_modules()` spells it.
+
+    Raises:
+        ConfigError: no such layer; the message lists what exists.
+    """
+    modules = dict(network.named_modules())
+    if name not in modules or not name:
+        some = ", ".join([m for m in modules if m][:40])
+        raise ConfigError(f"the network has no layer {name!r} to tap.", fix=f"It has: {some}.")
+    module: nn.Module = modules[name]
+    return module
+
+
+@contextmanager
+def tapped(network: nn.Module, taps: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collects the outputs of named layers at each forward pass, within the block.
+
+    Yields:
+        A dictionary tap -> (N, F, d, h, w) of the latest forward pass.
+
+    Raises:
+        ConfigError: no such layer.
+    """
+    collected: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            collected[name] = output
+
+        return hook
+
+    handles = [find_module(network, t).register_forward_hook(keep(t)) for t in taps]
+    try:
+        yield collected
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tap_shapes(
+    network: nn.Module, taps: Sequence[str], patch: Sequence[int], in_channels: int = 1
+) -> dict[str, tuple[int, tuple[int, int, int]]]:
+    """Per tap: number of channels F and stride (voxels per feature cell) along z, y, x.
+
+    Runs the network once on zeros of shape (1, in_channels, *patch).
+
+    Raises:
+        ConfigError: no such layer, or a layer whose output is no whole division of the patch.
+    """
+    parameter = next(network.parameters())
+    training = network.training
+    network.eval()
+    with torch.no_grad(), tapped(network, taps) as features:
+        network(torch.zeros((1, in_channels, *patch), device=parameter.device))
+    network.train(training)
+    shapes = {}
+    for tap in taps:
+        size = tuple(features[tap].shape[2:])
+        if len(size) != 3 or any(n % m for n, m in zip(patch, size, strict=True)):
+            raise ConfigError(
+                f"layer {tap!r} gives {size} cells for a patch of {tuple(patch)} voxels.",
+                fix="Tap a layer whose cells divide the patch evenly, or choose another patch.",
+            )
+        z, y, x = (n // m for n, m in zip(patch, size, strict=True))
+        shapes[tap] = (int(features[tap].shape[1]), (z, y, x))
+    return shapes
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes a GPU where there is one; `cpu`, `cuda` and `cuda:1` mean themselves.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none, or an unknown name.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{name!r} is no device.", where="--device", fix="Use auto, cpu, cuda or cuda:1."
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "torch sees no CUDA GPU.",
+            where=f"--device {name}",
+            fix="Use --device cpu, or install a CUDA build of torch (README).",
+        )
+    return device

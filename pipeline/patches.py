@@ -1,0 +1,102 @@
+"""Where windows and patches lie: slice arithmetic only, no I/O, no torch.
+
+All tuples are in (z, y, x) order and in voxels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+Index3 = tuple[int, int, int]
+Slices3 = tuple[slice, slice, slice]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A box of `shape` voxels that begins at voxel `start`; it may reach outside the volume."""
+
+    start: Index3
+    shape: Index3
+
+    @property
+    def slices(self) -> Slices3:
+        """The box as slices; only for a box inside its volume."""
+        z, y, x = (slice(a, a + n) for a, n in zip(self.start, self.shape, strict=True))
+        return z, y, x
+
+    def clip(self, volume: Sequence[int]) -> tuple[Slices3, tuple[tuple[int, int], ...]]:
+        """The part inside a volume as slices, and how much is missing before and after per axis."""
+        inside, missing = [], []
+        for start, length, size in zip(self.start, self.shape, volume, strict=True):
+            low, high = min(max(start, 0), size), max(min(start + length, size), 0)
+            inside.append(slice(low, max(low, high)))
+            missing.append((low - start, start + length - max(low, high)))
+        z, y, x = inside
+        return (z, y, x), tuple(missing)
+
+    def coarsen(self, stride: Sequence[int]) -> Patch:
+        """The same box in cells of `stride` voxels.
+
+        Raises:
+            ValueError: the box does not begin and end on cell borders.
+        """
+        if any(a % s or n % s for a, n, s in zip(self.start, self.shape, stride, strict=True)):
+            raise ValueError(f"{self} does not lie on cells of {tuple(stride)} voxels")
+        z, y, x = (a // s for a, s in zip(self.start, stride, strict=True))
+        d, h, w = (n // s for n, s in zip(self.shape, stride, strict=True))
+        return Patch((z, y, x), (d, h, w))
+
+
+def window_starts(size: int, window: int, overlap: float, align: int = 1) -> list[int]:
+    """Where windows begin along one axis so that they cover it and overlap at least so much.
+
+    Args:
+        size: voxels along the axis.
+        window: voxels of a window, at most `size`.
+        overlap: fraction of a window shared with its neighbour, 0 <= overlap < 1.
+        align: every start is a multiple of it; `size - window` must be one too.
+
+    Raises:
+        ValueError: a window larger than the axis, or a last window off the alignment.
+    """
+    if window > size or (size - window) % align:
+        raise ValueError(f"window {window} does not fit {size} voxels aligned to {align}")
+    step = max(align, int(window * (1 - overlap)) // align * align)
+    starts = list(range(0, size - window, step))
+    return [*starts, size - window]
+
+
+def windows(
+    shape: Sequence[int], window: Sequence[int], overlap: float, align: Sequence[int] = (1, 1, 1)
+) -> list[Patch]:
+    """All windows of a volume, z slowest, in a fixed order."""
+    starts = [window_starts(n, w, overlap, a) for n, w, a in zip(shape, window, align, strict=True)]
+    d, h, w = window
+    return [Patch((z, y, x), (d, h, w)) for z, y, x in product(*starts)]
+
+
+def padded_shape(shape: Sequence[int], window: Sequence[int], align: Sequence[int]) -> Index3:
+    """The smallest shape that holds a window and is a whole number of `align` cells."""
+    d, h, w = (max(-(-n // a) * a, win) for n, win, a in zip(shape, window, align, strict=True))
+    return d, h, w
+
+
+def patch_at(
+    centre: Sequence[int], patch: Sequence[int], volume: Sequence[int], align: Sequence[int]
+) -> Patch:
+    """The patch nearest to being centred on a voxel that stays inside the volume where it fits.
+
+    Its start is a multiple of `align`, so that cached features of that stride follow it exactly.
+    Where the patch is larger than the volume it begins at 0 and reaches outside. Where the volume
+    is not a multiple of `align`, the last patch may reach outside by less than `align`.
+    """
+    starts = []
+    for c, n, size, a in zip(centre, patch, volume, align, strict=True):
+        last = max(0, -(-(size - n) // a) * a)
+        start = min(max(0, c - n // 2), last)
+        starts.append(start // a * a)
+    z, y, x = starts
+    d, h, w = patch
+    return Patch((z, y, x), (d, h, w))

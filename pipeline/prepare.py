@@ -1,0 +1,178 @@
+"""A case on a grid: NIfTI -> image and label at one spacing, with centres to sample patches at."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.cache.index import IndexedCase, case_path
+from pipeline.cache.provenance import case_inputs
+from pipeline.cache.reader import Unit
+from pipeline.cache.schema import StorageConfig, image_spec, label_spec
+from pipeline.cache.store import read_receipt, write_unit
+from pipeline.config import digest, file_sha256
+from pipeline.data.files import CaseFiles
+from pipeline.data.nifti import NiftiVolume, read_image, read_label
+from pipeline.data.registry import Registry
+from pipeline.data.resample import resample
+from pipeline.errors import CacheError, GeometryError
+from pipeline.labels import map_labels
+
+GEOMETRY_TOLERANCE_MM = 0.1
+
+
+def prepare_case(
+    registry: Registry,
+    work: Path,
+    source: CaseFiles,
+    *,
+    spacing_mm: Sequence[float],
+    storage: StorageConfig,
+    num_centres: int = 256,
+    dry_run: bool = False,
+) -> tuple[IndexedCase, int | None]:
+    """Makes sure that a case is in `cases/` at a spacing.
+
+    Args:
+        registry: says what the dataset's label values mean.
+        work: the work folder.
+        source: the case's files.
+        spacing_mm: z, y, x of the grid.
+        storage: how it is stored.
+        num_centres: voxels stored per organ, to centre patches on.
+        dry_run: write nothing.
+
+    Returns:
+        Where the case is, and the bytes written; None if it was there already.
+
+    Raises:
+        GeometryError: files that cannot be trusted; see `pipeline.data.nifti`, and label values
+            that the registry does not name, or image and label that do not lie on one grid.
+    """
+    try:
+        hashes = file_sha256(source.image), file_sha256(source.label)
+    except OSError as error:
+        raise GeometryError(
+            f"the file cannot be read ({error.strerror}).",
+            where=f"{source.name}, {error.filename}",
+            fix="For a phantom run `pipeline phantom`; else check the path and its permissions.",
+        ) from error
+    indexed, inputs = _identify(registry, source, spacing_mm, storage, hashes)
+    path = case_path(work, indexed)
+    try:
+        read_receipt(path, expect=indexed.digest)
+    except CacheError:
+        if dry_run:
+            return indexed, 0
+    else:
+        return indexed, None
+    began = time.monotonic()
+    image, label = read_image(source.image), read_label(source.label)
+    if (image.sha256, label.sha256) != hashes:
+        raise GeometryError(
+            "the files changed while they were read.",
+            where=source.name,
+            fix="Let nothing write to the dataset, then run the stage again.",
+        )
+    check_same_grid(image, label, source.name)
+    entry = registry.datasets[source.dataset]
+    ids = {organ: registry.organs[organ] for organ in entry.annotated}
+    grid = image.volume.grid.with_spacing(spacing_mm)
+    mapped = map_labels(
+        label.volume.array,
+        entry.annotated,
+        ids,
+        entry.ignore_values,
+        where=f"{source.name}, {source.label}",
+    )
+    stored_label = resample(type(label.volume)(mapped, image.volume.grid), grid, order=0).array
+    counts = {organ: int(np.count_nonzero(stored_label == ids[organ])) for organ in ids}
+    receipt = write_unit(
+        path,
+        [image_spec(resample(image.volume, grid, order=1).array), label_spec(stored_label)],
+        {
+            "case": source.name,
+            "grid": grid.to_json(),
+            "source_grid": image.volume.grid.to_json(),
+            "source": {"image": source.image.name, "label": source.label.name},
+            "organ_ids": ids,
+            "organ_voxels": counts,
+            "centres": {
+                organ: centres(stored_label == ids[organ], num_centres, seed=hashes[0])
+                for organ in ids
+            },
+        },
+        inputs,
+        storage=storage,
+        seconds=time.monotonic() - began,
+    )
+    return indexed, receipt.num_bytes
+
+
+def check_same_grid(image: NiftiVolume, label: NiftiVolume, name: str) -> None:
+    """Image and label must lie on one grid, within `GEOMETRY_TOLERANCE_MM` at every corner.
+
+    Raises:
+        GeometryError: says by how much they differ and how to mend it.
+    """
+    where = f"{name}, {label.path}"
+    a, b = image.volume.grid, label.volume.grid
+    if a.shape != b.shape:
+        raise GeometryError(
+            f"the label has shape {b.shape} (z, y, x), the image {a.shape}.",
+            where=where,
+            fix="They must be of one scan; resample the label onto the image's grid.",
+        )
+    apart = a.largest_corner_distance_mm(b)
+    if apart > GEOMETRY_TOLERANCE_MM:
+        raise GeometryError(
+            f"the label's affine places its voxels up to {apart:.2f} mm away from the image's "
+            f"(tolerance {GEOMETRY_TOLERANCE_MM} mm).",
+            where=where,
+            fix="If they are known to match voxel by voxel, copy the image's affine to the label; "
+            "else resample the label.",
+        )
+
+
+def organ_voxels(path: Path) -> Mapping[str, int]:
+    """Voxels per annotated organ of a stored case."""
+    counts: Mapping[str, int] = Unit.open(path).attributes["organ_voxels"]
+    return counts
+
+
+def centres(mask: npt.NDArray[np.bool_], most: int, *, seed: str) -> list[list[int]]:
+    """Up to `most` voxels (z, y, x) of a mask, drawn by the seed alone, in random order."""
+    inside = np.flatnonzero(mask)
+    if inside.size == 0:
+        return []
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little")
+    drawn = np.random.Generator(np.random.Philox(number)).permutation(inside)[:most]
+    found: list[list[int]] = np.stack(np.unravel_index(drawn, mask.shape), axis=1).tolist()
+    return found
+
+
+def _identify(
+    registry: Registry,
+    source: CaseFiles,
+    spacing_mm: Sequence[float],
+    storage: StorageConfig,
+    hashes: tuple[str, str],
+) -> tuple[IndexedCase, Mapping[str, Any]]:
+    entry = registry.datasets[source.dataset]
+    inputs = case_inputs(
+        image_sha256=hashes[0],
+        label_sha256=hashes[1],
+        values=entry.annotated,
+        ids=registry.organs,
+        ignore_values=entry.ignore_values,
+        spacing_mm=spacing_mm,
+        storage=storage,
+    )
+    case = IndexedCase(source.dataset, source.case, source.split, hashes[0], digest(inputs))
+    return case, inputs

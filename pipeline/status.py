@@ -1,0 +1,159 @@
+"""What is done, missing, stale or damaged: read from receipts and digests, never from a log."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.cache.index import (
+    IndexedCase,
+    IndexedTeacher,
+    case_path,
+    read_dataset_index,
+    read_teacher_index,
+    unit_digest,
+    unit_path,
+)
+from pipeline.cache.store import read_receipt
+from pipeline.config import file_sha256
+from pipeline.data.files import CaseFiles
+from pipeline.data.registry import Registry
+from pipeline.errors import CacheError, CacheMissing, CacheStale
+from pipeline.log import print_table
+
+State = Literal["done", "missing", "stale", "damaged"]
+STATES: tuple[State, ...] = ("done", "missing", "stale", "damaged")
+
+
+@dataclass(frozen=True)
+class Status:
+    """States of all units.
+
+    Attributes:
+        units: (dataset, teacher or "cases", case) -> state.
+        runs: student run -> "finished" or "unfinished".
+    """
+
+    units: dict[tuple[str, str, str], State]
+    runs: dict[str, str]
+
+    def counts(self) -> list[dict[str, Any]]:
+        """Per dataset and teacher, how many units are in each state."""
+        groups: dict[tuple[str, str], Counter[str]] = {}
+        for (dataset, what, _), state in self.units.items():
+            groups.setdefault((dataset, what), Counter())[state] += 1
+        return [
+            {"dataset": dataset, "unit": what, **{state: count[state] for state in STATES}}
+            for (dataset, what), count in groups.items()
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines: counts, each unit that is not done, and the runs."""
+        return {
+            "counts": self.counts(),
+            "not_done": [
+                {"dataset": d, "unit": w, "case": c, "state": state}
+                for (d, w, c), state in self.units.items()
+                if state != "done"
+            ],
+            "runs": self.runs,
+        }
+
+
+def status(registry: Registry, work: Path) -> Status:
+    """Looks at every unit that the registry calls for; hashes its input files.
+
+    Stale: the input's bytes, the weights' bytes or the registry entry changed since it was made.
+    """
+    units: dict[tuple[str, str, str], State] = {}
+    teachers = {name: _teacher(registry, work, name) for name in registry.teachers}
+    for dataset in registry.datasets:
+        files = registry.cases(dataset)
+        try:
+            entries = read_dataset_index(work, dataset, registry.dataset_key(dataset))
+        except CacheStale:
+            earlier = any((work / "cases" / dataset).glob("*.zarr"))
+            entries = []
+            absent: State = "stale" if earlier else "missing"
+        else:
+            absent = "missing"
+        indexed = {entry.case: entry for entry in entries}
+        for source in files:
+            entry = indexed.get(source.case)
+            key = (dataset, "cases", source.case)
+            current = entry is not None and _same_image(entry, source)
+            units[key] = _state_of_case(work, entry, absent, current)
+            for name, teacher in teachers.items():
+                unit = (dataset, name, source.case)
+                units[unit] = _state_of_unit(work, teacher, entry, current)
+    return Status(units, _runs(work))
+
+
+def print_status(found: Status) -> None:
+    """Tables, for people."""
+    rows = [
+        [row["dataset"], row["unit"], *(str(row[state]) for state in STATES)]
+        for row in found.counts()
+    ]
+    print_table("Cache", ["dataset", "units", *STATES], rows)
+    if found.runs:
+        print_table("Students", ["run", "state"], [[run, how] for run, how in found.runs.items()])
+
+
+def _teacher(registry: Registry, work: Path, name: str) -> IndexedTeacher | State:
+    """Its index entry if that is current, else the state of all its units."""
+    try:
+        indexed = read_teacher_index(work, name, registry.teacher_key(name))
+    except CacheStale:
+        earlier = any((work / "teachers").glob(f"{name}@*"))
+        return "stale" if earlier else "missing"
+    weights = registry.resolve(registry.teachers[name].weights)
+    if weights.is_file() and file_sha256(weights) != indexed.inputs["weights_sha256"]:
+        return "stale"
+    return indexed
+
+
+def _same_image(entry: IndexedCase, source: CaseFiles) -> bool:
+    """An image that is not here (stage two's machine) cannot have made the cache stale."""
+    return not source.image.is_file() or file_sha256(source.image) == entry.image_sha256
+
+
+def _state_of_case(work: Path, entry: IndexedCase | None, absent: State, current: bool) -> State:
+    if entry is None:
+        return absent
+    return _receipt_state(case_path(work, entry), entry.digest) if current else "stale"
+
+
+def _state_of_unit(
+    work: Path, teacher: IndexedTeacher | State, entry: IndexedCase | None, current: bool
+) -> State:
+    if not isinstance(teacher, IndexedTeacher):
+        return teacher
+    if entry is None:
+        return "missing"
+    if not current:
+        return "stale"
+    return _receipt_state(unit_path(work, teacher, entry), unit_digest(teacher, entry))
+
+
+def _receipt_state(path: Path, expect: str) -> State:
+    try:
+        read_receipt(path, expect=expect)
+    except CacheMissing:
+        return "missing"
+    except CacheStale:
+        return "stale"
+    except CacheError:
+        return "damaged"
+    return "done"
+
+
+def _runs(work: Path) -> dict[str, str]:
+    folders: Sequence[Path] = sorted(p for p in (work / "students").glob("*") if p.is_dir())
+    return {
+        folder.name: "finished" if (folder / "finished.json").exists() else "unfinished"
+        for folder in folders
+    }

@@ -1,0 +1,1 @@
+"""The student: everything of stage two; it never sees a teacher, only the cache."""

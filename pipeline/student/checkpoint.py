@@ -1,0 +1,144 @@
+"""Training state and the finished student, written atomically, read with `weights_only=True`."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Config
+from pipeline.errors import CheckpointError, PipelineError
+from pipeline.intensity import Intensity
+from pipeline.labels import LabelSpace
+from pipeline.network import NetworkConfig, build_network
+
+FORMAT_VERSION = 1
+KEPT = 2
+
+
+class StudentRecord(Config):
+    """All that is needed to use a student, beside its weights."""
+
+    format_version: int = FORMAT_VERSION
+    network: NetworkConfig
+    organs: dict[str, int]
+    spacing_mm: tuple[float, float, float]
+    intensity: Intensity
+    patch: tuple[int, int, int]
+    steps: int
+    seed: int
+    supervision: dict[str, Any]
+    validation_dice: dict[str, float | None]
+    teachers: dict[str, str]
+    trained_on: tuple[str, ...]
+    run_digest: str
+
+    @property
+    def label_space(self) -> LabelSpace:
+        """Organs and ids."""
+        return LabelSpace(self.organs)
+
+
+def save_atomically(path: Path, content: Any) -> None:
+    """`torch.save` to a temporary name, fsync, rename: a reader sees the old file or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_training(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Writes the checkpoint of a step and keeps the last two."""
+    path = folder / f"step_{step:08d}.pt"
+    save_atomically(path, {"format_version": FORMAT_VERSION, "step": step, **state})
+    for old in training_checkpoints(folder)[:-KEPT]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def training_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(folder.glob("step_*.pt"))
+
+
+def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest readable checkpoint, and what to say of the unreadable ones before it.
+
+    Raises:
+        CheckpointError: there are checkpoints and none can be read.
+    """
+    complaints: list[str] = []
+    paths = training_checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return _load(path), complaints
+        except CheckpointError as error:
+            complaints.append(str(error))
+    if paths:
+        raise CheckpointError(
+            f"none of {len(paths)} checkpoints can be read: {' '.join(complaints)}",
+            where=folder,
+            fix="Choose another --run to start over; nothing was deleted.",
+        )
+    return None, complaints
+
+
+def save_student(path: Path, record: StudentRecord, network: nn.Module) -> None:
+    """Writes the finished student."""
+    state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+    save_atomically(path, {"record": record.model_dump_json(), "state": state})
+
+
+def load_student(path: Path) -> tuple[StudentRecord, nn.Module]:
+    """Reads a finished student, in evaluation mode on the CPU.
+
+    Raises:
+        CheckpointError: absent, not a plain tensor file, or not a student.
+    """
+    content = _load(path)
+    try:
+        record = StudentRecord.model_validate_json(content["record"])
+        state: dict[str, Tensor] = dict(content["state"])
+        network = build_network(record.network, in_channels=1, out_channels=len(record.organs) + 1)
+        network.load_state_dict(state, strict=True)
+    except (KeyError, TypeError, ValueError, RuntimeError, PipelineError) as error:
+        first = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"not a student that `pipeline train-student` wrote ({first}).",
+            where=path,
+            fix="Give the `student.pt` of a finished run.",
+        ) from error
+    return record, network.eval()
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            "the file does not exist.", where=path, fix="Has `pipeline train-student` finished?"
+        ) from error
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+    ) as error:
+        first = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"cannot be read ({first}).", where=path) from error
+    return content

@@ -1,0 +1,187 @@
+"""Training samples: a pure function of (seed, step, rank, index); no sampler or worker state.
+
+One spatial transform is drawn per sample and moves image, label, log-odds, regions and features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pipeline.cache.reader import CachedCase
+from pipeline.cohort import compute, lazy_consensus
+from pipeline.config import Config
+from pipeline.intensity import Intensity
+from pipeline.labels import IGNORE, LabelSpace
+from pipeline.patches import Index3, Patch, patch_at
+from pipeline.student.augment import AugmentConfig, change_intensity, draw_movement
+from pipeline.student.network import TapKey
+from pipeline.student.supervision import Batch, SupervisionConfig
+
+AIR_HU = -1024
+
+
+class SamplingConfig(Config):
+    """Where patches are taken."""
+
+    foreground: float = Field(
+        default=0.67, ge=0, le=1, description="share of patches centred on an organ, organs equal"
+    )
+    organs_from: str = Field(
+        default="labels_and_teachers",
+        pattern="^(labels|labels_and_teachers)$",
+        description="whether teachers, too, say where an unannotated organ may be",
+    )
+
+
+class PatchDataset(Dataset[dict[str, Any]]):
+    """Patches of a cohort; item number `step * batch_size + index` of this rank.
+
+    Args:
+        cases: to draw from, each equally often within its dataset, datasets equally often.
+        space: the student's organs.
+        supervision: decides what is read.
+        taps: cached taps to read.
+        patch: (D, H, W) voxels.
+        align: patch origins are multiples of it, so that cached features follow exactly.
+        intensity: HU -> network units.
+        sampling: where patches are taken.
+        augment: what is done to them.
+        batch_size: samples per step and rank.
+        num_steps: length of the training.
+        seed: of the run.
+        rank: of this process.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[CachedCase],
+        space: LabelSpace,
+        *,
+        supervision: SupervisionConfig,
+        taps: Sequence[TapKey],
+        patch: Index3,
+        align: Index3,
+        intensity: Intensity,
+        sampling: SamplingConfig,
+        augment: AugmentConfig,
+        batch_size: int,
+        num_steps: int,
+        seed: int,
+        rank: int = 0,
+    ) -> None:
+        self.space, self.supervision, self.taps = space, supervision, list(taps)
+        self.patch, self.align, self.intensity = patch, align, intensity
+        self.sampling, self.augment = sampling, augment
+        self.batch_size, self.num_steps, self.seed, self.rank = batch_size, num_steps, seed, rank
+        self._by_dataset: dict[str, list[CachedCase]] = {}
+        for case in cases:
+            self._by_dataset.setdefault(case.name.split("/")[0], []).append(case)
+
+    def __len__(self) -> int:
+        return self.num_steps * self.batch_size
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        step, index = divmod(item, self.batch_size)
+        rng = np.random.Generator(
+            np.random.Philox(np.random.SeedSequence([self.seed, step, self.rank, index]))
+        )
+        datasets = sorted(self._by_dataset)
+        cases = self._by_dataset[datasets[int(rng.integers(len(datasets)))]]
+        case = cases[int(rng.integers(len(cases)))]
+        shape = case.case.array("image").shape
+        patch = patch_at(self._centre(case, shape, rng), self.patch, shape, self.align)
+        arrays = self._read(case, patch)
+        movement = draw_movement(self.augment, self.patch, rng)
+        moved = {name: movement.apply(array) for name, array in arrays.items()}
+        moved["image"] = change_intensity(moved["image"], self.augment, rng)
+        sample: dict[str, Any] = {n: torch.from_numpy(a) for n, a in moved.items()}
+        sample["classes"] = sample["classes"].long()
+        organs = self.space.organs
+        flags = [organ in case.annotated for organ in organs]
+        known = [flag or bool(case.experts.get(o)) for o, flag in zip(organs, flags, strict=True)]
+        sample["annotated"] = torch.tensor(flags)
+        sample["known"] = torch.tensor(known if self.supervision.uses_teachers else flags)
+        sample["case"] = case.name
+        return sample
+
+    def _centre(
+        self, case: CachedCase, shape: tuple[int, ...], rng: np.random.Generator
+    ) -> list[int]:
+        """An organ's voxel, or any voxel."""
+        anywhere = [int(rng.integers(n)) for n in shape]
+        if rng.random() >= self.sampling.foreground:
+            return anywhere
+        candidates = self._centres(case)
+        if not candidates:
+            return anywhere
+        chosen = candidates[sorted(candidates)[int(rng.integers(len(candidates)))]]
+        return list(chosen[int(rng.integers(len(chosen)))])
+
+    def _centres(self, case: CachedCase) -> dict[str, list[list[int]]]:
+        labelled = case.case.attributes["centres"]
+        found = {o: labelled[o] for o in self.space.organs if labelled.get(o)}
+        if not self.supervision.uses_teachers or self.sampling.organs_from == "labels":
+            return found
+        for organ in self.space.organs:
+            if organ in case.annotated:
+                continue
+            points = [
+                point
+                for teacher in case.experts.get(organ, ())
+                for point in case.teachers[teacher].attributes["centres"][organ]
+            ]
+            if points:
+                found[organ] = points
+        return found
+
+    def _read(self, case: CachedCase, patch: Patch) -> dict[str, npt.NDArray[Any]]:
+        image = self.intensity.apply(case.image(patch, fill=AIR_HU))
+        classes = self.space.to_classes(case.label(patch, fill=IGNORE))
+        arrays: dict[str, npt.NDArray[Any]] = {"image": image[None], "classes": classes}
+        if not self.supervision.uses_teachers:
+            return arrays
+        regions, known = lazy_consensus(
+            case,
+            self.space,
+            patch=patch,
+            margin=self.supervision.margin,
+            use_labels=self.supervision.labels_win,
+            confidence=self.supervision.confidence,
+        )
+        odds, organ, background = compute(regions.log_odds, regions.organ, regions.background)
+        all_odds = np.full((len(self.space.organs), *patch.shape), np.nan, dtype=np.float32)
+        all_organ = np.zeros(all_odds.shape, dtype=np.bool_)
+        all_odds[known], all_organ[known] = odds, organ
+        arrays |= {"log_odds": all_odds, "organ": all_organ, "background": background}
+        for number, (teacher, tap) in enumerate(self.taps):
+            cells = patch.coarsen(self.align)
+            arrays[f"feature{number}"] = case.features(teacher, tap, cells).astype(np.float32)
+        return arrays
+
+
+def to_batch(collated: dict[str, Any], taps: Sequence[TapKey], device: torch.device) -> Batch:
+    """A collated dictionary -> a `Batch` on the device."""
+
+    def get(name: str) -> Tensor:
+        tensor: Tensor = collated[name]
+        return tensor.to(device, non_blocking=True)
+
+    with_teachers = "log_odds" in collated
+    return Batch(
+        image=get("image"),
+        classes=get("classes"),
+        annotated=get("annotated"),
+        known=get("known"),
+        log_odds=get("log_odds") if with_teachers else None,
+        organ=get("organ") if with_teachers else None,
+        background=get("background") if with_teachers else None,
+        features={key: get(f"feature{n}") for n, key in enumerate(taps)} if with_teachers else {},
+    )

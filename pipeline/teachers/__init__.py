@@ -1,0 +1,1 @@
+"""Teachers: pre-trained networks, each expert in one or several organs."""

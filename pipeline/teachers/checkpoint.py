@@ -1,0 +1,211 @@
+"""Teachers made by `pipeline train-teachers`: a file of tensors with all that is needed to use it.
+
+The file is a `torch.save` of plain tensors, numbers and text, read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Config
+from pipeline.errors import PipelineError, TeacherError
+from pipeline.intensity import Intensity
+from pipeline.network import NetworkConfig, build_network, tap_shapes
+from pipeline.patches import Index3
+from pipeline.teacher_entry import TeacherEntry
+from pipeline.teachers.sliding_window import WindowConfig, sliding_window
+from pipeline.teachers.teacher import Prediction
+from pipeline.volume import Spacing, Volume
+
+FORMAT_VERSION = 1
+
+
+class TeacherRecord(Config):
+    """What stands beside the weights in the file."""
+
+    format_version: int = FORMAT_VERSION
+    network: NetworkConfig
+    num_channels: int
+    channels: dict[str, tuple[int, ...]]
+    spacing_mm: tuple[float, float, float]
+    intensity: Intensity
+    validation_dice: dict[str, float | None]
+    num_validation_cases: int
+    trained_on: str
+    trained_on_cases: tuple[str, ...]
+    training_digest: str
+
+
+def save_teacher(path: Path, record: TeacherRecord, state: Mapping[str, Tensor]) -> None:
+    """Writes a teacher atomically: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            plain = {name: tensor.detach().cpu() for name, tensor in state.items()}
+            torch.save({"record": record.model_dump_json(), "state": plain}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_teacher(path: Path) -> tuple[TeacherRecord, dict[str, Tensor]]:
+    """Reads a teacher file.
+
+    Raises:
+        TeacherError: absent, not a plain tensor file, or not written by this program.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise TeacherError(
+            "the weights do not exist.",
+            where=path,
+            fix="Train them with `pipeline train-teachers`, or correct `weights` in the registry.",
+        ) from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise TeacherError(
+            f"not a plain tensor file ({first}).",
+            where=path,
+            fix="A file that would run code when loaded is refused; save tensors only, or use a "
+            "teacher of kind `factory`.",
+        ) from error
+    try:
+        record = TeacherRecord.model_validate_json(content["record"])
+        state: dict[str, Tensor] = dict(content["state"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise TeacherError(
+            "a tensor file, but not one that `pipeline train-teachers` wrote.",
+            where=path,
+            fix="For weights from elsewhere use a teacher of kind `factory`.",
+        ) from error
+    return record, state
+
+
+@dataclass
+class CheckpointTeacher:
+    """A MONAI network with its own spacing and intensities, run by sliding window."""
+
+    record: TeacherRecord
+    network: nn.Module
+    window: WindowConfig
+    taps: Mapping[str, tuple[int, Index3]]
+    batch_size: int
+    device: torch.device
+
+    @property
+    def spacing_mm(self) -> Spacing:
+        """The spacing that it was trained at."""
+        return self.record.spacing_mm
+
+    def predict(self, image: Volume) -> Prediction:
+        """Int16 HU (D, H, W) at `spacing_mm` -> logits on the same grid and tapped features."""
+        strides = [stride for _, stride in self.taps.values()]
+        logits, features = sliding_window(
+            self.network,
+            self.record.intensity.apply(image.array),
+            self.window,
+            taps=list(self.taps),
+            strides=strides,
+            pad_value=self.record.intensity.air,
+            batch_size=self.batch_size,
+            device=self.device,
+        )
+        return Prediction(
+            Volume(logits, image.grid),
+            {
+                tap: Volume(features[tap], image.grid.coarsen(stride))
+                for tap, (_, stride) in self.taps.items()
+            },
+        )
+
+    def describe(self) -> Mapping[str, Any]:
+        """Record, window and taps."""
+        return {
+            "kind": "checkpoint",
+            "network": self.record.network.model_dump(mode="json"),
+            "spacing_mm": list(self.record.spacing_mm),
+            "intensity": self.record.intensity.model_dump(mode="json"),
+            "window": self.window.model_dump(mode="json"),
+            "blending": "gaussian, channel logits, float32",
+            "taps": {tap: list(stride) for tap, (_, stride) in self.taps.items()},
+        }
+
+
+def load_checkpoint_teacher(
+    name: str,
+    entry: TeacherEntry,
+    path: Path,
+    *,
+    window: WindowConfig,
+    batch_size: int,
+    device: torch.device,
+) -> CheckpointTeacher:
+    """Loads a teacher and holds its file against the registry.
+
+    Raises:
+        TeacherError: weights that do not fit the network, or a registry that says otherwise than
+            the file about channels, spacing or intensities.
+    """
+    record, state = read_teacher(path)
+    _check_against(name, entry, record, path)
+    try:
+        network = build_network(record.network, in_channels=1, out_channels=record.num_channels)
+        network.load_state_dict(state, strict=True)
+    except (RuntimeError, PipelineError) as error:
+        raise TeacherError(
+            f"the weights do not fit the network {record.network.name} ({_first(error)}).",
+            where=f"teacher {name}, {path}",
+            fix="The file was changed after it was written: train or fetch it again.",
+        ) from error
+    network.eval().to(device)
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    if any(not bool(torch.isfinite(p).all()) for p in network.parameters()):
+        raise TeacherError(
+            "the weights hold NaN or infinity.", where=f"teacher {name}, {path}", fix="Train again."
+        )
+    taps = tap_shapes(network, entry.taps, window.shape)
+    return CheckpointTeacher(record, network, window, taps, batch_size, device)
+
+
+def _check_against(name: str, entry: TeacherEntry, record: TeacherRecord, path: Path) -> None:
+    said: list[tuple[str, Any, Any]] = []
+    if entry.num_channels is not None:
+        said.append(("num_channels", entry.num_channels, record.num_channels))
+    for organ, channels in entry.organs.items():
+        said.append((f"organs.{organ}", channels, record.channels.get(organ)))
+    if entry.spacing_mm is not None:
+        same = np.allclose(entry.spacing_mm, record.spacing_mm)
+        said.append(
+            ("spacing_mm", entry.spacing_mm, entry.spacing_mm if same else record.spacing_mm)
+        )
+    said.append(("intensity", entry.intensity, record.intensity))
+    wrong = [
+        f"{key} is {theirs} in the file but {ours} in the registry"
+        for key, ours, theirs in said
+        if ours != theirs
+    ]
+    if wrong:
+        raise TeacherError(
+            f"{'; '.join(wrong)}.",
+            where=f"teacher {name}, {path}",
+            fix="Correct the registry, or train the teacher again.",
+        )
+
+
+def _first(error: Exception) -> str:
+    lines: Sequence[str] = str(error).strip().split("\n")
+    return " ".join(line.strip() for line in lines[:3])

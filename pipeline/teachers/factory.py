@@ -1,0 +1,129 @@
+"""Teachers from a user's own code: `factory: "module:function"`, named on purpose.
+
+The function is called as `function(weights: Path, *, taps: Sequence[str], device: str, **args)` and
+returns an object with `predict(image: Volume) -> Prediction` and `describe() -> dict`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from pipeline.config import file_sha256
+from pipeline.errors import PipelineError, TeacherError
+from pipeline.teacher_entry import TeacherEntry
+from pipeline.teachers.teacher import Prediction
+from pipeline.volume import Spacing, Volume
+
+
+class Made(Protocol):
+    """What a factory returns."""
+
+    def predict(self, image: Volume) -> Prediction:
+        """Int16 HU (D, H, W) in RAS+ -> logits (C, D, H, W) on any grid, and tapped features."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Everything, as plain JSON values, that changes numbers besides weights and code."""
+
+
+@dataclass
+class FactoryTeacher:
+    """A user's object, with its output checked."""
+
+    name: str
+    made: Made
+    entry: TeacherEntry
+    code_sha256: str
+
+    @property
+    def spacing_mm(self) -> Spacing | None:
+        """What the registry says; None leaves the image on its own grid."""
+        return self.entry.spacing_mm
+
+    def predict(self, image: Volume) -> Prediction:
+        """Runs the user's code.
+
+        Raises:
+            TeacherError: it returned something else than a `Prediction` of float arrays, or lacks
+                a tap of the registry.
+        """
+        prediction = self.made.predict(image)
+        if not isinstance(prediction, Prediction) or prediction.logits.array.ndim != 4:
+            raise TeacherError(
+                "`predict` must return a Prediction with logits of shape (C, D, H, W).",
+                where=f"teacher {self.name} ({self.entry.factory})",
+                fix="See docs/registry.md, section on factories.",
+            )
+        missing = sorted(set(self.entry.taps) - set(prediction.features))
+        if missing:
+            raise TeacherError(
+                f"`predict` returned no features for taps {missing}.",
+                where=f"teacher {self.name} ({self.entry.factory})",
+                fix="Return them, or remove them from `taps`.",
+            )
+        features = {tap: _float32(prediction.features[tap]) for tap in self.entry.taps}
+        return Prediction(_float32(prediction.logits), features)
+
+    def describe(self) -> Mapping[str, Any]:
+        """What the user's object says, the arguments, and a digest of the module's source."""
+        return {
+            "kind": "factory",
+            "factory": self.entry.factory,
+            "args": self.entry.args,
+            "code_sha256": self.code_sha256,
+            "spacing_mm": self.entry.spacing_mm,
+            "taps": list(self.entry.taps),
+            "says": dict(self.made.describe()),
+        }
+
+
+def load_factory_teacher(
+    name: str, entry: TeacherEntry, weights: Path, *, device: torch.device
+) -> FactoryTeacher:
+    """Imports the module, calls the function.
+
+    Raises:
+        TeacherError: absent weights, a module or function that is not there, or one that fails.
+    """
+    assert entry.factory is not None
+    where = f"teacher {name} ({entry.factory})"
+    if not weights.exists():
+        raise TeacherError(
+            f"the weights {weights} do not exist.",
+            where=where,
+            fix="Correct `weights` in the registry; paths are relative to the registry's folder.",
+        )
+    module_name, function_name = entry.factory.split(":")
+    try:
+        module = importlib.import_module(module_name)
+        function = getattr(module, function_name)
+    except (ImportError, AttributeError) as error:
+        raise TeacherError(
+            f"cannot be imported ({error}).",
+            where=where,
+            fix="The module must be importable: install it, or set PYTHONPATH.",
+        ) from error
+    try:
+        made = function(weights, taps=entry.taps, device=str(device), **entry.args)
+    except PipelineError:
+        raise
+    except Exception as error:
+        raise TeacherError(
+            f"the factory failed ({type(error).__name__}: {error}).",
+            where=where,
+            fix="Run it by itself to see more; `args` in the registry are its keyword arguments.",
+        ) from error
+    source = inspect.getsourcefile(module)
+    code = file_sha256(Path(source)) if source else ""
+    return FactoryTeacher(name, made, entry, code)
+
+
+def _float32(volume: Volume) -> Volume:
+    return Volume(np.asarray(volume.array, dtype=np.float32), volume.grid)

@@ -1,0 +1,90 @@
+"""What a teacher is to the rest of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import TeacherError
+from pipeline.labels import log_odds
+from pipeline.teacher_entry import TeacherEntry
+from pipeline.volume import Spacing, Volume
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says of one image.
+
+    Attributes:
+        logits: float32 (C, D, H, W) on a grid of the teacher's choice; voxels outside it count as
+            not seen.
+        features: tap -> float32 (F, d, h, w), each on its own coarse grid.
+    """
+
+    logits: Volume
+    features: Mapping[str, Volume] = field(default_factory=dict)
+
+
+class Teacher(Protocol):
+    """A loaded network that owns its preprocessing."""
+
+    @property
+    def spacing_mm(self) -> Spacing | None:
+        """Spacing (z, y, x) that `predict` wants its image at; None: the image's own grid."""
+
+    def predict(self, image: Volume) -> Prediction:
+        """Runs the network on int16 HU (D, H, W) in RAS+."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Everything, as plain JSON values, that changes the numbers `predict` returns, without
+        the weights' bytes, which the caller digests."""
+
+
+def organ_log_odds(
+    prediction: Prediction, entry: TeacherEntry, *, where: str
+) -> Mapping[str, Volume]:
+    """The log-odds of each organ that a teacher is expert in, on the prediction's own grid.
+
+    Args:
+        prediction: of that teacher.
+        entry: its registry entry: which channels mean which organ.
+        where: teacher and case, named in errors.
+
+    Raises:
+        TeacherError: NaN or infinite outputs, or channels that disagree with the registry.
+    """
+    logits = prediction.logits
+    num_channels = logits.array.shape[0]
+    if entry.num_channels is not None and num_channels != entry.num_channels:
+        raise TeacherError(
+            f"the network emits {num_channels} channels, the registry says {entry.num_channels}.",
+            where=where,
+            fix="Correct `num_channels` and `organs`, or name the right weights.",
+        )
+    check_finite(logits.array, "logits", where)
+    for tap, feature in prediction.features.items():
+        check_finite(feature.array, f"features of {tap}", where)
+    return {
+        organ: Volume(log_odds(logits.array, channels, entry.activation, where=where), logits.grid)
+        for organ, channels in entry.organs.items()
+    }
+
+
+def check_finite(array: npt.NDArray[Any], what: str, where: str) -> None:
+    """Refuses NaN and infinity: to the cache NaN means "not seen", so it must not come from a net.
+
+    Raises:
+        TeacherError: with the number of bad values.
+    """
+    bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise TeacherError(
+            f"{bad} of {array.size} {what} are NaN or infinite.",
+            where=where,
+            fix="Look at this case's intensities and at the teacher's intensity settings; nothing "
+            "was cached for it.",
+        )

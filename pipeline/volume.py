@@ -1,0 +1,145 @@
+"""Volume = array + grid. Data and geometry travel together in one frozen object.
+
+Legend, valid in every module of this project:
+    array order (D, H, W) = z, y, x; spacing, shape, patch size and index tuples in that order too.
+    World coordinates are millimetres along (superior, anterior, right): the z, y, x of NIfTI's
+    RAS+ world. An affine maps homogeneous (z, y, x) voxel indices to that world.
+    Only `pipeline.data.nifti` knows the (x, y, z) order of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Index3 = tuple[int, int, int]
+Spacing = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where voxels are: shape (D, H, W) and an affine from (z, y, x) indices to mm.
+
+    Attributes:
+        shape: number of voxels along z, y, x.
+        affine: 4 x 4, row by row, from voxel index (z, y, x, 1) to (superior, anterior, right, 1)
+            in mm. Plain tuples, so that grids compare and hash by value.
+    """
+
+    shape: Index3
+    affine: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def from_matrix(cls, shape: Sequence[int], matrix: npt.ArrayLike) -> Grid:
+        """A grid from any 3-sequence and any 4 x 4 array-like."""
+        rows = np.asarray(matrix, dtype=np.float64)
+        if len(shape) != 3 or rows.shape != (4, 4):
+            raise ValueError(f"a grid needs 3 sizes and a 4 x 4 affine, not {shape}, {rows.shape}")
+        d, h, w = (int(n) for n in shape)
+        return cls((d, h, w), tuple(tuple(float(v) for v in row) for row in rows))
+
+    @classmethod
+    def axis_aligned(
+        cls,
+        shape: Sequence[int],
+        spacing_mm: Sequence[float],
+        origin_mm: Sequence[float] = (0, 0, 0),
+    ) -> Grid:
+        """A grid without rotation whose voxel (0, 0, 0) lies at `origin_mm`."""
+        matrix = np.diag([*spacing_mm, 1.0])
+        matrix[:3, 3] = origin_mm
+        return cls.from_matrix(shape, matrix)
+
+    @property
+    def matrix(self) -> npt.NDArray[np.float64]:
+        """The affine as a float64 array of shape (4, 4)."""
+        return np.array(self.affine, dtype=np.float64)
+
+    @property
+    def spacing_mm(self) -> Spacing:
+        """Distance between neighbouring voxel centres along z, y, x."""
+        z, y, x = np.linalg.norm(self.matrix[:3, :3], axis=0)
+        return float(z), float(y), float(x)
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one voxel in millilitres."""
+        return float(abs(np.linalg.det(self.matrix[:3, :3]))) / 1000.0
+
+    def with_spacing(self, spacing_mm: Sequence[float]) -> Grid:
+        """The same field of view, same directions and centre, at another spacing.
+
+        The shape is rounded to whole voxels; since the centre is kept, every new voxel centre lies
+        inside the old field of view, so that nothing is extrapolated.
+        """
+        old, new = np.array(self.spacing_mm), np.asarray(spacing_mm, dtype=np.float64)
+        size = np.array(self.shape)
+        shape = np.maximum(1, np.rint(size * old / new)).astype(int)
+        matrix = self.matrix
+        centre = matrix[:3, :3] @ ((size - 1) / 2) + matrix[:3, 3]
+        matrix[:3, :3] = matrix[:3, :3] / old * new
+        matrix[:3, 3] = centre - matrix[:3, :3] @ ((shape - 1) / 2)
+        return Grid.from_matrix(shape.tolist(), matrix)
+
+    def coarsen(self, stride: Sequence[int]) -> Grid:
+        """The grid of cells of `stride` voxels; cell 0 covers voxels 0 .. stride - 1."""
+        step = np.asarray(stride, dtype=np.float64)
+        matrix = self.matrix
+        matrix[:3, 3] += matrix[:3, :3] @ ((step - 1) / 2)
+        matrix[:3, :3] *= step
+        return Grid.from_matrix(
+            [-(-n // s) for n, s in zip(self.shape, stride, strict=True)], matrix
+        )
+
+    def crop(self, start: Sequence[int], shape: Sequence[int]) -> Grid:
+        """The grid of the box that begins at voxel `start` (may be negative: padding)."""
+        matrix = self.matrix
+        matrix[:3, 3] += matrix[:3, :3] @ np.asarray(start, dtype=np.float64)
+        return Grid.from_matrix(shape, matrix)
+
+    def index_map_from(self, target: Grid) -> npt.NDArray[np.float64]:
+        """4 x 4 matrix from the voxel indices of `target` to (fractional) indices of this grid."""
+        return np.asarray(np.linalg.solve(self.matrix, target.matrix), dtype=np.float64)
+
+    def largest_corner_distance_mm(self, other: Grid) -> float:
+        """How far the corner voxels of two grids of one shape lie apart, at most, in mm."""
+        ends = [(0, n - 1) for n in self.shape]
+        corners = np.array([[*corner, 1] for corner in product(*ends)], dtype=np.float64).T
+        apart = ((self.matrix - other.matrix) @ corners)[:3]
+        return float(np.linalg.norm(apart, axis=0).max())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers, exact under `from_json`."""
+        return {"shape": list(self.shape), "affine_zyx": [list(row) for row in self.affine]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Grid:
+        """The inverse of `to_json`."""
+        return cls.from_matrix(data["shape"], data["affine_zyx"])
+
+
+@dataclass(frozen=True)
+class Volume:
+    """An array whose last three axes are (D, H, W) on `grid`; leading axes are channels.
+
+    Raises:
+        ValueError: the array does not fit the grid.
+    """
+
+    array: Array
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        if self.array.shape[-3:] != self.grid.shape:
+            raise ValueError(f"array {self.array.shape} does not fit grid {self.grid.shape}")
+
+    @property
+    def spacing_mm(self) -> Spacing:
+        """Distance between neighbouring voxel centres along z, y, x."""
+        return self.grid.spacing_mm

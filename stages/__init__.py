@@ -1,0 +1,1 @@
+"""The resumable units of work, one module per stage, each beside its annotated YAML."""

@@ -1,0 +1,63 @@
+"""What a stage did, for people, machines and the exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import PipelineError
+
+
+@dataclass
+class StageReport:
+    """Units done, skipped and failed.
+
+    Attributes:
+        stage: its name.
+        done: units made in this run.
+        skipped: units that were there already.
+        failed: unit -> the error that stopped it.
+        seconds: wall time.
+        num_bytes: written in this run.
+        details: what else this stage has to tell, as plain JSON values.
+    """
+
+    stage: str
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: dict[str, Exception] = field(default_factory=dict)
+    seconds: float = 0.0
+    num_bytes: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done; 2 if every failure is the user's input to mend; else 1."""
+        codes = {
+            error.exit_code if isinstance(error, PipelineError) else 1
+            for error in self.failed.values()
+        }
+        if not codes:
+            return 0
+        return 2 if codes == {2} else 1
+
+    def summary(self) -> str:
+        """One line."""
+        return (
+            f"{self.stage}: {len(self.done)} done, {len(self.skipped)} already there, "
+            f"{len(self.failed)} failed, {self.num_bytes / 1e6:.1f} MB in {self.seconds:.1f} s"
+        )
+
+    def to_json(self) -> Mapping[str, Any]:
+        """Plain values."""
+        return {
+            "stage": self.stage,
+            "done": self.done,
+            "skipped": self.skipped,
+            "failed": {unit: str(error) for unit, error in self.failed.items()},
+            "seconds": round(self.seconds, 3),
+            "bytes": self.num_bytes,
+            "exit_code": self.exit_code,
+            **self.details,
+        }

@@ -1,0 +1,209 @@
+"""Stage two: cache -> patches -> losses -> student. It reads no teacher, no weights, no raw CT."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.cache.reader import CachedCase
+from pipeline.cache.store import prepare_work_folder, write_json
+from pipeline.cohort import Cohort, open_cohort
+from pipeline.config import Config
+from pipeline.data.registry import Registry
+from pipeline.errors import CacheMissing, ConfigError
+from pipeline.labels import LabelSpace
+from pipeline.log import Log
+from pipeline.network import pick_device
+from pipeline.student.checkpoint import StudentRecord, save_student
+from pipeline.student.network import CachedTap, TapKey
+from pipeline.student.training import Trained, TrainingConfig, run_digest, train
+from stages.report import StageReport
+
+
+class TrainStudentConfig(Config):
+    """How stage two trains; see train_student.yaml."""
+
+    run: str = Field(default="student", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    allow_missing: bool = False
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+
+
+def run(
+    config: TrainStudentConfig,
+    registry: Registry,
+    work: Path,
+    *,
+    log: Log,
+    device: str = "auto",
+    workers: int = 0,
+    checkpoint_minutes: float = 10.0,
+    dry_run: bool = False,
+) -> StageReport:
+    """Trains the student, or goes on training it; a finished run does nothing.
+
+    Args:
+        config: what changes numbers, and the run's name.
+        registry: read without its files.
+        work: the work folder that stage one filled.
+        log: where progress goes.
+        device: auto, cpu, cuda, cuda:1.
+        workers: loader processes.
+        checkpoint_minutes: at most so much work is lost to a kill.
+        dry_run: say what would be done, write nothing.
+
+    Raises:
+        CacheStale, CacheMissing: the cache lacks what this supervision needs.
+        ConfigError: no case to train on, taps that do not fit.
+        CheckpointError: the run was started with other settings.
+    """
+    began = time.monotonic()
+    report = StageReport("train-student")
+    prepare_work_folder(work) if not dry_run else None
+    supervision = config.training.supervision
+    teachers = list(registry.teachers) if supervision.uses_teachers else []
+    if supervision.uses_teachers and not teachers:
+        raise ConfigError(
+            f"supervision {supervision.kind} needs teachers and the registry has none.",
+            where=registry.path,
+            fix="Add teachers, or choose kind marginal.",
+        )
+    cohort = open_cohort(work, registry, teachers=teachers, splits=("train", "validation"))
+    _check_complete(cohort, config.allow_missing, log)
+    space = registry.label_space
+    training = [c for c in cohort.cases if c.split == "train"]
+    if supervision.kind == "full":
+        training = [c for c in training if set(space.organs) <= set(c.annotated)]
+        if not training:
+            raise ConfigError(
+                "supervision full needs training cases in which every organ is annotated.",
+                where=registry.path,
+                fix="Choose ms_kd or marginal, which are made for partial labels.",
+            )
+    validation = [c for c in cohort.cases if c.split == "validation"]
+    taps = cached_taps(training, space) if supervision.uses_features else {}
+    inputs = {
+        "cases": {c.name: c.case.receipt.digest for c in training},
+        "validation": {c.name: c.case.receipt.digest for c in validation},
+        "teachers": {name: teacher.digest for name, teacher in cohort.teachers.items()},
+        "organs": dict(space.ids),
+    }
+    folder = work / "students" / config.run
+    digest = run_digest(config.training, inputs)
+    if is_finished(folder, digest):
+        report.skipped.append(config.run)
+        log.info(f"{folder} is finished already")
+        return report
+    log.info(
+        f"{config.run}: {supervision.kind}, {len(training)} training and {len(validation)} "
+        f"validation cases, {config.training.steps} steps -> {folder}"
+    )
+    if dry_run:
+        report.done.append(config.run)
+        return report
+    trained = train(
+        config.training,
+        space,
+        training,
+        validation,
+        folder,
+        taps=taps,
+        inputs=inputs,
+        log=log,
+        device=pick_device(device),
+        workers=workers,
+        checkpoint_minutes=checkpoint_minutes,
+    )
+    if trained.finished:
+        _finish(config, registry, folder, trained, inputs, digest)
+        report.done.append(config.run)
+    report.seconds = time.monotonic() - began
+    report.details = {
+        "run": config.run,
+        "steps": trained.step,
+        "finished": trained.finished,
+        "validation_dice": dict(trained.validation_dice),
+    }
+    return report
+
+
+def is_finished(folder: Path, digest: str) -> bool:
+    """ "Finished" is a marker on disk, written last; exit codes lie."""
+    marker = folder / "finished.json"
+    return marker.exists() and digest in marker.read_text(encoding="utf-8")
+
+
+def cached_taps(cases: Sequence[CachedCase], space: LabelSpace) -> Mapping[TapKey, CachedTap]:
+    """What the units of these cases say of their taps.
+
+    Raises:
+        ConfigError: no tap is cached, or one has another shape in another case.
+    """
+    found: dict[TapKey, CachedTap] = {}
+    for case in cases:
+        for teacher, unit in case.teachers.items():
+            organs = tuple(
+                k for k, organ in enumerate(space.organs) if teacher in case.experts[organ]
+            )
+            for tap, entry in unit.attributes["taps"].items():
+                z, y, x = entry["stride"]
+                cached = CachedTap(entry["channels"], (z, y, x), organs)
+                if found.setdefault((teacher, tap), cached) != cached:
+                    raise ConfigError(
+                        f"tap {tap!r} of teacher {teacher} has other cells or channels in "
+                        f"{case.name} than in the cases before it.",
+                        where="supervision.features",
+                        fix="Set features.weight to 0, or give the teacher a fixed spacing_mm.",
+                    )
+    if not found:
+        raise ConfigError(
+            "the feature term needs cached features and the cache holds none.",
+            where="supervision.features",
+            fix="Name `taps` in the registry and run cache-teachers, or set features.weight to 0.",
+        )
+    return found
+
+
+def _check_complete(cohort: Cohort, allow_missing: bool, log: Log) -> None:
+    if not cohort.problems:
+        return
+    names = list(cohort.problems)
+    some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    if allow_missing:
+        log.warn(f"{len(names)} units are not usable and are left out: {some}")
+        return
+    raise CacheMissing(
+        f"{len(names)} units are missing or damaged: {some}. "
+        f"First reason: {next(iter(cohort.problems.values()))}",
+        fix="Run `pipeline cache-teachers`, or set allow_missing: true to train without them.",
+    )
+
+
+def _finish(
+    config: TrainStudentConfig,
+    registry: Registry,
+    folder: Path,
+    trained: Trained,
+    inputs: Mapping[str, Any],
+    digest: str,
+) -> None:
+    training = config.training
+    record = StudentRecord(
+        network=training.network,
+        organs=dict(registry.label_space.ids),
+        spacing_mm=registry.grid.spacing_mm,
+        intensity=training.intensity,
+        patch=training.patch,
+        steps=training.steps,
+        seed=training.seed,
+        supervision=training.supervision.model_dump(mode="json"),
+        validation_dice=dict(trained.validation_dice),
+        teachers=dict(inputs["teachers"]),
+        trained_on=tuple(inputs["cases"]),
+        run_digest=digest,
+    )
+    save_student(folder / "student.pt", record, trained.network.network)
+    write_json(folder / "finished.json", {"run_digest": digest, "steps": trained.step})

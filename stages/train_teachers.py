@@ -1,0 +1,218 @@
+"""Teachers for those who have none: one network per organ, from its own dataset.
+
+A teacher is trained as a student of one organ with full labels: the same loop, sampler, losses
+(cross-entropy + Dice), checkpoints and resume.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from pipeline.cache.index import IndexedCase, case_path
+from pipeline.cache.reader import CachedCase, Unit
+from pipeline.cache.schema import StorageConfig
+from pipeline.cache.store import prepare_work_folder
+from pipeline.config import Config
+from pipeline.data.registry import Registry
+from pipeline.errors import ConfigError, PipelineError, TeacherError
+from pipeline.labels import LabelSpace
+from pipeline.log import Log
+from pipeline.network import pick_device
+from pipeline.prepare import prepare_case
+from pipeline.student.supervision import SupervisionConfig
+from pipeline.student.training import TrainingConfig, run_digest, train
+from pipeline.teachers.checkpoint import TeacherRecord, read_teacher, save_teacher
+from stages.report import StageReport
+
+
+def _full() -> TrainingConfig:
+    return TrainingConfig(supervision=SupervisionConfig(kind="full"))
+
+
+class TrainTeachersConfig(Config):
+    """How teachers are trained; see train_teachers.yaml."""
+
+    training: TrainingConfig = Field(default_factory=_full)
+    storage: StorageConfig = Field(default_factory=StorageConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_labels(cls, data: Any) -> Any:
+        """Teachers learn from labels; the student's other choices do not exist for them."""
+        training = data.get("training") if isinstance(data, dict) else None
+        if isinstance(training, dict):
+            if "supervision" in training:
+                raise ValueError("teachers are trained on labels: remove training.supervision")
+            return {**data, "training": {**training, "supervision": {"kind": "full"}}}
+        return data
+
+
+def run(
+    config: TrainTeachersConfig,
+    registry: Registry,
+    work: Path,
+    *,
+    log: Log,
+    device: str = "auto",
+    workers: int = 0,
+    checkpoint_minutes: float = 10.0,
+    only: str | None = None,
+    dry_run: bool = False,
+) -> StageReport:
+    """Trains every teacher of kind `checkpoint` with `trained_on` whose file is not there yet.
+
+    Args:
+        config: what changes numbers.
+        registry: read with its files.
+        work: cases on the teachers' grids and checkpoints go there; the finished teacher goes to
+            `weights` of its registry entry.
+        log: where progress goes.
+        device: auto, cpu, cuda, cuda:1.
+        workers: loader processes.
+        checkpoint_minutes: at most so much work is lost to a kill.
+        only: one teacher by name.
+        dry_run: say what would be done, write nothing.
+
+    Raises:
+        ConfigError: no such teacher, or none to train.
+    """
+    began = time.monotonic()
+    report = StageReport("train-teachers")
+    names = [n for n, e in registry.teachers.items() if e.kind == "checkpoint" and e.trained_on]
+    if only is not None:
+        names = [n for n in names if n == only]
+    if not names:
+        raise ConfigError(
+            f"no teacher to train{f' named {only}' if only else ''}.",
+            where=registry.path,
+            fix="A teacher to train has kind `checkpoint` and names a dataset in `trained_on`.",
+        )
+    if not dry_run:
+        prepare_work_folder(work)
+    for name in names:
+        try:
+            if _train_one(
+                name, config, registry, work,
+                log=log, device=device, workers=workers,
+                checkpoint_minutes=checkpoint_minutes, report=report, dry_run=dry_run,
+            ):  # fmt: skip
+                report.done.append(name)
+            else:
+                report.skipped.append(name)
+        except PipelineError as error:
+            report.failed[name] = error
+            log.warn(f"teacher {name} failed: {error}")
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def _train_one(
+    name: str,
+    config: TrainTeachersConfig,
+    registry: Registry,
+    work: Path,
+    *,
+    log: Log,
+    device: str,
+    workers: int,
+    checkpoint_minutes: float,
+    report: StageReport,
+    dry_run: bool,
+) -> bool:
+    entry = registry.teachers[name]
+    assert entry.trained_on is not None
+    weights = registry.resolve(entry.weights)
+    spacing = entry.spacing_mm or registry.grid.spacing_mm
+    space = LabelSpace({organ: registry.organs[organ] for organ in entry.organs})
+    training = config.training.model_copy(update={"intensity": entry.intensity})
+    if dry_run:
+        log.info(f"teacher {name} would be trained on {entry.trained_on}")
+        return True
+    cases = _prepare(config, registry, work, entry.trained_on, spacing, log, report)
+    inputs = {
+        "cases": {c.name: c.case.receipt.digest for c in cases},
+        "organs": dict(space.ids),
+        "spacing_mm": list(spacing),
+    }
+    digest = run_digest(training, inputs)
+    if weights.exists():
+        record, _ = read_teacher(weights)
+        if record.training_digest == digest:
+            return False
+        raise TeacherError(
+            "there is a teacher already, trained with other settings or on other data.",
+            where=f"teacher {name}, {weights}",
+            fix="It is not overwritten: remove it, or name another file in `weights`.",
+        )
+    fit = [c for c in cases if c.split == "train"]
+    validation = [c for c in cases if c.split == "validation"]
+    log.info(f"teacher {name}: {len(fit)} cases of {entry.trained_on}, {training.steps} steps")
+    trained = train(
+        training,
+        space,
+        fit,
+        validation,
+        work / "teachers-in-training" / name,
+        taps={},
+        inputs=inputs,
+        log=log,
+        device=pick_device(device),
+        workers=workers,
+        checkpoint_minutes=checkpoint_minutes,
+    )
+    if not trained.finished:
+        raise TeacherError(
+            f"stopped at step {trained.step} of {training.steps}.",
+            where=f"teacher {name}",
+            fix="Run the same command again: it goes on from there.",
+        )
+    record = TeacherRecord(
+        network=training.network,
+        num_channels=len(space.organs) + 1,
+        channels={organ: (k + 1,) for k, organ in enumerate(space.organs)},
+        spacing_mm=spacing,
+        intensity=entry.intensity,
+        validation_dice=dict(trained.validation_dice),
+        num_validation_cases=len(validation),
+        trained_on=entry.trained_on,
+        trained_on_cases=tuple(c.name for c in fit),
+        training_digest=digest,
+    )
+    save_teacher(weights, record, trained.network.network.state_dict())
+    log.info(f"teacher {name}: validation Dice {dict(trained.validation_dice)} -> {weights}")
+    return True
+
+
+def _prepare(
+    config: TrainTeachersConfig,
+    registry: Registry,
+    work: Path,
+    dataset: str,
+    spacing_mm: tuple[float, float, float],
+    log: Log,
+    report: StageReport,
+) -> list[CachedCase]:
+    """The dataset's cases at the teacher's spacing; at the student's they are the cache's own."""
+    entry = registry.datasets[dataset]
+    files = [c for c in registry.cases(dataset) if c.split in ("train", "validation")]
+    found: list[CachedCase] = []
+    with log.progress(f"{dataset} on the teacher's grid", len(files)) as advance:
+        for source in files:
+            indexed: IndexedCase
+            try:
+                indexed, _ = prepare_case(
+                    registry, work, source,
+                    spacing_mm=spacing_mm, storage=config.storage,
+                )  # fmt: skip
+                unit = Unit.open(case_path(work, indexed), expect=indexed.digest)
+                annotated = tuple(entry.annotated)
+                found.append(CachedCase(source.name, source.split, annotated, unit, {}, {}))
+            except PipelineError as error:
+                report.failed[source.name] = error
+                log.warn(f"left out of training: {error}")
+            advance(source.name)
+    return found

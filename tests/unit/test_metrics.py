@@ -1,0 +1,357 @@
+"""Scores against analytic solids and against a brute-force oracle that knows no MONAI."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from monai.metrics import (
+    compute_dice,
+    compute_hausdorff_distance,
+    compute_surface_dice,
+    get_mask_edges,
+)
+
+from pipeline.errors import GeometryError
+from pipeline.metrics import (
+    ABSENT,
+    EMPTY_PREDICTION,
+    NOT_ANNOTATED,
+    OrganScore,
+    score_case,
+    summarise,
+)
+
+Mask = npt.NDArray[np.bool_]
+ANISOTROPIC = (5.0, 1.0, 2.0)
+
+
+def score(prediction: Any, reference: Any, spacing_mm: Any, **options: Any) -> OrganScore:
+    (result,) = score_case(prediction, reference, {"liver": 1}, spacing_mm, **options)
+    return result
+
+
+def box(shape: tuple[int, int, int], start: tuple[int, ...], size: tuple[int, ...]) -> Mask:
+    mask = np.zeros(shape, dtype=bool)
+    mask[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))] = True
+    return mask
+
+
+def ball(shape: tuple[int, int, int], spacing_mm: Any, radius_mm: float) -> Mask:
+    axes = np.ogrid[tuple(slice(n) for n in shape)]
+    middles = [(n - 1) / 2 for n in shape]
+    squares = [((a - m) * s) ** 2 for a, m, s in zip(axes, middles, spacing_mm, strict=True)]
+    return np.asarray(sum(squares) <= radius_mm**2)
+
+
+def box_surface_mm2(size: tuple[int, ...], spacing_mm: tuple[float, ...]) -> float:
+    """Area of the marching-cubes surface of a box: faces, 12 bevelled edges, 8 cut corners."""
+    a, b, c = spacing_mm
+    u, v, w = ((n - 1) * s for n, s in zip(size, spacing_mm, strict=True))
+    faces = 2 * (u * v + v * w + w * u)
+    edges = 2 * (u * math.hypot(b, c) + v * math.hypot(a, c) + w * math.hypot(a, b))
+    return faces + edges + math.hypot(a * b, b * c, c * a)
+
+
+def border_voxels(mask: Mask) -> Mask:
+    """Voxels of the mask with one of six neighbours outside it."""
+    padded = np.pad(mask, 1)
+    inside = padded.copy()
+    for axis in range(3):
+        for step in (-1, 1):
+            inside &= np.roll(padded, step, axis)
+    return (padded & ~inside)[1:-1, 1:-1, 1:-1]
+
+
+def corners(mask: Mask) -> Mask:
+    """Voxel corners between inside and outside: not all of the eight voxels around are alike."""
+    padded = np.pad(mask, 1).astype(int)
+    num = np.zeros([n - 1 for n in padded.shape], dtype=int)
+    for z in (0, 1):
+        for y in (0, 1):
+            for x in (0, 1):
+                d, h, w = num.shape
+                num += padded[z : z + d, y : y + h, x : x + w]
+    return (num > 0) & (num < 8)
+
+
+def nearest_mm(here: Mask, there: Mask, spacing_mm: Any) -> npt.NDArray[np.float64]:
+    """All pairs: from each voxel of `here` to the nearest of `there`."""
+    one, other = np.argwhere(here) * spacing_mm, np.argwhere(there) * spacing_mm
+    distances = np.linalg.norm(one[:, None] - other[None], axis=-1).min(axis=1)
+    return np.asarray(distances, dtype=np.float64)
+
+
+def oracle(p: Mask, r: Mask, spacing_mm: Any, tolerance_mm: float) -> tuple[float, float, float]:
+    """Dice, NSD and HD95 by definition; the triangle areas alone are MONAI's (see the boxes)."""
+    dice = 2 * (p & r).sum() / (p.sum() + r.sum())
+    both = [(border_voxels(p), border_voxels(r)), (border_voxels(r), border_voxels(p))]
+    hd95 = max(np.percentile(nearest_mm(a, b, spacing_mm), 95) for a, b in both)
+    good = whole = 0.0
+    for here, there in ((p, r), (r, p)):
+        padded = torch.from_numpy(np.pad(here, 1))
+        table = get_mask_edges(padded, padded, crop=False, spacing=spacing_mm)[2].numpy()
+        areas = table[corners(here)]
+        good += areas[nearest_mm(corners(here), corners(there), spacing_mm) <= tolerance_mm].sum()
+        whole += areas.sum()
+    return float(dice), good / whole, float(hd95)
+
+
+def speckle(rng: np.random.Generator, shape: tuple[int, ...], share: float) -> Mask:
+    mask = rng.random(shape) < share
+    mask[tuple(n // 2 for n in shape)] = True
+    return mask
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_equals_brute_force_on_arbitrary_masks(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.integers(3, 11, size=3))
+    spacing = tuple(float(s) for s in rng.choice([0.7, 1.0, 1.5, 2.5, 5.0], size=3))
+    p, r = speckle(rng, shape, rng.choice([0.02, 0.3, 0.8])), speckle(rng, shape, 0.2)
+    # No distance on such grids is near this value: rounding cannot decide.
+    result = score(p, r, spacing, tolerance_mm=1.6123)
+    expected = oracle(p, r, spacing, 1.6123)
+    assert (result.dice, result.nsd, result.hd95_mm) == pytest.approx(expected, abs=1e-5)
+
+
+def test_equals_brute_force_on_solids_that_touch_the_image_edge() -> None:
+    r = box((6, 12, 10), (0, 0, 0), (4, 9, 10))
+    p = box((6, 12, 10), (2, 3, 0), (4, 9, 8))
+    result = score(p, r, ANISOTROPIC, tolerance_mm=2.5)
+    expected = oracle(p, r, ANISOTROPIC, 2.5)
+    assert (result.dice, result.nsd, result.hd95_mm) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("num_voxels", [1, 2, 3])
+def test_shifted_cube_is_off_by_voxels_times_the_spacing_of_that_axis(
+    axis: int, num_voxels: int
+) -> None:
+    spacing = (3.0, 0.8, 1.25)
+    reference = box((20, 40, 30), (5, 12, 9), (8, 8, 8))
+    shift_mm = num_voxels * spacing[axis]
+    prediction = np.roll(reference, num_voxels, axis)
+
+    exact = score(prediction, reference, spacing, tolerance_mm=shift_mm)
+    assert exact.dice == pytest.approx((8 - num_voxels) / 8)
+    assert exact.hd95_mm == pytest.approx(shift_mm, rel=1e-6)
+    assert exact.nsd == 1.0
+    assert score(prediction, reference, spacing, tolerance_mm=shift_mm - 0.01).nsd < 0.95
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.0, 1.0, 0.5)])
+def test_concentric_spheres_are_apart_by_the_difference_of_their_radii(spacing: Any) -> None:
+    shape = tuple(int(50 / s) for s in spacing)
+    reference, prediction = ball(shape, spacing, 20.0), ball(shape, spacing, 14.0)
+    voxel_mm = math.hypot(*spacing)
+    result = score(prediction, reference, spacing, tolerance_mm=6 + voxel_mm)
+    assert result.nsd == 1.0
+    assert result.hd95_mm == pytest.approx(6, abs=voxel_mm)
+    assert result.dice == pytest.approx(2 * 14**3 / (14**3 + 20**3), rel=0.02)
+    assert score(prediction, reference, spacing, tolerance_mm=6 - voxel_mm).nsd == 0.0
+
+
+def test_nsd_weighs_surface_by_its_area_in_mm2() -> None:
+    # A perfect box and one lone voxel far away: the share that fails is the lone voxel's surface.
+    shape, size = (14, 30, 30), (6, 7, 8)
+    reference = box(shape, (1, 2, 3), size)
+    prediction = reference | box(shape, (12, 25, 25), (1, 1, 1))
+    good = 2 * box_surface_mm2(size, ANISOTROPIC)
+    expected = good / (good + box_surface_mm2((1, 1, 1), ANISOTROPIC))
+    assert score(prediction, reference, ANISOTROPIC).nsd == pytest.approx(expected, rel=1e-6)
+
+
+def test_agrees_with_the_functions_of_monai_on_the_uncropped_image() -> None:
+    shape = (24, 30, 36)
+    r, p = ball(shape, (1.5, 1.0, 1.0), 9.0), np.roll(ball(shape, (1.5, 1.0, 1.0), 8.0), 3, 1)
+    p[2, 2, 2] = p[-1, -1, -1] = True
+    one, other = (torch.from_numpy(mask)[None, None] for mask in (p, r))
+    options = {"include_background": True, "spacing": [1.5, 1.0, 1.0]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nsd = compute_surface_dice(one, other, [2.1], use_subvoxels=True, **options)
+        hd95 = compute_hausdorff_distance(one, other, percentile=95, **options)
+    result = score(p, r, (1.5, 1.0, 1.0), tolerance_mm=2.1)
+    assert result.nsd == pytest.approx(nsd.item(), abs=1e-6)
+    assert result.hd95_mm == pytest.approx(hd95.item(), rel=1e-6)
+    assert result.dice == pytest.approx(compute_dice(one.float(), other.float()).item(), abs=1e-6)
+
+
+def test_background_around_changes_nothing() -> None:
+    rng = np.random.default_rng(3)
+    p, r = speckle(rng, (6, 7, 8), 0.3), speckle(rng, (6, 7, 8), 0.3)
+    around = ((3, 9), (0, 5), (11, 0))
+    assert score(p, r, ANISOTROPIC) == score(np.pad(p, around), np.pad(r, around), ANISOTROPIC)
+
+
+def test_a_distance_equal_to_the_tolerance_is_within_it() -> None:
+    # 3 x 0.1 exceeds 0.3 in double precision.
+    reference = box((20, 20, 20), (4, 4, 4), (8, 8, 8))
+    prediction = np.roll(reference, 3, axis=2)
+    assert score(prediction, reference, (1.0, 1.0, 0.1), tolerance_mm=0.3).nsd == 1.0
+
+
+def test_missed_organ_gets_the_worst_values_and_never_nan() -> None:
+    reference = box((10, 20, 30), (2, 3, 4), (2, 2, 2))
+    result = score(np.zeros_like(reference), reference, (3.0, 2.0, 1.0))
+    assert (result.dice, result.nsd) == (0.0, 0.0)
+    assert result.hd95_mm == pytest.approx(math.sqrt(30**2 + 40**2 + 30**2))
+    assert (result.num_reference, result.num_predicted) == (8, 0)
+    assert result.reason == EMPTY_PREDICTION
+    corner_to_corner = score(
+        box((10, 20, 30), (0, 0, 0), (1, 1, 1)),
+        box((10, 20, 30), (9, 19, 29), (1, 1, 1)),
+        (3.0, 2.0, 1.0),
+    )
+    assert corner_to_corner.hd95_mm < result.hd95_mm
+
+
+@pytest.mark.parametrize("num_false_positives", [0, 8])
+def test_organ_absent_from_the_reference_is_nan_with_its_reason(num_false_positives: int) -> None:
+    prediction = np.zeros((5, 6, 7), dtype=np.uint8)
+    prediction.flat[:num_false_positives] = 1
+    result = score(prediction, np.zeros_like(prediction), ANISOTROPIC)
+    assert all(math.isnan(value) for value in (result.dice, result.nsd, result.hd95_mm))
+    assert (result.num_reference, result.num_predicted) == (0, num_false_positives)
+    assert result.reason == ABSENT
+
+
+def test_ignored_voxels_count_on_neither_side() -> None:
+    reference = box((8, 8, 8), (2, 2, 2), (4, 4, 4)).astype(np.uint8)
+    prediction = reference.copy()
+    reference[5:] = 255
+    prediction[6:] = 1
+    result = score(prediction, reference, (1, 1, 1))
+    assert (result.dice, result.nsd, result.hd95_mm) == (1.0, 1.0, 0.0)
+    assert (result.num_reference, result.num_predicted) == (48, 48)
+    counted = score(prediction, reference, (1, 1, 1), ignore_value=None)
+    assert counted.num_predicted == 64 + 128
+    assert counted.dice < 0.5
+
+
+def test_an_entirely_ignored_reference_has_no_organ() -> None:
+    reference = np.full((4, 4, 4), 255, dtype=np.uint8)
+    assert score(np.ones_like(reference), reference, (1, 1, 1)).reason == ABSENT
+
+
+def test_without_surface_only_dice_is_computed() -> None:
+    reference = box((8, 8, 8), (2, 2, 2), (4, 4, 4))
+    result = score(reference, reference, (1, 1, 1), surface=False)
+    assert (result.dice, result.reason) == (1.0, "")
+    assert math.isnan(result.nsd)
+    assert math.isnan(result.hd95_mm)
+
+
+def test_organs_are_scored_apart_and_in_the_order_asked_for() -> None:
+    reference = np.zeros((6, 10, 10), dtype=np.int16)
+    reference[1:4, 1:5, 1:5], reference[1:4, 5:9, 5:9] = 7, 300
+    prediction = np.where(reference == 300, 300, 0)
+    scores = score_case(prediction, reference, {"spleen": 300, "liver": 7}, (1, 1, 1))
+    assert [(s.organ, s.dice) for s in scores] == [("spleen", 1.0), ("liver", 0.0)]
+
+
+def test_scoring_emits_no_warning_and_leaves_its_input_alone() -> None:
+    reference = box((8, 8, 8), (2, 2, 2), (4, 4, 4)).astype(np.uint8)
+    prediction = np.roll(reference, 1, 0)
+    for array in (reference, prediction):
+        array.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score(prediction, reference, (1, 1, 1))
+
+
+def test_shapes_that_differ_are_refused_with_both_shapes() -> None:
+    with pytest.raises(GeometryError, match=r"\(2, 3, 4\).*\(2, 3, 5\)"):
+        score(np.zeros((2, 3, 4), int), np.zeros((2, 3, 5), int), (1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "spacing", [(1, 0, 1), (1, -1, 1), (1, 1), (1, math.nan, 1), (1, math.inf, 1), (1, 1, 1, 1)]
+)
+def test_spacing_that_is_not_three_positive_numbers_is_refused(spacing: Any) -> None:
+    with pytest.raises(GeometryError, match="three positive"):
+        score(np.zeros((2, 3, 4), int), np.zeros((2, 3, 4), int), spacing)
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 3), int), np.zeros((1, 2, 3, 4), int)])
+def test_arrays_that_are_not_three_dimensional_are_refused(array: Any) -> None:
+    with pytest.raises(GeometryError, match=r"\(D, H, W\)"):
+        score(array, array, (1, 1, 1))
+
+
+def test_probabilities_are_refused() -> None:
+    with pytest.raises(GeometryError, match=r"prediction must hold integer.*float32"):
+        score(np.zeros((2, 3, 4), np.float32), np.zeros((2, 3, 4), int), (1, 1, 1))
+
+
+@pytest.mark.parametrize("tolerance_mm", [-1.0, math.nan, math.inf])
+def test_a_tolerance_that_is_no_distance_is_refused(tolerance_mm: float) -> None:
+    labels = np.zeros((2, 3, 4), int)
+    with pytest.raises(ValueError, match="tolerance_mm"):
+        score(labels, labels, (1, 1, 1), tolerance_mm=tolerance_mm)
+
+
+def test_an_organ_cannot_have_the_ignored_value() -> None:
+    labels = np.zeros((2, 3, 4), int)
+    with pytest.raises(ValueError, match="255"):
+        score_case(labels, labels, {"liver": 255}, (1, 1, 1))
+
+
+def test_summary_means_leave_nan_out_and_count_it() -> None:
+    scores = {
+        "case_1": [
+            OrganScore("liver", 0.9, 1.0, 2.0, 100, 90),
+            OrganScore.missing("spleen", ABSENT),
+        ],
+        "case_2": [
+            OrganScore("liver", 0.5, 0.4, 6.0, 80, 60),
+            OrganScore.missing("spleen", NOT_ANNOTATED, num_predicted=12),
+        ],
+        "case_3": [OrganScore("spleen", 0.1, 0.0, 10.0, 5, 5)],
+    }
+    summary = summarise(scores)
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert [entry["case"] for entry in summary["metric_per_case"]] == ["case_1", "case_2", "case_3"]
+    assert summary["metric_per_case"][1]["metrics"]["spleen"] == {
+        "Dice": None,
+        "NSD": None,
+        "HD95_mm": None,
+        "n_ref": 0,
+        "n_pred": 12,
+        "reason": NOT_ANNOTATED,
+    }
+    assert summary["mean"] == {
+        "liver": {
+            "Dice": pytest.approx(0.7),
+            "NSD": pytest.approx(0.7),
+            "HD95_mm": 4.0,
+            "num_cases": 2,
+            "num_missing": 1,
+        },
+        "spleen": {"Dice": 0.1, "NSD": 0.0, "HD95_mm": 10.0, "num_cases": 1, "num_missing": 2},
+    }
+    assert summary["foreground_mean"] == {
+        "Dice": pytest.approx(0.4),
+        "NSD": pytest.approx(0.35),
+        "HD95_mm": 7.0,
+    }
+
+
+def test_summary_of_organs_without_any_value() -> None:
+    present = OrganScore("liver", 0.8, math.nan, math.nan, 10, 10)
+    summary = summarise({"case": [present, OrganScore.missing("spleen", ABSENT)]})
+    assert summary["mean"]["spleen"]["Dice"] is None
+    assert summary["mean"]["spleen"]["num_missing"] == 1
+    assert summary["foreground_mean"] == {"Dice": 0.8, "NSD": None, "HD95_mm": None}
+
+
+def test_summary_of_nothing() -> None:
+    nothing = {"Dice": None, "NSD": None, "HD95_mm": None}
+    assert summarise({}) == {"metric_per_case": [], "mean": {}, "foreground_mean": nothing}
