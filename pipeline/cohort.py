@@ -175,4 +175,8 @@ def _lazy(unit: Unit, name: str, patch: Patch | None, fill: float) -> da.Array:
         array = unit.array(name)
         return da.from_array(array, chunks=array.chunks, inline_array=True)
     view = _PatchView(unit, name, patch, fill)
-    return da.from_array(view, chunks=patch.shape, inline_array=True, asarray=False)
+    # A random name and a given meta: hashing and probing the view would cost more than reading it.
+    meta = np.empty((0, 0, 0), dtype=view.dtype)
+    return da.from_array(
+        view, chunks=patch.shape, name=False, meta=meta, inline_array=True, asarray=False
+    )

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from pipeline.cache.pool import POOL
 from pipeline.cache.schema import IMAGE, LABEL, features_name, log_odds_name
 from pipeline.cache.store import Receipt, read_receipt
 from pipeline.errors import CacheCorrupt
@@ -69,11 +70,11 @@ class Unit:
             CacheCorrupt: a chunk that fails its checksum.
         """
         array = self.array(name)
-        index: Any = ...
-        if patch is not None:
-            index = (..., *patch.clip(array.shape[-3:])[0])
         try:
-            return np.asarray(array[index])
+            if patch is None:
+                return np.asarray(array[...])
+            inside = patch.clip(array.shape[-3:])[0]
+            return POOL.read(array, (str(self.path), name), inside)
         except (RuntimeError, ValueError, OSError) as error:
             raise CacheCorrupt(
                 f"array {name} cannot be decoded ({error}).",

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pipeline.cache.pool import POOL
 from pipeline.cache.reader import CachedCase
 from pipeline.cohort import compute, lazy_consensus
 from pipeline.config import Config
@@ -58,6 +59,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         num_steps: length of the training.
         seed: of the run.
         rank: of this process.
+        pool_bytes: decoded chunks kept per process; changes speed only.
     """
 
     def __init__(
@@ -76,11 +78,13 @@ class PatchDataset(Dataset[dict[str, Any]]):
         num_steps: int,
         seed: int,
         rank: int = 0,
+        pool_bytes: int = 0,
     ) -> None:
         self.space, self.supervision, self.taps = space, supervision, list(taps)
         self.patch, self.align, self.intensity = patch, align, intensity
         self.sampling, self.augment = sampling, augment
         self.batch_size, self.num_steps, self.seed, self.rank = batch_size, num_steps, seed, rank
+        self.pool_bytes = pool_bytes
         self._by_dataset: dict[str, list[CachedCase]] = {}
         for case in cases:
             self._by_dataset.setdefault(case.name.split("/")[0], []).append(case)
@@ -89,6 +93,8 @@ class PatchDataset(Dataset[dict[str, Any]]):
         return self.num_steps * self.batch_size
 
     def __getitem__(self, item: int) -> dict[str, Any]:
+        if POOL.max_bytes != self.pool_bytes:
+            POOL.resize(self.pool_bytes)
         step, index = divmod(item, self.batch_size)
         rng = np.random.Generator(
             np.random.Philox(np.random.SeedSequence([self.seed, step, self.rank, index]))

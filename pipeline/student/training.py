@@ -113,6 +113,7 @@ def train(
     log: Log,
     device: torch.device,
     workers: int = 0,
+    pool_mb: int = 512,
     checkpoint_minutes: float = 10.0,
     resume: bool = True,
 ) -> Trained:
@@ -129,6 +130,7 @@ def train(
         log: where progress goes.
         device: where to train.
         workers: loader processes; changes speed only.
+        pool_mb: decoded chunks kept in each of them; changes speed only.
         checkpoint_minutes: at most so much work is lost to a kill.
         resume: go on from the newest checkpoint; False refuses if there is one.
 
@@ -157,7 +159,7 @@ def train(
     identity = {"config": config.model_dump(mode="json"), "inputs": dict(inputs)}
     start = _restore(folder, identity, network, optimiser, log=log, resume=resume)
     metrics = Metrics(folder / "metrics.jsonl", keep_until=start)
-    data = _dataset(config, space, cases, network if uses else None)
+    data = _dataset(config, space, cases, network if uses else None, pool_mb)
     loader = _loader(data, start, config, workers)
     keys = list(taps) if uses else []
     scores: dict[str, float | None] = dict(metrics.last_validation)
@@ -215,6 +217,7 @@ def _dataset(
     space: LabelSpace,
     cases: Sequence[CachedCase],
     network: StudentNetwork | None,
+    pool_mb: int,
 ) -> PatchDataset:
     align: Index3 = network.tap_stride if network else (1, 1, 1)
     if any(n % a for n, a in zip(config.patch, align, strict=True)):
@@ -236,6 +239,7 @@ def _dataset(
         batch_size=config.batch_size,
         num_steps=config.steps,
         seed=config.seed,
+        pool_bytes=pool_mb * 1_000_000,
     )
 
 

@@ -77,16 +77,18 @@ def test_is_deterministic_and_leaves_global_random_state_alone() -> None:
 
 
 def test_is_the_same_in_another_process() -> None:
+    spec = small_spec(seed=8)
     code = (
         "import hashlib; from pipeline.data.phantom import *;"
-        f"case = make_case(PhantomSpec.model_validate_json({small_spec(seed=8).model_dump_json()!r}), 2);"
+        f"spec = PhantomSpec.model_validate_json({spec.model_dump_json()!r});"
+        "case = make_case(spec, 2);"
         "print(hashlib.sha256(case.image.array.tobytes() + case.label.array.tobytes()).hexdigest())"
     )
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
-    case = make_case(small_spec(seed=8), 2)
+    case = make_case(spec, 2)
     here = hashlib.sha256(case.image.array.tobytes() + case.label.array.tobytes()).hexdigest()
     assert done.stdout.strip() == here
 
