@@ -64,6 +64,7 @@ def map_labels(
     values: Mapping[str, Sequence[int]],
     ids: Mapping[str, int],
     ignore_values: Sequence[int] = (),
+    background_values: Sequence[int] = (),
     *,
     where: object = None,
 ) -> npt.NDArray[np.uint8]:
@@ -74,16 +75,20 @@ def map_labels(
         values: organ -> the values that mean it in this dataset.
         ids: organ -> id.
         ignore_values: values that mean "unknown": stored as 255.
+        background_values: values of structures that are none of the organs: stored as 0.
         where: named in the error.
 
     Raises:
-        GeometryError: a value that neither `values` nor `ignore_values` names.
+        GeometryError: a value that nothing here names.
     """
     table = np.zeros(int(max(label.max(), 0)) + 1, dtype=np.int16) - 1
     table[0] = 0
-    for value in ignore_values:
+    for value, meaning in [
+        *((v, IGNORE) for v in ignore_values),
+        *((v, 0) for v in background_values),
+    ]:
         if value < table.size:
-            table[value] = IGNORE
+            table[value] = meaning
     for organ, meanings in values.items():
         for value in meanings:
             if value < table.size:
@@ -94,7 +99,8 @@ def map_labels(
         raise GeometryError(
             f"label values {unknown} are not named in the registry.",
             where=where,
-            fix="Name them under the dataset's `annotated`, or list them in `ignore_values`.",
+            fix="Name them under the dataset's `annotated`, or list them in `background_values` "
+            "(other structures) or `ignore_values` (unknown).",
         )
     return np.asarray(out, dtype=np.uint8)
 

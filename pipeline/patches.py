@@ -27,12 +27,18 @@ class Patch:
         return z, y, x
 
     def clip(self, volume: Sequence[int]) -> tuple[Slices3, tuple[tuple[int, int], ...]]:
-        """The part inside a volume as slices, and how much is missing before and after per axis."""
+        """The part inside a volume as slices, and how much is missing before and after per axis.
+
+        Inside and missing add up to the box's shape, also for a box wholly outside.
+        """
         inside, missing = [], []
         for start, length, size in zip(self.start, self.shape, volume, strict=True):
-            low, high = min(max(start, 0), size), max(min(start + length, size), 0)
-            inside.append(slice(low, max(low, high)))
-            missing.append((low - start, start + length - max(low, high)))
+            low = min(max(start, 0), size)
+            high = min(max(start + length, low), size)
+            inside.append(slice(low, high))
+            lacking = length - (high - low)
+            before = min(max(-start, 0), lacking)
+            missing.append((before, lacking - before))
         z, y, x = inside
         return (z, y, x), tuple(missing)
 
@@ -55,13 +61,15 @@ def window_starts(size: int, window: int, overlap: float, align: int = 1) -> lis
     Args:
         size: voxels along the axis.
         window: voxels of a window, at most `size`.
-        overlap: fraction of a window shared with its neighbour, 0 <= overlap < 1.
+        overlap: fraction of a window shared with its neighbour, 0 <= overlap < 1; less where
+            windows `align` voxels apart, the closest there are, do not overlap so much.
         align: every start is a multiple of it; `size - window` must be one too.
 
     Raises:
-        ValueError: a window larger than the axis, or a last window off the alignment.
+        ValueError: a window larger than the axis or smaller than `align`, or a last window off
+            the alignment.
     """
-    if window > size or (size - window) % align:
+    if not align <= window <= size or (size - window) % align:
         raise ValueError(f"window {window} does not fit {size} voxels aligned to {align}")
     step = max(align, int(window * (1 - overlap)) // align * align)
     starts = list(range(0, size - window, step))
@@ -95,8 +103,8 @@ def patch_at(
     starts = []
     for c, n, size, a in zip(centre, patch, volume, align, strict=True):
         last = max(0, -(-(size - n) // a) * a)
-        start = min(max(0, c - n // 2), last)
-        starts.append(start // a * a)
+        nearest = (c - n // 2 + a // 2) // a * a
+        starts.append(min(max(0, nearest), last))
     z, y, x = starts
     d, h, w = patch
     return Patch((z, y, x), (d, h, w))

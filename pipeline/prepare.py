@@ -23,6 +23,7 @@ from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
 from pipeline.errors import CacheError, GeometryError
 from pipeline.labels import map_labels
+from pipeline.volume import Volume
 
 GEOMETRY_TOLERANCE_MM = 0.1
 
@@ -84,14 +85,8 @@ def prepare_case(
     entry = registry.datasets[source.dataset]
     ids = {organ: registry.organs[organ] for organ in entry.annotated}
     grid = image.volume.grid.with_spacing(spacing_mm)
-    mapped = map_labels(
-        label.volume.array,
-        entry.annotated,
-        ids,
-        entry.ignore_values,
-        where=f"{source.name}, {source.label}",
-    )
-    stored_label = resample(type(label.volume)(mapped, image.volume.grid), grid, order=0).array
+    mapped = Volume(organ_labels(registry, source, label), image.volume.grid)
+    stored_label = resample(mapped, grid, order=0).array
     counts = {organ: int(np.count_nonzero(stored_label == ids[organ])) for organ in ids}
     receipt = write_unit(
         path,
@@ -113,6 +108,25 @@ def prepare_case(
         seconds=time.monotonic() - began,
     )
     return indexed, receipt.num_bytes
+
+
+def organ_labels(
+    registry: Registry, source: CaseFiles, label: NiftiVolume
+) -> npt.NDArray[np.uint8]:
+    """A dataset's own label map -> organ ids (D, H, W), 0 background, 255 ignore.
+
+    Raises:
+        GeometryError: a value that the registry does not name.
+    """
+    entry = registry.datasets[source.dataset]
+    return map_labels(
+        label.volume.array,
+        entry.annotated,
+        {organ: registry.organs[organ] for organ in entry.annotated},
+        entry.ignore_values,
+        entry.background_values,
+        where=f"{source.name}, {source.label}",
+    )
 
 
 def check_same_grid(image: NiftiVolume, label: NiftiVolume, name: str) -> None:
@@ -171,6 +185,7 @@ def _identify(
         values=entry.annotated,
         ids=registry.organs,
         ignore_values=entry.ignore_values,
+        background_values=entry.background_values,
         spacing_mm=spacing_mm,
         storage=storage,
     )

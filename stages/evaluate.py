@@ -14,10 +14,9 @@ from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError, GeometryError, PipelineError
-from pipeline.labels import map_labels
 from pipeline.log import Log, print_table
 from pipeline.metrics import NOT_ANNOTATED, OrganScore, score_case, summarise
-from pipeline.prepare import check_same_grid
+from pipeline.prepare import check_same_grid, organ_labels
 from stages.report import StageReport
 
 _METRICS = ("Dice", "NSD", "HD95_mm")
@@ -121,13 +120,7 @@ def _score(
     predicted, reference = read_label(path), read_label(case.label)
     check_same_grid(reference, predicted, case.name)
     ids = {organ: registry.organs[organ] for organ in entry.annotated}
-    truth = map_labels(
-        reference.volume.array,
-        entry.annotated,
-        ids,
-        entry.ignore_values,
-        where=f"{case.name}, {case.label}",
-    )
+    truth = organ_labels(registry, case, reference)
     found = score_case(
         predicted.volume.array,
         truth,

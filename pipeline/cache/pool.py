@@ -60,7 +60,7 @@ class ChunkPool:
                 slice(a - s.start, b - s.start) for a, b, s in zip(low, high, inside, strict=True)
             )
             here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
-            out[(..., *there)] = chunk[(..., *here)]
+            _at(out, there)[...] = _at(chunk, here)
         return out
 
     def _get(self, key: tuple[Any, ...], load: Callable[[], _Chunk]) -> _Chunk:
@@ -84,6 +84,12 @@ class ChunkPool:
 def _read(array: zarr.Array[Any], box: tuple[slice, ...]) -> _Chunk:
     index: Any = (..., *box)
     return np.asarray(array[index])
+
+
+def _at(chunk: _Chunk, box: tuple[slice, ...]) -> _Chunk:
+    index: Any = (..., *box)
+    view: _Chunk = chunk[index]
+    return view
 
 
 POOL = ChunkPool()

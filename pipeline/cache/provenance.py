@@ -21,6 +21,7 @@ def case_inputs(
     values: Mapping[str, Sequence[int]],
     ids: Mapping[str, int],
     ignore_values: Sequence[int],
+    background_values: Sequence[int],
     spacing_mm: Sequence[float],
     storage: StorageConfig,
 ) -> Inputs:
@@ -32,6 +33,7 @@ def case_inputs(
         "label_values": {organ: sorted(v) for organ, v in values.items()},
         "organ_ids": {organ: ids[organ] for organ in values},
         "ignore_values": sorted(ignore_values),
+        "background_values": sorted(background_values),
         "grid": {"spacing_mm": list(spacing_mm), "orientation": "RAS"},
         "resampling": {"image": "linear", "label": "nearest"},
         "storage": storage.model_dump(mode="json"),

@@ -202,14 +202,24 @@ def clean_temporaries(folder: Path) -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically."""
+    """Writes a JSON file atomically; one that says the same already is left alone."""
+    text = json.dumps(value, indent=1)
+    if _reads(path, text):
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        _write_synced(temporary, json.dumps(value, indent=1))
+        _write_synced(temporary, text)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _reads(path: Path, text: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") == text
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _temporary_name(name: str) -> str:

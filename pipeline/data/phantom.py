@@ -27,7 +27,7 @@ from pipeline.volume import Grid, Volume
 
 ORGANS: Final = ("liver", "spleen", "kidneys", "pancreas")
 
-_FORMAT_VERSION: Final = 1  # raise it whenever the numbers of a case change
+_FORMAT_VERSION: Final = 2  # raise it whenever the numbers of a case change
 _FIELD_OF_VIEW_MM: Final = (288.0, 336.0, 384.0)
 _ORIENTATIONS: Final = ("LPS", "RAS", "LAS", "PIR", "RPS", "LPI", "ASL", "RAI")
 _MARKER: Final = "phantom.json"
@@ -90,6 +90,7 @@ class _Scanner:
 
     noise_hu: float
     grain_mm: float
+    sharpness: float
     blur_mm: float
     offset_hu: float
     gain: float
@@ -111,15 +112,16 @@ def _scanner(spec: PhantomSpec) -> _Scanner:
     neighbouring seeds differ.
     """
     rng = _rng(spec.seed, 0)
-    move = spec.shift * rng.uniform(0.5, 1, 12) * rng.choice([-1, 1], 12)
+    move = spec.shift * rng.uniform(0.5, 1, 13) * rng.choice([-1, 1], 13)
     mixed = (1 - spec.shift) ** 3
     phases = np.full(len(PHASES), mixed / len(PHASES))
     phases[spec.seed % len(PHASES)] += 1 - mixed
     contents = np.array([0.28, 0.27, 0.2, 0.15, 0.1])
     contents += spec.shift * (rng.dirichlet(np.full(len(contents), 0.5)) - contents)
     return _Scanner(
-        noise_hu=float(14 * 4.0 ** move[0]),
+        noise_hu=float(14 * 5.0 ** move[0]),
         grain_mm=float(3.5 * 2.0 ** move[1]),
+        sharpness=float(max(1.8 * move[12], -0.6)),
         blur_mm=float(2.4 * 2.5 ** move[2]),
         offset_hu=float(35 * move[3]),
         gain=float(1 + 0.3 * move[4]),
@@ -211,7 +213,8 @@ def _draw_grid(spec: PhantomSpec, scanner: _Scanner, index: int, rng: Rng) -> Gr
     """Anisotropic, somewhere in the scanner's room, every third case turned (oblique)."""
     size = np.asarray(_FIELD_OF_VIEW_MM) * scanner.field_of_view * rng.uniform(0.96, 1.04, 3)
     plane = rng.uniform(1.02, 1.25)
-    factor = np.array([scanner.slices * rng.uniform(0.85, 1.1), plane, plane])
+    slices = min(scanner.slices * rng.uniform(0.85, 1.1), 0.9 * plane)
+    factor = np.array([slices, plane, plane])
     centre = np.array([scanner.centre_z_mm + rng.uniform(-14, 14), *rng.uniform(-6, 6, 2)])
     cut = rng.random()
     if cut < 0.3:  # the scan ends within the liver, or within the kidneys
@@ -291,7 +294,7 @@ def _smooth_noise(grid: Grid, rng: Rng, cell_mm: float) -> FloatField:
 def _scan(
     hu: FloatField, spacing_mm: npt.NDArray[np.float64], scanner: _Scanner, rng: Rng
 ) -> npt.NDArray[np.int16]:
-    """Point spread, grainy noise (more of it in the middle of the body), offset, quantisation."""
+    """Point spread, noise (more in the middle of the body), kernel, offset, quantisation."""
     blur = scanner.blur_mm * rng.uniform(0.85, 1.15)
     image = ndimage.gaussian_filter(hu, blur / spacing_mm * (1.2, 1, 1))
     white = rng.standard_normal(hu.shape, dtype=np.float32)
@@ -300,6 +303,9 @@ def _scan(
     depth = ndimage.gaussian_filter((image > -500).astype(np.float32), 30 / spacing_mm)
     level = scanner.noise_hu * rng.uniform(0.75, 1.3)
     image += level * (0.35 + 0.75 * depth) * grain
+    image += np.float32(scanner.sharpness) * (
+        image - ndimage.gaussian_filter(image, 7.0 / spacing_mm)
+    )
     offset = np.float32(scanner.offset_hu + rng.normal(0, 4))
     image = np.where(image > -300, image * np.float32(scanner.gain) + offset, image)
     return np.asarray(np.clip(np.rint(image), -1024, 3071), dtype=np.int16)

@@ -103,6 +103,9 @@ class DatasetEntry(Config):
     ignore_values: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(), description="label values that mean unknown; such voxels teach nothing"
     )
+    background_values: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="label values of structures that are none of the organs"
+    )
     split: SplitEntry = Field(default_factory=SplitEntry)
     phantom: PhantomSpec | None = Field(
         default=None, description="if given, `pipeline phantom` generates the files"
@@ -255,8 +258,8 @@ def _check_values(
 ) -> list[Problem]:
     problems: list[Problem] = []
     owner: dict[str, str] = {}
-    ignored = entry.get("ignore_values")
-    meanings = {**annotated, "ignore_values": ignored if ignored is not None else []}
+    others = {key: entry.get(key) or [] for key in ("ignore_values", "background_values")}
+    meanings = {**annotated, **others}
     for organ, values in meanings.items():
         where = ("annotated", organ) if organ in annotated else (organ,)
         for value in values if isinstance(values, list) else [values]:

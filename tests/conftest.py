@@ -1,0 +1,37 @@
+"""The tiny cohort as fixtures; `tests/tiny.py` says what is in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.register_assert_rewrite("tests.stages.stage_contract")
+
+from tests.tiny import build_cohort, copy_cohort, fill_cache  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def built_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one original, never to be changed; use `tiny_registry`."""
+    return build_cohort(tmp_path_factory.mktemp("tiny") / "cohort")
+
+
+@pytest.fixture(scope="session")
+def built_cache(built_cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one original with a filled cache; tests that only read may use it as it is."""
+    registry = copy_cohort(built_cohort, tmp_path_factory.mktemp("tiny") / "cached")
+    fill_cache(registry)
+    return registry
+
+
+@pytest.fixture
+def tiny_registry(built_cohort: Path, tmp_path: Path) -> Path:
+    """A fresh copy of the cohort, nothing cached."""
+    return copy_cohort(built_cohort, tmp_path / "cohort")
+
+
+@pytest.fixture
+def tiny_cached(built_cache: Path, tmp_path: Path) -> Path:
+    """A fresh copy of the cohort and of its filled work folder."""
+    return copy_cohort(built_cache, tmp_path / "cached")

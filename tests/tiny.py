@@ -1,0 +1,169 @@
+"""A tiny cohort for tests: made once per session, copied for each test that wants one.
+
+The fixtures are in `tests/conftest.py`:
+
+    tiny_registry   path of a fresh `data_registry.yaml` with its own data and teachers; nothing
+                    is cached yet. Damage what you like.
+    tiny_cached     the same, with `work_of(path)` filled by `cache-teachers` (`cache_config()`).
+
+The folder of a registry holds
+    data_registry.yaml
+    data/liver-ct, data/spleen-ct   one organ each; case_000 .. case_002: two train, one validates
+    data/multi-ct                   both organs; case_000 validates, case_001 and case_002 test
+    teachers/liver.pt, spleen.pt    two-channel UNets with seeded random weights, one tap
+    work                            the work folder, by agreement
+The student grid is 12 mm; volumes have about 24 x 28 x 32 voxels.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pipeline.data.phantom import PhantomSpec, write_dataset
+from pipeline.data.registry import load_registry
+from pipeline.intensity import Intensity
+from pipeline.log import Log
+from pipeline.network import NetworkConfig, build_network
+from pipeline.teachers.checkpoint import TeacherRecord, save_teacher
+from stages import cache_teachers
+
+ORGANS = ("liver", "spleen")
+SHAPE = (24, 28, 32)
+GRID_MM = (12.0, 12.0, 12.0)
+WINDOW = (16, 16, 16)
+TAP = "model.1.submodule.0"
+NETWORK = NetworkConfig(
+    name="UNet",
+    args={"channels": [4, 8, 8], "strides": [2, 2], "num_res_units": 0, "norm": "instance"},
+)
+
+
+def cache_config(**changes: Any) -> cache_teachers.CacheTeachersConfig:
+    """Stage one with windows that fit the tiny volumes."""
+    values: dict[str, Any] = {"window": {"shape": WINDOW, "overlap": 0.25}}
+    return cache_teachers.CacheTeachersConfig.model_validate(values | changes)
+
+
+def training_settings(**changes: Any) -> dict[str, Any]:
+    """Values of a `TrainingConfig` that takes well under a second: four steps of a small net."""
+    values: dict[str, Any] = {
+        "network": NETWORK.model_dump(),
+        "patch": list(WINDOW),
+        "batch_size": 1,
+        "steps": 4,
+    }
+    return values | changes
+
+
+def work_of(registry: Path) -> Path:
+    """The work folder that belongs to a copy."""
+    return registry.parent / "work"
+
+
+def change_registry(registry: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Applies a change to the registry's data and writes it back."""
+    data = yaml.safe_load(registry.read_text(encoding="utf-8"))
+    change(data)
+    registry.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    return registry
+
+
+def copy_cohort(source: Path, folder: Path) -> Path:
+    """A copy of everything beside a registry; returns the registry of the copy."""
+    shutil.copytree(source.parent, folder)
+    return folder / source.name
+
+
+def build_cohort(folder: Path) -> Path:
+    """Generates data, teachers and registry; returns the registry's path."""
+    for seed, (name, organs) in enumerate(_datasets().items()):
+        spec = PhantomSpec(num_cases=3, seed=seed + 1, annotated=organs, shape=SHAPE)
+        write_dataset(folder / "data" / name, spec)
+    for seed, organ in enumerate(ORGANS):
+        write_teacher(folder / "teachers" / f"{organ}.pt", organ, seed=seed)
+    registry = folder / "data_registry.yaml"
+    registry.write_text(yaml.safe_dump(registry_data(), sort_keys=False), encoding="utf-8")
+    return registry
+
+
+def fill_cache(registry: Path) -> None:
+    """Runs stage one over a copy."""
+    report = cache_teachers.run(
+        cache_config(),
+        load_registry(registry),
+        work_of(registry),
+        log=Log(quiet=True),
+        device="cpu",
+        window_batch=8,
+        tables=False,
+    )
+    assert not report.failed, report.failed
+
+
+def write_teacher(path: Path, organ: str, *, seed: int, **changes: Any) -> None:
+    """A teacher file with seeded random weights; `changes` are fields of its `TeacherRecord`."""
+    values: dict[str, Any] = {
+        "network": NETWORK,
+        "num_channels": 2,
+        "channels": {organ: (1,)},
+        "spacing_mm": GRID_MM,
+        "intensity": Intensity(),
+        "validation_dice": {organ: None},
+        "num_validation_cases": 0,
+        "trained_on": f"{organ}-ct",
+        "trained_on_cases": (),
+        "training_digest": f"seed {seed}",
+    }
+    record = TeacherRecord.model_validate(values | changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = build_network(record.network, in_channels=1, out_channels=record.num_channels)
+    save_teacher(path, record, network.state_dict())
+
+
+def registry_data() -> dict[str, Any]:
+    """What the registry says, as plain data."""
+    datasets: dict[str, Any] = {}
+    for name, organs in _datasets().items():
+        datasets[name] = {
+            "root": f"data/{name}",
+            "images": "images/{case}.nii.gz",
+            "labels": "labels/{case}.nii.gz",
+            "annotated": {organ: number + 1 for number, organ in enumerate(organs)},
+            "split": {"validation": 0.2, "test": 0.0, "seed": 0},
+        }
+    datasets["multi-ct"]["split"] = {
+        "train": [],
+        "validation": ["case_000"],
+        "test": ["case_001", "case_002"],
+    }
+    return {
+        "schema_version": 1,
+        "organs": {organ: number + 1 for number, organ in enumerate(ORGANS)},
+        "grid": {"spacing_mm": list(GRID_MM), "orientation": "RAS"},
+        "datasets": datasets,
+        "teachers": {organ: teacher_data(organ) for organ in ORGANS},
+    }
+
+
+def teacher_data(organ: str, **changes: Any) -> dict[str, Any]:
+    """A registry entry for a teacher that `write_teacher` wrote."""
+    values: dict[str, Any] = {
+        "kind": "checkpoint",
+        "weights": f"teachers/{organ}.pt",
+        "organs": {organ: 1},
+        "num_channels": 2,
+        "taps": [TAP],
+        "trained_on": f"{organ}-ct",
+    }
+    return values | changes
+
+
+def _datasets() -> Mapping[str, tuple[str, ...]]:
+    return {"liver-ct": ("liver",), "spleen-ct": ("spleen",), "multi-ct": ORGANS}
