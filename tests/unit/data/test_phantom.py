@@ -130,10 +130,10 @@ def test_refused_specs(change: dict[str, object]) -> None:
 
 
 def test_the_shift_is_the_datasets_own() -> None:
-    scanners = {s: phantom._scanner(small_spec(seed=s, shift=0.7)) for s in range(4)}
+    scanners = {s: phantom.case._scanner(small_spec(seed=s, shift=0.7)) for s in range(4)}
     assert len(set(scanners.values())) == 4
-    assert scanners[2] == phantom._scanner(small_spec(seed=2, shift=0.7, num_cases=9))
-    assert len({phantom._scanner(small_spec(seed=s)) for s in range(4)}) == 1
+    assert scanners[2] == phantom.case._scanner(small_spec(seed=2, shift=0.7, num_cases=9))
+    assert len({phantom.case._scanner(small_spec(seed=s)) for s in range(4)}) == 1
 
 
 # --- the anatomy --------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def test_another_spec_is_refused(tmp_path: Path, change: dict[str, object]) -> N
 def test_another_format_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = small_spec(num_cases=1, shape=(16, 16, 16))
     write(tmp_path, spec)
-    monkeypatch.setattr(phantom, "_FORMAT_VERSION", phantom._FORMAT_VERSION + 1)
+    monkeypatch.setattr(phantom.files, "FORMAT_VERSION", phantom.case.FORMAT_VERSION + 1)
     with pytest.raises(RegistryError, match="format version"):
         write(tmp_path, spec)
 
