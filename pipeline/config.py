@@ -46,10 +46,17 @@ class Document:
     problems: tuple[Problem, ...] = field(default=())
 
     def line_of(self, location: Sequence[str | int]) -> int:
-        """The line of a value, or of its nearest parent that is in the file (first line: 1)."""
-        here = tuple(location)
-        while here and here not in self.lines:
-            here = here[:-1]
+        """The line of a value, or of its nearest parent that is in the file (first line: 1).
+
+        Parts that are not in the file are passed over: missing keys, and what pydantic adds to
+        name a member of a union.
+        """
+        here: Location = ()
+        for part in location:
+            for there in ((*here, part), (*here, str(part))):
+                if there in self.lines:
+                    here = there
+                    break
         return self.lines.get(here, 1)
 
 
@@ -63,19 +70,23 @@ def read_yaml(path: Path, *, error: type[PipelineError] = ConfigError) -> Docume
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         raise error(f"cannot be read ({problem}).", where=path, fix="Check the path.") from problem
+    lines: dict[Location, int] = {}
+    problems: list[Problem] = []
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
-    except yaml.YAMLError as problem:
+        if root is not None:
+            _walk(root, (), lines, problems)
+    except RecursionError as problem:
+        fix = "Write the values out instead."
+        raise error("a value contains itself (&, *).", where=path, fix=fix) from problem
+    # ValueError: what looks like a date and is none, such as 2020-99-99.
+    except (yaml.YAMLError, ValueError) as problem:
         mark = getattr(problem, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         what = getattr(problem, "problem", None) or str(problem)
         fix = "Check indentation, quotes and colons on that line."
         raise error(f"not valid YAML: {what}.", where=f"{path}{line}", fix=fix) from problem
-    lines: dict[Location, int] = {}
-    problems: list[Problem] = []
-    if root is not None:
-        _walk(root, (), lines, problems)
     return Document(path, {} if data is None else data, lines, tuple(problems))
 
 

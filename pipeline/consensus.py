@@ -82,8 +82,10 @@ def labels_win(
     if not annotated:
         return log_odds
     whole = log_odds.rechunk({0: -1}) if len(log_odds.chunks[0]) > 1 else log_odds
+    # map_blocks pairs blocks by number: unlike chunks would be paired wrongly, without an error.
+    label = classes.rechunk(whole.chunks[1:])
     corrected: da.Array = da.map_blocks(
-        _correct_block, whole, classes[None], tuple(annotated), confidence, dtype="float32"
+        _correct_block, whole, label[None], tuple(annotated), confidence, dtype="float32"
     )
     return corrected
 

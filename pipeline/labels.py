@@ -81,17 +81,19 @@ def map_labels(
     Raises:
         GeometryError: a value that nothing here names.
     """
-    table = np.zeros(int(max(label.max(), 0)) + 1, dtype=np.int16) - 1
+    low, high = min(int(label.min()), 0), max(int(label.max()), 0)
+    # Room for negative values too: they index from the end, where every entry says unknown.
+    table = np.full(high - low + 1, -1, dtype=np.int16)
     table[0] = 0
     for value, meaning in [
         *((v, IGNORE) for v in ignore_values),
         *((v, 0) for v in background_values),
     ]:
-        if value < table.size:
+        if value <= high:
             table[value] = meaning
     for organ, meanings in values.items():
         for value in meanings:
-            if value < table.size:
+            if value <= high:
                 table[value] = ids[organ]
     out = table[label]
     if out.min() < 0:
@@ -139,7 +141,7 @@ def log_odds(
             where=where,
             fix="Correct the teacher's `organs` in the registry (channels count from 0).",
         )
-    ours = list(channels)
+    ours = sorted(set(channels))
     if activation == "sigmoid":
         if len(ours) == 1:
             return np.asarray(logits[ours[0]], dtype=np.float32)

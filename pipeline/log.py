@@ -7,6 +7,7 @@ Machines: one JSON object per line in `events.jsonl`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -52,10 +53,17 @@ class Log:
         self.event("warning", text=text)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Appends one JSON line with the time (seconds since the epoch) and the kind."""
+        """Appends one JSON line with the time (seconds since the epoch) and the kind.
+
+        NaN and infinity, which JSON does not know, are written as null.
+        """
         if self.events is None:
             return
-        record = {"time": round(time.time(), 3), "event": kind, **fields}
+        known = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in fields.items()
+        }
+        record = {"time": round(time.time(), 3), "event": kind, **known}
         self.events.parent.mkdir(parents=True, exist_ok=True)
         with self.events.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, default=str) + "\n")

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from pipeline.cache.index import IndexedCase, case_path
 from pipeline.cache.provenance import case_inputs
 from pipeline.cache.reader import Unit
+from pipeline.cache.receipt import read_receipt
 from pipeline.cache.schema import StorageConfig, image_spec, label_spec
-from pipeline.cache.store import read_receipt, write_unit
+from pipeline.cache.store import write_unit
 from pipeline.config import digest, file_sha256
 from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import NiftiVolume, read_image, read_label

@@ -17,7 +17,7 @@ from pipeline.cache.index import (
     unit_digest,
     unit_path,
 )
-from pipeline.cache.store import read_receipt
+from pipeline.cache.receipt import read_receipt
 from pipeline.config import file_sha256
 from pipeline.data.files import CaseFiles
 from pipeline.data.registry import Registry
@@ -71,7 +71,7 @@ def status(registry: Registry, work: Path) -> Status:
     units: dict[tuple[str, str, str], State] = {}
     teachers = {name: _teacher(registry, work, name) for name in registry.teachers}
     for dataset in registry.datasets:
-        files = registry.cases(dataset)
+        files = {source.case: source for source in registry.cases(dataset)}
         try:
             entries = read_dataset_index(work, dataset, registry.dataset_key(dataset))
         except CacheStale:
@@ -81,14 +81,13 @@ def status(registry: Registry, work: Path) -> Status:
         else:
             absent = "missing"
         indexed = {entry.case: entry for entry in entries}
-        for source in files:
-            entry = indexed.get(source.case)
-            key = (dataset, "cases", source.case)
+        # Where the raw CTs are not, the index says which cases there are.
+        for case in files or indexed:
+            entry, source = indexed.get(case), files.get(case)
             current = entry is not None and _same_image(entry, source)
-            units[key] = _state_of_case(work, entry, absent, current)
+            units[dataset, "cases", case] = _state_of_case(work, entry, source, absent, current)
             for name, teacher in teachers.items():
-                unit = (dataset, name, source.case)
-                units[unit] = _state_of_unit(work, teacher, entry, current)
+                units[dataset, name, case] = _state_of_unit(work, teacher, entry, current)
     return Status(units, _runs(work))
 
 
@@ -116,15 +115,25 @@ def _teacher(registry: Registry, work: Path, name: str) -> IndexedTeacher | Stat
     return indexed
 
 
-def _same_image(entry: IndexedCase, source: CaseFiles) -> bool:
+def _same_image(entry: IndexedCase, source: CaseFiles | None) -> bool:
     """An image that is not here (stage two's machine) cannot have made the cache stale."""
-    return not source.image.is_file() or file_sha256(source.image) == entry.image_sha256
+    if source is None or not source.image.is_file():
+        return True
+    return file_sha256(source.image) == entry.image_sha256
 
 
-def _state_of_case(work: Path, entry: IndexedCase | None, absent: State, current: bool) -> State:
+def _state_of_case(
+    work: Path, entry: IndexedCase | None, source: CaseFiles | None, absent: State, current: bool
+) -> State:
+    """A case also holds its label, which the teachers' units do not depend on."""
     if entry is None:
         return absent
-    return _receipt_state(case_path(work, entry), entry.digest) if current else "stale"
+    path = case_path(work, entry)
+    state = _receipt_state(path, entry.digest) if current else "stale"
+    if state == "done" and source is not None and source.label.is_file():
+        made_from = read_receipt(path).inputs["label_sha256"]
+        return "done" if file_sha256(source.label) == made_from else "stale"
+    return state
 
 
 def _state_of_unit(

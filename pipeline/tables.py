@@ -17,13 +17,16 @@ from pipeline.log import print_table
 _MOST_ROWS = 60
 
 
-def region_rows(registry: Registry, work: Path) -> list[dict[str, Any]]:
-    """Per case, the size of each region in ml: labels win, margin 0."""
+def region_rows(
+    registry: Registry, work: Path, datasets: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Per case, the size of each region in ml: labels win, margin 0. `datasets`: None for all."""
     if not registry.teachers:
         return []
     space = registry.label_space
     rows = []
-    for case in open_cohort(work, registry, teachers=list(registry.teachers)).cases:
+    cohort = open_cohort(work, registry, teachers=list(registry.teachers), datasets=datasets)
+    for case in cohort.cases:
         regions, known = lazy_consensus(case, space)
         names = [space.organs[k] for k in known]
         (sizes,) = compute(dict(region_voxels(regions, names)))
@@ -33,7 +36,9 @@ def region_rows(registry: Registry, work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def teacher_rows(registry: Registry, work: Path, *, flag_below: float) -> list[dict[str, Any]]:
+def teacher_rows(
+    registry: Registry, work: Path, datasets: Sequence[str] | None = None, *, flag_below: float
+) -> list[dict[str, Any]]:
     """Each teacher against the labels, read back from the cache.
 
     Dice of {log-odds > 0} and the label, on the student grid, over the cases that annotate the
@@ -42,8 +47,12 @@ def teacher_rows(registry: Registry, work: Path, *, flag_below: float) -> list[d
     rows = []
     for teacher, entry in registry.teachers.items():
         for organ in entry.organs:
-            datasets = [d for d, e in registry.datasets.items() if organ in e.annotated]
-            for dataset in datasets:
+            chosen_datasets = [
+                d
+                for d, e in registry.datasets.items()
+                if organ in e.annotated and (datasets is None or d in datasets)
+            ]
+            for dataset in chosen_datasets:
                 cohort = open_cohort(work, registry, teachers=[teacher], datasets=[dataset])
                 cases = [c for c in cohort.cases if teacher in c.teachers]
                 chosen = [c for c in cases if c.split == "validation"] or cases

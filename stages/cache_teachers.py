@@ -7,43 +7,34 @@ and features -> student grid -> teachers/. Receipts last; what has one is skippe
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from pydantic import Field
 
 from pipeline.cache.index import (
     IndexedCase,
-    IndexedTeacher,
     case_path,
+    read_dataset_index,
+    unit_digest,
     unit_path,
     write_dataset_index,
     write_teacher_index,
 )
-from pipeline.cache.provenance import teacher_inputs, unit_inputs
-from pipeline.cache.schema import StorageConfig, features_spec, log_odds_spec
-from pipeline.cache.store import (
-    clean_temporaries,
-    prepare_work_folder,
-    read_receipt,
-    write_json,
-    write_unit,
-)
-from pipeline.config import Config, digest, file_sha256
+from pipeline.cache.receipt import read_receipt
+from pipeline.cache.schema import StorageConfig
+from pipeline.cache.store import clean_temporaries, prepare_work_folder, write_json
+from pipeline.config import Config
 from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
-from pipeline.data.resample import resample
-from pipeline.errors import CacheError, PipelineError, RegistryError
-from pipeline.log import Log
-from pipeline.network import pick_device
-from pipeline.prepare import centres, organ_voxels, prepare_case
+from pipeline.errors import CacheError, CacheStale, PipelineError, RegistryError
+from pipeline.log import Advance, Log
+from pipeline.prepare import organ_voxels, prepare_case
 from pipeline.tables import print_tables, region_rows, teacher_rows
-from pipeline.teachers.load import load_teacher
 from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.teachers.teacher import Teacher, organ_log_odds
+from pipeline.units import LoadedTeacher, cache_unit, open_teacher
 from pipeline.volume import Volume
 from stages.report import StageReport
 
@@ -56,14 +47,6 @@ class CacheTeachersConfig(Config):
     storage: StorageConfig = Field(default_factory=StorageConfig)
     centres_per_organ: int = Field(default=256, ge=1)
     flag_dice_below: float = Field(default=0.5, ge=0, le=1)
-
-
-@dataclass(frozen=True)
-class LoadedTeacher:
-    """A teacher in memory, and the digest that its units are stored under."""
-
-    teacher: Teacher
-    indexed: IndexedTeacher
 
 
 def run(
@@ -101,63 +84,70 @@ def run(
         if removed:
             log.info(f"removed {removed} unfinished units of a run that was killed")
     teachers = {
-        name: _load(name, registry, config, device=device, window_batch=window_batch)
+        name: open_teacher(
+            name,
+            registry,
+            window=config.window,
+            storage=config.storage,
+            device=device,
+            window_batch=window_batch,
+        )
         for name in registry.teachers
     }
     files = [c for d in registry.datasets for c in registry.cases(d) if c.split in config.splits]
     log.info(f"{len(files)} cases, {len(teachers)} teachers -> {work}")
     indexed = _prepare_cases(config, registry, work, files, report, log=log, dry_run=dry_run)
-    _check_organs(registry, work, indexed, report)
     if not dry_run:
-        _write_index(registry, work, indexed, teachers)
-    jobs = [(case, source) for case, source in indexed if _usable(case, report)]
+        _check_organs(registry, work, indexed, report)
+        _write_index(config, registry, work, indexed, teachers, _usable_datasets(registry, report))
+    usable = _usable_datasets(registry, report)
+    jobs = [(case, source) for case, source in indexed if case.dataset in usable]
     with log.progress("teachers", len(jobs) * len(teachers)) as advance:
         for case, source in jobs:
-            native: Volume | None = None
-            for name, loaded in teachers.items():
-                unit = f"{name} x {case.name}"
-                path = unit_path(work, loaded.indexed, case)
-                if _exists(path, log):
-                    report.skipped.append(unit)
-                elif dry_run:
-                    report.done.append(unit)
-                else:
-                    try:
-                        native = native or _read_again(source, case)
-                        _cache_unit(config, registry, loaded, native, case, path, report)
-                        log.event("unit", unit=unit, path=str(path))
-                    except PipelineError as error:
-                        _fail(report, log, unit, error)
-                advance(case.name)
+            _run_teachers(
+                config, registry, work, teachers, case, source, report,
+                log=log, advance=advance, dry_run=dry_run,
+            )  # fmt: skip
     report.seconds = time.monotonic() - began
     if not dry_run:
-        _tell(config, registry, work, teachers, report, show=tables)
+        _tell(config, registry, work, usable, report, show=tables)
     return report
 
 
-def _load(
-    name: str, registry: Registry, config: CacheTeachersConfig, *, device: str, window_batch: int
-) -> LoadedTeacher:
-    entry = registry.teachers[name]
-    weights = registry.resolve(entry.weights)
-    teacher = load_teacher(
-        name,
-        entry,
-        weights,
-        window=config.window,
-        batch_size=window_batch,
-        device=pick_device(device),
-    )
-    inputs = teacher_inputs(
-        weights_sha256=file_sha256(weights),
-        description=teacher.describe(),
-        organs=entry.organs,
-        activation=entry.activation,
-        spacing_mm=registry.grid.spacing_mm,
-        storage=config.storage,
-    )
-    indexed = IndexedTeacher(name, digest(inputs), tuple(entry.organs), entry.taps, dict(inputs))
-    return LoadedTeacher(teacher, indexed)
+def _run_teachers(
+    config: CacheTeachersConfig,
+    registry: Registry,
+    work: Path,
+    teachers: Mapping[str, LoadedTeacher],
+    case: IndexedCase,
+    source: CaseFiles,
+    report: StageReport,
+    *,
+    log: Log,
+    advance: Advance,
+    dry_run: bool,
+) -> None:
+    """All teachers on one case, whose CT is read once, and only if something is missing."""
+    native: Volume | None = None
+    for name, loaded in teachers.items():
+        unit = f"{name} x {case.name}"
+        path = unit_path(work, loaded.indexed, case)
+        if _exists(path, unit_digest(loaded.indexed, case), log):
+            report.skipped.append(unit)
+        elif dry_run:
+            report.done.append(unit)
+        else:
+            try:
+                native = native or _read_again(source, case)
+                report.num_bytes += cache_unit(
+                    registry, loaded, native, case, path,
+                    storage=config.storage, num_centres=config.centres_per_organ,
+                )  # fmt: skip
+                report.done.append(unit)
+                log.event("unit", unit=unit, path=str(path))
+            except Exception as error:
+                _fail(report, log, unit, error)
+        advance(case.name)
 
 
 def _prepare_cases(
@@ -188,7 +178,7 @@ def _prepare_cases(
                 prepared.append((indexed, source))
                 (report.skipped if wrote is None else report.done).append(indexed.name)
                 report.num_bytes += wrote or 0
-            except PipelineError as error:
+            except Exception as error:
                 _fail(report, log, source.name, error)
             advance(source.name)
     return prepared
@@ -217,25 +207,34 @@ def _check_organs(
 
 
 def _write_index(
+    config: CacheTeachersConfig,
     registry: Registry,
     work: Path,
     indexed: Sequence[tuple[IndexedCase, CaseFiles]],
     teachers: Mapping[str, LoadedTeacher],
+    datasets: Sequence[str],
 ) -> None:
-    for dataset in registry.datasets:
+    """Cases of splits that this run leaves out stay as an earlier run saw them."""
+    for dataset in datasets:
+        key = registry.dataset_key(dataset)
+        left_out = {c.case for c in registry.cases(dataset) if c.split not in config.splits}
+        try:
+            earlier = [c for c in read_dataset_index(work, dataset, key) if c.case in left_out]
+        except CacheStale:
+            earlier = []
         cases = [case for case, _ in indexed if case.dataset == dataset]
-        write_dataset_index(work, dataset, registry.dataset_key(dataset), cases)
+        write_dataset_index(work, dataset, key, [*cases, *earlier])
     for name, loaded in teachers.items():
         write_teacher_index(work, registry.teacher_key(name), loaded.indexed)
 
 
-def _usable(case: IndexedCase, report: StageReport) -> bool:
-    return f"dataset {case.dataset}" not in report.failed
+def _usable_datasets(registry: Registry, report: StageReport) -> list[str]:
+    return [d for d in registry.datasets if f"dataset {d}" not in report.failed]
 
 
-def _exists(path: Path, log: Log) -> bool:
+def _exists(path: Path, expect: str, log: Log) -> bool:
     try:
-        read_receipt(path)
+        read_receipt(path, expect=expect)
     except CacheError as error:
         if path.exists():
             log.warn(f"{error} It is made again.")
@@ -254,78 +253,25 @@ def _read_again(source: CaseFiles, case: IndexedCase) -> Volume:
     return image.volume
 
 
-def _cache_unit(
-    config: CacheTeachersConfig,
-    registry: Registry,
-    loaded: LoadedTeacher,
-    native: Volume,
-    case: IndexedCase,
-    path: Path,
-    report: StageReport,
-) -> None:
-    began = time.monotonic()
-    name = loaded.indexed.teacher
-    unit = f"{name} x {case.name}"
-    entry = registry.teachers[name]
-    grid = native.grid.with_spacing(registry.grid.spacing_mm)
-    wanted = loaded.teacher.spacing_mm
-    image = native
-    if wanted is not None:
-        image = resample(native, native.grid.with_spacing(wanted), order=1)
-    prediction = loaded.teacher.predict(image)
-    specs, found = [], {}
-    for organ, odds in organ_log_odds(prediction, entry, where=unit).items():
-        values = resample(odds, grid, order=1, outside=np.nan).array
-        specs.append(log_odds_spec(organ, values, config.storage))
-        found[organ] = centres(values > 0, config.centres_per_organ, seed=case.image_sha256)
-    taps = {}
-    for tap, feature in prediction.features.items():
-        stride = _feature_stride(feature, grid.spacing_mm)
-        values = resample(feature, grid.coarsen(stride), order=1, outside=np.nan).array
-        specs.append(features_spec(tap, values, config.storage))
-        taps[tap] = {"stride": list(stride), "channels": int(values.shape[0])}
-    receipt = write_unit(
-        path,
-        specs,
-        {
-            "case": case.name,
-            "teacher": name,
-            "grid": grid.to_json(),
-            "centres": found,
-            "taps": taps,
-        },
-        unit_inputs(teacher_digest=loaded.indexed.digest, image_sha256=case.image_sha256),
-        storage=config.storage,
-        seconds=time.monotonic() - began,
-    )
-    report.done.append(unit)
-    report.num_bytes += receipt.num_bytes
-
-
-def _feature_stride(feature: Volume, spacing_mm: Sequence[float]) -> tuple[int, int, int]:
-    """Student-grid voxels per cell: the power of two nearest to the feature's own cell size, so
-    that patches of usual sizes lie on whole cells."""
-    ratio = np.array(feature.spacing_mm) / np.array(spacing_mm)
-    z, y, x = (int(2 ** max(0, round(float(np.log2(r))))) for r in ratio)
-    return z, y, x
-
-
-def _fail(report: StageReport, log: Log, unit: str, error: PipelineError) -> None:
+def _fail(report: StageReport, log: Log, unit: str, error: Exception) -> None:
+    """One unit's failure does not stop the others; what nobody foresaw keeps its traceback."""
     report.failed[unit] = error
-    log.warn(f"{unit} failed: {error}")
+    known = isinstance(error, PipelineError)
+    text = str(error) if known else "".join(traceback.format_exception(error))
+    log.warn(f"{unit} failed: {text}")
 
 
 def _tell(
     config: CacheTeachersConfig,
     registry: Registry,
     work: Path,
-    teachers: Mapping[str, LoadedTeacher],
+    datasets: Sequence[str],
     report: StageReport,
     *,
     show: bool,
 ) -> None:
-    regions = region_rows(registry, work)
-    scores = teacher_rows(registry, work, flag_below=config.flag_dice_below)
+    regions = region_rows(registry, work, datasets)
+    scores = teacher_rows(registry, work, datasets, flag_below=config.flag_dice_below)
     report.details = {"regions_ml": regions, "teachers": scores}
     write_json(work / "reports" / "cache-teachers.json", report.to_json())
     if show:

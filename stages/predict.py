@@ -81,6 +81,7 @@ def run(
                 image = read_image(path)
                 made_from = digest({**identity, "image_sha256": image.sha256})
                 target, beside = output / f"{name}.nii.gz", output / f"{name}.json"
+                _check_not_input(target, path)
                 if _is_done(target, beside, made_from):
                     report.skipped.append(name)
                 elif dry_run:
@@ -134,13 +135,23 @@ def segment(
 
 
 def find_inputs(path: Path) -> dict[str, Path]:
-    """One NIfTI, or all of a folder, by name without suffix.
+    """One NIfTI, or all of a folder but hidden ones, by name without suffix.
 
     Raises:
-        ConfigError: nothing there.
+        ConfigError: nothing there, or two files whose label maps would have one name.
     """
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    found = {_stem(f): f for f in files if f.is_file() and f.name.endswith(_SUFFIXES)}
+    files = sorted(f for f in path.iterdir() if f.name[0] != ".") if path.is_dir() else [path]
+    found: dict[str, Path] = {}
+    for file in files:
+        if not (file.is_file() and file.name.endswith(_SUFFIXES)):
+            continue
+        if _stem(file) in found:
+            raise ConfigError(
+                f"{file.name} and {found[_stem(file)].name} would give one label map.",
+                where=path,
+                fix="Rename one of them, or move it elsewhere.",
+            )
+        found[_stem(file)] = file
     if not found:
         raise ConfigError(
             "no NIfTI file there.", where=path, fix="Give a .nii.gz file, or a folder of them."
@@ -153,6 +164,13 @@ def _channels(
 ) -> Iterator[npt.NDArray[np.float32]]:
     for channel in logits:
         yield resample(Volume(channel, source), target, order=1).array
+
+
+def _check_not_input(target: Path, image: Path) -> None:
+    if target.resolve() == image.resolve():
+        raise ConfigError(
+            "the label map would overwrite this image.", where=image, fix="Name another --output."
+        )
 
 
 def _is_done(target: Path, beside: Path, made_from: str) -> bool:

@@ -14,7 +14,7 @@ from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.cohort import Cohort, open_cohort
 from pipeline.config import Config
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheMissing, ConfigError
+from pipeline.errors import CacheMissing, ConfigError, PipelineError
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
 from pipeline.network import pick_device
@@ -45,6 +45,8 @@ def run(
 ) -> StageReport:
     """Trains the student, or goes on training it; a finished run does nothing.
 
+    A run that a signal stopped is in the report as failed: not all steps are made.
+
     Args:
         config: what changes numbers, and the run's name.
         registry: read without its files.
@@ -62,7 +64,8 @@ def run(
     """
     began = time.monotonic()
     report = StageReport("train-student")
-    prepare_work_folder(work) if not dry_run else None
+    if not dry_run:
+        prepare_work_folder(work)
     supervision = config.training.supervision
     teachers = list(registry.teachers) if supervision.uses_teachers else []
     if supervision.uses_teachers and not teachers:
@@ -120,6 +123,12 @@ def run(
     if trained.finished:
         _finish(config, registry, folder, trained, inputs, digest)
         report.done.append(config.run)
+    else:
+        report.failed[config.run] = PipelineError(
+            f"stopped at step {trained.step} of {config.training.steps}.",
+            where=folder,
+            fix="Run the same command again: it goes on from there.",
+        )
     report.seconds = time.monotonic() - began
     report.details = {
         "run": config.run,

@@ -18,7 +18,7 @@ from pipeline.cache.schema import StorageConfig
 from pipeline.cache.store import prepare_work_folder
 from pipeline.config import Config
 from pipeline.data.registry import Registry
-from pipeline.errors import ConfigError, PipelineError, TeacherError
+from pipeline.errors import ConfigError, PipelineError, RegistryError, TeacherError
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
 from pipeline.network import pick_device
@@ -123,31 +123,36 @@ def _train_one(
     report: StageReport,
     dry_run: bool,
 ) -> bool:
+    """Trains one teacher; False if its file is there already."""
     entry = registry.teachers[name]
     assert entry.trained_on is not None
     weights = registry.resolve(entry.weights)
     spacing = entry.spacing_mm or registry.grid.spacing_mm
     space = LabelSpace({organ: registry.organs[organ] for organ in entry.organs})
+    _check_channels(name, registry, space)
     training = config.training.model_copy(update={"intensity": entry.intensity})
-    if dry_run:
-        log.info(f"teacher {name} would be trained on {entry.trained_on}")
-        return True
-    cases = _prepare(config, registry, work, entry.trained_on, spacing, log, report)
+    files = _prepare(
+        config, registry, work, entry.trained_on, spacing, log, report, dry_run=dry_run
+    )
     inputs = {
-        "cases": {c.name: c.case.receipt.digest for c in cases},
+        "cases": {c.name: c.digest for c in files},
         "organs": dict(space.ids),
         "spacing_mm": list(spacing),
     }
     digest = run_digest(training, inputs)
     if weights.exists():
-        record, _ = read_teacher(weights)
-        if record.training_digest == digest:
+        if read_teacher(weights)[0].training_digest == digest:
             return False
         raise TeacherError(
             "there is a teacher already, trained with other settings or on other data.",
             where=f"teacher {name}, {weights}",
             fix="It is not overwritten: remove it, or name another file in `weights`.",
         )
+    if dry_run:
+        log.info(f"teacher {name} would be trained on {entry.trained_on}")
+        return True
+    annotated = tuple(registry.datasets[entry.trained_on].annotated)
+    cases = [_open(work, indexed, annotated) for indexed in files]
     fit = [c for c in cases if c.split == "train"]
     validation = [c for c in cases if c.split == "validation"]
     log.info(f"teacher {name}: {len(fit)} cases of {entry.trained_on}, {training.steps} steps")
@@ -173,7 +178,7 @@ def _train_one(
     record = TeacherRecord(
         network=training.network,
         num_channels=len(space.organs) + 1,
-        channels={organ: (k + 1,) for k, organ in enumerate(space.organs)},
+        channels=_channels(space),
         spacing_mm=spacing,
         intensity=entry.intensity,
         validation_dice=dict(trained.validation_dice),
@@ -187,6 +192,29 @@ def _train_one(
     return True
 
 
+def _channels(space: LabelSpace) -> dict[str, tuple[int, ...]]:
+    """Background is channel 0, then the organs in the order of their ids."""
+    return {organ: (k + 1,) for k, organ in enumerate(space.organs)}
+
+
+def _check_channels(name: str, registry: Registry, space: LabelSpace) -> None:
+    """Before hours of training: `cache-teachers` would refuse a teacher that says otherwise."""
+    entry, wanted = registry.teachers[name], _channels(space)
+    fits = entry.organs == wanted and entry.activation == "softmax"
+    if not fits or entry.num_channels not in (None, len(space.organs) + 1):
+        plain = ", ".join(f"{organ}: {channels[0]}" for organ, channels in wanted.items())
+        raise RegistryError(
+            "a teacher trained here has a softmax over background and one channel per organ.",
+            where=f"{registry.path}, teachers.{name}",
+            fix=f"Write organs: {{{plain}}}, num_channels: {len(wanted) + 1}, activation: softmax.",
+        )
+
+
+def _open(work: Path, indexed: IndexedCase, annotated: tuple[str, ...]) -> CachedCase:
+    unit = Unit.open(case_path(work, indexed), expect=indexed.digest)
+    return CachedCase(indexed.name, indexed.split, annotated, unit, {}, {})
+
+
 def _prepare(
     config: TrainTeachersConfig,
     registry: Registry,
@@ -195,22 +223,20 @@ def _prepare(
     spacing_mm: tuple[float, float, float],
     log: Log,
     report: StageReport,
-) -> list[CachedCase]:
+    *,
+    dry_run: bool,
+) -> list[IndexedCase]:
     """The dataset's cases at the teacher's spacing; at the student's they are the cache's own."""
-    entry = registry.datasets[dataset]
     files = [c for c in registry.cases(dataset) if c.split in ("train", "validation")]
-    found: list[CachedCase] = []
+    found: list[IndexedCase] = []
     with log.progress(f"{dataset} on the teacher's grid", len(files)) as advance:
         for source in files:
-            indexed: IndexedCase
             try:
                 indexed, _ = prepare_case(
                     registry, work, source,
-                    spacing_mm=spacing_mm, storage=config.storage,
+                    spacing_mm=spacing_mm, storage=config.storage, dry_run=dry_run,
                 )  # fmt: skip
-                unit = Unit.open(case_path(work, indexed), expect=indexed.digest)
-                annotated = tuple(entry.annotated)
-                found.append(CachedCase(source.name, source.split, annotated, unit, {}, {}))
+                found.append(indexed)
             except PipelineError as error:
                 report.failed[source.name] = error
                 log.warn(f"left out of training: {error}")

@@ -8,7 +8,8 @@ done: that is for receipts to say.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,9 @@ def read_dataset_index(work: Path, dataset: str, key: str) -> list[IndexedCase]:
     Raises:
         CacheStale: stage one has not seen this registry entry.
     """
-    content = _read(_dataset_file(work, dataset, key), f"dataset {dataset}", work)
-    return [IndexedCase(**case) for case in content["cases"]]
+    path = _dataset_file(work, dataset, key)
+    with _stale_if_unreadable(f"dataset {dataset}", work):
+        return [IndexedCase(**case) for case in _read(path)["cases"]]
 
 
 def write_teacher_index(work: Path, key: str, teacher: IndexedTeacher) -> None:
@@ -95,9 +97,12 @@ def read_teacher_index(work: Path, teacher: str, key: str) -> IndexedTeacher:
     Raises:
         CacheStale: stage one has not seen this registry entry.
     """
-    content = _read(_teacher_file(work, teacher, key), f"teacher {teacher}", work)
-    organs, taps = tuple(content["organs"]), tuple(content["taps"])
-    return IndexedTeacher(content["teacher"], content["digest"], organs, taps, content["inputs"])
+    path = _teacher_file(work, teacher, key)
+    with _stale_if_unreadable(f"teacher {teacher}", work):
+        content = _read(path)
+        organs, taps = tuple(content["organs"]), tuple(content["taps"])
+        name, digest_, inputs = (content[field] for field in ("teacher", "digest", "inputs"))
+    return IndexedTeacher(name, digest_, organs, taps, inputs)
 
 
 def _dataset_file(work: Path, dataset: str, key: str) -> Path:
@@ -108,13 +113,19 @@ def _teacher_file(work: Path, teacher: str, key: str) -> Path:
     return work / "index" / "teachers" / f"{teacher}.{short(key)}.json"
 
 
-def _read(path: Path, what: str, work: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+@contextmanager
+def _stale_if_unreadable(what: str, work: Path) -> Iterator[None]:
+    """Absent, damaged, or written by a version with other fields: stage one writes it anew."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CacheStale(
             f"{what} is not in the cache as the registry describes it now.",
             where=work,
             fix="Run `pipeline cache-teachers` with this registry; what is still valid is reused.",
         ) from error
-    return content

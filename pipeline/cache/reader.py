@@ -13,8 +13,8 @@ import numpy.typing as npt
 import zarr
 
 from pipeline.cache.pool import POOL
+from pipeline.cache.receipt import REMOVE, Receipt, read_receipt, verify_object
 from pipeline.cache.schema import IMAGE, LABEL, features_name, log_odds_name
-from pipeline.cache.store import Receipt, read_receipt
 from pipeline.errors import CacheCorrupt
 from pipeline.patches import Patch
 from pipeline.volume import Grid
@@ -39,6 +39,7 @@ class Unit:
     @cached_property
     def group(self) -> zarr.Group:
         """The Zarr group, opened on first use, so that a forked or spawned worker opens its own."""
+        verify_object(self.path, self.receipt, "zarr.json")
         return zarr.open_group(self.path, mode="r", zarr_format=3)
 
     @cached_property
@@ -52,8 +53,16 @@ class Unit:
         return {}
 
     def array(self, name: str) -> zarr.Array[Any]:
-        """A lazy array; slicing it reads the chunks that the slice touches."""
+        """A lazy array; slicing it reads the chunks that the slice touches.
+
+        Chunks have checksums of their own; what names their shape has not, so it is held against
+        the receipt here.
+
+        Raises:
+            CacheCorrupt, CacheIncomplete: its metadata are not what was written.
+        """
         if name not in self._arrays:
+            verify_object(self.path, self.receipt, f"{name}/zarr.json")
             array = self.group[name]
             assert isinstance(array, zarr.Array)
             self._arrays[name] = array
@@ -79,7 +88,7 @@ class Unit:
             raise CacheCorrupt(
                 f"array {name} cannot be decoded ({error}).",
                 where=self.path,
-                fix="Run `pipeline cache-teachers` again: it recomputes damaged units.",
+                fix=REMOVE,
             ) from error
 
     def read_padded(self, name: str, patch: Patch, fill: float) -> npt.NDArray[Any]:

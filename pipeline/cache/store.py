@@ -14,13 +14,13 @@ import shutil
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import zarr
 
 from pipeline.cache.provenance import Inputs
+from pipeline.cache.receipt import RECEIPT, Receipt, read_receipt, verify_unit
 from pipeline.cache.schema import (
     FORMAT_VERSION,
     ArraySpec,
@@ -29,40 +29,9 @@ from pipeline.cache.schema import (
     describe,
 )
 from pipeline.config import digest
-from pipeline.errors import (
-    CacheCorrupt,
-    CacheIncomplete,
-    CacheMissing,
-    CacheStale,
-    WorkFolderError,
-)
+from pipeline.errors import CacheError, WorkFolderError
 
-RECEIPT = "receipt.json"
 _TEMPORARY = ".tmp"
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What a unit vouches for.
-
-    Attributes:
-        digest: of `inputs`.
-        inputs: everything that determines the unit's numbers.
-        arrays: name -> shape, dtype, axes.
-        objects: file, relative to the unit -> size in bytes and SHA-256.
-        seconds: what it took to make.
-    """
-
-    digest: str
-    inputs: Inputs
-    arrays: Mapping[str, Mapping[str, Any]]
-    objects: Mapping[str, Mapping[str, Any]]
-    seconds: float
-
-    @property
-    def num_bytes(self) -> int:
-        """Stored size."""
-        return sum(int(entry["bytes"]) for entry in self.objects.values())
 
 
 def write_unit(
@@ -89,7 +58,7 @@ def write_unit(
         group = zarr.create_group(temporary, zarr_format=3, attributes=dict(attributes))
         for spec in arrays:
             create_array(group, spec, storage)
-        receipt = {
+        receipt: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "digest": digest(inputs),
             "inputs": inputs,
@@ -99,8 +68,8 @@ def write_unit(
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         _write_synced(temporary / RECEIPT, json.dumps(receipt, indent=1))
-        _make_visible(temporary, path)
-        return read_receipt(path)
+        _make_visible(temporary, path, receipt["digest"])
+        return read_receipt(path, expect=receipt["digest"])
     except OSError as error:
         raise WorkFolderError(
             f"the unit could not be written ({error.strerror or error}).",
@@ -111,70 +80,13 @@ def write_unit(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_receipt(path: Path, *, expect: str | None = None) -> Receipt:
-    """Reads and checks a unit's receipt, its objects' presence and their sizes (cheap).
-
-    Args:
-        path: the unit.
-        expect: digest that it must have; None takes any.
-
-    Raises:
-        CacheMissing: no receipt.
-        CacheStale: another digest than expected, or another format version.
-        CacheIncomplete: objects are missing or have another size.
-        CacheCorrupt: the receipt cannot be read, or does not match its own digest.
-    """
-    again = "Run `pipeline cache-teachers` again: it recomputes this unit alone."
-    try:
-        data = json.loads((path / RECEIPT).read_text(encoding="utf-8"))
-        receipt = Receipt(*(data[k] for k in ("digest", "inputs", "arrays", "objects", "seconds")))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CacheMissing("not in the cache.", where=path, fix=again) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheCorrupt(f"unreadable receipt ({error}).", where=path, fix=again) from error
-    if data.get("format_version") != FORMAT_VERSION:
-        raise CacheStale(
-            f"written in format {data.get('format_version')}, this program reads {FORMAT_VERSION}.",
-            where=path,
-            fix=again,
-        )
-    if digest(receipt.inputs) != receipt.digest:
-        raise CacheCorrupt("the receipt does not match its own digest.", where=path, fix=again)
-    if expect is not None and receipt.digest != expect:
-        raise CacheStale(
-            f"made from other inputs (digest {receipt.digest[:16]}, expected {expect[:16]}).",
-            where=path,
-            fix=again,
-        )
-    _check_objects(path, receipt, again)
-    return receipt
-
-
-def verify_unit(path: Path) -> Receipt:
-    """Reads every byte of a unit and holds it against the receipt (deep).
-
-    Raises:
-        CacheError: as `read_receipt`, and CacheCorrupt for an object whose bytes changed.
-    """
-    receipt = read_receipt(path)
-    for name, entry in receipt.objects.items():
-        found = hashlib.sha256((path / name).read_bytes()).hexdigest()
-        if found != entry["sha256"]:
-            raise CacheCorrupt(
-                f"{name} has other bytes than were written.",
-                where=path,
-                fix="Run `pipeline cache-teachers` again: it recomputes this unit alone.",
-            )
-    return receipt
-
-
 def prepare_work_folder(work: Path) -> None:
     """Makes sure that a work folder exists and can be written.
 
     Raises:
         WorkFolderError: otherwise.
     """
-    probe = work / f".writable.{os.getpid()}.{secrets.token_hex(4)}"
+    probe = work / _temporary_name("writable")
     try:
         work.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
@@ -193,10 +105,10 @@ def clean_temporaries(folder: Path) -> int:
     A temporary of another host, or of a living process, is left alone.
     """
     removed = 0
-    for path in folder.rglob(f".*{_TEMPORARY}"):
-        host, pid = path.name.removesuffix(_TEMPORARY).split("~")[1:3]
-        if host == socket.gethostname() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in list(folder.rglob(f".*~*~*~*{_TEMPORARY}")):
+        _, host, pid, _ = path.name.rsplit("~", 3)
+        if host == socket.gethostname() and pid.isdecimal() and not _alive(int(pid)):
+            _remove(path)
             removed += 1
     return removed
 
@@ -207,7 +119,7 @@ def write_json(path: Path, value: Any) -> None:
     if _reads(path, text):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    temporary = path.with_name(_temporary_name(path.name))
     try:
         _write_synced(temporary, text)
         temporary.replace(path)
@@ -226,38 +138,35 @@ def _temporary_name(name: str) -> str:
     return f".{name}~{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}{_TEMPORARY}"
 
 
-def _make_visible(temporary: Path, path: Path) -> None:
+def _make_visible(temporary: Path, path: Path, expect: str) -> None:
     try:
         temporary.rename(path)
     except OSError:
+        if not path.exists():
+            raise
         # The place is taken: by another writer of the same digest, or by a unit that is damaged.
-        if _is_valid(path):
+        if _is_valid(path, expect):
             return
         broken = path.with_name(_temporary_name(path.name))
         path.rename(broken)
         temporary.rename(path)
-        shutil.rmtree(broken, ignore_errors=True)
+        _remove(broken)
     _sync_folder(path.parent)
 
 
-def _is_valid(path: Path) -> bool:
+def _is_valid(path: Path, expect: str) -> bool:
     try:
-        verify_unit(path)
-    except (CacheMissing, CacheIncomplete, CacheCorrupt, CacheStale):
+        verify_unit(path, expect=expect)
+    except CacheError:
         return False
     return True
 
 
-def _check_objects(path: Path, receipt: Receipt, fix: str) -> None:
-    for name, entry in receipt.objects.items():
-        try:
-            size = (path / name).stat().st_size
-        except OSError as error:
-            raise CacheIncomplete(f"{name} is missing.", where=path, fix=fix) from error
-        if size != entry["bytes"]:
-            raise CacheIncomplete(
-                f"{name} has {size} bytes instead of {entry['bytes']}.", where=path, fix=fix
-            )
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_and_hash(folder: Path) -> dict[str, dict[str, Any]]:
@@ -294,8 +203,8 @@ def _sync_folder(folder: Path) -> None:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True
+        pass
     return True

@@ -67,21 +67,19 @@ def find_pairs(
     """
     if pairs is not None:
         found = {c: FoundPair(root / p.image, root / p.label) for c, p in pairs.items()}
-        absent = [p for f in found.values() for p in (f.image_path, f.label_path)]
-        missing = [str(p) for p in absent if not p.is_file() and phantom is None]
-        problems = [f"files do not exist: {_some(missing)}. Check `root` and `pairs`."]
-        return found, problems if missing else []
+        return found, _shared_images(pairs) + ([] if phantom is not None else _absent(found))
     assert images is not None
     assert labels is not None
     if phantom is not None:
         names = case_names(phantom)
         return {
-            c: FoundPair(root / images.format(case=c), root / labels.format(case=c)) for c in names
+            c: FoundPair(root / images.replace("{case}", c), root / labels.replace("{case}", c))
+            for c in names
         }, []
     problems = []
     image_files, repeated = _match(root, images)
     label_files, repeated_labels = _match(root, labels)
-    for case, paths in {**repeated, **repeated_labels}.items():
+    for case, paths in [*repeated.items(), *repeated_labels.items()]:
         files = _some([str(p) for p in paths])
         problems.append(f"case {case} is found more than once: {files}. Narrow the pattern.")
     if not image_files:
@@ -102,14 +100,34 @@ def find_pairs(
     }, problems
 
 
+def _absent(found: Mapping[str, FoundPair]) -> list[str]:
+    paths = [p for f in found.values() for p in (f.image_path, f.label_path)]
+    absent = [str(p) for p in paths if not p.is_file()]
+    return [f"files do not exist: {_some(absent)}. Check `root` and `pairs`."] if absent else []
+
+
+def _shared_images(pairs: Mapping[str, Pair]) -> list[str]:
+    """One image under two names would train and test on the same scan."""
+    owner: dict[str, str] = {}
+    problems = []
+    for case, pair in pairs.items():
+        first = owner.setdefault(pair.image, case)
+        if first != case:
+            problems.append(
+                f"cases {first} and {case} have the same image {pair.image}. Keep one of the two."
+            )
+    return problems
+
+
 def _match(root: Path, pattern: str) -> tuple[dict[str, Path], dict[str, list[Path]]]:
+    """Case -> file, and the cases that match more than one; hidden files are no cases."""
     before, after = pattern.split("{case}")
     # ** may stand for no folder at all; {case} stops at a slash.
     expression = re.compile(_regex(before) + r"(?P<case>[^/]+)" + _regex(after))
     found: dict[str, list[Path]] = {}
     for path in sorted(root.glob(f"{before}*{after}")):
         match = expression.fullmatch(path.relative_to(root).as_posix())
-        if match and path.is_file():
+        if match and not match["case"].startswith(".") and path.is_file():
             found.setdefault(match["case"], []).append(path)
     repeated = {case: paths for case, paths in found.items() if len(paths) > 1}
     return {case: paths[0] for case, paths in found.items()}, repeated

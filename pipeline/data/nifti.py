@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +18,14 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
-from nibabel.spatialimages import HeaderDataError
 
 from pipeline.errors import GeometryError
 from pipeline.volume import Grid, Volume
 
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=np.float64)
 _GZIP_MAGIC = b"\x1f\x8b"
-_NIFTI_BY_HEADER_SIZE = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
+_NIFTI2_HEADER_SIZE = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
 _COMMENT_EXTENSION = 6
 
 
@@ -142,9 +139,9 @@ def write_like(
         names: label value -> organ name, stored as JSON in a comment header extension.
 
     Raises:
-        GeometryError: the volume does not lie on the grid of `like`.
+        GeometryError: `like` cannot be read, or the volume has another shape.
     """
-    source: Any = nib.load(like)
+    source, _ = _load(like)
     back = ornt_transform(_RAS, io_orientation(source.affine))
     array = np.ascontiguousarray(apply_orientation(_to_file_order(volume.array), back))
     if array.shape != source.shape[:3]:
@@ -181,9 +178,9 @@ def _load(path: Path) -> tuple[Any, str]:
     try:
         if path.name.endswith(".gz") or data[:2] == _GZIP_MAGIC:
             data = gzip.decompress(data)
-        kind = _NIFTI_BY_HEADER_SIZE.get(int.from_bytes(data[:4], "little"), nib.Nifti1Image)
+        kind = nib.Nifti2Image if data[:4] in _NIFTI2_HEADER_SIZE else nib.Nifti1Image
         return kind.from_bytes(data), digest
-    except (OSError, EOFError, zlib.error, ValueError, ImageFileError, HeaderDataError) as error:
+    except Exception as error:  # a damaged header makes nibabel raise almost anything
         raise _unreadable(path, error) from error
 
 
@@ -205,8 +202,7 @@ def _check_shape(image: Any, path: Path) -> tuple[int, int, int]:
             where=path,
             fix="Split a 4D file into one file per volume; a 2D slice cannot be used.",
         )
-    scale = abs(np.linalg.det(image.affine[:3, :3]))
-    if not np.all(np.isfinite(image.affine)) or scale < 1e-9:
+    if not _is_invertible(image.affine):
         raise GeometryError(
             "the affine is not invertible, so voxel sizes are unknown.",
             where=path,
@@ -215,12 +211,25 @@ def _check_shape(image: Any, path: Path) -> tuple[int, int, int]:
     return shape
 
 
+def _is_invertible(affine: npt.NDArray[np.float64]) -> bool:
+    if not np.all(np.isfinite(affine)) or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        return False
+    # Columns of wildly different lengths leave an axis without a direction.
+    return not np.isnan(io_orientation(affine)).any()
+
+
 def _canonical_array(image: Any, path: Path) -> npt.NDArray[Any]:
     shape = _check_shape(image, path)
     try:
         array = np.asanyarray(image.dataobj).reshape(shape)
-    except (OSError, EOFError, ValueError) as error:
+    except Exception as error:
         raise _unreadable(path, error) from error
+    if array.dtype.kind not in "iuf":
+        raise GeometryError(
+            f"voxels are of type {array.dtype}, not one real number each.",
+            where=path,
+            fix="Colour and complex images cannot be used: export the CT or label map itself.",
+        )
     canonical = apply_orientation(array, io_orientation(image.affine))
     return np.ascontiguousarray(canonical.transpose(2, 1, 0))
 

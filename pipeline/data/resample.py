@@ -65,9 +65,13 @@ def _interpolate(
     diagonal = np.diag(matrix)
     # scipy takes a much faster separable path for a diagonal given as a vector.
     aligned = np.allclose(matrix, np.diag(diagonal), atol=1e-9)
-    whole = source.dtype.kind in "iub"
+    rounded = source.dtype.kind in "iub" and order > 0
+    if rounded or source.dtype == np.float16:
+        computed: type = np.float32 if source.dtype.itemsize <= 2 else np.float64
+    else:
+        computed = source.dtype.type
     result = ndimage.affine_transform(
-        source.astype(np.float32) if whole and order else source,
+        source.astype(computed, copy=False),
         diagonal if aligned else matrix,
         offset=offset,
         output_shape=shape,
@@ -75,10 +79,7 @@ def _interpolate(
         mode="nearest",
         prefilter=False,
     )
-    if whole and order:
-        info = np.iinfo(source.dtype)
-        result = np.clip(np.rint(result), info.min, info.max).astype(source.dtype)
-    return np.asarray(result)
+    return np.asarray(np.rint(result) if rounded else result, dtype=source.dtype)
 
 
 def _outside(

@@ -8,11 +8,11 @@ mirrored features. Such a combination is refused when the configuration is read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Config
 
@@ -20,7 +20,7 @@ from pipeline.config import Config
 class AugmentConfig(Config):
     """Probabilities and ranges; all off is `{flip_axes: [], rotate: false, intensity: 0}`."""
 
-    flip_axes: tuple[int, ...] = Field(
+    flip_axes: tuple[Literal[0, 1, 2], ...] = Field(
         default=(),
         description="axes (0 z, 1 y, 2 x) that may be mirrored; anatomy is not symmetric",
     )
@@ -32,6 +32,12 @@ class AugmentConfig(Config):
     brightness: float = Field(default=0.15, ge=0, description="largest shift")
     contrast: float = Field(default=0.2, ge=0, lt=1, description="largest relative change")
     gamma: float = Field(default=0.3, ge=0, lt=1, description="largest change of the exponent")
+
+    @model_validator(mode="after")
+    def _once(self) -> AugmentConfig:
+        if len(set(self.flip_axes)) != len(self.flip_axes):
+            raise ValueError(f"flip_axes {list(self.flip_axes)} names an axis twice")
+        return self
 
     @property
     def moves_voxels(self) -> bool:

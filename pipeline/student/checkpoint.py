@@ -60,11 +60,18 @@ def save_atomically(path: Path, content: Any) -> None:
 
 
 def save_training(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Writes the checkpoint of a step and keeps the last two."""
+    """Writes the checkpoint of a step and keeps the last two.
+
+    A checkpoint of a later step can only be one that could not be read: it goes as well, and so do
+    temporary files of a process that was killed while it wrote.
+    """
     path = folder / f"step_{step:08d}.pt"
     save_atomically(path, {"format_version": FORMAT_VERSION, "step": step, **state})
-    for old in training_checkpoints(folder)[:-KEPT]:
-        old.unlink(missing_ok=True)
+    found = training_checkpoints(folder)
+    now = found.index(path)
+    unwanted = [*found[: max(0, now + 1 - KEPT)], *found[now + 1 :], *folder.glob(".step_*.tmp")]
+    for other in unwanted:
+        other.unlink(missing_ok=True)
     return path
 
 

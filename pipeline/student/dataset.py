@@ -5,7 +5,7 @@ One spatial transform is drawn per sample and moves image, label, log-odds, regi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from pipeline.cache.pool import POOL
 from pipeline.cache.reader import CachedCase
-from pipeline.cohort import compute, lazy_consensus
+from pipeline.cohort import compute, known_organs, lazy_consensus
 from pipeline.config import Config
 from pipeline.intensity import Intensity
 from pipeline.labels import IGNORE, LabelSpace
@@ -49,7 +49,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         cases: to draw from, each equally often within its dataset, datasets equally often.
         space: the student's organs.
         supervision: decides what is read.
-        taps: cached taps to read.
+        taps: cached taps to read, and their channels F.
         patch: (D, H, W) voxels.
         align: patch origins are multiples of it, so that cached features follow exactly.
         intensity: HU -> network units.
@@ -68,7 +68,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         space: LabelSpace,
         *,
         supervision: SupervisionConfig,
-        taps: Sequence[TapKey],
+        taps: Mapping[TapKey, int],
         patch: Index3,
         align: Index3,
         intensity: Intensity,
@@ -80,7 +80,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         rank: int = 0,
         pool_bytes: int = 0,
     ) -> None:
-        self.space, self.supervision, self.taps = space, supervision, list(taps)
+        self.space, self.supervision, self.taps = space, supervision, dict(taps)
         self.patch, self.align, self.intensity = patch, align, intensity
         self.sampling, self.augment = sampling, augment
         self.batch_size, self.num_steps, self.seed, self.rank = batch_size, num_steps, seed, rank
@@ -112,9 +112,10 @@ class PatchDataset(Dataset[dict[str, Any]]):
         sample["classes"] = sample["classes"].long()
         organs = self.space.organs
         flags = [organ in case.annotated for organ in organs]
-        known = [flag or bool(case.experts.get(o)) for o, flag in zip(organs, flags, strict=True)]
-        sample["annotated"] = torch.tensor(flags)
-        sample["known"] = torch.tensor(known if self.supervision.uses_teachers else flags)
+        sample["annotated"] = sample["known"] = torch.tensor(flags)
+        if self.supervision.uses_teachers:
+            known = known_organs(case, self.space, use_labels=self.supervision.labels_win)
+            sample["known"] = torch.tensor([k in known for k in range(len(organs))])
         sample["case"] = case.name
         return sample
 
@@ -154,23 +155,35 @@ class PatchDataset(Dataset[dict[str, Any]]):
         arrays: dict[str, npt.NDArray[Any]] = {"image": image[None], "classes": classes}
         if not self.supervision.uses_teachers:
             return arrays
-        regions, known = lazy_consensus(
-            case,
-            self.space,
-            patch=patch,
-            margin=self.supervision.margin,
-            use_labels=self.supervision.labels_win,
-            confidence=self.supervision.confidence,
-        )
-        odds, organ, background = compute(regions.log_odds, regions.organ, regions.background)
-        all_odds = np.full((len(self.space.organs), *patch.shape), np.nan, dtype=np.float32)
-        all_organ = np.zeros(all_odds.shape, dtype=np.bool_)
-        all_odds[known], all_organ[known] = odds, organ
-        arrays |= {"log_odds": all_odds, "organ": all_organ, "background": background}
-        for number, (teacher, tap) in enumerate(self.taps):
-            cells = patch.coarsen(self.align)
-            arrays[f"feature{number}"] = case.features(teacher, tap, cells).astype(np.float32)
+        arrays |= self._read_regions(case, patch)
+        cells = patch.coarsen(self.align)
+        for number, ((teacher, tap), channels) in enumerate(self.taps.items()):
+            if teacher in case.teachers:
+                feature = case.features(teacher, tap, cells).astype(np.float32)
+            else:
+                feature = np.full((channels, *cells.shape), np.nan, dtype=np.float32)
+            arrays[f"feature{number}"] = feature
         return arrays
+
+    def _read_regions(self, case: CachedCase, patch: Patch) -> dict[str, npt.NDArray[Any]]:
+        """Log-odds (NaN where nobody knows), organ regions and agreed background."""
+        odds = np.full((len(self.space.organs), *patch.shape), np.nan, dtype=np.float32)
+        organ = np.zeros(odds.shape, dtype=np.bool_)
+        background = np.zeros(patch.shape, dtype=np.bool_)
+        wins = self.supervision.labels_win
+        if known_organs(case, self.space, use_labels=wins):
+            regions, known = lazy_consensus(
+                case,
+                self.space,
+                patch=patch,
+                margin=self.supervision.margin,
+                use_labels=wins,
+                confidence=self.supervision.confidence,
+            )
+            odds[known], organ[known], background = compute(
+                regions.log_odds, regions.organ, regions.background
+            )
+        return {"log_odds": odds, "organ": organ, "background": background}
 
 
 def to_batch(collated: dict[str, Any], taps: Sequence[TapKey], device: torch.device) -> Batch:

@@ -131,11 +131,12 @@ def batch_loss(
         fraction: t = step / steps, for the schedules.
     """
     logits, features = network(batch.image)
-    terms = _supervised(config, logits, batch)
+    log_p, p = losses.softmax_both(logits)
+    terms = _supervised(config, log_p, p, batch)
     if config.kind == "ms_kd":
         weight = config.logits.at(fraction)
         if weight > 0:
-            terms["logits"] = weight * logits_term(config.logits, logits, batch)
+            terms["logits"] = weight * logits_term(config.logits, log_p, p, batch)
         weight = config.features.at(fraction) if config.uses_features else 0.0
         if weight > 0:
             terms["features"] = weight * _features_term(network, features, batch)
@@ -143,7 +144,9 @@ def batch_loss(
     return loss, {name: float(value.detach()) for name, value in terms.items()}
 
 
-def _supervised(config: SupervisionConfig, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+def _supervised(
+    config: SupervisionConfig, log_p: Tensor, p: Tensor, batch: Batch
+) -> dict[str, Tensor]:
     classes, organs = batch.classes, batch.annotated
     match config.kind:
         case "naive":
@@ -152,10 +155,10 @@ def _supervised(config: SupervisionConfig, logits: Tensor, batch: Batch) -> dict
             classes, organs = pseudo_labels(batch), batch.known
         case "marginal" | "ms_kd" | "full":
             pass
-    merged = losses.merge_into_background(logits, organs)
+    merged = losses.merge_into_background(log_p, organs)
     return {
         "cross_entropy": losses.cross_entropy(merged, classes),
-        "dice": losses.dice(merged, classes, organs),
+        "dice": losses.dice(p, classes, organs),
     }
 
 
@@ -169,12 +172,12 @@ def pseudo_labels(batch: Batch) -> Tensor:
     return torch.where(unseen, IGNORE, classes)
 
 
-def logits_term(config: LogitsConfig, logits: Tensor, batch: Batch) -> Tensor:
+def logits_term(config: LogitsConfig, log_p: Tensor, p: Tensor, batch: Batch) -> Tensor:
     """KL and soft Dice over R_1 .. R_K and B; see method.md and `losses`."""
     assert batch.log_odds is not None
     assert batch.organ is not None
     assert batch.background is not None
-    merged = losses.merge_into_background(logits, batch.known)
+    merged = losses.merge_into_background(log_p, batch.known)
     # Where an expert did not see, what all of them say together is unknown.
     unseen = (torch.isnan(batch.log_odds) & batch.known[:, :, None, None, None]).any(dim=1)
     organ = batch.organ & ~unseen[:, None]
@@ -192,7 +195,7 @@ def logits_term(config: LogitsConfig, logits: Tensor, batch: Batch) -> Tensor:
         known = batch.known[:, :, None, None, None]
         term = losses.kl_per_teacher(merged, batch.log_odds, weights * known, config.temperature)
     if config.soft_dice:
-        term = term + losses.soft_dice(merged, batch.log_odds, inside, batch.known)
+        term = term + losses.soft_dice(p, batch.log_odds, inside, batch.known)
     return term
 
 
@@ -211,13 +214,11 @@ def _features_term(network: StudentNetwork, student: Tensor | None, batch: Batch
     assert student is not None
     assert batch.organ is not None
     assert batch.background is not None
+    stride = network.tap_stride
+    background = losses.filled_cells(batch.background, stride)
     total = student.new_zeros(())
     for key, cached in batch.features.items():
-        region = batch.organ[:, network.organs_of(key)].any(dim=1)
+        region = losses.touched_cells(batch.organ[:, network.organs_of(key)].any(dim=1), stride)
         adapted = network.adapt(key, student)
-        stride = network.tap_stride
-        total = total + losses.feature_cosine(adapted, cached, losses.touched_cells(region, stride))
-        total = total + losses.feature_cosine(
-            adapted, cached, losses.filled_cells(batch.background, stride)
-        )
+        total = total + losses.feature_cosine(adapted, cached, region, background)
     return total / max(1, len(batch.features))

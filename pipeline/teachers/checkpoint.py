@@ -83,8 +83,9 @@ def read_teacher(path: Path) -> tuple[TeacherRecord, dict[str, Tensor]]:
             "teacher of kind `factory`.",
         ) from error
     try:
-        record = TeacherRecord.model_validate_json(content["record"])
-        state: dict[str, Tensor] = dict(content["state"])
+        parts = dict(content)
+        record = TeacherRecord.model_validate_json(parts["record"])
+        state: dict[str, Tensor] = dict(parts["state"])
     except (KeyError, TypeError, ValueError) as error:
         raise TeacherError(
             "a tensor file, but not one that `pipeline train-teachers` wrote.",
@@ -156,8 +157,9 @@ def load_checkpoint_teacher(
     """Loads a teacher and holds its file against the registry.
 
     Raises:
-        TeacherError: weights that do not fit the network, or a registry that says otherwise than
-            the file about channels, spacing or intensities.
+        TeacherError: weights that do not fit the network, a registry that says otherwise than
+            the file about channels, spacing or intensities, or a window or tap that the network
+            cannot have.
     """
     record, state = read_teacher(path)
     _check_against(name, entry, record, path)
@@ -177,7 +179,15 @@ def load_checkpoint_teacher(
         raise TeacherError(
             "the weights hold NaN or infinity.", where=f"teacher {name}, {path}", fix="Train again."
         )
-    taps = tap_shapes(network, entry.taps, window.shape)
+    try:
+        taps = tap_shapes(network, entry.taps, window.shape)
+    except (RuntimeError, ValueError, PipelineError) as error:
+        raise TeacherError(
+            f"cannot run windows of {window.shape} voxels with taps {list(entry.taps)} "
+            f"({_first(error)}).",
+            where=f"teacher {name}, {path}",
+            fix="Choose a window that its strides divide, and taps that it has.",
+        ) from error
     return CheckpointTeacher(record, network, window, taps, batch_size, device)
 
 

@@ -51,10 +51,19 @@ class FactoryTeacher:
         """Runs the user's code.
 
         Raises:
-            TeacherError: it returned something else than a `Prediction` of float arrays, or lacks
-                a tap of the registry.
+            TeacherError: it failed, returned something else than a `Prediction` of float arrays,
+                or lacks a tap of the registry.
         """
-        prediction = self.made.predict(image)
+        try:
+            prediction = self.made.predict(image)
+        except PipelineError:
+            raise
+        except Exception as error:
+            raise TeacherError(
+                f"`predict` failed ({type(error).__name__}: {error}).",
+                where=f"teacher {self.name} ({self.entry.factory})",
+                fix="Run it by itself on this case to see more.",
+            ) from error
         if not isinstance(prediction, Prediction) or prediction.logits.array.ndim != 4:
             raise TeacherError(
                 "`predict` must return a Prediction with logits of shape (C, D, H, W).",
@@ -94,9 +103,9 @@ def load_factory_teacher(
     """
     assert entry.factory is not None
     where = f"teacher {name} ({entry.factory})"
-    if not weights.exists():
+    if not weights.is_file():
         raise TeacherError(
-            f"the weights {weights} do not exist.",
+            f"the weights {weights} do not exist, or are no file.",
             where=where,
             fix="Correct `weights` in the registry; paths are relative to the registry's folder.",
         )
@@ -104,9 +113,9 @@ def load_factory_teacher(
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, function_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise TeacherError(
-            f"cannot be imported ({error}).",
+            f"cannot be imported ({type(error).__name__}: {error}).",
             where=where,
             fix="The module must be importable: install it, or set PYTHONPATH.",
         ) from error

@@ -198,7 +198,7 @@ class StageContract(ABC):
 
     def assert_nothing_temporary(self, registry: Path) -> None:
         """Temporary names begin with a dot."""
-        assert [p for p in self.output(registry).rglob(".*")] == []
+        assert list(self.output(registry).rglob(".*")) == []
 
     def _hidden(self, registry: Path, patterns: Sequence[str]) -> list[str]:
         below = self.output(registry).relative_to(registry.parent).as_posix()

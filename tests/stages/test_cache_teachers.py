@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import yaml
 
-from pipeline.cache.store import verify_unit
 from pipeline.data.registry import load_registry
 from pipeline.log import Log
 from stages import cache_teachers

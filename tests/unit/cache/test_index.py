@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.cache.index import (
+    IndexedCase,
+    IndexedTeacher,
+    case_path,
+    read_dataset_index,
+    read_teacher_index,
+    teacher_folder,
+    unit_digest,
+    unit_path,
+    write_dataset_index,
+    write_teacher_index,
+)
+from pipeline.errors import CacheStale
+
+KEY, OTHER_KEY = "1" * 64, "2" * 64
+CASE = IndexedCase("ct", "case_1", "train", "a" * 64, "b" * 64)
+TEACHER = IndexedTeacher("liver", "c" * 64, ("liver", "tumour"), ("tap",), {"window": [8, 8, 8]})
+
+
+def test_cases_come_back_in_order(tmp_path: Path) -> None:
+    cases = [CASE, replace(CASE, case="case_0", split="test", digest="d" * 64)]
+    write_dataset_index(tmp_path, "ct", KEY, cases)
+    assert read_dataset_index(tmp_path, "ct", KEY) == cases
+    assert CASE.name == "ct/case_1"
+
+
+def test_teachers_come_back(tmp_path: Path) -> None:
+    write_teacher_index(tmp_path, KEY, TEACHER)
+    assert read_teacher_index(tmp_path, "liver", KEY) == TEACHER
+
+
+def test_another_registry_entry_is_another_file(tmp_path: Path) -> None:
+    write_dataset_index(tmp_path, "ct", KEY, [CASE])
+    write_dataset_index(tmp_path, "ct", OTHER_KEY, [])
+    assert read_dataset_index(tmp_path, "ct", KEY) == [CASE]
+    assert read_dataset_index(tmp_path, "ct", OTHER_KEY) == []
+
+
+def test_what_stage_one_has_not_seen_is_stale(tmp_path: Path) -> None:
+    write_dataset_index(tmp_path, "ct", KEY, [CASE])
+    write_teacher_index(tmp_path, KEY, TEACHER)
+    with pytest.raises(CacheStale, match="dataset ct is not in the cache as the registry"):
+        read_dataset_index(tmp_path, "ct", OTHER_KEY)
+    with pytest.raises(CacheStale, match="teacher liver is not in the cache as the registry"):
+        read_teacher_index(tmp_path, "liver", OTHER_KEY)
+    with pytest.raises(CacheStale, match="cache-teachers"):
+        read_teacher_index(tmp_path, "spleen", KEY)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"cases": [{"case": "x"}], "teacher": 1}'])
+def test_an_index_of_another_make_is_stale(tmp_path: Path, text: str) -> None:
+    write_dataset_index(tmp_path, "ct", KEY, [CASE])
+    write_teacher_index(tmp_path, KEY, TEACHER)
+    for path in (tmp_path / "index").rglob("*.json"):
+        assert json.loads(path.read_text())["key"] == KEY
+        path.write_text(text)
+    with pytest.raises(CacheStale):
+        read_dataset_index(tmp_path, "ct", KEY)
+    with pytest.raises(CacheStale):
+        read_teacher_index(tmp_path, "liver", KEY)
+
+
+def test_paths_follow_from_what_determines_the_numbers(tmp_path: Path) -> None:
+    unit = unit_path(tmp_path, TEACHER, CASE)
+    assert unit == tmp_path / "teachers" / f"liver@{'c' * 16}" / "ct" / f"case_1@{'a' * 16}.zarr"
+    assert unit.is_relative_to(teacher_folder(tmp_path, TEACHER))
+    assert case_path(tmp_path, CASE) == tmp_path / "cases" / "ct" / f"case_1@{'b' * 16}.zarr"
+    relabelled = replace(CASE, digest="e" * 64)
+    assert unit_path(tmp_path, TEACHER, relabelled) == unit
+    assert case_path(tmp_path, relabelled) != case_path(tmp_path, CASE)
+    rescanned = replace(CASE, image_sha256="e" * 64)
+    assert unit_path(tmp_path, TEACHER, rescanned) != unit
+    retrained = replace(TEACHER, digest="e" * 64)
+    assert teacher_folder(tmp_path, retrained) != teacher_folder(tmp_path, TEACHER)
+
+
+def test_a_units_digest_is_of_teacher_and_image_alone() -> None:
+    digest = unit_digest(TEACHER, CASE)
+    assert unit_digest(TEACHER, replace(CASE, digest="e" * 64, split="test")) == digest
+    assert unit_digest(replace(TEACHER, digest="e" * 64), CASE) != digest
+    assert unit_digest(TEACHER, replace(CASE, image_sha256="e" * 64)) != digest

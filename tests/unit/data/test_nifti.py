@@ -1,0 +1,461 @@
+"""Files in every orientation come back in the right place, and bad files are refused by name."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.nifti import NiftiVolume, read_grid, read_image, read_label, write_image
+from pipeline.data.nifti import write_like as write_like_file
+from pipeline.errors import GeometryError
+from pipeline.volume import Grid, Volume
+
+Array = npt.NDArray[Any]
+Reader = Callable[[Path], NiftiVolume]
+
+SHAPE_XYZ = (4, 5, 6)
+SPACING_XYZ = (1.5, 2.0, 3.0)
+ORIGIN = (-7.0, 11.0, -13.0)
+ORIENTATIONS = [
+    "".join(code)
+    for axes in itertools.permutations(("LR", "PA", "IS"))
+    for code in itertools.product(*axes)
+]
+BOTH_READERS = pytest.mark.parametrize("read", [read_image, read_label])
+
+
+def ramp() -> Array:
+    """A file-ordered (x, y, z) array in which every voxel has its own value."""
+    return np.arange(np.prod(SHAPE_XYZ), dtype=np.int16).reshape(SHAPE_XYZ)
+
+
+def affine_of(code: str, spacing: tuple[float, ...] = SPACING_XYZ) -> Array:
+    """An affine whose voxel axes point along the code's directions."""
+    start = nib.orientations.axcodes2ornt("RAS")
+    to_ras = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt(code), start)
+    affine = np.zeros((4, 4))
+    for axis, (world, direction) in enumerate(to_ras):
+        affine[int(world), axis] = direction * spacing[axis]
+    affine[:, 3] = (*ORIGIN, 1)
+    return affine
+
+
+def oblique() -> Array:
+    """Turned by 25 degrees about z and 10 about x, and stored as LPS."""
+    a, b = np.deg2rad(25), np.deg2rad(10)
+    about_z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+    about_x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
+    affine = affine_of("LPS")
+    affine[:3, :3] = about_z @ about_x @ affine[:3, :3]
+    return affine
+
+
+def save(path: Path, array: Array, affine: Array | None = None) -> Path:
+    nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def value_by_world(array: Array, affine: Array) -> dict[tuple[float, ...], float]:
+    """World point (x, y, z in mm, rounded) -> voxel value, of a file-ordered array."""
+    index = np.stack(np.meshgrid(*map(np.arange, array.shape), indexing="ij"), axis=-1)
+    points = index.reshape(-1, 3) @ affine[:3, :3].T + affine[:3, 3]
+    rounded = np.round(points, 3) + 0.0
+    return dict(zip(map(tuple, rounded.tolist()), array.ravel().tolist(), strict=True))
+
+
+def world_of(volume: Volume) -> dict[tuple[float, ...], float]:
+    """The same of a volume in (z, y, x) order, through its own grid."""
+    index = np.stack(np.meshgrid(*map(np.arange, volume.grid.shape), indexing="ij"), axis=-1)
+    matrix = volume.grid.matrix
+    points = index.reshape(-1, 3) @ matrix[:3, :3].T + matrix[:3, 3]
+    rounded = np.round(points[:, ::-1], 3) + 0.0
+    return dict(zip(map(tuple, rounded.tolist()), volume.array.ravel().tolist(), strict=True))
+
+
+def test_there_are_48_orientations() -> None:
+    assert len(set(ORIENTATIONS)) == 48
+
+
+@pytest.mark.parametrize("code", ORIENTATIONS)
+def test_every_orientation_is_read_to_the_right_place_and_written_back(
+    code: str, tmp_path: Path
+) -> None:
+    array, affine = ramp(), affine_of(code)
+    path = save(tmp_path / "in.nii", array, affine)
+    read = read_image(path)
+    grid = read.volume.grid
+    # z, y, x grow towards superior, anterior, right.
+    np.testing.assert_array_equal(grid.matrix[:3, :3], np.diag(grid.spacing_mm))
+    assert world_of(read.volume) == value_by_world(array, affine)
+    assert read.file_shape == SHAPE_XYZ
+    np.testing.assert_allclose(read.file_affine, affine)
+    assert read_grid(path) == grid
+
+    write_like_file(tmp_path / "like.nii", read.volume, path)
+    write_image(tmp_path / "image.nii", read.volume, affine_xyz=affine)
+    for name in ("like.nii", "image.nii"):
+        back: Any = nib.load(tmp_path / name)
+        np.testing.assert_array_equal(np.asarray(back.dataobj), array)
+        np.testing.assert_allclose(back.affine, affine)
+        assert "".join(nib.aff2axcodes(back.affine)) == code
+
+
+def test_an_oblique_affine_is_kept(tmp_path: Path) -> None:
+    array, affine = ramp(), oblique()
+    path = save(tmp_path / "in.nii.gz", array, affine)
+    read = read_image(path)
+    stored = nib.load(path).affine
+    assert world_of(read.volume) == value_by_world(array, stored)
+    assert read.volume.spacing_mm == pytest.approx(SPACING_XYZ[::-1])
+    assert read_grid(path) == read.volume.grid
+    write_like_file(tmp_path / "like.nii.gz", read.volume, path)
+    back: Any = nib.load(tmp_path / "like.nii.gz")
+    np.testing.assert_array_equal(np.asarray(back.dataobj), array)
+    np.testing.assert_array_equal(back.affine, stored)
+    write_image(tmp_path / "ras.nii.gz", read.volume)
+    again = read_image(tmp_path / "ras.nii.gz").volume
+    np.testing.assert_array_equal(again.array, read.volume.array)
+    assert again.grid.largest_corner_distance_mm(read.volume.grid) < 1e-4
+
+
+def test_right_is_right_in_millimetres(tmp_path: Path) -> None:
+    # One voxel at index (1, 2, 3) of an LPS file: world x = -7 - 1.5.
+    array = np.zeros(SHAPE_XYZ, dtype=np.int16)
+    array[1, 2, 3] = 100
+    affine = affine_of("LPS")
+    volume = read_image(save(tmp_path / "a.nii", array, affine)).volume
+    index = np.argwhere(volume.array == 100)[0]
+    superior, anterior, right, _ = volume.grid.matrix @ [*index, 1]
+    assert (right, anterior, superior) == (-7 - 1.5, 11 - 2 * 2.0, -13 + 3 * 3.0)
+    # The largest x index of a canonical array is the patient's right-most voxel.
+    assert index[2] == SHAPE_XYZ[0] - 1 - 1
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("endianness", ["<", ">"])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_the_geometry_of_a_file_is_preserved_exactly(
+    kind: Any, endianness: str, name: str, tmp_path: Path
+) -> None:
+    header = kind.header_class(endianness=endianness)
+    source = kind(ramp(), None, header)
+    source.set_sform(oblique(), code=1)
+    source.set_qform(affine_of("LPS"), code=4)
+    source.header.set_xyzt_units("mm", "sec")
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(source.to_bytes()) if name.endswith("gz") else source.to_bytes())
+    read = read_image(path)
+    label = Volume((read.volume.array % 3).astype(np.uint8), read.volume.grid)
+    write_like_file(tmp_path / f"out_{name}", label, path, names={1: "liver"})
+    before: Any = nib.load(path)
+    after: Any = nib.load(tmp_path / f"out_{name}")
+    assert type(after) is type(before)
+    assert after.shape == before.shape
+    assert after.get_data_dtype() == np.uint8
+    assert after.header.get_slope_inter() in ((None, None), (1.0, 0.0))
+    np.testing.assert_array_equal(np.asarray(after.dataobj), ramp() % 3)
+    for field in ("sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "pixdim"):
+        np.testing.assert_array_equal(after.header[field], before.header[field])
+    for field in ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "xyzt_units"):
+        np.testing.assert_array_equal(after.header[field], before.header[field])
+
+
+def test_scaling_and_extensions_of_the_source_are_not_inherited(tmp_path: Path) -> None:
+    source = nib.Nifti1Image(ramp(), affine_of("RAS"))
+    source.header.set_slope_inter(2.0, -1024.0)
+    source.header["cal_max"] = 99
+    source.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"name of a patient"))
+    nib.save(source, tmp_path / "a.nii")
+    read = read_image(tmp_path / "a.nii")
+    np.testing.assert_array_equal(read.volume.array.transpose(2, 1, 0), 2 * ramp() - 1024)
+    label = Volume(np.full(read.volume.grid.shape, 3, dtype=np.uint8), read.volume.grid)
+    write_like_file(tmp_path / "b.nii", label, tmp_path / "a.nii")
+    after: Any = nib.load(tmp_path / "b.nii")
+    assert np.unique(np.asarray(after.dataobj)).tolist() == [3]
+    assert float(after.header["cal_max"]) == 0
+    assert len(after.header.extensions) == 0
+    assert b"patient" not in (tmp_path / "b.nii").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_organ_names_stand_in_the_header_extension(name: str, tmp_path: Path) -> None:
+    path = save(tmp_path / f"in_{name}", ramp(), affine_of("LAS"))
+    volume = read_image(path).volume
+    names = {1: "liver", 12: "left kidney"}
+    write_like_file(tmp_path / name, volume, path, names=names)
+    (extension,) = nib.load(tmp_path / name).header.extensions
+    assert extension.get_code() == 6
+    text = extension.get_content()
+    content = json.loads(text if isinstance(text, str) else text.decode())
+    assert content == {"labels": {"1": "liver", "12": "left kidney"}}
+    np.testing.assert_array_equal(read_image(tmp_path / name).volume.array, volume.array)
+
+
+def test_a_trailing_axis_of_one_is_no_fourth_dimension(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii", ramp()[..., None], affine_of("LPS"))
+    read = read_image(path)
+    assert read.volume.grid.shape == SHAPE_XYZ[::-1]
+    write_like_file(tmp_path / "b.nii", read.volume, path)
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "b.nii").dataobj), ramp())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_fractional_hounsfield_units_are_rounded_to_the_nearest(dtype: Any, tmp_path: Path) -> None:
+    array = np.zeros((2, 2, 2), dtype=dtype)
+    array[0, 0] = -1000.4, 40.6
+    array[1, 1] = -0.6, 32767.4
+    read = read_image(save(tmp_path / "a.nii", array)).volume.array
+    assert read.dtype == np.int16
+    expected = [-1000, 41, -1, 32767]
+    assert [*read[:, 0, 0].tolist(), *read[:, 1, 1].tolist()] == expected
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
+def test_labels_of_any_dtype_are_whole_numbers(dtype: Any, tmp_path: Path) -> None:
+    top = 255 if dtype == np.uint8 else 32767 if dtype == np.int16 else 65535
+    array = np.zeros((2, 3, 4), dtype=dtype)
+    array[1, 2, 3] = top
+    read = read_label(save(tmp_path / "a.nii", array)).volume.array
+    assert read.dtype == np.uint16
+    assert read[3, 2, 1] == top
+    assert np.count_nonzero(read) == 1
+
+
+def test_the_hash_is_of_the_files_bytes(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii.gz", ramp())
+    assert read_image(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_gzip_under_a_plain_name_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.nii"
+    path.write_bytes(gzip.compress(nib.Nifti1Image(ramp(), np.eye(4)).to_bytes()))
+    read = read_image(path)
+    write_like_file(tmp_path / "b.nii", read.volume, path)
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "b.nii").dataobj), ramp())
+
+
+def refuses(read: Callable[[Path], object], path: Path, *says: str) -> None:
+    with pytest.raises(GeometryError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    for part in says:
+        assert part in message
+    assert caught.value.fix
+    assert caught.value.exit_code == 2
+
+
+@BOTH_READERS
+@pytest.mark.parametrize("kept", [0, 1, 10, 100, 1000, -1])
+def test_a_truncated_gzip_file(read: Reader, kept: int, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 100, (10, 10, 10)).astype(np.int16)
+    path = save(tmp_path / "a.nii.gz", noise)
+    path.write_bytes(path.read_bytes()[:kept])
+    refuses(read, path, "not a readable NIfTI file", "truncated")
+
+
+@BOTH_READERS
+@pytest.mark.parametrize("kept", [0, 100, 348, 400, -1])
+def test_a_truncated_plain_file(read: Reader, kept: int, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii", ramp())
+    path.write_bytes(path.read_bytes()[:kept])
+    refuses(read, path, "not a readable NIfTI file", "truncated")
+
+
+@BOTH_READERS
+def test_a_gzip_file_with_a_wrong_checksum(read: Reader, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii.gz", ramp())
+    data = bytearray(path.read_bytes())
+    data[-8] ^= 1
+    path.write_bytes(data)
+    refuses(read, path, "not a readable NIfTI file")
+
+
+@pytest.mark.parametrize("read", [read_image, read_label, read_grid])
+def test_a_file_that_is_not_gzip_though_its_name_says_so(
+    read: Callable[[Path], object], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(nib.Nifti1Image(ramp(), np.eye(4)).to_bytes())
+    refuses(read, path, "not a readable NIfTI file", "not gzip")
+
+
+@pytest.mark.parametrize("read", [read_image, read_label, read_grid])
+def test_a_file_that_is_something_else(read: Callable[[Path], object], tmp_path: Path) -> None:
+    path = tmp_path / "a.nii"
+    path.write_bytes(b"DICM" * 1000)
+    refuses(read, path, "not a readable NIfTI file")
+
+
+@pytest.mark.parametrize("read", [read_image, read_label, read_grid])
+def test_an_absent_file_and_a_folder(read: Callable[[Path], object], tmp_path: Path) -> None:
+    refuses(read, tmp_path / "absent.nii.gz")
+    refuses(read, tmp_path)
+
+
+@pytest.mark.parametrize("read", [read_image, read_label, read_grid])
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1), (1, 5, 6), (4, 5, 6, 2), (4, 5, 6, 1, 3)])
+def test_two_and_four_dimensions(
+    read: Callable[[Path], object], shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    path = save(tmp_path / "a.nii", np.zeros(shape, dtype=np.int16))
+    refuses(read, path, "expected one 3D volume", str(shape), "4D")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity(value: float, tmp_path: Path) -> None:
+    array = np.zeros((3, 3, 3), dtype=np.float32)
+    array[1, 2] = value
+    path = save(tmp_path / "a.nii", array)
+    refuses(read_image, path, "3 voxels are NaN or infinite", "-1024")
+    refuses(read_label, path, "not whole numbers")
+
+
+@pytest.mark.parametrize("value", [-40000.0, 40000.0, 1e30])
+def test_values_that_are_no_hounsfield_units(value: float, tmp_path: Path) -> None:
+    array = np.zeros((3, 3, 3), dtype=np.float32)
+    array[0, 0, 0] = value
+    refuses(read_image, save(tmp_path / "a.nii", array), "not Hounsfield units", "rescale slope")
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, 65536.0])
+def test_values_that_are_no_labels(value: float, tmp_path: Path) -> None:
+    array = np.ones((3, 3, 3), dtype=np.float32)
+    array[0, 0, 0] = value
+    refuses(read_label, save(tmp_path / "a.nii", array), "not whole numbers from 0 to 65535")
+
+
+@BOTH_READERS
+def test_colour_and_complex_voxels(read: Reader, tmp_path: Path) -> None:
+    colour = np.zeros((3, 3, 3), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    refuses(read, save(tmp_path / "rgb.nii", colour), "not one real number")
+    wave = np.zeros((3, 3, 3), dtype=np.complex64)
+    refuses(read, save(tmp_path / "complex.nii", wave), "not one real number")
+
+
+@pytest.mark.parametrize("read", [read_image, read_label, read_grid])
+@pytest.mark.parametrize("what", ["zero", "flat", "nan", "infinite", "huge"])
+def test_an_affine_that_is_not_invertible(
+    read: Callable[[Path], object], what: str, tmp_path: Path
+) -> None:
+    image = nib.Nifti1Image(np.zeros((3, 3, 3), dtype=np.int16), np.eye(4))
+    rows = {
+        "zero": [0, 0, 0, 0],
+        "flat": [1, 0, 0, 0],
+        "nan": [np.nan, 0, 0, 0],
+        "infinite": [0, 0, np.inf, 0],
+        "huge": [1e18, 0, 1, 0],
+    }
+    image.header["srow_z"] = rows[what]
+    path = tmp_path / "a.nii"
+    header = image.header.binaryblock
+    path.write_bytes(header + bytes(4) + bytes(3 * 3 * 3 * 2))
+    refuses(read, path, "the affine is not invertible", "spacing and orientation")
+
+
+@settings(
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    changes=st.lists(
+        st.tuples(st.integers(0, 351), st.integers(0, 255)), min_size=1, max_size=6, unique=True
+    )
+)
+def test_whatever_a_damaged_header_says_it_is_a_volume_or_a_clear_error(
+    changes: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    data = bytearray(nib.Nifti1Image(np.ones((2, 3, 4), np.uint8), affine_of("LPS")).to_bytes())
+    for position, value in changes:
+        data[position] = value
+    path = tmp_path / "a.nii"
+    path.write_bytes(data)
+    readers: list[Reader] = [read_image, read_label]
+    for read in readers:
+        try:
+            volume = read(path).volume
+        except GeometryError as error:
+            says = str(error)
+        else:
+            says = f"{path}: {volume.array.shape}"
+            assert np.isfinite(volume.grid.matrix).all()
+            assert volume.array.shape == volume.grid.shape
+        assert says.startswith(f"{path}: ")
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("name", ["out.nii", "out.nii.gz"])
+def test_a_write_that_fails_leaves_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save(tmp_path / "in.nii", ramp(), affine_of("LPS"))
+    volume = read_image(source).volume
+    target = tmp_path / "folder" / name
+
+    def half(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.data.nifti.nib.save", half)
+    with pytest.raises(OSError, match="No space"):
+        write_like_file(target, volume, source)
+    with pytest.raises(OSError, match="No space"):
+        write_image(target, volume)
+    assert left_in(tmp_path) == ["in.nii"]
+
+
+def test_a_write_that_fails_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save(tmp_path / "in.nii", ramp())
+    before = source.read_bytes()
+    volume = read_image(source).volume
+
+    def fail(_: object, path: Path) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr("pipeline.data.nifti.nib.save", fail)
+    with pytest.raises(OSError, match="no"):
+        write_like_file(source, volume, source)
+    assert source.read_bytes() == before
+
+
+def test_a_volume_of_another_shape_cannot_be_written_like_a_file(tmp_path: Path) -> None:
+    source = save(tmp_path / "in.nii", ramp())
+    other = Volume(np.zeros((3, 3, 3), np.uint8), Grid.axis_aligned((3, 3, 3), (1, 1, 1)))
+    with pytest.raises(GeometryError, match="cannot be written like"):
+        write_like_file(tmp_path / "out.nii", other, source)
+    assert left_in(tmp_path) == ["in.nii"]
+
+
+def test_writing_like_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    volume = Volume(np.zeros((3, 3, 3), np.uint8), Grid.axis_aligned((3, 3, 3), (1, 1, 1)))
+    (tmp_path / "bad.nii.gz").write_bytes(b"bad")
+    for like in (tmp_path / "absent.nii", tmp_path / "bad.nii.gz"):
+        refuses(lambda path: write_like_file(tmp_path / "out.nii", volume, path), like)
+    assert left_in(tmp_path) == ["bad.nii.gz"]
+
+
+def test_a_mask_is_written_as_zero_and_one(tmp_path: Path) -> None:
+    mask = np.zeros((3, 4, 5), dtype=np.bool_)
+    mask[1, 2, 3] = True
+    write_image(tmp_path / "a.nii.gz", Volume(mask, Grid.axis_aligned((3, 4, 5), (1, 1, 1))))
+    label = read_label(tmp_path / "a.nii.gz").volume.array
+    np.testing.assert_array_equal(label, mask.astype(np.uint16))
+    assert nib.load(tmp_path / "a.nii.gz").get_data_dtype() == np.uint8

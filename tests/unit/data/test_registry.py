@@ -1,0 +1,673 @@
+"""Every mistake in a registry is one message with file, line and remedy, all in one run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.data.dataset_entry import SplitEntry
+from pipeline.data.registry import Registry, load_registry
+from pipeline.errors import RegistryError
+
+REPOSITORY = Path(__file__).parents[3]
+
+# Line numbers in the tests below are those of this text.
+GOOD = """\
+schema_version: 1
+organs:
+  liver: 1
+  spleen: 2
+grid:
+  spacing_mm: [3.0, 2.0, 2.0]
+datasets:
+  liver-ct:
+    root: data
+    images: images/{case}.nii.gz
+    labels: labels/{case}.nii.gz
+    annotated: {liver: 1}
+    ignore_values: [9]
+    split: {validation: 0.25, seed: 3}
+  spleen-ct:
+    root: data
+    pairs:
+      one: {image: images/a.nii.gz, label: labels/a.nii.gz}
+      two: {image: images/b.nii.gz, label: labels/b.nii.gz}
+    annotated: {spleen: [1, 2]}
+    split:
+      train: [one]
+      validation: [two]
+      test: []
+teachers:
+  liver:
+    kind: checkpoint
+    weights: liver.pt
+    organs: {liver: 1}
+    num_channels: 2
+    trained_on: liver-ct
+  both:
+    kind: factory
+    factory: mine:build
+    weights: both.pt
+    organs: {liver: 1, spleen: [2, 3]}
+    num_channels: 4
+"""
+
+
+def touch(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the registry and its (empty) files lie."""
+    cases = "abcd"
+    touch(tmp_path / "data", [f"images/{c}.nii.gz" for c in cases])
+    touch(tmp_path / "data", [f"labels/{c}.nii.gz" for c in cases])
+    return tmp_path
+
+
+def write(folder: Path, text: str = GOOD, *changes: tuple[str, str]) -> Path:
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = folder / "registry.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaints(path: Path, **options: Any) -> list[str]:
+    """The mistakes, each without the file's folder."""
+    with pytest.raises(RegistryError) as caught:
+        load_registry(path, **options)
+    assert caught.value.exit_code == 2
+    head, *rest = str(caught.value).replace(f"{path.parent}/", "").splitlines()
+    if not rest:
+        return [head]
+    assert head == f"{len(rest)} mistakes:"
+    return [line.strip() for line in rest]
+
+
+def test_the_registry_of_the_repository_is_valid() -> None:
+    registry = load_registry(REPOSITORY / "data_registry.yaml")
+    assert registry.label_space.organs == ("liver", "spleen", "kidneys", "pancreas")
+    assert sum(len(registry.cases(name)) for name in registry.datasets) == 4 * 10 + 12
+
+
+def test_the_good_registry_is_read(folder: Path) -> None:
+    registry = load_registry(write(folder))
+    assert registry.datasets["liver-ct"].annotated == {"liver": (1,)}
+    assert registry.datasets["spleen-ct"].annotated == {"spleen": (1, 2)}
+    assert registry.teachers["both"].organs == {"liver": (1,), "spleen": (2, 3)}
+    assert registry.experts() == {"liver": ("both", "liver"), "spleen": ("both",)}
+    assert [(c.name, c.split) for c in registry.cases("spleen-ct")] == [
+        ("spleen-ct/one", "train"),
+        ("spleen-ct/two", "validation"),
+    ]
+    (first, *_) = registry.cases("liver-ct")
+    assert first.image == folder / "data/images/a.nii.gz"
+    assert first.label == folder / "data/labels/a.nii.gz"
+    assert registry.resolve("liver.pt") == folder / "liver.pt"
+
+
+ONE_MISTAKE: dict[str, tuple[tuple[str, str], int, str, str]] = {
+    "unknown key": (
+        ("    root: data\n    images", "    rot: 1\n    root: data\n    images"),
+        9,
+        "datasets.liver-ct.rot: unknown key.",
+        "spelling",
+    ),
+    "unknown key at the top": (
+        ("schema_version: 1\n", "schema_version: 1\ndataset: {}\n"),
+        2,
+        "dataset: unknown key.",
+        "Known here: datasets, grid, organs, schema_version, teachers.",
+    ),
+    "key written twice": (
+        ("  spleen: 2\n", "  spleen: 2\n  liver: 1\n"),
+        5,
+        "organs.liver: written twice.",
+        "Keep one of the two.",
+    ),
+    "wrong type": (
+        ("  liver: 1\n", "  liver: one\n"),
+        3,
+        "organs.liver: input should be a valid integer",
+        "not 'one'",
+    ),
+    "a wrong type where a name is wanted": (
+        ("    trained_on: liver-ct\n", "    trained_on: [liver-ct]\n"),
+        31,
+        "teachers.liver.trained_on: input should be a valid string",
+        "not ['liver-ct']",
+    ),
+    "wrong number of values": (
+        ("[3.0, 2.0, 2.0]", "[3.0, 2.0]"),
+        6,
+        "grid.spacing_mm.2: required, but missing.",
+        "Add it.",
+    ),
+    "spacing not positive": (
+        ("[3.0, 2.0, 2.0]", "[3.0, 0.0, 2.0]"),
+        5,
+        "grid: spacing_mm (3.0, 0.0, 2.0) must be positive.",
+        "",
+    ),
+    "another schema version": (
+        ("schema_version: 1", "schema_version: 2"),
+        1,
+        "schema_version: input should be 1, not 2.",
+        "",
+    ),
+    "missing key": (
+        ("grid:\n  spacing_mm: [3.0, 2.0, 2.0]\n", ""),
+        1,
+        "grid: required, but missing.",
+        "Add it.",
+    ),
+    "organ that nobody knows": (
+        ("  spleen: 2\n", "  spleen: 2\n  aorta: 3\n"),
+        5,
+        "organs.aorta: no dataset annotates aorta and no teacher knows it.",
+        "Remove it, or add a dataset or teacher for it.",
+    ),
+    "annotated organ that is not listed": (
+        ("annotated: {liver: 1}", "annotated: {liver: 1, aorta: 2}"),
+        12,
+        "datasets.liver-ct.annotated.aorta: aorta is not one of the registry's organs.",
+        "organs are: liver, spleen.",
+    ),
+    "expert organ that is not listed": (
+        (
+            "    organs: {liver: 1}\n    num_channels: 2\n    trained_on: liver-ct",
+            "    organs:\n      liver: 1\n      aorta: 0\n    num_channels: 2",
+        ),
+        31,
+        "teachers.liver.organs.aorta: aorta is not one of the registry's organs.",
+        "correct its name",
+    ),
+    "id used twice": (
+        ("  spleen: 2\n", "  spleen: 1\n"),
+        4,
+        "organs.spleen: id 1 is already used by liver.",
+        "Give every organ its own id.",
+    ),
+    "id out of range": (
+        ("  spleen: 2\n", "  spleen: 255\n"),
+        4,
+        "organs.spleen: input should be less than or equal to 254, not 255.",
+        "",
+    ),
+    "channel out of range": (
+        ("spleen: [2, 3]}", "spleen: [2, 4]}"),
+        36,
+        "teachers.both.organs.spleen: channel 4 is out of range: num_channels is 4.",
+        "Channels count from 0 to 3.",
+    ),
+    "negative channel": (
+        ("    organs: {liver: 1}\n", "    organs: {liver: -1}\n"),
+        29,
+        "teachers.liver.organs.liver.0: input should be greater than or equal to 0, not -1.",
+        "",
+    ),
+    "label value with two meanings": (
+        ("ignore_values: [9]", "ignore_values: [9, 1]"),
+        13,
+        "datasets.liver-ct.ignore_values: label value 1 already means liver.",
+        "A label value has one meaning.",
+    ),
+    "label value both ignored and background": (
+        ("ignore_values: [9]", "ignore_values: [9]\n    background_values: [9]"),
+        14,
+        "datasets.liver-ct.background_values: label value 9 already means ignore_values.",
+        "A label value has one meaning.",
+    ),
+    "label value 0": (
+        ("annotated: {spleen: [1, 2]}", "annotated: {spleen: [0, 2]}"),
+        20,
+        "datasets.spleen-ct.annotated.spleen: label value 0 is background.",
+        "Use the organ's own value.",
+    ),
+    "case in two splits": (
+        ("validation: [two]", "validation: [two, one]"),
+        23,
+        "datasets.spleen-ct.split.validation.1: case one is already in train.",
+        "A case belongs to one split, once.",
+    ),
+    "split names an absent case": (
+        ("test: []", "test: [three]"),
+        24,
+        "datasets.spleen-ct.split.test.0: there is no case three.",
+        "Correct the name, or remove it.",
+    ),
+    "split half by fraction": (
+        ("validation: [two]", "validation: 0.2"),
+        21,
+        "datasets.spleen-ct.split: with `train` as a list",
+        "`validation` and `test` are lists too.",
+    ),
+    "fraction beyond one": (
+        ("validation: 0.25", "validation: 1.5"),
+        14,
+        "datasets.liver-ct.split.validation.fraction: input should be less than or equal to 1",
+        "not 1.5",
+    ),
+    "case name that is a number": (
+        ("train: [one]", "train: [1]"),
+        22,
+        "datasets.spleen-ct.split.train.0: input should be a valid string, not 1.",
+        "",
+    ),
+    "trained on an unknown dataset": (
+        ("trained_on: liver-ct", "trained_on: liver"),
+        31,
+        "teachers.liver.trained_on: there is no dataset 'liver'.",
+        "Datasets are: liver-ct, spleen-ct.",
+    ),
+    "trained on a dataset that lacks the organ": (
+        ("trained_on: liver-ct", "trained_on: spleen-ct"),
+        31,
+        "teachers.liver.trained_on: spleen-ct does not annotate liver, so it cannot teach it.",
+        "Choose the dataset that does.",
+    ),
+    "factory for another kind": (
+        ("kind: checkpoint", "kind: checkpoint\n    factory: mine:build"),
+        26,
+        "teachers.liver: `factory: module:function` belongs to kind `factory`",
+        "",
+    ),
+    "no factory for kind factory": (
+        ("    factory: mine:build\n", ""),
+        32,
+        "teachers.both: `factory: module:function` belongs to kind `factory`",
+        "",
+    ),
+    "factory that is no function": (
+        ("factory: mine:build", "factory: import os"),
+        34,
+        "teachers.both.factory: string should match pattern",
+        "not 'import os'",
+    ),
+    "unknown kind": (
+        ("kind: checkpoint", "kind: onnx"),
+        27,
+        "teachers.liver.kind: input should be 'checkpoint' or 'factory', not 'onnx'.",
+        "",
+    ),
+    "pattern that matches nothing": (
+        ("images: images/", "images: imgs/"),
+        8,
+        "datasets.liver-ct: pattern 'imgs/{case}.nii.gz' matches nothing below data.",
+        "Check `root` and `images`",
+    ),
+    "folder that does not exist": (
+        ("root: data\n    images", "root: dat\n    images"),
+        8,
+        "datasets.liver-ct: pattern 'images/{case}.nii.gz' matches nothing below dat.",
+        "Check `root` and `images`",
+    ),
+    "pattern without a case": (
+        ("images: images/{case}.nii.gz", "images: images/*.nii.gz"),
+        8,
+        "datasets.liver-ct: pattern 'images/*.nii.gz' must contain {case} exactly once.",
+        "",
+    ),
+    "pattern that leaves the name open": (
+        ("images: images/{case}.nii.gz", "images: images/*{case}.nii.gz"),
+        8,
+        "does not say where the case's name begins and ends",
+        "put some other character between",
+    ),
+    "absolute pattern": (
+        ("images: images/{case}.nii.gz", "images: /images/{case}.nii.gz"),
+        8,
+        "must be relative to `root`",
+        "",
+    ),
+    "double star inside a name": (
+        ("images: images/{case}.nii.gz", "images: im**/{case}.nii.gz"),
+        8,
+        "** must stand between slashes",
+        "",
+    ),
+    "neither patterns nor pairs": (
+        ("    images: images/{case}.nii.gz\n    labels: labels/{case}.nii.gz\n", ""),
+        8,
+        "datasets.liver-ct: name the files by `images` and `labels`, or by `pairs`.",
+        "",
+    ),
+    "images without labels": (
+        ("    labels: labels/{case}.nii.gz\n", ""),
+        8,
+        "datasets.liver-ct: `images` and `labels` belong together.",
+        "",
+    ),
+    "pair that does not exist": (
+        ("label: labels/b.nii.gz", "label: labels/z.nii.gz"),
+        15,
+        "datasets.spleen-ct: files do not exist: data/labels/z.nii.gz.",
+        "Check `root` and `pairs`.",
+    ),
+    "one image under two names": (
+        ("two: {image: images/b.nii.gz", "two: {image: images/a.nii.gz"),
+        15,
+        "datasets.spleen-ct: cases one and two have the same image images/a.nii.gz.",
+        "Keep one of the two.",
+    ),
+    "case written twice": (
+        (
+            "      two: {image",
+            "      one: {image: images/c.nii.gz, label: labels/c.nii.gz}\n      two: {image",
+        ),
+        19,
+        "datasets.spleen-ct.pairs.one: written twice.",
+        "Keep one of the two.",
+    ),
+    "name that cannot name a folder": (
+        ("  liver:\n    kind", "  a/b:\n    kind"),
+        26,
+        "teachers.a/b.[key]: string should match pattern",
+        "not 'a/b'",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", ONE_MISTAKE.values(), ids=ONE_MISTAKE)
+def test_one_mistake_is_one_message(
+    mistake: tuple[tuple[str, str], int, str, str], folder: Path
+) -> None:
+    change, line, what, fix = mistake
+    (message,) = complaints(write(folder, GOOD, change))
+    assert message.startswith(f"registry.yaml:{line}: "), message
+    assert what in message
+    assert fix in message
+
+
+def test_images_without_a_label_are_named(folder: Path) -> None:
+    (folder / "data/labels/c.nii.gz").unlink()
+    (folder / "data/labels/d.nii.gz").unlink()
+    (message,) = complaints(write(folder))
+    assert message.startswith("registry.yaml:8: datasets.liver-ct: images without a label")
+    assert "'labels/{case}.nii.gz': c, d. Add the labels, or move these images" in message
+
+
+def test_a_label_without_an_image_is_no_mistake(folder: Path) -> None:
+    touch(folder, ["data/labels/e.nii.gz"])
+    assert [c.case for c in load_registry(write(folder)).cases("liver-ct")] == list("abcd")
+
+
+def test_long_lists_of_files_are_cut(folder: Path) -> None:
+    touch(folder, [f"data/images/x{n:02}.nii.gz" for n in range(20)])
+    (message,) = complaints(write(folder))
+    assert "x07 and 12 more." in message
+    assert "x08" not in message
+
+
+def test_a_case_found_twice_is_told_with_its_files(folder: Path) -> None:
+    touch(folder, ["data/images/sub/a.nii.gz", "data/labels/sub/a.nii.gz"])
+    path = write(
+        folder,
+        GOOD,
+        ("images: images/{case}", "images: images/**/{case}"),
+        ("labels: labels/{case}", "labels: labels/**/{case}"),
+    )
+    images, labels = complaints(path)
+    for message, kind in ((images, "images"), (labels, "labels")):
+        assert message.startswith("registry.yaml:8: datasets.liver-ct: case a is found more than")
+        assert f"data/{kind}/a.nii.gz, data/{kind}/sub/a.nii.gz. Narrow the pattern." in message
+
+
+def test_all_mistakes_are_told_in_one_run(folder: Path) -> None:
+    (folder / "data/labels/d.nii.gz").unlink()
+    path = write(
+        folder,
+        GOOD,
+        ("  spleen: 2\n", "  spleen: 1\n"),  # id used twice
+        ("    ignore_values: [9]\n", "    ignore: [9]\n"),  # unknown key
+        ("validation: 0.25", "validation: half"),  # wrong type
+        ("test: []", "test: [three]"),  # absent case
+        ("label: labels/b.nii.gz", "label: labels/z.nii.gz"),  # absent file
+        ("organs: {liver: 1}\n", "organs: {liver: 5}\n"),  # channel out of range
+        ("trained_on: liver-ct", "trained_on: nobody"),  # absent dataset
+        ("    kind: factory\n", "    kind: fabric\n"),  # wrong value
+    )
+    found = complaints(path)
+    expected = [
+        (4, "already used"),
+        (8, "images without a label"),
+        (13, "unknown key"),
+        (14, "valid number"),
+        (15, "files do not exist"),
+        (24, "no case three"),
+        (29, "out of range"),
+        (31, "no dataset 'nobody'"),
+        (33, "'checkpoint' or 'factory'"),
+    ]
+    assert len(found) == len(expected), found
+    for message, (line, what) in zip(found, expected, strict=True):
+        assert message.startswith(f"registry.yaml:{line}: ")
+        assert what in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("organs:\n  liver: 1\n  spleen: 2\n", "organs: [liver, spleen]\n"),
+        ("organs:\n  liver: 1\n  spleen: 2\n", "organs: {}\n"),
+        ("    annotated: {liver: 1}\n", "    annotated: liver\n"),
+        ("    annotated: {liver: 1}\n", "    annotated: {liver: {a: [1]}}\n"),
+        ("    split: {validation: 0.25, seed: 3}\n", "    split: 0.2\n"),
+        ("    ignore_values: [9]\n", "    ignore_values: 9\n"),
+        ("    num_channels: 4\n", "    num_channels: four\n"),
+        ("    organs: {liver: 1, spleen: [2, 3]}\n", "    organs: {liver: 1, spleen: two}\n"),
+        ("    root: data\n    pairs", "    root: [data]\n    pairs"),
+    ],
+)
+def test_a_wrong_type_brings_no_other_complaint_with_it(
+    change: tuple[str, str], folder: Path
+) -> None:
+    assert len({m.split(" ")[0] for m in complaints(write(folder, GOOD, change))}) <= 2
+    assert any("should" in message for message in complaints(write(folder, GOOD, change)))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", "datasets: {}", "datasets: [1]", "teachers: 3"])
+def test_a_file_that_is_no_registry_at_all(text: str, folder: Path) -> None:
+    for message in complaints(write(folder, text)):
+        assert message.startswith("registry.yaml:1: ")
+
+
+def test_stage_two_reads_a_registry_without_the_files(folder: Path) -> None:
+    path = write(folder, GOOD.replace("root: data", "root: elsewhere"))
+    assert len(complaints(path)) == 2
+    assert set(load_registry(path, files=False).datasets) == {"liver-ct", "spleen-ct"}
+    twice = write(folder, GOOD, ("test: []", "test: [two]"))
+    assert "already in validation" in complaints(twice, files=False)[0]
+
+
+def test_an_absent_registry_is_told_by_its_path(tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match="cannot be read") as caught:
+        load_registry(tmp_path / "absent.yaml")
+    assert str(tmp_path / "absent.yaml") in str(caught.value)
+
+
+def cases_of(folder: Path, images: str, labels: str) -> dict[str, tuple[str, str]]:
+    path = write(
+        folder,
+        GOOD,
+        ("images/{case}.nii.gz\n    labels", f"{images}\n    labels"),
+        ("labels/{case}.nii.gz\n", f"{labels}\n"),
+    )
+    root = folder / "data"
+    return {
+        c.case: (c.image.relative_to(root).as_posix(), c.label.relative_to(root).as_posix())
+        for c in load_registry(path).cases("liver-ct")
+    }
+
+
+def test_nnunet_folders(folder: Path) -> None:
+    touch(folder / "data", ["imagesTr/la_003_0000.nii.gz", "imagesTr/la_004_0000.nii.gz"])
+    touch(folder / "data", ["imagesTr/la_003_0001.nii.gz", "imagesTr/._la_003_0000.nii.gz"])
+    touch(folder / "data", ["labelsTr/la_003.nii.gz", "labelsTr/la_004.nii.gz"])
+    found = cases_of(folder, "imagesTr/{case}_0000.nii.gz", "labelsTr/{case}.nii.gz")
+    assert found == {
+        "la_003": ("imagesTr/la_003_0000.nii.gz", "labelsTr/la_003.nii.gz"),
+        "la_004": ("imagesTr/la_004_0000.nii.gz", "labelsTr/la_004.nii.gz"),
+    }
+
+
+def test_hidden_files_are_no_cases(folder: Path) -> None:
+    touch(folder / "data", ["images/._a.nii.gz", "images/.b.nii.gz.17.tmp.nii.gz"])
+    found = cases_of(folder, "images/{case}.nii.gz", "labels/{case}.nii.gz")
+    assert list(found) == list("abcd")
+
+
+def test_one_folder_per_case_at_any_depth(folder: Path) -> None:
+    for case in ("x/p1", "x/y/p2", "p3"):
+        touch(folder / "data/all" / case, ["ct.nii.gz", "seg.nii.gz", "other.nii.gz"])
+    found = cases_of(folder, "all/**/{case}/ct.nii.gz", "all/**/{case}/seg.nii.gz")
+    assert found == {
+        "p1": ("all/x/p1/ct.nii.gz", "all/x/p1/seg.nii.gz"),
+        "p2": ("all/x/y/p2/ct.nii.gz", "all/x/y/p2/seg.nii.gz"),
+        "p3": ("all/p3/ct.nii.gz", "all/p3/seg.nii.gz"),
+    }
+
+
+def test_a_star_and_a_question_mark_stop_at_a_slash(folder: Path) -> None:
+    touch(folder / "data", ["ct/site1/v1_p.nii.gz", "ct/site2/v2_q.nii.gz", "ct/a/b/v1_r.nii.gz"])
+    touch(folder / "data", ["seg/p.nii.gz", "seg/q.nii.gz"])
+    found = cases_of(folder, "ct/*/v?_{case}.nii.gz", "seg/{case}.nii.gz")
+    assert list(found) == ["p", "q"]
+
+
+def test_dots_and_brackets_in_a_pattern_mean_themselves(folder: Path) -> None:
+    touch(folder / "data", ["im/p.nii", "im/pXnii", "seg/p.nii"])
+    assert list(cases_of(folder, "im/{case}.nii", "seg/{case}.nii")) == ["p"]
+
+
+def test_a_phantom_needs_no_files(tmp_path: Path) -> None:
+    data = yaml.safe_load((REPOSITORY / "data_registry.yaml").read_text())
+    path = tmp_path / "data_registry.yaml"
+    path.write_text(yaml.safe_dump(data))
+    cases = load_registry(path).cases("multi-organ-ct")
+    assert [c.case for c in cases] == [f"case_{n:03}" for n in range(12)]
+    assert cases[0].image == tmp_path / "phantom/multi-organ-ct/images/case_000.nii.gz"
+    assert not cases[0].image.exists()
+
+
+def counts(split: SplitEntry, num_cases: int) -> list[int]:
+    found = list(split.assign([f"c{n}" for n in range(num_cases)]).values())
+    assert len(found) == num_cases
+    return [found.count("train"), found.count("validation"), found.count("test")]
+
+
+def test_fractions_give_that_many_cases() -> None:
+    split = SplitEntry(validation=0.2, test=0.3)
+    assert counts(split, 10) == [5, 2, 3]
+    assert counts(split, 2) == [0, 1, 1]
+    assert counts(split, 1) == [1, 0, 0]
+    assert counts(split, 0) == [0, 0, 0]
+    assert counts(SplitEntry(validation=0.01, test=0.0), 20) == [19, 1, 0]
+    assert counts(SplitEntry(validation=0.5, test=0.5), 3) == [0, 2, 1]
+
+
+def test_a_split_by_fraction_depends_on_names_and_seed_alone() -> None:
+    cases = [f"case_{n:03}" for n in range(30)]
+    split = SplitEntry(validation=0.2, test=0.2, seed=1)
+    drawn = split.assign(cases)
+    assert split.assign(cases[::-1]) == drawn
+    assert SplitEntry(validation=0.2, test=0.2, seed=1).assign(cases) == drawn
+    assert SplitEntry(validation=0.2, test=0.2, seed=2).assign(cases) != drawn
+    # Written down once: a split must stay what it is from version to version.
+    validation = [case for case, part in drawn.items() if part == "validation"]
+    assert validation == ["case_000", "case_004", "case_012", "case_013", "case_014", "case_016"]
+
+
+def test_a_split_by_list_leaves_out_what_it_does_not_name(folder: Path) -> None:
+    change = (
+        "split: {validation: 0.25, seed: 3}",
+        "split: {train: [d], validation: [a], test: [b]}",
+    )
+    cases = load_registry(write(folder, GOOD, change)).cases("liver-ct")
+    assert {c.case: c.split for c in cases} == {"a": "validation", "b": "test", "d": "train"}
+
+
+@pytest.mark.parametrize(
+    ("validation", "test", "train", "says"),
+    [
+        (("a",), ("b",), None, "names `train` too"),
+        (0.2, 0.2, ("a",), "lists too"),
+        (0.7, 0.7, None, "more than 1"),
+    ],
+)
+def test_splits_that_make_no_sense(validation: Any, test: Any, train: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        SplitEntry(validation=validation, test=test, train=train)
+
+
+def keys(folder: Path, *changes: tuple[str, str]) -> tuple[str, str]:
+    registry = load_registry(write(folder, GOOD, *changes), files=False)
+    return registry.dataset_key("liver-ct"), registry.teacher_key("liver")
+
+
+@pytest.mark.parametrize(
+    ("change", "dataset_changes", "teacher_changes"),
+    [
+        (("    root: data\n    images", "    root: ./data\n    images"), True, False),
+        (("images: images/", "images: other/"), True, False),
+        (("annotated: {liver: 1}", "annotated: {liver: 2}"), True, False),
+        (("ignore_values: [9]", "ignore_values: [8]"), True, False),
+        (("ignore_values: [9]", "background_values: [9]"), True, False),
+        (("seed: 3", "seed: 4"), True, False),
+        (("  liver: 1\n", "  liver: 7\n"), True, False),
+        (("[3.0, 2.0, 2.0]", "[3.0, 2.0, 2.5]"), True, True),
+        (("weights: liver.pt", "weights: other.pt"), False, True),
+        (("organs: {liver: 1}\n", "organs: {liver: 0}\n"), False, True),
+        (("num_channels: 2", "taps: [model.1]"), False, True),
+        (("num_channels: 2", "intensity: {window_hu: [-100, 100]}"), False, True),
+        (("  spleen: 2\n", "  spleen: 5\n"), False, False),
+        (("[3.0, 2.0, 2.0]", "[3, 2, 2]"), False, False),
+        (("annotated: {liver: 1}", "annotated: {liver: [1]}"), False, False),
+        (("annotated: {liver: 1}", "annotated: {liver: 1}\n    licence: CC0"), False, False),
+        (("annotated: {liver: 1}", "annotated: {liver: 1}\n    source: me"), False, False),
+        (("weights: liver.pt", "weights: liver.pt\n    licence: CC0"), False, False),
+        (("weights: liver.pt", "weights: liver.pt\n    source: me"), False, False),
+        (("weights: both.pt", "weights: neither.pt"), False, False),
+    ],
+)
+def test_keys_change_with_what_matters(
+    change: tuple[str, str], dataset_changes: bool, teacher_changes: bool, folder: Path
+) -> None:
+    dataset, teacher = keys(folder)
+    new_dataset, new_teacher = keys(folder, change)
+    assert (new_dataset != dataset, new_teacher != teacher) == (dataset_changes, teacher_changes)
+
+
+def test_reading_a_registry_runs_nothing_that_it_names(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = folder / "ran"
+    (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(folder)
+    load_registry(write(folder))
+    assert not ran.exists()
+
+
+def test_every_line_of_every_message_names_file_and_line(folder: Path) -> None:
+    broken = re.sub(r": \[?\w+\]?$", ": {}", GOOD, flags=re.MULTILINE)
+    found = complaints(write(folder, broken))
+    assert len(found) > 6
+    for message in found:
+        assert re.match(r"registry\.yaml:\d+: \S+: .+\.$", message), message
+
+
+def test_a_registry_cannot_be_changed(folder: Path) -> None:
+    registry: Registry = load_registry(write(folder))
+    with pytest.raises(ValueError, match="frozen"):
+        registry.organs = {}  # type: ignore[misc]

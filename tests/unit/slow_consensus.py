@@ -1,0 +1,60 @@
+"""The regions of docs/method.md, voxel by voxel in plain numpy: slow, and obvious."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+def slow_labels_win(
+    log_odds: Array, classes: Array, annotated: Sequence[int], confidence: float
+) -> Array:
+    """Classes: 0 background, k + 1 for organ number k, 255 ignore."""
+    out = log_odds.astype(np.float32).copy()
+    for voxel in np.ndindex(*classes.shape):
+        label = int(classes[voxel])
+        if label == 255:
+            continue
+        for k in range(out.shape[0]):
+            seen = 0.0 if np.isnan(log_odds[(k, *voxel)]) else abs(float(log_odds[(k, *voxel)]))
+            strong = max(seen, confidence)
+            if label - 1 in annotated:
+                out[(k, *voxel)] = strong if k == label - 1 else -strong
+            elif k in annotated:
+                out[(k, *voxel)] = -strong
+    return out
+
+
+def slow_regions(log_odds: Array, margin: float) -> dict[str, Array]:
+    """Boolean arrays by name; `organ` has the axis of organs first."""
+    num_organs, *shape = log_odds.shape
+    organ = np.zeros(log_odds.shape, bool)
+    background, conflict, abstained = (np.zeros(shape, bool) for _ in range(3))
+    for voxel in np.ndindex(*shape):
+        votes = [float(log_odds[(k, *voxel)]) for k in range(num_organs)]
+        inside = [vote > margin for vote in votes]
+        organ[(slice(None), *voxel)] = inside
+        background[voxel] = all(vote < -margin for vote in votes)
+        conflict[voxel] = sum(inside) >= 2
+        abstained[voxel] = not any(inside) and not background[voxel]
+    return {
+        "organ": organ,
+        "background": background,
+        "conflict": conflict,
+        "abstained": abstained,
+    }
+
+
+def slow_average(experts: Sequence[Array]) -> Array:
+    """Mean over the experts that saw the voxel."""
+    out = np.full(experts[0].shape, np.nan, np.float32)
+    for voxel in np.ndindex(*out.shape):
+        seen = [float(e[voxel]) for e in experts if not np.isnan(e[voxel])]
+        if seen:
+            out[voxel] = sum(seen) / len(seen)
+    return out

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.cache.provenance import teacher_inputs
+from pipeline.cache.schema import StorageConfig
+from pipeline.config import digest
+from pipeline.errors import TeacherError
+from pipeline.intensity import Intensity
+from pipeline.teacher_entry import TeacherEntry
+from pipeline.teachers.checkpoint import CheckpointTeacher, read_teacher, save_teacher
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.sliding_window import WindowConfig
+from pipeline.volume import Grid, Volume
+from tests.tiny import GRID_MM, NETWORK, TAP, teacher_data, write_teacher
+
+WINDOW = WindowConfig(shape=(8, 8, 8), overlap=0.25)
+
+
+def entry(**changes: Any) -> TeacherEntry:
+    return TeacherEntry.model_validate(teacher_data("liver", **changes))
+
+
+def load(path: Path, window: WindowConfig = WINDOW, **changes: Any) -> CheckpointTeacher:
+    teacher = load_teacher(
+        "liver", entry(**changes), path, window=window, batch_size=2, device=torch.device("cpu")
+    )
+    assert isinstance(teacher, CheckpointTeacher)
+    return teacher
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    write_teacher(tmp_path / "liver.pt", "liver", seed=0)
+    return tmp_path / "liver.pt"
+
+
+def refused(path: Path, match: str, **changes: Any) -> str:
+    with pytest.raises(TeacherError, match=match) as caught:
+        load(path, **changes)
+    assert caught.value.exit_code == 2
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_round_trip(path: Path) -> None:
+    record, state = read_teacher(path)
+    assert record.network == NETWORK
+    assert record.channels == {"liver": (1,)}
+    assert record.spacing_mm == GRID_MM
+    assert record.intensity == Intensity()
+    save_teacher(path.with_name("again.pt"), record, state)
+    record_again, state_again = read_teacher(path.with_name("again.pt"))
+    assert record_again == record
+    assert set(state_again) == set(state)
+    assert all(torch.equal(state[name], state_again[name]) for name in state)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["again.pt", "liver.pt"]
+
+
+def test_a_loaded_teacher_runs_at_its_own_spacing_with_its_taps(path: Path) -> None:
+    teacher = load(path)
+    assert teacher.spacing_mm == GRID_MM
+    grid = Grid.axis_aligned((12, 10, 9), GRID_MM)
+    hu = np.random.default_rng(0).integers(-1000, 1000, grid.shape).astype(np.int16)
+    prediction = teacher.predict(Volume(hu, grid))
+    assert prediction.logits.array.shape == (2, 12, 10, 9)
+    assert prediction.logits.array.dtype == np.float32
+    assert prediction.logits.grid == grid
+    feature = prediction.features[TAP]
+    stride = teacher.taps[TAP][1]
+    assert max(stride) > 1
+    assert feature.grid == grid.coarsen(stride)
+    assert feature.array.shape[0] == teacher.taps[TAP][0]
+    assert not any(p.requires_grad for p in teacher.network.parameters())
+    assert not teacher.network.training
+
+
+def test_the_intensity_window_is_applied(path: Path) -> None:
+    teacher = load(path)
+    grid = Grid.axis_aligned((8, 8, 8), GRID_MM)
+    # Everything above the window looks the same.
+    bone, metal = (
+        teacher.predict(Volume(np.full(grid.shape, hu, np.int16), grid)).logits.array
+        for hu in (300, 3000)
+    )
+    np.testing.assert_array_equal(bone, metal)
+
+
+def test_what_it_says_of_itself_is_what_changes_its_numbers(path: Path) -> None:
+    def digested(teacher: CheckpointTeacher) -> str:
+        return digest(
+            teacher_inputs(
+                weights_sha256="w",
+                description=teacher.describe(),
+                organs={"liver": (1,)},
+                activation="softmax",
+                spacing_mm=GRID_MM,
+                storage=StorageConfig(),
+            )
+        )
+
+    first = digested(load(path))
+    assert digested(load(path)) == first
+    for window in (
+        WindowConfig(shape=(8, 8, 12), overlap=0.25),
+        WindowConfig(shape=(8, 8, 8), overlap=0.5),
+        WindowConfig(shape=(8, 8, 8), overlap=0.25, sigma=0.3),
+    ):
+        assert digested(load(path, window)) != first
+    assert digested(load(path, taps=[])) != first
+    write_teacher(path, "liver", seed=0, intensity=Intensity(window_hu=(-100, 100)))
+    assert digested(load(path, intensity={"window_hu": [-100, 100]})) != first
+
+
+def test_an_absent_file(tmp_path: Path) -> None:
+    message = refused(tmp_path / "none.pt", "do not exist")
+    assert "train-teachers" in message
+
+
+class Payload:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_file_with_code_is_refused_and_its_code_not_run(tmp_path: Path, writer: str) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "liver.pt"
+    content = {"record": Payload(marker), "state": {}}
+    if writer == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    refused(path, "not a plain tensor file")
+    assert not marker.exists()
+    # The trap is armed: whoever trusts the file runs the code.
+    torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 half a zip"])
+def test_no_tensor_file_at_all(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "liver.pt").write_bytes(content)
+    refused(tmp_path / "liver.pt", "not a plain tensor file")
+
+
+def test_a_truncated_file(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-500])
+    refused(path, "not a plain tensor file")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"weight": torch.zeros(3)}, torch.zeros(3), [1], {"record": "{}", "state": {}}, {"record": 1}],
+)
+def test_a_tensor_file_from_elsewhere(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "liver.pt")
+    message = refused(tmp_path / "liver.pt", "not one that `pipeline train-teachers` wrote")
+    assert "factory" in message
+
+
+@pytest.mark.parametrize("damage", ["shape", "missing", "extra"])
+def test_weights_that_do_not_fit_the_network(path: Path, damage: str) -> None:
+    record, state = read_teacher(path)
+    name = next(iter(state))
+    if damage == "shape":
+        state[name] = torch.zeros(1, 2, 3)
+    elif damage == "missing":
+        del state[name]
+    else:
+        state["extra.weight"] = torch.zeros(1)
+    save_teacher(path, record, state)
+    refused(path, "do not fit the network UNet")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(path: Path, bad: float) -> None:
+    record, state = read_teacher(path)
+    next(iter(state.values())).view(-1)[0] = bad
+    save_teacher(path, record, state)
+    refused(path, "NaN or infinity")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"num_channels": 3}, "num_channels is 2 in the file but 3 in the registry"),
+        ({"organs": {"liver": 0}}, r"organs.liver is \(1,\) in the file but \(0,\)"),
+        ({"organs": {"spleen": 1}}, "organs.spleen is None in the file"),
+        ({"spacing_mm": [3, 3, 3]}, "spacing_mm is"),
+        ({"intensity": {"kind": "raw"}}, "intensity is"),
+    ],
+)
+def test_a_registry_that_contradicts_the_file(
+    path: Path, changes: dict[str, Any], match: str
+) -> None:
+    assert "teacher liver" in refused(path, match, **changes)
+
+
+def test_all_contradictions_at_once(path: Path) -> None:
+    message = refused(path, "num_channels", num_channels=3, spacing_mm=[3, 3, 3])
+    assert "spacing_mm" in message
+
+
+def test_a_registry_that_leaves_things_open_is_no_contradiction(path: Path) -> None:
+    assert load(path, num_channels=None, spacing_mm=None).spacing_mm == GRID_MM
+    assert load(path, spacing_mm=list(GRID_MM)).spacing_mm == GRID_MM
+
+
+def test_a_tap_that_the_network_does_not_have(path: Path) -> None:
+    message = refused(path, "no layer 'nowhere'", taps=["nowhere"])
+    assert TAP in message
+
+
+def test_a_window_that_the_network_cannot_take(path: Path) -> None:
+    refused(path, r"cannot run windows of \(7, 8, 8\)", window=WindowConfig(shape=(7, 8, 8)))

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import ConfigError, TeacherError
+from pipeline.teacher_entry import TeacherEntry
+from pipeline.teachers.factory import FactoryTeacher
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.sliding_window import WindowConfig
+from pipeline.volume import Grid, Volume
+
+MODULE = "tests.unit.teachers.made_teachers"
+IMAGE = Volume(
+    np.arange(6 * 5 * 4, dtype=np.int16).reshape(6, 5, 4), Grid.axis_aligned((6, 5, 4), (3, 2, 2))
+)
+
+
+def load(tmp_path: Path, function: str = f"{MODULE}:threshold", **changes: Any) -> FactoryTeacher:
+    (tmp_path / "weights.bin").write_bytes(b"w")
+    values = {
+        "kind": "factory",
+        "weights": "weights.bin",
+        "organs": {"liver": 1},
+        "factory": function,
+        **changes,
+    }
+    teacher = load_teacher(
+        "mine",
+        TeacherEntry.model_validate(values),
+        tmp_path / "weights.bin",
+        window=WindowConfig(),
+        batch_size=1,
+        device=torch.device("cpu"),
+    )
+    assert isinstance(teacher, FactoryTeacher)
+    return teacher
+
+
+def refused(tmp_path: Path, match: str, function: str, **changes: Any) -> None:
+    with pytest.raises(TeacherError, match=match) as caught:
+        load(tmp_path, function, **changes)
+    assert caught.value.exit_code == 2
+    assert f"teacher mine ({function})" in str(caught.value)
+
+
+def test_the_contract(tmp_path: Path) -> None:
+    teacher = load(tmp_path, args={"hu": 50}, taps=["half"], spacing_mm=[3, 2, 2])
+    assert teacher.spacing_mm == (3, 2, 2)
+    prediction = teacher.predict(IMAGE)
+    assert prediction.logits.array.dtype == np.float32
+    np.testing.assert_allclose(prediction.logits.array[1], (IMAGE.array - 50) / 100, atol=1e-6)
+    assert prediction.features["half"].array.dtype == np.float32
+    assert prediction.features["half"].grid == IMAGE.grid.coarsen((2, 2, 2))
+
+
+def test_without_a_spacing_it_gets_the_images_own_grid(tmp_path: Path) -> None:
+    assert load(tmp_path).spacing_mm is None
+
+
+def test_features_that_nobody_asked_for_are_dropped(tmp_path: Path) -> None:
+    teacher = load(tmp_path, taps=["a", "b"])
+    teacher.entry = teacher.entry.model_copy(update={"taps": ("b",)})
+    assert list(teacher.predict(IMAGE).features) == ["b"]
+
+
+def test_what_it_says_of_itself_is_what_changes_its_numbers(tmp_path: Path) -> None:
+    first = load(tmp_path, args={"hu": 50}).describe()
+    assert first == load(tmp_path, args={"hu": 50}).describe()
+    assert first["says"] == {"hu": 50, "box": None}
+    for changes in ({"args": {"hu": 51}}, {"args": {"hu": 50}, "spacing_mm": [3, 3, 3]}):
+        assert load(tmp_path, **changes).describe() != first
+
+
+def test_its_code_is_digested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = tmp_path / "some_factory.py"
+    source = f"from {MODULE} import threshold as make\n"
+    module.write_text(source)
+    first = load(tmp_path, "some_factory:make").describe()["code_sha256"]
+    module.write_text(f"{source}# changed\n")
+    assert load(tmp_path, "some_factory:make").describe()["code_sha256"] != first
+
+
+def test_a_module_that_is_not_there(tmp_path: Path) -> None:
+    refused(tmp_path, "cannot be imported.*no_such_module", "no_such_module:make")
+
+
+def test_a_function_that_is_not_there(tmp_path: Path) -> None:
+    refused(tmp_path, "cannot be imported.*no_such_function", f"{MODULE}:no_such_function")
+
+
+def test_a_module_that_fails_while_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "broken_factory.py").write_text("1 / 0\n")
+    refused(tmp_path, "cannot be imported.*division by zero", "broken_factory:make")
+
+
+def test_something_that_is_no_function(tmp_path: Path) -> None:
+    refused(tmp_path, "factory failed.*not callable", f"{MODULE}:NOT_CALLABLE")
+
+
+def test_a_factory_that_fails(tmp_path: Path) -> None:
+    refused(tmp_path, "factory failed.*licence server", f"{MODULE}:failing")
+
+
+def test_arguments_that_it_does_not_take(tmp_path: Path) -> None:
+    refused(tmp_path, "unexpected keyword", f"{MODULE}:threshold", args={"colour": 1})
+
+
+@pytest.mark.parametrize("weights", ["absent.bin", "."])
+def test_weights_that_are_no_file(tmp_path: Path, weights: str) -> None:
+    values = {"kind": "factory", "weights": weights, "organs": {"liver": 1}}
+    entry = TeacherEntry.model_validate({**values, "factory": f"{MODULE}:threshold"})
+    with pytest.raises(TeacherError, match="do not exist, or are no file"):
+        load_teacher(
+            "mine", entry, tmp_path / weights,
+            window=WindowConfig(), batch_size=1, device=torch.device("cpu"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["array", "no channels"])
+def test_a_wrong_return_value(tmp_path: Path, how: str) -> None:
+    teacher = load(tmp_path, f"{MODULE}:poor", args={"how": how})
+    with pytest.raises(TeacherError, match="must return a Prediction"):
+        teacher.predict(IMAGE)
+
+
+def test_taps_that_it_does_not_return(tmp_path: Path) -> None:
+    teacher = load(tmp_path, f"{MODULE}:poor", args={"how": "well"}, taps=["a", "b"])
+    with pytest.raises(TeacherError, match=r"no features for taps \['a', 'b'\]"):
+        teacher.predict(IMAGE)
+
+
+def test_a_failure_while_predicting_is_the_teachers(tmp_path: Path) -> None:
+    teacher = load(tmp_path, f"{MODULE}:poor", args={"how": "raise"})
+    with pytest.raises(TeacherError, match="RuntimeError: out of memory"):
+        teacher.predict(IMAGE)
+
+
+def test_an_error_in_our_own_words_stays_as_it_is(tmp_path: Path) -> None:
+    teacher = load(tmp_path, f"{MODULE}:poor", args={"how": "pipeline error"})
+    with pytest.raises(ConfigError, match="my own words"):
+        teacher.predict(IMAGE)

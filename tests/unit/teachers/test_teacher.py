@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from pipeline.errors import TeacherError
+from pipeline.teacher_entry import TeacherEntry
+from pipeline.teachers.teacher import Prediction, check_finite, organ_log_odds
+from pipeline.volume import Grid, Volume
+
+GRID = Grid.axis_aligned((3, 4, 5), (2, 2, 2))
+WHERE = "liver x ct/case_001"
+
+
+def entry(**changes: Any) -> TeacherEntry:
+    values = {"kind": "checkpoint", "weights": "w", "organs": {"liver": 1}, **changes}
+    return TeacherEntry.model_validate(values)
+
+
+def prediction(num_channels: int = 2, *, feature: float = 0.0) -> Prediction:
+    logits = np.random.default_rng(0).normal(size=(num_channels, *GRID.shape)).astype(np.float32)
+    features = np.full((2, 2, 2, 3), feature, np.float32)
+    cells = GRID.coarsen((2, 2, 2))
+    return Prediction(Volume(logits, GRID), {"tap": Volume(features, cells)})
+
+
+def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    e = np.exp(logits.astype(np.float64))
+    return np.asarray(e / e.sum(axis=0))
+
+
+def test_several_organs_of_one_network() -> None:
+    made = prediction(4)
+    found = organ_log_odds(made, entry(organs={"liver": [1, 2], "spleen": 3}), where=WHERE)
+    p = softmax(made.logits.array)
+    for organ, chance in (("liver", p[1] + p[2]), ("spleen", p[3])):
+        assert found[organ].grid == GRID
+        assert found[organ].array.dtype == np.float32
+        np.testing.assert_allclose(found[organ].array, np.log(chance / (1 - chance)), atol=1e-5)
+
+
+def test_a_sigmoid_network_gives_its_logit() -> None:
+    made = prediction(2)
+    found = organ_log_odds(made, entry(activation="sigmoid"), where=WHERE)
+    np.testing.assert_array_equal(found["liver"].array, made.logits.array[1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_an_output_that_is_no_number(bad: float, channel: int) -> None:
+    """Even in a channel that means nothing here: such a network cannot be trusted."""
+    made = prediction(3)
+    made.logits.array[channel, 1, 1, :2] = bad
+    with pytest.raises(TeacherError, match="2 of 180 logits are NaN or infinite") as caught:
+        organ_log_odds(made, entry(), where=WHERE)
+    assert WHERE in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_feature_that_is_no_number() -> None:
+    with pytest.raises(TeacherError, match="features of tap are NaN") as caught:
+        organ_log_odds(prediction(feature=np.nan), entry(), where=WHERE)
+    assert WHERE in str(caught.value)
+
+
+def test_channels_that_disagree_with_the_registry() -> None:
+    with pytest.raises(TeacherError, match="emits 3 channels, the registry says 2") as caught:
+        organ_log_odds(prediction(3), entry(num_channels=2), where=WHERE)
+    assert WHERE in str(caught.value)
+
+
+def test_a_channel_that_the_network_does_not_have() -> None:
+    with pytest.raises(TeacherError, match=r"\[2\] are out of range.*emits 2 channels"):
+        organ_log_odds(prediction(2), entry(organs={"liver": 2}), where=WHERE)
+
+
+def test_finite_arrays_pass() -> None:
+    check_finite(np.array([65504.0, -1e30, 0], np.float32), "logits", WHERE)

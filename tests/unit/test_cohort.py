@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.cache.reader import CachedCase, Unit
+from pipeline.cohort import Cohort, compute, known_organs, lazy_consensus, open_cohort
+from pipeline.data.registry import load_registry
+from pipeline.errors import CacheIncomplete, CacheMissing, CacheStale
+from pipeline.patches import Patch
+from tests.stages.stage_contract import snapshot
+from tests.tiny import change_registry, work_of
+
+NAMES = ("log_odds", "organ", "background", "conflict", "abstained")
+TEACHERS = ("liver", "spleen")
+
+
+def opened(registry: Path, **options: Any) -> Cohort:
+    options.setdefault("teachers", TEACHERS)
+    return open_cohort(work_of(registry), load_registry(registry, files=False), **options)
+
+
+def find(cohort: Cohort, name: str) -> CachedCase:
+    (case,) = (c for c in cohort.cases if c.name == name)
+    return case
+
+
+def regions(
+    case: CachedCase, registry: Path, patch: Patch | None = None, **options: Any
+) -> dict[str, Any]:
+    space = load_registry(registry, files=False).label_space
+    found, _ = lazy_consensus(case, space, patch=patch, **options)
+    return dict(zip(NAMES, compute(*(getattr(found, n) for n in NAMES)), strict=True))
+
+
+def cut(values: Any, patch: Patch, fill: object) -> Any:
+    """The patch out of whole-case regions, voxels outside the case set to `fill`."""
+    inside, missing = patch.clip(values.shape[-3:])
+    padding = [(0, 0)] * (values.ndim - 3) + list(missing)
+    return np.pad(values[(..., *inside)], padding, constant_values=fill)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
+    """How often each array of each unit was read."""
+    made: Counter[tuple[str, str]] = Counter()
+    real = Unit.read
+
+    def spy(self: Unit, name: str, patch: Patch | None = None) -> Any:
+        made[self.path.parts[-3].split("@")[0], name] += 1
+        return real(self, name, patch)
+
+    monkeypatch.setattr(Unit, "read", spy)
+    return made
+
+
+def test_all_cases_with_their_splits_and_organs(built_cache: Path) -> None:
+    cohort = opened(built_cache)
+    assert not cohort.problems
+    assert len(cohort.cases) == 9
+    assert Counter(c.split for c in cohort.cases) == {"train": 4, "validation": 3, "test": 2}
+    assert find(cohort, "spleen-ct/case_000").annotated == ("spleen",)
+    assert find(cohort, "multi-ct/case_001").annotated == ("liver", "spleen")
+    assert set(cohort.cases[0].teachers) == {"liver", "spleen"}
+
+
+def test_what_is_not_asked_for_is_not_opened(built_cache: Path) -> None:
+    cohort = opened(built_cache, datasets=["liver-ct"], splits=("train",), teachers=["spleen"])
+    assert {c.name for c in cohort.cases} == {"liver-ct/case_001", "liver-ct/case_002"}
+    assert set(cohort.teachers) == {"spleen"}
+    assert cohort.cases[0].experts == {"liver": [], "spleen": ["spleen"]}
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        Patch((2, 3, 4), (8, 8, 8)),
+        Patch((-4, 20, 10), (12, 16, 8)),
+        Patch((100, 100, 100), (4, 4, 4)),
+    ],
+    ids=["inside", "partly outside", "outside"],
+)
+@pytest.mark.parametrize("margin", [0.0, 0.3])
+def test_a_patch_says_what_the_case_says_there(
+    built_cache: Path, patch: Patch, margin: float
+) -> None:
+    case = find(opened(built_cache), "liver-ct/case_001")
+    whole = regions(case, built_cache, margin=margin)
+    part = regions(case, built_cache, patch, margin=margin)
+    # Outside nobody saw anything: no region, all abstained.
+    fills = {"log_odds": np.nan, "abstained": True}
+    for name in NAMES:
+        wanted = cut(whole[name], patch, fills.get(name, False))
+        np.testing.assert_array_equal(part[name], wanted, err_msg=name)
+
+
+def test_the_consensus_is_of_what_is_cached(built_cache: Path) -> None:
+    case = find(opened(built_cache), "liver-ct/case_001")
+    found = regions(case, built_cache)
+    label = case.label()
+    np.testing.assert_array_equal(found["organ"][0], label == 1)
+    spleen = case.log_odds("spleen", "spleen")
+    elsewhere = label != 1
+    np.testing.assert_array_equal(found["log_odds"][1][elsewhere], spleen[elsewhere])
+    assert np.all(found["log_odds"][1][label == 1] <= -6)
+    teachers_alone = regions(case, built_cache, use_labels=False)
+    np.testing.assert_array_equal(teachers_alone["log_odds"][1], spleen)
+    np.testing.assert_array_equal(teachers_alone["organ"][0], case.log_odds("liver", "liver") > 0)
+
+
+def test_each_array_is_read_once_per_compute(
+    built_cache: Path, reads: Counter[tuple[str, str]]
+) -> None:
+    cohort = opened(built_cache)
+    case = find(cohort, "liver-ct/case_001")
+    space = load_registry(built_cache, files=False).label_space
+    found, _ = lazy_consensus(case, space, patch=Patch((0, 0, 0), (16, 16, 16)))
+    assert not reads
+    compute(*(getattr(found, name) for name in NAMES))
+    assert reads == {
+        ("cases", "label"): 1,
+        ("liver", "log_odds/liver"): 1,
+        ("spleen", "log_odds/spleen"): 1,
+    }
+
+
+def test_organs_that_nobody_knows_are_left_out(built_cache: Path) -> None:
+    space = load_registry(built_cache, files=False).label_space
+    case = find(opened(built_cache, teachers=["spleen"]), "liver-ct/case_001")
+    assert known_organs(case, space) == [0, 1]
+    assert known_organs(case, space, use_labels=False) == [1]
+    assert known_organs(find(opened(built_cache, teachers=[]), "liver-ct/case_001"), space) == [0]
+
+
+def test_an_organ_known_by_its_label_alone(built_cache: Path) -> None:
+    case = find(opened(built_cache, teachers=["spleen"]), "liver-ct/case_001")
+    found = regions(case, built_cache)
+    label = case.label()
+    np.testing.assert_array_equal(found["organ"][0], label == 1)
+    assert set(np.unique(found["log_odds"][0])) == {-6, 6}
+
+
+def test_missing_and_damaged_units_are_problems_and_the_case_stays(tiny_cached: Path) -> None:
+    work = work_of(tiny_cached)
+    (gone,) = work.glob("teachers/liver@*/multi-ct/case_001@*.zarr")
+    shutil.rmtree(gone)
+    (broken,) = work.glob("teachers/spleen@*/liver-ct/case_002@*.zarr")
+    next(p for p in broken.rglob("c/**/*") if p.is_file()).unlink()
+    cohort = opened(tiny_cached)
+    assert {n: type(e) for n, e in cohort.problems.items()} == {
+        "liver x multi-ct/case_001": CacheMissing,
+        "spleen x liver-ct/case_002": CacheIncomplete,
+    }
+    assert len(cohort.cases) == 9
+    case = find(cohort, "multi-ct/case_001")
+    assert set(case.teachers) == {"spleen"}
+    assert case.experts == {"liver": [], "spleen": ["spleen"]}
+
+
+def test_a_case_without_its_image_is_no_case(tiny_cached: Path) -> None:
+    (gone,) = work_of(tiny_cached).glob("cases/multi-ct/case_001@*.zarr")
+    shutil.rmtree(gone)
+    cohort = opened(tiny_cached)
+    assert set(cohort.problems) == {"multi-ct/case_001"}
+    assert "multi-ct/case_001" not in {c.name for c in cohort.cases}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [("grid", "spacing_mm"), ("datasets", "liver-ct", "annotated"), ("teachers", "liver", "taps")],
+)
+def test_another_registry_entry_is_stale(tiny_cached: Path, keys: tuple[str, ...]) -> None:
+    values = {"spacing_mm": [12, 12, 6], "annotated": {"liver": [1, 2]}, "taps": []}
+
+    def change(data: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            data = data[key]
+        data[keys[-1]] = values[keys[-1]]
+
+    change_registry(tiny_cached, change)
+    with pytest.raises(CacheStale, match="Run `pipeline cache-teachers`"):
+        opened(tiny_cached)
+
+
+def test_licence_and_source_are_only_words(tiny_cached: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["datasets"]["liver-ct"]["licence"] = "CC BY 4.0"
+        data["teachers"]["liver"]["source"] = "a friend"
+
+    change_registry(tiny_cached, change)
+    assert len(opened(tiny_cached).cases) == 9
+
+
+def test_dropping_a_teacher_changes_the_regions_at_once_and_no_file(tiny_cached: Path) -> None:
+    before = snapshot(work_of(tiny_cached))
+    both = regions(find(opened(tiny_cached), "liver-ct/case_001"), tiny_cached)
+    change_registry(tiny_cached, lambda data: data["teachers"].pop("spleen"))
+    cohort = opened(tiny_cached, teachers=["liver"])
+    case = find(cohort, "liver-ct/case_001")
+    alone = regions(case, tiny_cached)
+    assert (both["organ"].shape[0], alone["organ"].shape[0]) == (2, 1)
+    outside = case.label() != 1
+    np.testing.assert_array_equal(alone["background"], outside)
+    assert both["background"].sum() < alone["background"].sum()
+    assert snapshot(work_of(tiny_cached)) == before

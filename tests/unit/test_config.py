@@ -1,0 +1,283 @@
+"""Every mistake at once, each with its line; one digest for one meaning."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import Field, ValidationError, model_validator
+
+from pipeline.config import (
+    Config,
+    canonical_json,
+    digest,
+    file_sha256,
+    load_config,
+    read_yaml,
+    short,
+)
+from pipeline.errors import ConfigError, PipelineError, RegistryError
+
+
+class Inner(Config):
+    size: int = Field(default=1, ge=1)
+    low: float = 0.0
+    high: float = 1.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Inner:
+        if self.low >= self.high:
+            raise ValueError("Low must be below high")
+        return self
+
+
+class Outer(Config):
+    name: str = "a"
+    inner: Inner = Inner()
+    items: tuple[Inner, ...] = ()
+    named: dict[str, Inner] = Field(default_factory=dict)
+
+
+class Required(Config):
+    inner: Inner
+    steps: int
+
+
+def complaint(tmp_path: Path, text: str, model: type[Config] = Outer) -> list[str]:
+    """The lines of the error's message, without the folder."""
+    path = tmp_path / "a.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, model)
+    return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+
+
+def test_an_empty_file_means_all_defaults(tmp_path: Path) -> None:
+    for text in ("", "# only a comment\n"):
+        path = tmp_path / "a.yaml"
+        path.write_text(text)
+        assert load_config(path, Outer) == Outer()
+
+
+def test_values_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("name: b\ninner: {size: 3}\nitems:\n- {low: 0.5}\nnamed: {x: {size: 2}}\n")
+    expected = Outer(
+        name="b", inner=Inner(size=3), items=(Inner(low=0.5),), named={"x": Inner(size=2)}
+    )
+    assert load_config(path, Outer) == expected
+
+
+def test_every_mistake_is_told_at_once_with_its_line_in_the_order_of_the_file(
+    tmp_path: Path,
+) -> None:
+    text = """\
+# a comment
+name: [1]
+inner:
+  size: none
+
+  colour: red
+items:
+  - size: 2
+  - size: 0
+named:
+  x:
+    low: 3
+    high: 2
+extra: 1
+name: b
+"""
+    head, *lines = complaint(tmp_path, text)
+    assert head == "6 mistakes:"
+    assert [line.split(" ")[2] for line in lines] == [
+        "a.yaml:4:",
+        "a.yaml:6:",
+        "a.yaml:9:",
+        "a.yaml:11:",
+        "a.yaml:14:",
+        "a.yaml:15:",
+    ]
+    assert "inner.size: input should be a valid integer" in lines[0]
+    assert "'none'" in lines[0]
+    assert "inner.colour: unknown key." in lines[1]
+    assert "items.1.size: input should be greater than or equal to 1, not 0." in lines[2]
+    assert "named.x: low must be below high." in lines[3]
+    assert "extra: unknown key. Known here: inner, items, name, named." in lines[4]
+    assert "name: written twice. Keep one of the two." in lines[5]
+
+
+def test_one_mistake_is_one_line(tmp_path: Path) -> None:
+    assert complaint(tmp_path, "\n\nname: 3\n") == [
+        "a.yaml:3: name: input should be a valid string, not 3."
+    ]
+
+
+def test_a_missing_key_is_told_at_the_line_of_its_parent(tmp_path: Path) -> None:
+    assert complaint(tmp_path, "\ninner: {}\n", Required) == [
+        "a.yaml:2: steps: required, but missing. Add it."
+    ]
+
+
+def test_duplicate_keys_are_found_at_any_depth(tmp_path: Path) -> None:
+    _, *lines = complaint(tmp_path, "named:\n  x: {size: 1}\n  y: {size: 1, size: 2}\n  x: {}\n")
+    assert lines == [
+        "  a.yaml:3: named.y.size: written twice. Keep one of the two.",
+        "  a.yaml:4: named.x: written twice. Keep one of the two.",
+    ]
+
+
+def test_a_key_that_is_no_string_still_has_its_line(tmp_path: Path) -> None:
+    (line,) = complaint(tmp_path, "named:\n  x: {}\n  7: {}\n")
+    assert line.startswith("a.yaml:3: named.7")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ("name: a\nother: b: c\n", ":2", "mapping values are not allowed"),
+        ("name: [1,\n", ":2", "not valid YAML"),
+        ("name: a\n\tx: 1\n", ":2", "not valid YAML"),
+        ("name: a\n---\nname: b\n", ":2", "another document"),
+        ("name: 2020-99-99\n", "", "month must be in 1..12"),
+        ("name: a\x00b\n", "", "special characters"),
+        ("name: !!python/object/apply:os.getcwd []\n", ":1", "constructor"),
+        ("items: &x [*x]\n", "", "contains itself"),
+    ],
+)
+def test_what_is_not_yaml_is_told_with_its_line(
+    tmp_path: Path, text: str, line: str, says: str
+) -> None:
+    message = " ".join(complaint(tmp_path, text))
+    assert message.startswith(f"a.yaml{line}: ")
+    assert says in message
+
+
+def test_a_file_that_is_absent_or_no_text_is_told_by_its_path(tmp_path: Path) -> None:
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\xfd")
+    for path in (tmp_path / "absent.yaml", binary, tmp_path):
+        with pytest.raises(ConfigError) as caught:
+            load_config(path, Outer)
+        assert str(caught.value).startswith(f"{path}: cannot be read")
+        assert caught.value.exit_code == 2
+
+
+def test_a_list_in_place_of_the_whole_is_one_message(tmp_path: Path) -> None:
+    (line,) = complaint(tmp_path, "- name: a\n")
+    assert line.startswith("a.yaml:1: input should be a valid dictionary")
+
+
+def test_the_caller_names_the_kind_of_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    for text in (None, "a: b: c", "colour: red"):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(RegistryError):
+            load_config(path, Outer, error=RegistryError)
+
+
+def test_lines_of_values(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("a:\n  b:\n  - 1\n  - c: 2\nd: 3\n")
+    document = read_yaml(path)
+    assert document.line_of(()) == 1
+    assert document.line_of(("a", "b")) == 2
+    assert document.line_of(("a", "b", 0)) == 3
+    assert document.line_of(("a", "b", 1, "c")) == 4
+    assert document.line_of(("d",)) == 5
+    # What is not in the file is passed over: the nearest parent's line.
+    assert document.line_of(("a", "absent")) == 1
+    assert document.line_of(("a", "b", "tuple[...]", 1)) == 4
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Inner().size = 3  # type: ignore[misc]
+
+
+class Where(Config):
+    path: Path = Path("a/b")
+    window: tuple[float, ...] = (1.0, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+        ({"a": {"x": 1, "y": 2}}, {"a": {"y": 2, "x": 1}}),
+        ({"a": 1}, {"a": 1.0}),
+        ([-0.0], [0]),
+        ((1, (2, 3)), [1, [2, 3]]),
+        (Path("a") / "b", "a/b"),
+        ({3, 1, 2}, [1, 2, 3]),
+        (Inner(low=0, high=2), {"high": 2, "low": 0, "size": 1}),
+        (Where(), {"path": "a/b", "window": [1, 2.5]}),
+    ],
+)
+def test_one_meaning_has_one_digest(one: Any, other: Any) -> None:
+    assert canonical_json(one) == canonical_json(other)
+    assert digest(one) == digest(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"a": 1}, {"a": 2}),
+        ({"a": 1}, {"b": 1}),
+        ([1, 2], [2, 1]),
+        ({"a": 1}, {"a": 1 + 1e-12}),
+        ({"a": 1}, {"a": "1"}),
+        ({"a": None}, {}),
+        ({"a": True}, {"a": "true"}),
+    ],
+)
+def test_another_meaning_has_another_digest(one: Any, other: Any) -> None:
+    assert digest(one) != digest(other)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_have_no_digest(value: float) -> None:
+    class Number(Config):
+        x: float
+
+    for content in (value, {"a": [value]}, Number(x=value)):
+        with pytest.raises(ValueError, match="JSON"):
+            digest(content)
+
+
+def test_the_digest_is_sha256_of_the_canonical_text() -> None:
+    value = {"b": [1.0, 2.5], "a": "µ"}
+    assert canonical_json(value) == '{"a":"\\u00b5","b":[1,2.5]}'
+    assert digest(value) == hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    assert short(digest(value)) == digest(value)[:16]
+
+
+def test_the_digest_is_the_same_in_another_process() -> None:
+    code = "from pipeline.config import digest; print(digest({'b': {'x', 'y', 'z'}, 'a': 0.1}))"
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        cwd=Path(__file__).parents[2],
+    )
+    assert other.stdout.strip() == digest({"a": 0.1, "b": {"z", "y", "x"}})
+
+
+def test_sha256_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"abc" * 100_000)
+    assert file_sha256(path) == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_errors_say_where_and_what_to_do() -> None:
+    error = PipelineError("is broken.", where="case a", fix="Mend it.")
+    assert str(error) == "case a: is broken. Mend it."
+    assert str(PipelineError("Broken.")) == "Broken."
+    assert (PipelineError("x").exit_code, ConfigError("x").exit_code) == (1, 2)

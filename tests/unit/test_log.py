@@ -1,0 +1,134 @@
+"""What people and machines are told, where nobody watches."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.log import Log, print_table
+
+
+class Clock:
+    """A `time.monotonic` that only moves when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("pipeline.log.time.monotonic", clock)
+    return clock
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Lines on standard error, after their time stamps; nothing is on standard output."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    found = [re.fullmatch(r"\d\d:\d\d:\d\d (.*)", line) for line in err.splitlines()]
+    assert all(found), err
+    return [match[1] for match in found if match]
+
+
+def test_lines_have_a_time_stamp_and_keep_their_brackets(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log = Log()
+    assert not log.is_terminal
+    log.info("case [a] is [bold]done[/bold] " + "x" * 300)
+    log.warn("mind the gap")
+    assert lines(capsys) == [
+        "case [a] is [bold]done[/bold] " + "x" * 300,
+        "warning: mind the gap",
+    ]
+
+
+def test_quiet_shows_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:
+    log = Log(quiet=True)
+    log.info("not shown")
+    with log.progress("cases", 2) as advance:
+        advance()
+        advance("a", 1)
+    log.warn("shown")
+    assert lines(capsys) == ["warning: shown"]
+
+
+def test_progress_is_a_line_when_one_is_due_and_at_the_end(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Log().progress("cases", 10) as advance:
+        for _ in range(9):
+            clock.now += 10
+            advance("note", 1)
+        clock.now += 10
+        advance("last")
+    assert lines(capsys) == [
+        "cases: 3/10, 30 s spent, 70 s left, note",
+        "cases: 6/10, 60 s spent, 40 s left, note",
+        "cases: 9/10, 90 s spent, 10 s left, note",
+        "cases: 10/10, 100 s spent, 0 s left, last",
+    ]
+
+
+def test_several_steps_at_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Log().progress("windows", 100) as advance:
+        clock.now += 60
+        advance(steps=25)
+    assert lines(capsys) == ["windows: 25/100, 60 s spent, 180 s left"]
+
+
+def test_events_are_one_json_object_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "events.jsonl"
+    log = Log(quiet=True, events=path)
+    log.event("unit", path=tmp_path, text="two\nlines", dice=0.5)
+    log.event("unit", dice=float("nan"), low=-float("inf"))
+    log.warn("careful")
+    Log(events=path).event("again")
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    found = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert [record.pop("event") for record in found] == ["unit", "unit", "warning", "again"]
+    assert all(record.pop("time") > 1.6e9 for record in found)
+    assert found == [
+        {"path": str(tmp_path), "text": "two\nlines", "dice": 0.5},
+        {"dice": None, "low": None},
+        {"text": "careful"},
+        {},
+    ]
+
+
+def test_no_events_file_is_written_unless_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Log(quiet=True).event("unit")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_goes_to_standard_output_unwrapped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "a-rather-long-name-of-a-case-" + "x" * 50
+    print_table("Scores", ["case", "Dice"], [[name, "0.91"], ["[b]", "-"]])
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines()[0].strip() == "Scores"
+    (row,) = [line for line in out.splitlines() if name in line]
+    assert "0.91" in row
+    assert "[b]" in out

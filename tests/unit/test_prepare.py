@@ -1,0 +1,347 @@
+"""From two files to a case in the cache: right values, an honest digest, nothing done twice."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from pipeline import prepare
+from pipeline.cache.index import IndexedCase, case_path
+from pipeline.cache.reader import Unit
+from pipeline.cache.schema import IMAGE, LABEL, StorageConfig
+from pipeline.data.files import CaseFiles
+from pipeline.data.nifti import read_image
+from pipeline.data.registry import Registry
+from pipeline.errors import GeometryError
+from pipeline.prepare import centres, organ_voxels, prepare_case
+from pipeline.volume import Grid
+
+Array = npt.NDArray[Any]
+SHAPE_XYZ = (8, 10, 12)
+SPACING_MM = (2.0, 2.0, 2.0)
+AFFINE = np.diag([-2.0, -2.0, 2.0, 1.0])
+
+
+def registry(path: Path, **changes: Any) -> Registry:
+    """One dataset with two organs, whose values are not the registry's ids."""
+    dataset: dict[str, Any] = {
+        "root": "data",
+        "images": "images/{case}.nii.gz",
+        "labels": "labels/{case}.nii.gz",
+        "annotated": {"liver": [5, 6], "spleen": 1},
+        "ignore_values": [9],
+        "background_values": [3],
+    }
+    data: dict[str, Any] = {
+        "schema_version": 1,
+        "organs": {"liver": 1, "spleen": 2, "pancreas": 3},
+        "grid": {"spacing_mm": SPACING_MM},
+        "datasets": {"ct": dataset | changes.pop("dataset", {})},
+        "teachers": {"p": {"kind": "checkpoint", "weights": "p.pt", "organs": {"pancreas": 1}}},
+    }
+    found = Registry.model_validate(data | changes)
+    found._path = path / "registry.yaml"
+    return found
+
+
+def ct() -> Array:
+    return np.random.default_rng(0).integers(-1000, 1000, SHAPE_XYZ).astype(np.int16)
+
+
+def labels() -> Array:
+    label = np.zeros(SHAPE_XYZ, dtype=np.uint8)
+    label[1:4, 1:5, 1:6] = 5
+    label[1:4, 1:5, 6] = 6
+    label[5:7, 2:8, 2:9] = 1
+    label[0, 0, :] = 9
+    label[7, 9, :] = 3
+    return label
+
+
+def put(path: Path, array: Array, affine: Array = AFFINE) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, affine), path)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> CaseFiles:
+    image, label = tmp_path / "data/images/a.nii.gz", tmp_path / "data/labels/a.nii.gz"
+    put(image, ct())
+    put(label, labels())
+    return CaseFiles("ct", "a", image, label, "train")
+
+
+Prepare = Callable[..., tuple[IndexedCase, int | None]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, source: CaseFiles) -> Prepare:
+    def run(
+        spacing_mm: tuple[float, float, float] = SPACING_MM,
+        storage: StorageConfig | None = None,
+        work: str = "work",
+        dry_run: bool = False,
+        **changes: Any,
+    ) -> tuple[IndexedCase, int | None]:
+        return prepare_case(
+            registry(tmp_path, **changes),
+            tmp_path / work,
+            source,
+            spacing_mm=spacing_mm,
+            storage=StorageConfig() if storage is None else storage,
+            num_centres=20,
+            dry_run=dry_run,
+        )
+
+    return run
+
+
+def test_a_case_is_written_with_the_right_values(run: Prepare, tmp_path: Path) -> None:
+    indexed, num_bytes = run()
+    unit = Unit.open(case_path(tmp_path / "work", indexed), expect=indexed.digest)
+    # The file is LPS: x and y are mirrored on the way to RAS.
+    image, label = unit.read(IMAGE), unit.read(LABEL)
+    np.testing.assert_array_equal(image, ct()[::-1, ::-1].transpose(2, 1, 0))
+    expected = np.array([0, 2, 0, 0, 0, 1, 1, 0, 0, 255])[labels()]
+    np.testing.assert_array_equal(label, expected[::-1, ::-1].transpose(2, 1, 0))
+    assert image.dtype == np.int16
+    assert label.dtype == np.uint8
+    assert num_bytes is not None
+    assert num_bytes > 0
+    assert (indexed.name, indexed.split) == ("ct/a", "train")
+
+
+def test_what_stands_beside_the_arrays(run: Prepare, source: CaseFiles, tmp_path: Path) -> None:
+    indexed, _ = run(spacing_mm=(4.0, 4.0, 4.0))
+    path = case_path(tmp_path / "work", indexed)
+    unit = Unit.open(path)
+    label, attributes = unit.read(LABEL), unit.attributes
+    original = read_image(source.image).volume.grid
+    assert Grid.from_json(attributes["source_grid"]) == original
+    assert Grid.from_json(attributes["grid"]) == original.with_spacing((4.0, 4.0, 4.0))
+    assert label.shape == (6, 5, 4)
+    assert attributes["organ_ids"] == {"liver": 1, "spleen": 2}
+    assert attributes["source"] == {"image": "a.nii.gz", "label": "a.nii.gz"}
+    counts = {"liver": int((label == 1).sum()), "spleen": int((label == 2).sum())}
+    assert organ_voxels(path) == counts
+    assert min(counts.values()) > 0
+    for organ, organ_id in attributes["organ_ids"].items():
+        found = np.array(attributes["centres"][organ])
+        assert len(found) == min(20, counts[organ])
+        assert (label[tuple(found.T)] == organ_id).all()
+
+
+def test_the_second_time_nothing_is_done(
+    run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = run()
+    path = case_path(tmp_path / "work", first)
+    before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(prepare, "read_image", never)
+    monkeypatch.setattr(prepare, "write_unit", never)
+    assert run() == (first, None)
+    assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
+
+
+def test_a_dry_run_writes_nothing(run: Prepare, tmp_path: Path) -> None:
+    indexed, num_bytes = run(dry_run=True)
+    assert num_bytes == 0
+    assert not (tmp_path / "work").exists()
+    assert run()[0] == indexed
+    assert run(dry_run=True) == (indexed, None)
+
+
+def test_the_same_files_elsewhere_are_the_same_case(run: Prepare, tmp_path: Path) -> None:
+    here, _ = run()
+    there, num_bytes = run(work="elsewhere")
+    assert there == here
+    assert num_bytes is not None
+    one, other = (
+        Unit.open(case_path(tmp_path / work, here)).attributes for work in ("work", "elsewhere")
+    )
+    assert one == other
+
+
+def other_image(source: CaseFiles) -> None:
+    put(source.image, ct() + 1)
+
+
+def other_label(source: CaseFiles) -> None:
+    put(source.label, np.roll(labels(), 1, axis=2))
+
+
+def other_image_affine(source: CaseFiles) -> None:
+    moved = AFFINE + np.eye(4, k=3) * 0.01
+    put(source.image, ct(), moved)
+
+
+def nothing(source: CaseFiles) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "changes"),
+    [
+        (nothing, {}, False),
+        (other_image, {}, True),
+        (other_image_affine, {}, True),
+        (other_label, {}, True),
+        (nothing, {"dataset": {"annotated": {"liver": [5], "spleen": [1, 6]}}}, True),
+        (nothing, {"dataset": {"ignore_values": [9, 10]}}, True),
+        (nothing, {"dataset": {"ignore_values": [3], "background_values": [9]}}, True),
+        (nothing, {"organs": {"liver": 4, "spleen": 2, "pancreas": 3}}, True),
+        (nothing, {"spacing_mm": (2.0, 2.0, 3.0)}, True),
+        (nothing, {"storage": StorageConfig(chunk=32)}, True),
+        (nothing, {"spacing_mm": (2, 2, 2)}, False),
+        (nothing, {"organs": {"liver": 1, "spleen": 2, "pancreas": 9}}, False),
+        (nothing, {"dataset": {"annotated": {"spleen": [1], "liver": [6, 5]}}}, False),
+        (nothing, {"dataset": {"licence": "CC0", "split": {"validation": 0.5}}}, False),
+    ],
+)
+def test_the_digest_covers_what_changes_numbers(
+    files: Callable[[CaseFiles], None],
+    options: dict[str, Any],
+    changes: bool,
+    run: Prepare,
+    source: CaseFiles,
+    tmp_path: Path,
+) -> None:
+    first, _ = run()
+    files(source)
+    second, num_bytes = run(**options)
+    assert (second.digest != first.digest) == changes
+    assert (num_bytes is not None) == changes
+    assert len(list((tmp_path / "work/cases/ct").glob("a@*.zarr"))) == 1 + changes
+
+
+def nothing_written(work: Path) -> bool:
+    return not any(p.is_file() for p in work.rglob("*")) if work.exists() else True
+
+
+def test_another_shape_is_refused(run: Prepare, source: CaseFiles, tmp_path: Path) -> None:
+    put(source.label, labels()[:, :, :-1])
+    with pytest.raises(GeometryError) as caught:
+        run()
+    message = str(caught.value)
+    assert message.startswith(f"ct/a, {source.label}: ")
+    assert "(11, 10, 8) (z, y, x), the image (12, 10, 8)" in message
+    assert "resample the label" in message
+    assert nothing_written(tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("change", "apart"),
+    [
+        (np.eye(4, k=3) * 0.5, "0.50 mm"),
+        (np.diag([0.1, 0, 0, 0]), "0.70 mm"),
+        (np.diag([4.0, 4.0, 0, 0]), "22.80 mm"),
+    ],
+    ids=["shifted", "stretched", "LPS against RAS"],
+)
+def test_another_affine_is_refused_with_the_tolerance_in_mm(
+    change: Array, apart: str, run: Prepare, source: CaseFiles, tmp_path: Path
+) -> None:
+    put(source.label, labels(), AFFINE + change)
+    with pytest.raises(GeometryError) as caught:
+        run()
+    message = str(caught.value)
+    assert message.startswith(f"ct/a, {source.label}: ")
+    assert "(tolerance 0.1 mm)" in message
+    assert f"up to {apart} away" in message
+    assert "copy the image's affine" in message
+    assert caught.value.exit_code == 2
+    assert nothing_written(tmp_path / "work")
+
+
+@pytest.mark.parametrize("size", [1e-5, 2e-3])
+def test_noise_in_the_affine_is_accepted(size: float, run: Prepare, source: CaseFiles) -> None:
+    noise = np.random.default_rng(0).uniform(-size, size, (4, 4))
+    noise[3] = 0
+    put(source.label, labels(), AFFINE + noise)
+    assert run()[1] is not None
+
+
+def test_an_unnamed_label_value_is_refused(run: Prepare, source: CaseFiles, tmp_path: Path) -> None:
+    label = labels()
+    label[4, 4, 4] = 77
+    put(source.label, label)
+    with pytest.raises(GeometryError) as caught:
+        run()
+    assert str(caught.value).startswith(f"ct/a, {source.label}: label values [77] are not named")
+    assert nothing_written(tmp_path / "work")
+
+
+@pytest.mark.parametrize("which", ["image", "label"])
+def test_an_absent_or_broken_file_is_refused_by_its_path(
+    which: str, run: Prepare, source: CaseFiles, tmp_path: Path
+) -> None:
+    path: Path = getattr(source, which)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(GeometryError, match="not a readable NIfTI") as caught:
+        run()
+    assert str(path) in str(caught.value)
+    path.unlink()
+    with pytest.raises(GeometryError, match="cannot be read") as caught:
+        run()
+    assert str(path) in str(caught.value)
+    assert "ct/a" in str(caught.value)
+    assert nothing_written(tmp_path / "work")
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    run: Prepare, source: CaseFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(path: Path) -> Any:
+        put(path, ct() + 1)
+        return read_image(path)
+
+    monkeypatch.setattr(prepare, "read_image", late)
+    with pytest.raises(GeometryError, match="ct/a: the files changed while they were read"):
+        run()
+    assert nothing_written(tmp_path / "work")
+
+
+def test_a_case_without_receipt_is_made_again(run: Prepare, tmp_path: Path) -> None:
+    indexed, _ = run()
+    path = case_path(tmp_path / "work", indexed)
+    shutil.rmtree(path)
+    assert run()[1] is not None
+    assert Unit.open(path, expect=indexed.digest).read(IMAGE).shape == SHAPE_XYZ[::-1]
+
+
+def test_an_organ_that_is_not_there_has_no_centres(
+    run: Prepare, source: CaseFiles, tmp_path: Path
+) -> None:
+    label = labels()
+    label[label == 1] = 0
+    put(source.label, label)
+    indexed, _ = run()
+    attributes = Unit.open(case_path(tmp_path / "work", indexed)).attributes
+    assert attributes["centres"]["spleen"] == []
+    assert attributes["organ_voxels"]["spleen"] == 0
+
+
+def test_centres_lie_inside_are_distinct_and_follow_the_seed_alone() -> None:
+    mask = np.random.default_rng(0).random((6, 7, 8)) > 0.7
+    found = centres(mask, 30, seed="a")
+    assert len({tuple(c) for c in found}) == 30
+    assert all(mask[tuple(c)] for c in found)
+    assert centres(mask.copy(), 30, seed="a") == found
+    assert centres(mask, 30, seed="b") != found
+    # Fewer are the beginning of more, so that a setting that grows keeps what it had.
+    assert centres(mask, 10, seed="a") == found[:10]
+    everything = centres(mask, 10_000, seed="a")
+    assert sorted(everything) == np.argwhere(mask).tolist()
+    assert everything != sorted(everything)
+    assert centres(np.zeros((3, 3, 3), np.bool_), 5, seed="a") == []

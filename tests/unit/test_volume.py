@@ -1,0 +1,91 @@
+"""Grids and volumes on numbers that can be checked by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from pipeline.volume import Grid, Volume
+
+
+def turned(shape: tuple[int, int, int] = (4, 5, 6)) -> Grid:
+    """Turned by 30 degrees about z, spacing 3, 2, 1.5."""
+    a = math.radians(30)
+    turn = np.array([[1, 0, 0], [0, math.cos(a), -math.sin(a)], [0, math.sin(a), math.cos(a)]])
+    matrix = np.eye(4)
+    matrix[:3, :3] = turn @ np.diag([3.0, 2.0, 1.5])
+    matrix[:3, 3] = 0.1, -20.3, 7.7
+    return Grid.from_matrix(shape, matrix)
+
+
+def test_json_round_trip_is_exact() -> None:
+    grid = turned()
+    assert Grid.from_json(json.loads(json.dumps(grid.to_json()))) == grid
+    assert hash(Grid.from_json(grid.to_json())) == hash(grid)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 6, 1)])
+def test_a_grid_has_three_sizes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="3 sizes"):
+        Grid.from_matrix(shape, np.eye(4))
+    with pytest.raises(ValueError, match="4 x 4"):
+        Grid.from_matrix((4, 5, 6), np.eye(3))
+
+
+def test_spacing_and_voxel_volume_of_a_turned_grid() -> None:
+    assert turned().spacing_mm == pytest.approx((3.0, 2.0, 1.5))
+    assert turned().voxel_ml == pytest.approx(3.0 * 2.0 * 1.5 / 1000)
+
+
+def test_axis_aligned() -> None:
+    grid = Grid.axis_aligned((2, 3, 4), (3, 2, 1), (10, 20, 30))
+    np.testing.assert_array_equal(grid.matrix @ [1, 1, 1, 1], [13, 22, 31, 1])
+    assert grid.shape == (2, 3, 4)
+
+
+def test_coarsen_puts_cells_in_the_middle_of_their_voxels() -> None:
+    grid = turned((4, 5, 7))
+    coarse = grid.coarsen((2, 1, 4))
+    assert coarse.shape == (2, 5, 2)
+    assert coarse.spacing_mm == pytest.approx((6.0, 2.0, 6.0))
+    # Cell (1, 3, 1) covers voxels z 2..3, y 3, x 4..7.
+    np.testing.assert_allclose(coarse.matrix @ [1, 3, 1, 1], grid.matrix @ [2.5, 3, 5.5, 1])
+
+
+def test_crop_moves_the_origin() -> None:
+    grid = turned()
+    cropped = grid.crop((1, -2, 3), (2, 9, 3))
+    assert cropped.shape == (2, 9, 3)
+    np.testing.assert_allclose(cropped.matrix @ [0, 0, 0, 1], grid.matrix @ [1, -2, 3, 1])
+    np.testing.assert_array_equal(cropped.matrix[:3, :3], grid.matrix[:3, :3])
+
+
+def test_index_map() -> None:
+    grid = turned()
+    to_grid = grid.index_map_from(grid.crop((1, 2, 3), (2, 2, 2)))
+    np.testing.assert_allclose(to_grid @ [0, 1, 0, 1], [1, 3, 3, 1], atol=1e-12)
+
+
+def test_largest_corner_distance() -> None:
+    grid = Grid.axis_aligned((11, 21, 31), (1, 1, 1))
+    shifted = Grid.axis_aligned((11, 21, 31), (1, 1, 1), (3, 0, 4))
+    assert grid.largest_corner_distance_mm(grid) == 0
+    assert grid.largest_corner_distance_mm(shifted) == pytest.approx(5)
+    # A spacing that is 1 % too large puts the far corner 0.1, 0.2, 0.3 mm off.
+    larger = Grid.axis_aligned((11, 21, 31), (1.01, 1.01, 1.01))
+    assert grid.largest_corner_distance_mm(larger) == pytest.approx(math.hypot(0.1, 0.2, 0.3))
+    # Turned about the far corner, it is the near one that moves.
+    flipped = Grid.from_matrix((11, 21, 31), np.diag([-1, 1, 1, 1]) + np.eye(4, k=3) * 10)
+    assert grid.largest_corner_distance_mm(flipped) == pytest.approx(10)
+
+
+def test_a_volume_fits_its_grid() -> None:
+    grid = turned((4, 5, 6))
+    assert Volume(np.zeros((4, 5, 6)), grid).spacing_mm == grid.spacing_mm
+    assert Volume(np.zeros((7, 4, 5, 6)), grid).array.shape == (7, 4, 5, 6)
+    for shape in ((6, 5, 4), (4, 5, 6, 7), (5, 6)):
+        with pytest.raises(ValueError, match="does not fit grid"):
+            Volume(np.zeros(shape), grid)
