@@ -9,11 +9,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli_cache import cache_app
+from pipeline.cli_options import (
+    REGISTRY,
+    WORK,
+    ConfigOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    MinutesOption,
+    QuietOption,
+    RegistryOption,
+    WindowBatchOption,
+    WorkersOption,
+    WorkOption,
+    open_log,
+    open_registry,
+)
+from pipeline.cli_plan import plan
+from pipeline.cli_tune import tune
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
-    from pipeline.data.registry import Registry
-    from pipeline.log import Log
     from stages.report import StageReport
 
 app = typer.Typer(
@@ -23,22 +40,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-RegistryOption = Annotated[Path, typer.Option("--registry", "-r", help="What exists.")]
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="How the stage computes; default: built in.")
-]
-WorkOption = Annotated[Path, typer.Option("--work", "-w", help="Work folder: cache and runs.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1. Speed only.")]
-WorkersOption = Annotated[int, typer.Option(help="Loader processes. Speed only.", min=0)]
-WindowBatchOption = Annotated[int, typer.Option(help="Windows per pass. Speed only.", min=1)]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")]
-MinutesOption = Annotated[
-    float, typer.Option(help="Minutes between checkpoints: what a kill can cost.", min=0)
-]
-REGISTRY = Path("data_registry.yaml")
-WORK = Path("work")
+app.add_typer(cache_app, name="cache")
+app.command()(plan)
+cache_app.command()(tune)
 
 
 @app.command()
@@ -46,7 +50,7 @@ def phantom(registry: RegistryOption = REGISTRY, quiet: QuietOption = False) -> 
     """Generate the made-up CT datasets that a registry describes."""
     from pipeline.demo import generate_phantoms
 
-    generate_phantoms(_registry(registry, files=False), _log(quiet))
+    generate_phantoms(open_registry(registry, files=False), open_log(quiet))
 
 
 @app.command("train-teachers")
@@ -68,9 +72,9 @@ def train_teachers(
     settings = load_config(config, stage.TrainTeachersConfig) if config else None
     report = stage.run(
         settings or stage.TrainTeachersConfig(),
-        _registry(registry),
+        open_registry(registry),
         work,
-        log=_log(quiet, work, dry_run),
+        log=open_log(quiet, work, dry_run),
         device=device,
         workers=workers,
         checkpoint_minutes=checkpoint_minutes,
@@ -87,6 +91,9 @@ def cache_teachers(
     work: WorkOption = WORK,
     device: DeviceOption = "auto",
     window_batch: WindowBatchOption = 1,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start even if it will not fit on the disk.")
+    ] = False,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -97,11 +104,12 @@ def cache_teachers(
     settings = load_config(config, stage.CacheTeachersConfig) if config else None
     report = stage.run(
         settings or stage.CacheTeachersConfig(),
-        _registry(registry),
+        open_registry(registry),
         work,
-        log=_log(quiet, work, dry_run),
+        log=open_log(quiet, work, dry_run),
         device=device,
         window_batch=window_batch,
+        force=force,
         dry_run=dry_run,
         tables=not quiet,
     )
@@ -126,9 +134,9 @@ def train_student(
     settings = load_config(config, stage.TrainStudentConfig) if config else None
     report = stage.run(
         settings or stage.TrainStudentConfig(),
-        _registry(registry, files=False),
+        open_registry(registry, files=False),
         work,
-        log=_log(quiet, work, dry_run),
+        log=open_log(quiet, work, dry_run),
         device=device,
         workers=workers,
         checkpoint_minutes=checkpoint_minutes,
@@ -158,7 +166,7 @@ def predict(
         student,
         stage.find_inputs(images),
         output,
-        log=_log(quiet),
+        log=open_log(quiet),
         device=device,
         window_batch=window_batch,
         dry_run=dry_run,
@@ -181,9 +189,9 @@ def evaluate(
     settings = load_config(config, stage.EvaluateConfig) if config else None
     report = stage.run(
         settings or stage.EvaluateConfig(),
-        _registry(registry),
+        open_registry(registry),
         predictions,
-        log=_log(quiet),
+        log=open_log(quiet),
         table=not quiet,
         dry_run=dry_run,
     )
@@ -194,13 +202,13 @@ def evaluate(
 def status(
     registry: RegistryOption = REGISTRY,
     work: WorkOption = WORK,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """What is done, missing, stale or damaged, per dataset and teacher."""
     from pipeline.status import print_status
     from pipeline.status import status as look
 
-    found = look(_registry(registry, files=False), work)
+    found = look(open_registry(registry, files=False), work)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=1))
     else:
@@ -216,7 +224,7 @@ def demo(
     """The whole road on a made-up cohort: teachers, cache, student, baselines, table, picture."""
     from pipeline.demo import run_demo
 
-    run_demo(folder, quick=quick, log=_log(quiet, folder))
+    run_demo(folder, quick=quick, log=open_log(quiet, folder))
 
 
 def main() -> None:
@@ -226,18 +234,6 @@ def main() -> None:
     except PipelineError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-
-
-def _registry(path: Path, *, files: bool = True) -> Registry:
-    from pipeline.data.registry import load_registry
-
-    return load_registry(path, files=files)
-
-
-def _log(quiet: bool, work: Path | None = None, dry_run: bool = False) -> Log:
-    from pipeline.log import Log
-
-    return Log(quiet=quiet, events=work / "events.jsonl" if work and not dry_run else None)
 
 
 def _end(report: StageReport) -> None:

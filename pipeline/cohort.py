@@ -155,6 +155,23 @@ def _organ(case: CachedCase, organ: str, patch: Patch | None) -> da.Array:
     return average_experts([_lazy(case.teachers[t], name, patch, np.nan) for t in experts])
 
 
+class _View:
+    """A stored array that is read when Dask asks for a part of it, through the unit's checks."""
+
+    ndim = 3
+
+    def __init__(self, unit: Unit, name: str) -> None:
+        self._unit, self._name = unit, name
+        array = unit.array(name)
+        self.shape, self.chunks, self.dtype = array.shape, array.chunks, array.dtype
+
+    def __getitem__(self, index: tuple[slice, ...]) -> npt.NDArray[Any]:
+        spans = [s.indices(n) for s, n in zip(index, self.shape, strict=True)]
+        z, y, x = (start for start, _, _ in spans)
+        d, h, w = (stop - start for start, stop, _ in spans)
+        return self._unit.read(self._name, Patch((z, y, x), (d, h, w)))
+
+
 class _PatchView:
     """A patch of a stored array that is read, with padding, when Dask asks for it."""
 
@@ -172,8 +189,11 @@ class _PatchView:
 
 def _lazy(unit: Unit, name: str, patch: Patch | None, fill: float) -> da.Array:
     if patch is None:
-        array = unit.array(name)
-        return da.from_array(array, chunks=array.chunks, inline_array=True)
+        whole = _View(unit, name)
+        meta = np.empty((0, 0, 0), dtype=whole.dtype)
+        return da.from_array(
+            whole, chunks=whole.chunks, name=False, meta=meta, inline_array=True, asarray=False
+        )
     view = _PatchView(unit, name, patch, fill)
     # A random name and a given meta: hashing and probing the view would cost more than reading it.
     meta = np.empty((0, 0, 0), dtype=view.dtype)

@@ -114,12 +114,22 @@ def run_demo(folder: Path, *, quick: bool, log: Log) -> Mapping[str, float]:
 
 
 def write_settings(folder: Path, *, quick: bool) -> Path:
-    """Writes registry and configurations of the demo; returns the registry's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes registry and configurations of the demo; returns the registry's path.
+
+    Raises:
+        ConfigError: the folder holds another demo.
+    """
     data = yaml.safe_load(reference_registry().read_text(encoding="utf-8"))
     if quick:
         _shrink(data)
     registry = folder / "data_registry.yaml"
+    if registry.exists() and yaml.safe_load(registry.read_text(encoding="utf-8")) != data:
+        raise ConfigError(
+            "there is a demo of another size or version in this folder.",
+            where=folder,
+            fix="Name another folder, or remove this one.",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     _write_yaml(registry, data)
     steps = 8 if quick else 300
     training = {"patch": _PATCH, "batch_size": 2, "validate_every": 100}

@@ -5,6 +5,9 @@ A message says what happened, where (case, teacher, path, YAML line) and what to
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 class PipelineError(Exception):
     """Something the user can act on; printed as one paragraph, without a traceback.
@@ -23,9 +26,17 @@ class PipelineError(Exception):
         self.fix = fix
         super().__init__(what, where, fix)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker process may raise it: it arrives whole."""
+        return partial(type(self), where=self.where, fix=self.fix), (self.what,)
+
     def __str__(self) -> str:
         text = self.what if self.where is None else f"{self.where}: {self.what}"
         return f"{text} {self.fix}".strip()
+
+
+class Stopped(PipelineError):
+    """A signal ended the work early; what was done is saved."""
 
 
 class ConfigError(PipelineError):
@@ -58,6 +69,10 @@ class WorkFolderError(PipelineError):
     exit_code = 2
 
 
+class SpaceError(WorkFolderError):
+    """What is to be written would fill the disk, or pass the quota."""
+
+
 class CacheError(PipelineError):
     """The cache cannot give what was asked of it."""
 
@@ -80,3 +95,5 @@ class CacheCorrupt(CacheError):
 
 class CheckpointError(PipelineError):
     """A checkpoint that cannot be read, or that belongs to another run."""
+
+    exit_code = 2

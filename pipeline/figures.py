@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,23 @@ _WINDOW_HU = (-160, 240)
 
 def save_curves(path: Path, terms: Curves, dice: Curves) -> None:
     """Loss terms (smoothed, with the raw values behind) and validation Dice against steps."""
-    plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    for number, (name, points) in enumerate(terms.items()):
-        steps, values = np.array(points, dtype=np.float64).T
-        colour = f"C{number}"
-        left.plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)
-        left.plot(steps, _smooth(values), color=colour, label=name.replace("_", " "))
-    left.set(xlabel="step", ylabel="weighted term", title="Training loss")
-    for number, (organ, points) in enumerate(dice.items()):
-        steps, values = np.array(points, dtype=np.float64).T
-        colour = ORGAN_COLOURS[number % len(ORGAN_COLOURS)]
-        right.plot(steps, values, marker="o", markersize=4, color=colour, label=organ)
-    right.set(xlabel="step", ylabel="Dice", ylim=(0, 1), title="Validation, labelled organs")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, fontsize=9)
-    _save(figure, path)
+    with _figure(path, 1, 2, size=(11, 4)) as (_, axes):
+        left, right = axes[0]
+        for number, (name, points) in enumerate(terms.items()):
+            steps, values = np.array(points, dtype=np.float64).T
+            colour = f"C{number}"
+            left.plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)
+            left.plot(steps, _smooth(values), color=colour, label=name.replace("_", " "))
+        left.set(xlabel="step", ylabel="weighted term", title="Training loss")
+        for number, (organ, points) in enumerate(dice.items()):
+            steps, values = np.array(points, dtype=np.float64).T
+            colour = ORGAN_COLOURS[number % len(ORGAN_COLOURS)]
+            right.plot(steps, values, marker="o", markersize=4, color=colour, label=organ)
+        right.set(xlabel="step", ylabel="Dice", ylim=(0, 1), title="Validation, labelled organs")
+        for half in (left, right):
+            half.grid(alpha=0.3)
+            if half.get_legend_handles_labels()[1]:
+                half.legend(frameon=False, fontsize=9)
 
 
 def save_overlay(
@@ -58,44 +58,39 @@ def save_overlay(
         title: above everything.
         colours: region name -> colour; others take theirs in order of appearance.
     """
-    plt = _pyplot()
     names = list(dict.fromkeys(n for regions in panels.values() for n in regions))
     palette = {n: ORGAN_COLOURS[i % len(ORGAN_COLOURS)] for i, n in enumerate(names)}
     palette |= {"agreed background": _BACKGROUND_COLOUR, **(colours or {})}
     centre = _busiest_voxel([m for n, m in _all(panels) if n != "agreed background"], image_hu)
-    figure, axes = plt.subplots(
-        2, len(panels), figsize=(2.6 * len(panels), 5.4), squeeze=False, constrained_layout=True
-    )
-    for row, (plane, aspect) in enumerate(
-        [(0, spacing_mm[1] / spacing_mm[2]), (1, spacing_mm[0] / spacing_mm[2])]
-    ):
+    aspects = (spacing_mm[1] / spacing_mm[2], spacing_mm[0] / spacing_mm[2])
+    with _figure(path, 2, len(panels), size=(2.6 * len(panels), 5.4)) as (figure, axes):
         for column, (heading, regions) in enumerate(panels.items()):
-            ax = axes[row, column]
-            # Radiological view: the patient's right is on the left of the picture.
-            slice_ = _plane(image_hu, plane, centre)
-            ax.imshow(
-                slice_, cmap="gray", vmin=_WINDOW_HU[0], vmax=_WINDOW_HU[1],
-                origin="lower", aspect=aspect,
+            axes[0, column].set_title(heading, fontsize=9)
+            for plane, aspect in enumerate(aspects):
+                ax = axes[plane, column]
+                ax.imshow(
+                    _plane(image_hu, plane, centre), cmap="gray", vmin=_WINDOW_HU[0],
+                    vmax=_WINDOW_HU[1], origin="lower", aspect=aspect,
+                )  # fmt: skip
+                for name, mask in regions.items():
+                    _fill(ax, _plane(mask, plane, centre), palette[name], aspect)
+                ax.set_xticks([])
+                ax.set_yticks([])
+        for plane, name in enumerate(("axial", "coronal")):
+            ax = axes[plane, 0]
+            ax.set_ylabel(name, fontsize=9)
+            ax.text(0.02, 0.5, "R", color="w", transform=ax.transAxes, fontsize=8)
+        handles = [_patch(palette[n]) for n in names]
+        if handles:
+            figure.legend(
+                handles, names, loc="outside lower center", ncol=min(8, len(names)),
+                frameon=False, fontsize=9,
             )  # fmt: skip
-            for name, mask in regions.items():
-                _fill(ax, _plane(mask, plane, centre), palette[name], aspect)
-            ax.set_xticks([])
-            ax.set_yticks([])
-            if row == 0:
-                ax.set_title(heading, fontsize=9)
-        axes[row, 0].set_ylabel(("axial", "coronal")[row], fontsize=9)
-        axes[row, 0].text(0.02, 0.5, "R", color="w", transform=axes[row, 0].transAxes, fontsize=8)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=palette[n]) for n in names]
-    if handles:
-        figure.legend(
-            handles, names, loc="outside lower center", ncol=min(8, len(names)), frameon=False,
-            fontsize=9,
-        )  # fmt: skip
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+        figure.suptitle(title, fontsize=10)
 
 
 def _plane(volume: npt.NDArray[Any], plane: int, centre: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Axial (0) or coronal (1), as radiologists look: the patient's right is on the left."""
     slice_ = volume[centre[0]] if plane == 0 else volume[:, centre[1]]
     return slice_[:, ::-1]
 
@@ -135,21 +130,30 @@ def _smooth(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.convolve(padded, kernel, mode="valid")
 
 
-def _pyplot() -> Any:
+def _patch(colour: str) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((0, 0), 1, 1, color=colour)
+
+
+@contextmanager
+def _figure(
+    path: Path, rows: int, columns: int, *, size: tuple[float, float]
+) -> Iterator[tuple[Any, Any]]:
+    """A figure and its axes (rows, columns); written whole at the end of the block, or not at all,
+    and closed whatever happens."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, constrained_layout=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        yield figure, axes
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(temporary, dpi=130)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-        _pyplot().close(figure)
+        plt.close(figure)

@@ -108,14 +108,24 @@ def tap_shapes(
     Runs the network once on zeros of shape (1, in_channels, *patch).
 
     Raises:
-        ConfigError: no such layer, or a layer whose output is no whole division of the patch.
+        ConfigError: no such layer, a patch that the network cannot take, or a layer whose output is
+            no whole division of it.
     """
     parameter = next(network.parameters())
     training = network.training
     network.eval()
-    with torch.no_grad(), tapped(network, taps) as features:
-        network(torch.zeros((1, in_channels, *patch), device=parameter.device))
-    network.train(training)
+    try:
+        with torch.no_grad(), tapped(network, taps) as features:
+            network(torch.zeros((1, in_channels, *patch), device=parameter.device))
+    except (RuntimeError, ValueError) as error:
+        first = str(error).split("\n")[0]
+        raise ConfigError(
+            f"the network cannot take a patch of {tuple(patch)} voxels ({first}).",
+            where="patch",
+            fix="Most networks want multiples of all their strides multiplied.",
+        ) from error
+    finally:
+        network.train(training)
     shapes = {}
     for tap in taps:
         size = tuple(features[tap].shape[2:])

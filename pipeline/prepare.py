@@ -15,7 +15,7 @@ from pipeline.cache.index import IndexedCase, case_path
 from pipeline.cache.provenance import case_inputs
 from pipeline.cache.reader import Unit
 from pipeline.cache.receipt import read_receipt
-from pipeline.cache.schema import StorageConfig, image_spec, label_spec
+from pipeline.cache.schema import CENTRES_PER_ORGAN, StorageConfig, image_spec, label_spec
 from pipeline.cache.store import write_unit
 from pipeline.config import digest, file_sha256
 from pipeline.data.files import CaseFiles
@@ -36,7 +36,6 @@ def prepare_case(
     *,
     spacing_mm: Sequence[float],
     storage: StorageConfig,
-    num_centres: int = 256,
     dry_run: bool = False,
 ) -> tuple[IndexedCase, int | None]:
     """Makes sure that a case is in `cases/` at a spacing.
@@ -47,7 +46,6 @@ def prepare_case(
         source: the case's files.
         spacing_mm: z, y, x of the grid.
         storage: how it is stored.
-        num_centres: voxels stored per organ, to centre patches on.
         dry_run: write nothing.
 
     Returns:
@@ -57,15 +55,8 @@ def prepare_case(
         GeometryError: files that cannot be trusted; see `pipeline.data.nifti`, and label values
             that the registry does not name, or image and label that do not lie on one grid.
     """
-    try:
-        hashes = file_sha256(source.image), file_sha256(source.label)
-    except OSError as error:
-        raise GeometryError(
-            f"the file cannot be read ({error.strerror}).",
-            where=f"{source.name}, {error.filename}",
-            fix="For a phantom run `pipeline phantom`; else check the path and its permissions.",
-        ) from error
-    indexed, inputs = _identify(registry, source, spacing_mm, storage, hashes)
+    indexed, inputs = identify_case(registry, source, spacing_mm=spacing_mm, storage=storage)
+    hashes = inputs["image_sha256"], inputs["label_sha256"]
     path = case_path(work, indexed)
     try:
         read_receipt(path, expect=indexed.digest)
@@ -100,8 +91,7 @@ def prepare_case(
             "organ_ids": ids,
             "organ_voxels": counts,
             "centres": {
-                organ: centres(stored_label == ids[organ], num_centres, seed=hashes[0])
-                for organ in ids
+                organ: centres(stored_label == ids[organ], seed=hashes[0]) for organ in ids
             },
         },
         inputs,
@@ -161,7 +151,9 @@ def organ_voxels(path: Path) -> Mapping[str, int]:
     return counts
 
 
-def centres(mask: npt.NDArray[np.bool_], most: int, *, seed: str) -> list[list[int]]:
+def centres(
+    mask: npt.NDArray[np.bool_], *, seed: str, most: int = CENTRES_PER_ORGAN
+) -> list[list[int]]:
     """Up to `most` voxels (z, y, x) of a mask, drawn by the seed alone, in random order."""
     inside = np.flatnonzero(mask)
     if inside.size == 0:
@@ -172,13 +164,38 @@ def centres(mask: npt.NDArray[np.bool_], most: int, *, seed: str) -> list[list[i
     return found
 
 
-def _identify(
+def identify_case(
     registry: Registry,
     source: CaseFiles,
+    *,
     spacing_mm: Sequence[float],
     storage: StorageConfig,
-    hashes: tuple[str, str],
 ) -> tuple[IndexedCase, Mapping[str, Any]]:
+    """Hashes the files of a case; returns where its unit is, and what the unit's digest is of.
+
+    Raises:
+        GeometryError: a file that cannot be read.
+    """
+    try:
+        hashes = file_sha256(source.image), file_sha256(source.label)
+    except OSError as error:
+        raise GeometryError(
+            f"the file cannot be read ({error.strerror}).",
+            where=f"{source.name}, {error.filename}",
+            fix="For a phantom run `pipeline phantom`; else check the path and its permissions.",
+        ) from error
+    return case_of_hashes(registry, source, hashes, spacing_mm=spacing_mm, storage=storage)
+
+
+def case_of_hashes(
+    registry: Registry,
+    source: CaseFiles,
+    hashes: tuple[str, str],
+    *,
+    spacing_mm: Sequence[float],
+    storage: StorageConfig,
+) -> tuple[IndexedCase, Mapping[str, Any]]:
+    """`identify_case` for files whose SHA-256 (of image, of label) are known; none is read."""
     entry = registry.datasets[source.dataset]
     inputs = case_inputs(
         image_sha256=hashes[0],

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.cache.index import IndexedCase, IndexedTeacher
 from pipeline.cache.provenance import teacher_inputs, unit_inputs
@@ -17,11 +18,14 @@ from pipeline.config import digest, file_sha256
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
 from pipeline.network import pick_device
+from pipeline.patches import Index3
 from pipeline.prepare import centres
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.teachers.teacher import Teacher, organ_log_odds
-from pipeline.volume import Volume
+from pipeline.volume import Grid, Volume
+
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,23 @@ class LoadedTeacher:
 
     teacher: Teacher
     indexed: IndexedTeacher
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a teacher says of a case on the student grid, as float32 before any rounding.
+
+    Attributes:
+        grid: the student grid of the case.
+        log_odds: organ -> (D, H, W), NaN where not seen.
+        features: tap -> (F, d, h, w), NaN where not seen.
+        strides: tap -> student-grid voxels per feature cell.
+    """
+
+    grid: Grid
+    log_odds: Mapping[str, FloatArray]
+    features: Mapping[str, FloatArray]
+    strides: Mapping[str, Index3]
 
 
 def open_teacher(
@@ -76,7 +97,6 @@ def cache_unit(
     path: Path,
     *,
     storage: StorageConfig,
-    num_centres: int,
 ) -> int:
     """Runs a teacher on a case and writes what it says on the student grid.
 
@@ -87,7 +107,6 @@ def cache_unit(
         case: names it.
         path: of the unit.
         storage: how arrays are stored.
-        num_centres: voxels stored per organ region, to centre patches on.
 
     Returns:
         Bytes written.
@@ -97,36 +116,77 @@ def cache_unit(
     """
     began = time.monotonic()
     name = loaded.indexed.teacher
-    unit = f"{name} x {case.name}"
+    said = run_teacher(registry, loaded, native, where=f"{name} x {case.name}")
+    specs = unit_arrays(said, storage)
+    found = {
+        organ: centres(values > 0, seed=case.image_sha256)
+        for organ, values in said.log_odds.items()
+    }
+    taps = {
+        tap: {"stride": list(said.strides[tap]), "channels": int(values.shape[0])}
+        for tap, values in said.features.items()
+    }
+    attributes = {
+        "case": case.name,
+        "teacher": name,
+        "grid": said.grid.to_json(),
+        "centres": found,
+        "taps": taps,
+    }
+    inputs = unit_inputs(teacher_digest=loaded.indexed.digest, image_sha256=case.image_sha256)
+    seconds = time.monotonic() - began
+    receipt = write_unit(
+        path,
+        specs,
+        attributes,
+        inputs,
+        storage=storage,
+        seconds=seconds,
+        teacher_inputs=loaded.indexed.inputs,
+    )
+    return receipt.num_bytes
+
+
+def run_teacher(
+    registry: Registry, loaded: LoadedTeacher, native: Volume, *, where: str
+) -> Outputs:
+    """Runs a teacher on a CT and brings what it says onto the student grid.
+
+    Args:
+        registry: says what its channels mean, and the student grid.
+        loaded: the teacher.
+        native: the CT on its own grid.
+        where: teacher and case, named in errors.
+
+    Raises:
+        TeacherError: outputs that cannot be used.
+    """
     grid = native.grid.with_spacing(registry.grid.spacing_mm)
     wanted = loaded.teacher.spacing_mm
     image = native
     if wanted is not None:
         image = resample(native, native.grid.with_spacing(wanted), order=1)
     prediction = loaded.teacher.predict(image)
-    specs: list[ArraySpec] = []
-    found = {}
-    for organ, odds in organ_log_odds(prediction, registry.teachers[name], where=unit).items():
-        values = resample(odds, grid, order=1, outside=np.nan).array
-        specs.append(log_odds_spec(organ, values, storage))
-        found[organ] = centres(values > 0, num_centres, seed=case.image_sha256)
-    taps = {}
-    for tap, feature in prediction.features.items():
-        stride = feature_stride(feature.spacing_mm, grid.spacing_mm)
-        values = resample(feature, grid.coarsen(stride), order=1, outside=np.nan).array
-        specs.append(features_spec(tap, values, storage))
-        taps[tap] = {"stride": list(stride), "channels": int(values.shape[0])}
-    attributes = {
-        "case": case.name,
-        "teacher": name,
-        "grid": grid.to_json(),
-        "centres": found,
-        "taps": taps,
+    entry = registry.teachers[loaded.indexed.teacher]
+    log_odds = {
+        organ: resample(odds, grid, order=1, outside=np.nan).array
+        for organ, odds in organ_log_odds(prediction, entry, where=where).items()
     }
-    inputs = unit_inputs(teacher_digest=loaded.indexed.digest, image_sha256=case.image_sha256)
-    seconds = time.monotonic() - began
-    receipt = write_unit(path, specs, attributes, inputs, storage=storage, seconds=seconds)
-    return receipt.num_bytes
+    strides = {
+        tap: feature_stride(feature.spacing_mm, grid.spacing_mm)
+        for tap, feature in prediction.features.items()
+    }
+    features = {
+        tap: resample(feature, grid.coarsen(strides[tap]), order=1, outside=np.nan).array
+        for tap, feature in prediction.features.items()
+    }
+    return Outputs(grid, log_odds, features, strides)
+
+
+def unit_arrays(said: Outputs, storage: StorageConfig) -> list[ArraySpec]:
+    """The arrays of a unit, rounded as they are stored."""
+    log_odds = [log_odds_spec(organ, v, storage) for organ, v in said.log_odds.items()]
+    return log_odds + [features_spec(tap, v, storage) for tap, v in said.features.items()]
 
 
 def feature_stride(cell_mm: Sequence[float], spacing_mm: Sequence[float]) -> tuple[int, int, int]:

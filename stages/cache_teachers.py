@@ -31,6 +31,7 @@ from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheStale, PipelineError, RegistryError
 from pipeline.log import Advance, Log
+from pipeline.planning.record import check_space
 from pipeline.prepare import organ_voxels, prepare_case
 from pipeline.tables import print_tables, region_rows, teacher_rows
 from pipeline.teachers.sliding_window import WindowConfig
@@ -45,7 +46,6 @@ class CacheTeachersConfig(Config):
     splits: tuple[str, ...] = ("train", "validation", "test")
     window: WindowConfig = Field(default_factory=WindowConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
-    centres_per_organ: int = Field(default=256, ge=1)
     flag_dice_below: float = Field(default=0.5, ge=0, le=1)
 
 
@@ -57,6 +57,7 @@ def run(
     log: Log,
     device: str = "auto",
     window_batch: int = 1,
+    force: bool = False,
     dry_run: bool = False,
     tables: bool = True,
 ) -> StageReport:
@@ -69,11 +70,13 @@ def run(
         log: where progress goes.
         device: auto, cpu, cuda, cuda:1.
         window_batch: windows per forward pass.
+        force: start even if what is still to be made will not fit.
         dry_run: say what would be done, write nothing.
         tables: also print the tables of regions and of teachers.
 
     Raises:
-        PipelineError: nothing can be done at all: no work folder, a teacher that does not load.
+        PipelineError: nothing can be done at all: no work folder, a teacher that does not load,
+            a disk that is too small.
             What concerns one case is in the report instead, and the other cases are done.
     """
     began = time.monotonic()
@@ -85,17 +88,14 @@ def run(
             log.info(f"removed {removed} unfinished units of a run that was killed")
     teachers = {
         name: open_teacher(
-            name,
-            registry,
-            window=config.window,
-            storage=config.storage,
-            device=device,
-            window_batch=window_batch,
+            name, registry, window=config.window, storage=config.storage,
+            device=device, window_batch=window_batch,
         )
         for name in registry.teachers
-    }
+    }  # fmt: skip
     files = [c for d in registry.datasets for c in registry.cases(d) if c.split in config.splits]
     log.info(f"{len(files)} cases, {len(teachers)} teachers -> {work}")
+    _check_space(config, registry, work, teachers, log, force=force or dry_run)
     indexed = _prepare_cases(config, registry, work, files, report, log=log, dry_run=dry_run)
     if not dry_run:
         _check_organs(registry, work, indexed, report)
@@ -110,8 +110,28 @@ def run(
             )  # fmt: skip
     report.seconds = time.monotonic() - began
     if not dry_run:
-        _tell(config, registry, work, usable, report, show=tables)
+        _tell(config, registry, work, usable, report, log=log, show=tables)
     return report
+
+
+def _check_space(
+    config: CacheTeachersConfig,
+    registry: Registry,
+    work: Path,
+    teachers: Mapping[str, LoadedTeacher],
+    log: Log,
+    *,
+    force: bool,
+) -> None:
+    """Refuses, or with `force` warns of, what will not fit."""
+    indexed = {name: loaded.indexed for name, loaded in teachers.items()}
+    error = check_space(
+        registry, work, splits=config.splits, storage=config.storage, teachers=indexed
+    )
+    if error is not None and not force:
+        raise error
+    if error is not None:
+        log.warn(str(error))
 
 
 def _run_teachers(
@@ -141,7 +161,7 @@ def _run_teachers(
                 native = native or _read_again(source, case)
                 report.num_bytes += cache_unit(
                     registry, loaded, native, case, path,
-                    storage=config.storage, num_centres=config.centres_per_organ,
+                    storage=config.storage,
                 )  # fmt: skip
                 report.done.append(unit)
                 log.event("unit", unit=unit, path=str(path))
@@ -172,7 +192,6 @@ def _prepare_cases(
                     source,
                     spacing_mm=registry.grid.spacing_mm,
                     storage=config.storage,
-                    num_centres=config.centres_per_organ,
                     dry_run=dry_run,
                 )
                 prepared.append((indexed, source))
@@ -268,10 +287,15 @@ def _tell(
     datasets: Sequence[str],
     report: StageReport,
     *,
+    log: Log,
     show: bool,
 ) -> None:
-    regions = region_rows(registry, work, datasets)
-    scores = teacher_rows(registry, work, datasets, flag_below=config.flag_dice_below)
+    regions, scores = [], []
+    try:
+        regions = region_rows(registry, work, datasets)
+        scores = teacher_rows(registry, work, datasets, flag_below=config.flag_dice_below)
+    except CacheError as error:  # damage that only reading finds
+        _fail(report, log, "tables of regions and teachers", error)
     report.details = {"regions_ml": regions, "teachers": scores}
     write_json(work / "reports" / "cache-teachers.json", report.to_json())
     if show:

@@ -16,7 +16,8 @@ from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError, GeometryError, PipelineError
 from pipeline.log import Log, print_table
 from pipeline.metrics import NOT_ANNOTATED, OrganScore, score_case, summarise
-from pipeline.prepare import check_same_grid, organ_labels
+from pipeline.prepare import GEOMETRY_TOLERANCE_MM, organ_labels
+from pipeline.volume import Grid
 from stages.report import StageReport
 
 _METRICS = ("Dice", "NSD", "HD95_mm")
@@ -118,7 +119,7 @@ def _score(
             "there is no prediction.", where=f"{case.name}, {path}", fix="Run `pipeline predict`."
         )
     predicted, reference = read_label(path), read_label(case.label)
-    check_same_grid(reference, predicted, case.name)
+    _check_grid(reference.volume.grid, predicted.volume.grid, f"{case.name}, {path}")
     ids = {organ: registry.organs[organ] for organ in entry.annotated}
     truth = organ_labels(registry, case, reference)
     found = score_case(
@@ -134,6 +135,25 @@ def _score(
         by_organ.get(organ) or OrganScore.missing(organ, NOT_ANNOTATED)
         for organ in registry.label_space.organs
     )
+
+
+def _check_grid(reference: Grid, predicted: Grid, where: str) -> None:
+    fix = "Predict from this case's own image: label maps are written in its geometry."
+    if reference.shape != predicted.shape:
+        raise GeometryError(
+            f"the prediction has shape {predicted.shape} (z, y, x), the reference "
+            f"{reference.shape}.",
+            where=where,
+            fix=fix,
+        )
+    apart = reference.largest_corner_distance_mm(predicted)
+    if apart > GEOMETRY_TOLERANCE_MM:
+        raise GeometryError(
+            f"the prediction lies up to {apart:.2f} mm away from the reference (tolerance "
+            f"{GEOMETRY_TOLERANCE_MM} mm).",
+            where=where,
+            fix=fix,
+        )
 
 
 def _number(value: float | None, metric: str) -> str:

@@ -14,7 +14,7 @@ from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.cohort import Cohort, open_cohort
 from pipeline.config import Config
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheMissing, ConfigError, PipelineError
+from pipeline.errors import CacheMissing, ConfigError, Stopped
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
 from pipeline.network import pick_device
@@ -64,8 +64,6 @@ def run(
     """
     began = time.monotonic()
     report = StageReport("train-student")
-    if not dry_run:
-        prepare_work_folder(work)
     supervision = config.training.supervision
     teachers = list(registry.teachers) if supervision.uses_teachers else []
     if supervision.uses_teachers and not teachers:
@@ -107,6 +105,7 @@ def run(
     if dry_run:
         report.done.append(config.run)
         return report
+    prepare_work_folder(work)
     trained = train(
         config.training,
         space,
@@ -124,7 +123,7 @@ def run(
         _finish(config, registry, folder, trained, inputs, digest)
         report.done.append(config.run)
     else:
-        report.failed[config.run] = PipelineError(
+        report.failed[config.run] = Stopped(
             f"stopped at step {trained.step} of {config.training.steps}.",
             where=folder,
             fix="Run the same command again: it goes on from there.",

@@ -7,6 +7,7 @@ A teacher is trained as a student of one organ with full labels: the same loop, 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from pipeline.cache.schema import StorageConfig
 from pipeline.cache.store import prepare_work_folder
 from pipeline.config import Config
 from pipeline.data.registry import Registry
-from pipeline.errors import ConfigError, PipelineError, RegistryError, TeacherError
+from pipeline.errors import ConfigError, PipelineError, RegistryError, Stopped, TeacherError
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
 from pipeline.network import pick_device
 from pipeline.prepare import prepare_case
 from pipeline.student.supervision import SupervisionConfig
-from pipeline.student.training import TrainingConfig, run_digest, train
+from pipeline.student.training import Trained, TrainingConfig, run_digest, train
+from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.checkpoint import TeacherRecord, read_teacher, save_teacher
 from stages.report import StageReport
 
@@ -103,6 +105,9 @@ def run(
                 report.done.append(name)
             else:
                 report.skipped.append(name)
+        except Stopped as error:
+            report.failed[name] = error
+            break
         except PipelineError as error:
             report.failed[name] = error
             log.warn(f"teacher {name} failed: {error}")
@@ -131,36 +136,26 @@ def _train_one(
     space = LabelSpace({organ: registry.organs[organ] for organ in entry.organs})
     _check_channels(name, registry, space)
     training = config.training.model_copy(update={"intensity": entry.intensity})
-    files = _prepare(
-        config, registry, work, entry.trained_on, spacing, log, report, dry_run=dry_run
-    )
+    files = _prepare(config, registry, work, entry.trained_on, spacing, log, report, dry_run)
     inputs = {
         "cases": {c.name: c.digest for c in files},
         "organs": dict(space.ids),
         "spacing_mm": list(spacing),
     }
     digest = run_digest(training, inputs)
-    if weights.exists():
-        if read_teacher(weights)[0].training_digest == digest:
-            return False
-        raise TeacherError(
-            "there is a teacher already, trained with other settings or on other data.",
-            where=f"teacher {name}, {weights}",
-            fix="It is not overwritten: remove it, or name another file in `weights`.",
-        )
+    if _is_there(name, weights, digest):
+        return False
     if dry_run:
         log.info(f"teacher {name} would be trained on {entry.trained_on}")
         return True
     annotated = tuple(registry.datasets[entry.trained_on].annotated)
     cases = [_open(work, indexed, annotated) for indexed in files]
-    fit = [c for c in cases if c.split == "train"]
-    validation = [c for c in cases if c.split == "validation"]
-    log.info(f"teacher {name}: {len(fit)} cases of {entry.trained_on}, {training.steps} steps")
+    log.info(f"teacher {name}: {len(cases)} cases of {entry.trained_on}, {training.steps} steps")
     trained = train(
         training,
         space,
-        fit,
-        validation,
+        [c for c in cases if c.split == "train"],
+        [c for c in cases if c.split == "validation"],
         work / "teachers-in-training" / name,
         taps={},
         inputs=inputs,
@@ -170,26 +165,51 @@ def _train_one(
         checkpoint_minutes=checkpoint_minutes,
     )
     if not trained.finished:
-        raise TeacherError(
+        raise Stopped(
             f"stopped at step {trained.step} of {training.steps}.",
             where=f"teacher {name}",
             fix="Run the same command again: it goes on from there.",
         )
-    record = TeacherRecord(
-        network=training.network,
-        num_channels=len(space.organs) + 1,
-        channels=_channels(space),
-        spacing_mm=spacing,
-        intensity=entry.intensity,
-        validation_dice=dict(trained.validation_dice),
-        num_validation_cases=len(validation),
-        trained_on=entry.trained_on,
-        trained_on_cases=tuple(c.name for c in fit),
-        training_digest=digest,
-    )
+    record = _record(entry, training, space, cases, spacing, trained, digest)
     save_teacher(weights, record, trained.network.network.state_dict())
     log.info(f"teacher {name}: validation Dice {dict(trained.validation_dice)} -> {weights}")
     return True
+
+
+def _is_there(name: str, weights: Path, digest: str) -> bool:
+    if not weights.exists():
+        return False
+    if read_teacher(weights)[0].training_digest != digest:
+        raise TeacherError(
+            "there is a teacher already, trained with other settings or on other data.",
+            where=f"teacher {name}, {weights}",
+            fix="It is not overwritten: remove it, or name another file in `weights`.",
+        )
+    return True
+
+
+def _record(
+    entry: TeacherEntry,
+    training: TrainingConfig,
+    space: LabelSpace,
+    cases: Sequence[CachedCase],
+    spacing_mm: tuple[float, float, float],
+    trained: Trained,
+    digest: str,
+) -> TeacherRecord:
+    assert entry.trained_on is not None
+    return TeacherRecord(
+        network=training.network,
+        num_channels=len(space.organs) + 1,
+        channels=_channels(space),
+        spacing_mm=spacing_mm,
+        intensity=entry.intensity,
+        validation_dice=dict(trained.validation_dice),
+        num_validation_cases=sum(c.split == "validation" for c in cases),
+        trained_on=entry.trained_on,
+        trained_on_cases=tuple(c.name for c in cases if c.split == "train"),
+        training_digest=digest,
+    )
 
 
 def _channels(space: LabelSpace) -> dict[str, tuple[int, ...]]:
@@ -223,7 +243,6 @@ def _prepare(
     spacing_mm: tuple[float, float, float],
     log: Log,
     report: StageReport,
-    *,
     dry_run: bool,
 ) -> list[IndexedCase]:
     """The dataset's cases at the teacher's spacing; at the student's they are the cache's own."""

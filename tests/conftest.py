@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# On a shared machine one example may take as long as it likes; pytest-timeout sees to hangs.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 pytest.register_assert_rewrite("tests.stages.stage_contract")
 

@@ -8,16 +8,18 @@ done: that is for receipts to say.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.cache.provenance import Inputs, unit_inputs
-from pipeline.cache.store import write_json
+from pipeline.cache.store import json_text, write_json
 from pipeline.config import digest, short
 from pipeline.errors import CacheStale
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,23 @@ class IndexedTeacher:
     inputs: Inputs
 
 
+@dataclass(frozen=True)
+class IndexFile:
+    """One file of the index.
+
+    Attributes:
+        path: the file.
+        key: the registry's key that it was written under.
+        cases: what it says of a dataset; None in a teacher's file.
+        teacher: what it says of a teacher; None in a dataset's file.
+    """
+
+    path: Path
+    key: str
+    cases: tuple[IndexedCase, ...] | None
+    teacher: IndexedTeacher | None
+
+
 def case_path(work: Path, case: IndexedCase) -> Path:
     """Where a case on the student grid is."""
     return work / "cases" / case.dataset / f"{case.case}@{short(case.digest)}.zarr"
@@ -69,10 +88,32 @@ def unit_digest(teacher: IndexedTeacher, case: IndexedCase) -> str:
     return digest(inputs)
 
 
+def read_index(work: Path) -> tuple[list[IndexFile], dict[Path, str]]:
+    """All that stage one has written into the index, under whatever keys.
+
+    Returns:
+        The files, and those that cannot be read -> why.
+    """
+    found: list[IndexFile] = []
+    unreadable: dict[Path, str] = {}
+    for kind in ("datasets", "teachers"):
+        for path in sorted((work / "index" / kind).glob("[!.]*.json")):
+            try:
+                content = _read(path)
+                if kind == "datasets":
+                    cases = tuple(IndexedCase(**case) for case in content["cases"])
+                    found.append(IndexFile(path, content["key"], cases, None))
+                else:
+                    found.append(IndexFile(path, content["key"], None, _teacher(content)))
+            except _UNREADABLE as error:
+                unreadable[path] = f"{type(error).__name__}: {error}"
+    return found, unreadable
+
+
 def write_dataset_index(work: Path, dataset: str, key: str, cases: Sequence[IndexedCase]) -> None:
     """Records the cases of a dataset under the registry's key for it."""
     content = {"dataset": dataset, "key": key, "cases": [asdict(case) for case in cases]}
-    write_json(_dataset_file(work, dataset, key), content)
+    _write(dataset_file(work, dataset, key), content)
 
 
 def read_dataset_index(work: Path, dataset: str, key: str) -> list[IndexedCase]:
@@ -81,14 +122,14 @@ def read_dataset_index(work: Path, dataset: str, key: str) -> list[IndexedCase]:
     Raises:
         CacheStale: stage one has not seen this registry entry.
     """
-    path = _dataset_file(work, dataset, key)
+    path = dataset_file(work, dataset, key)
     with _stale_if_unreadable(f"dataset {dataset}", work):
         return [IndexedCase(**case) for case in _read(path)["cases"]]
 
 
 def write_teacher_index(work: Path, key: str, teacher: IndexedTeacher) -> None:
     """Records a teacher's digest under the registry's key for it."""
-    write_json(_teacher_file(work, teacher.teacher, key), {"key": key, **asdict(teacher)})
+    _write(teacher_file(work, teacher.teacher, key), {"key": key, **asdict(teacher)})
 
 
 def read_teacher_index(work: Path, teacher: str, key: str) -> IndexedTeacher:
@@ -97,24 +138,39 @@ def read_teacher_index(work: Path, teacher: str, key: str) -> IndexedTeacher:
     Raises:
         CacheStale: stage one has not seen this registry entry.
     """
-    path = _teacher_file(work, teacher, key)
+    path = teacher_file(work, teacher, key)
     with _stale_if_unreadable(f"teacher {teacher}", work):
-        content = _read(path)
-        organs, taps = tuple(content["organs"]), tuple(content["taps"])
-        name, digest_, inputs = (content[field] for field in ("teacher", "digest", "inputs"))
-    return IndexedTeacher(name, digest_, organs, taps, inputs)
+        return _teacher(_read(path))
 
 
-def _dataset_file(work: Path, dataset: str, key: str) -> Path:
+def dataset_file(work: Path, dataset: str, key: str) -> Path:
+    """The index file of a dataset under a registry's key for it."""
     return work / "index" / "datasets" / f"{dataset}.{short(key)}.json"
 
 
-def _teacher_file(work: Path, teacher: str, key: str) -> Path:
+def teacher_file(work: Path, teacher: str, key: str) -> Path:
+    """The index file of a teacher under a registry's key for it."""
     return work / "index" / "teachers" / f"{teacher}.{short(key)}.json"
 
 
+def _teacher(content: Mapping[str, Any]) -> IndexedTeacher:
+    organs, taps = tuple(content["organs"]), tuple(content["taps"])
+    return IndexedTeacher(
+        content["teacher"], content["digest"], organs, taps, dict(content["inputs"])
+    )
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    write_json(path, {**content, "seal": digest(content)})
+
+
 def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """A case whose split or name has one other letter would be left out without a word: sealed."""
+    text = path.read_text(encoding="utf-8")
+    sealed: dict[str, Any] = json.loads(text)
+    content = {name: value for name, value in sealed.items() if name != "seal"}
+    if sealed["seal"] != digest(content) or text != json_text(sealed):
+        raise ValueError("it has other bytes than were written")
     return content
 
 
@@ -123,7 +179,7 @@ def _stale_if_unreadable(what: str, work: Path) -> Iterator[None]:
     """Absent, damaged, or written by a version with other fields: stage one writes it anew."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         raise CacheStale(
             f"{what} is not in the cache as the registry describes it now.",
             where=work,

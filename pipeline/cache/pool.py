@@ -16,9 +16,21 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from pipeline.patches import Slices3
+from pipeline.errors import PipelineError
+from pipeline.patches import Index3, Slices3
 
 _Chunk = npt.NDArray[Any]
+
+
+class UnreadableChunk(Exception):
+    """A chunk that cannot be decoded, or that nobody wrote; `index` counts chunks along each axis.
+
+    `lost`: it reads as fill value, and the check of its objects failed.
+    """
+
+    def __init__(self, index: Index3, cause: Exception, *, lost: bool = False) -> None:
+        super().__init__(index, cause)
+        self.index, self.cause, self.lost = index, cause, lost
 
 
 class ChunkPool:
@@ -34,13 +46,25 @@ class ChunkPool:
         self.max_bytes = max_bytes
         self._shrink()
 
-    def read(self, array: zarr.Array[Any], key: tuple[str, ...], inside: Slices3) -> _Chunk:
+    def read(
+        self,
+        array: zarr.Array[Any],
+        key: tuple[str, ...],
+        inside: Slices3,
+        *,
+        check_fill: Callable[[], object] | None = None,
+    ) -> _Chunk:
         """`array[..., *inside]`, chunk by chunk through the pool.
 
         Args:
             array: its leading axes are in one chunk.
             key: names the array in this process: the unit's path and the array's name.
             inside: within the array's shape.
+            check_fill: called after reading a chunk that holds nothing but the fill value, since
+                Zarr returns that for a lost chunk too; raises if its objects are not there.
+
+        Raises:
+            UnreadableChunk: one that cannot be decoded, or that `check_fill` does not vouch for.
         """
         sizes = array.chunks[-3:]
         lead = array.shape[:-3]
@@ -49,11 +73,13 @@ class ChunkPool:
             range(s.start // n, -(-s.stop // n)) if s.stop > s.start else range(0)
             for s, n in zip(inside, sizes, strict=True)
         ]
-        for index in product(*ranges):
+        for z, y, x in product(*ranges):
+            index = z, y, x
             origin = [i * n for i, n in zip(index, sizes, strict=True)]
             ends = [min(o + n, m) for o, n, m in zip(origin, sizes, array.shape[-3:], strict=True)]
             box = tuple(slice(o, e) for o, e in zip(origin, ends, strict=True))
-            chunk = self._get((*key, index), partial(_read, array, box))
+            load = partial(_load, array, box, index, check_fill)
+            chunk = self._get((*key, index), load)
             low = [max(o, s.start) for o, s in zip(origin, inside, strict=True)]
             high = [min(e, s.stop) for e, s in zip(ends, inside, strict=True)]
             there = tuple(
@@ -79,6 +105,37 @@ class ChunkPool:
         while self._bytes > self.max_bytes and self._chunks:
             _, dropped = self._chunks.popitem(last=False)
             self._bytes -= dropped.nbytes
+
+
+# What zarr and its codecs raise on bytes that they cannot decode, or cannot get.
+_DECODING = (RuntimeError, ValueError, OSError, MemoryError, OverflowError)
+
+
+def _load(
+    array: zarr.Array[Any],
+    box: tuple[slice, ...],
+    index: Index3,
+    check_fill: Callable[[], object] | None,
+) -> _Chunk:
+    try:
+        chunk = _read(array, box)
+    except _DECODING as error:
+        raise UnreadableChunk(index, error) from error
+    if check_fill is not None and _is_fill(chunk, array.fill_value):
+        try:
+            check_fill()
+        except PipelineError as error:
+            raise UnreadableChunk(index, error, lost=True) from error
+    return chunk
+
+
+def _is_fill(chunk: _Chunk, fill: Any) -> bool:
+    """Whether nothing else is in it; the first value mostly settles it."""
+    if chunk.size == 0:
+        return False
+    if fill != fill:  # NaN
+        return bool(np.isnan(chunk.flat[0])) and bool(np.isnan(chunk).all())
+    return bool(chunk.flat[0] == fill) and bool((chunk == fill).all())
 
 
 def _read(array: zarr.Array[Any], box: tuple[slice, ...]) -> _Chunk:

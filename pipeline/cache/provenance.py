@@ -71,9 +71,17 @@ def differing(old: Inputs, new: Inputs, prefix: str = "") -> list[str]:
     """The fields in which two inputs differ, as `field: old -> new`."""
     lines = []
     for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
+        a, b = old.get(key, _ABSENT), new.get(key, _ABSENT)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differing(a, b, f"{prefix}{key}.")
-        elif digest(a) != digest(b):
+        elif (a is _ABSENT) != (b is _ABSENT) or digest(a) != digest(b):
             lines.append(f"{prefix}{key}: {a} -> {b}")
     return lines
+
+
+class _Absent:
+    def __str__(self) -> str:
+        return "absent"
+
+
+_ABSENT = _Absent()

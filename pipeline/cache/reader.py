@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from pipeline.cache.pool import POOL
-from pipeline.cache.receipt import REMOVE, Receipt, read_receipt, verify_object
+from pipeline.cache.places import unit_name
+from pipeline.cache.pool import POOL, ChunkPool, UnreadableChunk
+from pipeline.cache.receipt import REMOVE, Receipt, check_objects, read_receipt, verify_object
 from pipeline.cache.schema import IMAGE, LABEL, features_name, log_odds_name
-from pipeline.errors import CacheCorrupt
+from pipeline.errors import CacheCorrupt, CacheIncomplete
 from pipeline.patches import Patch
 from pipeline.volume import Grid
 
@@ -77,18 +78,26 @@ class Unit:
 
         Raises:
             CacheCorrupt: a chunk that fails its checksum.
+            CacheIncomplete: a chunk that was lost after the unit was opened.
         """
         array = self.array(name)
+        # A whole array is read once: through the pool it would only push others out.
+        pool = ChunkPool() if patch is None else POOL
+        d, h, w = array.shape[-3:]
+        inside = (patch or Patch((0, 0, 0), (d, h, w))).clip((d, h, w))[0]
+        check = partial(check_objects, self.path, self.receipt, f"{name}/c/")
         try:
-            if patch is None:
-                return np.asarray(array[...])
-            inside = patch.clip(array.shape[-3:])[0]
-            return POOL.read(array, (str(self.path), name), inside)
-        except (RuntimeError, ValueError, OSError) as error:
+            return pool.read(array, (str(self.path), name), inside, check_fill=check)
+        except UnreadableChunk as error:
+            what = f"{unit_name(self.path)}: chunk {error.index} of array {name}"
+            if error.lost:
+                raise CacheIncomplete(
+                    f"{what} is gone since the unit was opened ({error.cause}).",
+                    where=self.path,
+                    fix="Run `pipeline cache-teachers`, then this again.",
+                ) from error
             raise CacheCorrupt(
-                f"array {name} cannot be decoded ({error}).",
-                where=self.path,
-                fix=REMOVE,
+                f"{what} cannot be decoded ({error.cause}).", where=self.path, fix=REMOVE
             ) from error
 
     def read_padded(self, name: str, patch: Patch, fill: float) -> npt.NDArray[Any]:

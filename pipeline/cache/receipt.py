@@ -1,10 +1,13 @@
-"""Receipts: a unit exists if, and only if, its receipt does, and is what its receipt says."""
+"""Receipts: a unit exists if, and only if, its receipt does, and is what its receipt says.
+
+A receipt vouches for itself too: its last field, `seal`, is the digest of all others.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,10 @@ from pipeline.errors import CacheCorrupt, CacheIncomplete, CacheMissing, CacheSt
 
 RECEIPT = "receipt.json"
 _AGAIN = "Run `pipeline cache-teachers` again: it recomputes this unit alone."
-REMOVE = "Remove this folder, then run `pipeline cache-teachers`: it recomputes this unit alone."
+REMOVE = (
+    "Run `pipeline cache verify --deep --repair`, which removes damaged units, then `pipeline "
+    "cache-teachers`: it recomputes them alone."
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class Receipt:
         arrays: name -> shape, dtype, axes.
         objects: file, relative to the unit -> size in bytes and SHA-256.
         seconds: what it took to make.
+        written: when, UTC, as `2026-11-23T07:30:00Z`.
+        teacher_inputs: what `inputs["teacher_digest"]` is the digest of; empty in a case unit.
     """
 
     digest: str
@@ -35,11 +43,28 @@ class Receipt:
     arrays: Mapping[str, Mapping[str, Any]]
     objects: Mapping[str, Mapping[str, Any]]
     seconds: float
+    written: str
+    teacher_inputs: Inputs
 
     @property
     def num_bytes(self) -> int:
         """Stored size."""
         return sum(int(entry["bytes"]) for entry in self.objects.values())
+
+
+def write_receipt(receipt: Receipt) -> str:
+    """The text of a receipt, sealed."""
+    data = {
+        "format_version": FORMAT_VERSION,
+        "digest": receipt.digest,
+        "inputs": receipt.inputs,
+        "teacher_inputs": receipt.teacher_inputs,
+        "arrays": receipt.arrays,
+        "objects": receipt.objects,
+        "seconds": receipt.seconds,
+        "written": receipt.written,
+    }
+    return json.dumps({**data, "seal": digest(data)}, indent=1)
 
 
 def read_receipt(path: Path, *, expect: str | None = None) -> Receipt:
@@ -57,18 +82,19 @@ def read_receipt(path: Path, *, expect: str | None = None) -> Receipt:
     """
     try:
         data = json.loads((path / RECEIPT).read_text(encoding="utf-8"))
-        receipt = Receipt(*(data[k] for k in ("digest", "inputs", "arrays", "objects", "seconds")))
+        version = data["format_version"]
+        receipt = Receipt(**{field.name: data.get(field.name) for field in fields(Receipt)})
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheMissing("not in the cache.", where=path, fix=_AGAIN) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CacheCorrupt(f"unreadable receipt ({error}).", where=path, fix=_AGAIN) from error
-    if data.get("format_version") != FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise CacheStale(
-            f"written in format {data.get('format_version')}, this program reads {FORMAT_VERSION}.",
+            f"written in format {version}, this program reads {FORMAT_VERSION}.",
             where=path,
             fix=_AGAIN,
         )
-    if digest(receipt.inputs) != receipt.digest:
+    if not _is_sealed(data):
         raise CacheCorrupt("the receipt does not match its own digest.", where=path, fix=_AGAIN)
     if expect is not None and receipt.digest != expect:
         raise CacheStale(
@@ -76,7 +102,7 @@ def read_receipt(path: Path, *, expect: str | None = None) -> Receipt:
             where=path,
             fix=_AGAIN,
         )
-    _check_objects(path, receipt)
+    check_objects(path, receipt)
     return receipt
 
 
@@ -87,9 +113,20 @@ def verify_unit(path: Path, *, expect: str | None = None) -> Receipt:
         CacheError: as `read_receipt`, and CacheCorrupt for an object whose bytes changed.
     """
     receipt = read_receipt(path, expect=expect)
+    verify_seal(path, receipt)
     for name in receipt.objects:
         verify_object(path, receipt, name)
     return receipt
+
+
+def verify_seal(path: Path, receipt: Receipt) -> None:
+    """Holds a receipt's file, byte by byte, against what it says.
+
+    Raises:
+        CacheCorrupt: they differ, if only in white space.
+    """
+    if (path / RECEIPT).read_text(encoding="utf-8") != write_receipt(receipt):
+        raise CacheCorrupt("the receipt has other bytes than were written.", where=path, fix=REMOVE)
 
 
 def verify_object(path: Path, receipt: Receipt, name: str) -> None:
@@ -106,8 +143,28 @@ def verify_object(path: Path, receipt: Receipt, name: str) -> None:
         raise CacheCorrupt(f"{name} has other bytes than were written.", where=path, fix=REMOVE)
 
 
-def _check_objects(path: Path, receipt: Receipt) -> None:
+def _is_sealed(data: Mapping[str, Any]) -> bool:
+    try:
+        sealed = digest({key: value for key, value in data.items() if key != "seal"})
+        return bool(data["seal"] == sealed and data["digest"] == digest(data["inputs"]))
+    except (KeyError, ValueError):  # ValueError: a number that became infinite
+        return False
+
+
+def check_objects(path: Path, receipt: Receipt, below: str = "") -> None:
+    """Looks whether the files of a unit, or of one array in it, are there with their sizes.
+
+    Args:
+        path: the unit.
+        receipt: its receipt.
+        below: only files whose names begin so.
+
+    Raises:
+        CacheIncomplete: one is not.
+    """
     for name, entry in receipt.objects.items():
+        if not name.startswith(below):
+            continue
         try:
             size = (path / name).stat().st_size
         except OSError as error:

@@ -24,6 +24,9 @@ IMAGE: Final = "image"
 LABEL: Final = "label"
 SPATIAL: Final = ("z", "y", "x")
 FLOAT16_MAX: Final = 65504.0
+# Voxels stored per organ region, to centre patches on. They steer what a student sees, so their
+# number is part of the format and no setting.
+CENTRES_PER_ORGAN: Final = 256
 
 
 class StorageConfig(Config):

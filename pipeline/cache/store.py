@@ -13,21 +13,22 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import zarr
 
 from pipeline.cache.provenance import Inputs
-from pipeline.cache.receipt import RECEIPT, Receipt, read_receipt, verify_unit
-from pipeline.cache.schema import (
-    FORMAT_VERSION,
-    ArraySpec,
-    StorageConfig,
-    create_array,
-    describe,
+from pipeline.cache.receipt import (
+    RECEIPT,
+    Receipt,
+    read_receipt,
+    verify_unit,
+    write_receipt,
 )
+from pipeline.cache.schema import ArraySpec, StorageConfig, create_array, describe
 from pipeline.config import digest
 from pipeline.errors import CacheError, WorkFolderError
 
@@ -42,8 +43,19 @@ def write_unit(
     *,
     storage: StorageConfig,
     seconds: float,
+    teacher_inputs: Inputs | None = None,
 ) -> Receipt:
     """Writes a unit; it becomes visible whole, or not at all.
+
+    Args:
+        path: where; the folder is made.
+        arrays: what is in it.
+        attributes: of the Zarr group.
+        inputs: what its digest is of.
+        storage: how arrays are stored.
+        seconds: what it took to compute them.
+        teacher_inputs: what the teacher's digest in `inputs` is of, so that a difference can be
+            named later.
 
     Returns:
         The receipt of the unit that is now at `path`: ours, or that of another writer who was
@@ -58,18 +70,18 @@ def write_unit(
         group = zarr.create_group(temporary, zarr_format=3, attributes=dict(attributes))
         for spec in arrays:
             create_array(group, spec, storage)
-        receipt: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            "digest": digest(inputs),
-            "inputs": inputs,
-            "arrays": {spec.name: describe(spec) for spec in arrays},
-            "objects": _sync_and_hash(temporary),
-            "seconds": round(seconds, 3),
-            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        _write_synced(temporary / RECEIPT, json.dumps(receipt, indent=1))
-        _make_visible(temporary, path, receipt["digest"])
-        return read_receipt(path, expect=receipt["digest"])
+        receipt = Receipt(
+            digest=digest(inputs),
+            inputs=inputs,
+            arrays={spec.name: describe(spec) for spec in arrays},
+            objects=_sync_and_hash(temporary),
+            seconds=round(seconds, 3),
+            written=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            teacher_inputs=teacher_inputs or {},
+        )
+        _write_synced(temporary / RECEIPT, write_receipt(receipt))
+        _make_visible(temporary, path, receipt.digest)
+        return read_receipt(path, expect=receipt.digest)
     except OSError as error:
         raise WorkFolderError(
             f"the unit could not be written ({error.strerror or error}).",
@@ -99,23 +111,81 @@ def prepare_work_folder(work: Path) -> None:
         ) from error
 
 
-def clean_temporaries(folder: Path) -> int:
-    """Removes what writers of this host left that no longer live; returns how many.
+@contextmanager
+def scratch_folder(work: Path) -> Iterator[Path]:
+    """A folder on the work folder's disk for what is thrown away at the end of the block.
 
-    A temporary of another host, or of a living process, is left alone.
+    If this process is killed first, the next run of stage one removes it.
+
+    Raises:
+        WorkFolderError: it cannot be made.
     """
-    removed = 0
-    for path in list(folder.rglob(f".*~*~*~*{_TEMPORARY}")):
+    prepare_work_folder(work)
+    folder = work / _temporary_name("scratch")
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def clean_temporaries(folder: Path) -> int:
+    """Removes `dead_temporaries`; returns how many."""
+    found = dead_temporaries(folder)
+    for path in found:
+        remove_leftover(path)
+    return len(found)
+
+
+def dead_temporaries(folder: Path) -> list[Path]:
+    """What writers of this host left that no longer live.
+
+    A temporary of another host, or of a living process, is none of them.
+    """
+    found = []
+    for path in folder.rglob(f".*~*~*~*{_TEMPORARY}"):
         _, host, pid, _ = path.name.rsplit("~", 3)
         if host == socket.gethostname() and pid.isdecimal() and not _alive(int(pid)):
-            _remove(path)
-            removed += 1
-    return removed
+            found.append(path)
+    return sorted(found)
+
+
+def remove_leftover(path: Path) -> None:
+    """Removes a file or folder that is no unit: a dead temporary, an index entry."""
+    _remove(path)
+
+
+def remove_unit(path: Path) -> None:
+    """Removes a unit: it vanishes whole, by a rename; its bytes go after that.
+
+    Killed in between, it leaves a temporary of a dead process. A folder that it leaves empty goes
+    too.
+
+    Raises:
+        WorkFolderError: it cannot be removed.
+    """
+    aside = path.with_name(_temporary_name(path.name))
+    try:
+        path.rename(aside)
+        _remove(aside)
+    except FileNotFoundError:
+        return  # another process was faster
+    except OSError as error:
+        raise WorkFolderError(
+            f"the unit could not be removed ({error.strerror or error}).",
+            where=path,
+            fix="Check the permissions of its folder.",
+        ) from error
+    for folder in (path.parent, path.parent.parent):
+        try:
+            folder.rmdir()
+        except OSError:  # not empty
+            return
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically; one that says the same already is left alone."""
-    text = json.dumps(value, indent=1)
+    text = json_text(value)
     if _reads(path, text):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +195,11 @@ def write_json(path: Path, value: Any) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def json_text(value: Any) -> str:
+    """As `write_json` writes it."""
+    return json.dumps(value, indent=1)
 
 
 def _reads(path: Path, text: str) -> bool:

@@ -90,14 +90,14 @@ def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     paths = training_checkpoints(folder)
     for path in reversed(paths):
         try:
-            return _load(path), complaints
+            return _checked(_load(path), path), complaints
         except CheckpointError as error:
             complaints.append(str(error))
     if paths:
         raise CheckpointError(
             f"none of {len(paths)} checkpoints can be read: {' '.join(complaints)}",
             where=folder,
-            fix="Choose another --run to start over; nothing was deleted.",
+            fix="Name another `run` in the settings to start over; nothing was deleted.",
         )
     return None, complaints
 
@@ -116,6 +116,8 @@ def load_student(path: Path) -> tuple[StudentRecord, nn.Module]:
     """
     content = _load(path)
     try:
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
         record = StudentRecord.model_validate_json(content["record"])
         state: dict[str, Tensor] = dict(content["state"])
         network = build_network(record.network, in_channels=1, out_channels=len(record.organs) + 1)
@@ -130,9 +132,15 @@ def load_student(path: Path) -> tuple[StudentRecord, nn.Module]:
     return record, network.eval()
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _checked(content: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"is no checkpoint in format {FORMAT_VERSION}.", where=path)
+    return content
+
+
+def _load(path: Path) -> Any:
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(
             "the file does not exist.", where=path, fix="Has `pipeline train-student` finished?"
@@ -146,6 +154,8 @@ def _load(path: Path) -> dict[str, Any]:
         ValueError,
         KeyError,
     ) as error:
-        first = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"cannot be read ({first}).", where=path) from error
-    return content
+        raise CheckpointError(
+            f"not a plain tensor file ({type(error).__name__}).",
+            where=path,
+            fix="It may be truncated, or written by another program.",
+        ) from error

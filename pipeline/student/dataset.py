@@ -13,12 +13,13 @@ import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from pipeline.cache.pool import POOL
 from pipeline.cache.reader import CachedCase
 from pipeline.cohort import compute, known_organs, lazy_consensus
 from pipeline.config import Config
+from pipeline.errors import PipelineError
 from pipeline.intensity import Intensity
 from pipeline.labels import IGNORE, LabelSpace
 from pipeline.patches import Index3, Patch, patch_at
@@ -184,6 +185,35 @@ class PatchDataset(Dataset[dict[str, Any]]):
                 regions.log_odds, regions.organ, regions.background
             )
         return {"log_odds": odds, "organ": organ, "background": background}
+
+
+class Remaining(Dataset[dict[str, Any] | PipelineError]):
+    """The samples from a number on, in which an error is a value.
+
+    An exception raised in a loader process reaches the loop as a text of tracebacks; returned, it
+    arrives as what it was.
+    """
+
+    def __init__(self, data: PatchDataset, first: int) -> None:
+        self._data, self._first = data, first
+
+    def __len__(self) -> int:
+        return len(self._data) - self._first
+
+    def __getitem__(self, item: int) -> dict[str, Any] | PipelineError:
+        try:
+            return self._data[self._first + item]
+        except PipelineError as error:
+            return error
+
+
+def collate(samples: list[dict[str, Any] | PipelineError]) -> dict[str, Any] | PipelineError:
+    """Stacks samples to a batch; an error among them stands for the whole batch."""
+    for sample in samples:
+        if isinstance(sample, PipelineError):
+            return sample
+    batch: dict[str, Any] = default_collate(samples)
+    return batch
 
 
 def to_batch(collated: dict[str, Any], taps: Sequence[TapKey], device: torch.device) -> Batch:

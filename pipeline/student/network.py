@@ -34,7 +34,8 @@ class StudentNetwork(nn.Module):
     """Network and adapters. Only `network` is what a trained student consists of.
 
     Raises:
-        ConfigError: no such network or layer, or a layer whose cells are not those of a cached tap.
+        ConfigError: no such network or layer, a patch that it cannot take, or a layer whose cells
+            are not those of a cached tap.
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class StudentNetwork(nn.Module):
         self.tap_stride: Index3 = (1, 1, 1)
         self._feature: Tensor | None = None
         self.adapters = nn.ModuleList()
+        shapes = tap_shapes(self.network, [tap] if tap else [], patch)
         if tap and self.cached:
-            channels, self.tap_stride = tap_shapes(self.network, [tap], patch)[tap]
+            channels, self.tap_stride = shapes[tap]
             self._check_strides(tap)
             for entry in self.cached.values():
                 self.adapters.append(nn.Conv3d(channels, entry.channels, kernel_size=1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ class Metrics:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.lines = [line for line in _read(path) if line["step"] <= keep_until]
-        _rewrite(path, self.lines)
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            _replace(path, text)
         self._written = len(self.lines)
         self.smooth_loss = 0.0
         for line in self.lines:
@@ -85,10 +87,10 @@ def draw_progress(path: Path, metrics: Metrics) -> None:
     save_curves(path, terms, dice)
 
 
-def _rewrite(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+def _replace(path: Path, text: str) -> None:
     """Whole or not at all: a kill here must not cost the lines of the steps that are kept."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +80,7 @@ def restore_state(
         raise CheckpointError(
             f"this run {settings if differing else 'has checkpoints.'}",
             where=folder,
-            fix="Use the same settings to go on, or another --run to start over.",
+            fix="Use the same settings to go on, or name another `run` in them to start over.",
         )
     network.load_state_dict(state["network"])
     optimiser.load_state_dict(state["optimiser"])
@@ -103,6 +106,25 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
+
+
+def live_as_long_as_the_loop(worker: int) -> None:
+    """Makes a loader process outlive signals to the whole job, but not the process that trains.
+
+    A scheduler signals all processes of a job; the loop alone says when loading ends. If the loop
+    is killed outright, a worker of forkserver would wait for it for ever, since its own parent,
+    the server, waits for the workers.
+    """
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    loop = multiprocessing.parent_process()
+    if loop is not None:
+        threading.Thread(target=_exit_after, args=(loop,), daemon=True).start()
+
+
+def _exit_after(process: Any) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field, model_validator
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from pipeline.cache.reader import CachedCase
 from pipeline.config import Config, digest
@@ -23,11 +23,16 @@ from pipeline.log import Log
 from pipeline.network import NetworkConfig
 from pipeline.patches import Index3
 from pipeline.student.augment import AugmentConfig
-from pipeline.student.dataset import PatchDataset, SamplingConfig, to_batch
+from pipeline.student.dataset import PatchDataset, Remaining, SamplingConfig, collate, to_batch
 from pipeline.student.network import CachedTap, StudentNetwork, TapKey, seeded_network
 from pipeline.student.optimiser import OptimiserConfig, build_optimiser
 from pipeline.student.progress import Metrics, draw_progress
-from pipeline.student.resume import restore_state, save_state, stop_signals
+from pipeline.student.resume import (
+    live_as_long_as_the_loop,
+    restore_state,
+    save_state,
+    stop_signals,
+)
 from pipeline.student.supervision import Batch, SupervisionConfig, batch_loss
 from pipeline.student.validation import validate
 
@@ -140,13 +145,20 @@ def train(
     metrics = Metrics(folder / "metrics.jsonl", keep_until=start)
     scores: dict[str, float | None] = dict(metrics.last_validation)
     network.train()
-    with stop_signals() as stopping, log.progress("steps", config.steps) as advance:
+    with (
+        stop_signals() as stopping,
+        log.progress("steps", config.steps) as advance,
+        _loaded(data, start, config, workers) as loader,
+    ):
         advance(steps=start)
-        for collated in _loader(data, start, config, workers):
+        for collated in loader:
+            if isinstance(collated, PipelineError):
+                raise collated
             batch = to_batch(collated, list(network.cached), device)
             try:
                 metrics.add(step + 1, **_make_step(config, network, optimiser, batch, step))
             except FloatingPointError as error:
+                metrics.flush()
                 raise PipelineError(
                     f"step {step + 1}, with cases {', '.join(collated['case'])}: {error}",
                     where=folder,
@@ -160,12 +172,13 @@ def train(
                 metrics.add_validation(step, scores)
                 network.train()
             due = time.monotonic() - last_save > checkpoint_minutes * 60
-            if due or stopping() or step == config.steps:
+            stop = stopping()  # asked once: a signal from here on is for the next step
+            if due or stop or step == config.steps:
                 metrics.flush()
                 save_state(folder, step, identity, network, optimiser)
                 draw_progress(folder / "progress.png", metrics)
                 last_save = time.monotonic()
-            if stopping():
+            if stop:
                 log.info(f"stopped by a signal after step {step}; the checkpoint is written")
                 break
     seconds = time.monotonic() - began
@@ -237,23 +250,28 @@ def _dataset(
     )
 
 
-def _loader(
+@contextmanager
+def _loaded(
     data: PatchDataset, start: int, config: TrainingConfig, workers: int
-) -> DataLoader[dict[str, Any]]:
-    """Samples from step `start` on. forkserver: zarr and Dask do not all survive a fork."""
-    rest = Subset(data, range(start * config.batch_size, len(data)))
-    return DataLoader(
+) -> Iterator[Iterator[dict[str, Any] | PipelineError]]:
+    """Batches from step `start` on. forkserver: zarr and Dask do not all survive a fork."""
+    rest = Remaining(data, start * config.batch_size)
+    loader = DataLoader(
         rest,
         batch_size=config.batch_size,
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=_leave_signals_to_the_loop,
+        collate_fn=collate,
+        worker_init_fn=live_as_long_as_the_loop,
         # Of its own, or the loader would draw its base seed from the global stream.
         generator=torch.Generator().manual_seed(config.seed),
     )
-
-
-def _leave_signals_to_the_loop(worker: int) -> None:
-    """A scheduler signals all processes of a job; the loop alone says when loading ends."""
-    for name in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        # Loader processes end with their iterator. An error's traceback would keep it alive, and
+        # this process would wait for them for ever.
+        shut_down = getattr(batches, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()

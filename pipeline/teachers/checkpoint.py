@@ -75,9 +75,8 @@ def read_teacher(path: Path) -> tuple[TeacherRecord, dict[str, Tensor]]:
             fix="Train them with `pipeline train-teachers`, or correct `weights` in the registry.",
         ) from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        first = str(error).strip().split("\n")[0]
         raise TeacherError(
-            f"not a plain tensor file ({first}).",
+            f"not a plain tensor file ({type(error).__name__}).",
             where=path,
             fix="A file that would run code when loaded is refused; save tensors only, or use a "
             "teacher of kind `factory`.",

@@ -85,3 +85,13 @@ def test_a_second_run_does_nothing_again(demo: tuple[Path, str]) -> None:
     assert files_with_times(folder) == before
     table = [line for line in printed.splitlines() if line.startswith("│")]
     assert table == [line for line in again.stdout.splitlines() if line.startswith("│")]
+
+
+def test_a_full_demo_does_not_write_over_a_quick_one(demo: tuple[Path, str]) -> None:
+    folder, _ = demo
+    before = (folder / "data_registry.yaml").read_bytes()
+    command = [sys.executable, "-m", "pipeline.cli", "demo", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "another size" in done.stderr
+    assert (folder / "data_registry.yaml").read_bytes() == before

@@ -3,11 +3,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import yaml
 
-from pipeline.data.registry import load_registry
+from pipeline.data.registry import Registry, load_registry
 from pipeline.log import Log
 from stages import cache_teachers
 from stages.report import StageReport
@@ -15,17 +15,15 @@ from tests.stages.stage_contract import StageContract
 from tests.tiny import cache_config, work_of
 
 
+def quiet_run(
+    config: cache_teachers.CacheTeachersConfig, registry: Registry, work: Path, **options: Any
+) -> StageReport:
+    speed = {"device": "cpu", "window_batch": 8, "tables": False}
+    return cache_teachers.run(config, registry, work, log=Log(quiet=True), **(speed | options))
+
+
 def run(registry: Path, *, dry_run: bool = False) -> StageReport:
-    return cache_teachers.run(
-        cache_config(),
-        load_registry(registry),
-        work_of(registry),
-        log=Log(quiet=True),
-        device="cpu",
-        window_batch=8,
-        dry_run=dry_run,
-        tables=False,
-    )
+    return quiet_run(cache_config(), load_registry(registry), work_of(registry), dry_run=dry_run)
 
 
 def units_of(work: Path) -> list[Path]:

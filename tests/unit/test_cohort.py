@@ -113,6 +113,17 @@ def test_the_consensus_is_of_what_is_cached(built_cache: Path) -> None:
     np.testing.assert_array_equal(teachers_alone["organ"][0], case.log_odds("liver", "liver") > 0)
 
 
+def test_margin_and_confidence_reach_the_regions(built_cache: Path) -> None:
+    case = find(opened(built_cache), "liver-ct/case_001")
+    odds = case.log_odds("spleen", "spleen").astype(np.float32)
+    margin = float(np.median(np.abs(odds)))
+    found = regions(case, built_cache, margin=margin, use_labels=False)
+    np.testing.assert_array_equal(found["organ"][1], odds > margin)
+    assert 0 < np.sum(odds > margin) < np.sum(odds > 0)
+    sure = regions(case, built_cache, confidence=9.0)["log_odds"]
+    assert np.abs(sure[0]).min() == 9.0
+
+
 def test_each_array_is_read_once_per_compute(
     built_cache: Path, reads: Counter[tuple[str, str]]
 ) -> None:

@@ -96,7 +96,6 @@ def run(tmp_path: Path, source: CaseFiles) -> Prepare:
             source,
             spacing_mm=spacing_mm,
             storage=StorageConfig() if storage is None else storage,
-            num_centres=20,
             dry_run=dry_run,
         )
 
@@ -334,14 +333,14 @@ def test_an_organ_that_is_not_there_has_no_centres(
 
 def test_centres_lie_inside_are_distinct_and_follow_the_seed_alone() -> None:
     mask = np.random.default_rng(0).random((6, 7, 8)) > 0.7
-    found = centres(mask, 30, seed="a")
+    found = centres(mask, seed="a", most=30)
     assert len({tuple(c) for c in found}) == 30
     assert all(mask[tuple(c)] for c in found)
-    assert centres(mask.copy(), 30, seed="a") == found
-    assert centres(mask, 30, seed="b") != found
+    assert centres(mask.copy(), seed="a", most=30) == found
+    assert centres(mask, seed="b", most=30) != found
     # Fewer are the beginning of more, so that a setting that grows keeps what it had.
-    assert centres(mask, 10, seed="a") == found[:10]
-    everything = centres(mask, 10_000, seed="a")
+    assert centres(mask, seed="a", most=10) == found[:10]
+    everything = centres(mask, seed="a", most=10_000)
     assert sorted(everything) == np.argwhere(mask).tolist()
     assert everything != sorted(everything)
-    assert centres(np.zeros((3, 3, 3), np.bool_), 5, seed="a") == []
+    assert centres(np.zeros((3, 3, 3), np.bool_), seed="a") == []

@@ -118,5 +118,7 @@ def test_differences_are_named_with_old_and_new() -> None:
 
 
 def test_a_field_that_one_side_lacks_is_a_difference() -> None:
-    assert differing({"a": 1}, {"a": 1, "b": 2}) == ["b: None -> 2"]
+    assert differing({"a": 1}, {"a": 1, "b": 2}) == ["b: absent -> 2"]
+    assert differing({"a": 1}, {"a": 1, "b": None}) == ["b: absent -> None"]
+    assert differing({"a": 1, "b": None}, {"a": 1}) == ["b: None -> absent"]
     assert differing({"a": {"x": 1}}, {"a": 3}) == ["a: {'x': 1} -> 3"]

@@ -1,4 +1,4 @@
-"""Factories that a registry may name in tests."""
+"""Factories that a registry may name in tests, and a trap."""
 
 from __future__ import annotations
 
@@ -94,3 +94,13 @@ def poor(
 def failing(weights: Path, *, taps: Sequence[str], device: str) -> Threshold:
     """Cannot even be made."""
     raise OSError("licence server does not answer")
+
+
+class Payload:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)

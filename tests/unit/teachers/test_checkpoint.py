@@ -19,6 +19,7 @@ from pipeline.teachers.load import load_teacher
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.volume import Grid, Volume
 from tests.tiny import GRID_MM, NETWORK, TAP, teacher_data, write_teacher
+from tests.unit.teachers.made_teachers import Payload
 
 WINDOW = WindowConfig(shape=(8, 8, 8), overlap=0.25)
 
@@ -121,16 +122,6 @@ def test_what_it_says_of_itself_is_what_changes_its_numbers(path: Path) -> None:
 def test_an_absent_file(tmp_path: Path) -> None:
     message = refused(tmp_path / "none.pt", "do not exist")
     assert "train-teachers" in message
-
-
-class Payload:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.marker,)
 
 
 @pytest.mark.parametrize("writer", ["torch", "pickle"])

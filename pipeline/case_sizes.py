@@ -1,0 +1,83 @@
+"""How large the cases of a registry are, from headers alone, and two of them to try things on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.data.files import CaseFiles
+from pipeline.data.nifti import read_grid
+from pipeline.data.registry import Registry
+from pipeline.errors import PipelineError, RegistryError
+from pipeline.volume import Grid
+
+
+@dataclass(frozen=True)
+class CaseSize:
+    """A case and its grids.
+
+    Attributes:
+        source: its files.
+        native: the image's own grid in RAS+.
+        grid: the student grid of the case.
+    """
+
+    source: CaseFiles
+    native: Grid
+    grid: Grid
+
+    @property
+    def native_voxels(self) -> int:
+        """Voxels of the CT as it is stored."""
+        return math.prod(self.native.shape)
+
+    @property
+    def voxels(self) -> int:
+        """Voxels on the student grid."""
+        return math.prod(self.grid.shape)
+
+
+def case_sizes(
+    registry: Registry, splits: Sequence[str]
+) -> tuple[list[CaseSize], Mapping[str, PipelineError]]:
+    """Reads the header of every image of some splits.
+
+    Returns:
+        The cases, and per case whose header cannot be read the reason.
+    """
+    found: list[CaseSize] = []
+    unreadable: dict[str, PipelineError] = {}
+    for dataset in registry.datasets:
+        for source in registry.cases(dataset):
+            if source.split not in splits:
+                continue
+            try:
+                native = read_grid(source.image)
+            except PipelineError as error:
+                unreadable[source.name] = error
+            else:
+                grid = native.with_spacing(registry.grid.spacing_mm)
+                found.append(CaseSize(source, native, grid))
+    return found, unreadable
+
+
+def two_cases(sizes: Sequence[CaseSize]) -> list[CaseSize]:
+    """The case of median size and the largest one, of two datasets where there are two.
+
+    The largest shows the most memory that is needed; datasets differ in noise, and with it in how
+    well they compress.
+
+    Raises:
+        RegistryError: there is no case.
+    """
+    if not sizes:
+        raise RegistryError(
+            "no case whose header can be read.",
+            fix="Check `splits` and the dataset's files; a phantom is made by `pipeline phantom`.",
+        )
+    ordered = sorted(sizes, key=lambda c: (c.voxels, c.native_voxels, c.source.name))
+    largest = ordered[-1]
+    elsewhere = [c for c in ordered if c.source.dataset != largest.source.dataset]
+    others = elsewhere or ordered[:-1]
+    return [others[len(others) // 2], largest] if others else [largest]

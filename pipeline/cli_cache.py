@@ -1,0 +1,283 @@
+"""`pipeline cache ...`: what the cache holds, whether it can be trusted, what can go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli_options import (
+    REGISTRY,
+    WORK,
+    ConfigOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    QuietOption,
+    RegistryOption,
+    WindowBatchOption,
+    WorkOption,
+    YesOption,
+    open_log,
+    open_registry,
+)
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.data.registry import Registry
+    from pipeline.inventory.recompute import Recomputed
+    from pipeline.inventory.verify import Verification
+
+cache_app = typer.Typer(
+    help="What the cache holds, why, whether it can be trusted, and what can go.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+CaseOption = Annotated[str, typer.Option("--case", help="dataset/case.")]
+
+
+class ExportFormat(StrEnum):
+    """What `export` writes."""
+
+    nifti = "nifti"
+
+
+@cache_app.command("ls")
+def list_(
+    registry: RegistryOption = REGISTRY, work: WorkOption = WORK, as_json: JsonOption = False
+) -> None:
+    """Datasets, teachers, cases, bytes; what the registry reaches; which students used what."""
+    from pipeline.inventory.listing import list_cache, print_listing
+
+    known = _registry_if_there(registry)
+    found = list_cache(_existing(work), known)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print_listing(found, registry=known)
+
+
+@cache_app.command()
+def why(
+    case: Annotated[str, typer.Argument(help="dataset/case.")],
+    registry: RegistryOption = REGISTRY,
+    config: ConfigOption = None,
+    work: WorkOption = WORK,
+    as_json: JsonOption = False,
+) -> None:
+    """Would cache-teachers reuse the units of a case? If not: what differs, field by field."""
+    from pipeline.config import load_config
+    from pipeline.inventory.why import print_reasons
+    from pipeline.inventory.why import why as explain
+    from stages.cache_teachers import CacheTeachersConfig
+
+    settings = load_config(config, CacheTeachersConfig) if config else CacheTeachersConfig()
+    reasons = explain(
+        work,
+        open_registry(registry, files=False),
+        case,
+        window=settings.window,
+        storage=settings.storage,
+        splits=settings.splits,
+    )
+    if as_json:
+        _print_json([reason.to_json() for reason in reasons])
+    else:
+        print_reasons(reasons)
+
+
+@cache_app.command()
+def verify(
+    registry: RegistryOption = REGISTRY,
+    work: WorkOption = WORK,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every byte: checksums, values, shapes.")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also units that no index entry leads to.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove damaged units, to be made again.")
+    ] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Run teachers again on sampled units; compare.")
+    ] = False,
+    sample: Annotated[int, typer.Option(help="Units for --recompute.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    tolerance: Annotated[
+        float, typer.Option(help="For --recompute, in log-odds; one rounding step.", min=0)
+    ] = 0.5,
+    device: DeviceOption = "auto",
+    window_batch: WindowBatchOption = 1,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Can the cache be trusted? Exit code 1 if a unit is missing, damaged or not reproduced."""
+    from pipeline.inventory.verify import print_verification
+    from pipeline.inventory.verify import verify as look
+
+    if recompute != (sample > 0):
+        raise ConfigError("--recompute and --sample N go together.", fix="Give both, or neither.")
+    log = open_log(quiet)
+    known = _registry_if_there(registry)
+    found = look(_existing(work), known, deep=deep, everything=everything, log=log)
+    again: list[Recomputed] = []
+    if recompute:
+        from pipeline.inventory.recompute import recompute as run_again
+
+        again = run_again(
+            work,
+            open_registry(registry),
+            sample=sample,
+            seed=seed,
+            device=device,
+            window_batch=window_batch,
+            log=log,
+        )
+    if as_json:
+        _print_json({**found.to_json(), "recomputed": [one.to_json() for one in again]})
+    else:
+        typer.echo(found.summary())
+        print_verification(found)
+        _print_again(again, tolerance)
+    repaired = _repair(work, found, repair, yes)
+    wrong = [one for one in again if not one.agrees(tolerance)]
+    if wrong or (found.findings and not repaired):
+        raise typer.Exit(1)
+
+
+@cache_app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="A work folder.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+    as_json: JsonOption = False,
+) -> None:
+    """In which cases, teachers and settings two work folders differ."""
+    from pipeline.inventory.diff import diff as compare
+    from pipeline.inventory.diff import print_difference
+
+    found = compare(a, b)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print_difference(found)
+
+
+@cache_app.command()
+def gc(
+    registries: Annotated[
+        list[Path], typer.Argument(help="All registries whose cached units are to stay.")
+    ],
+    work: WorkOption = WORK,
+    grace_hours: Annotated[
+        float,
+        typer.Option(help="Case units that nobody reaches stay if they are younger.", min=0),
+    ] = 24.0,
+    dry_run: DryRunOption = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Remove what none of the registries can reach. Students are never removed."""
+    from pipeline.inventory.reclaim import find_garbage, print_garbage, remove_garbage
+    from pipeline.inventory.wording import counted, megabytes
+
+    known = [open_registry(path, files=False) for path in registries]
+    garbage = find_garbage(_existing(work), known, grace_hours=grace_hours)
+    if as_json:
+        _print_json(garbage.to_json())
+    else:
+        print_garbage(garbage)
+    if garbage.young:
+        typer.echo(
+            f"gc: {counted(len(garbage.young), 'case unit')} that nobody reaches, younger than "
+            f"{grace_hours:g} hours: kept, since a running cache-teachers may be about to index "
+            "them (--grace-hours 0 removes them too)",
+            err=True,
+        )
+    amount = f"{counted(garbage.count, 'thing')}, {megabytes(garbage.total)}"
+    if dry_run or not garbage.count:
+        typer.echo(f"gc: would remove {amount}" if garbage.count else "gc: nothing to do", err=True)
+        return
+    if not yes:
+        typer.confirm(f"Remove {amount}?", abort=True, err=True)
+    number, freed = remove_garbage(work, known, garbage, log=open_log(quiet))
+    typer.echo(f"gc: removed {counted(number, 'thing')}, {megabytes(freed)}", err=True)
+
+
+@cache_app.command()
+def export(
+    case: CaseOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")],
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="By name; may be repeated. Default: all.")
+    ] = None,
+    to: Annotated[ExportFormat, typer.Option(help="Format.")] = ExportFormat.nifti,
+    regions: Annotated[
+        bool, typer.Option("--regions", help="Also organ regions, agreed background, conflicts.")
+    ] = False,
+    registry: RegistryOption = REGISTRY,
+    work: WorkOption = WORK,
+) -> None:
+    """Log-odds of a case as NIfTI on the student grid, to be looked at over the CT."""
+    from pipeline.inventory.export import export_nifti
+
+    known = open_registry(registry, files=False)
+    teachers = teacher or list(known.teachers)
+    assert to is ExportFormat.nifti
+    for path in export_nifti(work, known, case, teachers, output, regions=regions):
+        typer.echo(str(path))
+
+
+def _print_again(again: Sequence[Recomputed], tolerance: float) -> None:
+    if again:
+        from pipeline.inventory.recompute import print_recomputed
+
+        print_recomputed(again, tolerance)
+
+
+def _repair(work: Path, found: Verification, wanted: bool, yes: bool) -> bool:
+    """Removes what is damaged, if that is wanted; whether it was."""
+    from pipeline.inventory.verify import repair
+
+    number = len(found.damaged)
+    if not number:
+        return False
+    if not wanted:
+        typer.echo(
+            "verify: to repair, add --repair, which removes what is damaged, then run `pipeline "
+            "cache-teachers`, which makes it again and nothing else",
+            err=True,
+        )
+        return False
+    if not yes and not typer.confirm(f"Remove {number} damaged units?", err=True):
+        return False
+    removed = repair(work, found)
+    typer.echo(
+        f"verify: removed {len(removed)} of {number}; run `pipeline cache-teachers` to make them "
+        "again",
+        err=True,
+    )
+    return True
+
+
+def _registry_if_there(path: Path) -> Registry | None:
+    """The cache can be looked at without a registry, unless one is named that is not there."""
+    if path == REGISTRY and not path.exists():
+        return None
+    return open_registry(path, files=False)
+
+
+def _existing(work: Path) -> Path:
+    if not work.is_dir():
+        raise ConfigError("there is no such folder.", where=work, fix="Name one with --work.")
+    return work
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1))

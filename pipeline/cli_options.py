@@ -1,0 +1,44 @@
+"""Options that several commands share, and how a command opens its registry and its log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.data.registry import Registry
+    from pipeline.log import Log
+
+RegistryOption = Annotated[Path, typer.Option("--registry", "-r", help="What exists.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="How the stage computes; default: built in.")
+]
+WorkOption = Annotated[Path, typer.Option("--work", "-w", help="Work folder: cache and runs.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1. Speed only.")]
+WorkersOption = Annotated[int, typer.Option(help="Loader processes. Speed only.", min=0)]
+WindowBatchOption = Annotated[int, typer.Option(help="Windows per pass. Speed only.", min=1)]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="For machines.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+MinutesOption = Annotated[
+    float, typer.Option(help="Minutes between checkpoints: what a kill can cost.", min=0)
+]
+REGISTRY = Path("data_registry.yaml")
+WORK = Path("work")
+
+
+def open_registry(path: Path, *, files: bool = True) -> Registry:
+    """Reads a registry; `files`: also hold it against the files that it names."""
+    from pipeline.data.registry import load_registry
+
+    return load_registry(path, files=files)
+
+
+def open_log(quiet: bool, work: Path | None = None, dry_run: bool = False) -> Log:
+    """Lines for people, and events in the work folder unless nothing may be written."""
+    from pipeline.log import Log
+
+    return Log(quiet=quiet, events=work / "events.jsonl" if work and not dry_run else None)

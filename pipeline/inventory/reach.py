@@ -1,0 +1,103 @@
+"""Which units the index leads to: from one registry, or from any that was ever cached here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.cache.index import (
+    IndexedCase,
+    IndexedTeacher,
+    IndexFile,
+    case_path,
+    dataset_file,
+    read_dataset_index,
+    read_index,
+    read_teacher_index,
+    teacher_file,
+    unit_digest,
+    unit_path,
+)
+from pipeline.data.registry import Registry
+from pipeline.errors import CacheStale
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A unit that the index leads to: the digest its receipt must have, and who it is of."""
+
+    digest: str
+    case: IndexedCase
+    teacher: IndexedTeacher | None
+
+    @property
+    def name(self) -> str:
+        """As messages name it."""
+        return (
+            self.case.name if self.teacher is None else f"{self.teacher.teacher} x {self.case.name}"
+        )
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a registry leads to through its index entries.
+
+    Attributes:
+        units: path -> unit; whether it is there is for its receipt to say.
+        index_files: the entries.
+        absent: datasets and teachers of the registry without a readable entry -> why.
+    """
+
+    units: Mapping[Path, Reached]
+    index_files: frozenset[Path]
+    absent: Mapping[str, CacheStale]
+
+
+def registry_reach(work: Path, registry: Registry) -> Reach:
+    """All units that stage two, or a rerun of stage one, would use for a registry."""
+    cases: list[IndexedCase] = []
+    teachers: list[IndexedTeacher] = []
+    files: set[Path] = set()
+    absent: dict[str, CacheStale] = {}
+    for dataset in registry.datasets:
+        key = registry.dataset_key(dataset)
+        try:
+            cases += read_dataset_index(work, dataset, key)
+            files.add(dataset_file(work, dataset, key))
+        except CacheStale as error:
+            absent[f"dataset {dataset}"] = error
+    for teacher in registry.teachers:
+        key = registry.teacher_key(teacher)
+        try:
+            teachers.append(read_teacher_index(work, teacher, key))
+            files.add(teacher_file(work, teacher, key))
+        except CacheStale as error:
+            absent[f"teacher {teacher}"] = error
+    return Reach(_units(work, cases, teachers), frozenset(files), absent)
+
+
+def index_reach(work: Path, files: Iterable[IndexFile] | None = None) -> dict[Path, Reached]:
+    """All units that any pair of index entries leads to; many of them need not exist.
+
+    Args:
+        work: the work folder.
+        files: the index, if it has been read already.
+    """
+    found = list(read_index(work)[0] if files is None else files)
+    cases = [case for file in found for case in file.cases or ()]
+    teachers = [file.teacher for file in found if file.teacher is not None]
+    return _units(work, cases, teachers)
+
+
+def _units(
+    work: Path, cases: Iterable[IndexedCase], teachers: Iterable[IndexedTeacher]
+) -> dict[Path, Reached]:
+    units: dict[Path, Reached] = {}
+    teachers = list(teachers)
+    for case in cases:
+        units[case_path(work, case)] = Reached(case.digest, case, None)
+        for teacher in teachers:
+            path = unit_path(work, teacher, case)
+            units[path] = Reached(unit_digest(teacher, case), case, teacher)
+    return units

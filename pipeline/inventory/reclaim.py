@@ -1,0 +1,189 @@
+"""`cache gc`: what no named registry can reach; nothing that is not laid out as a cache goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.cache.index import read_index
+from pipeline.cache.places import Place, find_units, unit_bytes
+from pipeline.cache.receipt import read_receipt
+from pipeline.cache.store import dead_temporaries, remove_leftover, remove_unit
+from pipeline.data.registry import Registry
+from pipeline.errors import CacheError, ConfigError
+from pipeline.inventory.reach import registry_reach
+from pipeline.inventory.students import student_runs, used_by
+from pipeline.inventory.wording import megabytes, seconds_since
+from pipeline.log import Log, print_table
+
+_LOOK_AGAIN = 32
+"""Removals after which the index is read again, for a stage that runs meanwhile."""
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What can go, and what stays for now.
+
+    Attributes:
+        units: case and teacher units that no registry reaches.
+        index_files: index entries of none of the registries, or unreadable.
+        temporaries: of processes of this host that no longer live.
+        num_bytes: path -> size of each of these.
+        young: case units that nobody reaches yet: stage one may be about to index them.
+        students: unit -> runs that were trained on it.
+    """
+
+    units: tuple[Place, ...]
+    index_files: tuple[Path, ...]
+    temporaries: tuple[Path, ...]
+    num_bytes: dict[Path, int]
+    young: tuple[Place, ...]
+    students: dict[Path, list[str]]
+
+    @property
+    def total(self) -> int:
+        """Bytes that removing it frees."""
+        return sum(self.num_bytes.values())
+
+    @property
+    def count(self) -> int:
+        """How many units, entries and temporaries."""
+        return len(self.num_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "units": [
+                {
+                    "unit": place.name,
+                    "path": str(place.path),
+                    "bytes": self.num_bytes[place.path],
+                    "students": self.students[place.path],
+                }
+                for place in self.units
+            ],
+            "index_files": [str(path) for path in self.index_files],
+            "temporaries": [str(path) for path in self.temporaries],
+            "kept_young": [str(place.path) for place in self.young],
+            "bytes": self.total,
+        }
+
+
+def find_garbage(work: Path, registries: Sequence[Registry], *, grace_hours: float) -> Garbage:
+    """Looks for what none of the registries reaches; removes nothing.
+
+    Args:
+        work: the work folder.
+        registries: whose units stay.
+        grace_hours: unreached case units that are younger stay. Stage one writes all case units
+            before it indexes them; teachers' units are indexed before they are written.
+
+    Raises:
+        ConfigError: no registry is named, or one is not in the index as it stands: what it needs
+            cannot be told from what nobody needs.
+    """
+    kept, entries = _reached(work, registries)
+    unreached = [place for place in find_units(work) if place.path not in kept]
+    young = {place.path for place in unreached if _is_young(place, grace_hours)}
+    old = [place for place in unreached if place.path not in young]
+    files, unreadable = read_index(work)
+    orphans = [path for path in (*(f.path for f in files), *unreadable) if path not in entries]
+    dead = dead_temporaries(work)
+    runs = student_runs(work)
+    paths = [*(place.path for place in old), *orphans, *dead]
+    return Garbage(
+        tuple(old),
+        tuple(orphans),
+        tuple(dead),
+        {path: unit_bytes(path) for path in paths},
+        tuple(place for place in unreached if place.path in young),
+        {place.path: used_by(place, runs) for place in old},
+    )
+
+
+def remove_garbage(
+    work: Path, registries: Sequence[Registry], garbage: Garbage, *, log: Log
+) -> tuple[int, int]:
+    """Removes what was found, except what a registry has come to reach since.
+
+    Returns:
+        How many things went, and their bytes.
+
+    Raises:
+        ConfigError: a registry is no longer in the index.
+        WorkFolderError: something cannot be removed.
+    """
+    gone: list[Path] = []
+    kept, entries = _reached(work, registries)
+    with log.progress("units removed", len(garbage.units)) as advance:
+        for number, place in enumerate(garbage.units):
+            if number % _LOOK_AGAIN == 0:
+                kept, entries = _reached(work, registries)
+            if place.path not in kept:
+                remove_unit(place.path)
+                gone.append(place.path)
+            advance(place.name)
+    for path in garbage.index_files:
+        if path not in entries:
+            remove_leftover(path)
+            gone.append(path)
+    for path in garbage.temporaries:
+        remove_leftover(path)
+        gone.append(path)
+    return len(gone), sum(garbage.num_bytes[path] for path in gone)
+
+
+def print_garbage(garbage: Garbage) -> None:
+    """A table by dataset and teacher, for people."""
+    groups: dict[str, list[Place]] = {}
+    for place in garbage.units:
+        what = f"cases/{place.dataset}"
+        if place.teacher is not None:
+            what = f"teachers/{place.teacher}@{place.teacher_tag}"
+        groups.setdefault(what, []).append(place)
+    rows = [
+        [
+            what,
+            str(len(places)),
+            megabytes(sum(garbage.num_bytes[place.path] for place in places)),
+            ", ".join(sorted({r for p in places for r in garbage.students[p.path]})) or "–",
+        ]
+        for what, places in groups.items()
+    ]
+    for what, paths in (("index", garbage.index_files), ("unfinished", garbage.temporaries)):
+        if paths:
+            size = megabytes(sum(garbage.num_bytes[path] for path in paths))
+            rows.append([what, str(len(paths)), size, "–"])
+    print_table("No registry named here reaches", ["", "number", "bytes", "students"], rows)
+
+
+def _reached(work: Path, registries: Sequence[Registry]) -> tuple[set[Path], set[Path]]:
+    """Units and index entries of all registries."""
+    if not registries:
+        raise ConfigError("no registry is named.", fix="Name all whose cached units are to stay.")
+    units: set[Path] = set()
+    entries: set[Path] = set()
+    for registry in registries:
+        reach = registry_reach(work, registry)
+        if reach.absent:
+            raise ConfigError(
+                f"{', '.join(reach.absent)}: not in the cache {work} as this registry describes it "
+                "now, so what it needs cannot be told from what nobody needs. Nothing was removed.",
+                where=registry.path,
+                fix="Run `pipeline cache-teachers` with it first; what is valid is reused.",
+            )
+        units |= set(reach.units)
+        entries |= reach.index_files
+    return units, entries
+
+
+def _is_young(place: Place, grace_hours: float) -> bool:
+    if place.teacher is not None:
+        return False
+    try:
+        age = seconds_since(read_receipt(place.path).written)
+    except CacheError:
+        return False
+    return age < grace_hours * 3600

@@ -1,0 +1,55 @@
+"""Which student was trained from which units, as its run recorded it. Nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.cache.places import Place
+from pipeline.config import short
+
+
+@dataclass(frozen=True)
+class StudentRun:
+    """A run in `students/`.
+
+    Attributes:
+        run: its name.
+        finished: whether all its steps were made.
+        teachers: teacher -> digest.
+        cases: `dataset/case` -> digest, of training and validation.
+    """
+
+    run: str
+    finished: bool
+    teachers: Mapping[str, str]
+    cases: Mapping[str, str]
+
+    def used(self, place: Place) -> bool:
+        """Whether it was trained on a unit."""
+        if place.teacher is None:
+            return short(self.cases.get(place.case_name, "")) == place.tag
+        teacher = short(self.teachers.get(place.teacher, ""))
+        return teacher == place.teacher_tag and place.case_name in self.cases
+
+
+def student_runs(work: Path) -> Sequence[StudentRun]:
+    """The runs of a work folder, by name; one whose record cannot be read has used nothing."""
+    runs = []
+    for folder in sorted(p for p in (work / "students").glob("[!.]*") if p.is_dir()):
+        try:
+            inputs = json.loads((folder / "config.json").read_text(encoding="utf-8"))["inputs"]
+            teachers = dict(inputs.get("teachers", {}))
+            cases = {**inputs.get("cases", {}), **inputs.get("validation", {})}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            teachers, cases = {}, {}
+        finished = (folder / "finished.json").exists()
+        runs.append(StudentRun(folder.name, finished, teachers, cases))
+    return runs
+
+
+def used_by(place: Place, runs: Sequence[StudentRun]) -> list[str]:
+    """Names of the runs that were trained on a unit."""
+    return [run.run for run in runs if run.used(place)]

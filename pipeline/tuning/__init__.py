@@ -1,0 +1,1 @@
+"""What each way of storing costs and loses, measured on a user's own cases and teachers."""

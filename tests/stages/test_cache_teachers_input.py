@@ -1,0 +1,283 @@
+"""Bad input and damage: a clear error, exit code 2, nothing half-written, the others done."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any, NoReturn
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from pipeline import cli
+from pipeline.cache.receipt import verify_unit
+from pipeline.cohort import open_cohort
+from pipeline.data.registry import load_registry
+from pipeline.errors import (
+    CacheStale,
+    GeometryError,
+    PipelineError,
+    RegistryError,
+    TeacherError,
+    WorkFolderError,
+)
+from stages import cache_teachers
+from tests.stages.stage_contract import snapshot
+from tests.stages.test_cache_teachers import run, units_of
+from tests.tiny import cache_config, change_registry, work_of
+from tests.unit.teachers.made_teachers import Payload
+
+FACTORIES = "tests.unit.teachers.made_teachers"
+
+
+def factory(function: str, **changes: Any) -> dict[str, Any]:
+    values = {
+        "kind": "factory",
+        "factory": f"{FACTORIES}:{function}",
+        "weights": "teachers/liver.pt",
+        "organs": {"liver": 1},
+    }
+    return values | changes
+
+
+def keep(registry: Path, *datasets: str, **teachers: Any) -> Path:
+    """A registry of fewer datasets, and with these teachers alone if any are given."""
+
+    def change(data: dict[str, Any]) -> None:
+        data["datasets"] = {d: data["datasets"][d] for d in datasets}
+        if teachers:
+            data["teachers"] = teachers
+        known = {o for d in data["datasets"].values() for o in d["annotated"]}
+        known |= {o for t in data["teachers"].values() for o in t["organs"]}
+        data["organs"] = {o: i for o, i in data["organs"].items() if o in known}
+
+    return change_registry(registry, change)
+
+
+def repaint(path: Path, voxels: Any) -> None:
+    """Rewrites a NIfTI file with `voxels(array)` in the same geometry."""
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(voxels(np.asanyarray(image.dataobj).copy()), image.affine), path)
+
+
+def marked(array: Any) -> Any:
+    array.flat[0] = 12345
+    return array
+
+
+def files_of(registry: Path, part: str, dataset: str = "liver-ct") -> list[Path]:
+    return sorted((registry.parent / "data" / dataset / part).glob("*.nii.gz"))
+
+
+@pytest.mark.parametrize("how", ["nan", "infinite", "raise"])
+def test_a_teacher_that_fails_on_one_case_is_named_with_it(tiny_registry: Path, how: str) -> None:
+    image = files_of(tiny_registry, "images")[1]
+    repaint(image, marked)
+    poor = factory("poor", args={"how": how, "marked_by": 12345})
+    keep(tiny_registry, "liver-ct", poor=poor, fine=factory("threshold"))
+    report = run(tiny_registry)
+    assert set(report.failed) == {"poor x liver-ct/case_001"}
+    assert isinstance(report.failed["poor x liver-ct/case_001"], TeacherError)
+    assert len(report.done) == 3 + 3 + 2
+    assert report.exit_code == 2
+    assert not list(work_of(tiny_registry).glob("teachers/poor@*/liver-ct/*case_001*"))
+    # Nothing was cached for it, so it is tried again, and the others are not.
+    again = run(tiny_registry)
+    assert set(again.failed) == set(report.failed)
+    assert again.done == []
+
+
+def test_a_dataset_whose_organ_is_empty_in_every_case(tiny_registry: Path) -> None:
+    for label in files_of(tiny_registry, "labels"):
+        repaint(label, np.zeros_like)
+    report = run(tiny_registry)
+    assert set(report.failed) == {"dataset liver-ct"}
+    error = report.failed["dataset liver-ct"]
+    assert isinstance(error, RegistryError)
+    assert "liver is empty in all 3 cases" in str(error)
+    assert "datasets.liver-ct.annotated.liver" in str(error)
+    assert report.exit_code == 2
+    # No teacher ran on it, and stage two does not get it as if it were in order.
+    work = work_of(tiny_registry)
+    assert not list(work.glob("teachers/*/liver-ct"))
+    assert len(list(work.glob("teachers/*/spleen-ct/*.zarr"))) == 6
+    with pytest.raises(CacheStale, match="dataset liver-ct"):
+        open_cohort(work, load_registry(tiny_registry), datasets=["liver-ct"])
+    assert {row["case"].split("/")[0] for row in report.details["regions_ml"]} == {
+        "spleen-ct",
+        "multi-ct",
+    }
+
+
+def test_one_case_without_the_organ_is_no_mistake(tiny_registry: Path) -> None:
+    keep(tiny_registry, "liver-ct", liver=factory("threshold"))
+    repaint(files_of(tiny_registry, "labels")[0], np.zeros_like)
+    assert run(tiny_registry).exit_code == 0
+
+
+def test_a_label_value_that_the_registry_does_not_name(tiny_registry: Path) -> None:
+    keep(tiny_registry, "liver-ct", liver=factory("threshold"))
+    repaint(files_of(tiny_registry, "labels")[2], lambda a: np.where(a == 1, 7, a).astype("u1"))
+    report = run(tiny_registry)
+    assert set(report.failed) == {"liver-ct/case_002"}
+    error = report.failed["liver-ct/case_002"]
+    assert isinstance(error, GeometryError)
+    assert "label values [7] are not named" in str(error)
+    assert len(report.done) == 4
+    assert report.exit_code == 2
+    assert not list(work_of(tiny_registry).rglob("*case_002*"))
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_work_folder_that_cannot_be_written(tiny_registry: Path, below: bool) -> None:
+    work_of(tiny_registry).write_text("a file is in the way")
+    before = snapshot(tiny_registry.parent)
+    work = work_of(tiny_registry) / "below" if below else work_of(tiny_registry)
+    command = ["cache-teachers", "-q", "-r", str(tiny_registry), "-w", str(work)]
+    result = CliRunner().invoke(cli.app, command)
+    assert isinstance(result.exception, WorkFolderError)
+    assert result.exception.exit_code == 2
+    assert snapshot(tiny_registry.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("teacher", "match"),
+    [
+        ({"weights": "teachers/none.pt"}, "do not exist"),
+        ({"num_channels": 3}, "num_channels is 2 in the file but 3"),
+        ({"taps": ["nowhere"]}, "no layer 'nowhere'"),
+    ],
+)
+def test_a_teacher_that_does_not_load_stops_before_any_case(
+    tiny_registry: Path, teacher: dict[str, Any], match: str
+) -> None:
+    change_registry(tiny_registry, lambda data: data["teachers"]["liver"].update(teacher))
+    with pytest.raises(TeacherError, match=match):
+        run(tiny_registry)
+    assert units_of(work_of(tiny_registry)) == []
+
+
+def test_a_factory_with_other_channels_than_the_registry(tiny_registry: Path) -> None:
+    keep(tiny_registry, "liver-ct", liver=factory("threshold", num_channels=3))
+    report = run(tiny_registry)
+    assert len(report.failed) == 3
+    assert all("emits 2 channels, the registry says 3" in str(e) for e in report.failed.values())
+    assert len(report.done) == 3
+    assert report.exit_code == 2
+
+
+def test_what_nobody_foresaw_stops_one_unit_and_keeps_its_traceback(
+    tiny_registry: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep(tiny_registry, "liver-ct", liver=factory("threshold"))
+    real = cache_teachers.cache_unit
+
+    def sometimes(*args: Any, **options: Any) -> int:
+        return broken() if args[3].case == "case_001" else real(*args, **options)
+
+    def broken() -> NoReturn:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(cache_teachers, "cache_unit", sometimes)
+    report = run(tiny_registry)
+    assert set(report.failed) == {"liver x liver-ct/case_001"}
+    assert len(report.done) == 5
+    assert report.exit_code == 1
+    told = capsys.readouterr().err
+    assert "in broken" in told
+    assert "ZeroDivisionError: a bug" in told
+
+
+def test_an_image_that_changes_meanwhile_is_not_cached_as_what_it_was(
+    tiny_registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(tiny_registry, "liver-ct", liver=factory("threshold"))
+    real = cache_teachers._prepare_cases
+
+    def then_change(*args: Any, **options: Any) -> Any:
+        prepared = real(*args, **options)
+        repaint(files_of(tiny_registry, "images")[0], marked)
+        return prepared
+
+    monkeypatch.setattr(cache_teachers, "_prepare_cases", then_change)
+    report = run(tiny_registry)
+    assert "changed while this stage was running" in str(report.failed["liver x liver-ct/case_000"])
+    assert len(report.done) == 5
+
+
+# --- damage to the cache ------------------------------------------------------------------------
+
+
+def test_a_truncated_unit_is_made_again_with_a_word(
+    tiny_cached: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = work_of(tiny_cached)
+    (unit,) = work.glob("teachers/liver@*/liver-ct/case_001@*.zarr")
+    shard = next(p for p in (unit / "log_odds").rglob("c/**/*") if p.is_file())
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    (case,) = work.glob("cases/spleen-ct/case_000@*.zarr")
+    next(p for p in case.rglob("c/**/*") if p.is_file()).unlink()
+    dry = run(tiny_cached, dry_run=True)
+    assert sorted(dry.done) == ["liver x liver-ct/case_001", "spleen-ct/case_000"]
+    report = run(tiny_cached)
+    assert sorted(report.done) == ["liver x liver-ct/case_001", "spleen-ct/case_000"]
+    assert "bytes instead of" in capsys.readouterr().err
+    assert shard.read_bytes() == whole
+    for path in units_of(work):
+        verify_unit(path)
+
+
+def test_what_a_killed_run_left_is_removed_and_the_rest_is_not(tiny_cached: Path) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    folder = next(work_of(tiny_cached).glob("teachers/liver@*/liver-ct"))
+    left = folder / f".case_009@0.zarr~{socket.gethostname()}~{process.pid}~ab.tmp"
+    (left / "log_odds").mkdir(parents=True)
+    before = len(units_of(work_of(tiny_cached)))
+    student = work_of(tiny_cached) / "students" / "a" / "checkpoints" / ".step_1.pt.1.tmp"
+    student.parent.mkdir(parents=True)
+    student.write_bytes(b"")
+    assert run(tiny_cached).done == []
+    assert not left.exists()
+    assert student.exists()
+    assert len(units_of(work_of(tiny_cached))) == before
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_a_bad_case_decides_the_exit_code_of_the_command(tiny_registry: Path) -> None:
+    keep(tiny_registry, "liver-ct", liver=factory("threshold"))
+    image = files_of(tiny_registry, "images")[0]
+    image.write_bytes(b"no gzip at all")
+    command = ["cache-teachers", "-q", "-r", str(tiny_registry), "-w", str(work_of(tiny_registry))]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 2
+    assert "4 done" in result.stderr
+    assert "failed: liver-ct/case_000" in result.stderr
+    assert str(image) in result.stderr
+
+
+def test_an_unknown_key_in_the_configuration(tiny_registry: Path) -> None:
+    path = tiny_registry.parent / "cache.yaml"
+    path.write_text(yaml.safe_dump({**cache_config().model_dump(mode="json"), "widow": 3}))
+    command = ["cache-teachers", "-r", str(tiny_registry), "-w", str(work_of(tiny_registry))]
+    result = CliRunner().invoke(cli.app, [*command, "-c", str(path)])
+    assert isinstance(result.exception, PipelineError)
+    assert result.exception.exit_code == 2
+    assert "widow: unknown key" in str(result.exception)
+    assert not work_of(tiny_registry).exists()
+
+
+def test_weights_with_code_are_refused_and_not_run(tiny_registry: Path, tmp_path: Path) -> None:
+    content = {"record": Payload(tmp_path / "ran"), "state": {}}
+    torch.save(content, tiny_registry.parent / "teachers" / "liver.pt")
+    with pytest.raises(TeacherError, match="not a plain tensor file"):
+        run(tiny_registry)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,48 @@
+"""An error in a loader process ends the training at once, as the paragraph that it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tiny import training_settings, work_of
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_chunk_stops_the_training_and_does_not_hang(
+    tiny_cached: Path, workers: int
+) -> None:
+    for chunk in work_of(tiny_cached).glob("teachers/*/*/*.zarr/log_odds/*/c/0/0/0"):
+        content = bytearray(chunk.read_bytes())
+        content[len(content) // 3] ^= 0x10
+        chunk.write_bytes(bytes(content))
+    config = tiny_cached.parent / "student.yaml"
+    config.write_text(yaml.safe_dump({"training": training_settings()}), encoding="utf-8")
+    command = [sys.executable, "-m", "pipeline.cli", "train-student"]
+    where = ["-r", str(tiny_cached), "-c", str(config), "-w", str(work_of(tiny_cached))]
+    done = subprocess.run(
+        [*command, *where, "--workers", str(workers)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "cannot be decoded" in last
+
+
+def test_a_mistyped_work_folder_is_not_created(tiny_cached: Path) -> None:
+    absent = tiny_cached.parent / "wrok"
+    command = [sys.executable, "-m", "pipeline.cli", "train-student"]
+    where = ["-r", str(tiny_cached), "-w", str(absent)]
+    done = subprocess.run([*command, *where], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "cache-teachers" in done.stderr
+    assert not absent.exists()

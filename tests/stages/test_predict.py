@@ -1,0 +1,364 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
+from torch import Tensor, nn
+
+from pipeline.data.registry import load_registry
+from pipeline.errors import CheckpointError, ConfigError, GeometryError
+from pipeline.intensity import Intensity
+from pipeline.log import Log
+from pipeline.network import build_network
+from pipeline.student.checkpoint import StudentRecord, save_student
+from stages import predict
+from stages.predict import PredictConfig
+from stages.report import StageReport
+from tests.stages.stage_contract import StageContract, snapshot
+from tests.tiny import GRID_MM, NETWORK
+
+THRESHOLD_HU = 100
+SHAPE_XYZ = (9, 11, 13)
+SPACING_XYZ = (1.5, 2.0, 3.0)
+ORGANS = {"spleen": 7, "liver": 3}
+
+
+class Threshold(nn.Module):
+    """Says liver where HU > THRESHOLD_HU and spleen nowhere; a function of the voxel alone."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.cat([image * 0, image - THRESHOLD_HU, image * 0 - 1e6], dim=1)
+
+
+def record(**changes: Any) -> StudentRecord:
+    values: dict[str, Any] = {
+        "network": NETWORK,
+        "organs": ORGANS,
+        "spacing_mm": tuple(reversed(SPACING_XYZ)),
+        "intensity": Intensity(kind="raw"),
+        "patch": (8, 8, 8),
+        "steps": 1,
+        "seed": 0,
+        "supervision": {},
+        "validation_dice": {},
+        "teachers": {},
+        "trained_on": (),
+        "run_digest": "0" * 64,
+    }
+    return StudentRecord.model_validate(values | changes)
+
+
+def write_student(path: Path, *, seed: int = 0, **changes: Any) -> Path:
+    torch.manual_seed(seed)
+    found = record(**changes)
+    channels = len(found.organs) + 1
+    save_student(path, found, build_network(NETWORK, in_channels=1, out_channels=channels))
+    return path
+
+
+def oriented(codes: str, *, oblique: bool = False) -> npt.NDArray[np.float64]:
+    """4 x 4 affine (x, y, z) of a file stored in an orientation, with an odd origin."""
+    affine = np.diag([*SPACING_XYZ, 1.0])
+    affine[:3, 3] = (-31.5, 12.25, 400.0)
+    if oblique:
+        a, b = np.deg2rad(12), np.deg2rad(-7)
+        about_x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
+        about_z = np.array([[np.cos(b), -np.sin(b), 0], [np.sin(b), np.cos(b), 0], [0, 0, 1]])
+        affine[:3, :3] = about_x @ about_z @ affine[:3, :3]
+    return np.asarray(affine @ inv_ornt_aff(_from_ras(codes), SHAPE_XYZ))
+
+
+def file_shape(codes: str) -> tuple[int, ...]:
+    """The file's sizes, so that those in RAS are SHAPE_XYZ."""
+    goes_to = _from_ras(codes)[:, 0].astype(int).tolist()
+    return tuple(SHAPE_XYZ[goes_to.index(axis)] for axis in range(3))
+
+
+def _from_ras(codes: str) -> npt.NDArray[np.float64]:
+    return np.asarray(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(tuple(codes))))
+
+
+def write_ct(
+    path: Path, codes: str = "RAS", *, seed: int = 0, oblique: bool = False, dtype: str = "int16"
+) -> npt.NDArray[Any]:
+    """Noise in HU, stored in an orientation; returns the array in file order."""
+    rng = np.random.default_rng(seed)
+    array = rng.integers(-1000, 1000, file_shape(codes)).astype(dtype)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, oriented(codes, oblique=oblique)), path)
+    return array
+
+
+def run(
+    student: Path,
+    images: Path,
+    output: Path,
+    config: PredictConfig | None = None,
+    *,
+    dry_run: bool = False,
+) -> StageReport:
+    return predict.run(
+        config or PredictConfig(),
+        student,
+        predict.find_inputs(images),
+        output,
+        log=Log(quiet=True),
+        device="cpu",
+        dry_run=dry_run,
+    )
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    return write_student(tmp_path / "student.pt")
+
+
+@pytest.fixture
+def threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student's network is replaced by `Threshold`."""
+    monkeypatch.setattr(predict, "load_student", lambda path: (record(), Threshold()))
+
+
+class TestPredict(StageContract):
+    kill_at = "stages.predict:write_like"
+    timed: ClassVar[tuple[str, ...]] = ()
+
+    @pytest.fixture
+    def registry(self, tiny_registry: Path) -> Path:
+        write_student(
+            tiny_registry.parent / "student.pt", spacing_mm=GRID_MM, intensity=Intensity()
+        )
+        return tiny_registry
+
+    def _inputs(self, registry: Path) -> dict[str, Path]:
+        cases = load_registry(registry, files=False).cases("multi-ct")
+        return {case.name: case.image for case in cases}
+
+    def run(self, registry: Path, *, dry_run: bool = False) -> StageReport:
+        return predict.run(
+            PredictConfig(),
+            registry.parent / "student.pt",
+            self._inputs(registry),
+            self.output(registry),
+            log=Log(quiet=True),
+            device="cpu",
+            dry_run=dry_run,
+        )
+
+    def command(self, registry: Path) -> list[str]:
+        # The command line names label maps by file; the stage, by case.
+        folder = next(iter(self._inputs(registry).values())).parent
+        return [
+            "predict", "-q", "--device", "cpu", str(registry.parent / "student.pt"), str(folder),
+            "-o", str(self.output(registry) / "multi-ct"),
+        ]  # fmt: skip
+
+    def output(self, registry: Path) -> Path:
+        return registry.parent / "predictions"
+
+    def units(self, registry: Path) -> set[str]:
+        return set(self._inputs(registry))
+
+    def remove_one(self, registry: Path) -> str:
+        name = sorted(self.units(registry))[1]
+        (self.output(registry) / f"{name}.nii.gz").unlink()
+        (self.output(registry) / f"{name}.json").unlink()
+        return name
+
+    def break_one(self, registry: Path) -> Mapping[str, str]:
+        name, path = sorted(self._inputs(registry).items())[1]
+        path.write_bytes(path.read_bytes()[:1000])
+        return {name: "not a readable NIfTI file"}
+
+
+class TestGeometry:
+    @pytest.mark.usefixtures("threshold")
+    @pytest.mark.parametrize("oblique", [False, True], ids=["straight", "oblique"])
+    @pytest.mark.parametrize("codes", ["RAS", "LPS", "LAS", "PIR", "ASL", "IRP", "SAR", "LIA"])
+    def test_every_voxel_stays_where_the_file_has_it(
+        self, student: Path, tmp_path: Path, codes: str, oblique: bool
+    ) -> None:
+        image = tmp_path / "in" / "ct.nii.gz"
+        array = write_ct(image, codes, oblique=oblique)
+        assert run(student, image, tmp_path / "out").done == ["ct"]
+        found = nib.load(tmp_path / "out" / "ct.nii.gz")
+        expected = np.where(array > THRESHOLD_HU, ORGANS["liver"], 0)
+        assert 0 < expected.mean() < ORGANS["liver"]
+        assert np.array_equal(np.asarray(found.dataobj), expected)
+        assert found.get_data_dtype() == np.uint8
+        source = nib.load(image)
+        assert np.array_equal(found.affine, source.affine)
+        assert nib.aff2axcodes(found.affine) == tuple(codes)
+        assert found.header.get_zooms() == source.header.get_zooms()
+        for code in ("qform_code", "sform_code"):
+            assert found.header[code] == source.header[code]
+
+    @pytest.mark.usefixtures("threshold")
+    @pytest.mark.parametrize(("suffix", "dtype"), [(".nii", "int16"), (".nii.gz", "float32")])
+    def test_whatever_the_file_is_stored_as(
+        self, student: Path, tmp_path: Path, suffix: str, dtype: str
+    ) -> None:
+        image = tmp_path / "in" / f"ct{suffix}"
+        array = write_ct(image, "LPS", dtype=dtype)
+        run(student, image, tmp_path / "out")
+        found = np.asarray(nib.load(tmp_path / "out" / "ct.nii.gz").dataobj)
+        assert np.array_equal(found > 0, array > THRESHOLD_HU)
+
+    @pytest.mark.parametrize("codes", ["RAS", "PIR"])
+    def test_another_grid_moves_no_organ(
+        self, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: str
+    ) -> None:
+        coarse = record(spacing_mm=(2.0, 2.5, 2.0))
+        monkeypatch.setattr(predict, "load_student", lambda path: (coarse, Threshold()))
+        image = tmp_path / "in" / "ct.nii.gz"
+        write_ct(image, codes)
+        source = nib.load(image)
+        array = np.full(source.shape, -500, dtype=np.int16)
+        block = tuple(slice(1, n // 2 + 1) for n in array.shape)
+        array[block] = 700
+        nib.save(nib.Nifti1Image(array, source.affine), image)
+        run(student, image, tmp_path / "out")
+        found = np.asarray(nib.load(tmp_path / "out" / "ct.nii.gz").dataobj) > 0
+        both = 2 * np.count_nonzero(found & (array > 0))
+        assert both / (np.count_nonzero(found) + np.count_nonzero(array > 0)) > 0.85
+        middle = np.argwhere(found).mean(axis=0) - np.argwhere(array > 0).mean(axis=0)
+        assert np.abs(middle).max() < 0.5
+
+
+@pytest.mark.usefixtures("threshold")
+class TestNames:
+    def test_in_the_header_extension_and_beside(self, student: Path, tmp_path: Path) -> None:
+        image = tmp_path / "in" / "patient.7.nii.gz"
+        write_ct(image)
+        run(student, image, tmp_path / "out")
+        beside = json.loads((tmp_path / "out" / "patient.7.json").read_text())
+        assert beside["organs"] == ORGANS
+        assert beside["image"] == "patient.7.nii.gz"
+        extensions = nib.load(tmp_path / "out" / "patient.7.nii.gz").header.extensions
+        text = extensions[0].get_content()
+        labels = json.loads(text if isinstance(text, str) else text.decode())["labels"]
+        assert labels == {"7": "spleen", "3": "liver"}
+
+
+@pytest.mark.usefixtures("threshold")
+class TestWhatIsDone:
+    def _run(self, student: Path, tmp_path: Path, **config: Any) -> StageReport:
+        return run(student, tmp_path / "in", tmp_path / "out", PredictConfig(**config))
+
+    def test_a_second_run_skips(self, student: Path, tmp_path: Path) -> None:
+        for name in "abc":
+            write_ct(tmp_path / "in" / f"{name}.nii.gz", seed=ord(name))
+        assert self._run(student, tmp_path).done == ["a", "b", "c"]
+        before = snapshot(tmp_path / "out")
+        report = self._run(student, tmp_path)
+        assert (report.done, report.skipped) == ([], ["a", "b", "c"])
+        assert snapshot(tmp_path / "out") == before
+
+    def test_another_student_a_changed_image_or_other_settings_are_done_again(
+        self, student: Path, tmp_path: Path
+    ) -> None:
+        for name in "ab":
+            write_ct(tmp_path / "in" / f"{name}.nii.gz", seed=ord(name))
+        self._run(student, tmp_path)
+        array = write_ct(tmp_path / "in" / "a.nii.gz", seed=99)
+        assert self._run(student, tmp_path).done == ["a"]
+        found = np.asarray(nib.load(tmp_path / "out" / "a.nii.gz").dataobj)
+        assert np.array_equal(found > 0, array > THRESHOLD_HU)
+        write_student(student, seed=1)
+        assert self._run(student, tmp_path).done == ["a", "b"]
+        assert self._run(student, tmp_path, overlap=0.25).done == ["a", "b"]
+        assert self._run(student, tmp_path, overlap=0.25).done == []
+
+    def test_a_label_map_without_its_json_is_not_done(self, student: Path, tmp_path: Path) -> None:
+        write_ct(tmp_path / "in" / "a.nii.gz")
+        self._run(student, tmp_path)
+        (tmp_path / "out" / "a.json").write_text("{")
+        assert self._run(student, tmp_path).done == ["a"]
+        (tmp_path / "out" / "a.nii.gz").unlink()
+        assert self._run(student, tmp_path).done == ["a"]
+
+
+@pytest.mark.usefixtures("threshold")
+class TestInputs:
+    def test_a_bad_file_is_reported_and_the_others_are_done(
+        self, student: Path, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "in"
+        for name in ("a", "cut", "z"):
+            write_ct(folder / f"{name}.nii.gz")
+        (folder / "cut.nii.gz").write_bytes((folder / "cut.nii.gz").read_bytes()[:200])
+        nib.save(nib.Nifti1Image(np.zeros((4, 4, 4, 3), np.int16), np.eye(4)), folder / "4d.nii.gz")
+        (folder / "notes.txt").write_text("no image")
+        report = run(student, folder, tmp_path / "out")
+        assert report.done == ["a", "z"]
+        assert set(report.failed) == {"cut", "4d"}
+        assert all(isinstance(error, GeometryError) for error in report.failed.values())
+        assert report.exit_code == 2
+        names = sorted(p.name for p in (tmp_path / "out").iterdir())
+        assert names == ["a.json", "a.nii.gz", "z.json", "z.nii.gz"]
+
+    def test_an_input_is_never_overwritten(self, student: Path, tmp_path: Path) -> None:
+        write_ct(tmp_path / "in" / "a.nii.gz")
+        write_ct(tmp_path / "in" / "b.nii")
+        before = (tmp_path / "in" / "a.nii.gz").read_bytes()
+        report = run(student, tmp_path / "in", tmp_path / "in" / ".." / "in")
+        assert "would overwrite this image" in str(report.failed["a"])
+        assert report.exit_code == 2
+        assert report.done == ["b"]
+        assert (tmp_path / "in" / "a.nii.gz").read_bytes() == before
+
+    def test_names_of_files_and_folders(self, tmp_path: Path) -> None:
+        for name in (
+            "b.nii.gz",
+            "a.nii",
+            "._b.nii.gz",
+            ".b.nii.gz.12.nii.gz",
+            "c.txt",
+            "d.nii.txt",
+        ):
+            (tmp_path / name).write_bytes(b"")
+        (tmp_path / "folder.nii.gz").mkdir()
+        assert list(predict.find_inputs(tmp_path)) == ["a", "b"]
+        assert predict.find_inputs(tmp_path / "a.nii") == {"a": tmp_path / "a.nii"}
+
+    def test_two_files_of_one_name_are_refused(self, tmp_path: Path) -> None:
+        for name in ("a.nii.gz", "a.nii"):
+            (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ConfigError, match=r"a\.nii\.gz and a\.nii would give one label map"):
+            predict.find_inputs(tmp_path)
+
+    @pytest.mark.parametrize("name", ["absent.nii.gz", "absent", "empty", "text.txt"])
+    def test_nothing_there_is_an_error(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "text.txt").write_text("")
+        with pytest.raises(ConfigError, match="no NIfTI file there"):
+            predict.find_inputs(tmp_path / name)
+
+
+def test_a_student_that_is_none_stops_before_anything_is_written(tmp_path: Path) -> None:
+    write_ct(tmp_path / "in" / "a.nii.gz")
+    (tmp_path / "student.pt").write_text("no")
+    with pytest.raises(CheckpointError, match=r"student\.pt"):
+        run(tmp_path / "student.pt", tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_real_network_is_used(student: Path, tmp_path: Path) -> None:
+    write_ct(tmp_path / "in" / "a.nii.gz")
+    run(student, tmp_path / "in", tmp_path / "out")
+    first = np.asarray(nib.load(tmp_path / "out" / "a.nii.gz").dataobj).copy()
+    assert set(np.unique(first)) <= {0, 3, 7}
+    shutil.rmtree(tmp_path / "out")
+    write_student(student, seed=5)
+    run(student, tmp_path / "in", tmp_path / "out")
+    second = np.asarray(nib.load(tmp_path / "out" / "a.nii.gz").dataobj)
+    assert not np.array_equal(first, second)

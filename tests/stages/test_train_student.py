@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import yaml
+
+from pipeline.data.registry import load_registry
+from pipeline.errors import CacheMissing, CacheStale, CheckpointError, ConfigError, PipelineError
+from pipeline.log import Log
+from pipeline.student import training
+from pipeline.student.checkpoint import load_student
+from pipeline.student.supervision import Kind
+from stages import train_student
+from stages.report import StageReport
+from stages.train_student import TrainStudentConfig
+from tests.stages.stage_contract import ROOT, StageContract, snapshot
+from tests.tiny import ORGANS, TAP, change_registry, fill_cache, training_settings, work_of
+
+# Refuses pipeline.teachers as if it were not installed, then runs the command line.
+_WITHOUT_TEACHERS = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[:2] == ["pipeline", "teachers"]:
+            raise ImportError(f"{name} is not on this machine")
+
+sys.meta_path.insert(0, Absent())
+try:
+    import stages.cache_teachers
+except ImportError:
+    print("stage one cannot be imported here")
+sys.argv = ["pipeline", *sys.argv[1:]]
+from pipeline.cli import main
+main()
+"""
+
+
+def settings(
+    kind: str = "ms_kd", *, features: bool = True, allow_missing: bool = False, **changes: Any
+) -> TrainStudentConfig:
+    supervision: dict[str, Any] = {"kind": kind}
+    if kind == "ms_kd" and features:
+        supervision["features"] = {"student_tap": TAP}
+    training = training_settings(**{"steps": 2, "supervision": supervision} | changes)
+    return TrainStudentConfig.model_validate(
+        {"run": "student", "allow_missing": allow_missing, "training": training}
+    )
+
+
+def run(
+    registry: Path, config: TrainStudentConfig | None = None, *, dry_run: bool = False
+) -> StageReport:
+    return train_student.run(
+        config or settings(),
+        load_registry(registry, files=False),
+        work_of(registry),
+        log=Log(quiet=True),
+        device="cpu",
+        dry_run=dry_run,
+    )
+
+
+def arguments(registry: Path, config: TrainStudentConfig | None = None) -> list[str]:
+    path = registry.parent / "student.yaml"
+    path.write_text(yaml.safe_dump((config or settings()).model_dump(mode="json")))
+    return [
+        "train-student", "-q", "--device", "cpu",
+        "-r", str(registry), "-w", str(work_of(registry)), "-c", str(path),
+    ]  # fmt: skip
+
+
+def run_folder(registry: Path) -> Path:
+    return work_of(registry) / "students" / "student"
+
+
+def units_of(registry: Path, teacher: str) -> list[Path]:
+    return sorted((work_of(registry) / "teachers").glob(f"{teacher}@*/*/*.zarr"))
+
+
+def losses_of(registry: Path) -> list[float]:
+    lines = (run_folder(registry) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
+
+
+class TestTrainStudent(StageContract):
+    kill_at = "pipeline.student.training:_make_step"
+    timed: ClassVar[tuple[str, ...]] = ()
+
+    @pytest.fixture
+    def registry(self, tiny_cached: Path) -> Path:
+        return tiny_cached
+
+    def run(self, registry: Path, *, dry_run: bool = False) -> StageReport:
+        return run(registry, dry_run=dry_run)
+
+    def command(self, registry: Path) -> list[str]:
+        return arguments(registry)
+
+    def output(self, registry: Path) -> Path:
+        return work_of(registry) / "students"
+
+    def units(self, registry: Path) -> set[str]:
+        return {"student"}
+
+    def remove_one(self, registry: Path) -> str:
+        (run_folder(registry) / "finished.json").unlink()
+        (run_folder(registry) / "student.pt").unlink()
+        return "student"
+
+    def break_one(self, registry: Path) -> Mapping[str, str]:
+        raise NotImplementedError("there is one unit; see the tests of a missing unit")
+
+    def test_a_failing_unit_is_named_and_the_others_are_done(self, registry: Path) -> None:
+        """One unit: what stops it is raised, and named; see below."""
+        shutil.rmtree(units_of(registry, "liver")[0])
+        with pytest.raises(CacheMissing, match="1 units are missing or damaged: liver x"):
+            self.run(registry)
+        assert not self.output(registry).exists()
+
+
+class TestTheCacheIsTheOnlyDoor:
+    def test_it_trains_where_no_teacher_weights_and_no_ct_are(self, tiny_cached: Path) -> None:
+        shutil.rmtree(tiny_cached.parent / "data")
+        shutil.rmtree(tiny_cached.parent / "teachers")
+        done = subprocess.run(
+            [sys.executable, "-c", _WITHOUT_TEACHERS, *arguments(tiny_cached)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "stage one cannot be imported here" in done.stdout
+        record, _ = load_student(run_folder(tiny_cached) / "student.pt")
+        assert tuple(record.organs) == ORGANS
+        assert set(record.teachers) == set(ORGANS)
+        assert record.supervision["kind"] == "ms_kd"
+        assert len(record.trained_on) == 4
+
+
+class TestSupervision:
+    @pytest.mark.parametrize("kind", ["naive", "marginal", "pseudo_label", "ms_kd"])
+    def test_every_kind_trains(self, tiny_cached: Path, kind: Kind) -> None:
+        report = run(tiny_cached, settings(kind))
+        assert report.exit_code == 0
+        assert report.details["finished"]
+        losses = losses_of(tiny_cached)
+        assert len(losses) == 2
+        assert all(math.isfinite(loss) for loss in losses)
+        assert set(report.details["validation_dice"]) == set(ORGANS)
+
+    def test_full_trains_on_fully_labelled_cases_alone(self, tiny_cached: Path) -> None:
+        def move(data: dict[str, Any]) -> None:
+            data["datasets"]["multi-ct"]["split"] = {
+                "train": ["case_001"],
+                "validation": ["case_000"],
+                "test": ["case_002"],
+            }
+
+        fill_cache(change_registry(tiny_cached, move))
+        run(tiny_cached, settings("full"))
+        record, _ = load_student(run_folder(tiny_cached) / "student.pt")
+        assert record.trained_on == ("multi-ct/case_001",)
+        assert record.teachers == {}
+        assert all(math.isfinite(loss) for loss in losses_of(tiny_cached))
+
+    def test_full_without_fully_labelled_cases_is_refused(self, tiny_cached: Path) -> None:
+        with pytest.raises(ConfigError, match="every organ is annotated") as caught:
+            run(tiny_cached, settings("full"))
+        assert caught.value.exit_code == 2
+        assert not run_folder(tiny_cached).exists()
+
+    def test_teachers_are_asked_for_where_the_registry_has_none(self, tiny_cached: Path) -> None:
+        change_registry(tiny_cached, lambda data: data.pop("teachers"))
+        with pytest.raises(ConfigError, match="ms_kd needs teachers"):
+            run(tiny_cached)
+
+    def test_labels_alone_need_no_teachers(self, tiny_cached: Path) -> None:
+        shutil.rmtree(work_of(tiny_cached) / "teachers")
+        assert run(tiny_cached, settings("marginal")).exit_code == 0
+
+    def test_features_that_nobody_cached_are_refused(self, tiny_registry: Path) -> None:
+        def without_taps(data: dict[str, Any]) -> None:
+            for teacher in data["teachers"].values():
+                teacher["taps"] = []
+
+        fill_cache(change_registry(tiny_registry, without_taps))
+        with pytest.raises(ConfigError, match="the cache holds none"):
+            run(tiny_registry)
+        assert run(tiny_registry, settings(features=False)).exit_code == 0
+
+
+class TestMissingUnits:
+    def test_they_are_named_and_so_is_the_way_out(self, tiny_cached: Path) -> None:
+        gone = [*units_of(tiny_cached, "liver")[:2], units_of(tiny_cached, "spleen")[-1]]
+        for path in gone:
+            shutil.rmtree(path)
+        with pytest.raises(CacheMissing) as caught:
+            run(tiny_cached)
+        text = str(caught.value)
+        assert "3 units are missing" in text
+        for path in gone:
+            teacher = path.parent.parent.name.split("@")[0]
+            assert f"{teacher} x {path.parent.name}/{path.name.split('@')[0]}" in text
+        assert "allow_missing" in text
+        assert "cache-teachers" in text
+
+    def test_a_damaged_unit_is_named_with_its_reason(self, tiny_cached: Path) -> None:
+        unit = units_of(tiny_cached, "spleen")[0]
+        largest = max((p for p in unit.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        largest.write_bytes(b"")
+        with pytest.raises(CacheMissing, match="has 0 bytes"):
+            run(tiny_cached)
+
+    @pytest.mark.parametrize("teacher", ["liver", "spleen"])
+    def test_they_may_be_left_out(
+        self, tiny_cached: Path, capsys: pytest.CaptureFixture[str], teacher: str
+    ) -> None:
+        for path in units_of(tiny_cached, teacher)[:-1]:
+            shutil.rmtree(path)
+        report = run(tiny_cached, settings(allow_missing=True))
+        assert report.exit_code == 0
+        assert all(math.isfinite(loss) for loss in losses_of(tiny_cached))
+        warning = capsys.readouterr().err
+        assert "are left out" in warning
+        assert f"{teacher} x" in warning
+
+    def test_a_missing_case_is_left_out_of_training(self, tiny_cached: Path) -> None:
+        case = next((work_of(tiny_cached) / "cases" / "liver-ct").iterdir())
+        shutil.rmtree(case)
+        run(tiny_cached, settings(allow_missing=True))
+        record, _ = load_student(run_folder(tiny_cached) / "student.pt")
+        assert f"liver-ct/{case.name.split('@')[0]}" not in record.trained_on
+
+    def test_a_cache_of_another_registry_is_stale(self, tiny_cached: Path) -> None:
+        change_registry(tiny_cached, lambda data: data["grid"].update(spacing_mm=[9, 9, 9]))
+        with pytest.raises(CacheStale, match="not in the cache as the registry describes it now"):
+            run(tiny_cached)
+
+
+class TestTheRun:
+    def test_other_settings_under_the_same_name_are_refused(self, tiny_cached: Path) -> None:
+        run(tiny_cached)
+        before = snapshot(run_folder(tiny_cached))
+        with pytest.raises(CheckpointError, match=r"config\.seed was 0, now 1"):
+            run(tiny_cached, settings(seed=1))
+        assert snapshot(run_folder(tiny_cached)) == before
+
+    def test_a_run_that_a_signal_stopped_is_not_done(
+        self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = training._make_step
+
+        def stopped(*rest: Any) -> dict[str, Any]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return real(*rest)
+
+        with monkeypatch.context() as context:
+            context.setattr(training, "_make_step", stopped)
+            report = run(tiny_cached)
+        assert (report.done, report.skipped) == ([], [])
+        assert isinstance(report.failed["student"], PipelineError)
+        assert "stopped at step 1 of 2" in str(report.failed["student"])
+        assert report.exit_code == 1
+        assert not (run_folder(tiny_cached) / "finished.json").exists()
+        assert run(tiny_cached).done == ["student"]
+
+    def test_the_record_says_what_it_was_made_from(self, tiny_cached: Path) -> None:
+        run(tiny_cached)
+        record, network = load_student(run_folder(tiny_cached) / "student.pt")
+        marker = json.loads((run_folder(tiny_cached) / "finished.json").read_text())
+        assert record.run_digest == marker["run_digest"]
+        assert record.spacing_mm == (12.0, 12.0, 12.0)
+        assert record.steps == marker["steps"] == 2
+        assert not any("adapter" in name for name in network.state_dict())

@@ -1,0 +1,137 @@
+"""Bytes that change or vanish, also after a unit was opened: no reader is given a wrong number."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from pipeline.cache.pool import POOL
+from pipeline.cache.reader import Unit
+from pipeline.cache.schema import StorageConfig, image_spec, log_odds_spec
+from pipeline.cache.store import write_unit
+from pipeline.errors import CacheCorrupt, CacheIncomplete
+from pipeline.patches import Patch
+
+SHAPE = (20, 16, 9)
+STORAGE = StorageConfig(chunk=8)
+RNG = np.random.default_rng(0)
+IMAGE = RNG.integers(-1024, 2000, SHAPE).astype(np.int16)
+IMAGE[:8] = -1024
+ODDS = RNG.normal(size=SHAPE).astype(np.float32)
+ODDS[:, :8] = np.nan
+PATCH = Patch((8, 8, 0), (6, 6, 6))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    place = tmp_path / "teachers" / f"liver@{'0' * 16}" / "multi-ct" / f"case_7@{'1' * 16}.zarr"
+    specs = [image_spec(IMAGE), log_odds_spec("liver", ODDS, STORAGE)]
+    write_unit(place, specs, {"case": "x"}, {"a": 1}, storage=STORAGE, seconds=0)
+    return place
+
+
+def shard(path: Path, name: str) -> Path:
+    return path / name / "c" / "0" / "0" / "0"
+
+
+def whole(unit: Unit, name: str) -> object:
+    return unit.read(name)
+
+
+def patch(unit: Unit, name: str) -> object:
+    return unit.read(name, PATCH)
+
+
+@pytest.mark.parametrize("read", [whole, patch])
+@pytest.mark.parametrize("name", ["image", "log_odds/liver"])
+def test_a_changed_chunk_is_named_with_case_teacher_array_and_chunk(
+    path: Path, name: str, read: Callable[[Unit, str], object]
+) -> None:
+    unit = Unit.open(path)
+    wanted = unit.read(name)
+    file = shard(path, name)
+    data = file.read_bytes()
+    draw = random.Random(name)
+    noticed = 0
+    for _ in range(40):
+        changed = bytearray(data)
+        changed[draw.randrange(len(data))] ^= draw.randrange(1, 256)
+        file.write_bytes(changed)
+        try:
+            got = read(Unit.open(path), name)
+        except CacheCorrupt as error:
+            noticed += 1
+            assert "liver x multi-ct/case_7: chunk (" in str(error)
+            assert f"of array {name} cannot be decoded" in str(error)
+            assert "pipeline cache verify --deep --repair" in str(error)
+            assert str(path) in str(error)
+        else:  # a byte of another chunk
+            assert read is patch
+            assert_array_equal(np.asarray(got), wanted[PATCH.slices])
+    assert noticed > (35 if read is whole else 2)
+
+
+def test_the_chunk_that_is_named_is_the_one_that_is_damaged(path: Path) -> None:
+    array = Unit.open(path).array("image")
+    assert array.chunks == (7, 8, 5)
+    file = shard(path, "image")
+    data = bytearray(file.read_bytes())
+    # Chunks lie in C order; the index at the end holds offset and length of each, then a CRC.
+    index = np.frombuffer(data[-(3 * 2 * 2 * 16 + 4) : -4], dtype="<u8").reshape(3, 2, 2, 2)
+    offset, length = index[2, 1, 0]
+    data[int(offset + length // 2)] ^= 0xFF
+    file.write_bytes(data)
+    with pytest.raises(CacheCorrupt, match=r"chunk \(2, 1, 0\) of array image"):
+        Unit.open(path).read("image")
+    with pytest.raises(CacheCorrupt, match=r"chunk \(2, 1, 0\) of array image"):
+        Unit.open(path).read("image", Patch((12, 10, 2), (6, 6, 6)))
+    assert_array_equal(
+        Unit.open(path).read("image", Patch((0, 0, 0), (7, 8, 5))), IMAGE[:7, :8, :5]
+    )
+
+
+@pytest.mark.parametrize("read", [whole, patch])
+@pytest.mark.parametrize("name", ["image", "log_odds/liver"])
+@pytest.mark.parametrize("how", ["deleted", "emptied", "array gone", "unit gone"])
+def test_what_vanishes_after_opening_is_no_fill_value(
+    path: Path, name: str, how: str, read: Callable[[Unit, str], object]
+) -> None:
+    unit = Unit.open(path)
+    unit.array(name)
+    match how:
+        case "deleted":
+            shard(path, name).unlink()
+        case "emptied":
+            shard(path, name).write_bytes(b"")
+        case "array gone":
+            shutil.rmtree(path / name)
+        case _:
+            shutil.rmtree(path)
+    what = "cannot be decoded" if how == "emptied" else "is gone since the unit was opened"
+    with pytest.raises((CacheIncomplete, CacheCorrupt), match=what) as caught:
+        read(unit, name)
+    assert "liver x multi-ct/case_7: chunk (" in str(caught.value)
+    assert "pipeline cache-teachers" in str(caught.value)
+
+
+def test_chunks_that_hold_nothing_but_fill_values_are_read(path: Path) -> None:
+    unit = Unit.open(path)
+    assert (unit.read("image", Patch((0, 0, 0), (7, 16, 9))) == -1024).all()
+    assert np.isnan(unit.read("log_odds/liver", Patch((0, 0, 0), (20, 8, 9)))).all()
+
+
+def test_what_the_pool_kept_is_not_asked_for_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(POOL, "max_bytes", 10**6)
+    unit = Unit.open(path)
+    before = unit.read("image", PATCH)
+    shard(path, "image").unlink()
+    assert_array_equal(unit.read("image", PATCH), before)
+    POOL.resize(0)

@@ -1,0 +1,108 @@
+"""Receipts vouch for themselves: whatever byte of one changes is noticed."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.cache.receipt import (
+    RECEIPT,
+    check_objects,
+    read_receipt,
+    verify_seal,
+    verify_unit,
+    write_receipt,
+)
+from pipeline.cache.schema import StorageConfig, image_spec
+from pipeline.cache.store import write_unit
+from pipeline.errors import CacheCorrupt, CacheError, CacheIncomplete
+
+STORAGE = StorageConfig(chunk=8)
+TEACHER = {"weights_sha256": "w", "window": {"overlap": 0.5}}
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    image = np.arange(8**3, dtype=np.int16).reshape(8, 8, 8)
+    path = tmp_path / "unit.zarr"
+    write_unit(
+        path,
+        [image_spec(image)],
+        {"case": "d/ä"},
+        {"teacher_digest": "t", "spacing_mm": [3.0, 2.5]},
+        storage=STORAGE,
+        seconds=1.0,
+        teacher_inputs=TEACHER,
+    )
+    return path
+
+
+def test_what_is_written_is_read_back(unit: Path) -> None:
+    receipt = read_receipt(unit)
+    assert receipt.teacher_inputs == TEACHER
+    assert receipt.written.endswith("Z")
+    assert len(receipt.written) == len("2026-11-23T07:30:00Z")
+    assert write_receipt(receipt) == (unit / RECEIPT).read_text()
+    verify_seal(unit, receipt)
+
+
+def test_a_case_unit_has_no_teacher_inputs(tmp_path: Path) -> None:
+    image = np.zeros((8, 8, 8), dtype=np.int16)
+    path = tmp_path / "u.zarr"
+    receipt = write_unit(path, [image_spec(image)], {}, {"a": 1}, storage=STORAGE, seconds=0)
+    assert receipt.teacher_inputs == {}
+
+
+@pytest.mark.parametrize("field", ["seconds", "written", "arrays", "objects", "teacher_inputs"])
+def test_a_changed_field_breaks_the_seal(unit: Path, field: str) -> None:
+    data = json.loads((unit / RECEIPT).read_text())
+    data[field] = {} if isinstance(data[field], dict) else "1"
+    (unit / RECEIPT).write_text(json.dumps(data, indent=1))
+    with pytest.raises(CacheCorrupt, match="its own digest"):
+        read_receipt(unit)
+
+
+@pytest.mark.parametrize("field", ["seal", "inputs", "digest"])
+def test_a_missing_field_breaks_the_seal(unit: Path, field: str) -> None:
+    data = json.loads((unit / RECEIPT).read_text())
+    del data[field]
+    (unit / RECEIPT).write_text(json.dumps(data, indent=1))
+    with pytest.raises(CacheCorrupt, match="its own digest"):
+        read_receipt(unit)
+
+
+def test_a_number_that_became_infinite_is_corrupt(unit: Path) -> None:
+    text = (unit / RECEIPT).read_text()
+    assert '"seconds": 1.0' in text
+    (unit / RECEIPT).write_text(text.replace('"seconds": 1.0', '"seconds": 1e999'))
+    with pytest.raises(CacheCorrupt, match="its own digest"):
+        read_receipt(unit)
+
+
+def test_no_changed_byte_of_a_receipt_passes_the_deep_check(unit: Path) -> None:
+    whole = (unit / RECEIPT).read_bytes()
+    draw = random.Random(0)
+    spaces = [at for at, byte in enumerate(whole) if byte in b" \n"]
+    changes = [(draw.randrange(len(whole)), draw.randrange(1, 256)) for _ in range(400)]
+    # White space for other white space says the same and is another byte all the same.
+    changes += [(at, whole[at] ^ ord("\t")) for at in draw.sample(spaces, 40)]
+    for at, change in changes:
+        data = bytearray(whole)
+        data[at] ^= change
+        (unit / RECEIPT).write_bytes(data)
+        with pytest.raises(CacheError):
+            verify_unit(unit)
+    (unit / RECEIPT).write_bytes(whole)
+    verify_unit(unit)
+
+
+def test_objects_of_one_array_alone(unit: Path) -> None:
+    receipt = read_receipt(unit)
+    (unit / "image" / "zarr.json").unlink()
+    check_objects(unit, receipt, "image/c/")
+    with pytest.raises(CacheIncomplete, match=r"image/zarr\.json is missing"):
+        check_objects(unit, receipt)

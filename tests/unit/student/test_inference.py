@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor, nn
+
+from pipeline.intensity import Intensity
+from pipeline.network import build_network
+from pipeline.student.inference import first_output, predict_logits, running_argmax
+from tests.tiny import NETWORK
+
+CPU = torch.device("cpu")
+RAW = Intensity(kind="raw")
+
+
+class Pointwise(nn.Module):
+    """Three channels, each a function of the voxel alone; windows cannot matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.seen.append(tuple(image.shape))
+        return torch.cat([image, -2 * image, image.square() / 100], dim=1)
+
+
+def hu(shape: tuple[int, int, int], seed: int = 0) -> npt.NDArray[np.int16]:
+    return np.random.default_rng(seed).integers(-1024, 1500, shape).astype(np.int16)
+
+
+class TestRunningArgmax:
+    @given(
+        hnp.arrays(
+            np.float32,
+            st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+            elements=st.sampled_from([-1.0, 0.0, 0.5, 1.0]),
+        )
+    )
+    @settings(max_examples=100, deadline=None)
+    def test_is_argmax_with_ties_to_the_first(self, logits: npt.NDArray[np.float32]) -> None:
+        found = running_argmax(iter(logits))
+        assert found.dtype == np.uint8
+        assert np.array_equal(found, logits.argmax(axis=0))
+
+    def test_the_channels_are_left_alone(self) -> None:
+        logits = np.random.default_rng(0).normal(size=(3, 2, 2, 2)).astype(np.float32)
+        before = logits.copy()
+        running_argmax(iter(logits))
+        assert np.array_equal(logits, before)
+
+
+class TestPredictLogits:
+    @pytest.mark.parametrize("shape", [(16, 16, 16), (9, 5, 16), (17, 30, 21), (40, 8, 16)])
+    @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])
+    def test_a_pointwise_network_gives_its_function_of_every_voxel(
+        self, shape: tuple[int, int, int], overlap: float
+    ) -> None:
+        image = hu(shape)
+        found = predict_logits(Pointwise(), image, RAW, (16, 16, 16), overlap=overlap, device=CPU)
+        values = image.astype(np.float32)
+        assert found.dtype == np.float32
+        assert found.shape == (3, *shape)
+        expected = np.stack([values, -2 * values, values**2 / 100])
+        assert np.allclose(found, expected, rtol=1e-4, atol=1e-2)
+
+    def test_a_volume_of_one_window_is_one_pass(self) -> None:
+        network = Pointwise()
+        predict_logits(network, hu((16, 16, 16)), RAW, (16, 16, 16), device=CPU)
+        assert network.seen == [(1, 1, 16, 16, 16)]
+
+    def test_a_small_volume_is_padded_with_air(self) -> None:
+        class Corner(nn.Module):
+            def forward(self, image: Tensor) -> Tensor:
+                least = image.amin(dim=(2, 3, 4), keepdim=True)
+                return least.repeat(1, 2, *image.shape[2:])
+
+        image = np.zeros((8, 16, 16), dtype=np.int16)
+        for intensity, air in ((RAW, -1024.0), (Intensity(window_hu=(-100, 100)), -1.0)):
+            found = predict_logits(Corner(), image, intensity, (16, 16, 16), device=CPU)
+            assert (found == air).all()
+
+    def test_the_window_batch_only_changes_speed(self) -> None:
+        torch.manual_seed(0)
+        network = build_network(NETWORK, in_channels=1, out_channels=3).eval()
+        image = hu((20, 24, 18))
+        one, four = (
+            predict_logits(network, image, Intensity(), (16, 16, 16), window_batch=n, device=CPU)
+            for n in (1, 4)
+        )
+        assert np.allclose(one, four, atol=1e-5)
+        assert one.std() > 0.01
+
+
+def test_the_first_of_several_outputs() -> None:
+    a, b = torch.zeros(1), torch.ones(1)
+    assert first_output([a, b]) is a
+    assert first_output((b, a)) is b
+    assert first_output(b) is b

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.errors import ConfigError
+from pipeline.network import NetworkConfig, build_network, pick_device, tap_shapes, tapped
+from pipeline.student.network import CachedTap, StudentNetwork, seeded_network
+from tests.tiny import NETWORK, TAP
+
+PATCH = (16, 16, 16)
+NUM_ORGANS = 2
+CACHED = {
+    ("liver", "a"): CachedTap(6, (2, 2, 2), (0,)),
+    ("both", "b"): CachedTap(3, (2, 2, 2), (0, 1)),
+}
+
+
+def student(tap: str = "", *, seed: int = 0, cached: bool = False) -> StudentNetwork:
+    return seeded_network(
+        NETWORK, NUM_ORGANS, seed=seed, patch=PATCH, tap=tap, cached=CACHED if cached else None
+    )
+
+
+def stride_two(network: torch.nn.Module) -> str:
+    """A layer whose cells have two voxels a side."""
+    names = [n for n, m in network.named_modules() if isinstance(m, torch.nn.Conv3d)]
+    shapes = tap_shapes(network, names, PATCH)
+    return next(name for name, (_, stride) in shapes.items() if stride == (2, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def tap() -> str:
+    return stride_two(build_network(NETWORK, in_channels=1, out_channels=3))
+
+
+class TestSeeds:
+    def test_adapters_do_not_change_the_first_weights(self, tap: str) -> None:
+        plain, tapped_ = student().network, student(tap, cached=True).network
+        assert plain.state_dict().keys() == tapped_.state_dict().keys()
+        for name, weights in plain.state_dict().items():
+            assert torch.equal(weights, tapped_.state_dict()[name]), name
+
+    def test_the_seed_decides_whatever_ran_before(self) -> None:
+        first = student().state_dict()
+        torch.rand(17)
+        second, other = student().state_dict(), student(seed=1).state_dict()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert not all(torch.equal(first[name], other[name]) for name in first)
+
+    def test_the_global_random_state_is_left_alone(self) -> None:
+        before = torch.get_rng_state()
+        student()
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+class TestTaps:
+    def test_feature_and_adapters_fit_the_cache(self, tap: str) -> None:
+        network = student(tap, cached=True)
+        assert network.tap_stride == (2, 2, 2)
+        image = torch.randn(2, 1, *PATCH)
+        logits, feature = network(image)
+        assert logits.shape == (2, NUM_ORGANS + 1, *PATCH)
+        assert feature is not None
+        assert network.adapt(("liver", "a"), feature).shape == (2, 6, 8, 8, 8)
+        assert network.adapt(("both", "b"), feature).shape == (2, 3, 8, 8, 8)
+        assert network.organs_of(("both", "b")) == [0, 1]
+        with tapped(network.network, [tap]) as kept:
+            network(image)
+        assert torch.equal(kept[tap], feature)
+
+    def test_logits_are_those_of_the_network_alone(self, tap: str) -> None:
+        image = torch.randn(1, 1, *PATCH)
+        logits, none = student()(image)
+        assert none is None
+        assert torch.equal(student(tap, cached=True)(image)[0], logits)
+
+    def test_the_feature_is_not_kept_beyond_the_pass(self, tap: str) -> None:
+        network = student(tap, cached=True)
+        network(torch.randn(1, 1, *PATCH))
+        assert network._feature is None
+
+    def test_cells_of_another_size_are_refused_naming_both(self, tap: str) -> None:
+        cached = {("liver", "a"): CachedTap(6, (4, 4, 4), (0,))}
+        with pytest.raises(ConfigError) as caught:
+            seeded_network(NETWORK, NUM_ORGANS, seed=0, patch=PATCH, tap=tap, cached=cached)
+        for part in (tap, "(2, 2, 2)", "teacher liver", "(4, 4, 4)", "student_tap"):
+            assert part in str(caught.value)
+
+    def test_an_unknown_layer_is_refused_listing_what_exists(self) -> None:
+        with pytest.raises(ConfigError, match=r"no layer 'model\.9'.*It has: .*model\.1"):
+            student("model.9", cached=True)
+
+    def test_a_layer_whose_cells_do_not_divide_the_patch_is_refused(self) -> None:
+        network = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 3, stride=2))
+        with pytest.raises(ConfigError, match=r"'0' gives \(7, 7, 7\) cells for a patch"):
+            tap_shapes(network, ["0"], PATCH)
+
+    def test_a_patch_that_the_network_cannot_take_is_refused_before_training(self) -> None:
+        with pytest.raises(ConfigError, match=r"patch: .*cannot take a patch of \(16, 16, 18\)"):
+            seeded_network(NETWORK, NUM_ORGANS, seed=0, patch=(16, 16, 18))
+
+    def test_the_taps_of_the_tiny_cohort_exist(self) -> None:
+        network = build_network(NETWORK, in_channels=1, out_channels=2)
+        assert tap_shapes(network, [TAP], PATCH)[TAP][0] > 0
+
+
+class TestBuilding:
+    def test_an_unknown_network_is_refused_with_examples(self) -> None:
+        with pytest.raises(ConfigError, match=r"network\.name: .*'Nope'.*UNet"):
+            build_network(NetworkConfig(name="Nope"), in_channels=1, out_channels=2)
+
+    @pytest.mark.parametrize("name", ["__doc__", "torch", "ABC", "Sequence"])
+    def test_what_is_no_network_is_refused(self, name: str) -> None:
+        with pytest.raises(ConfigError, match="has no network"):
+            build_network(NetworkConfig(name=name), in_channels=1, out_channels=2)
+
+    def test_arguments_it_does_not_take_are_refused_with_its_signature(self) -> None:
+        config = NetworkConfig(args={"chanels": [4, 8], "strides": [2]})
+        with pytest.raises(ConfigError, match=r"network\.args: .*It takes .*channels"):
+            build_network(config, in_channels=1, out_channels=2)
+
+    def test_arguments_that_contradict_each_other_are_refused(self) -> None:
+        config = NetworkConfig(args={"channels": [4], "strides": [2, 2]})
+        with pytest.raises(ConfigError, match=r"network\.args"):
+            build_network(config, in_channels=1, out_channels=2)
+
+
+class TestDevice:
+    def test_by_name(self) -> None:
+        assert pick_device("cpu") == torch.device("cpu")
+        assert pick_device("auto").type in ("cpu", "cuda")
+
+    def test_an_unknown_device_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="no device"):
+            pick_device("gpu0")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+    def test_a_gpu_that_is_not_there_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="no CUDA GPU"):
+            pick_device("cuda:1")

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.cache.reader import CachedCase
+from pipeline.intensity import Intensity
+from pipeline.labels import LabelSpace
+from pipeline.student.validation import validate
+from tests.unit.student.coded import RAW, SHAPE, SPACE, place, write_case
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Settings:
+    intensity: Intensity = RAW
+    patch: tuple[int, int, int] = (16, 16, 16)
+
+
+class FirstPlanes(nn.Module):
+    """Says liver in the planes z < `planes`, read off the coded image; elsewhere background."""
+
+    def __init__(self, planes: int) -> None:
+        super().__init__()
+        self.last = planes * SHAPE[1] * SHAPE[2]
+
+    def forward(self, image: Tensor) -> Tensor:
+        liver = torch.where((image >= 0) & (image < self.last), 1.0, -1.0)
+        return torch.cat([liver * 0, liver, liver * 0 - 5], dim=1)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> CachedCase:
+    return write_case(tmp_path_factory.mktemp("coded"), "liver-ct/a")
+
+
+def test_dice_by_hand(case: CachedCase) -> None:
+    found = validate(FirstPlanes(6), [case], SPACE, Settings(), CPU)
+    # Of 18 planes 6 are liver, 6 are predicted, and 0 and 3 are both.
+    assert found == {"liver": pytest.approx(2 * 2 / (6 + 6), abs=1e-4), "spleen": None}
+
+
+def test_the_network_stays_in_evaluation_mode(case: CachedCase) -> None:
+    network = FirstPlanes(6).train()
+    validate(network, [case], SPACE, Settings(), CPU)
+    assert not network.training
+
+
+def test_ignored_voxels_do_not_count(case: CachedCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    label = case.label()
+    z = place(case.image().astype(np.float32))[1].reshape(*SHAPE, 3)[..., 0]
+    label[(z == 1) | (z == 2)] = 255
+    monkeypatch.setattr(CachedCase, "label", lambda self: label)
+    found = validate(FirstPlanes(6), [case], SPACE, Settings(), CPU)
+    assert found["liver"] == pytest.approx(2 * 2 / (6 + 4), abs=1e-4)
+
+
+def test_the_mean_is_over_cases_that_show_the_organ(
+    case: CachedCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = replace(case, name="liver-ct/empty")
+    real = CachedCase.label
+    monkeypatch.setattr(
+        CachedCase,
+        "label",
+        lambda self: np.zeros(SHAPE, np.uint8) if self.name.endswith("empty") else real(self),
+    )
+    both = validate(FirstPlanes(6), [empty, case], SPACE, Settings(), CPU)
+    assert both == validate(FirstPlanes(6), [case], SPACE, Settings(), CPU)
+
+
+def test_a_missed_organ_is_zero_and_an_unknown_one_is_not_asked_for(case: CachedCase) -> None:
+    assert validate(FirstPlanes(0), [case], SPACE, Settings(), CPU)["liver"] == 0.0
+    spleen_alone = LabelSpace({"spleen": 2})
+    assert validate(FirstPlanes(6), [case], spleen_alone, Settings(), CPU) == {"spleen": None}
+
+
+def test_no_case_is_no_score() -> None:
+    assert validate(FirstPlanes(1), [], SPACE, Settings(), CPU) == {"liver": None, "spleen": None}

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pipeline import cli
+from pipeline.errors import CacheMissing, ConfigError, PipelineError
+from pipeline.log import Log
+from stages.report import StageReport
+from tests.tiny import cache_config, change_registry, work_of
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = (
+    "phantom",
+    "train-teachers",
+    "cache-teachers",
+    "train-student",
+    "predict",
+    "evaluate",
+    "status",
+    "demo",
+)
+HEAVY = ("torch", "monai", "zarr", "dask", "numpy", "scipy", "nibabel", "matplotlib")
+_LIST_MODULES = """
+import sys
+sys.argv = ["pipeline", *sys.argv[1:]]
+from pipeline.cli import main
+try:
+    main()
+finally:
+    print("MODULES", *sorted(m for m in sys.modules if "." not in m), file=sys.stderr)
+"""
+
+
+def pipeline(*arguments: str, code: str = "from pipeline.cli import main; main()") -> tuple[
+    int, str, str
+]:  # fmt: skip
+    """Runs the command line in a process of its own: exit code, standard output and error."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def run_here(
+    *arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
+    """Runs `main` in this process: exit code, standard output and error."""
+    monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    code = caught.value.code
+    shown = capsys.readouterr()
+    return (code if isinstance(code, int) else 0), shown.out, shown.err
+
+
+class TestHelp:
+    def test_it_loads_no_torch(self) -> None:
+        code, out, err = pipeline("--help", code=_LIST_MODULES)
+        assert code == 0
+        for command in COMMANDS:
+            assert command in out
+        loaded = err.split("MODULES ")[1].split()
+        assert "typer" in loaded
+        assert [name for name in HEAVY if name in loaded] == []
+
+    def test_it_is_fast(self) -> None:
+        # The shortest of three: another process may have had the core.
+        taken = []
+        for _ in range(3):
+            began = time.monotonic()
+            assert pipeline("--help")[0] == 0
+            taken.append(time.monotonic() - began)
+        assert min(taken) < 2.0
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_every_command_explains_itself(self, command: str) -> None:
+        found = CliRunner().invoke(cli.app, [command, "--help"])
+        assert found.exit_code == 0
+        assert "Usage" in found.output
+
+    def test_an_unknown_command_or_option_is_the_users_mistake(self) -> None:
+        assert CliRunner().invoke(cli.app, ["train"]).exit_code == 2
+        assert CliRunner().invoke(cli.app, ["status", "--jsn"]).exit_code == 2
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("error", "expected"),
+        [
+            (ConfigError("a mistake.", where="a.yaml:3", fix="Mend it."), 2),
+            (CacheMissing("not there."), 1),
+            (PipelineError("broken."), 1),
+        ],
+    )
+    def test_one_paragraph_without_traceback(
+        self,
+        error: PipelineError,
+        expected: int,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def fail(*args: object, **kwargs: object) -> None:
+            raise error
+
+        monkeypatch.setattr(cli, "open_registry", fail)
+        code, out, err = run_here("status", capsys=capsys, monkeypatch=monkeypatch)
+        assert code == expected
+        assert err == f"error: {error}\n"
+        assert out == ""
+
+    def test_anything_else_keeps_its_traceback(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*args: object, **kwargs: object) -> None:
+            raise ZeroDivisionError("a bug")
+
+        monkeypatch.setattr(cli, "open_registry", fail)
+        monkeypatch.setattr(sys, "argv", ["pipeline", "status"])
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            cli.main()
+
+    def test_an_unknown_key_of_a_configuration_names_file_and_line(
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        config = tmp_path / "student.yaml"
+        config.write_text("run: x\ntraining:\n  steps: 3\n  lr: 0.1\n")
+        code, _, err = run_here(
+            "train-student", "-c", str(config), capsys=capsys, monkeypatch=monkeypatch
+        )
+        assert code == 2
+        assert f"{config}:4: training.lr: unknown key" in err
+        assert "Traceback" not in err
+
+    @pytest.mark.parametrize(
+        "command", ["train-teachers", "cache-teachers", "train-student", "status", "phantom"]
+    )
+    def test_a_bad_registry_is_the_users_mistake_and_nothing_is_written(
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        command: str,
+    ) -> None:
+        registry = tmp_path / "data_registry.yaml"
+        registry.write_text("schema_version: 1\norgans: {liver: 0}\ndatasets: {}\n")
+        arguments = [command, "-r", str(registry)]
+        if command != "phantom":
+            arguments += ["-w", str(tmp_path / "work")]
+        code, _, err = run_here(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 2
+        assert f"{registry}:2: organs.liver" in err
+        assert "mistakes" in err
+        assert [p.name for p in tmp_path.iterdir()] == ["data_registry.yaml"]
+
+    def test_an_absent_registry_is_named(
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        path = tmp_path / "nowhere.yaml"
+        code, _, err = run_here("status", "-r", str(path), capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 2
+        assert str(path) in err
+
+
+class TestEnd:
+    @pytest.mark.parametrize(
+        ("failed", "expected"),
+        [
+            ({}, 0),
+            ({"a": ConfigError("x.")}, 2),
+            ({"a": ConfigError("x."), "b": PipelineError("y.")}, 1),
+            ({"a": ValueError("z")}, 1),
+        ],
+    )
+    def test_the_exit_code_tells_and_failures_are_named(
+        self,
+        failed: dict[str, Exception],
+        expected: int,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        report = StageReport("evaluate", done=["good"], failed=failed)
+        monkeypatch.setattr(cli, "open_registry", lambda *a, **k: None)
+        monkeypatch.setattr("stages.evaluate.run", lambda *a, **k: report)
+        code, _, err = run_here("evaluate", "p", capsys=capsys, monkeypatch=monkeypatch)
+        assert code == expected
+        assert "evaluate: 1 done" in err
+        for unit, error in failed.items():
+            assert f"failed: {unit}: {error}" in err
+
+    def test_options_reach_the_stage(
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        seen: dict[str, object] = {}
+
+        def remember(config: object, registry: object, work: object, **options: object) -> object:
+            seen.update(options, config=config, work=work)
+            return StageReport("train-student")
+
+        monkeypatch.setattr(cli, "open_registry", lambda *a, **k: None)
+        monkeypatch.setattr("stages.train_student.run", remember)
+        arguments = [
+            "train-student", "-w", str(tmp_path), "--device", "cpu", "--workers", "3",
+            "--checkpoint-minutes", "0.5", "--dry-run",
+        ]  # fmt: skip
+        assert run_here(*arguments, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+        assert (seen["workers"], seen["device"], seen["dry_run"]) == (3, "cpu", True)
+        assert (seen["checkpoint_minutes"], seen["work"]) == (0.5, tmp_path)
+        log = seen["log"]
+        assert isinstance(log, Log)
+        assert log.events is None
+
+
+class TestStatus:
+    def test_json_for_machines(
+        self,
+        tiny_cached: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        code, out, _ = run_here(
+            "status", "--json", "-r", str(tiny_cached), "-w", str(work_of(tiny_cached)),
+            capsys=capsys, monkeypatch=monkeypatch,
+        )  # fmt: skip
+        assert code == 0
+        found = json.loads(out)
+        assert found["not_done"] == []
+        assert sum(row["done"] for row in found["counts"]) == 27
+
+    def test_tables_for_people(
+        self,
+        tiny_registry: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        code, out, _ = run_here(
+            "status", "-r", str(tiny_registry), "-w", str(tiny_registry.parent / "work"),
+            capsys=capsys, monkeypatch=monkeypatch,
+        )  # fmt: skip
+        assert code == 0
+        assert "liver-ct" in out
+        assert "missing" in out
+        assert not (tiny_registry.parent / "work").exists()
+
+
+def test_a_batch_with_a_bad_case_ends_with_its_name_and_code_two(
+    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tiny_registry.parent / "data" / "liver-ct" / "images" / "case_000.nii.gz"
+    bad.write_bytes(b"no image")
+    change_registry(tiny_registry, lambda data: data.pop("teachers"))
+    config = tiny_registry.parent / "cache.yaml"
+    config.write_text(yaml.safe_dump(cache_config().model_dump(mode="json")))
+    code, _, err = run_here(
+        "cache-teachers", "-q", "-r", str(tiny_registry), "-c", str(config),
+        "-w", str(work_of(tiny_registry)),
+        capsys=capsys, monkeypatch=monkeypatch,
+    )  # fmt: skip
+    assert code == 2
+    assert "failed: liver-ct/case_000: " in err
+    assert "8 done" in err

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from pipeline.figures import save_curves, save_overlay
+
+SHAPE = (10, 12, 14)
+TERMS = {"cross_entropy": [(1, 2.0), (2, 1.5), (3, 1.0)], "dice": [(1, 0.9)]}
+DICE = {"liver": [(2, 0.4), (3, 0.6)]}
+
+
+def picture(path: Path) -> npt.NDArray[Any]:
+    return np.asarray(matplotlib.image.imread(path))[..., :3]
+
+
+def image() -> npt.NDArray[np.int16]:
+    return np.random.default_rng(0).integers(-160, 240, SHAPE).astype(np.int16)
+
+
+def block(*start: int) -> npt.NDArray[np.bool_]:
+    mask = np.zeros(SHAPE, dtype=np.bool_)
+    mask[tuple(slice(s, s + 4) for s in start)] = True
+    return mask
+
+
+def overlay(path: Path, panels: Any, **changes: Any) -> npt.NDArray[Any]:
+    save_overlay(path, image(), panels, (3.0, 2.0, 2.0), title="a case", **changes)
+    return picture(path)
+
+
+def near(colour: str, pixels: npt.NDArray[Any]) -> int:
+    """How many pixels have about this colour."""
+    return int((np.abs(pixels - np.array(to_rgb(colour))).max(axis=-1) < 0.02).sum())
+
+
+class TestCurves:
+    def test_a_picture_that_is_not_blank(self, tmp_path: Path) -> None:
+        save_curves(tmp_path / "deep" / "progress.png", TERMS, DICE)
+        found = picture(tmp_path / "deep" / "progress.png")
+        assert found.std() > 0.02
+        assert [p.name for p in (tmp_path / "deep").iterdir()] == ["progress.png"]
+
+    def test_other_numbers_give_another_picture_in_either_half(self, tmp_path: Path) -> None:
+        save_curves(tmp_path / "a.png", TERMS, DICE)
+        save_curves(tmp_path / "b.png", TERMS, {"liver": [(2, 0.9), (3, 0.1)]})
+        save_curves(tmp_path / "c.png", {"dice": [(1, 0.1), (2, 5.0)]}, DICE)
+        a, b, c = (picture(tmp_path / f"{name}.png") for name in "abc")
+        half = a.shape[1] // 2
+        assert np.array_equal(a[:, : half - 20], b[:, : half - 20])
+        assert not np.array_equal(a[:, half + 20 :], b[:, half + 20 :])
+        assert not np.array_equal(a[:, : half - 20], c[:, : half - 20])
+
+    def test_nothing_yet_is_a_picture_too(self, tmp_path: Path) -> None:
+        save_curves(tmp_path / "progress.png", {}, {})
+        assert picture(tmp_path / "progress.png").std() > 0.005
+
+    @pytest.mark.parametrize("length", [1, 2, 9, 10, 11, 700])
+    def test_curves_of_any_length(self, tmp_path: Path, length: int) -> None:
+        points = [(step, float(step % 7)) for step in range(1, length + 1)]
+        save_curves(tmp_path / "progress.png", {"loss": points}, {})
+        assert picture(tmp_path / "progress.png").std() > 0.005
+
+
+class TestOverlay:
+    def test_it_shows_the_ct_and_every_region_in_its_colour(self, tmp_path: Path) -> None:
+        liver, spleen = block(2, 2, 2), block(4, 6, 8)
+        found = overlay(
+            tmp_path / "overlay.png",
+            {"CT": {}, "reference": {"liver": liver, "spleen": spleen}},
+            colours={"liver": "#ff0000", "spleen": "#0000ff"},
+        )
+        # The legend shows pure colours.
+        assert near("#ff0000", found) > 50
+        assert near("#0000ff", found) > 50
+        assert found.std() > 0.1
+
+    def test_regions_change_the_picture_where_they_are(self, tmp_path: Path) -> None:
+        a = overlay(tmp_path / "a.png", {"x": {"liver": block(2, 2, 2)}})
+        b = overlay(tmp_path / "b.png", {"x": {"liver": block(2, 2, 8)}})
+        assert a.shape == b.shape
+        assert not np.array_equal(a, b)
+
+    def test_the_patients_right_is_on_the_left(self, tmp_path: Path) -> None:
+        # Along x of RAS+, indices grow towards the patient's right.
+        right = np.zeros(SHAPE, dtype=np.bool_)
+        right[:, :, 10:] = True
+        found = overlay(tmp_path / "a.png", {"x": {"r": right}}, colours={"r": "#ff0000"})
+        red = found[..., 0] - found[..., 1] > 0.2
+        columns = np.flatnonzero(red[: red.shape[0] // 2].any(axis=0))
+        assert columns.size
+        assert columns.mean() < found.shape[1] / 2
+
+    def test_no_regions_and_empty_regions(self, tmp_path: Path) -> None:
+        plain = overlay(tmp_path / "a.png", {"CT": {}})
+        assert plain.std() > 0.1
+        empty = overlay(tmp_path / "b.png", {"x": {"liver": np.zeros(SHAPE, dtype=np.bool_)}})
+        assert empty.std() > 0.1
+
+
+def full_disk(self: Figure, path: Path, **options: object) -> None:
+    Path(path).write_bytes(b"half a picture")
+    raise OSError("No space left on device")
+
+
+class TestFailure:
+    def test_nothing_is_left_behind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Figure, "savefig", full_disk)
+        figures = plt.get_fignums()
+        with pytest.raises(OSError, match="No space"):
+            save_curves(tmp_path / "progress.png", TERMS, DICE)
+        assert list(tmp_path.iterdir()) == []
+        assert plt.get_fignums() == figures
+
+    def test_what_was_there_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "progress.png"
+        save_curves(path, TERMS, DICE)
+        before = path.read_bytes()
+        monkeypatch.setattr(Figure, "savefig", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            save_curves(path, {}, {})
+        assert path.read_bytes() == before
+
+    def test_a_colour_that_is_none_leaves_no_file_and_no_figure(self, tmp_path: Path) -> None:
+        figures = plt.get_fignums()
+        with pytest.raises(ValueError, match="octarine"):
+            overlay(
+                tmp_path / "a.png", {"x": {"liver": block(1, 1, 1)}}, colours={"liver": "octarine"}
+            )
+        assert list(tmp_path.iterdir()) == []
+        assert plt.get_fignums() == figures
