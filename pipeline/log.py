@@ -64,9 +64,13 @@ class Log:
             for key, value in fields.items()
         }
         record = {"time": round(time.time(), 3), "event": kind, **known}
-        self.events.parent.mkdir(parents=True, exist_ok=True)
-        with self.events.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, default=str) + "\n")
+        try:
+            self.events.parent.mkdir(parents=True, exist_ok=True)
+            with self.events.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, default=str) + "\n")
+        except OSError as error:  # a full disk must not also stop what can still be done
+            lost, self.events = self.events, None
+            self.warn(f"{lost} cannot be written ({error.strerror}): no more events are kept.")
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Advance]:

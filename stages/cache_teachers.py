@@ -29,7 +29,7 @@ from pipeline.config import Config
 from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError, CacheStale, PipelineError, RegistryError
+from pipeline.errors import CacheError, CacheStale, PipelineError, RegistryError, WorkFolderError
 from pipeline.log import Advance, Log
 from pipeline.planning.record import check_space
 from pipeline.prepare import organ_voxels, prepare_case
@@ -95,7 +95,10 @@ def run(
     }  # fmt: skip
     files = [c for d in registry.datasets for c in registry.cases(d) if c.split in config.splits]
     log.info(f"{len(files)} cases, {len(teachers)} teachers -> {work}")
-    _check_space(config, registry, work, teachers, log, force=force or dry_run)
+    check_space(
+        registry, work, {name: loaded.indexed for name, loaded in teachers.items()},
+        splits=config.splits, storage=config.storage, log=log, force=force or dry_run,
+    )  # fmt: skip
     indexed = _prepare_cases(config, registry, work, files, report, log=log, dry_run=dry_run)
     if not dry_run:
         _check_organs(registry, work, indexed, report)
@@ -112,26 +115,6 @@ def run(
     if not dry_run:
         _tell(config, registry, work, usable, report, log=log, show=tables)
     return report
-
-
-def _check_space(
-    config: CacheTeachersConfig,
-    registry: Registry,
-    work: Path,
-    teachers: Mapping[str, LoadedTeacher],
-    log: Log,
-    *,
-    force: bool,
-) -> None:
-    """Refuses, or with `force` warns of, what will not fit."""
-    indexed = {name: loaded.indexed for name, loaded in teachers.items()}
-    error = check_space(
-        registry, work, splits=config.splits, storage=config.storage, teachers=indexed
-    )
-    if error is not None and not force:
-        raise error
-    if error is not None:
-        log.warn(str(error))
 
 
 def _run_teachers(
@@ -297,6 +280,10 @@ def _tell(
     except CacheError as error:  # damage that only reading finds
         _fail(report, log, "tables of regions and teachers", error)
     report.details = {"regions_ml": regions, "teachers": scores}
-    write_json(work / "reports" / "cache-teachers.json", report.to_json())
+    path = work / "reports" / "cache-teachers.json"
+    try:
+        write_json(path, report.to_json())
+    except WorkFolderError as error:
+        _fail(report, log, path.name, error)
     if show:
         print_tables(regions, scores)

@@ -167,9 +167,9 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     """A case whose split or name has one other letter would be left out without a word: sealed."""
     text = path.read_text(encoding="utf-8")
-    sealed: dict[str, Any] = json.loads(text)
-    content = {name: value for name, value in sealed.items() if name != "seal"}
-    if sealed["seal"] != digest(content) or text != json_text(sealed):
+    content: dict[str, Any] = json.loads(text)
+    seal = content.pop("seal")
+    if seal != digest(content) or text != json_text({**content, "seal": seal}):
         raise ValueError("it has other bytes than were written")
     return content
 

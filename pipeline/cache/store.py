@@ -6,6 +6,7 @@ another path, and of two writers of one unit the second removes its own copy.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from pipeline.config import digest
 from pipeline.errors import CacheError, WorkFolderError
 
 _TEMPORARY = ".tmp"
+_ATTEMPTS = 8
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 def write_unit(
@@ -184,17 +187,28 @@ def remove_unit(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically; one that says the same already is left alone."""
+    """Writes a JSON file atomically; one that says the same already is left alone.
+
+    Raises:
+        WorkFolderError: the folder cannot be written, or the disk is full.
+    """
     text = json_text(value)
     if _reads(path, text):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(_temporary_name(path.name))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         _write_synced(temporary, text)
         temporary.replace(path)
+    except OSError as error:
+        raise WorkFolderError(
+            f"the file could not be written ({error.strerror or error}).",
+            where=path,
+            fix="Check free space, quota and permissions; units that are done stay done.",
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def json_text(value: Any) -> str:
@@ -214,17 +228,21 @@ def _temporary_name(name: str) -> str:
 
 
 def _make_visible(temporary: Path, path: Path, expect: str) -> None:
-    try:
-        temporary.rename(path)
-    except OSError:
-        if not path.exists():
-            raise
-        # The place is taken: by another writer of the same digest, or by a unit that is damaged.
+    """Renames; where the place is taken, by a unit that is damaged or by another writer of the same
+    digest, a valid unit stays. Other writers may do the same at every moment of this."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno not in _TAKEN or attempt == _ATTEMPTS - 1:
+                raise
+        else:
+            break
         if _is_valid(path, expect):
             return
         broken = path.with_name(_temporary_name(path.name))
-        path.rename(broken)
-        temporary.rename(path)
+        with suppress(FileNotFoundError):  # another was faster
+            path.rename(broken)
         _remove(broken)
     _sync_folder(path.parent)
 

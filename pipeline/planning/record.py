@@ -14,6 +14,7 @@ from pipeline.case_sizes import case_sizes
 from pipeline.config import Config
 from pipeline.data.registry import Registry
 from pipeline.errors import SpaceError
+from pipeline.log import Log
 from pipeline.planning.rates import Sample, estimate_all, least
 from pipeline.planning.space import look_at, shortfall
 from pipeline.planning.todo import CASES, Todo, find_todo
@@ -63,18 +64,20 @@ def read_record(work: Path) -> Record | None:
 def check_space(
     registry: Registry,
     work: Path,
+    teachers: Mapping[str, IndexedTeacher],
     *,
     splits: Sequence[str],
     storage: StorageConfig,
-    teachers: Mapping[str, IndexedTeacher],
-) -> SpaceError | None:
-    """Whether what stage one has still to make fits, by headers and receipts alone.
+    log: Log,
+    force: bool,
+) -> None:
+    """Refuses what will not fit, by headers and receipts alone; with `force` it only warns.
 
-    A plan with the same storage and teachers gives the rates and the quota; without one only what
-    the units take at the least is held against the free space.
+    A plan with the same storage and teachers gives the rates, and any plan the quota; without one
+    only what the units take at the least is held against the free space.
 
-    Returns:
-        What to raise unless forced; None if all fits.
+    Raises:
+        SpaceError: what stage one has still to make does not fit.
     """
     sizes, _ = case_sizes(registry, splits)
     todo = find_todo(work, registry, sizes, teachers, storage)
@@ -84,20 +87,21 @@ def check_space(
         parts, basis = estimate_all(todo, samples), "Measured by `pipeline plan`."
     else:
         organs = {name: len(teacher.organs) for name, teacher in teachers.items()}
-        parts, basis = (
-            least(todo, organs),
-            "This is the least that it can be; `pipeline plan` measures.",
-        )
+        parts = least(todo, organs)
+        basis = "This is the least that it can be; `pipeline plan` measures."
     space = look_at(work, None if record is None else record.quota_bytes)
     problem = shortfall(parts.values(), space)
     if not problem:
-        return None
-    return SpaceError(
+        return
+    error = SpaceError(
         f"{problem} {basis}",
         where=work,
         fix="Make room, choose another --work, leave out `splits` or `taps`, plan again with "
         "another --quota, or start anyway with --force; units that are done stay done.",
     )
+    if not force:
+        raise error
+    log.warn(str(error))
 
 
 def _valid_samples(

@@ -23,7 +23,7 @@ class Space:
         free_bytes: for this user.
         free_inodes: for this user; None where the file system does not say.
         block_bytes: smallest piece that a file takes.
-        used_bytes: what the work folder holds now; 0 if there is no quota to hold it against.
+        used_bytes: what the work folder takes now; 0 if there is no quota to hold it against.
         quota_bytes: what it may hold; None for no quota.
     """
 
@@ -46,7 +46,8 @@ def look_at(work: Path, quota_bytes: int | None) -> Space:
     found = os.statvfs(there)
     used = 0
     if quota_bytes is not None and work.exists():
-        used = sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
+        found_files = (path.stat() for path in work.rglob("*") if path.is_file())
+        used = sum(max(file.st_size, 512 * file.st_blocks) for file in found_files)
     return Space(
         free_bytes=found.f_bavail * found.f_frsize,
         free_inodes=found.f_favail if found.f_files else None,

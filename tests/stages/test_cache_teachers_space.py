@@ -17,7 +17,7 @@ from pipeline.planning.space import Space, look_at
 from stages import cache_teachers
 from stages.report import StageReport
 from tests.stages.stage_contract import snapshot
-from tests.tiny import cache_config, work_of, write_teacher
+from tests.tiny import cache_config, change_registry, work_of, write_teacher
 
 
 def run(registry: Path, **options: bool) -> StageReport:
@@ -86,6 +86,19 @@ def test_a_plan_of_other_teachers_is_not_used(tiny_registry: Path, free: list[in
     for organ in ("liver", "spleen"):
         write_teacher(tiny_registry.parent / "teachers" / f"{organ}.pt", organ, seed=99)
     assert run(tiny_registry).exit_code == 0
+
+
+def test_a_plan_of_another_storage_is_not_used(tiny_registry: Path, free: list[int]) -> None:
+    """Also where no teacher's digest would tell."""
+    change_registry(tiny_registry, lambda data: data.update(teachers={}))
+    free[0] = round(0.95 * plan(tiny_registry))
+    with pytest.raises(SpaceError):
+        run(tiny_registry)
+    other = cache_config(storage={"zstd_level": 3})
+    report = cache_teachers.run(
+        other, load_registry(tiny_registry), work_of(tiny_registry), log=Log(quiet=True)
+    )
+    assert report.exit_code == 0
 
 
 def test_a_damaged_plan_is_no_plan(tiny_registry: Path, free: list[int]) -> None:

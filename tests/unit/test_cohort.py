@@ -219,3 +219,12 @@ def test_dropping_a_teacher_changes_the_regions_at_once_and_no_file(tiny_cached:
     np.testing.assert_array_equal(alone["background"], outside)
     assert both["background"].sum() < alone["background"].sum()
     assert snapshot(work_of(tiny_cached)) == before
+
+
+@pytest.mark.parametrize("patch", [None, Patch((0, 0, 0), (8, 8, 8))])
+def test_what_is_lost_after_opening_is_in_no_region(tiny_cached: Path, patch: Patch | None) -> None:
+    case = find(opened(tiny_cached), "liver-ct/case_001")
+    regions(case, tiny_cached, patch)
+    shutil.rmtree(case.teachers["spleen"].path / "log_odds" / "spleen" / "c")
+    with pytest.raises(CacheIncomplete, match="spleen x liver-ct/case_001: chunk"):
+        regions(case, tiny_cached, patch)

@@ -10,8 +10,11 @@ from pipeline.cache.index import (
     IndexedCase,
     IndexedTeacher,
     case_path,
+    dataset_file,
     read_dataset_index,
+    read_index,
     read_teacher_index,
+    teacher_file,
     teacher_folder,
     unit_digest,
     unit_path,
@@ -87,3 +90,31 @@ def test_a_units_digest_is_of_teacher_and_image_alone() -> None:
     assert unit_digest(TEACHER, replace(CASE, digest="e" * 64, split="test")) == digest
     assert unit_digest(replace(TEACHER, digest="e" * 64), CASE) != digest
     assert unit_digest(TEACHER, replace(CASE, image_sha256="e" * 64)) != digest
+
+
+def test_the_whole_index(tmp_path: Path) -> None:
+    assert read_index(tmp_path) == ([], {})
+    write_dataset_index(tmp_path, "ct", KEY, [CASE])
+    write_dataset_index(tmp_path, "ct", OTHER_KEY, [])
+    write_teacher_index(tmp_path, KEY, TEACHER)
+    found, unreadable = read_index(tmp_path)
+    assert unreadable == {}
+    assert {(f.path, f.key, f.cases, f.teacher) for f in found if f.teacher is None} == {
+        (dataset_file(tmp_path, "ct", KEY), KEY, (CASE,), None),
+        (dataset_file(tmp_path, "ct", OTHER_KEY), OTHER_KEY, (), None),
+    }
+    (teacher,) = (f for f in found if f.teacher is not None)
+    assert (teacher.path, teacher.cases) == (teacher_file(tmp_path, "liver", KEY), None)
+    assert teacher.teacher == TEACHER
+
+
+def test_entries_that_cannot_be_read_are_told_from_the_others(tmp_path: Path) -> None:
+    write_dataset_index(tmp_path, "ct", KEY, [CASE])
+    write_teacher_index(tmp_path, KEY, TEACHER)
+    broken = teacher_file(tmp_path, "liver", KEY)
+    broken.write_text("{")
+    (tmp_path / "index" / "teachers" / "README").write_text("mine")
+    (tmp_path / "index" / "teachers" / ".hidden.json").write_text("{")
+    found, unreadable = read_index(tmp_path)
+    assert [f.path for f in found] == [dataset_file(tmp_path, "ct", KEY)]
+    assert list(unreadable) == [broken]

@@ -25,7 +25,7 @@ def again(registry: Path, sample: int = EVERY, seed: int = 0) -> dict[str, Recom
         sample=sample,
         seed=seed,
         device="cpu",
-        window_batch=3,
+        window_batch=8,
         log=Log(quiet=True),
     )
     assert len({one.unit for one in found}) == len(found)

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import yaml
+
+from pipeline.cache.schema import StorageConfig
+from pipeline.data.registry import load_registry
+from pipeline.errors import CacheError, CacheMissing, CacheStale, RegistryError
+from pipeline.inventory.export import export_nifti
+from pipeline.log import Log
+from stages import cache_teachers
+from tests.tiny import change_registry, work_of
+from tests.unit.inventory.damage import shard, unit_at
+
+CASE = "multi-ct/case_001"
+SLOPE = np.array([1.5, -1.0, 2.0])
+"""HU per mm along right, anterior, superior."""
+
+
+def export(
+    registry: Path, tmp_path: Path, *teachers: str, case: str = CASE, **options: Any
+) -> dict[str, Path]:
+    written = export_nifti(
+        work_of(registry), load_registry(registry), case, teachers, tmp_path / "out", **options
+    )
+    assert all(path.parent == tmp_path / "out" / case for path in written)
+    return {path.name: path for path in written}
+
+
+# --- geometry -------------------------------------------------------------------------------------
+
+
+def oblique(codes: str) -> np.ndarray[Any, Any]:
+    """(x, y, z) voxels of 3 x 4 x 5 mm to RAS+ mm: turned by 11 degrees, stored as `codes`."""
+    angle = np.deg2rad(11)
+    turn = np.array(
+        [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]]
+    )
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([3, 4, 5])
+    affine[:3, 3] = [-40, 25, 310]
+    shape = (24, 20, 16)
+    orientation = nib.orientations.axcodes2ornt(tuple(codes))
+    return affine @ nib.orientations.inv_ornt_aff(orientation, shape)
+
+
+def world_of(image: Any) -> np.ndarray[Any, Any]:
+    """(x, y, z, 3): RAS+ mm of every voxel's centre."""
+    indices = np.stack(np.meshgrid(*(np.arange(n) for n in image.shape), indexing="ij"), axis=-1)
+    return np.asarray(nib.affines.apply_affine(image.affine, indices))
+
+
+@pytest.fixture(params=["RAS", "LPS", "SAL"])
+def ramp(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A registry with one oblique CT, linear in world coordinates, and a teacher whose log-odds are
+    (HU - 50) / 100, so that every exported voxel says where it believes to be."""
+    affine = oblique(request.param)
+    orientation = nib.orientations.axcodes2ornt(tuple(request.param))
+    shape = nib.orientations.apply_orientation(np.zeros((24, 20, 16)), orientation).shape
+    blank = nib.Nifti1Image(np.zeros(shape, dtype=np.int16), affine)
+    hu = np.rint((world_of(blank) - [-40, 25, 310]) @ SLOPE).astype(np.int16)
+    label = (hu > 50).astype(np.uint8)
+    data = tmp_path / "data"
+    for name, array in (("image", hu), ("label", label)):
+        (data / name).mkdir(parents=True)
+        nib.save(nib.Nifti1Image(array, affine), data / name / "c.nii.gz")
+    (tmp_path / "w.bin").write_bytes(b"w")
+    registry = tmp_path / "data_registry.yaml"
+    entry = {
+        "kind": "factory",
+        "factory": "tests.unit.teachers.made_teachers:threshold",
+        "args": {"hu": 50},
+        "weights": "w.bin",
+        "organs": {"liver": 1},
+    }
+    registry.write_text(
+        yaml.safe_dump(
+            {
+                "schema_version": 1,
+                "organs": {"liver": 7},
+                "grid": {"spacing_mm": [6.0, 5.0, 4.0]},
+                "datasets": {
+                    "ramps": {
+                        "root": "data",
+                        "images": "image/{case}.nii.gz",
+                        "labels": "label/{case}.nii.gz",
+                        "annotated": {"liver": 1},
+                        "split": {"validation": 0.0},
+                    }
+                },
+                "teachers": {"ramp": entry},
+            }
+        )
+    )
+    report = cache_teachers.run(
+        cache_teachers.CacheTeachersConfig(
+            storage=StorageConfig(chunk=8, log_odds_bits=10, feature_bits=10)
+        ),
+        load_registry(registry),
+        work_of(registry),
+        log=Log(quiet=True),
+        device="cpu",
+        tables=False,
+    )
+    assert not report.failed, report.failed
+    return registry
+
+
+def test_every_voxel_lies_where_the_source_image_has_it(ramp: Path, tmp_path: Path) -> None:
+    found = export(ramp, tmp_path, "ramp", case="ramps/c", regions=True)
+    odds = nib.load(found["ramp_liver.nii.gz"])
+    values = np.asanyarray(odds.dataobj)
+    assert values.dtype == np.float32
+    assert np.allclose(nib.affines.voxel_sizes(odds.affine), [4, 5, 6])
+    world = world_of(odds)
+    # Between voxel centres; in the outermost half voxel the outermost value holds.
+    inner = (slice(2, -2),) * 3
+    hu = (world - [-40, 25, 310]) @ SLOPE
+    assert np.abs(values * 100 + 50 - hu)[inner].max() < 2
+    assert np.ptp(hu[inner]) > 100
+    source = nib.load(tmp_path / "data" / "image" / "c.nii.gz")
+    corners = [world_of(image).reshape(-1, 3) for image in (source, odds)]
+    # The student grid has the field of view of the source: no corner lies outside by half a voxel.
+    low, high = (f([c.mean(axis=0) for c in corners], axis=0) for f in (np.min, np.max))
+    assert np.abs(high - low).max() < 1e-3
+    regions = nib.load(found["regions.nii.gz"])
+    assert np.array_equal(regions.affine, odds.affine)
+    clear = np.abs(hu - 50)[inner] > 30
+    organ = np.asanyarray(regions.dataobj)[inner] == 7
+    assert np.array_equal(organ[clear], (hu[inner] > 50)[clear])
+
+
+# --- contents -------------------------------------------------------------------------------------
+
+
+def test_log_odds_of_one_teacher_as_they_are_cached(built_cache: Path, tmp_path: Path) -> None:
+    found = export(built_cache, tmp_path, "liver")
+    assert list(found) == ["liver_liver.nii.gz"]
+    from pipeline.cache.reader import Unit
+
+    stored = Unit.open(unit_at(work_of(built_cache), f"liver x {CASE}")).read("log_odds/liver")
+    values = np.asanyarray(nib.load(found["liver_liver.nii.gz"]).dataobj)
+    assert values.dtype == np.float32
+    np.testing.assert_array_equal(values.transpose(2, 1, 0), stored.astype(np.float32))
+
+
+def test_regions_are_those_of_all_teachers_and_the_label(built_cache: Path, tmp_path: Path) -> None:
+    found = export(built_cache, tmp_path, "liver", regions=True)
+    assert list(found) == [
+        "liver_liver.nii.gz", "regions.nii.gz", "agreed_background.nii.gz", "conflict.nii.gz",
+    ]  # fmt: skip
+    arrays = {n: np.asanyarray(nib.load(path).dataobj) for n, path in found.items()}
+    regions, background = arrays["regions.nii.gz"], arrays["agreed_background.nii.gz"]
+    assert regions.dtype == background.dtype == np.uint8
+    assert set(np.unique(regions)) <= {0, 1, 2, 255}
+    assert np.array_equal(regions == 0, background == 1)
+    assert not (background & arrays["conflict.nii.gz"]).any()
+    # Both organs are annotated in this dataset, and labels win: regions are the label.
+    from pipeline.cache.reader import Unit
+
+    label = Unit.open(unit_at(work_of(built_cache), CASE)).read("label")
+    assert np.array_equal(regions.transpose(2, 1, 0), label)
+    assert set(np.unique(label)) == {0, 1, 2}
+
+
+def test_a_second_export_writes_the_same(built_cache: Path, tmp_path: Path) -> None:
+    first = np.asanyarray(nib.load(export(built_cache, tmp_path, "liver").popitem()[1]).dataobj)
+    second = np.asanyarray(nib.load(export(built_cache, tmp_path, "liver").popitem()[1]).dataobj)
+    assert np.array_equal(first, second)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_names_that_do_not_exist(built_cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match="no teacher 'heart'") as caught:
+        export(built_cache, tmp_path, "heart")
+    assert caught.value.exit_code == 2
+    with pytest.raises(RegistryError, match="no dataset 'nowhere'"):
+        export(built_cache, tmp_path, "liver", case="nowhere/case_001")
+    with pytest.raises(CacheMissing, match="no case 'multi-ct/case_9'"):
+        export(built_cache, tmp_path, "liver", case="multi-ct/case_9")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_or_no_longer_cached(tiny_cached: Path, tmp_path: Path) -> None:
+    work = work_of(tiny_cached)
+    shard(unit_at(work, f"liver x {CASE}"), "log_odds/liver").unlink()
+    shutil.rmtree(unit_at(work, "liver x multi-ct/case_002"))
+    with pytest.raises(CacheError, match="log_odds/liver/c/0/0/0 is missing"):
+        export(tiny_cached, tmp_path, "liver")
+    with pytest.raises(CacheMissing, match="not in the cache"):
+        export(tiny_cached, tmp_path, "liver", case="multi-ct/case_002")
+    assert list(export(tiny_cached, tmp_path, "spleen")) == ["spleen_spleen.nii.gz"]
+    with pytest.raises(CacheError, match="is missing"):
+        export(tiny_cached, tmp_path, "spleen", regions=True)
+    change_registry(tiny_cached, lambda data: data["teachers"]["spleen"].update(taps=[]))
+    with pytest.raises(CacheStale, match="teacher spleen"):
+        export(tiny_cached, tmp_path, "spleen")
