@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test check faults clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.run-installed
@@ -13,6 +13,9 @@ demo: $(VENV)/.run-installed
 
 test: $(VENV)/.test-installed check
 	$(BIN)/python -m pytest
+
+faults: $(VENV)/.test-installed
+	FAULTS=long $(BIN)/python -m pytest tests/faults --timeout 0
 
 check: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -56,9 +56,7 @@ def one_seed(folder: Path, seed: int) -> dict[str, Any]:
     generate_phantoms(load_registry(path, files=False), log)
     registry = load_registry(path)
     work = folder / "work"
-    cache_teachers.run(
-        cache_teachers.CacheTeachersConfig(), registry, work, log=log, tables=False
-    )
+    cache_teachers.run(cache_teachers.CacheTeachersConfig(), registry, work, log=log, tables=False)
     settings = yaml.safe_load((folder / "train_student_marginal.yaml").read_text(encoding="utf-8"))
     settings["run"] = "full"
     settings["training"] |= {"supervision": {"kind": "full"}, "seed": seed}

@@ -101,7 +101,7 @@ def run(
     )  # fmt: skip
     indexed = _prepare_cases(config, registry, work, files, report, log=log, dry_run=dry_run)
     if not dry_run:
-        _check_organs(registry, work, indexed, report)
+        _check_organs(registry, work, indexed, report, log)
         _write_index(config, registry, work, indexed, teachers, _usable_datasets(registry, report))
     usable = _usable_datasets(registry, report)
     jobs = [(case, source) for case, source in indexed if case.dataset in usable]
@@ -191,14 +191,17 @@ def _check_organs(
     work: Path,
     indexed: Sequence[tuple[IndexedCase, CaseFiles]],
     report: StageReport,
+    log: Log,
 ) -> None:
     """A dataset whose organ is empty in every case is a wrong label value, or wrong files."""
     for dataset, entry in registry.datasets.items():
-        counts = [
-            organ_voxels(case_path(work, case))
-            for case, _ in indexed
-            if case.dataset == dataset and case_path(work, case).exists()
-        ]
+        counts = []
+        for case, _ in indexed:
+            if case.dataset == dataset and case_path(work, case).exists():
+                try:
+                    counts.append(organ_voxels(case_path(work, case)))
+                except CacheError as error:  # damage that only reading finds
+                    _fail(report, log, case.name, error)
         for organ, values in entry.annotated.items():
             if counts and not any(count.get(organ, 0) for count in counts):
                 report.failed[f"dataset {dataset}"] = RegistryError(

@@ -21,13 +21,22 @@ from tests.tiny import training_settings, work_of
 
 _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-_NEW_MOUNTS, _RECURSIVE, _PRIVATE, _READ_ONLY, _BIND, _REMOUNT = 0x20000, 16384, 1 << 18, 1, 4096, 32
+_NEW_MOUNTS, _RECURSIVE, _PRIVATE, _READ_ONLY, _BIND, _REMOUNT = (
+    0x20000,
+    16384,
+    1 << 18,
+    1,
+    4096,
+    32,
+)
 
 
 class Watch:
     """Counts what changes files below a folder, and acts before the nth of these operations."""
 
-    def __init__(self, folder: Path, nth: int = 0, act: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, folder: Path, nth: int = 0, act: Callable[[], object] = lambda: None
+    ) -> None:
         self.operations = 0
         self.written: set[str] = set()
         self._folder, self._nth, self._act, self._acting = str(folder), nth, act, False
@@ -65,9 +74,7 @@ class Watch:
             self._acting = False
 
 
-def cache(
-    registry: str, *, bits: int = 5, kill_at: int = 0, file_limit: int = 0
-) -> dict[str, Any]:
+def cache(registry: str, *, bits: int = 5, kill_at: int = 0, file_limit: int = 0) -> dict[str, Any]:
     """Stage one; `kill_at`: killed before that operation on files, `file_limit`: bytes a file."""
     path = Path(registry)
     watch = Watch(work_of(path), kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -76,13 +83,19 @@ def cache(
     return {**_run(path, bits), "operations": watch.operations, "written": sorted(watch.written)}
 
 
-def train(registry: str, **changes: Any) -> dict[str, Any]:
+def modules(registry: str) -> list[str]:
+    """What a run of stage one imports, so that the parent can import it before it forks."""
+    cache(registry)
+    return sorted(sys.modules)
+
+
+def train(registry: str, run: str = "student", **changes: Any) -> dict[str, Any]:
     """A student of two steps; which files it wrote."""
     from stages import train_student
 
     path = Path(registry)
     training = training_settings(**{"steps": 2, "supervision": {"kind": "ms_kd"}} | changes)
-    config = train_student.TrainStudentConfig.model_validate({"run": "student", "training": training})
+    config = train_student.TrainStudentConfig.model_validate({"run": run, "training": training})
     watch = Watch(work_of(path))
     report = train_student.run(
         config, load_registry(path, files=False), work_of(path), log=Log(quiet=True), device="cpu"

@@ -14,7 +14,7 @@ COLUMNS: Final = ("tried", "detected", "lost")
 
 
 class Ledger:
-    """Counts per kind of fault; lost means a wrong number, a lost unit or an error without a name."""
+    """Counts per kind of fault; lost means a wrong number, a lost unit or a nameless error."""
 
     def __init__(self) -> None:
         self.rows: dict[str, Counter[str]] = {}

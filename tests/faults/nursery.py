@@ -77,7 +77,10 @@ class Nursery:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -86,7 +89,7 @@ class Nursery:
         self._process.stdout.close()
 
     def warm(self, job: Job) -> None:
-        """Runs a job in a child, then imports in the parent whatever that child had imported."""
+        """Runs a job that tells which modules it had imported; the parent then imports them too."""
         self._ask({"warm": vars(job)})
 
     def run(self, *jobs: Job) -> list[Outcome]:
@@ -112,7 +115,7 @@ def serve() -> None:
             if "warm" in question:
                 (outcome,) = _run([Job(**question["warm"])], Path(folder))
                 assert outcome["status"] == 0, outcome["output"]
-                _import_all(json.loads((Path(folder) / "modules").read_text()))
+                _import_all(outcome["result"])
                 gc.freeze()
                 answers.write("null\n")
             else:
@@ -166,7 +169,6 @@ def _child(job: Job, folder: Path, number: int) -> None:
         function = getattr(importlib.import_module("tests.faults.jobs"), job.name)
         result = function(**job.args)
         (folder / f"result{number}").write_text(json.dumps(result))
-        (folder / "modules").write_text(json.dumps(sorted(sys.modules)))
         status = 0
     except BaseException:
         traceback.print_exc()

@@ -97,8 +97,9 @@ def settings(bits: int = 5) -> cache_teachers.CacheTeachersConfig:
 
 def run_stage(registry: Path, *, bits: int = 5, **options: Any) -> StageReport:
     """Stage one in this process."""
+    log = Log(quiet=True, events=work_of(registry) / "events.jsonl")
     return cache_teachers.run(
-        settings(bits), load_registry(registry), work_of(registry), log=Log(quiet=True),
+        settings(bits), load_registry(registry), work_of(registry), log=log,
         device="cpu", tables=False, **options,
     )  # fmt: skip
 

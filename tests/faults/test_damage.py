@@ -82,11 +82,11 @@ def test_damage_is_found_and_never_read_as_a_number(
         assert deep_problems(truth.place, truth.digest) == []
 
 
-@pytest.mark.parametrize(("damage", "tries"), [(flip, (60, 300)), (truncate, (10, 60))])
+@pytest.mark.parametrize(("damage", "tries"), [(flip, (40, 300)), (truncate, (10, 60))])
 def test_a_damaged_index_is_stale_or_says_the_same(
     small_cached: Path, damage: Damage, tries: tuple[int, int]
 ) -> None:
-    """The index says which cases and teachers there are: a case must not vanish from it silently."""
+    """The index says which cases there are: none may vanish from it silently."""
     rng = random.Random(1)
     work = work_of(small_cached)
     right = _cohort(small_cached)
@@ -99,7 +99,7 @@ def test_a_damaged_index_is_stale_or_says_the_same(
             assert _cohort(small_cached) == right, f"{file}, trial {number}"
         except CacheError:
             pass
-        found = verify(work, None, deep=True, everything=False, log=Log(quiet=True)).findings
+        found = verify(work, None, deep=False, everything=False, log=Log(quiet=True)).findings
         LEDGER.add(kind, detected=bool(found), lost=not found)
         assert found, f"{file}, trial {number}"
         file.write_bytes(before)

@@ -85,6 +85,7 @@ def test_settings_that_differ_are_named_field_by_field(copies: tuple[Path, Path]
     found = diff(a, b)
     assert only(found).keys() == {"teachers changed"}
     changed = {change.name: change.differences for change in found.teachers.changed}
+    assert len(found.teachers.changed) == 2
     assert changed["liver"] == ("teacher.window.overlap: 0.25 -> 0.5",)
     assert changed["spleen"][0] == "teacher.window.overlap: 0.25 -> 0.5"
     assert changed["spleen"][1].startswith("weights_sha256: ")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.inventory.export import export_nifti
 from pipeline.log import Log
 from stages import cache_teachers
 from tests.tiny import change_registry, work_of
-from tests.unit.inventory.damage import shard, unit_at
+from tests.unit.inventory.damage import rewrite, shard, unit_at
 
 CASE = "multi-ct/case_001"
 SLOPE = np.array([1.5, -1.0, 2.0])
@@ -167,6 +168,37 @@ def test_regions_are_those_of_all_teachers_and_the_label(built_cache: Path, tmp_
     label = Unit.open(unit_at(work_of(built_cache), CASE)).read("label")
     assert np.array_equal(regions.transpose(2, 1, 0), label)
     assert set(np.unique(label)) == {0, 1, 2}
+
+
+def test_conflicts_and_what_nobody_saw_are_no_organ(tiny_cached: Path, tmp_path: Path) -> None:
+    """z slices: 0 liver alone, 1 spleen alone, 2 both, 3 unseen by one, the rest neither."""
+
+    def ignored(arrays: dict[str, Any]) -> None:
+        arrays["label"][:] = 255
+
+    def claims(organ: str, slices: list[int]) -> Callable[[dict[str, Any]], None]:
+        def change(arrays: dict[str, Any]) -> None:
+            arrays[f"log_odds/{organ}"][:] = -5
+            arrays[f"log_odds/{organ}"][slices] = 5
+
+        return change
+
+    def unseen(arrays: dict[str, Any]) -> None:
+        claims("spleen", [1, 2])(arrays)
+        arrays["log_odds/spleen"][3] = np.nan
+
+    work, case = work_of(tiny_cached), "liver-ct/case_001"
+    rewrite(unit_at(work, case), arrays=ignored)
+    rewrite(unit_at(work, f"liver x {case}"), arrays=claims("liver", [0, 2]))
+    rewrite(unit_at(work, f"spleen x {case}"), arrays=unseen)
+    found = export(tiny_cached, tmp_path, "liver", case=case, regions=True)
+    by_slice = {
+        name: [set(np.unique(s)) for s in np.moveaxis(np.asanyarray(nib.load(path).dataobj), 2, 0)]
+        for name, path in found.items()
+    }
+    assert by_slice["regions.nii.gz"][:5] == [{1}, {2}, {255}, {255}, {0}]
+    assert by_slice["conflict.nii.gz"][:5] == [{0}, {0}, {1}, {0}, {0}]
+    assert by_slice["agreed_background.nii.gz"][:5] == [{0}, {0}, {0}, {0}, {1}]
 
 
 def test_a_second_export_writes_the_same(built_cache: Path, tmp_path: Path) -> None:
