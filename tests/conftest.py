@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,15 @@ settings.load_profile("no deadline")
 
 pytest.register_assert_rewrite("tests.stages.stage_contract")
 
+from pipeline.cache.pool import POOL  # noqa: E402
 from tests.tiny import build_cohort, copy_cohort, fill_cache  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_pooled_chunks() -> Iterator[None]:
+    """Training in this process makes the pool large; chunks of one test are none of the next's."""
+    yield
+    POOL.resize(0)
 
 
 @pytest.fixture(scope="session")
