@@ -29,6 +29,7 @@ from pipeline.cli_options import (
 from pipeline.cli_plan import plan
 from pipeline.cli_tune import tune
 from pipeline.errors import PipelineError
+from pipeline.folder import Folder, parse_folder
 
 if TYPE_CHECKING:
     from stages.report import StageReport
@@ -147,7 +148,12 @@ def train_student(
 
 @app.command()
 def predict(
-    student: Annotated[Path, typer.Argument(help="student.pt of a finished run.")],
+    student: Annotated[
+        Folder,
+        typer.Argument(
+            help="student.pt of a finished run.", parser=parse_folder, metavar="STUDENT"
+        ),
+    ],
     images: Annotated[Path, typer.Argument(help="A NIfTI file or a folder of them.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of label maps.")],
     config: ConfigOption = None,

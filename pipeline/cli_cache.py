@@ -26,6 +26,7 @@ from pipeline.cli_options import (
     open_registry,
 )
 from pipeline.errors import ConfigError
+from pipeline.folder import Folder, check_answers, parse_folder
 
 if TYPE_CHECKING:
     from pipeline.data.registry import Registry
@@ -153,8 +154,8 @@ def verify(
 
 @cache_app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(help="A work folder.")],
-    b: Annotated[Path, typer.Argument(help="Another one.")],
+    a: Annotated[Folder, typer.Argument(help="A work folder.", parser=parse_folder, metavar="A")],
+    b: Annotated[Folder, typer.Argument(help="Another one.", parser=parse_folder, metavar="B")],
     as_json: JsonOption = False,
 ) -> None:
     """In which cases, teachers and settings two work folders differ."""
@@ -241,7 +242,7 @@ def _print_again(again: Sequence[Recomputed], tolerance: float) -> None:
         print_recomputed(again, tolerance)
 
 
-def _repair(work: Path, found: Verification, wanted: bool, yes: bool) -> bool:
+def _repair(work: Folder, found: Verification, wanted: bool, yes: bool) -> bool:
     """Removes what is damaged, if that is wanted; whether it was."""
     from pipeline.inventory.verify import repair
 
@@ -273,7 +274,8 @@ def _registry_if_there(path: Path) -> Registry | None:
     return open_registry(path, files=False)
 
 
-def _existing(work: Path) -> Path:
+def _existing(work: Folder) -> Folder:
+    check_answers(work)
     if not work.is_dir():
         raise ConfigError("there is no such folder.", where=work, fix="Name one with --work.")
     return work

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.folder import Folder, parse_folder
+
 if TYPE_CHECKING:
     from pipeline.data.registry import Registry
     from pipeline.log import Log
@@ -15,7 +17,16 @@ RegistryOption = Annotated[Path, typer.Option("--registry", "-r", help="What exi
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="How the stage computes; default: built in.")
 ]
-WorkOption = Annotated[Path, typer.Option("--work", "-w", help="Work folder: cache and runs.")]
+WorkOption = Annotated[
+    Folder,
+    typer.Option(
+        "--work",
+        "-w",
+        parser=parse_folder,
+        metavar="FOLDER",
+        help="Work folder: cache and runs. A path, or s3://bucket/prefix.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1. Speed only.")]
 WorkersOption = Annotated[int, typer.Option(help="Loader processes. Speed only.", min=0)]
 WindowBatchOption = Annotated[int, typer.Option(help="Windows per pass. Speed only.", min=1)]
@@ -27,7 +38,7 @@ MinutesOption = Annotated[
     float, typer.Option(help="Minutes between checkpoints: what a kill can cost.", min=0)
 ]
 REGISTRY = Path("data_registry.yaml")
-WORK = Path("work")
+WORK: Folder = Path("work")
 
 
 def open_registry(path: Path, *, files: bool = True) -> Registry:
@@ -37,7 +48,7 @@ def open_registry(path: Path, *, files: bool = True) -> Registry:
     return load_registry(path, files=files)
 
 
-def open_log(quiet: bool, work: Path | None = None, dry_run: bool = False) -> Log:
+def open_log(quiet: bool, work: Folder | None = None, dry_run: bool = False) -> Log:
     """Lines for people, and events in the work folder unless nothing may be written."""
     from pipeline.log import Log
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import dask
@@ -28,6 +27,7 @@ from pipeline.cache.schema import log_odds_name
 from pipeline.consensus import DEFAULT_CONFIDENCE, Consensus, average_experts, consensus
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError
+from pipeline.folder import Folder
 from pipeline.labels import LabelSpace
 from pipeline.patches import Patch
 
@@ -48,7 +48,7 @@ class Cohort:
 
 
 def open_cohort(
-    work: Path,
+    work: Folder,
     registry: Registry,
     *,
     teachers: Sequence[str] = (),

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.folder import Folder, is_local, read_bytes
 
 Location = tuple[str | int, ...]
 
@@ -156,8 +157,10 @@ def short(full: str) -> str:
     return full[:16]
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Folder) -> str:
     """SHA-256 of a file's bytes, read in pieces."""
+    if not is_local(path):
+        return hashlib.sha256(read_bytes(path)).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -73,6 +73,12 @@ class SpaceError(WorkFolderError):
     """What is to be written would fill the disk, or pass the quota."""
 
 
+class StoreUnreachable(PipelineError):
+    """An object store does not answer. Nothing is known of the cache in it, so this is no
+    `CacheError`: what is damaged may be made again or removed, what cannot be asked after may not.
+    """
+
+
 class CacheError(PipelineError):
     """The cache cannot give what was asked of it."""
 

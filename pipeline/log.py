@@ -6,19 +6,21 @@ Machines: one JSON object per line in `events.jsonl`.
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from pipeline.folder import Folder, is_local, replace_file, writer_name
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -28,12 +30,20 @@ class Log:
 
     Args:
         quiet: only warnings and errors.
-        events: file to append machine-readable events to; None writes none.
+        events: file to append machine-readable events to; None writes none. In an object store,
+            where nothing can be appended to, each process writes an object of its own,
+            `events/<time>~<host>~<pid>~<digits>.jsonl`, and renews it every half minute.
     """
 
-    def __init__(self, *, quiet: bool = False, events: Path | None = None) -> None:
+    def __init__(self, *, quiet: bool = False, events: Folder | None = None) -> None:
         self.quiet = quiet
         self.events = events
+        self._unsent: list[str] = []
+        self._sent_at = time.monotonic()
+        if events is not None and not is_local(events):
+            now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+            self.events = events.with_suffix("") / f"{now}~{writer_name()}.jsonl"
+            atexit.register(self._send_last)
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._began = time.monotonic()
 
@@ -65,12 +75,30 @@ class Log:
         }
         record = {"time": round(time.time(), 3), "event": kind, **known}
         try:
-            self.events.parent.mkdir(parents=True, exist_ok=True)
-            with self.events.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, default=str) + "\n")
+            self._append(self.events, json.dumps(record, default=str) + "\n")
         except OSError as error:  # a full disk must not also stop what can still be done
             lost, self.events = self.events, None
-            self.warn(f"{lost} cannot be written ({error.strerror}): no more events are kept.")
+            reason = error.strerror or error
+            self.warn(f"{lost} cannot be written ({reason}): no more events are kept.")
+
+    def _append(self, events: Folder, line: str) -> None:
+        if is_local(events):
+            events.parent.mkdir(parents=True, exist_ok=True)
+            with events.open("a", encoding="utf-8") as file:
+                file.write(line)
+            return
+        self._unsent.append(line)
+        if time.monotonic() - self._sent_at > SECONDS_BETWEEN_LINES:
+            self._send(events)
+
+    def _send(self, events: Folder) -> None:
+        replace_file(events, "".join(self._unsent).encode())
+        self._sent_at = time.monotonic()
+
+    def _send_last(self) -> None:
+        if self.events is not None and self._unsent:
+            with suppress(OSError):
+                self._send(self.events)
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Advance]:

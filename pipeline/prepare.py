@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from pipeline.data.nifti import NiftiVolume, read_image, read_label
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
 from pipeline.errors import CacheError, GeometryError
+from pipeline.folder import Folder
 from pipeline.labels import map_labels
 from pipeline.volume import Volume
 
@@ -31,7 +31,7 @@ GEOMETRY_TOLERANCE_MM = 0.1
 
 def prepare_case(
     registry: Registry,
-    work: Path,
+    work: Folder,
     source: CaseFiles,
     *,
     spacing_mm: Sequence[float],
@@ -145,7 +145,7 @@ def check_same_grid(image: NiftiVolume, label: NiftiVolume, name: str) -> None:
         )
 
 
-def organ_voxels(path: Path) -> Mapping[str, int]:
+def organ_voxels(path: Folder) -> Mapping[str, int]:
     """Voxels per annotated organ of a stored case."""
     counts: Mapping[str, int] = Unit.open(path).attributes["organ_voxels"]
     return counts

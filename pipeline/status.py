@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.cache.index import (
@@ -22,6 +21,7 @@ from pipeline.config import file_sha256
 from pipeline.data.files import CaseFiles
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheMissing, CacheStale
+from pipeline.folder import Folder
 from pipeline.log import print_table
 
 State = Literal["done", "missing", "stale", "damaged"]
@@ -63,7 +63,7 @@ class Status:
         }
 
 
-def status(registry: Registry, work: Path) -> Status:
+def status(registry: Registry, work: Folder) -> Status:
     """Looks at every unit that the registry calls for; hashes its input files.
 
     Stale: the input's bytes, the weights' bytes or the registry entry changed since it was made.
@@ -102,7 +102,7 @@ def print_status(found: Status) -> None:
         print_table("Students", ["run", "state"], [[run, how] for run, how in found.runs.items()])
 
 
-def _teacher(registry: Registry, work: Path, name: str) -> IndexedTeacher | State:
+def _teacher(registry: Registry, work: Folder, name: str) -> IndexedTeacher | State:
     """Its index entry if that is current, else the state of all its units."""
     try:
         indexed = read_teacher_index(work, name, registry.teacher_key(name))
@@ -123,7 +123,7 @@ def _same_image(entry: IndexedCase, source: CaseFiles | None) -> bool:
 
 
 def _state_of_case(
-    work: Path, entry: IndexedCase | None, source: CaseFiles | None, absent: State, current: bool
+    work: Folder, entry: IndexedCase | None, source: CaseFiles | None, absent: State, current: bool
 ) -> State:
     """A case also holds its label, which the teachers' units do not depend on."""
     if entry is None:
@@ -137,7 +137,7 @@ def _state_of_case(
 
 
 def _state_of_unit(
-    work: Path, teacher: IndexedTeacher | State, entry: IndexedCase | None, current: bool
+    work: Folder, teacher: IndexedTeacher | State, entry: IndexedCase | None, current: bool
 ) -> State:
     if not isinstance(teacher, IndexedTeacher):
         return teacher
@@ -148,7 +148,7 @@ def _state_of_unit(
     return _receipt_state(unit_path(work, teacher, entry), unit_digest(teacher, entry))
 
 
-def _receipt_state(path: Path, expect: str) -> State:
+def _receipt_state(path: Folder, expect: str) -> State:
     try:
         read_receipt(path, expect=expect)
     except CacheMissing:
@@ -160,8 +160,8 @@ def _receipt_state(path: Path, expect: str) -> State:
     return "done"
 
 
-def _runs(work: Path) -> dict[str, str]:
-    folders: Sequence[Path] = sorted(p for p in (work / "students").glob("*") if p.is_dir())
+def _runs(work: Folder) -> dict[str, str]:
+    folders: Sequence[Folder] = sorted(p for p in (work / "students").glob("*") if p.is_dir())
     return {
         folder.name: "finished" if (folder / "finished.json").exists() else "unfinished"
         for folder in folders

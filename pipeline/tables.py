@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from pipeline.cohort import compute, lazy_consensus, open_cohort
 from pipeline.consensus import region_voxels
 from pipeline.data.registry import Registry
+from pipeline.folder import Folder
 from pipeline.labels import IGNORE
 from pipeline.log import print_table
 
@@ -18,7 +18,7 @@ _MOST_ROWS = 60
 
 
 def region_rows(
-    registry: Registry, work: Path, datasets: Sequence[str] | None = None
+    registry: Registry, work: Folder, datasets: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """Per case, the size of each region in ml: labels win, margin 0. `datasets`: None for all."""
     if not registry.teachers:
@@ -37,7 +37,7 @@ def region_rows(
 
 
 def teacher_rows(
-    registry: Registry, work: Path, datasets: Sequence[str] | None = None, *, flag_below: float
+    registry: Registry, work: Folder, datasets: Sequence[str] | None = None, *, flag_below: float
 ) -> list[dict[str, Any]]:
     """Each teacher against the labels, read back from the cache.
 

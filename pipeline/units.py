@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ from pipeline.cache.store import write_unit
 from pipeline.config import digest, file_sha256
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
+from pipeline.folder import Folder
 from pipeline.network import pick_device
 from pipeline.patches import Index3
 from pipeline.prepare import centres
@@ -94,7 +94,7 @@ def cache_unit(
     loaded: LoadedTeacher,
     native: Volume,
     case: IndexedCase,
-    path: Path,
+    path: Folder,
     *,
     storage: StorageConfig,
 ) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from pydantic import Field
 
@@ -22,14 +21,16 @@ from pipeline.cache.index import (
     write_dataset_index,
     write_teacher_index,
 )
+from pipeline.cache.leftovers import clean_temporaries
 from pipeline.cache.receipt import read_receipt
 from pipeline.cache.schema import StorageConfig
-from pipeline.cache.store import clean_temporaries, prepare_work_folder, write_json
+from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.config import Config
 from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheStale, PipelineError, RegistryError, WorkFolderError
+from pipeline.folder import Folder
 from pipeline.log import Advance, Log
 from pipeline.planning.record import check_space
 from pipeline.prepare import organ_voxels, prepare_case
@@ -52,7 +53,7 @@ class CacheTeachersConfig(Config):
 def run(
     config: CacheTeachersConfig,
     registry: Registry,
-    work: Path,
+    work: Folder,
     *,
     log: Log,
     device: str = "auto",
@@ -120,7 +121,7 @@ def run(
 def _run_teachers(
     config: CacheTeachersConfig,
     registry: Registry,
-    work: Path,
+    work: Folder,
     teachers: Mapping[str, LoadedTeacher],
     case: IndexedCase,
     source: CaseFiles,
@@ -156,7 +157,7 @@ def _run_teachers(
 def _prepare_cases(
     config: CacheTeachersConfig,
     registry: Registry,
-    work: Path,
+    work: Folder,
     files: Sequence[CaseFiles],
     report: StageReport,
     *,
@@ -188,7 +189,7 @@ def _prepare_cases(
 
 def _check_organs(
     registry: Registry,
-    work: Path,
+    work: Folder,
     indexed: Sequence[tuple[IndexedCase, CaseFiles]],
     report: StageReport,
     log: Log,
@@ -214,7 +215,7 @@ def _check_organs(
 def _write_index(
     config: CacheTeachersConfig,
     registry: Registry,
-    work: Path,
+    work: Folder,
     indexed: Sequence[tuple[IndexedCase, CaseFiles]],
     teachers: Mapping[str, LoadedTeacher],
     datasets: Sequence[str],
@@ -237,7 +238,7 @@ def _usable_datasets(registry: Registry, report: StageReport) -> list[str]:
     return [d for d in registry.datasets if f"dataset {d}" not in report.failed]
 
 
-def _exists(path: Path, expect: str, log: Log) -> bool:
+def _exists(path: Folder, expect: str, log: Log) -> bool:
     try:
         read_receipt(path, expect=expect)
     except CacheError as error:
@@ -269,7 +270,7 @@ def _fail(report: StageReport, log: Log, unit: str, error: Exception) -> None:
 def _tell(
     config: CacheTeachersConfig,
     registry: Registry,
-    work: Path,
+    work: Folder,
     datasets: Sequence[str],
     report: StageReport,
     *,

@@ -23,6 +23,7 @@ from pipeline.config import Config, digest, file_sha256
 from pipeline.data.nifti import read_image, write_like
 from pipeline.data.resample import resample
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.folder import Folder
 from pipeline.log import Log
 from pipeline.network import pick_device
 from pipeline.student.checkpoint import StudentRecord, load_student
@@ -41,7 +42,7 @@ class PredictConfig(Config):
 
 def run(
     config: PredictConfig,
-    student: Path,
+    student: Folder,
     inputs: Mapping[str, Path],
     output: Path,
     *,

@@ -15,8 +15,10 @@ from pipeline.cohort import Cohort, open_cohort
 from pipeline.config import Config
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheMissing, ConfigError, Stopped
+from pipeline.folder import Folder, read_text
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
+from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.student.checkpoint import StudentRecord, save_student
 from pipeline.student.network import CachedTap, TapKey
@@ -35,7 +37,7 @@ class TrainStudentConfig(Config):
 def run(
     config: TrainStudentConfig,
     registry: Registry,
-    work: Path,
+    work: Folder,
     *,
     log: Log,
     device: str = "auto",
@@ -106,21 +108,25 @@ def run(
         report.done.append(config.run)
         return report
     prepare_work_folder(work)
-    trained = train(
-        config.training,
-        space,
-        training,
-        validation,
-        folder,
-        taps=taps,
-        inputs=inputs,
-        log=log,
-        device=pick_device(device),
-        workers=workers,
-        checkpoint_minutes=checkpoint_minutes,
-    )
+    with mirrored(folder) as (local, keep):
+        trained = train(
+            config.training,
+            space,
+            training,
+            validation,
+            local,
+            taps=taps,
+            inputs=inputs,
+            log=log,
+            device=pick_device(device),
+            workers=workers,
+            checkpoint_minutes=checkpoint_minutes,
+            saved=keep,
+        )
+        if trained.finished:
+            _finish(config, registry, local, trained, inputs, digest)
+            keep()
     if trained.finished:
-        _finish(config, registry, folder, trained, inputs, digest)
         report.done.append(config.run)
     else:
         report.failed[config.run] = Stopped(
@@ -138,10 +144,13 @@ def run(
     return report
 
 
-def is_finished(folder: Path, digest: str) -> bool:
+def is_finished(folder: Folder, digest: str) -> bool:
     """ "Finished" is a marker on disk, written last; exit codes lie."""
     marker = folder / "finished.json"
-    return marker.exists() and digest in marker.read_text(encoding="utf-8")
+    try:
+        return digest in read_text(marker)
+    except FileNotFoundError:
+        return False
 
 
 def cached_taps(cases: Sequence[CachedCase], space: LabelSpace) -> Mapping[TapKey, CachedTap]:

@@ -20,8 +20,10 @@ from pipeline.cache.store import prepare_work_folder
 from pipeline.config import Config
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError, PipelineError, RegistryError, Stopped, TeacherError
+from pipeline.folder import Folder
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
+from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.prepare import prepare_case
 from pipeline.student.supervision import SupervisionConfig
@@ -56,7 +58,7 @@ class TrainTeachersConfig(Config):
 def run(
     config: TrainTeachersConfig,
     registry: Registry,
-    work: Path,
+    work: Folder,
     *,
     log: Log,
     device: str = "auto",
@@ -119,7 +121,7 @@ def _train_one(
     name: str,
     config: TrainTeachersConfig,
     registry: Registry,
-    work: Path,
+    work: Folder,
     *,
     log: Log,
     device: str,
@@ -151,19 +153,21 @@ def _train_one(
     annotated = tuple(registry.datasets[entry.trained_on].annotated)
     cases = [_open(work, indexed, annotated) for indexed in files]
     log.info(f"teacher {name}: {len(cases)} cases of {entry.trained_on}, {training.steps} steps")
-    trained = train(
-        training,
-        space,
-        [c for c in cases if c.split == "train"],
-        [c for c in cases if c.split == "validation"],
-        work / "teachers-in-training" / name,
-        taps={},
-        inputs=inputs,
-        log=log,
-        device=pick_device(device),
-        workers=workers,
-        checkpoint_minutes=checkpoint_minutes,
-    )
+    with mirrored(work / "teachers-in-training" / name) as (local, keep):
+        trained = train(
+            training,
+            space,
+            [c for c in cases if c.split == "train"],
+            [c for c in cases if c.split == "validation"],
+            local,
+            taps={},
+            inputs=inputs,
+            log=log,
+            device=pick_device(device),
+            workers=workers,
+            checkpoint_minutes=checkpoint_minutes,
+            saved=keep,
+        )
     if not trained.finished:
         raise Stopped(
             f"stopped at step {trained.step} of {training.steps}.",
@@ -230,7 +234,7 @@ def _check_channels(name: str, registry: Registry, space: LabelSpace) -> None:
         )
 
 
-def _open(work: Path, indexed: IndexedCase, annotated: tuple[str, ...]) -> CachedCase:
+def _open(work: Folder, indexed: IndexedCase, annotated: tuple[str, ...]) -> CachedCase:
     unit = Unit.open(case_path(work, indexed), expect=indexed.digest)
     return CachedCase(indexed.name, indexed.split, annotated, unit, {}, {})
 
@@ -238,7 +242,7 @@ def _open(work: Path, indexed: IndexedCase, annotated: tuple[str, ...]) -> Cache
 def _prepare(
     config: TrainTeachersConfig,
     registry: Registry,
-    work: Path,
+    work: Folder,
     dataset: str,
     spacing_mm: tuple[float, float, float],
     log: Log,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 # On a shared machine one example may take as long as it likes; pytest-timeout sees to hangs.
 settings.register_profile("no deadline", deadline=None)
@@ -15,6 +20,7 @@ settings.load_profile("no deadline")
 pytest.register_assert_rewrite("tests.stages.stage_contract")
 
 from pipeline.cache.pool import POOL  # noqa: E402
+from tests.object_store import BUCKET, folder, object_store  # noqa: E402
 from tests.tiny import build_cohort, copy_cohort, fill_cache  # noqa: E402
 
 
@@ -37,6 +43,20 @@ def built_cache(built_cohort: Path, tmp_path_factory: pytest.TempPathFactory) ->
     registry = copy_cohort(built_cohort, tmp_path_factory.mktemp("tiny") / "cached")
     fill_cache(registry)
     return registry
+
+
+@pytest.fixture(scope="session")
+def store_endpoint() -> Iterator[str]:
+    """An S3 server on loopback, which the AWS_* variables lead to."""
+    pytest.importorskip("moto", reason="no S3 server to start: moto is not installed")
+    with object_store() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def store_work(store_endpoint: str) -> UPath:
+    """A work folder of the test's own in that server, empty."""
+    return folder(f"{BUCKET}/{secrets.token_hex(6)}/work")
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.cache.provenance import Inputs, unit_inputs
 from pipeline.cache.store import json_text, write_json
 from pipeline.config import digest, short
 from pipeline.errors import CacheStale
+from pipeline.folder import Folder, read_text, storage_errors
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
@@ -60,23 +60,23 @@ class IndexFile:
         teacher: what it says of a teacher; None in a dataset's file.
     """
 
-    path: Path
+    path: Folder
     key: str
     cases: tuple[IndexedCase, ...] | None
     teacher: IndexedTeacher | None
 
 
-def case_path(work: Path, case: IndexedCase) -> Path:
+def case_path(work: Folder, case: IndexedCase) -> Folder:
     """Where a case on the student grid is."""
     return work / "cases" / case.dataset / f"{case.case}@{short(case.digest)}.zarr"
 
 
-def teacher_folder(work: Path, teacher: IndexedTeacher) -> Path:
+def teacher_folder(work: Folder, teacher: IndexedTeacher) -> Folder:
     """The folder of all units of one teacher with one digest."""
     return work / "teachers" / f"{teacher.teacher}@{short(teacher.digest)}"
 
 
-def unit_path(work: Path, teacher: IndexedTeacher, case: IndexedCase) -> Path:
+def unit_path(work: Folder, teacher: IndexedTeacher, case: IndexedCase) -> Folder:
     """Where one teacher's numbers for one case are."""
     image = short(case.image_sha256)
     return teacher_folder(work, teacher) / case.dataset / f"{case.case}@{image}.zarr"
@@ -88,16 +88,16 @@ def unit_digest(teacher: IndexedTeacher, case: IndexedCase) -> str:
     return digest(inputs)
 
 
-def read_index(work: Path) -> tuple[list[IndexFile], dict[Path, str]]:
+def read_index(work: Folder) -> tuple[list[IndexFile], dict[Folder, str]]:
     """All that stage one has written into the index, under whatever keys.
 
     Returns:
         The files, and those that cannot be read -> why.
     """
     found: list[IndexFile] = []
-    unreadable: dict[Path, str] = {}
+    unreadable: dict[Folder, str] = {}
     for kind in ("datasets", "teachers"):
-        for path in sorted((work / "index" / kind).glob("[!.]*.json")):
+        for path in _entries(work, kind):
             try:
                 content = _read(path)
                 if kind == "datasets":
@@ -110,13 +110,18 @@ def read_index(work: Path) -> tuple[list[IndexFile], dict[Path, str]]:
     return found, unreadable
 
 
-def write_dataset_index(work: Path, dataset: str, key: str, cases: Sequence[IndexedCase]) -> None:
+def _entries(work: Folder, kind: str) -> list[Folder]:
+    with storage_errors(work):
+        return sorted((work / "index" / kind).glob("[!.]*.json"), key=str)
+
+
+def write_dataset_index(work: Folder, dataset: str, key: str, cases: Sequence[IndexedCase]) -> None:
     """Records the cases of a dataset under the registry's key for it."""
     content = {"dataset": dataset, "key": key, "cases": [asdict(case) for case in cases]}
     _write(dataset_file(work, dataset, key), content)
 
 
-def read_dataset_index(work: Path, dataset: str, key: str) -> list[IndexedCase]:
+def read_dataset_index(work: Folder, dataset: str, key: str) -> list[IndexedCase]:
     """The cases of a dataset.
 
     Raises:
@@ -127,12 +132,12 @@ def read_dataset_index(work: Path, dataset: str, key: str) -> list[IndexedCase]:
         return [IndexedCase(**case) for case in _read(path)["cases"]]
 
 
-def write_teacher_index(work: Path, key: str, teacher: IndexedTeacher) -> None:
+def write_teacher_index(work: Folder, key: str, teacher: IndexedTeacher) -> None:
     """Records a teacher's digest under the registry's key for it."""
     _write(teacher_file(work, teacher.teacher, key), {"key": key, **asdict(teacher)})
 
 
-def read_teacher_index(work: Path, teacher: str, key: str) -> IndexedTeacher:
+def read_teacher_index(work: Folder, teacher: str, key: str) -> IndexedTeacher:
     """A teacher's digest, organs and taps.
 
     Raises:
@@ -143,12 +148,12 @@ def read_teacher_index(work: Path, teacher: str, key: str) -> IndexedTeacher:
         return _teacher(_read(path))
 
 
-def dataset_file(work: Path, dataset: str, key: str) -> Path:
+def dataset_file(work: Folder, dataset: str, key: str) -> Folder:
     """The index file of a dataset under a registry's key for it."""
     return work / "index" / "datasets" / f"{dataset}.{short(key)}.json"
 
 
-def teacher_file(work: Path, teacher: str, key: str) -> Path:
+def teacher_file(work: Folder, teacher: str, key: str) -> Folder:
     """The index file of a teacher under a registry's key for it."""
     return work / "index" / "teachers" / f"{teacher}.{short(key)}.json"
 
@@ -160,13 +165,13 @@ def _teacher(content: Mapping[str, Any]) -> IndexedTeacher:
     )
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def _write(path: Folder, content: Mapping[str, Any]) -> None:
     write_json(path, {**content, "seal": digest(content)})
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Folder) -> dict[str, Any]:
     """A case whose split or name has one other letter would be left out without a word: sealed."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     content: dict[str, Any] = json.loads(text)
     seal = content.pop("seal")
     if seal != digest(content) or text != json_text({**content, "seal": seal}):
@@ -175,7 +180,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _stale_if_unreadable(what: str, work: Path) -> Iterator[None]:
+def _stale_if_unreadable(what: str, work: Folder) -> Iterator[None]:
     """Absent, damaged, or written by a version with other fields: stage one writes it anew."""
     try:
         yield

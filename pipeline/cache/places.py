@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+
+from pipeline.folder import Folder, is_local, sizes, storage_errors
 
 _UNIT = re.compile(r"(?P<case>.+)@(?P<tag>[0-9a-f]{16})\.zarr")
 _TEACHER = re.compile(r"(?P<teacher>.+)@(?P<tag>[0-9a-f]{16})")
@@ -13,7 +13,7 @@ CASES = "cases"
 TEACHERS = "teachers"
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Place:
     """The place of a unit, by its path alone: something may be wrong with what is there.
 
@@ -26,7 +26,7 @@ class Place:
         tag: first 16 digits of the case's digest, in a teacher unit of the image's SHA-256.
     """
 
-    path: Path
+    path: Folder
     dataset: str
     case: str
     teacher: str | None
@@ -44,7 +44,7 @@ class Place:
         return self.case_name if self.teacher is None else f"{self.teacher} x {self.case_name}"
 
 
-def place_of(path: Path) -> Place | None:
+def place_of(path: Folder) -> Place | None:
     """Takes the path of a unit apart; None if it is not laid out as one."""
     unit = _UNIT.fullmatch(path.name)
     if unit is None or path.name.startswith("."):
@@ -58,13 +58,13 @@ def place_of(path: Path) -> Place | None:
     return Place(path, dataset, unit["case"], teacher["teacher"], teacher["tag"], unit["tag"])
 
 
-def unit_name(path: Path) -> str:
+def unit_name(path: Folder) -> str:
     """A unit's name by its path, for messages."""
     place = place_of(path)
     return path.name if place is None else place.name
 
 
-def find_units(work: Path, *, dataset: str = "*", case: str = "*") -> list[Place]:
+def find_units(work: Folder, *, dataset: str = "*", case: str = "*") -> list[Place]:
     """All that is laid out as a unit in a work folder, cases first, in order of path.
 
     Args:
@@ -74,7 +74,9 @@ def find_units(work: Path, *, dataset: str = "*", case: str = "*") -> list[Place
     """
     found = []
     for pattern in (f"{CASES}/*/*.zarr", f"{TEACHERS}/*/*/*.zarr"):
-        places = (place_of(path) for path in sorted(work.glob(pattern)))
+        with storage_errors(work):
+            paths: list[Folder] = sorted(work.glob(pattern), key=str)
+        places = (place_of(path) for path in paths)
         found += [
             place
             for place in places
@@ -83,10 +85,8 @@ def find_units(work: Path, *, dataset: str = "*", case: str = "*") -> list[Place
     return found
 
 
-def unit_bytes(path: Path) -> int:
+def unit_bytes(path: Folder) -> int:
     """What a unit, or a file, takes on disk, whatever its receipt says."""
-    total = 0
-    for file in [path, *path.rglob("*")]:
-        with suppress(OSError):  # removed meanwhile
-            total += file.stat().st_size if file.is_file() else 0
-    return total
+    if is_local(path) and path.is_file():
+        return path.stat().st_size
+    return sum(sizes(path).values())

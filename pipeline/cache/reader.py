@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 
+from pipeline.cache.objects import open_store
 from pipeline.cache.places import unit_name
 from pipeline.cache.pool import POOL, ChunkPool, UnreadableChunk
-from pipeline.cache.receipt import REMOVE, Receipt, check_objects, read_receipt, verify_object
+from pipeline.cache.receipt import (
+    REMOVE,
+    Receipt,
+    check_objects,
+    read_receipt,
+    unreachable,
+    verify_object,
+)
 from pipeline.cache.schema import IMAGE, LABEL, features_name, log_odds_name
-from pipeline.errors import CacheCorrupt, CacheIncomplete
+from pipeline.errors import CacheCorrupt, CacheIncomplete, StoreUnreachable
+from pipeline.folder import Folder, is_local
 from pipeline.patches import Patch
 from pipeline.volume import Grid
 
@@ -25,11 +33,11 @@ from pipeline.volume import Grid
 class Unit:
     """One unit, open for reading."""
 
-    path: Path
+    path: Folder
     receipt: Receipt
 
     @classmethod
-    def open(cls, path: Path, *, expect: str | None = None) -> Unit:
+    def open(cls, path: Folder, *, expect: str | None = None) -> Unit:
         """Opens a unit after the cheap check of its receipt.
 
         Raises:
@@ -40,8 +48,17 @@ class Unit:
     @cached_property
     def group(self) -> zarr.Group:
         """The Zarr group, opened on first use, so that a forked or spawned worker opens its own."""
-        verify_object(self.path, self.receipt, "zarr.json")
-        return zarr.open_group(self.path, mode="r", zarr_format=3)
+        self._verify("zarr.json")
+        folder = self.receipt.group_folder(self.path)
+        if is_local(folder):
+            return zarr.open_group(folder, mode="r", zarr_format=3)
+        try:
+            return zarr.open_group(open_store(folder), mode="r", zarr_format=3)
+        except OSError as error:
+            raise unreachable(self.path, error) from error
+
+    def _verify(self, name: str) -> None:
+        verify_object(self.path, self.receipt, self.receipt.object_name(name))
 
     @cached_property
     def attributes(self) -> Mapping[str, Any]:
@@ -63,7 +80,7 @@ class Unit:
             CacheCorrupt, CacheIncomplete: its metadata are not what was written.
         """
         if name not in self._arrays:
-            verify_object(self.path, self.receipt, f"{name}/zarr.json")
+            self._verify(f"{name}/zarr.json")
             array = self.group[name]
             assert isinstance(array, zarr.Array)
             self._arrays[name] = array
@@ -79,16 +96,22 @@ class Unit:
         Raises:
             CacheCorrupt: a chunk that fails its checksum.
             CacheIncomplete: a chunk that was lost after the unit was opened.
+            StoreUnreachable: an object store does not answer.
         """
         array = self.array(name)
         # A whole array is read once: through the pool it would only push others out.
         pool = ChunkPool() if patch is None else POOL
         d, h, w = array.shape[-3:]
         inside = (patch or Patch((0, 0, 0), (d, h, w))).clip((d, h, w))[0]
-        check = partial(check_objects, self.path, self.receipt, f"{name}/c/")
+        chunks = self.receipt.object_name(f"{name}/c/")
+        check = partial(check_objects, self.path, self.receipt, chunks)
         try:
             return pool.read(array, (str(self.path), name), inside, check_fill=check)
         except UnreadableChunk as error:
+            if isinstance(error.cause, StoreUnreachable):
+                raise error.cause from error
+            if isinstance(error.cause, OSError) and not is_local(self.path):
+                raise unreachable(self.path, error.cause) from error
             what = f"{unit_name(self.path)}: chunk {error.index} of array {name}"
             if error.lost:
                 raise CacheIncomplete(

@@ -6,15 +6,22 @@ A receipt vouches for itself too: its last field, `seal`, is the digest of all o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from pipeline.cache.provenance import Inputs
 from pipeline.cache.schema import FORMAT_VERSION
 from pipeline.config import digest, file_sha256
-from pipeline.errors import CacheCorrupt, CacheIncomplete, CacheMissing, CacheStale
+from pipeline.errors import (
+    CacheCorrupt,
+    CacheIncomplete,
+    CacheMissing,
+    CacheStale,
+    StoreUnreachable,
+)
+from pipeline.folder import Folder, is_local, read_text, sizes
 
 RECEIPT = "receipt.json"
 _AGAIN = "Run `pipeline cache-teachers` again: it recomputes this unit alone."
@@ -36,6 +43,8 @@ class Receipt:
         seconds: what it took to make.
         written: when, UTC, as `2026-11-23T07:30:00Z`.
         teacher_inputs: what `inputs["teacher_digest"]` is the digest of; empty in a case unit.
+        copy: the folder within the unit that the group is in; empty: the unit's own. Units in an
+            object store have one, since there each writer uploads a copy of its own.
     """
 
     digest: str
@@ -45,6 +54,20 @@ class Receipt:
     seconds: float
     written: str
     teacher_inputs: Inputs
+    copy: str = ""
+
+    def object_name(self, name: str) -> str:
+        """The name, relative to the unit, of a file of the group."""
+        return f"{self.copy}/{name}" if self.copy else name
+
+    def group_folder(self, path: Folder) -> Folder:
+        """Where the group of the unit at `path` is."""
+        return path / self.copy if self.copy else path
+
+    @property
+    def contents(self) -> Mapping[str, Mapping[str, Any]]:
+        """`objects` by their names within the group, wherever the unit is."""
+        return {n.removeprefix(f"{self.copy}/"): entry for n, entry in self.objects.items()}
 
     @property
     def num_bytes(self) -> int:
@@ -63,30 +86,36 @@ def write_receipt(receipt: Receipt) -> str:
         "objects": receipt.objects,
         "seconds": receipt.seconds,
         "written": receipt.written,
+        **({"copy": receipt.copy} if receipt.copy else {}),
     }
     return json.dumps({**data, "seal": digest(data)}, indent=1)
 
 
-def read_receipt(path: Path, *, expect: str | None = None) -> Receipt:
+def read_receipt(path: Folder, *, expect: str | None = None, objects: bool = True) -> Receipt:
     """Reads and checks a unit's receipt, its objects' presence and their sizes (cheap).
 
     Args:
         path: the unit.
         expect: digest that it must have; None takes any.
+        objects: False leaves out the objects.
 
     Raises:
         CacheMissing: no receipt.
         CacheStale: another digest than expected, or another format version.
         CacheIncomplete: objects are missing or have another size.
         CacheCorrupt: the receipt cannot be read, or does not match its own digest.
+        StoreUnreachable: an object store does not answer.
     """
     try:
-        data = json.loads((path / RECEIPT).read_text(encoding="utf-8"))
+        data = json.loads(read_text(path / RECEIPT))
         version = data["format_version"]
-        receipt = Receipt(**{field.name: data.get(field.name) for field in fields(Receipt)})
+        known = {field.name: data.get(field.name) for field in fields(Receipt)}
+        receipt = Receipt(**{**known, "copy": data.get("copy", "")})
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheMissing("not in the cache.", where=path, fix=_AGAIN) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and not is_local(path):
+            raise unreachable(path, error) from error
         raise CacheCorrupt(f"unreadable receipt ({error}).", where=path, fix=_AGAIN) from error
     if version != FORMAT_VERSION:
         raise CacheStale(
@@ -102,11 +131,12 @@ def read_receipt(path: Path, *, expect: str | None = None) -> Receipt:
             where=path,
             fix=_AGAIN,
         )
-    check_objects(path, receipt)
+    if objects:
+        check_objects(path, receipt)
     return receipt
 
 
-def verify_unit(path: Path, *, expect: str | None = None) -> Receipt:
+def verify_unit(path: Folder, *, expect: str | None = None) -> Receipt:
     """Reads every byte of a unit and holds it against the receipt (deep).
 
     Raises:
@@ -119,28 +149,84 @@ def verify_unit(path: Path, *, expect: str | None = None) -> Receipt:
     return receipt
 
 
-def verify_seal(path: Path, receipt: Receipt) -> None:
+def verify_seal(path: Folder, receipt: Receipt) -> None:
     """Holds a receipt's file, byte by byte, against what it says.
 
     Raises:
         CacheCorrupt: they differ, if only in white space.
     """
-    if (path / RECEIPT).read_text(encoding="utf-8") != write_receipt(receipt):
+    if read_text(path / RECEIPT) != write_receipt(receipt):
         raise CacheCorrupt("the receipt has other bytes than were written.", where=path, fix=REMOVE)
 
 
-def verify_object(path: Path, receipt: Receipt, name: str) -> None:
+def verify_object(path: Folder, receipt: Receipt, name: str) -> None:
     """Reads one file of a unit and holds it against the receipt.
+
+    Args:
+        path: the unit.
+        receipt: its receipt.
+        name: as in `receipt.objects`.
 
     Raises:
         CacheIncomplete, CacheCorrupt: it is gone, or its bytes changed.
+        StoreUnreachable: an object store does not answer.
     """
     try:
         found = file_sha256(path / name)
     except OSError as error:
+        if not is_local(path) and not isinstance(error, FileNotFoundError):
+            raise unreachable(path, error) from error
         raise CacheIncomplete(f"{name} is missing.", where=path, fix=_AGAIN) from error
     if name not in receipt.objects or found != receipt.objects[name]["sha256"]:
         raise CacheCorrupt(f"{name} has other bytes than were written.", where=path, fix=REMOVE)
+
+
+def check_objects(path: Folder, receipt: Receipt, below: str = "") -> None:
+    """Looks whether the files of a unit, or of one array in it, are there with their sizes.
+
+    Args:
+        path: the unit.
+        receipt: its receipt.
+        below: only files whose names, as in `receipt.objects`, begin so.
+
+    Raises:
+        CacheIncomplete: one is not.
+        StoreUnreachable: an object store does not answer.
+    """
+    wanted = {name: entry for name, entry in receipt.objects.items() if name.startswith(below)}
+    try:
+        there = _sizes(path, list(wanted))
+    except OSError as error:
+        raise unreachable(path, error) from error
+    for name, entry in wanted.items():
+        if name not in there:
+            raise CacheIncomplete(f"{name} is missing.", where=path, fix=_AGAIN)
+        if there[name] != entry["bytes"]:
+            raise CacheIncomplete(
+                f"{name} has {there[name]} bytes instead of {entry['bytes']}.",
+                where=path,
+                fix=_AGAIN,
+            )
+
+
+def unreachable(path: Folder, error: Exception) -> StoreUnreachable:
+    """The error for an object store that did not answer; nothing is known to be wrong."""
+    return StoreUnreachable(
+        f"the object store did not answer ({error}).",
+        where=path,
+        fix="Nothing is known to be wrong with the cache: try again.",
+    )
+
+
+def _sizes(path: Folder, names: Sequence[str]) -> dict[str, int]:
+    """One listing in an object store, where every question costs a round trip."""
+    if not is_local(path):
+        return sizes(path)
+    found = {}
+    for name in names:
+        with suppress(OSError):
+            found[name] = (path / name).stat().st_size
+    return found
 
 
 def _is_sealed(data: Mapping[str, Any]) -> bool:
@@ -149,27 +235,3 @@ def _is_sealed(data: Mapping[str, Any]) -> bool:
         return bool(data["seal"] == sealed and data["digest"] == digest(data["inputs"]))
     except (KeyError, ValueError):  # ValueError: a number that became infinite
         return False
-
-
-def check_objects(path: Path, receipt: Receipt, below: str = "") -> None:
-    """Looks whether the files of a unit, or of one array in it, are there with their sizes.
-
-    Args:
-        path: the unit.
-        receipt: its receipt.
-        below: only files whose names begin so.
-
-    Raises:
-        CacheIncomplete: one is not.
-    """
-    for name, entry in receipt.objects.items():
-        if not name.startswith(below):
-            continue
-        try:
-            size = (path / name).stat().st_size
-        except OSError as error:
-            raise CacheIncomplete(f"{name} is missing.", where=path, fix=_AGAIN) from error
-        if size != entry["bytes"]:
-            raise CacheIncomplete(
-                f"{name} has {size} bytes instead of {entry['bytes']}.", where=path, fix=_AGAIN
-            )

@@ -1,7 +1,9 @@
-"""Units on disk: written whole under a temporary name, vouched for by a receipt, then renamed.
+"""Units: written whole where nobody looks, vouched for by a receipt, then made visible at once.
 
-A unit exists if, and only if, its receipt does. Nothing is ever overwritten: another digest is
-another path, and of two writers of one unit the second removes its own copy.
+On a disk a unit is renamed into place; in an object store its receipt is created last, see
+`pipeline.cache.objects`. A unit exists if, and only if, its receipt does. Nothing is ever
+overwritten: another digest is another path, and of two writers of one unit the second removes its
+own copy.
 """
 
 from __future__ import annotations
@@ -10,9 +12,7 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +21,7 @@ from typing import Any
 
 import zarr
 
+from pipeline.cache.objects import commit_objects, remove_objects
 from pipeline.cache.provenance import Inputs
 from pipeline.cache.receipt import (
     RECEIPT,
@@ -32,14 +33,23 @@ from pipeline.cache.receipt import (
 from pipeline.cache.schema import ArraySpec, StorageConfig, create_array, describe
 from pipeline.config import digest
 from pipeline.errors import CacheError, WorkFolderError
+from pipeline.folder import (
+    Folder,
+    check_answers,
+    is_local,
+    local_temporaries,
+    read_text,
+    remove,
+    replace_file,
+    temporary_name,
+)
 
-_TEMPORARY = ".tmp"
 _ATTEMPTS = 8
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 def write_unit(
-    path: Path,
+    path: Folder,
     arrays: Sequence[ArraySpec],
     attributes: Mapping[str, Any],
     inputs: Inputs,
@@ -67,23 +77,25 @@ def write_unit(
     Raises:
         WorkFolderError: the folder cannot be written, or the disk is full.
     """
-    temporary = path.with_name(_temporary_name(path.name))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        group = zarr.create_group(temporary, zarr_format=3, attributes=dict(attributes))
-        for spec in arrays:
-            create_array(group, spec, storage)
-        receipt = Receipt(
-            digest=digest(inputs),
-            inputs=inputs,
-            arrays={spec.name: describe(spec) for spec in arrays},
-            objects=_sync_and_hash(temporary),
-            seconds=round(seconds, 3),
-            written=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            teacher_inputs=teacher_inputs or {},
-        )
-        _write_synced(temporary / RECEIPT, write_receipt(receipt))
-        _make_visible(temporary, path, receipt.digest)
+        with _building(path) as temporary:
+            group = zarr.create_group(temporary, zarr_format=3, attributes=dict(attributes))
+            for spec in arrays:
+                create_array(group, spec, storage)
+            receipt = Receipt(
+                digest=digest(inputs),
+                inputs=inputs,
+                arrays={spec.name: describe(spec) for spec in arrays},
+                objects=_sync_and_hash(temporary),
+                seconds=round(seconds, 3),
+                written=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                teacher_inputs=teacher_inputs or {},
+            )
+            if is_local(path):
+                _write_synced(temporary / RECEIPT, write_receipt(receipt))
+                _make_visible(temporary, path, receipt.digest)
+            else:
+                commit_objects(temporary, path, receipt)
         return read_receipt(path, expect=receipt.digest)
     except OSError as error:
         raise WorkFolderError(
@@ -91,21 +103,34 @@ def write_unit(
             where=path,
             fix="Check free space, quota and permissions; units that are done stay done.",
         ) from error
+
+
+@contextmanager
+def _building(path: Folder) -> Iterator[Path]:
+    """The name of a folder to build a unit in: beside its place, or, for an object store, on this
+    machine's own temporary disk. What is left in it at the end of the block is removed."""
+    if is_local(path):
+        temporary = path.with_name(temporary_name(path.name))
+    else:
+        temporary = local_temporaries() / temporary_name(path.name)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def prepare_work_folder(work: Path) -> None:
+def prepare_work_folder(work: Folder) -> None:
     """Makes sure that a work folder exists and can be written.
 
     Raises:
         WorkFolderError: otherwise.
     """
-    probe = work / _temporary_name("writable")
+    check_answers(work)
+    probe = work / temporary_name("writable")
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        replace_file(probe, b"")
+        remove(probe)
     except OSError as error:
         raise WorkFolderError(
             f"the work folder cannot be written ({error.strerror or error}).",
@@ -115,8 +140,9 @@ def prepare_work_folder(work: Path) -> None:
 
 
 @contextmanager
-def scratch_folder(work: Path) -> Iterator[Path]:
-    """A folder on the work folder's disk for what is thrown away at the end of the block.
+def scratch_folder(work: Folder) -> Iterator[Path]:
+    """A folder on the work folder's disk for what is thrown away at the end of the block; for an
+    object store, on this machine's temporary disk.
 
     If this process is killed first, the next run of stage one removes it.
 
@@ -124,41 +150,15 @@ def scratch_folder(work: Path) -> Iterator[Path]:
         WorkFolderError: it cannot be made.
     """
     prepare_work_folder(work)
-    folder = work / _temporary_name("scratch")
+    folder = (work if is_local(work) else local_temporaries()) / temporary_name("scratch")
     try:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def clean_temporaries(folder: Path) -> int:
-    """Removes `dead_temporaries`; returns how many."""
-    found = dead_temporaries(folder)
-    for path in found:
-        remove_leftover(path)
-    return len(found)
-
-
-def dead_temporaries(folder: Path) -> list[Path]:
-    """What writers of this host left that no longer live.
-
-    A temporary of another host, or of a living process, is none of them.
-    """
-    found = []
-    for path in folder.rglob(f".*~*~*~*{_TEMPORARY}"):
-        _, host, pid, _ = path.name.rsplit("~", 3)
-        if host == socket.gethostname() and pid.isdecimal() and not _alive(int(pid)):
-            found.append(path)
-    return sorted(found)
-
-
-def remove_leftover(path: Path) -> None:
-    """Removes a file or folder that is no unit: a dead temporary, an index entry."""
-    _remove(path)
-
-
-def remove_unit(path: Path) -> None:
+def remove_unit(path: Folder) -> None:
     """Removes a unit: it vanishes whole, by a rename; its bytes go after that.
 
     Killed in between, it leaves a temporary of a dead process. A folder that it leaves empty goes
@@ -167,10 +167,13 @@ def remove_unit(path: Path) -> None:
     Raises:
         WorkFolderError: it cannot be removed.
     """
-    aside = path.with_name(_temporary_name(path.name))
     try:
+        if not is_local(path):
+            remove_objects(path)
+            return
+        aside = path.with_name(temporary_name(path.name))
         path.rename(aside)
-        _remove(aside)
+        remove(aside)
     except FileNotFoundError:
         return  # another process was faster
     except OSError as error:
@@ -186,7 +189,7 @@ def remove_unit(path: Path) -> None:
             return
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Folder, value: Any) -> None:
     """Writes a JSON file atomically; one that says the same already is left alone.
 
     Raises:
@@ -195,20 +198,14 @@ def write_json(path: Path, value: Any) -> None:
     text = json_text(value)
     if _reads(path, text):
         return
-    temporary = path.with_name(_temporary_name(path.name))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_synced(temporary, text)
-        temporary.replace(path)
+        replace_file(path, text.encode())
     except OSError as error:
         raise WorkFolderError(
             f"the file could not be written ({error.strerror or error}).",
             where=path,
             fix="Check free space, quota and permissions; units that are done stay done.",
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def json_text(value: Any) -> str:
@@ -216,15 +213,11 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=1)
 
 
-def _reads(path: Path, text: str) -> bool:
+def _reads(path: Folder, text: str) -> bool:
     try:
-        return path.read_text(encoding="utf-8") == text
+        return read_text(path) == text
     except (OSError, UnicodeDecodeError):
         return False
-
-
-def _temporary_name(name: str) -> str:
-    return f".{name}~{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}{_TEMPORARY}"
 
 
 def _make_visible(temporary: Path, path: Path, expect: str) -> None:
@@ -240,10 +233,10 @@ def _make_visible(temporary: Path, path: Path, expect: str) -> None:
             break
         if _is_valid(path, expect):
             return
-        broken = path.with_name(_temporary_name(path.name))
+        broken = path.with_name(temporary_name(path.name))
         with suppress(FileNotFoundError):  # another was faster
             path.rename(broken)
-        _remove(broken)
+        remove(broken)
     _sync_folder(path.parent)
 
 
@@ -253,13 +246,6 @@ def _is_valid(path: Path, expect: str) -> bool:
     except CacheError:
         return False
     return True
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _sync_and_hash(folder: Path) -> dict[str, dict[str, Any]]:
@@ -278,7 +264,7 @@ def _sync_and_hash(folder: Path) -> dict[str, dict[str, Any]]:
     return objects
 
 
-def _write_synced(path: Path, text: str) -> None:
+def _write_synced(path: Folder, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -291,13 +277,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True

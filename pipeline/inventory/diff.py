@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.cache.index import read_index
@@ -13,6 +12,7 @@ from pipeline.cache.provenance import Inputs, differing
 from pipeline.cache.receipt import Receipt, read_receipt
 from pipeline.config import short
 from pipeline.errors import CacheError, ConfigError
+from pipeline.folder import Folder
 from pipeline.inventory.wording import megabytes, print_changes
 from pipeline.log import print_table
 
@@ -75,8 +75,8 @@ class Difference:
         unreadable: units without a valid receipt, which are in neither.
     """
 
-    a: Path
-    b: Path
+    a: Folder
+    b: Folder
     cases: Side
     teachers: Side
     units: Side
@@ -116,7 +116,7 @@ class _Contents:
     unreadable: tuple[str, ...]
 
 
-def diff(a: Path, b: Path) -> Difference:
+def diff(a: Folder, b: Folder) -> Difference:
     """Compares two work folders by their receipts; no array is read.
 
     Raises:
@@ -129,7 +129,7 @@ def diff(a: Path, b: Path) -> Difference:
         sum(side.receipts[name].num_bytes for name in names)
         for side, names in ((first, first.receipts), (second, second.receipts), (first, both))
     ]
-    unlike = [n for n in sorted(both) if first.receipts[n].objects != second.receipts[n].objects]
+    unlike = [n for n in sorted(both) if first.receipts[n].contents != second.receipts[n].contents]
     return Difference(
         a,
         b,
@@ -180,7 +180,7 @@ def _of(key: Key, teachers: Set[Key]) -> bool:
     return (teacher, tag) in teachers
 
 
-def _read(work: Path) -> _Contents:
+def _read(work: Folder) -> _Contents:
     places = find_units(work)
     if not places and not (work / "index").is_dir():
         raise ConfigError(
@@ -202,7 +202,7 @@ def _read(work: Path) -> _Contents:
         except CacheError:
             unreadable.append(place.name)
             continue
-        receipts[str(place.path.relative_to(work))] = receipt
+        receipts[str(place.path).removeprefix(f"{work}/")] = receipt
         if place.teacher is None:
             cases[place.case_name, place.tag] = receipt.inputs
             continue

@@ -14,6 +14,7 @@ from pipeline.cohort import compute, lazy_consensus, open_cohort
 from pipeline.data.nifti import write_image
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheMissing, RegistryError
+from pipeline.folder import Folder
 from pipeline.labels import IGNORE, LabelSpace
 from pipeline.volume import Volume
 
@@ -21,7 +22,7 @@ _SUFFIX = ".nii.gz"
 
 
 def export_nifti(
-    work: Path,
+    work: Folder,
     registry: Registry,
     case: str,
     teachers: Sequence[str],
@@ -68,7 +69,7 @@ def export_nifti(
     return written
 
 
-def _open(work: Path, registry: Registry, case: str, teachers: Sequence[str]) -> CachedCase:
+def _open(work: Folder, registry: Registry, case: str, teachers: Sequence[str]) -> CachedCase:
     dataset, _, _ = case.partition("/")
     if dataset not in registry.datasets:
         known = ", ".join(registry.datasets)

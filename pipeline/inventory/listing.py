@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.cache.index import IndexFile, read_index
@@ -13,6 +12,7 @@ from pipeline.cache.receipt import Receipt, read_receipt
 from pipeline.config import short
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError
+from pipeline.folder import Folder
 from pipeline.inventory.reach import index_reach, registry_reach
 from pipeline.inventory.students import StudentRun, student_runs, used_by
 from pipeline.inventory.wording import megabytes, seconds_since
@@ -56,7 +56,7 @@ class Entry:
 class Listing:
     """All that a work folder holds."""
 
-    work: Path
+    work: Folder
     datasets: Sequence[Entry]
     teachers: Sequence[Entry]
     students: Sequence[StudentRun]
@@ -75,7 +75,7 @@ class Listing:
         }
 
 
-def list_cache(work: Path, registry: Registry | None = None) -> Listing:
+def list_cache(work: Folder, registry: Registry | None = None) -> Listing:
     """Reads every receipt of a work folder, and no array.
 
     Args:
@@ -125,8 +125,8 @@ def _entry(
     tag: str,
     places: Sequence[Place],
     files: Sequence[IndexFile],
-    mine: set[Path] | None,
-    keys: Mapping[Path, set[str]],
+    mine: set[Folder] | None,
+    keys: Mapping[Folder, set[str]],
     runs: Sequence[StudentRun],
 ) -> Entry:
     receipts = {place: _receipt(place) for place in places}
@@ -159,9 +159,9 @@ def _receipt(place: Place) -> Receipt | None:
         return None
 
 
-def _keys(work: Path, files: Sequence[IndexFile]) -> dict[Path, set[str]]:
+def _keys(work: Folder, files: Sequence[IndexFile]) -> dict[Folder, set[str]]:
     """Unit -> index entries of its own dataset (a case unit) or teacher that lead to it."""
-    found: dict[Path, set[str]] = {}
+    found: dict[Folder, set[str]] = {}
     cases = [file for file in files if file.cases is not None]
     for file in files:
         with_cases = [file] if file.cases is not None else [file, *cases]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.cache.index import (
     IndexedCase,
@@ -21,6 +20,7 @@ from pipeline.cache.index import (
 )
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheStale
+from pipeline.folder import Folder
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class Reach:
         absent: datasets and teachers of the registry without a readable entry -> why.
     """
 
-    units: Mapping[Path, Reached]
-    index_files: frozenset[Path]
+    units: Mapping[Folder, Reached]
+    index_files: frozenset[Folder]
     absent: Mapping[str, CacheStale]
 
 
-def registry_reach(work: Path, registry: Registry) -> Reach:
+def registry_reach(work: Folder, registry: Registry) -> Reach:
     """All units that stage two, or a rerun of stage one, would use for a registry."""
     cases: list[IndexedCase] = []
     teachers: list[IndexedTeacher] = []
-    files: set[Path] = set()
+    files: set[Folder] = set()
     absent: dict[str, CacheStale] = {}
     for dataset in registry.datasets:
         key = registry.dataset_key(dataset)
@@ -77,7 +77,7 @@ def registry_reach(work: Path, registry: Registry) -> Reach:
     return Reach(_units(work, cases, teachers), frozenset(files), absent)
 
 
-def index_reach(work: Path, files: Iterable[IndexFile] | None = None) -> dict[Path, Reached]:
+def index_reach(work: Folder, files: Iterable[IndexFile] | None = None) -> dict[Folder, Reached]:
     """All units that any pair of index entries leads to; many of them need not exist.
 
     Args:
@@ -91,9 +91,9 @@ def index_reach(work: Path, files: Iterable[IndexFile] | None = None) -> dict[Pa
 
 
 def _units(
-    work: Path, cases: Iterable[IndexedCase], teachers: Iterable[IndexedTeacher]
-) -> dict[Path, Reached]:
-    units: dict[Path, Reached] = {}
+    work: Folder, cases: Iterable[IndexedCase], teachers: Iterable[IndexedTeacher]
+) -> dict[Folder, Reached]:
+    units: dict[Folder, Reached] = {}
     teachers = list(teachers)
     for case in cases:
         units[case_path(work, case)] = Reached(case.digest, case, None)

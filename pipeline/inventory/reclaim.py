@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.cache.index import read_index
+from pipeline.cache.leftovers import dead_temporaries
 from pipeline.cache.places import Place, find_units, unit_bytes
 from pipeline.cache.receipt import read_receipt
-from pipeline.cache.store import dead_temporaries, remove_leftover, remove_unit
+from pipeline.cache.store import remove_unit
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, ConfigError
+from pipeline.folder import Folder, remove
 from pipeline.inventory.reach import registry_reach
 from pipeline.inventory.students import student_runs, used_by
 from pipeline.inventory.wording import megabytes, seconds_since
@@ -36,11 +37,11 @@ class Garbage:
     """
 
     units: tuple[Place, ...]
-    index_files: tuple[Path, ...]
-    temporaries: tuple[Path, ...]
-    num_bytes: dict[Path, int]
+    index_files: tuple[Folder, ...]
+    temporaries: tuple[Folder, ...]
+    num_bytes: dict[Folder, int]
     young: tuple[Place, ...]
-    students: dict[Path, list[str]]
+    students: dict[Folder, list[str]]
 
     @property
     def total(self) -> int:
@@ -71,7 +72,7 @@ class Garbage:
         }
 
 
-def find_garbage(work: Path, registries: Sequence[Registry], *, grace_hours: float) -> Garbage:
+def find_garbage(work: Folder, registries: Sequence[Registry], *, grace_hours: float) -> Garbage:
     """Looks for what none of the registries reaches; removes nothing.
 
     Args:
@@ -104,7 +105,7 @@ def find_garbage(work: Path, registries: Sequence[Registry], *, grace_hours: flo
 
 
 def remove_garbage(
-    work: Path, registries: Sequence[Registry], garbage: Garbage, *, log: Log
+    work: Folder, registries: Sequence[Registry], garbage: Garbage, *, log: Log
 ) -> tuple[int, int]:
     """Removes what was found, except what a registry has come to reach since.
 
@@ -115,7 +116,7 @@ def remove_garbage(
         ConfigError: a registry is no longer in the index.
         WorkFolderError: something cannot be removed.
     """
-    gone: list[Path] = []
+    gone: list[Folder] = []
     kept, entries = _reached(work, registries)
     with log.progress("units removed", len(garbage.units)) as advance:
         for number, place in enumerate(garbage.units):
@@ -127,10 +128,10 @@ def remove_garbage(
             advance(place.name)
     for path in garbage.index_files:
         if path not in entries:
-            remove_leftover(path)
+            remove(path)
             gone.append(path)
     for path in garbage.temporaries:
-        remove_leftover(path)
+        remove(path)
         gone.append(path)
     return len(gone), sum(garbage.num_bytes[path] for path in gone)
 
@@ -159,12 +160,12 @@ def print_garbage(garbage: Garbage) -> None:
     print_table("No registry named here reaches", ["", "number", "bytes", "students"], rows)
 
 
-def _reached(work: Path, registries: Sequence[Registry]) -> tuple[set[Path], set[Path]]:
+def _reached(work: Folder, registries: Sequence[Registry]) -> tuple[set[Folder], set[Folder]]:
     """Units and index entries of all registries."""
     if not registries:
         raise ConfigError("no registry is named.", fix="Name all whose cached units are to stay.")
-    units: set[Path] = set()
-    entries: set[Path] = set()
+    units: set[Folder] = set()
+    entries: set[Folder] = set()
     for registry in registries:
         reach = registry_reach(work, registry)
         if reach.absent:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from pipeline.cache.schema import StorageConfig
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheStale, ConfigError, GeometryError, PipelineError
+from pipeline.folder import Folder
 from pipeline.inventory.reach import Reached, registry_reach
 from pipeline.log import Log, print_table
 from pipeline.teachers.sliding_window import WindowConfig
@@ -66,7 +66,7 @@ class Recomputed:
 
 
 def recompute(
-    work: Path,
+    work: Folder,
     registry: Registry,
     *,
     sample: int,
@@ -126,7 +126,7 @@ def print_recomputed(found: Sequence[Recomputed], tolerance: float) -> None:
 
 
 def _each(
-    registry: Registry, drawn: Sequence[tuple[Path, Reached]], device: str, window_batch: int
+    registry: Registry, drawn: Sequence[tuple[Folder, Reached]], device: str, window_batch: int
 ) -> Iterator[Recomputed]:
     """Teacher by teacher, so that each is loaded once."""
     loaded: LoadedTeacher | None = None
@@ -163,7 +163,7 @@ def _load(registry: Registry, unit: Reached, device: str, window_batch: int) -> 
     return loaded
 
 
-def _compare(registry: Registry, loaded: LoadedTeacher, path: Path, unit: Reached) -> Recomputed:
+def _compare(registry: Registry, loaded: LoadedTeacher, path: Folder, unit: Reached) -> Recomputed:
     stored = Unit.open(path, expect=unit.digest)
     sources = {source.case: source for source in registry.cases(unit.case.dataset)}
     if unit.case.case not in sources:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.cache.places import Place
 from pipeline.config import short
+from pipeline.folder import Folder
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class StudentRun:
         return teacher == place.teacher_tag and place.case_name in self.cases
 
 
-def student_runs(work: Path) -> Sequence[StudentRun]:
+def student_runs(work: Folder) -> Sequence[StudentRun]:
     """The runs of a work folder, by name; one whose record cannot be read has used nothing."""
     runs = []
     for folder in sorted(p for p in (work / "students").glob("[!.]*") if p.is_dir()):

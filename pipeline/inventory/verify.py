@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.cache.index import read_index
 from pipeline.cache.places import Place, find_units, unit_bytes
-from pipeline.cache.store import remove_leftover, remove_unit
+from pipeline.cache.store import remove_unit
 from pipeline.data.registry import Registry
+from pipeline.folder import Folder, remove
 from pipeline.inventory.contents import cheap_problems, deep_problems
 from pipeline.inventory.reach import Reached, index_reach, registry_reach
 from pipeline.inventory.wording import counted, megabytes
@@ -32,7 +32,7 @@ class Finding:
     """
 
     unit: str
-    path: Path
+    path: Folder
     state: State
     what: tuple[str, ...]
 
@@ -85,7 +85,7 @@ class Verification:
 
 
 def verify(
-    work: Path,
+    work: Folder,
     registry: Registry | None,
     *,
     deep: bool,
@@ -128,7 +128,7 @@ def check(place: Place, reached: Reached | None, *, deep: bool) -> list[str]:
     return deep_problems(place, expect) if deep else cheap_problems(place, expect)
 
 
-def repair(work: Path, found: Verification) -> list[Path]:
+def repair(work: Folder, found: Verification) -> list[Folder]:
     """Removes what was found damaged and still is; the next run of stage one makes it anew.
 
     Returns:
@@ -148,7 +148,7 @@ def repair(work: Path, found: Verification) -> list[Path]:
         if place is not None:
             remove_unit(place.path)
         else:
-            remove_leftover(finding.path)
+            remove(finding.path)
         removed.append(finding.path)
     return removed
 
@@ -161,7 +161,7 @@ def print_verification(found: Verification) -> None:
         print_table(f"Wrong{more}", ["unit", "", "what"], rows)
 
 
-def _missing(work: Path, registry: Registry, there: Set[Path]) -> Sequence[Finding]:
+def _missing(work: Folder, registry: Registry, there: Set[Folder]) -> Sequence[Finding]:
     reach = registry_reach(work, registry)
     gone = [
         Finding(name, work / "index", "missing", (error.what,))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.cache.index import (
@@ -24,6 +23,7 @@ from pipeline.config import short
 from pipeline.data.files import CaseFiles
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheMissing, PipelineError, RegistryError
+from pipeline.folder import Folder
 from pipeline.inventory.wording import counted, print_changes
 from pipeline.log import print_table
 from pipeline.prepare import identify_case
@@ -49,7 +49,7 @@ class Reason:
     unit: str
     verdict: Verdict
     because: str
-    nearest: Path | None = None
+    nearest: Folder | None = None
     differences: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Reason:
 
 
 def why(
-    work: Path,
+    work: Folder,
     registry: Registry,
     case: str,
     *,
@@ -111,7 +111,7 @@ def why(
 
 
 def _teacher_reason(
-    work: Path, unit: str, teacher: IndexedTeacher, case: IndexedCase, places: Sequence[Place]
+    work: Folder, unit: str, teacher: IndexedTeacher, case: IndexedCase, places: Sequence[Place]
 ) -> Reason:
     index = {
         file.teacher.digest: file.teacher.inputs
@@ -125,7 +125,7 @@ def _teacher_reason(
 
 
 def _reason(
-    unit: str, path: Path, expect: str, wanted: Inputs, there: Mapping[Path, Inputs]
+    unit: str, path: Folder, expect: str, wanted: Inputs, there: Mapping[Folder, Inputs]
 ) -> Reason:
     try:
         receipt = read_receipt(path, expect=expect)
@@ -155,7 +155,7 @@ def _explained(receipt: Receipt, index: Mapping[str, Inputs]) -> Inputs:
     return {**teacher, **inputs}
 
 
-def _receipts(places: Sequence[Place]) -> dict[Path, Receipt]:
+def _receipts(places: Sequence[Place]) -> dict[Folder, Receipt]:
     found = {}
     for place in places:
         with suppress(CacheError):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.cache.schema import StorageConfig
 from pipeline.case_sizes import case_sizes
 from pipeline.data.registry import Registry
 from pipeline.errors import RegistryError
+from pipeline.folder import Folder
 from pipeline.log import Log, print_table
 from pipeline.planning.probe import Probe, probe
 from pipeline.planning.rates import KINDS, Estimate, estimate_all
@@ -86,7 +86,7 @@ class Plan:
 def make_plan(
     settings: Settings,
     registry: Registry,
-    work: Path,
+    work: Folder,
     *,
     log: Log,
     quota_bytes: int | None = None,
@@ -158,8 +158,8 @@ def print_plan(found: Plan) -> None:
     space, need = found.space, on_disk(found.parts.values(), found.space.block_bytes)
     lines = [
         ["already there", f"{found.todo.num_cached} units, {size(found.todo.cached_bytes)}"],
-        ["needed on disk", f"{size(need)} (files end on blocks of {size(space.block_bytes)})"],
-        ["free", f"{size(space.free_bytes)}, {_count(space.free_inodes)} inodes"],
+        ["needed on disk", _needed(need, space)],
+        ["free", _free(space)],
     ]
     if space.quota_bytes is not None:
         held = f"{size(space.quota_bytes)}, of which {size(space.used_bytes)} are used"
@@ -192,6 +192,17 @@ def _time(seconds: float) -> str:
     if seconds >= 5400:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _needed(need: int, space: Space) -> str:
+    blocks = f" (files end on blocks of {size(space.block_bytes)})" if space.block_bytes else ""
+    return f"{size(need)}{blocks}"
+
+
+def _free(space: Space) -> str:
+    if space.free_bytes is None:
+        return "an object store does not fill; --quota sets a limit"
+    return f"{size(space.free_bytes)}, {_count(space.free_inodes)} inodes"
 
 
 def _count(number: int | None) -> str:

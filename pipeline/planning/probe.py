@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pipeline.cache.index import case_path, unit_path
 from pipeline.cache.schema import IMAGE, LABEL, StorageConfig
@@ -16,6 +16,7 @@ from pipeline.cache.store import scratch_folder
 from pipeline.case_sizes import CaseSize, two_cases
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
+from pipeline.folder import Folder, remove, replace_file, sizes, temporary_name
 from pipeline.log import Advance, Log
 from pipeline.planning.rates import FEATURES, IMAGES, LOG_ODDS, METADATA, Sample
 from pipeline.planning.todo import CASES, Todo
@@ -42,7 +43,7 @@ class Probe:
 
 def probe(
     registry: Registry,
-    work: Path,
+    work: Folder,
     todo: Todo,
     teachers: Mapping[str, LoadedTeacher],
     *,
@@ -63,7 +64,7 @@ def probe(
         scratch_folder(work) as scratch,
         log.progress("probe", len(chosen) * (1 + len(wanted))) as advance,
     ):
-        speed = _write_speed(scratch / "speed")
+        speed = _write_speed(work)
         for case in chosen:
             samples += _probe_case(
                 registry, scratch, case, wanted,
@@ -105,23 +106,20 @@ def _probe_case(
     return samples
 
 
-def _sample(what: str, unit: Path, case: CaseSize, seconds: float) -> Sample:
+def _sample(what: str, unit: Folder, case: CaseSize, seconds: float) -> Sample:
     num_bytes = dict.fromkeys((IMAGES, LOG_ODDS, FEATURES, METADATA), 0)
-    files = folders = 0
-    for path in [unit, *unit.rglob("*")]:
-        if path.is_dir():
-            folders += 1
-            continue
-        files += 1
-        num_bytes[_kind(path.relative_to(unit).parts)] += path.stat().st_size
+    found = sizes(unit)
+    for name, size in found.items():
+        num_bytes[_kind(name.split("/"))] += size
+    above = {parent for name in found for parent in PurePosixPath(name).parents}
     return Sample(
         what=what,
         case=case.source.name,
         voxels=case.voxels,
         native_voxels=case.native_voxels,
         num_bytes=num_bytes,
-        files=files,
-        folders=folders,
+        files=len(found),
+        folders=len(above),
         seconds=round(seconds, 4),
     )
 
@@ -134,15 +132,15 @@ def _kind(parts: Sequence[str]) -> str:
     return kinds[parts[0]]
 
 
-def _write_speed(path: Path) -> float:
+def _write_speed(work: Folder) -> float:
+    path = work / temporary_name("speed")
     data = os.urandom(_WRITTEN_TO_MEASURE)
     began = time.monotonic()
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    seconds = time.monotonic() - began
-    path.unlink()
+    try:
+        replace_file(path, data)
+    finally:
+        seconds = time.monotonic() - began
+        remove(path)
     return len(data) / max(seconds, 1e-6)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -14,12 +13,13 @@ from pipeline.case_sizes import case_sizes
 from pipeline.config import Config
 from pipeline.data.registry import Registry
 from pipeline.errors import SpaceError
+from pipeline.folder import Folder, read_text
 from pipeline.log import Log
 from pipeline.planning.rates import Sample, estimate_all, least
 from pipeline.planning.space import look_at, shortfall
 from pipeline.planning.todo import CASES, Todo, find_todo
 
-_FILE = Path("reports") / "plan.json"
+_FILE = "reports/plan.json"
 
 
 class Record(Config):
@@ -39,7 +39,7 @@ class Record(Config):
 
 
 def write_record(
-    work: Path,
+    work: Folder,
     samples: Sequence[Sample],
     storage: StorageConfig,
     teachers: Mapping[str, IndexedTeacher],
@@ -53,17 +53,17 @@ def write_record(
     write_json(work / _FILE, record.model_dump(mode="json"))
 
 
-def read_record(work: Path) -> Record | None:
+def read_record(work: Folder) -> Record | None:
     """The latest plan; None if there is none, or none that this program can read."""
     try:
-        return Record.model_validate_json((work / _FILE).read_text(encoding="utf-8"))
+        return Record.model_validate_json(read_text(work / _FILE))
     except (OSError, ValueError, ValidationError):
         return None
 
 
 def check_space(
     registry: Registry,
-    work: Path,
+    work: Folder,
     teachers: Mapping[str, IndexedTeacher],
     *,
     splits: Sequence[str],

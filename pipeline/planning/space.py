@@ -6,10 +6,10 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.folder import Folder, is_local, sizes
 from pipeline.planning.rates import Estimate
 
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgtp]?)(i?)b?\s*", re.IGNORECASE)
@@ -20,14 +20,14 @@ class Space:
     """What a work folder's disk has left.
 
     Attributes:
-        free_bytes: for this user.
+        free_bytes: for this user; None in an object store, which does not fill.
         free_inodes: for this user; None where the file system does not say.
-        block_bytes: smallest piece that a file takes.
+        block_bytes: smallest piece that a file takes; 0 in an object store.
         used_bytes: what the work folder takes now; 0 if there is no quota to hold it against.
         quota_bytes: what it may hold; None for no quota.
     """
 
-    free_bytes: int
+    free_bytes: int | None
     free_inodes: int | None
     block_bytes: int
     used_bytes: int
@@ -38,8 +38,11 @@ class Space:
         return dict(vars(self))
 
 
-def look_at(work: Path, quota_bytes: int | None) -> Space:
+def look_at(work: Folder, quota_bytes: int | None) -> Space:
     """Asks the file system that a work folder is on, or will be."""
+    if not is_local(work):
+        used = 0 if quota_bytes is None else sum(sizes(work).values())
+        return Space(None, None, 0, used, quota_bytes)
     there = work.absolute()
     while not there.exists():
         there = there.parent
@@ -66,7 +69,7 @@ def shortfall(parts: Iterable[Estimate], space: Space) -> str:
     """What does not fit, as a sentence; empty if all does."""
     wanted = list(parts)
     need, inodes = on_disk(wanted, space.block_bytes), sum(p.inodes for p in wanted)
-    if need > space.free_bytes:
+    if space.free_bytes is not None and need > space.free_bytes:
         return f"stage one needs about {size(need)} more, and {size(space.free_bytes)} are free."
     if space.free_inodes is not None and inodes > space.free_inodes:
         return (

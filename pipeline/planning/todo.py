@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.cache.index import IndexedTeacher
 from pipeline.cache.places import Place, find_units
@@ -13,6 +12,7 @@ from pipeline.cache.schema import StorageConfig
 from pipeline.case_sizes import CaseSize
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError
+from pipeline.folder import Folder
 from pipeline.prepare import case_of_hashes
 
 CASES = "cases"
@@ -45,7 +45,7 @@ class Todo:
 
 
 def find_todo(
-    work: Path,
+    work: Folder,
     registry: Registry,
     sizes: Sequence[CaseSize],
     teachers: Mapping[str, IndexedTeacher],
@@ -74,7 +74,7 @@ def find_todo(
     return Todo(missing, len(cached), sum(receipt.num_bytes for receipt in cached))
 
 
-def _receipts(work: Path) -> dict[tuple[str, str, str], list[Receipt]]:
+def _receipts(work: Folder) -> dict[tuple[str, str, str], list[Receipt]]:
     """(`cases` or teacher, dataset, case) -> the receipts that are in order."""
     found: dict[tuple[str, str, str], list[Receipt]] = {}
     for place in find_units(work):

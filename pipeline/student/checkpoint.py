@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, PipelineError
+from pipeline.folder import Folder, storage_errors
 from pipeline.intensity import Intensity
 from pipeline.labels import LabelSpace
 from pipeline.network import NetworkConfig, build_network
@@ -108,7 +109,7 @@ def save_student(path: Path, record: StudentRecord, network: nn.Module) -> None:
     save_atomically(path, {"record": record.model_dump_json(), "state": state})
 
 
-def load_student(path: Path) -> tuple[StudentRecord, nn.Module]:
+def load_student(path: Folder) -> tuple[StudentRecord, nn.Module]:
     """Reads a finished student, in evaluation mode on the CPU.
 
     Raises:
@@ -138,9 +139,10 @@ def _checked(content: Any, path: Path) -> dict[str, Any]:
     return content
 
 
-def _load(path: Path) -> Any:
+def _load(path: Folder) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with storage_errors(path), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(
             "the file does not exist.", where=path, fix="Has `pipeline train-student` finished?"

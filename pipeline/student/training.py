@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +97,7 @@ def train(
     pool_mb: int = 512,
     checkpoint_minutes: float = 10.0,
     resume: bool = True,
+    saved: Callable[[], None] | None = None,
 ) -> Trained:
     """Trains, or goes on training, until `config.steps`.
 
@@ -114,6 +115,7 @@ def train(
         pool_mb: decoded chunks kept in each of them; changes speed only.
         checkpoint_minutes: at most so much work is lost to a kill.
         resume: go on from the newest checkpoint; False refuses if there is one.
+        saved: called whenever a checkpoint has been written.
 
     Raises:
         ConfigError: no case to train on.
@@ -177,6 +179,8 @@ def train(
                 metrics.flush()
                 save_state(folder, step, identity, network, optimiser)
                 draw_progress(folder / "progress.png", metrics)
+                if saved is not None:
+                    saved()
                 last_save = time.monotonic()
             if stop:
                 log.info(f"stopped by a signal after step {step}; the checkpoint is written")

@@ -13,10 +13,12 @@ from typing import Any
 
 from pipeline.data.registry import load_registry
 from pipeline.errors import PipelineError
+from pipeline.folder import Folder
 from pipeline.inventory.verify import verify
 from pipeline.log import Log
 from stages.report import StageReport
 from tests.faults.small import run_stage
+from tests.object_store import environment
 from tests.tiny import training_settings, work_of
 
 _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link")
@@ -83,6 +85,27 @@ def cache(registry: str, *, bits: int = 5, kill_at: int = 0, file_limit: int = 0
     return {**_run(path, bits), "operations": watch.operations, "written": sorted(watch.written)}
 
 
+def cache_to_store(registry: str, work: str, endpoint: str, *, kill_at: int = 0) -> dict[str, Any]:
+    """Stage one into an object store; `kill_at`: killed before that request to it."""
+    os.environ.update(environment(endpoint))
+    from s3fs import S3FileSystem
+
+    from pipeline.folder import parse_folder
+
+    calls = 0
+    real = S3FileSystem._call_s3
+
+    async def counted(self: S3FileSystem, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return await real(self, *args, **kwargs)
+
+    S3FileSystem._call_s3 = counted
+    return {**_run(Path(registry), 5, parse_folder(work)), "calls": calls}
+
+
 def modules(registry: str) -> list[str]:
     """What a run of stage one imports, so that the parent can import it before it forks."""
     cache(registry)
@@ -129,10 +152,10 @@ def read_only(registry: str, folder: str) -> dict[str, Any]:
     return {**_run(path, 5), "damaged": _damaged(path)}
 
 
-def _run(registry: Path, bits: int) -> dict[str, Any]:
+def _run(registry: Path, bits: int, work: Folder | None = None) -> dict[str, Any]:
     """A report, or the error that stopped everything, with the exit code of the command."""
     try:
-        return _told(run_stage(registry, bits=bits))
+        return _told(run_stage(registry, bits=bits, work=work))
     except PipelineError as error:
         return {"stopped": f"{type(error).__name__}: {error}", "exit_code": error.exit_code}
 

@@ -22,6 +22,7 @@ from pipeline.cache.receipt import RECEIPT
 from pipeline.config import digest
 from pipeline.data.nifti import write_image
 from pipeline.data.registry import load_registry
+from pipeline.folder import Folder
 from pipeline.log import Log
 from pipeline.volume import Grid, Volume
 from stages import cache_teachers
@@ -95,11 +96,14 @@ def settings(bits: int = 5) -> cache_teachers.CacheTeachersConfig:
     )
 
 
-def run_stage(registry: Path, *, bits: int = 5, **options: Any) -> StageReport:
-    """Stage one in this process."""
-    log = Log(quiet=True, events=work_of(registry) / "events.jsonl")
+def run_stage(
+    registry: Path, *, bits: int = 5, work: Folder | None = None, **options: Any
+) -> StageReport:
+    """Stage one in this process; `work`: another work folder than the copy's own."""
+    work = work or work_of(registry)
+    log = Log(quiet=True, events=work / "events.jsonl")
     return cache_teachers.run(
-        settings(bits), load_registry(registry), work_of(registry), log=log,
+        settings(bits), load_registry(registry), work, log=log,
         device="cpu", tables=False, **options,
     )  # fmt: skip
 

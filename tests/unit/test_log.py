@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from pipeline.folder import read_text, sizes
 from pipeline.log import Log, print_table
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 
 class Clock:
@@ -132,3 +137,22 @@ def test_a_table_goes_to_standard_output_unwrapped(
     (row,) = [line for line in out.splitlines() if name in line]
     assert "0.91" in row
     assert "[b]" in out
+
+
+def test_events_in_an_object_store_are_an_object_of_this_process(
+    store_work: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing can be appended to there: each process renews its own."""
+    monkeypatch.setattr("pipeline.log.SECONDS_BETWEEN_LINES", -1.0)
+    for number in range(2):
+        log = Log(quiet=True, events=store_work / "events.jsonl")
+        log.event("first", number=number)
+        log.event("second", value=float("nan"))
+    names = sizes(store_work)
+    assert len(names) == 2
+    assert all(name.startswith("events/") for name in names)
+    texts = [read_text(store_work / name) for name in names]
+    told = [[json.loads(line) for line in text.splitlines()] for text in texts]
+    assert all([line["event"] for line in lines] == ["first", "second"] for lines in told)
+    assert sorted(lines[0]["number"] for lines in told) == [0, 1]
+    assert all(lines[1]["value"] is None for lines in told)

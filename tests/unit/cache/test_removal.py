@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import NoReturn
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from pipeline.cache import store
+from pipeline.cache.leftovers import clean_temporaries, dead_temporaries
 from pipeline.cache.reader import Unit
 from pipeline.cache.schema import StorageConfig, image_spec
-from pipeline.cache.store import clean_temporaries, dead_temporaries, remove_unit, write_unit
+from pipeline.cache.store import remove_unit, write_unit
 from pipeline.errors import CacheMissing, WorkFolderError
 from tests.unit.cache.test_store import dead_pid
 
@@ -56,7 +58,7 @@ def test_it_is_gone_before_its_first_byte_is(unit: Path, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_remove", crash)
+        patch.setattr(store, "remove", crash)
         patch.setattr(store.os, "getpid", lambda: dead)
         with pytest.raises(KeyboardInterrupt):
             remove_unit(unit)
@@ -66,7 +68,7 @@ def test_it_is_gone_before_its_first_byte_is(unit: Path, monkeypatch: pytest.Mon
 
 
 def test_looking_for_temporaries_removes_none(tmp_path: Path) -> None:
-    host = store.socket.gethostname()
+    host = socket.gethostname()
     mine = tmp_path / f".c.zarr~{host}~{os.getpid()}~ab.tmp"
     gone = tmp_path / f".c.zarr~{host}~{dead_pid()}~ab.tmp"
     for path in (mine, gone):

@@ -1,0 +1,255 @@
+"""Folders, local or in an object store, behind the one interface that pathlib has.
+
+A local folder is a `pathlib.Path`. `s3://bucket/prefix`, and whatever else fsspec knows, is a
+`upath.UPath`, which follows the same interface. What the two do not share is here: an object store
+has no rename and no append, but it can refuse to create what exists; its client raises errors of
+its own, which leave here as `OSError`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from pipeline.errors import ConfigError, WorkFolderError
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+    from upath import UPath
+
+    Folder: TypeAlias = Path | UPath
+else:
+    Folder: TypeAlias = Path
+
+
+def parse_folder(text: str | Folder) -> Folder:
+    """`work` -> a local path; `s3://bucket/work` -> a folder of an object store.
+
+    Credentials, endpoint and region come from where the store's own tools take them (for S3 the
+    `AWS_*` variables or `~/.aws`).
+
+    Raises:
+        ConfigError: a kind of store that is unknown, or whose package is not installed.
+    """
+    if "://" not in str(text):
+        return Path(str(text))
+    protocol, _, rest = str(text).partition("://")
+    if protocol == "file":
+        return Path(f"/{rest.lstrip('/')}")
+    from upath import UPath
+
+    try:
+        # A listing that is remembered would hide what other jobs write.
+        found = UPath(str(text), use_listings_cache=False)
+        _ = found.fs
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"this kind of folder cannot be used ({error}).",
+            where=text,
+            fix="For s3:// install organ-distill[s3]; for another store the package that fsspec "
+            "names for it.",
+        ) from error
+    return found
+
+
+def is_local(folder: Folder) -> TypeIs[Path]:
+    """Whether a folder is on a disk of this machine, or one that looks so."""
+    return isinstance(folder, Path)
+
+
+def local_temporaries() -> Path:
+    """Where, on this machine's own disk, what goes into an object store is built."""
+    return Path(tempfile.gettempdir()) / f"organ-distill-{os.getuid()}"
+
+
+def temporary_name(name: str) -> str:
+    """A name for what is being written: hidden, and it says by which process of which host."""
+    return f".{name}~{writer_name()}.tmp"
+
+
+def written_by_dead(name: str) -> bool:
+    """Whether a name made by `temporary_name`, or by `copy_name`, is of a process of this host
+    that no longer lives."""
+    parts = name.removesuffix(".tmp").rsplit("~", 3)
+    if len(parts) != 4:
+        return False
+    _, host, pid, _ = parts
+    return host == socket.gethostname() and pid.isdecimal() and not _alive(int(pid))
+
+
+def copy_name() -> str:
+    """A name for one writer's copy of a unit in an object store."""
+    return f"copy~{writer_name()}"
+
+
+def read_bytes(path: Folder) -> bytes:
+    """A file's bytes, of one moment: in a store by one request, which `open` does not promise.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+    """
+    if is_local(path):
+        return path.read_bytes()
+    with storage_errors(path):
+        data: bytes = path.fs.cat_file(path.path)
+    return data
+
+
+def read_text(path: Folder) -> str:
+    """A file's text, UTF-8.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        UnicodeDecodeError: it is no UTF-8.
+    """
+    return read_bytes(path).decode("utf-8")
+
+
+def replace_file(path: Folder, data: bytes) -> None:
+    """Writes a file: a reader sees the old one or the new one. The folder is made.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not is_local(path):
+        with storage_errors(path):
+            path.fs.pipe_file(path.path, data)
+        return
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def create_object(path: UPath, data: bytes) -> bool:
+    """Writes an object of a store unless it exists; returns whether it was written.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with storage_errors(path):
+        try:
+            path.fs.pipe_file(path.path, data, mode="create")
+        except FileExistsError:
+            return False
+    return True
+
+
+def sizes(folder: Folder) -> dict[str, int]:
+    """All files below a folder: name relative to it, with slashes -> bytes. A folder that is not
+    there has none, and what is removed meanwhile is passed over.
+
+    Raises:
+        OSError: an object store does not answer.
+    """
+    return {name: found[0] for name, found in _files(folder).items()}
+
+
+def ages(folder: Folder, *, now: float | None = None) -> dict[str, float]:
+    """Like `sizes`: name -> seconds since it was last written."""
+    at = time.time() if now is None else now
+    return {name: at - found[1] for name, found in _files(folder).items()}
+
+
+def folders_below(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """`os.walk`, for paths: folders that another process removes meanwhile are passed over, which
+    `Path.rglob` does not do."""
+    for root, folders, files in os.walk(folder):
+        yield Path(root), folders, files
+
+
+def remove(path: Folder) -> None:
+    """Removes a file or a folder with all that is in it; one that is not there is no error."""
+    if is_local(path):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        return
+    with storage_errors(path), suppress(FileNotFoundError):
+        path.fs.rm(path.path, recursive=True)
+
+
+def check_answers(folder: Folder) -> None:
+    """Makes sure that an object store can be asked; a local folder is not looked at.
+
+    Raises:
+        WorkFolderError: it does not answer, there is no such bucket, or it may not be read.
+    """
+    if is_local(folder):
+        return
+    try:
+        with storage_errors(folder), suppress(FileNotFoundError):
+            folder.fs.ls(folder.path, detail=False)
+        with storage_errors(folder):
+            folder.fs.ls(folder.path.split("/")[0], detail=False)
+    except OSError as error:
+        raise WorkFolderError(
+            f"the object store cannot be used ({error}).",
+            where=folder,
+            fix="Check the bucket's name, credentials, endpoint and region (for S3: AWS_* or "
+            "~/.aws).",
+        ) from error
+
+
+@contextmanager
+def storage_errors(folder: Folder) -> Iterator[None]:
+    """Within the block, what an object store's client raises becomes an `OSError`."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if is_local(folder):
+            raise
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _files(folder: Folder) -> dict[str, tuple[int, float]]:
+    found: dict[str, tuple[int, float]] = {}
+    if is_local(folder):
+        for root, _, names in folders_below(folder):
+            for name in names:
+                with suppress(OSError):  # removed meanwhile
+                    status = (root / name).stat()
+                    relative = (root / name).relative_to(folder).as_posix()
+                    found[relative] = status.st_size, status.st_mtime
+        return found
+    with storage_errors(folder):
+        entries = folder.fs.find(folder.path, detail=True)
+    below = f"{folder.path.rstrip('/')}/"
+    for key, entry in entries.items():
+        written = entry.get("LastModified") or entry.get("mtime") or entry.get("created")
+        when = written.timestamp() if hasattr(written, "timestamp") else float(written or 0.0)
+        found[key.removeprefix("/").removeprefix(below.removeprefix("/"))] = entry["size"], when
+    return found
+
+
+def writer_name() -> str:
+    """`<host>~<pid>~<digits>`: no other writer has it."""
+    return f"{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pipeline.errors import ConfigError, WorkFolderError
+from pipeline.folder import (
+    ages,
+    check_answers,
+    copy_name,
+    create_object,
+    folders_below,
+    is_local,
+    parse_folder,
+    read_text,
+    remove,
+    replace_file,
+    sizes,
+    temporary_name,
+    written_by_dead,
+)
+from tests.object_store import folder
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+
+def test_a_path_is_local_and_a_url_is_not(store_work: UPath) -> None:
+    assert parse_folder("a/b") == Path("a/b")
+    assert parse_folder(Path("a")) == Path("a")
+    assert parse_folder("file:///a/b") == Path("/a/b")
+    assert is_local(parse_folder("a"))
+    again = parse_folder(str(store_work))
+    assert not is_local(again)
+    assert again == store_work
+    assert hash(again) == hash(store_work)
+
+
+def test_an_unknown_store_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere://x: .*organ-distill\[s3\]"):
+        parse_folder("nowhere://x")
+
+
+def test_a_bucket_that_is_not_there_is_named(store_work: UPath) -> None:
+    check_answers(store_work)
+    with pytest.raises(WorkFolderError, match=r"s3://no-such-bucket/work.*bucket"):
+        check_answers(folder("no-such-bucket/work"))
+
+
+@pytest.mark.parametrize("where", ["local", "store"])
+def test_files_are_listed_replaced_and_removed(
+    where: str, tmp_path: Path, store_work: UPath
+) -> None:
+    work = tmp_path / "work" if where == "local" else store_work
+    assert sizes(work) == {}
+    replace_file(work / "a" / "b.json", b"old")
+    replace_file(work / "a" / "b.json", "neu ä".encode())
+    replace_file(work / "c@0.zarr" / "zarr.json", b"")
+    assert sizes(work) == {"a/b.json": 6, "c@0.zarr/zarr.json": 0}
+    assert read_text(work / "a" / "b.json") == "neu ä"
+    assert set(ages(work)) == set(sizes(work))
+    assert all(-5 < age < 120 for age in ages(work).values())
+    remove(work / "a")
+    remove(work / "not there")
+    assert sizes(work) == {"c@0.zarr/zarr.json": 0}
+    with pytest.raises(FileNotFoundError):
+        read_text(work / "a" / "b.json")
+
+
+def test_an_object_is_created_once(store_work: UPath) -> None:
+    assert create_object(store_work / "receipt.json", b"first")
+    assert not create_object(store_work / "receipt.json", b"second")
+    assert (store_work / "receipt.json").read_bytes() == b"first"
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_file(tmp_path / "a", b"old")
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_file(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+def test_a_folder_that_vanishes_while_it_is_walked_is_passed_over(tmp_path: Path) -> None:
+    """Another process removes a unit between the listing of its parent and its own."""
+    for name in ("a", "b"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "file").write_bytes(b"x")
+    seen = []
+    for root, folders, _ in folders_below(tmp_path):
+        seen.append(root.name)
+        if root == tmp_path:
+            assert sorted(folders) == ["a", "b"]
+            shutil.rmtree(tmp_path / folders[1])
+    assert len(seen) == 3
+
+
+def test_only_names_of_dead_processes_of_this_host_count() -> None:
+    host = socket.gethostname()
+    assert not written_by_dead(temporary_name("x"))
+    assert not written_by_dead(copy_name())
+    assert written_by_dead(f".x~{host}~99999999~ab.tmp")
+    assert written_by_dead(f"copy~{host}~99999999~ab")
+    assert not written_by_dead("copy~elsewhere~99999999~ab")
+    assert not written_by_dead("case_000@0123456789abcdef.zarr")
