@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Receipt:
         seconds: what it took to make.
         written: when, UTC, as `2026-11-23T07:30:00Z`.
         teacher_inputs: what `inputs["teacher_digest"]` is the digest of; empty in a case unit.
+        notes: what else is worth knowing of how it came to be; in no digest, mostly empty.
     """
 
     digest: str
@@ -45,6 +46,7 @@ class Receipt:
     seconds: float
     written: str
     teacher_inputs: Inputs
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -59,6 +61,8 @@ def write_receipt(receipt: Receipt) -> str:
         "digest": receipt.digest,
         "inputs": receipt.inputs,
         "teacher_inputs": receipt.teacher_inputs,
+        # Left out when empty: a unit without notes has the text and the seal it always had.
+        **({"notes": receipt.notes} if receipt.notes else {}),
         "arrays": receipt.arrays,
         "objects": receipt.objects,
         "seconds": receipt.seconds,
@@ -83,7 +87,8 @@ def read_receipt(path: Path, *, expect: str | None = None) -> Receipt:
     try:
         data = json.loads((path / RECEIPT).read_text(encoding="utf-8"))
         version = data["format_version"]
-        receipt = Receipt(**{field.name: data.get(field.name) for field in fields(Receipt)})
+        known = {entry.name: data.get(entry.name) for entry in fields(Receipt)}
+        receipt = Receipt(**{**known, "notes": data.get("notes", {})})
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheMissing("not in the cache.", where=path, fix=_AGAIN) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
