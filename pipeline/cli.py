@@ -95,6 +95,10 @@ def cache_teachers(
     force: Annotated[
         bool, typer.Option("--force", help="Start even if it will not fit on the disk.")
     ] = False,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option("--accept", help="Go on with this teacher although its Dice is too low."),
+    ] = None,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -111,6 +115,7 @@ def cache_teachers(
         device=device,
         window_batch=window_batch,
         force=force,
+        accept=accept or [],
         dry_run=dry_run,
         tables=not quiet,
     )

@@ -31,6 +31,9 @@ from pipeline.folder import Folder
 from pipeline.labels import LabelSpace
 from pipeline.patches import Patch
 
+# (teacher, organ) -> T
+Temperatures = Mapping[tuple[str, str], float]
+
 
 @dataclass(frozen=True)
 class Cohort:
@@ -111,6 +114,7 @@ def lazy_consensus(
     margin: float = 0.0,
     use_labels: bool = True,
     confidence: float = DEFAULT_CONFIDENCE,
+    temperatures: Temperatures | None = None,
 ) -> tuple[Consensus, list[int]]:
     """The consensus over one case, or one patch of it, without reading anything yet.
 
@@ -118,11 +122,21 @@ def lazy_consensus(
     (measured: 1.2 times reading and plain numpy; sliced afterwards it is 2 to 20 times); a whole
     case keeps the chunks it is stored in.
 
+    Args:
+        case: open for reading.
+        space: the organs.
+        patch: the part of it; None for all.
+        margin: m of the regions.
+        use_labels: labels win.
+        confidence: c of labels that win, in calibrated log-odds.
+        temperatures: (teacher, organ) -> T that its log-odds are divided by before anything else;
+            those that are absent stay as they are.
+
     Returns:
         Regions over the known organs, and those organs' numbers; axis K follows that order.
     """
     known = known_organs(case, space, use_labels=use_labels)
-    stack = [_organ(case, space.organs[k], patch) for k in known]
+    stack = [_organ(case, space.organs[k], patch, temperatures) for k in known]
     annotated = [n for n, k in enumerate(known) if space.organs[k] in case.annotated]
     classes = None
     if use_labels and annotated:
@@ -146,13 +160,18 @@ def _known_classes(
     return LabelSpace({organs[k]: space.ids[organs[k]] for k in known}).to_classes(label)
 
 
-def _organ(case: CachedCase, organ: str, patch: Patch | None) -> da.Array:
+def _organ(
+    case: CachedCase, organ: str, patch: Patch | None, temperatures: Temperatures | None
+) -> da.Array:
     experts = case.experts.get(organ, ())
     if not experts:
         shape = case.case.array("label").shape if patch is None else patch.shape
         return da.full(shape, np.nan, dtype=np.float32)
     name = log_odds_name(organ)
-    return average_experts([_lazy(case.teachers[t], name, patch, np.nan) for t in experts])
+    odds = [_lazy(case.teachers[t], name, patch, np.nan) for t in experts]
+    if not temperatures:
+        return average_experts(odds)
+    return average_experts(odds, [temperatures.get((t, organ), 1.0) for t in experts])
 
 
 class _View:

@@ -41,18 +41,26 @@ class Consensus:
     abstained: da.Array
 
 
-def average_experts(experts: Sequence[da.Array]) -> da.Array:
+def average_experts(
+    experts: Sequence[da.Array], temperatures: Sequence[float] | None = None
+) -> da.Array:
     """Mean log-odds of the teachers that claim one organ, over those that saw the voxel.
 
     Args:
         experts: one (D, H, W) array per teacher, NaN where it did not see.
+        temperatures: one T > 0 per teacher, by which its log-odds are divided first (see
+            `pipeline.calibration`); None divides none. Of one teacher no region changes by it at
+            margin 0, of several those may where they disagree.
 
     Returns:
         float32 (D, H, W).
     """
-    if len(experts) == 1:
-        return experts[0].astype("float32")
-    stacked = da.stack([e.astype("float32") for e in experts])
+    odds = [expert.astype("float32") for expert in experts]
+    if temperatures is not None:
+        odds = [d / np.float32(t) for d, t in zip(odds, temperatures, strict=True)]
+    if len(odds) == 1:
+        return odds[0]
+    stacked = da.stack(odds)
     seen = ~da.isnan(stacked)
     total = da.where(seen, stacked, 0).sum(axis=0)
     count = seen.sum(axis=0)

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from pipeline.errors import ConfigError, WorkFolderError
+from pipeline.errors import ConfigError, StoreUnreachable, WorkFolderError
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -160,6 +160,20 @@ def sizes(folder: Folder) -> dict[str, int]:
     return {name: found[0] for name, found in _files(folder).items()}
 
 
+def matching(folder: Folder, pattern: str) -> list[Folder]:
+    """What lies below a folder and matches a pattern of `glob`, sorted by path.
+
+    Raises:
+        StoreUnreachable: an object store does not answer.
+    """
+    try:
+        with storage_errors(folder):
+            found: list[Folder] = sorted(folder.glob(pattern), key=str)
+    except OSError as error:
+        raise unreachable(folder, error) from error
+    return found
+
+
 def ages(folder: Folder, *, now: float | None = None) -> dict[str, float]:
     """Like `sizes`: name -> seconds since it was last written."""
     at = time.time() if now is None else now
@@ -205,6 +219,15 @@ def check_answers(folder: Folder) -> None:
             fix="Check the bucket's name, credentials, endpoint and region (for S3: AWS_* or "
             "~/.aws).",
         ) from error
+
+
+def unreachable(path: Folder, error: Exception) -> StoreUnreachable:
+    """The error for an object store that did not answer; nothing is known to be wrong."""
+    return StoreUnreachable(
+        f"the object store did not answer ({error}).",
+        where=path,
+        fix="Nothing is known to be wrong with the cache: try again.",
+    )
 
 
 @contextmanager

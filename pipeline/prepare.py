@@ -21,7 +21,7 @@ from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import NiftiVolume, read_image, read_label
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
-from pipeline.errors import CacheError, GeometryError
+from pipeline.errors import CacheError, GeometryError, PipelineError, RegistryError
 from pipeline.folder import Folder
 from pipeline.labels import map_labels
 from pipeline.volume import Volume
@@ -149,6 +149,33 @@ def organ_voxels(path: Folder) -> Mapping[str, int]:
     """Voxels per annotated organ of a stored case."""
     counts: Mapping[str, int] = Unit.open(path).attributes["organ_voxels"]
     return counts
+
+
+def check_organs(
+    registry: Registry, work: Folder, cases: Sequence[IndexedCase]
+) -> dict[str, PipelineError]:
+    """Datasets whose organ is empty in every stored case: a wrong label value, or wrong files.
+
+    Returns:
+        `dataset <name>` -> what is wrong; and cases whose damage only reading finds.
+    """
+    found: dict[str, PipelineError] = {}
+    for dataset, entry in registry.datasets.items():
+        counts = []
+        for case in cases:
+            if case.dataset == dataset and case_path(work, case).exists():
+                try:
+                    counts.append(organ_voxels(case_path(work, case)))
+                except CacheError as error:
+                    found[case.name] = error
+        for organ, values in entry.annotated.items():
+            if counts and not any(count.get(organ, 0) for count in counts):
+                found[f"dataset {dataset}"] = RegistryError(
+                    f"{organ} is empty in all {len(counts)} cases that could be read.",
+                    where=f"{registry.path}, datasets.{dataset}.annotated.{organ}",
+                    fix=f"Is {list(values)} really the label value of {organ} in these files?",
+                )
+    return found
 
 
 def centres(

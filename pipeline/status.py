@@ -21,7 +21,7 @@ from pipeline.config import file_sha256
 from pipeline.data.files import CaseFiles
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheMissing, CacheStale
-from pipeline.folder import Folder
+from pipeline.folder import Folder, matching
 from pipeline.log import print_table
 
 State = Literal["done", "missing", "stale", "damaged"]
@@ -75,7 +75,7 @@ def status(registry: Registry, work: Folder) -> Status:
         try:
             entries = read_dataset_index(work, dataset, registry.dataset_key(dataset))
         except CacheStale:
-            earlier = any((work / "cases" / dataset).glob("*.zarr"))
+            earlier = bool(matching(work / "cases" / dataset, "*.zarr"))
             entries = []
             absent: State = "stale" if earlier else "missing"
         else:
@@ -107,7 +107,7 @@ def _teacher(registry: Registry, work: Folder, name: str) -> IndexedTeacher | St
     try:
         indexed = read_teacher_index(work, name, registry.teacher_key(name))
     except CacheStale:
-        earlier = any((work / "teachers").glob(f"{name}@*"))
+        earlier = bool(matching(work / "teachers", f"{name}@*"))
         return "stale" if earlier else "missing"
     weights = registry.resolve(registry.teachers[name].weights)
     if weights.is_file() and file_sha256(weights) != indexed.inputs["weights_sha256"]:
@@ -161,7 +161,7 @@ def _receipt_state(path: Folder, expect: str) -> State:
 
 
 def _runs(work: Folder) -> dict[str, str]:
-    folders: Sequence[Folder] = sorted(p for p in (work / "students").glob("*") if p.is_dir())
+    folders: Sequence[Folder] = [p for p in matching(work / "students", "*") if p.is_dir()]
     return {
         folder.name: "finished" if (folder / "finished.json").exists() else "unfinished"
         for folder in folders

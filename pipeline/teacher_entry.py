@@ -19,6 +19,30 @@ OneOrMore = Annotated[
 ]
 
 
+class AdmissionEntry(Config):
+    """What is asked of every teacher before the bulk of stage one is spent on it.
+
+    It decides what is done, never how: no value here is in a digest or in a registry key.
+    """
+
+    dice: float = Field(
+        default=0.5, ge=0, le=1,
+        description="mean Dice on labelled cases, per organ and dataset, below which "
+        "cache-teachers stops",
+    )  # fmt: skip
+    cases: int = Field(
+        default=3, ge=1,
+        description="cases looked at of each dataset without a label of the organ, and training "
+        "cases scored where an organ has no validation case",
+    )  # fmt: skip
+
+
+class TeacherAdmission(Config):
+    """What is asked of one teacher instead."""
+
+    dice: float | None = Field(default=None, ge=0, le=1, description="instead of `admission.dice`")
+
+
 class TeacherEntry(Config):
     """One pre-trained network and the organs that it is expert in."""
 
@@ -49,6 +73,7 @@ class TeacherEntry(Config):
     trained_on: str | None = Field(
         default=None, description="dataset that `pipeline train-teachers` trains it on"
     )
+    admission: TeacherAdmission = Field(default_factory=TeacherAdmission)
     licence: str = ""
     source: str = ""
 

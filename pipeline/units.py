@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +98,7 @@ def cache_unit(
     path: Folder,
     *,
     storage: StorageConfig,
+    notes: Mapping[str, Any] | None = None,
 ) -> int:
     """Runs a teacher on a case and writes what it says on the student grid.
 
@@ -107,6 +109,7 @@ def cache_unit(
         case: names it.
         path: of the unit.
         storage: how arrays are stored.
+        notes: for the receipt.
 
     Returns:
         Bytes written.
@@ -143,6 +146,7 @@ def cache_unit(
         storage=storage,
         seconds=seconds,
         teacher_inputs=loaded.indexed.inputs,
+        notes=notes,
     )
     return receipt.num_bytes
 

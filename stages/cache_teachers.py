@@ -1,20 +1,24 @@
 """Stage one: CT + teachers -> cache.
 
 Per case: CT -> student grid -> cases/; CT -> the teacher's own grid -> sliding window -> log-odds
-and features -> student grid -> teachers/. Receipts last; what has one is skipped.
+and features -> student grid -> teachers/. Receipts last; what has one is skipped. The units by
+which the admission gate judges the teachers come first.
 """
 
 from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
+from typing import Any
 
 from pydantic import Field
 
+from pipeline.admission.gate import NOT_JUDGED, Verdict, check_accepted, run_gate
+from pipeline.admission.looks import plan_looks, units_of
 from pipeline.cache.index import (
     IndexedCase,
-    case_path,
     read_dataset_index,
     unit_digest,
     unit_path,
@@ -31,10 +35,10 @@ from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheStale, PipelineError, RegistryError, WorkFolderError
 from pipeline.folder import Folder
-from pipeline.log import Advance, Log
+from pipeline.log import Log
 from pipeline.planning.record import check_space
-from pipeline.prepare import organ_voxels, prepare_case
-from pipeline.tables import print_tables, region_rows, teacher_rows
+from pipeline.prepare import check_organs, prepare_case
+from pipeline.tables import print_regions, region_rows
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.units import LoadedTeacher, cache_unit, open_teacher
 from pipeline.volume import Volume
@@ -47,7 +51,6 @@ class CacheTeachersConfig(Config):
     splits: tuple[str, ...] = ("train", "validation", "test")
     window: WindowConfig = Field(default_factory=WindowConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
-    flag_dice_below: float = Field(default=0.5, ge=0, le=1)
 
 
 def run(
@@ -59,10 +62,13 @@ def run(
     device: str = "auto",
     window_batch: int = 1,
     force: bool = False,
+    accept: Sequence[str] = (),
     dry_run: bool = False,
     tables: bool = True,
 ) -> StageReport:
     """Fills the cache; a second run does nothing.
+
+    A teacher that the gate refuses is in the report as failed, and nothing is cached after that.
 
     Args:
         config: what changes numbers.
@@ -72,16 +78,18 @@ def run(
         device: auto, cpu, cuda, cuda:1.
         window_batch: windows per forward pass.
         force: start even if what is still to be made will not fit.
+        accept: teachers to go on with although the gate would stop at them.
         dry_run: say what would be done, write nothing.
-        tables: also print the tables of regions and of teachers.
+        tables: also print the tables of teachers and of regions.
 
     Raises:
         PipelineError: nothing can be done at all: no work folder, a teacher that does not load,
-            a disk that is too small.
+            a disk that is too small, an unknown name in `accept`.
             What concerns one case is in the report instead, and the other cases are done.
     """
     began = time.monotonic()
     report = StageReport("cache-teachers")
+    check_accepted(registry, accept)
     if not dry_run:
         prepare_work_folder(work)
         removed = clean_temporaries(work)
@@ -102,56 +110,75 @@ def run(
     )  # fmt: skip
     indexed = _prepare_cases(config, registry, work, files, report, log=log, dry_run=dry_run)
     if not dry_run:
-        _check_organs(registry, work, indexed, report, log)
+        for what, wrong in check_organs(registry, work, [case for case, _ in indexed]).items():
+            _fail(report, log, what, wrong)
         _write_index(config, registry, work, indexed, teachers, _usable_datasets(registry, report))
     usable = _usable_datasets(registry, report)
     jobs = [(case, source) for case, source in indexed if case.dataset in usable]
-    with log.progress("teachers", len(jobs) * len(teachers)) as advance:
-        for case, source in jobs:
-            _run_teachers(
-                config, registry, work, teachers, case, source, report,
-                log=log, advance=advance, dry_run=dry_run,
-            )  # fmt: skip
+    make = partial(
+        _cache_units, config, registry, work, teachers, jobs, report, log=log, dry_run=dry_run
+    )
+    looks = plan_looks(registry, [case for case, _ in jobs])
+    asked = units_of(looks)
+    make(asked, "units of the admission gate")
+    verdict = NOT_JUDGED
+    if not dry_run:
+        known = {name: loaded.indexed for name, loaded in teachers.items()}
+        verdict = run_gate(registry, work, known, looks, accept=accept, log=log, show=tables)
+        for what, error in verdict.failed.items():
+            if what not in report.failed:
+                _fail(report, log, what, error)
+    others = {(name, case.name) for name in teachers for case, _ in jobs} - asked
+    if verdict.refused:
+        log.warn(f"stopped at the admission gate: {len(others)} units are not looked at")
+    else:
+        make(others, "teachers", notes=verdict.notes)
     report.seconds = time.monotonic() - began
     if not dry_run:
-        _tell(config, registry, work, usable, report, log=log, show=tables)
+        _tell(registry, work, usable, verdict, report, log=log, show=tables)
     return report
 
 
-def _run_teachers(
+def _cache_units(
     config: CacheTeachersConfig,
     registry: Registry,
     work: Folder,
     teachers: Mapping[str, LoadedTeacher],
-    case: IndexedCase,
-    source: CaseFiles,
+    jobs: Sequence[tuple[IndexedCase, CaseFiles]],
     report: StageReport,
+    units: Set[tuple[str, str]],
+    what: str,
     *,
+    notes: Callable[[str], Mapping[str, Any]] = lambda _: {},
     log: Log,
-    advance: Advance,
     dry_run: bool,
 ) -> None:
-    """All teachers on one case, whose CT is read once, and only if something is missing."""
-    native: Volume | None = None
-    for name, loaded in teachers.items():
-        unit = f"{name} x {case.name}"
-        path = unit_path(work, loaded.indexed, case)
-        if _exists(path, unit_digest(loaded.indexed, case), log):
-            report.skipped.append(unit)
-        elif dry_run:
-            report.done.append(unit)
-        else:
-            try:
-                native = native or _read_again(source, case)
-                report.num_bytes += cache_unit(
-                    registry, loaded, native, case, path,
-                    storage=config.storage,
-                )  # fmt: skip
-                report.done.append(unit)
-                log.event("unit", unit=unit, path=str(path))
-            except Exception as error:
-                _fail(report, log, unit, error)
-        advance(case.name)
+    """Makes those of `units` (teacher, case) that are not there; a case's CT is read once, and only
+    if something is missing. `notes` of a teacher go into the receipts."""
+    with log.progress(what, len(units)) as advance:
+        for case, source in jobs:
+            native: Volume | None = None
+            for name, loaded in teachers.items():
+                if (name, case.name) not in units:
+                    continue
+                unit = f"{name} x {case.name}"
+                path = unit_path(work, loaded.indexed, case)
+                if _exists(path, unit_digest(loaded.indexed, case), log):
+                    report.skipped.append(unit)
+                elif dry_run:
+                    report.done.append(unit)
+                else:
+                    try:
+                        native = native or _read_again(source, case)
+                        report.num_bytes += cache_unit(
+                            registry, loaded, native, case, path,
+                            storage=config.storage, notes=notes(name),
+                        )  # fmt: skip
+                        report.done.append(unit)
+                        log.event("unit", unit=unit, path=str(path))
+                    except Exception as error:
+                        _fail(report, log, unit, error)
+                advance(case.name)
 
 
 def _prepare_cases(
@@ -185,31 +212,6 @@ def _prepare_cases(
                 _fail(report, log, source.name, error)
             advance(source.name)
     return prepared
-
-
-def _check_organs(
-    registry: Registry,
-    work: Folder,
-    indexed: Sequence[tuple[IndexedCase, CaseFiles]],
-    report: StageReport,
-    log: Log,
-) -> None:
-    """A dataset whose organ is empty in every case is a wrong label value, or wrong files."""
-    for dataset, entry in registry.datasets.items():
-        counts = []
-        for case, _ in indexed:
-            if case.dataset == dataset and case_path(work, case).exists():
-                try:
-                    counts.append(organ_voxels(case_path(work, case)))
-                except CacheError as error:  # damage that only reading finds
-                    _fail(report, log, case.name, error)
-        for organ, values in entry.annotated.items():
-            if counts and not any(count.get(organ, 0) for count in counts):
-                report.failed[f"dataset {dataset}"] = RegistryError(
-                    f"{organ} is empty in all {len(counts)} cases that could be read.",
-                    where=f"{registry.path}, datasets.{dataset}.annotated.{organ}",
-                    fix=f"Is {list(values)} really the label value of {organ} in these files?",
-                )
 
 
 def _write_index(
@@ -268,26 +270,26 @@ def _fail(report: StageReport, log: Log, unit: str, error: Exception) -> None:
 
 
 def _tell(
-    config: CacheTeachersConfig,
     registry: Registry,
     work: Folder,
     datasets: Sequence[str],
+    verdict: Verdict,
     report: StageReport,
     *,
     log: Log,
     show: bool,
 ) -> None:
-    regions, scores = [], []
+    regions = []
     try:
-        regions = region_rows(registry, work, datasets)
-        scores = teacher_rows(registry, work, datasets, flag_below=config.flag_dice_below)
+        if not verdict.refused:  # else most units are missing, and so are most regions
+            regions = region_rows(registry, work, datasets)
     except CacheError as error:  # damage that only reading finds
-        _fail(report, log, "tables of regions and teachers", error)
-    report.details = {"regions_ml": regions, "teachers": scores}
+        _fail(report, log, "table of regions", error)
+    report.details = {"regions_ml": regions, **verdict.to_json()}
     path = work / "reports" / "cache-teachers.json"
     try:
         write_json(path, report.to_json())
     except WorkFolderError as error:
         _fail(report, log, path.name, error)
     if show:
-        print_tables(regions, scores)
+        print_regions(regions)

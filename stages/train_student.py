@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
+from pipeline.admission.evidence import temperatures
 from pipeline.cache.reader import CachedCase
 from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.cohort import Cohort, open_cohort
@@ -60,7 +61,8 @@ def run(
         dry_run: say what would be done, write nothing.
 
     Raises:
-        CacheStale, CacheMissing: the cache lacks what this supervision needs.
+        CacheStale, CacheMissing: the cache lacks what this supervision needs: units, or the
+            temperatures of a calibrated one.
         ConfigError: no case to train on, taps that do not fit.
         CheckpointError: the run was started with other settings.
     """
@@ -94,6 +96,9 @@ def run(
         "teachers": {name: teacher.digest for name, teacher in cohort.teachers.items()},
         "organs": dict(space.ids),
     }
+    heat = _temperatures(work, registry, teachers, log) if supervision.uses_temperatures else {}
+    if heat:
+        inputs["temperatures"] = {f"{teacher}: {organ}": t for (teacher, organ), t in heat.items()}
     folder = work / "students" / config.run
     digest = run_digest(config.training, inputs)
     if is_finished(folder, digest):
@@ -119,6 +124,7 @@ def run(
             inputs=inputs,
             log=log,
             device=pick_device(device),
+            temperatures=heat,
             workers=workers,
             checkpoint_minutes=checkpoint_minutes,
             saved=keep,
@@ -182,6 +188,20 @@ def cached_taps(cases: Sequence[CachedCase], space: LabelSpace) -> Mapping[TapKe
             fix="Name `taps` in the registry and run cache-teachers, or set features.weight to 0.",
         )
     return found
+
+
+def _temperatures(
+    work: Folder, registry: Registry, teachers: Sequence[str], log: Log
+) -> dict[tuple[str, str], float]:
+    """What stage one measured; 1, said aloud, where no label could tell."""
+    found = temperatures(work, registry, teachers)
+    for (teacher, organ), value in found.items():
+        if value is None:
+            log.warn(
+                f"teacher {teacher}: no case in the registry has a label of {organ} to calibrate "
+                "it by; its log-odds stay as they are."
+            )
+    return {who: 1.0 if value is None else value for who, value in found.items()}
 
 
 def _check_complete(cohort: Cohort, allow_missing: bool, log: Log) -> None:

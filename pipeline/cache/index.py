@@ -7,17 +7,16 @@ done: that is for receipts to say.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.cache.provenance import Inputs, unit_inputs
-from pipeline.cache.store import json_text, write_json
+from pipeline.cache.sealed import read_sealed, write_sealed
 from pipeline.config import digest, short
 from pipeline.errors import CacheStale
-from pipeline.folder import Folder, read_text, storage_errors
+from pipeline.folder import Folder, matching
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
@@ -97,9 +96,9 @@ def read_index(work: Folder) -> tuple[list[IndexFile], dict[Folder, str]]:
     found: list[IndexFile] = []
     unreadable: dict[Folder, str] = {}
     for kind in ("datasets", "teachers"):
-        for path in _entries(work, kind):
+        for path in matching(work / "index" / kind, "[!.]*.json"):
             try:
-                content = _read(path)
+                content = read_sealed(path)
                 if kind == "datasets":
                     cases = tuple(IndexedCase(**case) for case in content["cases"])
                     found.append(IndexFile(path, content["key"], cases, None))
@@ -110,15 +109,10 @@ def read_index(work: Folder) -> tuple[list[IndexFile], dict[Folder, str]]:
     return found, unreadable
 
 
-def _entries(work: Folder, kind: str) -> list[Folder]:
-    with storage_errors(work):
-        return sorted((work / "index" / kind).glob("[!.]*.json"), key=str)
-
-
 def write_dataset_index(work: Folder, dataset: str, key: str, cases: Sequence[IndexedCase]) -> None:
     """Records the cases of a dataset under the registry's key for it."""
     content = {"dataset": dataset, "key": key, "cases": [asdict(case) for case in cases]}
-    _write(dataset_file(work, dataset, key), content)
+    write_sealed(dataset_file(work, dataset, key), content)
 
 
 def read_dataset_index(work: Folder, dataset: str, key: str) -> list[IndexedCase]:
@@ -129,12 +123,12 @@ def read_dataset_index(work: Folder, dataset: str, key: str) -> list[IndexedCase
     """
     path = dataset_file(work, dataset, key)
     with _stale_if_unreadable(f"dataset {dataset}", work):
-        return [IndexedCase(**case) for case in _read(path)["cases"]]
+        return [IndexedCase(**case) for case in read_sealed(path)["cases"]]
 
 
 def write_teacher_index(work: Folder, key: str, teacher: IndexedTeacher) -> None:
     """Records a teacher's digest under the registry's key for it."""
-    _write(teacher_file(work, teacher.teacher, key), {"key": key, **asdict(teacher)})
+    write_sealed(teacher_file(work, teacher.teacher, key), {"key": key, **asdict(teacher)})
 
 
 def read_teacher_index(work: Folder, teacher: str, key: str) -> IndexedTeacher:
@@ -145,7 +139,7 @@ def read_teacher_index(work: Folder, teacher: str, key: str) -> IndexedTeacher:
     """
     path = teacher_file(work, teacher, key)
     with _stale_if_unreadable(f"teacher {teacher}", work):
-        return _teacher(_read(path))
+        return _teacher(read_sealed(path))
 
 
 def dataset_file(work: Folder, dataset: str, key: str) -> Folder:
@@ -163,20 +157,6 @@ def _teacher(content: Mapping[str, Any]) -> IndexedTeacher:
     return IndexedTeacher(
         content["teacher"], content["digest"], organs, taps, dict(content["inputs"])
     )
-
-
-def _write(path: Folder, content: Mapping[str, Any]) -> None:
-    write_json(path, {**content, "seal": digest(content)})
-
-
-def _read(path: Folder) -> dict[str, Any]:
-    """A case whose split or name has one other letter would be left out without a word: sealed."""
-    text = read_text(path)
-    content: dict[str, Any] = json.loads(text)
-    seal = content.pop("seal")
-    if seal != digest(content) or text != json_text({**content, "seal": seal}):
-        raise ValueError("it has other bytes than were written")
-    return content
 
 
 @contextmanager

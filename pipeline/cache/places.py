@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pipeline.folder import Folder, is_local, sizes, storage_errors
+from pipeline.folder import Folder, is_local, matching, sizes
 
 _UNIT = re.compile(r"(?P<case>.+)@(?P<tag>[0-9a-f]{16})\.zarr")
 _TEACHER = re.compile(r"(?P<teacher>.+)@(?P<tag>[0-9a-f]{16})")
@@ -74,9 +74,7 @@ def find_units(work: Folder, *, dataset: str = "*", case: str = "*") -> list[Pla
     """
     found = []
     for pattern in (f"{CASES}/*/*.zarr", f"{TEACHERS}/*/*/*.zarr"):
-        with storage_errors(work):
-            paths: list[Folder] = sorted(work.glob(pattern), key=str)
-        places = (place_of(path) for path in paths)
+        places = (place_of(path) for path in matching(work, pattern))
         found += [
             place
             for place in places

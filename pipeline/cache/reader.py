@@ -19,12 +19,11 @@ from pipeline.cache.receipt import (
     Receipt,
     check_objects,
     read_receipt,
-    unreachable,
     verify_object,
 )
 from pipeline.cache.schema import IMAGE, LABEL, features_name, log_odds_name
 from pipeline.errors import CacheCorrupt, CacheIncomplete, StoreUnreachable
-from pipeline.folder import Folder, is_local
+from pipeline.folder import Folder, is_local, unreachable
 from pipeline.patches import Patch
 from pipeline.volume import Grid
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pipeline.cache.provenance import Inputs
@@ -19,9 +19,8 @@ from pipeline.errors import (
     CacheIncomplete,
     CacheMissing,
     CacheStale,
-    StoreUnreachable,
 )
-from pipeline.folder import Folder, is_local, read_text, sizes
+from pipeline.folder import Folder, is_local, read_text, sizes, unreachable
 
 RECEIPT = "receipt.json"
 _AGAIN = "Run `pipeline cache-teachers` again: it recomputes this unit alone."
@@ -43,6 +42,7 @@ class Receipt:
         seconds: what it took to make.
         written: when, UTC, as `2026-11-23T07:30:00Z`.
         teacher_inputs: what `inputs["teacher_digest"]` is the digest of; empty in a case unit.
+        notes: what else is worth knowing of how it came to be; in no digest, mostly empty.
         copy: the folder within the unit that the group is in; empty: the unit's own. Units in an
             object store have one, since there each writer uploads a copy of its own.
     """
@@ -54,6 +54,7 @@ class Receipt:
     seconds: float
     written: str
     teacher_inputs: Inputs
+    notes: Mapping[str, Any] = field(default_factory=dict)
     copy: str = ""
 
     def object_name(self, name: str) -> str:
@@ -82,6 +83,8 @@ def write_receipt(receipt: Receipt) -> str:
         "digest": receipt.digest,
         "inputs": receipt.inputs,
         "teacher_inputs": receipt.teacher_inputs,
+        # Left out when empty: a unit without notes has the text and the seal it always had.
+        **({"notes": receipt.notes} if receipt.notes else {}),
         "arrays": receipt.arrays,
         "objects": receipt.objects,
         "seconds": receipt.seconds,
@@ -109,8 +112,9 @@ def read_receipt(path: Folder, *, expect: str | None = None, objects: bool = Tru
     try:
         data = json.loads(read_text(path / RECEIPT))
         version = data["format_version"]
-        known = {field.name: data.get(field.name) for field in fields(Receipt)}
-        receipt = Receipt(**{**known, "copy": data.get("copy", "")})
+        known = {entry.name: data.get(entry.name) for entry in fields(Receipt)}
+        optional = {"notes": data.get("notes", {}), "copy": data.get("copy", "")}
+        receipt = Receipt(**{**known, **optional})
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheMissing("not in the cache.", where=path, fix=_AGAIN) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -207,15 +211,6 @@ def check_objects(path: Folder, receipt: Receipt, below: str = "") -> None:
                 where=path,
                 fix=_AGAIN,
             )
-
-
-def unreachable(path: Folder, error: Exception) -> StoreUnreachable:
-    """The error for an object store that did not answer; nothing is known to be wrong."""
-    return StoreUnreachable(
-        f"the object store did not answer ({error}).",
-        where=path,
-        fix="Nothing is known to be wrong with the cache: try again.",
-    )
 
 
 def _sizes(path: Folder, names: Sequence[str]) -> dict[str, int]:

@@ -57,6 +57,7 @@ def write_unit(
     storage: StorageConfig,
     seconds: float,
     teacher_inputs: Inputs | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Receipt:
     """Writes a unit; it becomes visible whole, or not at all.
 
@@ -69,6 +70,7 @@ def write_unit(
         seconds: what it took to compute them.
         teacher_inputs: what the teacher's digest in `inputs` is of, so that a difference can be
             named later.
+        notes: what else the receipt says of how the unit came to be; in no digest.
 
     Returns:
         The receipt of the unit that is now at `path`: ours, or that of another writer who was
@@ -90,6 +92,7 @@ def write_unit(
                 seconds=round(seconds, 3),
                 written=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 teacher_inputs=teacher_inputs or {},
+                notes=notes or {},
             )
             if is_local(path):
                 _write_synced(temporary / RECEIPT, write_receipt(receipt))

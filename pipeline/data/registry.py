@@ -18,7 +18,10 @@ from pipeline.data.files import CaseFiles
 from pipeline.data.registry_checks import check_files, check_names
 from pipeline.errors import RegistryError
 from pipeline.labels import MAX_ORGAN_ID, LabelSpace
-from pipeline.teacher_entry import TeacherEntry
+from pipeline.teacher_entry import AdmissionEntry, TeacherEntry
+
+# What a teacher's entry says that changes no number it emits.
+_NO_NUMBERS = {"admission", "licence", "source"}
 
 
 class Registry(Config):
@@ -29,6 +32,7 @@ class Registry(Config):
     grid: GridEntry
     datasets: dict[Name, DatasetEntry] = Field(min_length=1)
     teachers: dict[Name, TeacherEntry] = Field(default_factory=dict)
+    admission: AdmissionEntry = Field(default_factory=AdmissionEntry)
     _path: Path = PrivateAttr(default=Path("data_registry.yaml"))
 
     @property
@@ -66,8 +70,13 @@ class Registry(Config):
 
     def teacher_key(self, teacher: str) -> str:
         """Digest of what this registry says of a teacher and the grid; no file is read."""
-        entry = self.teachers[teacher].model_dump(mode="json", exclude={"licence", "source"})
+        entry = self.teachers[teacher].model_dump(mode="json", exclude=_NO_NUMBERS)
         return digest({"teacher": entry, "grid": self.grid})
+
+    def least_dice(self, teacher: str) -> float:
+        """The mean Dice below which the admission gate stops at a teacher."""
+        own = self.teachers[teacher].admission.dice
+        return self.admission.dice if own is None else own
 
     def experts(self) -> Mapping[str, tuple[str, ...]]:
         """Organ -> the teachers that are expert in it, by name."""

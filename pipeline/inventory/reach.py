@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from pipeline.admission.evidence import evidence_file
 from pipeline.cache.index import (
     IndexedCase,
     IndexedTeacher,
@@ -45,7 +46,7 @@ class Reach:
 
     Attributes:
         units: path -> unit; whether it is there is for its receipt to say.
-        index_files: the entries.
+        index_files: the entries, and where the evidence of its teachers is if there is any.
         absent: datasets and teachers of the registry without a readable entry -> why.
     """
 
@@ -70,8 +71,9 @@ def registry_reach(work: Folder, registry: Registry) -> Reach:
     for teacher in registry.teachers:
         key = registry.teacher_key(teacher)
         try:
-            teachers.append(read_teacher_index(work, teacher, key))
-            files.add(teacher_file(work, teacher, key))
+            indexed = read_teacher_index(work, teacher, key)
+            teachers.append(indexed)
+            files |= {teacher_file(work, teacher, key), evidence_file(work, registry, indexed)}
         except CacheStale as error:
             absent[f"teacher {teacher}"] = error
     return Reach(_units(work, cases, teachers), frozenset(files), absent)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.admission.evidence import evidence_files
 from pipeline.cache.index import read_index
 from pipeline.cache.leftovers import dead_temporaries
 from pipeline.cache.places import Place, find_units, unit_bytes
@@ -29,7 +30,8 @@ class Garbage:
 
     Attributes:
         units: case and teacher units that no registry reaches.
-        index_files: index entries of none of the registries, or unreadable.
+        index_files: index entries of none of the registries, or unreadable, and evidence of
+            teachers that none of them has.
         temporaries: of processes of this host that no longer live.
         num_bytes: path -> size of each of these.
         young: case units that nobody reaches yet: stage one may be about to index them.
@@ -90,7 +92,8 @@ def find_garbage(work: Folder, registries: Sequence[Registry], *, grace_hours: f
     young = {place.path for place in unreached if _is_young(place, grace_hours)}
     old = [place for place in unreached if place.path not in young]
     files, unreadable = read_index(work)
-    orphans = [path for path in (*(f.path for f in files), *unreadable) if path not in entries]
+    kept_files = (*(file.path for file in files), *unreadable, *evidence_files(work))
+    orphans = [path for path in kept_files if path not in entries]
     dead = dead_temporaries(work)
     runs = student_runs(work)
     paths = [*(place.path for place in old), *orphans, *dead]

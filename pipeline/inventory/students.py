@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.cache.places import Place
 from pipeline.config import short
-from pipeline.folder import Folder
+from pipeline.folder import Folder, matching, read_text
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class StudentRun:
 def student_runs(work: Folder) -> Sequence[StudentRun]:
     """The runs of a work folder, by name; one whose record cannot be read has used nothing."""
     runs = []
-    for folder in sorted(p for p in (work / "students").glob("[!.]*") if p.is_dir()):
+    for folder in (p for p in matching(work / "students", "[!.]*") if p.is_dir()):
         try:
-            inputs = json.loads((folder / "config.json").read_text(encoding="utf-8"))["inputs"]
+            inputs = json.loads(read_text(folder / "config.json"))["inputs"]
             teachers = dict(inputs.get("teachers", {}))
             cases = {**inputs.get("cases", {}), **inputs.get("validation", {})}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

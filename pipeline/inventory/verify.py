@@ -6,6 +6,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipeline.admission.evidence import unreadable_evidence
 from pipeline.cache.index import read_index
 from pipeline.cache.places import Place, find_units, unit_bytes
 from pipeline.cache.store import remove_unit
@@ -106,6 +107,8 @@ def verify(
     found = Verification(deep)
     for path, why in unreadable.items():
         found.findings.append(Finding(f"index entry {path.name}", path, "damaged", (why,)))
+    for path, why in unreadable_evidence(work).items():
+        found.findings.append(Finding(f"evidence {path.name}", path, "damaged", (why,)))
     all_places = find_units(work)
     places = [place for place in all_places if everything or place.path in reached]
     found.unreached = len(all_places) - len(places)

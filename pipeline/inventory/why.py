@@ -24,7 +24,7 @@ from pipeline.data.files import CaseFiles
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheMissing, PipelineError, RegistryError
 from pipeline.folder import Folder
-from pipeline.inventory.wording import counted, print_changes
+from pipeline.inventory.wording import accepted_in_words, counted, print_changes
 from pipeline.log import print_table
 from pipeline.prepare import identify_case
 from pipeline.teachers.sliding_window import WindowConfig
@@ -135,6 +135,7 @@ def _reason(
         return Reason(unit, "made again", f"what is there is damaged: {error.what}", path)
     else:
         because = f"same digest {short(receipt.digest)}, written {receipt.written}"
+        because += accepted_in_words(receipt.notes)
         return Reason(unit, "reused", because, path)
     compared = {other: differing(inputs, wanted) for other, inputs in there.items()}
     if not compared:

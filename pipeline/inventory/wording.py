@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from calendar import timegm
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from pipeline.log import print_table
 
@@ -29,6 +30,15 @@ def seconds_since(written: str, *, now: float | None = None) -> float:
     except (TypeError, ValueError):
         return float("inf")
     return (time.time() if now is None else now) - then
+
+
+def accepted_in_words(notes: Mapping[str, Any]) -> str:
+    """What a receipt notes of a teacher that the admission gate would have stopped; else empty."""
+    organs = [
+        f"{organ}: Dice {entry['dice']:.3f}, asked for {entry['threshold']:g}"
+        for organ, entry in notes.get("accepted", {}).items()
+    ]
+    return f", accepted below the gate ({'; '.join(organs)})" if organs else ""
 
 
 def print_changes(title: str, arrow: str, changes: Iterable[tuple[str, Sequence[str]]]) -> None:

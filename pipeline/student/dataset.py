@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, default_collate
 
 from pipeline.cache.pool import POOL
 from pipeline.cache.reader import CachedCase
-from pipeline.cohort import compute, known_organs, lazy_consensus
+from pipeline.cohort import Temperatures, compute, known_organs, lazy_consensus
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.intensity import Intensity
@@ -60,6 +60,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         num_steps: length of the training.
         seed: of the run.
         rank: of this process.
+        temperatures: (teacher, organ) -> T of a calibrated supervision; empty for others.
         pool_bytes: decoded chunks kept per process; changes speed only.
     """
 
@@ -79,12 +80,14 @@ class PatchDataset(Dataset[dict[str, Any]]):
         num_steps: int,
         seed: int,
         rank: int = 0,
+        temperatures: Temperatures | None = None,
         pool_bytes: int = 0,
     ) -> None:
         self.space, self.supervision, self.taps = space, supervision, dict(taps)
         self.patch, self.align, self.intensity = patch, align, intensity
         self.sampling, self.augment = sampling, augment
         self.batch_size, self.num_steps, self.seed, self.rank = batch_size, num_steps, seed, rank
+        self.temperatures = dict(temperatures or {})
         self.pool_bytes = pool_bytes
         self._by_dataset: dict[str, list[CachedCase]] = {}
         for case in cases:
@@ -180,6 +183,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
                 margin=self.supervision.margin,
                 use_labels=wins,
                 confidence=self.supervision.confidence,
+                temperatures=self.temperatures,
             )
             odds[known], organ[known], background = compute(
                 regions.log_odds, regions.organ, regions.background

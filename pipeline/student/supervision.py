@@ -71,6 +71,9 @@ class SupervisionConfig(Config):
     margin: float = Field(default=0.0, ge=0, description="log-odds")
     labels_win: bool = True
     confidence: float = Field(default=6.0, gt=0, description="log-odds of a label that wins")
+    calibrated: bool = Field(
+        default=False, description="divide log-odds by the temperatures that stage one measured"
+    )
     logits: LogitsConfig = Field(default_factory=LogitsConfig)
     features: FeaturesConfig = Field(default_factory=FeaturesConfig)
 
@@ -84,6 +87,11 @@ class SupervisionConfig(Config):
     def uses_teachers(self) -> bool:
         """Whether log-odds are read at all."""
         return self.kind not in LABELS_ALONE
+
+    @property
+    def uses_temperatures(self) -> bool:
+        """Whether log-odds are read and divided by a temperature."""
+        return self.uses_teachers and self.calibrated
 
     @property
     def uses_features(self) -> bool:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch.utils.data import DataLoader
 
 from pipeline.cache.reader import CachedCase
+from pipeline.cohort import Temperatures
 from pipeline.config import Config, digest
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.intensity import Intensity
@@ -93,6 +94,7 @@ def train(
     inputs: Mapping[str, Any],
     log: Log,
     device: torch.device,
+    temperatures: Temperatures | None = None,
     workers: int = 0,
     pool_mb: int = 512,
     checkpoint_minutes: float = 10.0,
@@ -111,6 +113,7 @@ def train(
         inputs: what else determines the outcome (case and teacher digests), for the run's digest.
         log: where progress goes.
         device: where to train.
+        temperatures: (teacher, organ) -> T of a calibrated supervision; also in `inputs`.
         workers: loader processes; changes speed only.
         pool_mb: decoded chunks kept in each of them; changes speed only.
         checkpoint_minutes: at most so much work is lost to a kill.
@@ -139,7 +142,7 @@ def train(
         cached=taps if uses else {},
     ).to(device)
     optimiser = build_optimiser(config.optimiser, network)
-    data = _dataset(config, space, cases, network, pool_mb)
+    data = _dataset(config, space, cases, network, temperatures, pool_mb)
     identity = {"config": config.model_dump(mode="json"), "inputs": dict(inputs)}
     step = start = restore_state(
         folder, identity, network, optimiser, seed=config.seed, log=log, resume=resume
@@ -228,6 +231,7 @@ def _dataset(
     space: LabelSpace,
     cases: Sequence[CachedCase],
     network: StudentNetwork,
+    temperatures: Temperatures | None,
     pool_mb: int,
 ) -> PatchDataset:
     align: Index3 = network.tap_stride
@@ -250,6 +254,7 @@ def _dataset(
         batch_size=config.batch_size,
         num_steps=config.steps,
         seed=config.seed,
+        temperatures=temperatures,
         pool_bytes=pool_mb * 1_000_000,
     )
 

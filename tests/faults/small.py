@@ -72,6 +72,7 @@ def write_registry(path: Path, teachers: Mapping[str, Mapping[str, Any]]) -> Non
             }
         },
         "teachers": {name: dict(entry) for name, entry in teachers.items()},
+        "admission": {"dice": 0.0},  # thresholds of the HU are no good teachers
     }
     path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
 

@@ -100,16 +100,16 @@ def test_a_case_whose_files_change_meanwhile(
             repaint(image, 7)
         return real_label(path)
 
-    real_teachers = stages.cache_teachers._run_teachers
+    real_units = stages.cache_teachers._cache_units
 
-    def run_teachers(*args: Any, **options: Any) -> None:
+    def cache_units(*args: Any, **options: Any) -> None:
         if moment == MOMENTS[3]:
             repaint(image, 7)
-        real_teachers(*args, **options)
+        real_units(*args, **options)
 
     monkeypatch.setattr(pipeline.prepare, "read_image", change_image)
     monkeypatch.setattr(pipeline.prepare, "read_label", change_label)
-    monkeypatch.setattr(stages.cache_teachers, "_run_teachers", run_teachers)
+    monkeypatch.setattr(stages.cache_teachers, "_cache_units", cache_units)
     report = run_stage(small)
     monkeypatch.undo()
     # An image that changes after its case was read is met by the teachers, who read it again.

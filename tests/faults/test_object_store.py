@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pipeline.cache import leftovers, objects
+from pipeline.cache.index import read_index
 from pipeline.cache.leftovers import dead_temporaries
 from pipeline.cache.places import find_units
 from pipeline.cache.reader import Unit
@@ -198,8 +199,9 @@ def test_a_store_that_does_not_answer_is_no_damage(
         ):
             with pytest.raises(StoreUnreachable, match=r"did not answer .*Could not connect"):
                 ask()
-        with pytest.raises(StoreUnreachable):
-            deep_problems(place)
+        for look in (lambda: deep_problems(place), lambda: read_index(store_work)):
+            with pytest.raises(StoreUnreachable):
+                look()
     assert deep_problems(place) == []
 
 

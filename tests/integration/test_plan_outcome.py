@@ -38,6 +38,7 @@ def large_registry(tmp_path: Path) -> Path:
         "grid": {"spacing_mm": list(SPACING_MM)},
         "datasets": datasets,
         "teachers": {organ: teacher_data(organ, taps=[TAP]) for organ in ORGANS},
+        "admission": {"dice": 0.0},  # random weights
     }
     path = tmp_path / "data_registry.yaml"
     path.write_text(yaml.safe_dump(registry, sort_keys=False), encoding="utf-8")

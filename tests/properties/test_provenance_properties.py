@@ -348,6 +348,10 @@ SAME: dict[str, Callable[[Path], object]] = {
         lambda d: [d["teachers"]["liver"].update(licence="x"),
                    d["datasets"]["multi-ct"].update(source="y")]
     ),
+    "what the gate asks": entry(
+        lambda d: [d.update(admission={"dice": 0.4, "cases": 1}),
+                   d["teachers"]["liver"].update(admission={"dice": 0.7})]
+    ),
     "another dataset": entry(lambda d: d["datasets"]["liver-ct"].update(ignore_values=[9])),
     "another teacher": entry(lambda d: d["teachers"].pop("spleen")),
     "the split": entry(
@@ -398,7 +402,7 @@ def test_each_window_setting_is_in_the_teachers_digest(cohort: Path, field: str)
 
 # --- speed ----------------------------------------------------------------------------------------
 
-OF_THE_RUN = {"config", "registry", "work", "log", "dry_run", "tables", "force"}
+OF_THE_RUN = {"config", "registry", "work", "log", "dry_run", "tables", "force", "accept"}
 
 
 def test_a_stages_flags_are_its_settings_or_speed() -> None:

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 
+from pipeline.admission.evidence import read_evidence, write_evidence
+from pipeline.cache.index import read_teacher_index
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheMissing, CacheStale, CheckpointError, ConfigError, PipelineError
 from pipeline.log import Log
@@ -286,3 +288,82 @@ class TestTheRun:
         assert record.spacing_mm == (12.0, 12.0, 12.0)
         assert record.steps == marker["steps"] == 2
         assert not any("adapter" in name for name in network.state_dict())
+
+
+class TestCalibrated:
+    """`supervision.calibrated`: temperatures come from the cache and are part of the run."""
+
+    def settings(self, *, calibrated: bool = True, kind: str = "ms_kd") -> TrainStudentConfig:
+        return settings(supervision={"kind": kind, "calibrated": calibrated})
+
+    def inputs_of(self, registry: Path) -> dict[str, Any]:
+        content = json.loads((run_folder(registry) / "config.json").read_text())
+        inputs: dict[str, Any] = content["inputs"]
+        return inputs
+
+    def records(self, registry: Path) -> list[Path]:
+        return sorted((work_of(registry) / "index" / "evidence").glob("*.json"))
+
+    def warm(self, registry: Path, factor: float) -> dict[tuple[str, str], float]:
+        """Rewrites what stage one measured, with other temperatures."""
+        loaded, work = load_registry(registry, files=False), work_of(registry)
+        found = {}
+        for number, name in enumerate(ORGANS):
+            teacher = read_teacher_index(work, name, loaded.teacher_key(name))
+            known = read_evidence(work, loaded, teacher)
+            (organ,) = known.organs.values()
+            assert organ.calibration is not None
+            value = factor + number
+            calibration = organ.calibration.model_copy(update={"temperature": value})
+            organs = {name: organ.model_copy(update={"calibration": calibration})}
+            known = known.model_copy(update={"organs": organs})
+            write_evidence(work, loaded, teacher, {}, known)
+            found[name, name] = value
+        return found
+
+    def test_the_students_log_odds_are_divided(
+        self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected = self.warm(tiny_cached, 2.0)
+        seen = []
+        real = training.PatchDataset
+
+        def spy(*args: Any, **options: Any) -> Any:
+            seen.append(options["temperatures"])
+            return real(*args, **options)
+
+        monkeypatch.setattr(training, "PatchDataset", spy)
+        assert run(tiny_cached, self.settings()).exit_code == 0
+        assert seen == [expected]
+        assert self.inputs_of(tiny_cached)["temperatures"] == {
+            "liver: liver": 2.0,
+            "spleen: spleen": 3.0,
+        }
+
+    def test_other_temperatures_are_another_run(self, tiny_cached: Path) -> None:
+        self.warm(tiny_cached, 2.0)
+        run(tiny_cached, self.settings())
+        assert run(tiny_cached, self.settings()).skipped == ["student"]
+        self.warm(tiny_cached, 2.5)
+        with pytest.raises(CheckpointError, match="temperatures"):
+            run(tiny_cached, self.settings())
+
+    @pytest.mark.parametrize(("kind", "calibrated"), [("ms_kd", False), ("marginal", True)])
+    def test_who_does_not_use_them_does_not_depend_on_them(
+        self, tiny_cached: Path, kind: str, calibrated: bool
+    ) -> None:
+        config = self.settings(kind=kind, calibrated=calibrated)
+        run(tiny_cached, config)
+        assert "temperatures" not in self.inputs_of(tiny_cached)
+        for record in self.records(tiny_cached):
+            record.unlink()
+        assert run(tiny_cached, config).skipped == ["student"]
+
+    def test_without_a_record_it_says_to_run_stage_one(self, tiny_cached: Path) -> None:
+        self.records(tiny_cached)[0].unlink()
+        with pytest.raises(CacheMissing, match="temperature") as caught:
+            run(tiny_cached, self.settings())
+        assert "pipeline cache-teachers" in str(caught.value)
+        assert not run_folder(tiny_cached).exists()
+        fill_cache(tiny_cached)
+        assert run(tiny_cached, self.settings()).exit_code == 0

@@ -177,10 +177,10 @@ def test_gc_dry_run_and_a_refused_question_remove_nothing(dropped: Path) -> None
     before = snapshot(work_of(dropped))
     dry = call(dropped, "gc", str(dropped), "--dry-run")
     assert dry.exit_code == 0
-    assert "would remove 10 things" in dry.stderr
+    assert "would remove 11 things" in dry.stderr
     refused = call(dropped, "gc", str(dropped), answer="n\n")
     assert refused.exit_code == 1
-    assert "Remove 10 things" in refused.stderr
+    assert "Remove 11 things" in refused.stderr
     silent = call(dropped, "gc", str(dropped))
     assert silent.exit_code == 1
     assert snapshot(work_of(dropped)) == before
@@ -190,7 +190,7 @@ def test_gc_dry_run_and_a_refused_question_remove_nothing(dropped: Path) -> None
 def test_gc_removes(dropped: Path, options: list[str], answer: str | None) -> None:
     result = call(dropped, "gc", str(dropped), "-q", *options, answer=answer)
     assert result.exit_code == 0
-    assert "removed 10 things" in result.stderr
+    assert "removed 11 things" in result.stderr
     assert not list(work_of(dropped).glob("teachers/liver@*"))
     again = call(dropped, "gc", str(dropped), "--yes")
     assert "nothing to do" in again.stderr

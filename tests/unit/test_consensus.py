@@ -140,6 +140,35 @@ def test_the_average_of_large_values_is_not_that_of_float16() -> None:
     assert at(average_experts(experts)) == pytest.approx(60000, rel=1e-3)
 
 
+def test_each_expert_is_divided_by_its_own_temperature() -> None:
+    rng = np.random.default_rng(6)
+    experts = [rng.normal(size=(4, 5, 6)).astype(np.float16) for _ in range(2)]
+    experts[0][0] = experts[1][1] = NAN
+    lazy = [da.from_array(e) for e in experts]
+    average = np.asarray(average_experts(lazy, [2.0, 0.5]))
+    assert average.dtype == np.float32
+    divided = [experts[0].astype(np.float32) / 2, experts[1].astype(np.float32) / 0.5]
+    np.testing.assert_allclose(average, slow_average(divided), rtol=1e-6)
+    (alone,) = (np.asarray(average_experts(lazy[:1], [2.0])),)
+    np.testing.assert_allclose(alone, divided[0], rtol=1e-6)
+    with pytest.raises(ValueError, match="shorter"):
+        average_experts(lazy, [2.0])
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.7, 16.0])
+def test_no_region_of_one_expert_changes_with_its_temperature_at_margin_0(
+    temperature: float,
+) -> None:
+    rng = np.random.default_rng(7)
+    odds = [da.from_array(rng.normal(0, 5, (4, 5, 6)).astype(np.float16)) for _ in range(2)]
+    plain = consensus(da.stack([average_experts([d]) for d in odds]))
+    hot = consensus(da.stack([average_experts([d], [temperature]) for d in odds]))
+    for name in ("organ", "background", "conflict", "abstained"):
+        np.testing.assert_array_equal(
+            np.asarray(getattr(plain, name)), np.asarray(getattr(hot, name))
+        )
+
+
 def test_one_expert_is_taken_as_it_is() -> None:
     only = np.array([[[1.5, NAN]]], np.float16)
     np.testing.assert_array_equal(np.asarray(average_experts([da.from_array(only)])), only)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from pipeline.admission.evidence import temperatures
 from pipeline.cohort import open_cohort
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry, load_registry
@@ -92,20 +93,70 @@ def write_student(folder: Path) -> Path:
     return path
 
 
-def pipeline(*arguments: object, program: str | None = None) -> subprocess.CompletedProcess[str]:
+def pipeline(
+    *arguments: object, program: str | None = None, expect: int = 0
+) -> subprocess.CompletedProcess[str]:
     start = ["-m", "pipeline.cli"] if program is None else ["-c", program]
     command = [sys.executable, *start, *map(str, arguments)]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.returncode == expect, done.stderr + done.stdout
     return done
 
 
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Registry, str]:
+def refused(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("real_ct")
     path = write_registry(folder)
-    done = pipeline("cache-teachers", "-r", path, "-w", folder / "work")
+    return folder, pipeline("cache-teachers", "-r", path, "-w", folder / "work", expect=2)
+
+
+@pytest.fixture(scope="module")
+def cached(
+    refused: tuple[Path, subprocess.CompletedProcess[str]],
+) -> tuple[Path, Registry, str]:
+    folder, _ = refused
+    path = folder / "data_registry.yaml"
+    done = pipeline("cache-teachers", "-r", path, "-w", folder / "work", "--accept", "pancreas")
     return folder, load_registry(path), done.stdout
+
+
+def test_the_useless_pancreas_teacher_is_stopped_and_no_other(
+    refused: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = refused
+    told = json.loads((folder / "work" / "reports" / "admission.json").read_text())
+    assert set(told["refused"]) == {"pancreas"}
+    for part in ("pancreas has a mean Dice of 0.0", "below 0.5", "--accept pancreas"):
+        assert part in done.stderr
+    assert "over-confident" in done.stderr  # the only case stands in split train
+    passed = {row["teacher"]: row["passed"] for row in told["teachers"]}
+    assert passed == {"liver": True, "spleen": True, "kidney_left": True, "pancreas": False}
+
+
+def test_an_accepted_teacher_is_not_run_again(cached: tuple[Path, Registry, str]) -> None:
+    folder, _, _ = cached
+    report = json.loads((folder / "work" / "reports" / "cache-teachers.json").read_text())
+    assert (report["done"], report["exit_code"]) == ([], 0)
+    assert report["accepted"]["pancreas"]["pancreas"]["dice"] < 0.05
+
+
+def test_every_real_teacher_is_found_to_be_over_confident(
+    cached: tuple[Path, Registry, str],
+) -> None:
+    """The temperatures that a grid search over all voxels of the case finds, too."""
+    folder, registry, _ = cached
+    found = temperatures(folder / "work", registry, list(registry.teachers))
+    (case,) = open_cohort(folder / "work", registry, teachers=list(registry.teachers)).cases
+    for organ in ORGANS:
+        odds = case.log_odds(organ, organ).astype(np.float64)
+        seen = ~np.isnan(odds)
+        sign = np.where(case.label() == registry.organs[organ], -1, 1)[seen]
+        grid = np.geomspace(0.5, 5, 200)
+        losses = [np.logaddexp(0, sign * odds[seen] / t).mean() for t in grid]
+        assert found[organ, organ] == pytest.approx(grid[int(np.argmin(losses))], rel=0.02)
+        assert 1.2 < found[organ, organ] < 3.0
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +177,8 @@ def test_teachers_agree_with_the_label_read_back_from_the_cache(
     report = json.loads((folder / "work" / "reports" / "cache-teachers.json").read_text())
     dice = {row["teacher"]: row["dice"] for row in report["teachers"]}
     flags = {row["teacher"]: row["flag"] for row in report["teachers"]}
+    least = {row["teacher"]: row["sensitivity"] for row in report["teachers"]}
+    assert least["liver"] >= 0.90
     assert dice["liver"] >= 0.90
     assert dice["spleen"] >= 0.85
     assert 0.3 < dice["kidney_left"] < 0.7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from pipeline.cache.receipt import (
 )
 from pipeline.cache.schema import StorageConfig, image_spec
 from pipeline.cache.store import write_unit
+from pipeline.config import digest
 from pipeline.errors import CacheCorrupt, CacheError, CacheIncomplete
 
 STORAGE = StorageConfig(chunk=8)
@@ -55,6 +57,42 @@ def test_a_case_unit_has_no_teacher_inputs(tmp_path: Path) -> None:
     path = tmp_path / "u.zarr"
     receipt = write_unit(path, [image_spec(image)], {}, {"a": 1}, storage=STORAGE, seconds=0)
     assert receipt.teacher_inputs == {}
+
+
+def noted(tmp_path: Path, **options: Any) -> Path:
+    path = tmp_path / "noted.zarr"
+    image = np.zeros((8, 8, 8), dtype=np.int16)
+    write_unit(path, [image_spec(image)], {}, {"a": 1}, storage=STORAGE, seconds=0, **options)
+    return path
+
+
+def test_notes_are_sealed_and_in_no_digest(tmp_path: Path) -> None:
+    notes = {"accepted": {"liver": {"dice": 0.25, "threshold": 0.5}}}
+    path = noted(tmp_path, notes=notes)
+    receipt = verify_unit(path)
+    assert receipt.notes == notes
+    assert receipt.digest == digest({"a": 1})
+    assert list(json.loads((path / RECEIPT).read_text()))[3:6] == [
+        "teacher_inputs",
+        "notes",
+        "arrays",
+    ]
+    text = (path / RECEIPT).read_text()
+    (path / RECEIPT).write_text(text.replace("0.25", "0.75"))
+    with pytest.raises(CacheCorrupt, match="its own digest"):
+        read_receipt(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"notes": None}, {"notes": {}}])
+def test_without_notes_a_receipt_is_what_it_always_was(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    path = noted(tmp_path, **options)
+    assert list(json.loads((path / RECEIPT).read_text())) == [
+        "format_version", "digest", "inputs", "teacher_inputs", "arrays", "objects", "seconds",
+        "written", "seal",
+    ]  # fmt: skip
+    assert verify_unit(path).notes == {}
 
 
 @pytest.mark.parametrize("field", ["seconds", "written", "arrays", "objects", "teacher_inputs"])

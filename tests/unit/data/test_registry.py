@@ -128,7 +128,7 @@ ONE_MISTAKE: dict[str, tuple[tuple[str, str], int, str, str]] = {
         ("schema_version: 1\n", "schema_version: 1\ndataset: {}\n"),
         2,
         "dataset: unknown key.",
-        "Known here: datasets, grid, organs, schema_version, teachers.",
+        "Known here: admission, datasets, grid, organs, schema_version, teachers.",
     ),
     "key written twice": (
         ("  spleen: 2\n", "  spleen: 2\n  liver: 1\n"),
@@ -639,6 +639,12 @@ def keys(folder: Path, *changes: tuple[str, str]) -> tuple[str, str]:
         (("weights: liver.pt", "weights: liver.pt\n    licence: CC0"), False, False),
         (("weights: liver.pt", "weights: liver.pt\n    source: me"), False, False),
         (("weights: both.pt", "weights: neither.pt"), False, False),
+        (("weights: liver.pt", "weights: liver.pt\n    admission: {dice: 0.7}"), False, False),
+        (
+            ("schema_version: 1", "schema_version: 1\nadmission: {dice: 0.4, cases: 1}"),
+            False,
+            False,
+        ),
     ],
 )
 def test_keys_change_with_what_matters(

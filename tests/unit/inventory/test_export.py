@@ -96,6 +96,7 @@ def ramp(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
                     }
                 },
                 "teachers": {"ramp": entry},
+                "admission": {"dice": 0.0},  # a ramp is no liver
             }
         )
     )

@@ -66,15 +66,16 @@ def test_a_cache_that_is_all_in_use(tiny_cached: Path) -> None:
 
 def test_a_dropped_teacher_goes_with_its_entry_and_nothing_else(tiny_cached: Path) -> None:
     work = work_of(tiny_cached)
-    kept = content(work, without=["teachers/liver@*", "index/teachers/liver.*"])
+    kept = content(work, without=["teachers/liver@*", "index/*/liver.*"])
     change_registry(tiny_cached, drop("liver"))
     before = sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
     found = garbage_of(tiny_cached)
     assert {place.teacher for place in found.units} == {"liver"}
     assert len(found.units) == 9
-    assert [path.name.split(".")[0] for path in found.index_files] == ["liver"]
+    names = [f"{path.parent.name}/{path.name.split('.')[0]}" for path in found.index_files]
+    assert names == ["teachers/liver", "evidence/liver"]
     number, freed = collect(tiny_cached)
-    assert (number, freed) == (10, found.total)
+    assert (number, freed) == (11, found.total)
     assert before - sum(p.stat().st_size for p in work.rglob("*") if p.is_file()) == freed
     assert content(work) == kept
     assert [path.name.split("@")[0] for path in (work / "teachers").iterdir()] == ["spleen"]
@@ -101,7 +102,8 @@ def test_older_weights_and_older_cases_go(tiny_cached: Path) -> None:
         "multi-ct/case_000", "multi-ct/case_001", "multi-ct/case_002",
     ]  # fmt: skip
     assert sum(place.teacher == "liver" for place in found.units) == 9
-    assert len(found.index_files) == 1
+    # multi-ct as it was, and what was measured by the old cases: by both teachers
+    assert [path.parent.name for path in found.index_files] == ["datasets", "evidence", "evidence"]
     collect(tiny_cached)
     deep = verify(work_of(tiny_cached), known(tiny_cached), deep=True, everything=True, log=QUIET)
     assert (deep.checked, deep.findings) == (27, [])

@@ -360,3 +360,26 @@ class TestWherePatchesLie:
         data = dataset([case], sampling=SamplingConfig(foreground=1.0))
         starts = {tuple(place(data[i]["image"][0].numpy())[1][0]) for i in range(len(data))}
         assert len(starts) > 3
+
+
+def test_log_odds_of_a_batch_are_divided_by_their_teachers_temperature(tmp_path: Path) -> None:
+    case = write_case(tmp_path, "livers/case_0")
+    plain = dataset([case])
+    hot = dataset([case], temperatures={("one", "liver"): 4.0, ("two", "spleen"): 0.5})
+    for item in range(len(plain)):
+        before, after = arrays(plain[item]), arrays(hot[item])
+        np.testing.assert_array_equal(after["log_odds"][0], before["log_odds"][0] / 4)
+        np.testing.assert_array_equal(after["log_odds"][1], before["log_odds"][1] / 0.5)
+        for name in ("image", "organ", "background", "classes"):
+            np.testing.assert_array_equal(after[name], before[name])
+
+
+def test_a_label_that_wins_is_as_sure_whatever_the_temperature(tmp_path: Path) -> None:
+    case = write_case(tmp_path, "livers/case_0")
+    wins = SupervisionConfig(labels_win=True, confidence=6.0)
+    sure = dataset([case], supervision=wins, temperatures={("one", "liver"): 10_000.0})
+    for item in range(len(sure)):
+        sample = arrays(sure[item])
+        known = (sample["classes"] != IGNORE) & ~np.isnan(sample["log_odds"][0])
+        expected = np.where(sample["classes"] == 1, 6.0, -6.0)
+        np.testing.assert_allclose(sample["log_odds"][0][known], expected[known])
