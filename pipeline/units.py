@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,17 +137,22 @@ def cache_unit(
     Raises:
         TeacherError: outputs that cannot be used; nothing is written.
     """
-    said = compute_unit(registry, loaded, see(loaded, native), case)
+    said = compute_unit(registry, loaded, see(loaded, native, case.name), case)
     return store_unit(loaded, said, case, path, storage=storage)
 
 
-def see(loaded: LoadedTeacher, native: Volume) -> Seen:
-    """Resamples a CT to the spacing that a teacher wants."""
+def see(loaded: LoadedTeacher, native: Volume, where: str) -> Seen:
+    """Resamples a CT to the spacing that a teacher wants.
+
+    Raises:
+        TeacherError: out of memory.
+    """
     began = time.monotonic()
     wanted = loaded.teacher.spacing_mm
     image = native
     if wanted is not None:
-        image = resample(native, native.grid.with_spacing(wanted), order=1)
+        with _memory_errors_named(where):
+            image = resample(native, native.grid.with_spacing(wanted), order=1)
     return Seen(native.grid, image, time.monotonic() - began)
 
 
@@ -213,26 +219,32 @@ def run_teacher(
     Raises:
         TeacherError: outputs that cannot be used, or out of memory.
     """
-    return _run(registry, loaded, see(loaded, native), where=where)
+    return _run(registry, loaded, see(loaded, native, where), where=where)
 
 
 def _run(registry: Registry, loaded: LoadedTeacher, seen: Seen, *, where: str) -> Outputs:
     began = time.monotonic()
     grid = seen.native.with_spacing(registry.grid.spacing_mm)
     entry = registry.teachers[loaded.indexed.teacher]
-    try:
+    with _memory_errors_named(where):
         placed = _place(loaded.teacher, seen.image, entry, grid, where)
+    seconds = seen.seconds + time.monotonic() - began
+    return Outputs(grid, placed.log_odds, placed.features, placed.strides, seconds)
+
+
+@contextmanager
+def _memory_errors_named(where: str) -> Iterator[None]:
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise TeacherError(
-            f"out of memory with one window at a time ({type(error).__name__}).",
+            f"out of memory, with one window at a time too ({type(error).__name__}).",
             where=where,
             fix="Set a smaller `window.shape`, or free memory of the device; `--device cpu` takes "
             "the machine's memory instead of the GPU's. Taps with many fine cells cost most.",
         ) from error
-    seconds = seen.seconds + time.monotonic() - began
-    return Outputs(grid, placed.log_odds, placed.features, placed.strides, seconds)
 
 
 def _place(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from pydantic import Field
@@ -27,16 +28,18 @@ from pipeline.cache.schema import StorageConfig
 from pipeline.cache.store import clean_temporaries, prepare_work_folder, write_json
 from pipeline.config import Config
 from pipeline.data.files import CaseFiles
-from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
+from pipeline.engine.overlap import in_turn, overlapped
 from pipeline.errors import CacheError, CacheStale, PipelineError, RegistryError, WorkFolderError
 from pipeline.log import Advance, Log
+from pipeline.network import pick_device
 from pipeline.planning.record import check_space
-from pipeline.prepare import organ_voxels, prepare_case
+from pipeline.prepare import organ_voxels
 from pipeline.tables import print_tables, region_rows, teacher_rows
 from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.units import LoadedTeacher, cache_unit, open_teacher
-from pipeline.volume import Volume
+from pipeline.teachers.window_passes import check_precision
+from pipeline.unit_steps import CaseSteps, Unit, UnitSteps
+from pipeline.units import LoadedTeacher, open_teacher
 from stages.report import StageReport
 
 
@@ -57,6 +60,7 @@ def run(
     log: Log,
     device: str = "auto",
     window_batch: int = 1,
+    overlap: bool = True,
     force: bool = False,
     dry_run: bool = False,
     tables: bool = True,
@@ -69,7 +73,9 @@ def run(
         work: the work folder.
         log: where progress goes.
         device: auto, cpu, cuda, cuda:1.
-        window_batch: windows per forward pass.
+        window_batch: windows per forward pass, at most.
+        overlap: read the next case and write the last one while a network runs; without it, one
+            thing at a time, with less memory.
         force: start even if what is still to be made will not fit.
         dry_run: say what would be done, write nothing.
         tables: also print the tables of regions and of teachers.
@@ -86,6 +92,7 @@ def run(
         removed = clean_temporaries(work)
         if removed:
             log.info(f"removed {removed} unfinished units of a run that was killed")
+    check_precision(config.window.precision, pick_device(device))
     teachers = {
         name: open_teacher(
             name, registry, window=config.window, storage=config.storage,
@@ -99,18 +106,18 @@ def run(
         registry, work, {name: loaded.indexed for name, loaded in teachers.items()},
         splits=config.splits, storage=config.storage, log=log, force=force or dry_run,
     )  # fmt: skip
-    indexed = _prepare_cases(config, registry, work, files, report, log=log, dry_run=dry_run)
+    indexed = _prepare_cases(
+        config, registry, work, files, report, log=log, dry_run=dry_run, overlap=overlap
+    )
     if not dry_run:
         _check_organs(registry, work, indexed, report, log)
         _write_index(config, registry, work, indexed, teachers, _usable_datasets(registry, report))
     usable = _usable_datasets(registry, report)
     jobs = [(case, source) for case, source in indexed if case.dataset in usable]
-    with log.progress("teachers", len(jobs) * len(teachers)) as advance:
-        for case, source in jobs:
-            _run_teachers(
-                config, registry, work, teachers, case, source, report,
-                log=log, advance=advance, dry_run=dry_run,
-            )  # fmt: skip
+    _run_teachers(
+        config, registry, work, teachers, jobs, report,
+        log=log, dry_run=dry_run, overlap=overlap,
+    )  # fmt: skip
     report.seconds = time.monotonic() - began
     if not dry_run:
         _tell(config, registry, work, usable, report, log=log, show=tables)
@@ -122,35 +129,58 @@ def _run_teachers(
     registry: Registry,
     work: Path,
     teachers: Mapping[str, LoadedTeacher],
-    case: IndexedCase,
-    source: CaseFiles,
+    jobs: Sequence[tuple[IndexedCase, CaseFiles]],
     report: StageReport,
     *,
     log: Log,
-    advance: Advance,
     dry_run: bool,
+    overlap: bool,
 ) -> None:
-    """All teachers on one case, whose CT is read once, and only if something is missing."""
-    native: Volume | None = None
-    for name, loaded in teachers.items():
-        unit = f"{name} x {case.name}"
-        path = unit_path(work, loaded.indexed, case)
-        if _exists(path, unit_digest(loaded.indexed, case), log):
-            report.skipped.append(unit)
-        elif dry_run:
-            report.done.append(unit)
-        else:
-            try:
-                native = native or _read_again(source, case)
-                report.num_bytes += cache_unit(
-                    registry, loaded, native, case, path,
-                    storage=config.storage,
-                )  # fmt: skip
-                report.done.append(unit)
-                log.event("unit", unit=unit, path=str(path))
-            except Exception as error:
-                _fail(report, log, unit, error)
-        advance(case.name)
+    """All teachers on all cases: the next CT is read while a network runs and the last unit is
+    written."""
+
+    steps = UnitSteps(registry, config.storage)
+    order = overlapped if overlap else in_turn
+    with log.progress("teachers", len(jobs) * len(teachers)) as advance:
+        missing = _missing_units(work, teachers, jobs, report, log, advance, dry_run=dry_run)
+        with closing(
+            order(missing, ahead=steps.read, work=steps.compute, behind=steps.store)
+        ) as outcomes:
+            for outcome in outcomes:
+                unit = outcome.item
+                if outcome.error is not None:
+                    _fail(report, log, unit.name, outcome.error)
+                else:
+                    report.done.append(unit.name)
+                    report.num_bytes += outcome.result or 0
+                    log.event("unit", unit=unit.name, path=str(unit.path))
+                advance(unit.case.name)
+
+
+def _missing_units(
+    work: Path,
+    teachers: Mapping[str, LoadedTeacher],
+    jobs: Sequence[tuple[IndexedCase, CaseFiles]],
+    report: StageReport,
+    log: Log,
+    advance: Advance,
+    *,
+    dry_run: bool,
+) -> Iterator[Unit]:
+    """Case by case; whether a unit is there is looked at shortly before its turn, since another
+    process may be making it."""
+    for case, source in jobs:
+        for name, loaded in teachers.items():
+            unit = Unit(f"{name} x {case.name}", loaded, case, source,
+                         unit_path(work, loaded.indexed, case))  # fmt: skip
+            if _exists(unit.path, unit_digest(loaded.indexed, case), log):
+                report.skipped.append(unit.name)
+            elif dry_run:
+                report.done.append(unit.name)
+            else:
+                yield unit
+                continue
+            advance(case.name)
 
 
 def _prepare_cases(
@@ -162,26 +192,27 @@ def _prepare_cases(
     *,
     log: Log,
     dry_run: bool,
+    overlap: bool = True,
 ) -> list[tuple[IndexedCase, CaseFiles]]:
     """Every case is read and put on the student grid before any teacher runs, so that bad input is
     found before GPU time is spent."""
+    steps = CaseSteps(registry, work, config.storage, dry_run)
     prepared = []
-    with log.progress("cases on the student grid", len(files)) as advance:
-        for source in files:
-            try:
-                indexed, wrote = prepare_case(
-                    registry,
-                    work,
-                    source,
-                    spacing_mm=registry.grid.spacing_mm,
-                    storage=config.storage,
-                    dry_run=dry_run,
-                )
+    order = overlapped if overlap else in_turn
+    with (
+        log.progress("cases on the student grid", len(files)) as advance,
+        closing(order(files, ahead=steps.read, work=steps.fit, behind=steps.store)) as outcomes,
+    ):
+        for outcome in outcomes:
+            source = outcome.item
+            if outcome.result is None:
+                assert outcome.error is not None
+                _fail(report, log, source.name, outcome.error)
+            else:
+                indexed, wrote = outcome.result
                 prepared.append((indexed, source))
                 (report.skipped if wrote is None else report.done).append(indexed.name)
                 report.num_bytes += wrote or 0
-            except Exception as error:
-                _fail(report, log, source.name, error)
             advance(source.name)
     return prepared
 
@@ -245,17 +276,6 @@ def _exists(path: Path, expect: str, log: Log) -> bool:
             log.warn(f"{error} It is made again.")
         return False
     return True
-
-
-def _read_again(source: CaseFiles, case: IndexedCase) -> Volume:
-    image = read_image(source.image)
-    if image.sha256 != case.image_sha256:
-        raise RegistryError(
-            "the image changed while this stage was running.",
-            where=f"{source.name}, {source.image}",
-            fix="Let nothing write to the dataset, then run the stage again.",
-        )
-    return image.volume
 
 
 def _fail(report: StageReport, log: Log, unit: str, error: Exception) -> None:
