@@ -72,7 +72,8 @@ def main() -> None:
     for number in range(arguments.rounds):
         for way in WAYS:
             rows[way].append(bench.timed(bench.way(way, windows)))
-            print(f"round {number + 1}, {way}: {rows[way][-1]['wall']:.1f} s", flush=True)
+            found = {key: round(value, 1) for key, value in rows[way][-1].items()}
+            print(f"round {number + 1}, {way}: {found}", flush=True)
     report(rows, sum(len(w) for w in windows.values()), arguments)
 
 

@@ -17,8 +17,9 @@ from pipeline.data.nifti import read_image
 from pipeline.data.registry import load_registry
 from pipeline.errors import TeacherError
 from pipeline.teachers.window_passes import WindowPasses
+from tests.stages import test_cache_teachers as stage
 from tests.stages.stage_contract import ROOT, content
-from tests.stages.test_cache_teachers import TestCacheTeachers, quiet_run, run, units_of
+from tests.stages.test_cache_teachers import quiet_run, run, units_of
 from tests.tiny import cache_config, copy_cohort, work_of
 
 
@@ -99,7 +100,7 @@ main()
 def test_a_signal_ends_it_promptly_and_loses_only_what_was_in_flight(
     tiny_registry: Path, number: int
 ) -> None:
-    command = TestCacheTeachers().command(tiny_registry)
+    command = stage.TestCacheTeachers().command(tiny_registry)
     with subprocess.Popen(
         [sys.executable, "-c", _SLOW, *command],
         cwd=ROOT,
