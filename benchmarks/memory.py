@@ -3,7 +3,7 @@
 The cohort is written first; stage one then runs in a process of its own, whose largest resident
 memory the system reports. Networks are cheap (what a real one's activations take on top depends on
 the window, not on the case), and run at the CT's own spacing, the largest grid that a teacher can
-want. Two cases, so that one is read while a network runs on the other.
+want, in windows that do not overlap. Two cases, so that one is read while a network runs on the other.
 
     python -m benchmarks.memory FOLDER [--shape 600 512 512] [--teachers 4] [--no-overlap]
 """
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, default=[600, 512, 512], help="z y x")
     parser.add_argument("--teachers", type=int, default=4, choices=range(1, 5))
     parser.add_argument("--window", type=int, nargs=3, default=[128, 128, 128])
-    parser.add_argument("--filters", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--filters", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--no-overlap", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     log = Log(events=arguments.folder / "events.jsonl")
     began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     report = cache_teachers.run(
-        CacheTeachersConfig(window=WindowConfig(shape=(z, y, x), overlap=0.25)),
+        CacheTeachersConfig(window=WindowConfig(shape=(z, y, x), overlap=0)),
         load_registry(arguments.folder / "data_registry.yaml"), arguments.folder / "work", log=log,
         device="cpu", overlap=not arguments.no_overlap, tables=False, force=True,
     )  # fmt: skip

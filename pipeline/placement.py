@@ -15,6 +15,7 @@ from pipeline.teachers.teacher import Sink, check_finite, slab_log_odds
 from pipeline.volume import Grid
 
 FloatArray = npt.NDArray[np.float32]
+_VALUES_AT_ONCE = 4_000_000
 
 
 class Placement:
@@ -58,8 +59,12 @@ class Placement:
         Raises:
             TeacherError: NaN or infinite outputs, or channels that disagree with the registry.
         """
-        for organ, odds in slab_log_odds(slab, self._entry, where=self._where).items():
-            self._odds[organ].put(odds)
+        # A few rows at a time: logsumexp takes several times the memory of its input.
+        rows = max(1, _VALUES_AT_ONCE // (slab.shape[0] * slab.shape[2] * slab.shape[3]))
+        for begin in range(0, slab.shape[1], rows):
+            part = slab[:, begin : begin + rows]
+            for organ, odds in slab_log_odds(part, self._entry, where=self._where).items():
+                self._odds[organ].put(odds)
 
     @property
     def feature_sinks(self) -> Mapping[str, Sink]:

@@ -31,7 +31,6 @@ from pipeline.teachers.window_passes import is_out_of_memory
 from pipeline.volume import Grid, Volume
 
 FloatArray = npt.NDArray[np.float32]
-_SLAB_VOXELS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -258,18 +257,10 @@ def _place(
     prediction = teacher.predict(image)
     cells = {tap: feature.grid for tap, feature in prediction.features.items()}
     placed = Placement(grid, entry, prediction.logits.grid, cells, where=where)
-    for slab in _slabs(prediction.logits.array):
-        placed.put_logits(slab)
+    placed.put_logits(prediction.logits.array)
     for tap, feature in prediction.features.items():
-        for slab in _slabs(feature.array):
-            placed.feature_sinks[tap](slab)
+        placed.feature_sinks[tap](feature.array)
     return placed
-
-
-def _slabs(array: FloatArray) -> Iterator[FloatArray]:
-    rows = max(1, _SLAB_VOXELS // (array.shape[-1] * array.shape[-2]))
-    for begin in range(0, array.shape[-3], rows):
-        yield array[..., begin : begin + rows, :, :]
 
 
 def unit_arrays(said: Outputs, storage: StorageConfig) -> list[ArraySpec]:

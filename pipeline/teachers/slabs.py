@@ -6,7 +6,7 @@ are handed out, and only one window's depth of the volume is held.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ from monai.data.utils import compute_importance_map
 from torch import Tensor
 
 from pipeline.patches import Index3, Patch
+
+_VALUES_AT_ONCE = 4_000_000
 
 
 class BlendedSlabs:
@@ -58,18 +60,20 @@ class BlendedSlabs:
             channel[:, y, x] += self._weight * values
         self._norm[:, y, x] += self._weight
 
-    def advance(self, row: int) -> npt.NDArray[np.float32]:
-        """The rows from `begin` to `row`, (C, n, H, W), cropped to the image."""
+    def advance(self, row: int) -> Iterator[npt.NDArray[np.float32]]:
+        """The rows from `begin` to `row`, cropped to the image, a few at a time: (C, n, H, W)."""
         assert self._sum is not None
         depth, height, width = self._image_shape
-        done = row - self.begin
         wanted = max(0, min(row, depth) - self.begin)
-        slab = self._sum[:, :wanted, :height, :width] / self._norm[:wanted, :height, :width]
-        _shift(self._sum, done)
-        _shift(self._norm[None], done)
+        at_once = max(1, _VALUES_AT_ONCE // (len(self._sum) * height * width))
+        for begin in range(0, wanted, at_once):
+            rows = slice(begin, min(wanted, begin + at_once)), slice(height), slice(width)
+            slab = self._sum[(slice(None), *rows)] / self._norm[rows]
+            array: npt.NDArray[np.float32] = slab.cpu().numpy()
+            yield array
+        _shift(self._sum, row - self.begin)
+        _shift(self._norm[None], row - self.begin)
         self.begin = row
-        array: npt.NDArray[np.float32] = slab.cpu().numpy()
-        return array
 
 
 class CoreSlabs:

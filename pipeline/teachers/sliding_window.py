@@ -154,13 +154,15 @@ def stream_windows(
     cores = {tap: CoreSlabs(image.shape, shape, window, strides[tap]) for tap in features}
     for patch, out, tapped in passes.run(plan, load):
         if patch.start[0] > blended.begin:  # windows come with z slowest
-            logits(blended.advance(patch.start[0]))
+            for slab in blended.advance(patch.start[0]):
+                logits(slab)
             for tap, sink in features.items():
                 sink(cores[tap].advance(patch.start[0]))
         blended.put(patch, out)
         for tap, core in cores.items():
             core.put(patch, tapped[tap])
-    logits(blended.advance(shape[0]))
+    for slab in blended.advance(shape[0]):
+        logits(slab)
     for tap, sink in features.items():
         sink(cores[tap].advance(shape[0]))
 
