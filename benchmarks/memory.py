@@ -3,7 +3,8 @@
 The cohort is written first; stage one then runs in a process of its own, whose largest resident
 memory the system reports. Networks are cheap (what a real one's activations take on top depends on
 the window, not on the case), and run at the CT's own spacing, the largest grid that a teacher can
-want, in windows that do not overlap. Two cases, so that one is read while a network runs on the other.
+want, in windows that do not overlap. Two cases, so that one is read while a network runs on the
+other.
 
     python -m benchmarks.memory FOLDER [--shape 600 512 512] [--teachers 4] [--no-overlap]
 """
