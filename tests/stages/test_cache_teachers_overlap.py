@@ -80,8 +80,9 @@ def test_out_of_memory_names_the_case_and_what_to_set(
 
 
 _SLOW = """
-import sys, time
+import signal, sys, time
 from pipeline import unit_steps
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins without it
 real, calls = unit_steps.compute_unit, []
 def slow(*args):
     calls.append(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -153,6 +154,53 @@ def test_what_was_read_and_made_is_let_go() -> None:
     assert most <= 4
     gc.collect()
     assert len(Volume.alive) == 0
+
+
+def test_while_all_wait_for_a_network_two_cts_are_in_memory_and_no_outputs() -> None:
+    """The one at work and the next; what was stored is gone, though nothing new has come."""
+    Volume.alive = weakref.WeakSet()
+    alive: list[int] = []
+    last_is_read = threading.Event()
+
+    def ahead(item: int) -> Volume:
+        volume = Volume()
+        if item == 4:
+            last_is_read.set()
+        return volume
+
+    def compute(item: int, seen: Volume) -> Volume:
+        if item == 3:
+            assert last_is_read.wait(PATIENCE_S)
+            patience = time.monotonic() + PATIENCE_S
+            while len(Volume.alive) != 2 and time.monotonic() < patience:
+                time.sleep(0.001)
+            alive.append(len(Volume.alive))
+        return Volume()
+
+    def behind(item: int, made: Volume) -> None:
+        return None
+
+    assert len(list(overlapped(range(5), ahead=ahead, work=compute, behind=behind))) == 5
+    assert alive == [2]
+
+
+def test_a_side_that_is_stopped_begins_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "_PATIENCE_S", 0.01)
+    begun, release = threading.Event(), threading.Event()
+    side, done = overlap._Side("read ahead"), []
+
+    def first() -> None:
+        begun.set()
+        release.wait(PATIENCE_S)
+
+    side.submit(first)
+    side.submit(done.append, 2)
+    assert begun.wait(PATIENCE_S)
+    side.stop()
+    release.set()
+    side._thread.join(PATIENCE_S)
+    assert done == []
+    assert threads() == []
 
 
 @pytest.mark.parametrize("step", ["ahead", "work", "behind"])
