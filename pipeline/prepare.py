@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,13 @@ from pipeline.cache.index import IndexedCase, case_path
 from pipeline.cache.provenance import case_inputs
 from pipeline.cache.reader import Unit
 from pipeline.cache.receipt import read_receipt
-from pipeline.cache.schema import CENTRES_PER_ORGAN, StorageConfig, image_spec, label_spec
+from pipeline.cache.schema import (
+    CENTRES_PER_ORGAN,
+    ArraySpec,
+    StorageConfig,
+    image_spec,
+    label_spec,
+)
 from pipeline.cache.store import write_unit
 from pipeline.config import digest, file_sha256
 from pipeline.data.files import CaseFiles
@@ -29,6 +36,35 @@ from pipeline.volume import Volume
 GEOMETRY_TOLERANCE_MM = 0.1
 
 
+@dataclass(frozen=True)
+class FoundCase:
+    """A case as its files say, and what is still to be done for it.
+
+    Attributes:
+        indexed: where it is in the cache.
+        inputs: what its digest is of.
+        there: it is in the cache already.
+        files: image and label, read if they are needed.
+        seconds: what reading took.
+    """
+
+    indexed: IndexedCase
+    inputs: Mapping[str, Any]
+    there: bool
+    files: tuple[NiftiVolume, NiftiVolume] | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class FittedCase:
+    """A case on its grid; `arrays` is empty where nothing is to be written."""
+
+    found: FoundCase
+    arrays: Sequence[ArraySpec] = ()
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
 def prepare_case(
     registry: Registry,
     work: Folder,
@@ -38,7 +74,7 @@ def prepare_case(
     storage: StorageConfig,
     dry_run: bool = False,
 ) -> tuple[IndexedCase, int | None]:
-    """Makes sure that a case is in `cases/` at a spacing.
+    """Makes sure that a case is in `cases/` at a spacing: `find_case`, `fit_case`, `store_case`.
 
     Args:
         registry: says what the dataset's label values mean.
@@ -55,50 +91,92 @@ def prepare_case(
         GeometryError: files that cannot be trusted; see `pipeline.data.nifti`, and label values
             that the registry does not name, or image and label that do not lie on one grid.
     """
+    found = find_case(
+        registry, work, source, spacing_mm=spacing_mm, storage=storage, dry_run=dry_run
+    )
+    return store_case(work, fit_case(registry, source, found, spacing_mm), storage)
+
+
+def find_case(
+    registry: Registry,
+    work: Folder,
+    source: CaseFiles,
+    *,
+    spacing_mm: Sequence[float],
+    storage: StorageConfig,
+    dry_run: bool = False,
+) -> FoundCase:
+    """Hashes the files of a case and, where the cache lacks it, reads them.
+
+    Raises:
+        GeometryError: as `prepare_case`.
+    """
     indexed, inputs = identify_case(registry, source, spacing_mm=spacing_mm, storage=storage)
-    hashes = inputs["image_sha256"], inputs["label_sha256"]
-    path = case_path(work, indexed)
     try:
-        read_receipt(path, expect=indexed.digest)
+        read_receipt(case_path(work, indexed), expect=indexed.digest)
+        return FoundCase(indexed, inputs, there=True)
     except CacheError:
         if dry_run:
-            return indexed, 0
-    else:
-        return indexed, None
+            return FoundCase(indexed, inputs, there=False)
     began = time.monotonic()
     image, label = read_image(source.image), read_label(source.label)
-    if (image.sha256, label.sha256) != hashes:
+    if (image.sha256, label.sha256) != (inputs["image_sha256"], inputs["label_sha256"]):
         raise GeometryError(
             "the files changed while they were read.",
             where=source.name,
             fix="Let nothing write to the dataset, then run the stage again.",
         )
     check_same_grid(image, label, source.name)
+    return FoundCase(indexed, inputs, False, (image, label), time.monotonic() - began)
+
+
+def fit_case(
+    registry: Registry, source: CaseFiles, found: FoundCase, spacing_mm: Sequence[float]
+) -> FittedCase:
+    """Resamples image and label.
+
+    Raises:
+        GeometryError: label values that the registry does not name.
+    """
+    if found.files is None:
+        return FittedCase(found)
+    began = time.monotonic()
+    image, label = found.files
     entry = registry.datasets[source.dataset]
     ids = {organ: registry.organs[organ] for organ in entry.annotated}
     grid = image.volume.grid.with_spacing(spacing_mm)
     mapped = Volume(organ_labels(registry, source, label), image.volume.grid)
     stored_label = resample(mapped, grid, order=0).array
-    counts = {organ: int(np.count_nonzero(stored_label == ids[organ])) for organ in ids}
+    seed = found.indexed.image_sha256
+    attributes = {
+        "case": source.name,
+        "grid": grid.to_json(),
+        "source_grid": image.volume.grid.to_json(),
+        "source": {"image": source.image.name, "label": source.label.name},
+        "organ_ids": ids,
+        "organ_voxels": {o: int(np.count_nonzero(stored_label == ids[o])) for o in ids},
+        "centres": {organ: centres(stored_label == ids[organ], seed=seed) for organ in ids},
+    }
+    arrays = [image_spec(resample(image.volume, grid, order=1).array), label_spec(stored_label)]
+    seconds = found.seconds + time.monotonic() - began
+    # Without the files: the volumes on their own grid are not needed any more.
+    return FittedCase(replace(found, files=None), arrays, attributes, seconds)
+
+
+def store_case(
+    work: Folder, fitted: FittedCase, storage: StorageConfig
+) -> tuple[IndexedCase, int | None]:
+    """Writes a case unless it is there; returns as `prepare_case`."""
+    found = fitted.found
+    if found.there:
+        return found.indexed, None
+    if not fitted.arrays:
+        return found.indexed, 0
     receipt = write_unit(
-        path,
-        [image_spec(resample(image.volume, grid, order=1).array), label_spec(stored_label)],
-        {
-            "case": source.name,
-            "grid": grid.to_json(),
-            "source_grid": image.volume.grid.to_json(),
-            "source": {"image": source.image.name, "label": source.label.name},
-            "organ_ids": ids,
-            "organ_voxels": counts,
-            "centres": {
-                organ: centres(stored_label == ids[organ], seed=hashes[0]) for organ in ids
-            },
-        },
-        inputs,
-        storage=storage,
-        seconds=time.monotonic() - began,
-    )
-    return indexed, receipt.num_bytes
+        case_path(work, found.indexed), fitted.arrays, fitted.attributes, found.inputs,
+        storage=storage, seconds=fitted.seconds,
+    )  # fmt: skip
+    return found.indexed, receipt.num_bytes
 
 
 def organ_labels(

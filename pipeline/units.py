@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,17 @@ from pipeline.cache.store import write_unit
 from pipeline.config import digest, file_sha256
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
+from pipeline.errors import TeacherError
 from pipeline.folder import Folder
 from pipeline.network import pick_device
 from pipeline.patches import Index3
+from pipeline.placement import Placement
 from pipeline.prepare import centres
+from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.teachers.teacher import Teacher, organ_log_odds
+from pipeline.teachers.teacher import StreamingTeacher, Teacher
+from pipeline.teachers.window_passes import is_out_of_memory
 from pipeline.volume import Grid, Volume
 
 FloatArray = npt.NDArray[np.float32]
@@ -46,12 +51,14 @@ class Outputs:
         log_odds: organ -> (D, H, W), NaN where not seen.
         features: tap -> (F, d, h, w), NaN where not seen.
         strides: tap -> student-grid voxels per feature cell.
+        seconds: what computing took.
     """
 
     grid: Grid
     log_odds: Mapping[str, FloatArray]
     features: Mapping[str, FloatArray]
     strides: Mapping[str, Index3]
+    seconds: float = 0.0
 
 
 def open_teacher(
@@ -90,6 +97,21 @@ def open_teacher(
     return LoadedTeacher(teacher, indexed)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A case as a teacher sees it.
+
+    Attributes:
+        native: the CT's own grid.
+        image: int16 HU at the spacing that the teacher wants.
+        seconds: what resampling took.
+    """
+
+    native: Grid
+    image: Volume
+    seconds: float = 0.0
+
+
 def cache_unit(
     registry: Registry,
     loaded: LoadedTeacher,
@@ -117,9 +139,51 @@ def cache_unit(
     Raises:
         TeacherError: outputs that cannot be used; nothing is written.
     """
+    said = compute_unit(registry, loaded, see(loaded, native, case.name), case)
+    return store_unit(loaded, said, case, path, storage=storage, notes=notes)
+
+
+def see(loaded: LoadedTeacher, native: Volume, where: str) -> Seen:
+    """Resamples a CT to the spacing that a teacher wants.
+
+    Raises:
+        TeacherError: out of memory.
+    """
     began = time.monotonic()
-    name = loaded.indexed.teacher
-    said = run_teacher(registry, loaded, native, where=f"{name} x {case.name}")
+    wanted = loaded.teacher.spacing_mm
+    image = native
+    if wanted is not None:
+        with _memory_errors_named(where):
+            image = resample(native, native.grid.with_spacing(wanted), order=1)
+    return Seen(native.grid, image, time.monotonic() - began)
+
+
+def compute_unit(
+    registry: Registry, loaded: LoadedTeacher, seen: Seen, case: IndexedCase
+) -> Outputs:
+    """The network's part of a unit: what a teacher says of a case, on the student grid.
+
+    Raises:
+        TeacherError: outputs that cannot be used, or out of memory.
+    """
+    return _run(registry, loaded, seen, where=f"{loaded.indexed.teacher} x {case.name}")
+
+
+def store_unit(
+    loaded: LoadedTeacher,
+    said: Outputs,
+    case: IndexedCase,
+    path: Folder,
+    *,
+    storage: StorageConfig,
+    notes: Mapping[str, Any] | None = None,
+) -> int:
+    """Rounds, compresses and writes what a teacher said; returns the bytes written.
+
+    Raises:
+        WorkFolderError: the unit cannot be written.
+    """
+    began = time.monotonic()
     specs = unit_arrays(said, storage)
     found = {
         organ: centres(values > 0, seed=case.image_sha256)
@@ -131,20 +195,19 @@ def cache_unit(
     }
     attributes = {
         "case": case.name,
-        "teacher": name,
+        "teacher": loaded.indexed.teacher,
         "grid": said.grid.to_json(),
         "centres": found,
         "taps": taps,
     }
     inputs = unit_inputs(teacher_digest=loaded.indexed.digest, image_sha256=case.image_sha256)
-    seconds = time.monotonic() - began
     receipt = write_unit(
         path,
         specs,
         attributes,
         inputs,
         storage=storage,
-        seconds=seconds,
+        seconds=said.seconds + time.monotonic() - began,
         teacher_inputs=loaded.indexed.inputs,
         notes=notes,
     )
@@ -163,39 +226,54 @@ def run_teacher(
         where: teacher and case, named in errors.
 
     Raises:
-        TeacherError: outputs that cannot be used.
+        TeacherError: outputs that cannot be used, or out of memory.
     """
-    grid = native.grid.with_spacing(registry.grid.spacing_mm)
-    wanted = loaded.teacher.spacing_mm
-    image = native
-    if wanted is not None:
-        image = resample(native, native.grid.with_spacing(wanted), order=1)
-    prediction = loaded.teacher.predict(image)
+    return _run(registry, loaded, see(loaded, native, where), where=where)
+
+
+def _run(registry: Registry, loaded: LoadedTeacher, seen: Seen, *, where: str) -> Outputs:
+    began = time.monotonic()
+    grid = seen.native.with_spacing(registry.grid.spacing_mm)
     entry = registry.teachers[loaded.indexed.teacher]
-    log_odds = {
-        organ: resample(odds, grid, order=1, outside=np.nan).array
-        for organ, odds in organ_log_odds(prediction, entry, where=where).items()
-    }
-    strides = {
-        tap: feature_stride(feature.spacing_mm, grid.spacing_mm)
-        for tap, feature in prediction.features.items()
-    }
-    features = {
-        tap: resample(feature, grid.coarsen(strides[tap]), order=1, outside=np.nan).array
-        for tap, feature in prediction.features.items()
-    }
-    return Outputs(grid, log_odds, features, strides)
+    with _memory_errors_named(where):
+        placed = _place(loaded.teacher, seen.image, entry, grid, where)
+    seconds = seen.seconds + time.monotonic() - began
+    return Outputs(grid, placed.log_odds, placed.features, placed.strides, seconds)
+
+
+@contextmanager
+def _memory_errors_named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TeacherError(
+            f"out of memory, with one window at a time too ({type(error).__name__}).",
+            where=where,
+            fix="Set a smaller `window.shape`, or free memory of the device; `--device cpu` takes "
+            "the machine's memory instead of the GPU's. Taps with many fine cells cost most.",
+        ) from error
+
+
+def _place(
+    teacher: Teacher, image: Volume, entry: TeacherEntry, grid: Grid, where: str
+) -> Placement:
+    if isinstance(teacher, StreamingTeacher):
+        cells = {tap: image.grid.coarsen(stride) for tap, stride in teacher.strides.items()}
+        placed = Placement(grid, entry, image.grid, cells, where=where)
+        teacher.stream(image, logits=placed.put_logits, features=placed.feature_sinks)
+        return placed
+    prediction = teacher.predict(image)
+    cells = {tap: feature.grid for tap, feature in prediction.features.items()}
+    placed = Placement(grid, entry, prediction.logits.grid, cells, where=where)
+    placed.put_logits(prediction.logits.array)
+    for tap, feature in prediction.features.items():
+        placed.feature_sinks[tap](feature.array)
+    return placed
 
 
 def unit_arrays(said: Outputs, storage: StorageConfig) -> list[ArraySpec]:
     """The arrays of a unit, rounded as they are stored."""
     log_odds = [log_odds_spec(organ, v, storage) for organ, v in said.log_odds.items()]
     return log_odds + [features_spec(tap, v, storage) for tap, v in said.features.items()]
-
-
-def feature_stride(cell_mm: Sequence[float], spacing_mm: Sequence[float]) -> tuple[int, int, int]:
-    """Student-grid voxels per cell: the power of two nearest to the feature's own cell size, so
-    that patches of usual sizes lie on whole cells."""
-    ratio = np.array(cell_mm) / np.array(spacing_mm)
-    z, y, x = (int(2 ** max(0, round(float(np.log2(r))))) for r in ratio)
-    return z, y, x

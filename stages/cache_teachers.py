@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -31,17 +32,19 @@ from pipeline.cache.schema import StorageConfig
 from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.config import Config
 from pipeline.data.files import CaseFiles
-from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError, CacheStale, PipelineError, RegistryError, WorkFolderError
+from pipeline.engine.overlap import in_turn, overlapped
+from pipeline.errors import CacheError, CacheStale, PipelineError, WorkFolderError
 from pipeline.folder import Folder
-from pipeline.log import Log
+from pipeline.log import Advance, Log
+from pipeline.network import pick_device
 from pipeline.planning.record import check_space
-from pipeline.prepare import check_organs, prepare_case
+from pipeline.prepare import check_organs
 from pipeline.tables import print_regions, region_rows
 from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.units import LoadedTeacher, cache_unit, open_teacher
-from pipeline.volume import Volume
+from pipeline.teachers.window_passes import check_precision
+from pipeline.unit_steps import CaseSteps, Unit, UnitSteps
+from pipeline.units import LoadedTeacher, open_teacher
 from stages.report import StageReport
 
 
@@ -61,6 +64,7 @@ def run(
     log: Log,
     device: str = "auto",
     window_batch: int = 1,
+    overlap: bool = True,
     force: bool = False,
     accept: Sequence[str] = (),
     dry_run: bool = False,
@@ -76,7 +80,9 @@ def run(
         work: the work folder.
         log: where progress goes.
         device: auto, cpu, cuda, cuda:1.
-        window_batch: windows per forward pass.
+        window_batch: windows per forward pass, at most.
+        overlap: read the next case and write the last one while a network runs; without it, one
+            thing at a time, with less memory.
         force: start even if what is still to be made will not fit.
         accept: teachers to go on with although the gate would stop at them.
         dry_run: say what would be done, write nothing.
@@ -95,6 +101,7 @@ def run(
         removed = clean_temporaries(work)
         if removed:
             log.info(f"removed {removed} unfinished units of a run that was killed")
+    check_precision(config.window.precision, pick_device(device))
     teachers = {
         name: open_teacher(
             name, registry, window=config.window, storage=config.storage,
@@ -108,7 +115,9 @@ def run(
         registry, work, {name: loaded.indexed for name, loaded in teachers.items()},
         splits=config.splits, storage=config.storage, log=log, force=force or dry_run,
     )  # fmt: skip
-    indexed = _prepare_cases(config, registry, work, files, report, log=log, dry_run=dry_run)
+    indexed = _prepare_cases(
+        config, registry, work, files, report, log=log, dry_run=dry_run, overlap=overlap
+    )
     if not dry_run:
         for what, wrong in check_organs(registry, work, [case for case, _ in indexed]).items():
             _fail(report, log, what, wrong)
@@ -116,8 +125,9 @@ def run(
     usable = _usable_datasets(registry, report)
     jobs = [(case, source) for case, source in indexed if case.dataset in usable]
     make = partial(
-        _cache_units, config, registry, work, teachers, jobs, report, log=log, dry_run=dry_run
-    )
+        _cache_units, config, registry, work, teachers, jobs, report,
+        log=log, dry_run=dry_run, overlap=overlap,
+    )  # fmt: skip
     looks = plan_looks(registry, [case for case, _ in jobs])
     asked = units_of(looks)
     make(asked, "units of the admission gate")
@@ -152,33 +162,55 @@ def _cache_units(
     notes: Callable[[str], Mapping[str, Any]] = lambda _: {},
     log: Log,
     dry_run: bool,
+    overlap: bool,
 ) -> None:
-    """Makes those of `units` (teacher, case) that are not there; a case's CT is read once, and only
-    if something is missing. `notes` of a teacher go into the receipts."""
+    """Makes those of `units` (teacher, case) that are not there: the next CT is read while a
+    network runs and the last unit is written. `notes` of a teacher go into the receipts."""
+    steps = UnitSteps(registry, config.storage, notes)
+    order = overlapped if overlap else in_turn
     with log.progress(what, len(units)) as advance:
-        for case, source in jobs:
-            native: Volume | None = None
-            for name, loaded in teachers.items():
-                if (name, case.name) not in units:
-                    continue
-                unit = f"{name} x {case.name}"
-                path = unit_path(work, loaded.indexed, case)
-                if _exists(path, unit_digest(loaded.indexed, case), log):
-                    report.skipped.append(unit)
-                elif dry_run:
-                    report.done.append(unit)
+        missing = _missing(work, teachers, jobs, report, units, log, advance, dry_run=dry_run)
+        with closing(
+            order(missing, ahead=steps.read, work=steps.compute, behind=steps.store)
+        ) as outcomes:
+            for outcome in outcomes:
+                unit = outcome.item
+                if outcome.error is not None:
+                    _fail(report, log, unit.name, outcome.error)
                 else:
-                    try:
-                        native = native or _read_again(source, case)
-                        report.num_bytes += cache_unit(
-                            registry, loaded, native, case, path,
-                            storage=config.storage, notes=notes(name),
-                        )  # fmt: skip
-                        report.done.append(unit)
-                        log.event("unit", unit=unit, path=str(path))
-                    except Exception as error:
-                        _fail(report, log, unit, error)
-                advance(case.name)
+                    report.done.append(unit.name)
+                    report.num_bytes += outcome.result or 0
+                    log.event("unit", unit=unit.name, path=str(unit.path))
+                advance(unit.case.name)
+
+
+def _missing(
+    work: Folder,
+    teachers: Mapping[str, LoadedTeacher],
+    jobs: Sequence[tuple[IndexedCase, CaseFiles]],
+    report: StageReport,
+    units: Set[tuple[str, str]],
+    log: Log,
+    advance: Advance,
+    *,
+    dry_run: bool,
+) -> Iterator[Unit]:
+    """Case by case; whether a unit is there is looked at shortly before its turn, since another
+    process may be making it."""
+    for case, source in jobs:
+        for name, loaded in teachers.items():
+            if (name, case.name) not in units:
+                continue
+            unit = Unit(f"{name} x {case.name}", loaded, case, source,
+                         unit_path(work, loaded.indexed, case))  # fmt: skip
+            if _exists(unit.path, unit_digest(loaded.indexed, case), log):
+                report.skipped.append(unit.name)
+            elif dry_run:
+                report.done.append(unit.name)
+            else:
+                yield unit
+                continue
+            advance(case.name)
 
 
 def _prepare_cases(
@@ -190,26 +222,27 @@ def _prepare_cases(
     *,
     log: Log,
     dry_run: bool,
+    overlap: bool = True,
 ) -> list[tuple[IndexedCase, CaseFiles]]:
     """Every case is read and put on the student grid before any teacher runs, so that bad input is
     found before GPU time is spent."""
+    steps = CaseSteps(registry, work, config.storage, dry_run)
     prepared = []
-    with log.progress("cases on the student grid", len(files)) as advance:
-        for source in files:
-            try:
-                indexed, wrote = prepare_case(
-                    registry,
-                    work,
-                    source,
-                    spacing_mm=registry.grid.spacing_mm,
-                    storage=config.storage,
-                    dry_run=dry_run,
-                )
+    order = overlapped if overlap else in_turn
+    with (
+        log.progress("cases on the student grid", len(files)) as advance,
+        closing(order(files, ahead=steps.read, work=steps.fit, behind=steps.store)) as outcomes,
+    ):
+        for outcome in outcomes:
+            source = outcome.item
+            if outcome.result is None:
+                assert outcome.error is not None
+                _fail(report, log, source.name, outcome.error)
+            else:
+                indexed, wrote = outcome.result
                 prepared.append((indexed, source))
                 (report.skipped if wrote is None else report.done).append(indexed.name)
                 report.num_bytes += wrote or 0
-            except Exception as error:
-                _fail(report, log, source.name, error)
             advance(source.name)
     return prepared
 
@@ -248,17 +281,6 @@ def _exists(path: Folder, expect: str, log: Log) -> bool:
             log.warn(f"{error} It is made again.")
         return False
     return True
-
-
-def _read_again(source: CaseFiles, case: IndexedCase) -> Volume:
-    image = read_image(source.image)
-    if image.sha256 != case.image_sha256:
-        raise RegistryError(
-            "the image changed while this stage was running.",
-            where=f"{source.name}, {source.image}",
-            fix="Let nothing write to the dataset, then run the stage again.",
-        )
-    return image.volume
 
 
 def _fail(report: StageReport, log: Log, unit: str, error: Exception) -> None:

@@ -12,6 +12,7 @@ from pipeline.volume import Grid, Volume
 
 _SLAB_VOXELS = 4_000_000
 _SAME_GRID_TOLERANCE = 1e-4
+_ROUNDING = 1e-6
 
 
 def resample(volume: Volume, grid: Grid, *, order: int, outside: float | None = None) -> Volume:
@@ -19,7 +20,7 @@ def resample(volume: Volume, grid: Grid, *, order: int, outside: float | None = 
 
     Values are interpolated between voxel centres; in the half voxel between the outermost centres
     and the edge of the field of view the outermost value holds. Works slab by slab, so that no
-    more than the result and a slab are in memory.
+    more than the source, the result and a slab are in memory.
 
     Args:
         volume: any real dtype; integers are rounded after interpolation.
@@ -34,25 +35,127 @@ def resample(volume: Volume, grid: Grid, *, order: int, outside: float | None = 
     if same_grid(volume.grid, grid):
         return Volume(volume.array, grid)
     source = volume.array
-    to_source = volume.grid.index_map_from(grid)
+    between = _Between(volume.grid, grid, order, outside)
     out = np.empty((*source.shape[:-3], *grid.shape), dtype=source.dtype)
-    rows = max(1, _SLAB_VOXELS // (grid.shape[1] * grid.shape[2]))
-    for begin in range(0, grid.shape[0], rows):
-        end = min(grid.shape[0], begin + rows)
-        shape = (end - begin, *grid.shape[1:])
-        offset = to_source[:3, :3] @ np.array([begin, 0, 0]) + to_source[:3, 3]
-        unseen = None if outside is None else _outside(to_source, offset, shape, source.shape[-3:])
-        for channel in np.ndindex(*source.shape[:-3]):
-            part = _interpolate(source[channel], to_source[:3, :3], offset, shape, order)
-            if unseen is not None:
-                part[unseen] = outside
-            out[(*channel, slice(begin, end))] = part
+    for begin in range(0, grid.shape[0], between.rows_at_once):
+        end = min(grid.shape[0], begin + between.rows_at_once)
+        between.fill(out, begin, end, source, 0)
     return Volume(out, grid)
+
+
+class SlabResampler:
+    """Linear `resample` for a float32 volume that arrives slab by slab along z.
+
+    Only the rows that target rows still need are kept: a few, where the two grids' z axes agree;
+    more, up to all, the more they are turned against each other.
+
+    Args:
+        source: grid of the whole volume that arrives.
+        target: where the result lies.
+        outside: as in `resample`.
+    """
+
+    def __init__(self, source: Grid, target: Grid, *, outside: float | None = None) -> None:
+        self._between = _Between(source, target, 1, outside)
+        self._same = same_grid(source, target)
+        self._first, self._last = self._between.needed_rows()
+        self._pending = np.ones(target.shape[0], dtype=np.bool_)
+        self._source, self._target = source, target
+        self._begin = self._end = 0
+        self._kept: npt.NDArray[np.float32] | None = None
+        self._out: npt.NDArray[np.float32] | None = None
+
+    def put(self, slab: npt.NDArray[np.float32]) -> None:
+        """The next rows, (..., n, H, W)."""
+        if self._out is None:
+            shape = (*slab.shape[:-3], *self._target.shape)
+            self._out = np.empty(shape, dtype=np.float32)
+        begin, self._end = self._end, self._end + slab.shape[-3]
+        if self._same:
+            self._out[..., begin : self._end, :, :] = slab
+            return
+        whole = slab if self._kept is None else np.concatenate([self._kept, slab], axis=-3)
+        ready = np.flatnonzero(self._pending & (self._last < self._end))
+        for run in np.split(ready, np.flatnonzero(np.diff(ready) > 1) + 1):
+            for at in range(0, len(run), self._between.rows_at_once):
+                part = run[at : at + self._between.rows_at_once]
+                self._between.fill(self._out, part[0], part[-1] + 1, whole, self._begin)
+        self._pending[ready] = False
+        left = self._first[self._pending]
+        keep_from = min(self._end, int(left.min()) if left.size else self._end)
+        # A copy, so that the slab itself is not kept alive by a view.
+        self._kept = whole[..., max(0, keep_from - self._begin) :, :, :].copy()
+        self._begin = max(self._begin, keep_from)
+
+    def finish(self) -> Volume:
+        """The volume on the target grid.
+
+        Raises:
+            ValueError: rows are missing.
+        """
+        if self._out is None or self._end != self._source.shape[0]:
+            raise ValueError(f"{self._end} of {self._source.shape[0]} rows have arrived")
+        return Volume(self._out, self._target)
 
 
 def same_grid(a: Grid, b: Grid) -> bool:
     """Whether two grids are one within 0.1 micrometre at every corner."""
     return a.shape == b.shape and a.largest_corner_distance_mm(b) < _SAME_GRID_TOLERANCE
+
+
+class _Between:
+    """The map from the voxels of a target grid into a source grid, and what it takes to follow it
+    for some rows."""
+
+    def __init__(self, source: Grid, target: Grid, order: int, outside: float | None) -> None:
+        matrix = source.index_map_from(target)
+        self._matrix, self._offset = matrix[:3, :3], matrix[:3, 3]
+        diagonal = np.diag(self._matrix)
+        self._aligned = np.allclose(self._matrix, np.diag(diagonal), atol=1e-9)
+        if self._aligned:
+            self._matrix = np.diag(diagonal)
+        self._source, self._target = source.shape, target.shape
+        self._order, self._outside = order, outside
+        self.rows_at_once = max(1, _SLAB_VOXELS // (target.shape[1] * target.shape[2]))
+
+    def needed_rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Per target row, the first and the last source row that its voxels depend on."""
+        _, h, w = self._target
+        ends = [
+            self._matrix[0, 1] * y + self._matrix[0, 2] * x for y in (0, h - 1) for x in (0, w - 1)
+        ]
+        rows = self._matrix[0, 0] * np.arange(self._target[0]) + self._offset[0]
+        last = self._source[0] - 1
+        # Wider by more than rounding can move a coordinate.
+        low = np.floor(rows + min(ends) - _ROUNDING).astype(np.int64)
+        high = np.floor(rows + max(ends) + _ROUNDING).astype(np.int64) + 1
+        return np.clip(low, 0, last), np.clip(high, 0, last)
+
+    def fill(
+        self, out: npt.NDArray[Any], begin: int, end: int, source: npt.NDArray[Any], first: int
+    ) -> None:
+        """Writes rows `begin` .. `end` of the result, from a source that begins at row `first`."""
+        shape = (end - begin, *self._target[1:])
+        offset = self._matrix @ np.array([begin, 0, 0]) + self._offset
+        unseen = None
+        if self._outside is not None:
+            unseen = _outside(self._matrix, offset, shape, self._source)
+        rounded = source.dtype.kind in "iub" and self._order > 0
+        converted = rounded or source.dtype == np.float16
+        if converted:  # of the source, only what these rows need is converted
+            low, high = (needed[begin:end] for needed in self.needed_rows())
+            start = int(low.min())
+            source = source[..., start - first : int(high.max()) + 1 - first, :, :]
+            first = start
+        offset = offset - np.array([first, 0, 0])
+        for channel in np.ndindex(*source.shape[:-3]):
+            part = _interpolate(
+                source[channel], self._matrix, offset, shape, self._order,
+                aligned=self._aligned, rounded=rounded,
+            )  # fmt: skip
+            if unseen is not None:
+                part[unseen] = self._outside
+            out[(*channel, slice(begin, end))] = part
 
 
 def _interpolate(
@@ -61,18 +164,17 @@ def _interpolate(
     offset: npt.NDArray[np.float64],
     shape: tuple[int, ...],
     order: int,
+    *,
+    aligned: bool,
+    rounded: bool,
 ) -> npt.NDArray[Any]:
-    diagonal = np.diag(matrix)
-    # scipy takes a much faster separable path for a diagonal given as a vector.
-    aligned = np.allclose(matrix, np.diag(diagonal), atol=1e-9)
-    rounded = source.dtype.kind in "iub" and order > 0
+    computed: type = source.dtype.type
     if rounded or source.dtype == np.float16:
-        computed: type = np.float32 if source.dtype.itemsize <= 2 else np.float64
-    else:
-        computed = source.dtype.type
+        computed = np.float32 if source.dtype.itemsize <= 2 else np.float64
     result = ndimage.affine_transform(
         source.astype(computed, copy=False),
-        diagonal if aligned else matrix,
+        # scipy takes a much faster separable path for a diagonal given as a vector.
+        np.diag(matrix) if aligned else matrix,
         offset=offset,
         output_shape=shape,
         order=order,
@@ -88,10 +190,14 @@ def _outside(
     shape: tuple[int, ...],
     source_shape: tuple[int, ...],
 ) -> npt.NDArray[np.bool_]:
-    axes = [np.arange(n, dtype=np.float64) for n in shape]
     unseen = np.zeros(shape, dtype=np.bool_)
     for row in range(3):
-        z, y, x = (to_source[row, i] * axes[i] for i in range(3))
-        index = offset[row] + z[:, None, None] + y[None, :, None] + x[None, None, :]
+        index = np.full((1, 1, 1), offset[row])
+        for axis in range(3):
+            if to_source[row, axis] != 0:  # else the test needs no full-size array
+                along = np.arange(shape[axis], dtype=np.float64).reshape(
+                    [-1 if a == axis else 1 for a in range(3)]
+                )
+                index = index + to_source[row, axis] * along
         unseen |= (index < -0.5 - 1e-6) | (index > source_shape[row] - 0.5 + 1e-6)
     return unseen

@@ -22,8 +22,8 @@ from pipeline.intensity import Intensity
 from pipeline.network import NetworkConfig, build_network, tap_shapes
 from pipeline.patches import Index3
 from pipeline.teacher_entry import TeacherEntry
-from pipeline.teachers.sliding_window import WindowConfig, sliding_window
-from pipeline.teachers.teacher import Prediction
+from pipeline.teachers.sliding_window import WindowConfig, sliding_window, stream_windows
+from pipeline.teachers.teacher import Prediction, Sink
 from pipeline.volume import Spacing, Volume
 
 FORMAT_VERSION = 1
@@ -112,16 +112,16 @@ class CheckpointTeacher:
 
     def predict(self, image: Volume) -> Prediction:
         """Int16 HU (D, H, W) at `spacing_mm` -> logits on the same grid and tapped features."""
-        strides = [stride for _, stride in self.taps.values()]
         logits, features = sliding_window(
             self.network,
-            self.record.intensity.apply(image.array),
+            image.array,
             self.window,
             taps=list(self.taps),
-            strides=strides,
+            strides=list(self.strides.values()),
             pad_value=self.record.intensity.air,
             batch_size=self.batch_size,
             device=self.device,
+            scale=self.record.intensity.apply,
         )
         return Prediction(
             Volume(logits, image.grid),
@@ -129,6 +129,26 @@ class CheckpointTeacher:
                 tap: Volume(features[tap], image.grid.coarsen(stride))
                 for tap, (_, stride) in self.taps.items()
             },
+        )
+
+    @property
+    def strides(self) -> Mapping[str, Index3]:
+        """Per tap, voxels per feature cell."""
+        return {tap: stride for tap, (_, stride) in self.taps.items()}
+
+    def stream(self, image: Volume, *, logits: Sink, features: Mapping[str, Sink]) -> None:
+        """`predict`, slab by slab; see `StreamingTeacher`."""
+        stream_windows(
+            self.network,
+            image.array,
+            self.window,
+            logits=logits,
+            features=features,
+            strides=self.strides,
+            pad_value=self.record.intensity.air,
+            batch_size=self.batch_size,
+            device=self.device,
+            scale=self.record.intensity.apply,
         )
 
     def describe(self) -> Mapping[str, Any]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import TeacherError
 from pipeline.labels import log_odds
+from pipeline.patches import Index3
 from pipeline.teacher_entry import TeacherEntry
 from pipeline.volume import Spacing, Volume
+
+FloatArray = npt.NDArray[np.float32]
+# Takes the next rows, (C, n, H, W), of an array that arrives slab by slab along z.
+Sink = Callable[[FloatArray], None]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,24 @@ class Teacher(Protocol):
         the weights' bytes, which the caller digests."""
 
 
+@runtime_checkable
+class StreamingTeacher(Teacher, Protocol):
+    """A teacher that need not hold all its channels of a whole volume at once."""
+
+    @property
+    def strides(self) -> Mapping[str, Index3]:
+        """Per tap, voxels of the image per feature cell along z, y, x."""
+
+    def stream(self, image: Volume, *, logits: Sink, features: Mapping[str, Sink]) -> None:
+        """`predict`, slab by slab: logits on the image's grid, each tap on the grid of its cells.
+
+        Args:
+            image: int16 HU (D, H, W) at `spacing_mm`.
+            logits: takes slabs (C, n, H, W), D rows in all.
+            features: tap -> takes slabs (F, n, h, w).
+        """
+
+
 def organ_log_odds(
     prediction: Prediction, entry: TeacherEntry, *, where: str
 ) -> Mapping[str, Volume]:
@@ -58,18 +81,40 @@ def organ_log_odds(
         TeacherError: NaN or infinite outputs, or channels that disagree with the registry.
     """
     logits = prediction.logits
-    num_channels = logits.array.shape[0]
+    for tap, feature in prediction.features.items():
+        check_finite(feature.array, f"features of {tap}", where)
+    return {
+        organ: Volume(values, logits.grid)
+        for organ, values in slab_log_odds(logits.array, entry, where=where).items()
+    }
+
+
+def slab_log_odds(
+    logits: FloatArray, entry: TeacherEntry, *, where: str
+) -> Mapping[str, FloatArray]:
+    """The log-odds of each organ that a teacher is expert in, voxel by voxel.
+
+    Args:
+        logits: (C, n, H, W): a slab, or all of a volume.
+        entry: its registry entry: which channels mean which organ.
+        where: teacher and case, named in errors.
+
+    Returns:
+        Organ -> (n, H, W).
+
+    Raises:
+        TeacherError: NaN or infinite outputs, or channels that disagree with the registry.
+    """
+    num_channels = logits.shape[0]
     if entry.num_channels is not None and num_channels != entry.num_channels:
         raise TeacherError(
             f"the network emits {num_channels} channels, the registry says {entry.num_channels}.",
             where=where,
             fix="Correct `num_channels` and `organs`, or name the right weights.",
         )
-    check_finite(logits.array, "logits", where)
-    for tap, feature in prediction.features.items():
-        check_finite(feature.array, f"features of {tap}", where)
+    check_finite(logits, "logits", where)
     return {
-        organ: Volume(log_odds(logits.array, channels, entry.activation, where=where), logits.grid)
+        organ: log_odds(logits, channels, entry.activation, where=where)
         for organ, channels in entry.organs.items()
     }
 

@@ -233,7 +233,13 @@ def other(value: Any) -> Any:
 
 OTHER_VALUES: dict[type, dict[str, Any]] = {
     StorageConfig: {"chunk": 32, "log_odds_bits": 4, "feature_bits": 4, "zstd_level": 2},
-    WindowConfig: {"shape": (16, 16, 24), "overlap": 0.5, "sigma": 0.25},
+    WindowConfig: {
+        "shape": (16, 16, 24),
+        "overlap": 0.5,
+        "sigma": 0.25,
+        "precision": "bfloat16",
+        "mirror": ("x",),
+    },
 }
 
 
@@ -408,7 +414,7 @@ OF_THE_RUN = {"config", "registry", "work", "log", "dry_run", "tables", "force",
 def test_a_stages_flags_are_its_settings_or_speed() -> None:
     """A new flag must be tried below, or be one that says what is done and not how."""
     caching = set(inspect.signature(cache_teachers.run).parameters) - OF_THE_RUN
-    assert caching == {"device", "window_batch"}
+    assert caching == {"device", "window_batch", "overlap"}
     training = set(inspect.signature(train_student.run).parameters) - OF_THE_RUN
     assert training == {"device", "workers", "checkpoint_minutes"}
     # A run's digest is of the configuration and of the digests of what it reads.

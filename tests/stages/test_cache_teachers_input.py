@@ -14,7 +14,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from pipeline import cli
+from pipeline import cli, unit_steps
 from pipeline.cache.receipt import verify_unit
 from pipeline.cohort import open_cohort
 from pipeline.data.registry import load_registry
@@ -26,6 +26,7 @@ from pipeline.errors import (
     TeacherError,
     WorkFolderError,
 )
+from pipeline.units import Outputs
 from stages import cache_teachers
 from tests.stages.stage_contract import snapshot
 from tests.stages.test_cache_teachers import run, units_of
@@ -175,15 +176,15 @@ def test_what_nobody_foresaw_stops_one_unit_and_keeps_its_traceback(
     tiny_registry: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keep(tiny_registry, "liver-ct", liver=factory("threshold"))
-    real = cache_teachers.cache_unit
+    real = unit_steps.compute_unit
 
-    def sometimes(*args: Any, **options: Any) -> int:
-        return broken() if args[3].case == "case_001" else real(*args, **options)
+    def sometimes(*args: Any) -> Outputs:
+        return broken() if args[3].case == "case_001" else real(*args)
 
     def broken() -> NoReturn:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(cache_teachers, "cache_unit", sometimes)
+    monkeypatch.setattr(unit_steps, "compute_unit", sometimes)
     report = run(tiny_registry)
     assert set(report.failed) == {"liver x liver-ct/case_001"}
     assert len(report.done) == 5

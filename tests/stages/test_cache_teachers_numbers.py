@@ -19,8 +19,8 @@ from pipeline.data.resample import resample
 from pipeline.intensity import Intensity
 from pipeline.labels import log_odds
 from pipeline.network import build_network
+from pipeline.placement import feature_stride
 from pipeline.teachers.checkpoint import read_teacher
-from pipeline.units import feature_stride
 from stages import cache_teachers
 from stages.report import StageReport
 from tests.stages.stage_contract import snapshot

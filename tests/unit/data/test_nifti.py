@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.data import nifti
 from pipeline.data.nifti import NiftiVolume, read_grid, read_image, read_label, write_image
 from pipeline.data.nifti import write_like as write_like_file
 from pipeline.errors import GeometryError
@@ -281,6 +282,57 @@ def test_a_gzip_file_with_a_wrong_checksum(read: Reader, tmp_path: Path) -> None
     data[-8] ^= 1
     path.write_bytes(data)
     refuses(read, path, "not a readable NIfTI file")
+
+
+def test_a_flipped_bit_anywhere_in_a_gzip_file_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(-1000, 1000, (12, 11, 10)).astype(np.int16)
+    path = save(tmp_path / "a.nii.gz", noise)
+    data, right = path.read_bytes(), read_image(path).volume.array
+    found = 0
+    for at in rng.integers(0, len(data), 300):
+        damaged = bytearray(data)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            np.testing.assert_array_equal(read_image(path).volume.array, right)
+        except GeometryError:
+            found += 1
+    assert found > 290  # the rest: the name and the time in gzip's header
+
+
+@pytest.mark.parametrize(
+    ("behind", "readable"), [(b"\0" * 12, True), (b"rubbish", False), ("again", True)]
+)
+def test_what_stands_behind_the_gzip_stream(
+    behind: bytes | str, readable: bool, tmp_path: Path
+) -> None:
+    """As Python's gzip has it: zeros are padding, another member is more content, else an error."""
+    path = save(tmp_path / "a.nii.gz", ramp())
+    right, data = read_image(path).volume.array, path.read_bytes()
+    path.write_bytes(data + (data if isinstance(behind, str) else behind))
+    if readable:
+        np.testing.assert_array_equal(read_image(path).volume.array, right)
+    else:
+        refuses(read_image, path, "not a readable NIfTI file")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_rescaled_voxels_are_read_slab_by_slab(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CT stored with a slope is float64 when it is scaled: never all of it at once."""
+    image = nib.Nifti1Image(ramp(), np.diag([-1.0, 2.0, 3.0, 1.0]))
+    image.header.set_slope_inter(0.7, -3.3)
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(gzip.compress(image.to_bytes()))
+    expected = np.rint(np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj)).T
+    monkeypatch.setattr(nifti, "_SLAB_VOXELS", rows * ramp().shape[0] * ramp().shape[1])
+    sizes: list[int] = []
+    real = nifti._scaled
+    monkeypatch.setattr(nifti, "_scaled", lambda i, p: sizes.append(p.shape[0]) or real(i, p))
+    np.testing.assert_array_equal(read_image(path).volume.array, expected)
+    assert max(sizes) == min(rows, ramp().shape[2])
 
 
 @pytest.mark.parametrize("read", [read_image, read_label, read_grid])

@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage
 
 from pipeline.data import resample as module
-from pipeline.data.resample import resample, same_grid
+from pipeline.data.resample import SlabResampler, resample, same_grid
 from pipeline.volume import Grid, Volume
 
 Array = npt.NDArray[Any]
@@ -184,3 +184,67 @@ def test_the_source_is_not_changed() -> None:
     before = array.copy()
     resample(Volume(array, SOURCE), TARGETS["beyond"], order=0, outside=float("nan"))
     np.testing.assert_array_equal(array, before)
+
+
+# --- slab by slab ---------------------------------------------------------------------------------
+
+
+def by_slabs(array: Array, target: Grid, rows: int) -> Array:
+    slabs = SlabResampler(SOURCE, target, outside=float("nan"))
+    for begin in range(0, SOURCE.shape[0], rows):
+        slabs.put(array[..., begin : begin + rows, :, :])
+    found = slabs.finish()
+    assert found.grid == target
+    return found.array
+
+
+@EACH_TARGET
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_slabs_that_arrive_one_by_one_are_the_whole(target: Grid, rows: int) -> None:
+    array = noise((2, *SOURCE.shape))
+    whole = resample(Volume(array, SOURCE), target, order=1, outside=float("nan")).array
+    found = by_slabs(array, target, rows)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(whole))
+    np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-3)
+
+
+def test_slabs_on_the_same_grid_are_the_identity() -> None:
+    array = noise(SOURCE.shape)
+    np.testing.assert_array_equal(by_slabs(array, SOURCE, 4), array)
+
+
+@pytest.mark.parametrize("target", ["finer", "coarser", "beyond", "mirrored"])
+def test_only_the_rows_that_are_still_needed_are_kept(target: str) -> None:
+    source = grid_of((90, 10, 11), (0.3, 2.0, 1.5), (5, -3, 8))
+    slabs = SlabResampler(source, TARGETS[target])
+    rows_per_target_row = abs(TARGETS[target].matrix[0, 0]) / 0.3
+    for begin in range(90):
+        slabs.put(noise(source.shape)[begin : begin + 1])
+        assert slabs._kept is not None
+        assert len(slabs._kept) <= rows_per_target_row + 2
+        assert slabs._kept.base is None
+
+
+def test_a_volume_of_which_rows_are_missing_is_refused() -> None:
+    slabs = SlabResampler(SOURCE, TARGETS["finer"])
+    slabs.put(noise((8, 10, 11)))
+    with pytest.raises(ValueError, match="8 of 9 rows"):
+        slabs.finish()
+
+
+def test_of_an_integer_source_only_a_slab_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CT of a gigabyte as int16 must not be held as float32 as well."""
+    seen = []
+    real = ndimage.affine_transform
+
+    def spy(source: Array, *args: Any, **options: Any) -> Any:
+        seen.append(source.shape[0])
+        return real(source, *args, **options)
+
+    source = grid_of((90, 10, 11), (0.3, 2.0, 1.5), (5, -3, 8))
+    monkeypatch.setattr(module.ndimage, "affine_transform", spy)
+    monkeypatch.setattr(module, "_SLAB_VOXELS", 1)
+    resample(Volume(noise(source.shape, np.int16), source), TARGETS["finer"], order=1)
+    assert len(seen) == 20
+    assert max(seen) <= 4

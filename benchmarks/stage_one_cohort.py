@@ -1,0 +1,133 @@
+"""A made-up cohort to measure stage one with: CT-like files, blobs, networks of real cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from scipy import ndimage
+
+from pipeline.data.nifti import write_image
+from pipeline.intensity import Intensity
+from pipeline.network import NetworkConfig, build_network
+from pipeline.teachers.checkpoint import TeacherRecord, save_teacher
+from pipeline.volume import Grid, Volume
+
+DATASET = "made-up"
+
+
+def dynunet(filters: Sequence[int]) -> NetworkConfig:
+    """An nnU-Net-like network, as many stages as filters."""
+    stages = len(filters)
+    args: dict[str, Any] = {
+        "kernel_size": [[3, 3, 3]] * stages,
+        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
+        "upsample_kernel_size": [[2, 2, 2]] * (stages - 1),
+        "filters": list(filters),
+        "norm_name": "instance",
+    }
+    return NetworkConfig(name="DynUNet", args=args)
+
+
+def make_cohort(
+    folder: Path,
+    *,
+    num_cases: int,
+    shape: Sequence[int],
+    native_mm: Sequence[float],
+    teacher_mm: Sequence[float],
+    student_mm: Sequence[float],
+    networks: Mapping[str, NetworkConfig],
+    taps: Sequence[str],
+) -> Path:
+    """Writes cases, one teacher per organ and a registry; returns the registry's path."""
+    for number in range(num_cases):
+        _write_case(folder, number, shape, native_mm, len(networks))
+    for seed, (organ, network) in enumerate(networks.items()):
+        _write_teacher(folder / f"{organ}.pt", organ, network, teacher_mm, seed)
+    ids = {organ: number + 1 for number, organ in enumerate(networks)}
+    registry = folder / "data_registry.yaml"
+    registry.write_text(
+        yaml.safe_dump(
+            {
+                "schema_version": 1,
+                "organs": ids,
+                "grid": {"spacing_mm": list(student_mm), "orientation": "RAS"},
+                "datasets": {
+                    DATASET: {
+                        "root": ".",
+                        "images": "images/{case}.nii.gz",
+                        "labels": "labels/{case}.nii.gz",
+                        "annotated": ids,
+                        "split": {"validation": 0.0, "test": 0.0, "seed": 0},
+                    }
+                },
+                "teachers": {
+                    organ: {
+                        "kind": "checkpoint",
+                        "weights": f"{organ}.pt",
+                        "organs": {organ: 1},
+                        "num_channels": 2,
+                        "taps": list(taps),
+                        "trained_on": DATASET,
+                    }
+                    for organ in networks
+                },
+            }
+        ),
+        encoding="utf-8",
+    )
+    return registry
+
+
+def _write_case(
+    folder: Path, number: int, shape: Sequence[int], spacing_mm: Sequence[float], organs: int
+) -> None:
+    """Smooth tissue with scanner noise in a cylinder of air, so that gzip has real work to do."""
+    rng = np.random.default_rng(number)
+    coarse = rng.normal(size=[-(-n // 16) + 1 for n in shape]).astype(np.float32)
+    axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
+    inside = np.hypot(axes[1][:, None], axes[2][None]) < 0.9
+    image = np.empty(shape, dtype=np.int16)
+    label = np.zeros(shape, dtype=np.uint8)
+    for z in range(shape[0]):  # slice by slice: a float copy of a large case would not fit
+        at = z / 16
+        low = int(at)
+        plane = coarse[low] * (1 - at + low) + coarse[low + 1] * (at - low)
+        zoomed = ndimage.zoom(plane, 16, order=1)[: shape[1], : shape[2]]
+        noise = rng.standard_normal(shape[1:], dtype=np.float32)
+        values = np.where(inside, 40 * zoomed + 15 * noise, -1000 + 5 * noise)
+        image[z] = np.rint(values)
+        for organ in range(organs):
+            y, x = np.cos(2.4 * organ) * 0.4, np.sin(2.4 * organ) * 0.4
+            room = 0.04 - 0.1 * axes[0][z] ** 2
+            near = (axes[1][:, None] - y) ** 2 + (axes[2][None] - x) ** 2 < room
+            label[z][near] = organ + 1
+    grid = Grid.axis_aligned(shape, spacing_mm)
+    for kind, array in (("images", image), ("labels", label)):
+        write_image(folder / kind / f"case_{number:03d}.nii.gz", Volume(array, grid))
+
+
+def _write_teacher(
+    path: Path, organ: str, config: NetworkConfig, spacing_mm: Sequence[float], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    network = build_network(config, in_channels=1, out_channels=2)
+    z, y, x = spacing_mm
+    record = TeacherRecord(
+        network=config,
+        num_channels=2,
+        channels={organ: (1,)},
+        spacing_mm=(z, y, x),
+        intensity=Intensity(),
+        validation_dice={organ: None},
+        num_validation_cases=0,
+        trained_on=DATASET,
+        trained_on_cases=(),
+        training_digest="",
+    )
+    save_teacher(path, record, network.state_dict())

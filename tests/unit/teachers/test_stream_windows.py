@@ -1,0 +1,146 @@
+"""Slabs: what is handed out, when, and that it is the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.data.utils import compute_importance_map
+from torch import Tensor, nn
+
+from pipeline.patches import padded_shape, windows
+from pipeline.teachers.sliding_window import WindowConfig, sliding_window, stream_windows
+
+Array = npt.NDArray[np.float32]
+shapes = st.tuples(*(st.integers(1, 21) for _ in range(3)))
+
+
+class Spied(nn.Module):
+    """Normalised by window, so that the same voxel differs from window to window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tap = nn.AvgPool3d(2)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = (x - x.mean()) / (x.std() + 1)
+        self.tap(y)
+        return torch.cat([y, y**2, -y], dim=1)
+
+
+def all_at_once(image: Array, config: WindowConfig, pad_value: float) -> tuple[Array, Array]:
+    """Windows, blending and cores, holding the whole volume."""
+    window = padded_shape(config.shape, (1, 1, 1), (2, 2, 2))
+    shape = padded_shape(image.shape, window, (2, 2, 2))
+    padding = [(0, n - m) for n, m in zip(shape, image.shape, strict=True)]
+    padded = torch.from_numpy(np.pad(image, padding, constant_values=pad_value))
+    weight = compute_importance_map(window, mode="gaussian", sigma_scale=config.sigma).float()
+    weight = weight.clamp(min=1e-3 * float(weight.max()))
+    logits, norm = torch.zeros((3, *shape)), torch.zeros(shape)
+    cells = [n // 2 for n in shape]
+    features, depth = np.zeros(cells, np.float32), np.full(cells, -1.0)
+    inside = [np.minimum(c := np.arange(n // 2) + 0.5, n // 2 - c) / (n // 2) for n in window]
+    deep = inside[0][:, None, None] * inside[1][:, None] * inside[2]
+    network = Spied()
+    for patch in windows(shape, window, config.overlap, (2, 2, 2)):
+        x = padded[patch.slices][None, None].contiguous()  # sums depend on strides
+        logits[(slice(None), *patch.slices)] += weight * network(x)[0]
+        norm[patch.slices] += weight
+        at = patch.coarsen((2, 2, 2)).slices
+        deeper = deep.astype(np.float32) > depth[at]
+        tapped = network.tap((x - x.mean()) / (x.std() + 1))[0, 0].numpy()
+        features[at] = np.where(deeper, tapped, features[at])
+        depth[at] = np.where(deeper, deep.astype(np.float32), depth[at])
+    d, h, w = image.shape
+    z, y, x_cells = (-(-n // 2) for n in image.shape)
+    whole = (logits / norm)[:, :d, :h, :w].numpy()
+    return whole, features[:z, :y, :x_cells]
+
+
+@settings(max_examples=20, deadline=None)
+@given(shapes, st.tuples(*(st.integers(2, 9) for _ in range(3))), st.sampled_from([0.0, 0.5, 0.7]))
+def test_slabs_are_bit_by_bit_what_the_whole_volume_would_give(
+    shape: tuple[int, int, int], window: tuple[int, int, int], overlap: float
+) -> None:
+    image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    config = WindowConfig(shape=window, overlap=overlap)
+    logits, features = sliding_window(
+        Spied(), image, config, taps=["tap"], strides=[(2, 2, 2)], pad_value=-1.5
+    )
+    right, cells = all_at_once(image, config, -1.5)
+    assert logits.tobytes() == np.ascontiguousarray(right).tobytes()
+    np.testing.assert_allclose(features["tap"][0], cells, atol=1e-6)
+
+
+def test_rows_are_handed_out_as_soon_as_no_window_touches_them_any_more() -> None:
+    """Of 40 rows no more than a window's 8 are ever held."""
+    network = Spied()
+    image = np.zeros((40, 8, 8), np.float32)
+    told: list[tuple[str, int, int]] = []
+
+    def sink(name: str) -> Any:
+        return lambda slab: told.append((name, network.calls, slab.shape[1]))
+
+    stream_windows(
+        network, image, WindowConfig(shape=(8, 8, 8), overlap=0.5),
+        logits=sink("logits"), features={"tap": sink("tap")}, strides={"tap": (2, 2, 2)},
+    )  # fmt: skip
+    logits = [(calls, rows) for name, calls, rows in told if name == "logits"]
+    # Windows begin at 0, 4 .. 32. When the second has been run, 4 rows are finished.
+    assert logits == [*((n, 4) for n in range(2, 10)), (9, 8)]
+    assert sum(rows for name, _, rows in told if name == "tap") == 20
+
+
+def test_an_integer_image_is_scaled_window_by_window() -> None:
+    image = np.random.default_rng(0).integers(-1000, 1000, (20, 9, 8)).astype(np.int16)
+    sizes = []
+
+    def scale(hu: npt.NDArray[Any]) -> Array:
+        sizes.append(hu.size)
+        return hu.astype(np.float32) / 500
+
+    config = WindowConfig(shape=(8, 8, 8))
+    found, _ = sliding_window(Spied(), image, config, scale=scale, pad_value=-2.0)
+    assert max(sizes) <= 8**3
+    right, _ = sliding_window(Spied(), image.astype(np.float32) / 500, config, pad_value=-2.0)
+    np.testing.assert_array_equal(found, right)
+
+
+def test_what_is_handed_out_is_not_written_to_again() -> None:
+    slabs, copies = [], []
+
+    def keep(slab: Array) -> None:
+        slabs.append(slab)
+        copies.append(slab.copy())
+
+    image = np.random.default_rng(0).normal(size=(30, 8, 8)).astype(np.float32)
+    stream_windows(
+        Spied(), image, WindowConfig(shape=(8, 8, 8)),
+        logits=keep, features={"tap": keep}, strides={"tap": (2, 2, 2)},
+    )  # fmt: skip
+    for slab, copy in zip(slabs, copies, strict=True):
+        np.testing.assert_array_equal(slab, copy)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (20, 3, 4), (3, 20, 30)])
+def test_a_network_that_needs_more_than_the_case_sees_padding_that_is_cut_off(
+    shape: tuple[int, int, int],
+) -> None:
+    """A network that insists on multiples of 16."""
+
+    class Fussy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert all(n % 16 == 0 for n in x.shape[2:])
+            return x + 1
+
+    image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    logits, _ = sliding_window(Fussy(), image, WindowConfig(shape=(16, 16, 16)), pad_value=9.0)
+    assert logits.shape == (1, *shape)
+    np.testing.assert_allclose(logits[0], image + 1, rtol=1e-5, atol=1e-5)
