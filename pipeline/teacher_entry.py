@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from pipeline.config import Config
 from pipeline.intensity import Intensity
+from pipeline.orientation import is_orientation
 
 
 def _as_tuple(value: Any) -> Any:
@@ -22,8 +23,11 @@ OneOrMore = Annotated[
 class TeacherEntry(Config):
     """One pre-trained network and the organs that it is expert in."""
 
-    kind: Literal["checkpoint", "factory"] = Field(
-        description="`checkpoint`: made by `pipeline train-teachers`; `factory`: your own code"
+    later_fields: ClassVar[tuple[str, ...]] = ("orientation",)
+
+    kind: Literal["checkpoint", "exported", "monai-bundle", "factory"] = Field(
+        description="`checkpoint`: made by `pipeline train-teachers`; `exported`: a TorchScript or "
+        "torch.export file; `monai-bundle`: a bundle's folder; `factory`: your own code"
     )
     weights: str = Field(min_length=1, description="path, relative to the registry's folder")
     organs: dict[str, OneOrMore] = Field(
@@ -38,6 +42,11 @@ class TeacherEntry(Config):
         description="z, y, x; what the network was trained at. Left out: the student grid for a "
         "checkpoint, the image's own grid for a factory",
     )
+    orientation: str | None = Field(
+        default=None,
+        description="where the axes of the array that the network sees point to, for example RAS; "
+        "for kinds exported and monai-bundle",
+    )
     intensity: Intensity = Field(default_factory=Intensity)
     taps: tuple[str, ...] = Field(default=(), description="layers whose features are cached")
     factory: str | None = Field(
@@ -51,6 +60,18 @@ class TeacherEntry(Config):
     )
     licence: str = ""
     source: str = ""
+    _trusted: bool = PrivateAttr(default=False)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the user said that this teacher may run code of its own. No file can say so."""
+        return self._trusted
+
+    def trusting(self) -> TeacherEntry:
+        """The same entry, trusted."""
+        entry = self.model_copy()
+        entry._trusted = True
+        return entry
 
     @model_validator(mode="after")
     def _consistent(self) -> TeacherEntry:
@@ -58,4 +79,34 @@ class TeacherEntry(Config):
             raise ValueError("`factory: module:function` belongs to kind `factory`, and only there")
         if self.spacing_mm is not None and min(self.spacing_mm) <= 0:
             raise ValueError(f"spacing_mm {self.spacing_mm} must be positive")
+        if self.orientation is not None and not is_orientation(self.orientation):
+            raise ValueError(
+                f"orientation {self.orientation!r} must name three directions, one each of R or L, "
+                "A or P, S or I, in the order of the array's axes; MONAI's usual one is RAS"
+            )
+        match self.kind:
+            case "exported":
+                self._states_all_of_its_preprocessing()
+            case "monai-bundle":
+                self._leaves_preprocessing_to_the_bundle()
+            case _ if self.orientation is not None:
+                raise ValueError(f"`orientation` is not for kind `{self.kind}`")
         return self
+
+    def _states_all_of_its_preprocessing(self) -> None:
+        wanted = ("spacing_mm", "orientation", "intensity")
+        missing = [name for name in wanted if name not in self.model_fields_set]
+        if missing or self.spacing_mm is None or self.orientation is None:
+            raise ValueError(
+                f"an exported file does not say what its network wants to see: give {missing}"
+            )
+        if self.taps:
+            raise ValueError(
+                "an exported file has no layers to tap: its modules were compiled away. Leave out "
+                "`taps`, or use kind `monai-bundle` or `factory`"
+            )
+
+    def _leaves_preprocessing_to_the_bundle(self) -> None:
+        given = [name for name in ("spacing_mm", "intensity") if name in self.model_fields_set]
+        if given:
+            raise ValueError(f"the bundle's own preprocessing sees to that: leave out {given}")

@@ -6,7 +6,7 @@ executed by reading it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -68,6 +68,24 @@ class Registry(Config):
         """Digest of what this registry says of a teacher and the grid; no file is read."""
         entry = self.teachers[teacher].model_dump(mode="json", exclude={"licence", "source"})
         return digest({"teacher": entry, "grid": self.grid})
+
+    def trusting(self, teachers: Iterable[str]) -> Registry:
+        """The same registry, with teachers that may run code of their own. It enters no digest.
+
+        Raises:
+            RegistryError: no such teacher.
+        """
+        trusted = dict(self.teachers)
+        for name in teachers:
+            if name not in trusted:
+                known = ", ".join(trusted) or "none"
+                raise RegistryError(
+                    f"there is no teacher {name!r} to trust.",
+                    where=self._path,
+                    fix=f"Teachers: {known}.",
+                )
+            trusted[name] = trusted[name].trusting()
+        return self.model_copy(update={"teachers": trusted})
 
     def experts(self) -> Mapping[str, tuple[str, ...]]:
         """Organ -> the teachers that are expert in it, by name."""

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.checkpoint import load_checkpoint_teacher
+from pipeline.teachers.exported import load_exported_teacher
 from pipeline.teachers.factory import load_factory_teacher
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.teachers.teacher import Teacher
@@ -38,6 +39,10 @@ def load_teacher(
     match entry.kind:
         case "checkpoint":
             return load_checkpoint_teacher(
+                name, entry, weights, window=window, batch_size=batch_size, device=device
+            )
+        case "exported":
+            return load_exported_teacher(
                 name, entry, weights, window=window, batch_size=batch_size, device=device
             )
         case "factory":
