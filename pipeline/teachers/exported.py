@@ -23,6 +23,7 @@ from pipeline.teachers.sliding_window import WindowConfig, sliding_window
 from pipeline.teachers.teacher import Prediction
 from pipeline.volume import Spacing, Volume
 
+_NO_LIMIT = 2**31
 _HOW = "`network.eval().float().cpu()`, then export it"
 
 
@@ -180,11 +181,8 @@ def _batch_size(
         return int(shape[0]) if shape else wanted
     for symbol, limits in program.range_constraints.items():
         if str(symbol) == shape[0]:
-            # torch tells 1 from more: a program for "any" number may start at 2, which 0 hides.
-            low, high = (
-                int(n) if n.is_finite else wanted for n in (limits.lower, limits.upper)
-            )
-            return max(low, min(wanted, high))
+            high = wanted if limits.upper > _NO_LIMIT else int(limits.upper)
+            return max(int(limits.lower), min(wanted, high))
     return wanted
 
 
@@ -224,7 +222,7 @@ def _try_one_window(
     if not isinstance(out, Tensor) or out.ndim != 5 or tuple(out.shape[2:]) != size:
         what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise TeacherError(
-            f"gives {what} for windows of {tuple(batch.shape)}, not (N, C, ..) logits of that size.",
+            f"gives {what} for windows of {tuple(batch.shape)}, not (N, C, ..) of that size.",
             where=where,
             fix="Export a network whose first output is full-size logits, one tensor.",
         )
