@@ -23,7 +23,6 @@ from pipeline.data.files import CaseFiles
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheMissing, CacheStale
 from pipeline.log import print_table
-from pipeline.teachers.weights import weights_digest
 
 State = Literal["done", "missing", "stale", "damaged"]
 STATES: tuple[State, ...] = ("done", "missing", "stale", "damaged")
@@ -110,9 +109,8 @@ def _teacher(registry: Registry, work: Path, name: str) -> IndexedTeacher | Stat
     except CacheStale:
         earlier = any((work / "teachers").glob(f"{name}@*"))
         return "stale" if earlier else "missing"
-    entry = registry.teachers[name]
-    weights = registry.resolve(entry.weights)
-    if weights.exists() and weights_digest(entry, weights) != indexed.inputs["weights_sha256"]:
+    weights = registry.resolve(registry.teachers[name].weights)
+    if weights.is_file() and file_sha256(weights) != indexed.inputs["weights_sha256"]:
         return "stale"
     return indexed
 
