@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.config import Config
 from pipeline.intensity import Intensity
+from pipeline.volume import Orientation
 
 
 def _as_tuple(value: Any) -> Any:
@@ -19,11 +20,41 @@ OneOrMore = Annotated[
 ]
 
 
+# Left out of keys where absent, so that a new kind leaves the keys of older entries alone.
+_OPTIONS_OF_KINDS = ("nnunet",)
+_NNUNET_OWNS = ("spacing_mm", "intensity", "args")
+
+Fold = Literal["all"] | Annotated[int, Field(ge=0)]
+
+
+def _is_orientation(value: str) -> str:
+    if value != "stored":
+        Orientation.from_code(value)
+    return value
+
+
+class NnunetOptions(Config):
+    """How a trained nnU-Net model folder is used; all of it changes numbers."""
+
+    folds: tuple[Fold, ...] | None = Field(
+        default=None, min_length=1, description="averaged; left out: all that have the checkpoint"
+    )
+    checkpoint: str = Field(default="checkpoint_final.pth", pattern=r"^[\w.-]+\.pth$")
+    mirroring: bool = Field(default=True, description="as the trainer allows, as nnU-Net does")
+    tile_step: float = Field(default=0.5, gt=0, le=1, description="step between windows")
+    orientation: Annotated[str, AfterValidator(_is_orientation)] | None = Field(
+        default=None,
+        description="`stored`: axes as in each file; or letters such as LPS; left out: what the "
+        "model's own image reader does",
+    )
+
+
 class TeacherEntry(Config):
     """One pre-trained network and the organs that it is expert in."""
 
-    kind: Literal["checkpoint", "factory"] = Field(
-        description="`checkpoint`: made by `pipeline train-teachers`; `factory`: your own code"
+    kind: Literal["checkpoint", "nnunet", "factory"] = Field(
+        description="`checkpoint`: made by `pipeline train-teachers`; `nnunet`: a trained nnU-Net "
+        "v2 model folder; `factory`: your own code"
     )
     weights: str = Field(min_length=1, description="path, relative to the registry's folder")
     organs: dict[str, OneOrMore] = Field(
@@ -46,6 +77,9 @@ class TeacherEntry(Config):
     args: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the factory"
     )
+    nnunet: NnunetOptions | None = Field(
+        default=None, description="for kind nnunet; left out: as nnU-Net itself does by default"
+    )
     trained_on: str | None = Field(
         default=None, description="dataset that `pipeline train-teachers` trains it on"
     )
@@ -56,6 +90,25 @@ class TeacherEntry(Config):
     def _consistent(self) -> TeacherEntry:
         if (self.kind == "factory") != (self.factory is not None):
             raise ValueError("`factory: module:function` belongs to kind `factory`, and only there")
+        if self.kind == "nnunet":
+            owned = [name for name in _NNUNET_OWNS if name in self.model_fields_set]
+            if owned:
+                raise ValueError(
+                    f"{', '.join(owned)}: not for kind `nnunet`, whose plans.json says how images "
+                    "are prepared"
+                )
+            if self.taps:
+                raise ValueError(
+                    "taps: kind `nnunet` has none, because nnU-Net's windows do not begin at "
+                    "multiples of a layer's stride; use a teacher of another kind for features"
+                )
+        elif self.nnunet is not None:
+            raise ValueError("`nnunet` belongs to kind `nnunet`, and only there")
         if self.spacing_mm is not None and min(self.spacing_mm) <= 0:
             raise ValueError(f"spacing_mm {self.spacing_mm} must be positive")
         return self
+
+    def key(self) -> dict[str, Any]:
+        """What of this entry can change numbers, as plain JSON values."""
+        absent = {name for name in _OPTIONS_OF_KINDS if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude={"licence", "source"} | absent)

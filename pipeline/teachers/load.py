@@ -9,6 +9,7 @@ import torch
 from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.checkpoint import load_checkpoint_teacher
 from pipeline.teachers.factory import load_factory_teacher
+from pipeline.teachers.nnunet import load_nnunet_teacher
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.teachers.teacher import Teacher
 
@@ -40,5 +41,7 @@ def load_teacher(
             return load_checkpoint_teacher(
                 name, entry, weights, window=window, batch_size=batch_size, device=device
             )
+        case "nnunet":
+            return load_nnunet_teacher(name, entry, weights, device=device)
         case "factory":
             return load_factory_teacher(name, entry, weights, device=device)
