@@ -14,7 +14,7 @@ from pipeline.cache.index import IndexedCase, IndexedTeacher
 from pipeline.cache.provenance import teacher_inputs, unit_inputs
 from pipeline.cache.schema import ArraySpec, StorageConfig, features_spec, log_odds_spec
 from pipeline.cache.store import write_unit
-from pipeline.config import digest, file_sha256
+from pipeline.config import digest
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
 from pipeline.network import pick_device
@@ -23,6 +23,7 @@ from pipeline.prepare import centres
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.teachers.teacher import Teacher, organ_log_odds
+from pipeline.teachers.weights import weights_digest
 from pipeline.volume import Grid, Volume
 
 FloatArray = npt.NDArray[np.float32]
@@ -78,7 +79,7 @@ def open_teacher(
         device=pick_device(device),
     )
     inputs = teacher_inputs(
-        weights_sha256=file_sha256(weights),
+        weights_sha256=weights_digest(entry, weights),
         description=teacher.describe(),
         organs=entry.organs,
         activation=entry.activation,

@@ -66,8 +66,7 @@ class Registry(Config):
 
     def teacher_key(self, teacher: str) -> str:
         """Digest of what this registry says of a teacher and the grid; no file is read."""
-        entry = self.teachers[teacher].model_dump(mode="json", exclude={"licence", "source"})
-        return digest({"teacher": entry, "grid": self.grid})
+        return digest({"teacher": self.teachers[teacher].key(), "grid": self.grid})
 
     def trusting(self, teachers: Iterable[str]) -> Registry:
         """The same registry, with teachers that may run code of their own. It enters no digest.

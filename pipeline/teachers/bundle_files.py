@@ -32,12 +32,13 @@ def weights_path(folder: Path) -> Path:
     return folder / "models" / "model.pt"
 
 
-def digested_files(folder: Path) -> list[Path]:
-    """The files that a bundle's numbers depend on, in the order of their names: the inference
-    config, the weights, and scripts, which only a trusted config can call."""
+def digested_files(folder: Path) -> Mapping[str, Path]:
+    """The files that a bundle's numbers depend on, by name inside the folder: inference config,
+    weights, and scripts, which only a trusted config can call."""
     config = config_path(folder)
     files = [weights_path(folder), *(folder / "scripts").rglob("*.py")]
-    return sorted([*files, config] if config else files)
+    files += [config] if config else []
+    return {file.relative_to(folder).as_posix(): file for file in files}
 
 
 @dataclass(frozen=True)

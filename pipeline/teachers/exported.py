@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import TeacherError
-from pipeline.orientation import from_orientation, sizes_from, sizes_to, to_orientation
 from pipeline.patches import Index3
 from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.exported_archive import Exported, inspect_archive
 from pipeline.teachers.sliding_window import WindowConfig, sliding_window
 from pipeline.teachers.teacher import Prediction
-from pipeline.volume import Spacing, Volume
+from pipeline.volume import Orientation, Spacing, Volume
 
 _NO_LIMIT = 2**31
 _HOW = "`network.eval().float().cpu()`, then export it"
@@ -53,22 +52,29 @@ class ExportedTeacher:
         return self.entry.spacing_mm
 
     @property
-    def orientation(self) -> str:
-        """The registry's, which an entry of this kind always has."""
-        return str(self.entry.orientation)
+    def axes(self) -> Orientation:
+        """How the axes of the array lie that the network sees, its first axis being the slowest."""
+        return axes_of(self.entry)
+
+    @property
+    def network_window(self) -> Index3:
+        """The window along the network's axes."""
+        z, y, x = (self.window.shape[axis] for axis in self.axes.axes)
+        return z, y, x
 
     def predict(self, image: Volume) -> Prediction:
         """Int16 HU (D, H, W) at `spacing_mm` -> logits on the same grid; there are no features."""
-        code = self.orientation
+        turned = self.axes.apply(image)
         logits, _ = sliding_window(
             self.network,
-            to_orientation(self.entry.intensity.apply(image.array), code),
-            self.window.model_copy(update={"shape": sizes_to(self.window.shape, code)}),
+            self.entry.intensity.apply(turned.array),
+            self.window.model_copy(update={"shape": self.network_window}),
             pad_value=self.entry.intensity.air,
             batch_size=self.batch_size,
             device=self.device,
         )
-        return Prediction(Volume(from_orientation(logits, code), image.grid))
+        back = self.axes.undo(Volume(logits, turned.grid))
+        return Prediction(Volume(back.array, image.grid))
 
     def describe(self) -> Mapping[str, Any]:
         """What the registry says of preprocessing, and the window."""
@@ -76,12 +82,19 @@ class ExportedTeacher:
         return {
             "kind": "exported",
             "form": self.form,
-            "orientation": self.orientation,
+            "orientation": self.entry.orientation,
             "spacing_mm": list(self.entry.spacing_mm),
             "intensity": self.entry.intensity.model_dump(mode="json"),
             "window": self.window.model_dump(mode="json"),
             "blending": "gaussian, channel logits, float32",
         }
+
+
+def axes_of(entry: TeacherEntry) -> Orientation:
+    """What an entry's `orientation` means; it names an array's axes from the first, that is the
+    slowest, on, and `Orientation` from the fastest on."""
+    assert entry.orientation is not None
+    return Orientation.from_code(entry.orientation[::-1])
 
 
 class FixedBatch(nn.Module):
@@ -94,7 +107,7 @@ class FixedBatch(nn.Module):
     def forward(self, batch: Tensor) -> Any:
         """(N, 1, ..) -> (N, C, ..), any N; what the program gives that is no tensor, as it is."""
         parts = []
-        for part in batch.split(self.size):
+        for part in torch.split(batch, self.size):
             missing = self.size - part.shape[0]
             out = _first(self.program(torch.cat([part, part.new_zeros(missing, *part.shape[1:])])))
             if not isinstance(out, Tensor):
@@ -126,8 +139,8 @@ def load_exported_teacher(
     network, shape = _load(found, path, batch_size, device, where)
     _check_dtype(network, where)
     if shape is not None and all(isinstance(n, int) for n in shape[2:]) and len(shape) == 5:
-        fixed = sizes_from([int(n) for n in shape[2:]], str(entry.orientation))
-        window = window.model_copy(update={"shape": fixed})
+        fixed = dict(zip(axes_of(entry).axes, map(int, shape[2:]), strict=True))
+        window = window.model_copy(update={"shape": (fixed[0], fixed[1], fixed[2])})
     teacher = ExportedTeacher(entry, network, found.form, window, batch_size, device)
     _try_one_window(teacher, shape, where)
     return teacher
@@ -145,7 +158,7 @@ def _load(
         )
     try:
         if found.form == "torchscript":
-            network: nn.Module = torch.jit.load(path, map_location=device)
+            network: nn.Module = torch.jit.load(path, map_location=device)  # type: ignore[no-untyped-call]
             return network.eval(), None
         with path.open("rb") as file:
             program = torch.export.load(file)
@@ -204,7 +217,7 @@ def _try_one_window(
     teacher: ExportedTeacher, shape: tuple[int | str, ...] | None, where: str
 ) -> None:
     """Runs a full batch of noise twice, so that what cannot run is known before any case is."""
-    size: Index3 = sizes_to(teacher.window.shape, teacher.orientation)
+    size = teacher.network_window
     generator = torch.Generator().manual_seed(0)
     batch = torch.rand((teacher.batch_size, 1, *size), generator=generator).to(teacher.device)
     takes = "" if shape is None else f"; it takes {' x '.join(map(str, shape))}"

@@ -11,6 +11,7 @@ from pipeline.teachers.checkpoint import load_checkpoint_teacher
 from pipeline.teachers.exported import load_exported_teacher
 from pipeline.teachers.factory import load_factory_teacher
 from pipeline.teachers.monai_bundle import load_bundle_teacher
+from pipeline.teachers.nnunet import load_nnunet_teacher
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.teachers.teacher import Teacher
 
@@ -48,5 +49,7 @@ def load_teacher(
             )
         case "monai-bundle":
             return load_bundle_teacher(name, entry, weights, device=device)
+        case "nnunet":
+            return load_nnunet_teacher(name, entry, weights, device=device)
         case "factory":
             return load_factory_teacher(name, entry, weights, device=device)

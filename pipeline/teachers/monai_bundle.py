@@ -1,14 +1,14 @@
 """Teachers from MONAI bundles: network, preprocessing and inferer are the bundle's own.
 
-The image is written as a NIfTI file and loaded by the bundle's transforms, as its own inference
-workflow would load it; the logits stay on the grid that the bundle's network saw. Postprocessing is
-not run: the registry says what the channels mean.
+The image is written as a NIfTI file, stored as the original was, and loaded by the bundle's
+transforms, as its own inference workflow would load the original. The logits stay on the grid that
+the bundle's network saw. Postprocessing is not run: the registry says what the channels mean.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from pipeline.errors import PipelineError, TeacherError
+from pipeline.file_order import as_file_array, from_file_array
 from pipeline.network import tap_shapes
-from pipeline.orientation import as_file_array, from_file_array
 from pipeline.patches import Index3
 from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.bundle_config import Parts, resolve_parts
@@ -29,9 +29,6 @@ from pipeline.teachers.bundle_files import BundleFiles, contradictions, read_bun
 from pipeline.teachers.sliding_window import WindowConfig, sliding_window
 from pipeline.teachers.teacher import Prediction
 from pipeline.volume import Grid, Volume
-
-_SPATIAL = ("monai.transforms.spatial", "monai.transforms.croppad")
-_USUAL = "RAS"
 
 
 @dataclass
@@ -42,7 +39,6 @@ class BundleTeacher:
         name: as in the registry.
         parts: of the bundle; the network has its weights.
         image_key: what the preprocessing calls the image.
-        orientation: how the file is stored that the preprocessing loads.
         taps: tap -> number of channels, and voxels per cell along the network's axes.
         device: where the network runs.
     """
@@ -50,7 +46,6 @@ class BundleTeacher:
     name: str
     parts: Parts
     image_key: str
-    orientation: str
     taps: Mapping[str, tuple[int, Index3]]
     device: torch.device
 
@@ -85,7 +80,7 @@ class BundleTeacher:
 
     def describe(self) -> Mapping[str, Any]:
         """Config and weights are digested as bytes; this is what is ours."""
-        says: dict[str, Any] = {"kind": "monai-bundle", "orientation": self.orientation}
+        says: dict[str, Any] = {"kind": "monai-bundle"}
         if self.taps:
             says["taps"] = {tap: list(stride) for tap, (_, stride) in self.taps.items()}
             says["features"] = "own sliding window, padded with the image's smallest value"
@@ -97,7 +92,7 @@ class BundleTeacher:
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "image.nii"
-            array, affine = as_file_array(image, self.orientation)
+            array, affine = as_file_array(image, image.stored)
             nib.save(nib.Nifti1Image(array, affine), path)
             try:
                 data = self.parts.preprocessing({self.image_key: str(path)})
@@ -150,8 +145,8 @@ def load_bundle_teacher(
 
     Raises:
         TeacherError: files that are absent or damaged, a config that would run code, weights that
-            do not fit, a registry that says otherwise than the metadata, preprocessing that
-            depends on how the file was stored, or taps that cannot be had.
+            do not fit, a registry that says otherwise than the metadata, or taps that cannot be
+            had.
     """
     where = f"teacher {name}, {folder}"
     files = read_bundle(folder, where=where)
@@ -168,16 +163,8 @@ def load_bundle_teacher(
     )
     _load_weights(parts.network, files, where)
     parts.network.eval().to(device)
-    if entry.orientation is None and not _reorients_first(parts.preprocessing):
-        raise TeacherError(
-            "its preprocessing crops or resamples before it brings the image into an orientation, "
-            "or never does, so its numbers depend on how a file was stored.",
-            where=where,
-            fix="Say what orientation its training images were stored in, for example "
-            "`orientation: LPS`; images are handed over in it.",
-        )
     taps = _taps(entry, parts, where)
-    return BundleTeacher(name, parts, files.image_key, entry.orientation or _USUAL, taps, device)
+    return BundleTeacher(name, parts, files.image_key, taps, device)
 
 
 def _load_weights(network: nn.Module, files: BundleFiles, where: str) -> None:
@@ -194,25 +181,6 @@ def _load_weights(network: nn.Module, files: BundleFiles, where: str) -> None:
         raise TeacherError("the weights hold NaN or infinity.", where=where, fix="Fetch it again.")
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-
-
-def _reorients_first(preprocessing: Any) -> bool:
-    """Whether nothing that depends on the axes comes before `Orientation`."""
-    for transform in _flat(preprocessing):
-        if type(transform).__name__.startswith("Orientation"):
-            return True
-        if type(transform).__module__.startswith(_SPATIAL):
-            return False
-    return False
-
-
-def _flat(transform: Any) -> Iterator[Any]:
-    inner = getattr(transform, "transforms", None)
-    if inner is None:
-        yield transform
-        return
-    for part in inner:
-        yield from _flat(part)
 
 
 def _taps(entry: TeacherEntry, parts: Parts, where: str) -> Mapping[str, tuple[int, Index3]]:
