@@ -252,9 +252,10 @@ def _check_channels(entry: TeacherEntry, num_channels: int, where: str) -> None:
     highest = max(c for channels in entry.organs.values() for c in channels)
     said = num_channels if entry.num_channels is None else entry.num_channels
     if said != num_channels or highest >= num_channels:
+        number = "" if entry.num_channels is None else f"says {entry.num_channels}, and "
         raise TeacherError(
-            f"the network emits {num_channels} channels; the registry says "
-            f"{entry.num_channels or 'nothing'}, and names channel {highest} (from 0).",
+            f"the network emits {num_channels} channels; the registry {number}names channel "
+            f"{highest} (counted from 0).",
             where=where,
             fix="Correct `num_channels` and `organs`, or name the right weights.",
         )
