@@ -131,10 +131,11 @@ def _reached(config: Mapping[str, Any], where: str) -> set[str]:
     pending = list(PARTS)
     while pending:
         here = pending.pop()
+        value = lookup(config, here, where)
         if any(here == done or here.startswith(done + SEPARATOR) for done in reached):
             continue
         reached.add(here)
-        for place, text in _texts(lookup(config, here, where), here):
+        for place, text in _texts(value, here):
             absolute = ConfigParser.resolve_relative_ids(place, text)
             if absolute.startswith("%"):
                 file, target = ConfigParser.split_path_id(absolute[1:])

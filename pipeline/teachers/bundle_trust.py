@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pydoc import locate
 from typing import Any
 
@@ -126,16 +127,23 @@ def unsafe_places(value: Any, here: str = "") -> Iterator[str]:
         yield from unsafe_places(inner, join(here, key))
 
 
+@cache
+def _locator() -> Any:
+    """Where MONAI's classes are, by short name: a scan of all its modules, so one for all."""
+    from monai.bundle import ComponentLocator
+
+    return ComponentLocator()
+
+
 def _allowed_class(target: object) -> type | None:
     """The class that a `_target_` names, if it is a network, one of the transforms that only
     compute, or a known inferer."""
-    from monai.bundle import ComponentLocator
     from monai.inferers import Inferer
     from monai.transforms import Transform
 
     if not isinstance(target, str):
         return None
-    modules = ComponentLocator().get_component_module_name(target)
+    modules = _locator().get_component_module_name(target)
     module = modules[0] if isinstance(modules, list) else modules
     full = f"{module}.{target}" if module else target
     found = locate(full) if _PLACES.fullmatch(full) else None

@@ -1,4 +1,4 @@
-"""MONAI bundles with seeded random weights, made as the model zoo makes them, and exported files."""
+"""MONAI bundles with seeded random weights, made as those of the model zoo are, and a CT."""
 
 from __future__ import annotations
 
