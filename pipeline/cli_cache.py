@@ -19,6 +19,7 @@ from pipeline.cli_options import (
     JsonOption,
     QuietOption,
     RegistryOption,
+    TrustOption,
     WindowBatchOption,
     WorkOption,
     YesOption,
@@ -67,6 +68,7 @@ def why(
     registry: RegistryOption = REGISTRY,
     config: ConfigOption = None,
     work: WorkOption = WORK,
+    trust: TrustOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Would cache-teachers reuse the units of a case? If not: what differs, field by field."""
@@ -78,7 +80,7 @@ def why(
     settings = load_config(config, CacheTeachersConfig) if config else CacheTeachersConfig()
     reasons = explain(
         work,
-        open_registry(registry, files=False),
+        open_registry(registry, files=False, trust=trust),
         case,
         window=settings.window,
         storage=settings.storage,
@@ -113,6 +115,7 @@ def verify(
     ] = 0.5,
     device: DeviceOption = "auto",
     window_batch: WindowBatchOption = 1,
+    trust: TrustOption = None,
     yes: YesOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -132,7 +135,7 @@ def verify(
 
         again = run_again(
             work,
-            open_registry(registry),
+            open_registry(registry, trust=trust),
             sample=sample,
             seed=seed,
             device=device,
