@@ -143,31 +143,27 @@ def print_check(report: CheckReport) -> None:
     spacing = " x ".join(f"{mm:g}" for mm in np.round(report.crop_spacing_mm, 2))
     title = f"Teachers on the middle of {report.case} ({size} voxels of {spacing} mm)"
     columns = [
-        "teacher", "kind", "channels", "organ: channels, ml found", "spacing mm (z, y, x)",
-        "taps: channels, cells", "memory", "seconds", "result",
+        "teacher", "kind", "channels", "organ: its channels", "ml found", "spacing, mm",
+        "tap: channels, cells", "memory", "seconds", "result",
     ]  # fmt: skip
     print_table(title, columns, [_cells(row) for row in report.teachers])
-    wrong = [[row.teacher, row.problem] for row in report.teachers if row.problem is not None]
+    wrong = [[f"{row.teacher}: {row.problem}"] for row in report.teachers if row.problem]
     if wrong:
-        print_table("What is wrong", ["teacher", ""], wrong)
+        print_table("", ["What is wrong"], wrong)
 
 
 def _cells(row: TeacherCheck) -> list[str]:
-    organs = [
-        f"{organ}: {', '.join(map(str, channels))}"
-        + (f", {row.organ_ml[organ]:.0f} ml" if organ in row.organ_ml else "")
-        for organ, channels in row.organs.items()
-    ]
+    organs = [f"{organ}: {', '.join(map(str, channels))}" for organ, channels in row.organs.items()]
     taps = [f"{tap}: {f}, {d} x {h} x {w}" for tap, (f, d, h, w) in row.taps.items()]
-    memory = "" if row.memory_bytes is None else f"{row.memory_bytes / 2**20:.0f} MiB"
     return [
         row.teacher,
         row.kind,
         "" if row.num_channels is None else str(row.num_channels),
         "\n".join(organs),
-        " ".join(f"{mm:.4g}" for mm in row.spacing_mm),
+        "\n".join(f"{row.organ_ml[organ]:.0f}" for organ in row.organs if row.organ_ml),
+        " x ".join(f"{mm:.4g}" for mm in row.spacing_mm),
         "\n".join(taps),
-        memory,
+        "" if row.memory_bytes is None else f"{row.memory_bytes / 2**20:.0f} MiB",
         "" if row.seconds is None else f"{row.seconds:.2f}",
         "ok" if row.problem is None else "fails",
     ]

@@ -9,6 +9,7 @@ reach `monai.bundle`, and they may hold nothing but classes from a list, with pl
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -83,7 +84,9 @@ def resolve_parts(
             parser = ConfigParser(whole)
         else:
             parser = ConfigParser(_safe(whole, where), globals=False)
-        found = {part: parser.get_parsed_content(part) for part in PARTS}
+        with warnings.catch_warnings():  # of MONAI's own defaults: nothing a user could act on
+            warnings.simplefilter("ignore", FutureWarning)
+            found = {part: parser.get_parsed_content(part) for part in PARTS}
     except TeacherError:
         raise
     except Exception as error:  # it runs constructors of all sorts
