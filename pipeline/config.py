@@ -8,16 +8,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-)
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import ConfigError, PipelineError
 
@@ -25,23 +19,9 @@ Location = tuple[str | int, ...]
 
 
 class Config(BaseModel):
-    """Base of every configuration: immutable, and an unknown key is an error.
-
-    Attributes:
-        later_fields: fields that came after digests of the model were in use. A dump leaves them
-            out at their default, so that what was digested without them keeps its digest.
-    """
+    """Base of every configuration: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    later_fields: ClassVar[tuple[str, ...]] = ()
-
-    @model_serializer(mode="wrap")
-    def _without_later_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = dump(self)
-        for name in self.later_fields:
-            if getattr(self, name) == type(self).model_fields[name].get_default():
-                data.pop(name, None)
-        return data
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

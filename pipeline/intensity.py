@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,13 @@ class Intensity(Config):
     kind `raw`: Hounsfield units as they are.
     """
 
-    later_fields: ClassVar[tuple[str, ...]] = ("scaled_to",)
-
     kind: Literal["window", "zscore", "raw"] = "window"
     window_hu: tuple[float, float] = Field(default=(-160.0, 240.0), description="low, high")
+    # Left out of dumps at its default: what was digested before it existed keeps its digest.
     scaled_to: tuple[float, float] = Field(
-        default=(-1.0, 1.0), description="what window_hu becomes, for kind window"
+        default=(-1.0, 1.0),
+        description="what window_hu becomes, for kind window",
+        exclude_if=lambda value: value == (-1.0, 1.0),
     )
     mean_hu: float = 0.0
     std_hu: float = Field(default=1.0, gt=0)

@@ -4,7 +4,7 @@ Legend, valid in every module of this project:
     array order (D, H, W) = z, y, x; spacing, shape, patch size and index tuples in that order too.
     World coordinates are millimetres along (superior, anterior, right): the z, y, x of NIfTI's
     RAS+ world. An affine maps homogeneous (z, y, x) voxel indices to that world.
-    Only `pipeline.data.nifti` knows the (x, y, z) order of files.
+    Only `pipeline.data.nifti` and `pipeline.file_order` know the (x, y, z) order of files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""NIfTI in and out. The only file that knows the (x, y, z) order of files.
+"""NIfTI in and out. With `pipeline.file_order` the only file that knows the (x, y, z) of files.
 
 Images come back in the closest canonical orientation (RAS+), with axes (D, H, W) = z, y, x; an
 oblique affine is kept as it is, never straightened by interpolation.
