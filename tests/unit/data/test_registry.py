@@ -298,7 +298,7 @@ ONE_MISTAKE: dict[str, tuple[tuple[str, str], int, str, str]] = {
     "unknown kind": (
         ("kind: checkpoint", "kind: onnx"),
         27,
-        "teachers.liver.kind: input should be 'checkpoint' or 'factory', not 'onnx'.",
+        "teachers.liver.kind: input should be 'checkpoint', 'nnunet' or 'factory', not 'onnx'.",
         "",
     ),
     "pattern that matches nothing": (

@@ -1,0 +1,289 @@
+"""Teachers of kind `nnunet` against nnU-Net's own inference on the same files.
+
+Logits come from nnU-Net's own predictor, which sums windows in float16; on the grid that it
+prepares ours must therefore be the very same numbers. Across grids nnU-Net resamples logits onto
+the CT's grid and we resample log-odds onto the student's, both linearly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from pipeline.data.nifti import read_image
+from pipeline.data.resample import resample
+from pipeline.teacher_entry import TeacherEntry
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.nnunet import NnunetTeacher
+from pipeline.teachers.sliding_window import WindowConfig
+from pipeline.teachers.teacher import Prediction, organ_log_odds
+from pipeline.volume import Orientation, Volume
+from tests.nnunet_models import ORGANS, change_json, copy_model, write_blobs
+
+LARGEST_DIFFERENCE = 1e-3
+LEAST_DICE = 0.995
+
+SCANS: dict[str, dict[str, Any]] = {
+    "LPS": {"code": "LPS"},
+    "RAS anisotropic": {"code": "RAS", "spacing": (1.5, 1.5, 3.0)},
+    # Axes in another order, and half of the voxels are 0 HU around the patient.
+    "SLA cropped": {"code": "SLA", "spacing": (3.0, 1.5, 1.7), "border": 5},
+    "LIP oblique cropped": {"code": "LIP", "spacing": (1.2, 2.5, 2.0), "border": 3, "tilt": 12.0},
+}
+
+
+@dataclass(frozen=True)
+class Own:
+    """What nnU-Net itself says of a file.
+
+    Attributes:
+        logits: (C, ..) float32 on its prepared grid, in its axis order.
+        labels: (k, j, i), what it would save.
+        probabilities: (C, k, j, i), what it would save.
+        transpose: its transpose_forward.
+    """
+
+    logits: npt.NDArray[np.float32]
+    labels: npt.NDArray[Any]
+    probabilities: npt.NDArray[Any]
+    transpose: tuple[int, int, int]
+
+
+def entry_of(kind: str, **changes: Any) -> TeacherEntry:
+    values = {"kind": "nnunet", "weights": "model", **ORGANS[kind], **changes}
+    return TeacherEntry.model_validate(values)
+
+
+def load(model: Path, entry: TeacherEntry) -> NnunetTeacher:
+    teacher = load_teacher(
+        "mine", entry, model, window=WindowConfig(), batch_size=1, device=torch.device("cpu")
+    )
+    assert isinstance(teacher, NnunetTeacher)
+    return teacher
+
+
+def own(
+    model: Path, image: Path, *, folds: Any = None, mirroring: bool = True, step: float = 0.5
+) -> Own:
+    """The real tool, from the folder to its outputs."""
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        predictor = nnUNetPredictor(
+            tile_step_size=step,
+            use_mirroring=mirroring,
+            device=torch.device("cpu"),
+            allow_tqdm=False,
+        )
+        predictor.initialize_from_trained_model_folder(str(model), folds)
+        data, _, properties = predictor.configuration_manager.preprocessor_class(False).run_case(
+            [str(image)],
+            None,
+            predictor.plans_manager,
+            predictor.configuration_manager,
+            predictor.dataset_json,
+        )
+        logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
+        from nnunetv2.inference.export_prediction import (
+            convert_predicted_logits_to_segmentation_with_correct_shape,
+        )
+
+        labels, probabilities = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits,
+            predictor.plans_manager,
+            predictor.configuration_manager,
+            predictor.label_manager,
+            properties,
+            return_probabilities=True,
+        )
+    a, b, c = predictor.plans_manager.transpose_forward
+    return Own(logits.float().numpy(), labels, probabilities, (a, b, c))
+
+
+def difference(
+    said: Prediction, seen: Orientation, entry: TeacherEntry, theirs: Own
+) -> tuple[float, bool]:
+    """Largest difference of log-odds on nnU-Net's prepared grid; whether regions are the same."""
+    transposed = Orientation(axes=theirs.transpose)
+    ours = organ_log_odds(said, entry, where="test")
+    grid = transposed.apply(seen.apply(said.logits)).grid
+    expected = organ_log_odds(Prediction(Volume(theirs.logits, grid)), entry, where="test")
+    worst, same = 0.0, True
+    for organ, odds in ours.items():
+        mine = transposed.apply(seen.apply(odds)).array
+        worst = max(worst, float(np.abs(mine - expected[organ].array).max()))
+        same &= bool(np.array_equal(mine > 0, expected[organ].array > 0))
+    return worst, same
+
+
+def dice(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
+    assert a.any()
+    return float(2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b)))
+
+
+def regions_on_native_grid(
+    said: Prediction, image: Volume, entry: TeacherEntry, seen: Orientation
+) -> Mapping[str, npt.NDArray[np.bool_]]:
+    """Ours, on a student grid that is the CT's own, in the axis order of the file."""
+    regions = {}
+    for organ, odds in organ_log_odds(said, entry, where="test").items():
+        native = resample(odds, image.grid, order=1, outside=np.nan)
+        regions[organ] = seen.apply(native).array > 0
+    return regions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("kind", ["labels", "regions", "2d"])
+def test_the_same_numbers_as_nnunet(
+    kind: str,
+    scan: str,
+    nnunet_models: Mapping[str, Path],
+    tmp_path: Path,
+    record_property: Any,
+) -> None:
+    path = tmp_path / "scan.nii.gz"
+    write_blobs(path, shape=(52, 45, 50), seed=9, **SCANS[scan])
+    image, entry = read_image(path).volume, entry_of(kind)
+    # Mirroring multiplies the cost by eight; it has its own test.
+    entry = entry_of(kind, nnunet={"mirroring": False})
+    said = load(nnunet_models[kind], entry).predict(image)
+    theirs = own(nnunet_models[kind], path, mirroring=False)
+    worst, same = difference(said, image.stored, entry, theirs)
+    record_property("largest difference", worst)
+    assert worst < LARGEST_DIFFERENCE
+    assert same
+    for organ, mine in regions_on_native_grid(said, image, entry, image.stored).items():
+        channel = entry.organs[organ][0]
+        by_probability = dice(mine, theirs.probabilities[channel] > 0.5)
+        record_property(f"Dice {organ}", by_probability)
+        assert by_probability >= LEAST_DICE
+        if kind != "regions":
+            assert dice(mine, theirs.labels == channel) >= LEAST_DICE
+
+
+@pytest.mark.slow
+def test_on_another_student_grid(nnunet_models: Mapping[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "scan.nii.gz"
+    write_blobs(path, shape=(52, 45, 50), seed=9, code="RAS", spacing=(1.2, 2.5, 2.0), tilt=12.0)
+    image, entry = read_image(path).volume, entry_of("regions", nnunet={"mirroring": False})
+    said = load(nnunet_models["regions"], entry).predict(image)
+    theirs = own(nnunet_models["regions"], path, mirroring=False)
+    grid = image.grid.with_spacing((2.7, 2.2, 1.9))
+    for organ, odds in organ_log_odds(said, entry, where="test").items():
+        p = np.clip(theirs.probabilities[entry.organs[organ][0]].astype(np.float64), 1e-12, 1)
+        exported = np.log(p) - np.log(np.clip(1 - p, 1e-12, 1))
+        native = image.stored.apply(image).grid
+        wanted = resample(Volume(exported, native), grid, order=1).array
+        mine = resample(odds, grid, order=1, outside=np.nan).array
+        assert dice(mine > 0, wanted > 0) >= LEAST_DICE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ({}, {}),
+        ({"folds": [1]}, {"folds": (1,)}),
+        ({"mirroring": False, "tile_step": 1.0}, {"mirroring": False, "step": 1.0}),
+    ],
+)
+def test_settings_mean_what_they_mean_to_nnunet(
+    options: dict[str, Any],
+    arguments: dict[str, Any],
+    nnunet_models: Mapping[str, Path],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "scan.nii.gz"
+    write_blobs(path, shape=(30, 36, 34), seed=3)
+    image, entry = read_image(path).volume, entry_of("labels", nnunet=options)
+    said = load(nnunet_models["labels"], entry).predict(image)
+    theirs = own(nnunet_models["labels"], path, **arguments)
+    worst, same = difference(said, image.stored, entry, theirs)
+    assert worst < LARGEST_DIFFERENCE
+    assert same
+
+
+@pytest.mark.parametrize(
+    ("reader", "code"),
+    [
+        ("SimpleITKIO", "SLA"),
+        ("NibabelIO", "SLA"),
+        ("NibabelIOWithReorient", "RAS"),
+        ("SimpleITKIOWithReorient", "RAS"),
+    ],
+)
+def test_each_image_reader_of_nnunet(
+    reader: str, code: str, nnunet_models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    model = copy_model(nnunet_models["regions"], tmp_path)
+    change_json(model / "plans.json", lambda plans: plans.update(image_reader_writer=reader))
+    path = tmp_path / "scan.nii.gz"
+    write_blobs(path, shape=(30, 36, 34), code="SLA", spacing=(3.0, 1.5, 1.7), tilt=12.0)
+    image, entry = read_image(path).volume, entry_of("regions", nnunet={"mirroring": False})
+    said = load(model, entry).predict(image)
+    seen = Orientation.from_code(code)
+    worst, same = difference(said, seen, entry, own(model, path, mirroring=False))
+    assert worst < LARGEST_DIFFERENCE
+    assert same
+
+
+def test_a_fixed_orientation_makes_the_order_of_the_file_irrelevant(
+    nnunet_models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "scan.nii.gz"
+    write_blobs(path, shape=(30, 36, 34), code="LPS")
+    image = read_image(path).volume
+    flipped = Volume(image.array, image.grid, Orientation.from_code("SAR"))
+
+    def logits(volume: Volume, orientation: str) -> npt.NDArray[Any]:
+        options = {"mirroring": False, "orientation": orientation, "folds": [0]}
+        teacher = load(nnunet_models["labels"], entry_of("labels", nnunet=options))
+        return teacher.predict(volume).logits.array
+
+    as_stored = logits(image, "stored")
+    np.testing.assert_array_equal(logits(image, "LPS"), as_stored)
+    np.testing.assert_array_equal(logits(flipped, "LPS"), as_stored)
+    # The network is none that looks the same from all sides.
+    assert np.abs(logits(flipped, "stored") - as_stored).max() > 0.1
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_every_voxel_lies_where_its_grid_says(
+    axis: int, nnunet_models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A ramp in mm, not normalised, and a network that hands its input on: values are places.
+    model = copy_model(nnunet_models["regions"], tmp_path)
+
+    def plain(plans: dict[str, Any]) -> None:
+        configuration = plans["configurations"]["3d_fullres"]
+        configuration["normalization_schemes"] = ["NoNormalization"]
+        configuration["resampling_fn_data_kwargs"]["order"] = 1
+
+    change_json(model / "plans.json", plain)
+    path = tmp_path / "scan.nii.gz"
+    write_blobs(path, shape=(33, 41, 37), code="ILP", spacing=(2.3, 1.7, 1.9), border=4, tilt=20.0)
+    image = read_image(path).volume
+    teacher = load(model, entry_of("regions"))
+    monkeypatch.setattr(
+        teacher.predictor, "predict_logits_from_preprocessed_data", lambda data: data
+    )
+    places = np.indices(image.grid.shape).reshape(3, -1)
+    mm = (image.grid.matrix[axis, :3] @ places + image.grid.matrix[axis, 3]) + 500
+    ramp = np.where(image.array == 0, 0, mm.reshape(image.grid.shape)).astype(np.float32)
+    logits = teacher.predict(Volume(ramp, image.grid, image.stored)).logits
+    assert logits.grid.shape != image.grid.shape
+    indices = np.indices(logits.grid.shape).reshape(3, -1)
+    expected = (logits.grid.matrix[axis, :3] @ indices + logits.grid.matrix[axis, 3]) + 500
+    inner = (slice(3, -3),) * 3
+    found = logits.array[0][inner]
+    np.testing.assert_allclose(found, expected.reshape(logits.grid.shape)[inner], atol=1e-2)
