@@ -448,7 +448,7 @@ def test_all_mistakes_are_told_in_one_run(folder: Path) -> None:
         (24, "no case three"),
         (29, "out of range"),
         (31, "no dataset 'nobody'"),
-        (33, "'checkpoint' or 'factory'"),
+        (33, "'checkpoint', 'nnunet' or 'factory'"),
     ]
     assert len(found) == len(expected), found
     for message, (line, what) in zip(found, expected, strict=True):

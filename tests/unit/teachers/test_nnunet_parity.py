@@ -153,9 +153,8 @@ def test_the_same_numbers_as_nnunet(
 ) -> None:
     path = tmp_path / "scan.nii.gz"
     write_blobs(path, shape=(52, 45, 50), seed=9, **SCANS[scan])
-    image, entry = read_image(path).volume, entry_of(kind)
     # Mirroring multiplies the cost by eight; it has its own test.
-    entry = entry_of(kind, nnunet={"mirroring": False})
+    image, entry = read_image(path).volume, entry_of(kind, nnunet={"mirroring": False})
     said = load(nnunet_models[kind], entry).predict(image)
     theirs = own(nnunet_models[kind], path, mirroring=False)
     worst, same = difference(said, image.stored, entry, theirs)
@@ -167,25 +166,35 @@ def test_the_same_numbers_as_nnunet(
         by_probability = dice(mine, theirs.probabilities[channel] > 0.5)
         record_property(f"Dice {organ}", by_probability)
         assert by_probability >= LEAST_DICE
-        if kind != "regions":
-            assert dice(mine, theirs.labels == channel) >= LEAST_DICE
+        if kind == "regions":
+            continue
+        # Its label map takes the largest of three, our region what is more likely than not.
+        by_label = dice(mine, theirs.labels == channel)
+        record_property(f"Dice {organ}, label map", by_label)
+        assert by_label >= 0.99
 
 
 @pytest.mark.slow
-def test_on_another_student_grid(nnunet_models: Mapping[str, Path], tmp_path: Path) -> None:
+def test_on_another_student_grid(
+    nnunet_models: Mapping[str, Path], tmp_path: Path, record_property: Any
+) -> None:
+    # A scan at the spacing of the plans, so that nnU-Net resamples nothing: then a single linear
+    # interpolation lies between its probabilities and the student grid, as it does for ours.
     path = tmp_path / "scan.nii.gz"
-    write_blobs(path, shape=(52, 45, 50), seed=9, code="RAS", spacing=(1.2, 2.5, 2.0), tilt=12.0)
-    image, entry = read_image(path).volume, entry_of("regions", nnunet={"mirroring": False})
-    said = load(nnunet_models["regions"], entry).predict(image)
-    theirs = own(nnunet_models["regions"], path, mirroring=False)
-    grid = image.grid.with_spacing((2.7, 2.2, 1.9))
+    write_blobs(path, shape=(52, 45, 50), seed=9, code="SLA", tilt=12.0)
+    image, entry = read_image(path).volume, entry_of("labels", nnunet={"mirroring": False})
+    said = load(nnunet_models["labels"], entry).predict(image)
+    theirs = own(nnunet_models["labels"], path, mirroring=False)
+    grid = image.grid.with_spacing((2.5, 2.2, 2.2))
     for organ, odds in organ_log_odds(said, entry, where="test").items():
         p = np.clip(theirs.probabilities[entry.organs[organ][0]].astype(np.float64), 1e-12, 1)
         exported = np.log(p) - np.log(np.clip(1 - p, 1e-12, 1))
         native = image.stored.apply(image).grid
         wanted = resample(Volume(exported, native), grid, order=1).array
         mine = resample(odds, grid, order=1, outside=np.nan).array
-        assert dice(mine > 0, wanted > 0) >= LEAST_DICE
+        found = dice(mine > 0, wanted > 0)
+        record_property(f"Dice {organ}", found)
+        assert found >= LEAST_DICE
 
 
 @pytest.mark.slow
