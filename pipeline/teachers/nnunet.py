@@ -310,7 +310,9 @@ def _triple(axes: Any) -> tuple[int, int, int]:
 def _quiet() -> Iterator[None]:
     """nnU-Net prints advice on its settings when it is set up; here they are ours to know."""
     benchmark = torch.backends.cudnn.benchmark
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-    # Its predictor switches this on for the whole process, other teachers included.
-    torch.backends.cudnn.benchmark = benchmark
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        # Its predictor switches this on for the whole process, other teachers included.
+        torch.backends.cudnn.benchmark = benchmark

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,17 @@ def test_a_checkpoint_with_code_is_refused_and_its_code_not_run(
     assert not marker.exists()
     torch.load(model / "fold_1" / "checkpoint_final.pth", weights_only=False)
     assert marker.exists()
+
+
+def test_a_checkpoint_saved_again_as_the_documentation_shows(model: Path) -> None:
+    text = Path("docs/teachers.md").read_text(encoding="utf-8")
+    snippet = text.split("```python")[1].split("```")[0].replace("fold_0", str(model / "fold_0"))
+    exec(textwrap.dedent(snippet), {})
+    plain = entry_of("labels", nnunet={"checkpoint": "checkpoint_plain.pth"})
+    again, first = load(model, plain), load(model, entry_of("labels", nnunet={"folds": [0]}))
+    (weights,), (wanted,) = (t.predictor.list_of_parameters for t in (again, first))
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    assert again.describe()["mirror_axes"] == first.describe()["mirror_axes"]
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 half a zip"])
