@@ -25,6 +25,9 @@ from tests.stages.test_cache_teachers_numbers import cases_of
 from tests.tiny import change_registry, work_of
 from tests.unit.teachers.test_nnunet_parity import load
 
+# Making the model folders takes more than ten seconds.
+pytestmark = pytest.mark.slow
+
 GRID_MM = [2.5, 2.2, 2.2]
 # The same patient, as two archives would keep him.
 CODES = {"case_0": "LPS", "case_1": "IRA"}
@@ -69,7 +72,6 @@ def registry(nnunet_models: Mapping[str, Path], tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_a_model_folder_is_cached_once_and_read_back(registry: Path) -> None:
     first = run(registry)
     assert not first.failed
@@ -95,7 +97,6 @@ def test_a_model_folder_is_cached_once_and_read_back(registry: Path) -> None:
             assert (stored > 0).sum() > 100
 
 
-@pytest.mark.slow
 def test_what_makes_its_units_stale(registry: Path) -> None:
     assert not run(registry).failed
     work, folder = work_of(registry), registry.parent

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +222,11 @@ def test_the_key_of_an_entry_of_another_kind_does_not_know_of_nnunet() -> None:
     assert "nnunet" not in checkpoint.key()
     assert "licence" not in checkpoint.key()
     assert entry(nnunet={"folds": [1]}).key()["nnunet"]["folds"] == [1]
+
+
+def test_other_kinds_do_not_import_nnunet() -> None:
+    code = (
+        "import sys, pipeline.teachers.load, pipeline.units, pipeline.status;"
+        "sys.exit(any(m.startswith('nnunetv2') for m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

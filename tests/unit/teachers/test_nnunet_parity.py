@@ -29,6 +29,9 @@ from pipeline.teachers.teacher import Prediction, organ_log_odds
 from pipeline.volume import Orientation, Volume
 from tests.nnunet_models import ORGANS, change_json, copy_model, write_blobs
 
+# Making the model folders takes more than ten seconds.
+pytestmark = pytest.mark.slow
+
 LARGEST_DIFFERENCE = 1e-3
 LEAST_DICE = 0.995
 
@@ -141,7 +144,6 @@ def regions_on_native_grid(
     return regions
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("kind", ["labels", "regions", "2d"])
 def test_the_same_numbers_as_nnunet(
@@ -174,7 +176,6 @@ def test_the_same_numbers_as_nnunet(
         assert by_label >= 0.99
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["labels", "regions"])
 def test_thick_slices_that_nnunet_exports_without_interpolating_between_them(
     kind: str, nnunet_models: Mapping[str, Path], tmp_path: Path, record_property: Any
@@ -200,7 +201,6 @@ def test_thick_slices_that_nnunet_exports_without_interpolating_between_them(
         assert dice(linear, wanted) >= 0.9
 
 
-@pytest.mark.slow
 def test_on_another_student_grid(
     nnunet_models: Mapping[str, Path], tmp_path: Path, record_property: Any
 ) -> None:
@@ -223,7 +223,6 @@ def test_on_another_student_grid(
         assert found >= LEAST_DICE
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "arguments"),
     [
