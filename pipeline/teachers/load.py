@@ -9,7 +9,7 @@ import torch
 from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.checkpoint import load_checkpoint_teacher
 from pipeline.teachers.factory import load_factory_teacher
-from pipeline.teachers.nnunet import load_nnunet_teacher
+from pipeline.teachers.nnunet_load import load_nnunet_teacher
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.teachers.teacher import Teacher
 

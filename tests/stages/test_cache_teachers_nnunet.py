@@ -18,7 +18,8 @@ from pipeline.data.registry import load_registry
 from pipeline.data.resample import resample
 from pipeline.status import status
 from pipeline.teachers.teacher import organ_log_odds
-from tests.nnunet_models import copy_model, write_blobs
+from tests.blobs import write_blobs
+from tests.nnunet_models import copy_model
 from tests.stages.stage_contract import snapshot
 from tests.stages.test_cache_teachers import run
 from tests.stages.test_cache_teachers_numbers import cases_of

@@ -17,7 +17,8 @@ from pipeline.errors import TeacherError
 from pipeline.teachers import nnunet
 from pipeline.teachers.nnunet_checkpoint import read_checkpoint
 from pipeline.volume import Grid, Volume
-from tests.nnunet_models import change_json, copy_model, write_blobs
+from tests.blobs import write_blobs
+from tests.nnunet_models import change_json, copy_model
 from tests.unit.teachers.made_teachers import Payload
 from tests.unit.teachers.test_nnunet_parity import entry_of, load
 
@@ -207,6 +208,16 @@ def test_a_configuration_that_cannot_be_used(model: Path) -> None:
     refused(model, "second stage of a cascade")
     change_json(model / "plans.json", lambda p: p["configurations"].pop("3d_fullres"))
     refused(model, "configuration 3d_fullres, which plans.json does not have")
+
+
+def test_a_configuration_that_inherits_from_nothing(model: Path) -> None:
+    change_plans(model, lambda c: c.update(inherits_from="3d_highres"))
+    refused(model, "configuration 3d_fullres cannot be read")
+
+
+def test_labels_that_nnunet_does_not_accept(model: Path) -> None:
+    change_json(model / "dataset.json", lambda d: d["labels"].update(ignore=7))
+    refused(model, "does not accept its labels")
 
 
 def test_an_image_reader_of_microscopes(model: Path) -> None:

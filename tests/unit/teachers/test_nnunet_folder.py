@@ -100,8 +100,17 @@ def test_files_that_nnunet_did_not_write(name: str, text: str, tmp_path: Path) -
     assert name in refused(model, "JSON|lacks")
 
 
-def test_labels_as_nnunet_v1_wrote_them(tmp_path: Path) -> None:
-    refused(folder(tmp_path / "m", labels={"0": "background", "1": "liver"}), "v1")
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"0": "background", "1": "liver"},
+        {"background": 0, "liver": "1"},
+        {"background": 0, "liver": []},
+        {"background": 0, "liver": None},
+    ],
+)
+def test_labels_as_nnunet_v2_does_not_write_them(labels: dict[str, Any], tmp_path: Path) -> None:
+    refused(folder(tmp_path / "m", labels=labels), "v1")
 
 
 REGIONS = {"background": 0, "whole": [1, 2], "liver": 2, "ignore": 3}
