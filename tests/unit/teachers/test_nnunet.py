@@ -173,8 +173,29 @@ def test_code_that_plans_name_is_not_run(place: str, name: Any, model: Path) -> 
     assert "factory" in refused(model, "as a part of the network")
 
 
-def test_a_network_of_torch_is_no_network_of_nnunet(model: Path) -> None:
-    change_plans(model, lambda c: c["architecture"].update(network_class_name="torch.nn.Identity"))
+@pytest.mark.parametrize("place", ["network_class_name", "conv_op"])
+def test_a_module_that_plans_name_is_not_even_imported(
+    place: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "imported"
+    (tmp_path / "trap_of_plans.py").write_text(f"open({str(marker)!r}, 'w').close()\nNet = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def change(configuration: dict[str, Any]) -> None:
+        architecture = configuration["architecture"]
+        part = architecture if place == "network_class_name" else architecture["arch_kwargs"]
+        part[place] = "trap_of_plans.Net"
+
+    change_plans(model, change)
+    refused(model, "as a part of the network")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["torch.nn.Identity", "dynamic_network_architectures.architectures.unet.nn.Identity"]
+)
+def test_a_network_of_torch_is_no_network_of_nnunet(name: str, model: Path) -> None:
+    change_plans(model, lambda c: c["architecture"].update(network_class_name=name))
     refused(model, "not a layer of dynamic_network_architectures")
 
 

@@ -230,7 +230,7 @@ def test_on_another_student_grid(
     [
         ({}, {}),
         ({"folds": [1]}, {"folds": (1,)}),
-        ({"mirroring": False, "tile_step": 1.0}, {"mirroring": False, "step": 1.0}),
+        ({"mirroring": False, "tile_step": 0.1}, {"mirroring": False, "step": 0.1}),
     ],
 )
 def test_settings_mean_what_they_mean_to_nnunet(
