@@ -32,7 +32,7 @@ def resample(volume: Volume, grid: Grid, *, order: int, outside: float | None = 
         A volume of the same dtype on `grid`.
     """
     if same_grid(volume.grid, grid):
-        return Volume(volume.array, grid)
+        return Volume(volume.array, grid, volume.stored)
     source = volume.array
     to_source = volume.grid.index_map_from(grid)
     out = np.empty((*source.shape[:-3], *grid.shape), dtype=source.dtype)
@@ -47,7 +47,7 @@ def resample(volume: Volume, grid: Grid, *, order: int, outside: float | None = 
             if unseen is not None:
                 part[unseen] = outside
             out[(*channel, slice(begin, end))] = part
-    return Volume(out, grid)
+    return Volume(out, grid, volume.stored)
 
 
 def same_grid(a: Grid, b: Grid) -> bool:

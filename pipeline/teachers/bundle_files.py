@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import TeacherError
 from pipeline.teacher_entry import TeacherEntry
+
+if TYPE_CHECKING:  # digests are made where no network is loaded
+    from torch import Tensor
 
 _CONFIGS = ("inference.json", "inference.yaml", "inference.yml")
 _STATE_KEYS = ("model", "network", "net", "state_dict", "model_state_dict")
@@ -116,6 +116,8 @@ def _read_config(path: Path, where: str) -> dict[str, Any]:
 
 
 def _read_state(path: Path, where: str) -> dict[str, Tensor]:
+    import torch
+
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -137,7 +139,9 @@ def _read_state(path: Path, where: str) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(v, torch.Tensor) for v in content.values()
+    ):
         raise TeacherError(
             "models/model.pt holds no state dict.",
             where=where,

@@ -11,7 +11,7 @@ from pipeline.teachers.checkpoint import load_checkpoint_teacher
 from pipeline.teachers.exported import load_exported_teacher
 from pipeline.teachers.factory import load_factory_teacher
 from pipeline.teachers.monai_bundle import load_bundle_teacher
-from pipeline.teachers.nnunet import load_nnunet_teacher
+from pipeline.teachers.nnunet_load import load_nnunet_teacher
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.teachers.teacher import Teacher
 

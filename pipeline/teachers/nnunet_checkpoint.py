@@ -194,4 +194,5 @@ def _numpy_numbers() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]
     for function in ("scalar", "_reconstruct"):
         for package in ("numpy.core", "numpy._core"):
             allowed.append((getattr(multiarray, function), f"{package}.multiarray.{function}"))
-    return allowed + [type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "u1", "?")]
+    plain = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "U1")
+    return allowed + [type(np.dtype(t)) for t in plain]

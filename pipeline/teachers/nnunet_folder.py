@@ -72,7 +72,7 @@ def read_model_folder(path: Path, entry: TeacherEntry) -> ModelFolder:
     plans, dataset = (_read_json(path / name) for name in ("plans.json", "dataset.json"))
     _require(plans, ("configurations", "transpose_forward", "image_reader_writer"), path, "plans")
     _require(dataset, ("labels",), path, "dataset")
-    if not isinstance(dataset["labels"], dict) or "background" not in dataset["labels"]:
+    if not _are_labels(dataset["labels"]):
         raise TeacherError(
             "`labels` in dataset.json is not what nnU-Net v2 writes: {name: value}, with "
             "background among them.",
@@ -81,6 +81,13 @@ def read_model_folder(path: Path, entry: TeacherEntry) -> ModelFolder:
         )
     options = entry.nnunet or NnunetOptions()
     return ModelFolder(path, plans, dataset, _checkpoints(path, options))
+
+
+def _are_labels(labels: Any) -> bool:
+    if not isinstance(labels, dict) or "background" not in labels:
+        return False
+    values = [v if isinstance(v, list) else [v] for v in labels.values()]
+    return all(v and all(isinstance(n, int) for n in v) for v in values)
 
 
 def check_against_registry(name: str, entry: TeacherEntry, folder: ModelFolder) -> None:
