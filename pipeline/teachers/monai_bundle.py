@@ -64,7 +64,9 @@ class BundleTeacher:
         try:
             with torch.inference_mode():
                 inputs = array[None].to(self.device, torch.float32)
-                out = self.parts.inferer(inputs, self.parts.network)
+                out = self._infer(inputs)
+        except PipelineError:
+            raise
         except Exception as error:
             raise self._failed("inferer", error) from error
         out = out[0] if isinstance(out, (list, tuple)) else out
@@ -108,6 +110,24 @@ class BundleTeacher:
                 fix="It must keep MONAI's meta data (`track_meta`) and put the channel first.",
             )
         return found.as_tensor(), np.asarray(found.affine, dtype=np.float64)
+
+    def _infer(self, inputs: torch.Tensor) -> Any:
+        """The inferer's answer; fewer windows at a time where memory does not suffice."""
+        while True:
+            try:
+                return self.parts.inferer(inputs, self.parts.network)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                batch_size = getattr(self.parts.inferer, "sw_batch_size", 1)
+                if batch_size <= 1:
+                    raise TeacherError(
+                        "out of memory with one window at a time.",
+                        where=f"teacher {self.name}",
+                        fix="Free memory of the device, use `--device cpu`, or give the bundle's "
+                        "inferer `device: cpu`, where it then puts the windows together.",
+                    ) from error
+                self.parts.inferer.sw_batch_size = batch_size // 2
 
     def _features(self, array: torch.Tensor, affine: npt.NDArray[np.float64]) -> dict[str, Volume]:
         if not self.taps:
@@ -165,6 +185,11 @@ def load_bundle_teacher(
     parts.network.eval().to(device)
     taps = _taps(entry, parts, where)
     return BundleTeacher(name, parts, files.image_key, taps, device)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "t allocate memory" in text
 
 
 def _load_weights(network: nn.Module, files: BundleFiles, where: str) -> None:

@@ -395,3 +395,22 @@ def test_an_inferer_that_cannot_run_the_network(tmp_path: Path) -> None:
         write_bundle(tmp_path / "other", lambda c: c["inferer"].update(roi_size=[14, 24, 8])),
         "cannot run a window of",
     )
+
+
+def test_out_of_memory_means_fewer_windows_at_a_time(tmp_path: Path) -> None:
+    native = read_image(write_ct(tmp_path / "case.nii.gz")).volume
+    folder = write_bundle(tmp_path / "bundle", lambda c: c["inferer"].update(sw_batch_size=8))
+    teacher = load(folder)
+    expected = teacher.predict(native).logits.array
+    limit = 2
+
+    def scarce(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if len(inputs[0]) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    teacher.parts.network.register_forward_pre_hook(scarce)
+    np.testing.assert_allclose(teacher.predict(native).logits.array, expected, atol=1e-5)
+    assert teacher.parts.inferer.sw_batch_size == 2
+    limit = 0
+    with pytest.raises(TeacherError, match="teacher zoo: out of memory with one window"):
+        teacher.predict(native)
