@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli_cache import cache_app
+from pipeline.cli_check import check
 from pipeline.cli_options import (
     REGISTRY,
     WORK,
@@ -20,6 +21,7 @@ from pipeline.cli_options import (
     MinutesOption,
     QuietOption,
     RegistryOption,
+    TrustOption,
     WindowBatchOption,
     WorkersOption,
     WorkOption,
@@ -42,6 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cache_app, name="cache")
+app.command()(check)
 app.command()(plan)
 cache_app.command()(tune)
 
@@ -99,6 +102,7 @@ def cache_teachers(
         list[str] | None,
         typer.Option("--accept", help="Go on with this teacher although its Dice is too low."),
     ] = None,
+    trust: TrustOption = None,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -109,7 +113,7 @@ def cache_teachers(
     settings = load_config(config, stage.CacheTeachersConfig) if config else None
     report = stage.run(
         settings or stage.CacheTeachersConfig(),
-        open_registry(registry),
+        open_registry(registry, trust=trust),
         work,
         log=open_log(quiet, work, dry_run),
         device=device,

@@ -19,6 +19,7 @@ from pipeline.cli_options import (
     JsonOption,
     QuietOption,
     RegistryOption,
+    TrustOption,
     WindowBatchOption,
     WorkOption,
     YesOption,
@@ -68,6 +69,7 @@ def why(
     registry: RegistryOption = REGISTRY,
     config: ConfigOption = None,
     work: WorkOption = WORK,
+    trust: TrustOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Would cache-teachers reuse the units of a case? If not: what differs, field by field."""
@@ -79,7 +81,7 @@ def why(
     settings = load_config(config, CacheTeachersConfig) if config else CacheTeachersConfig()
     reasons = explain(
         work,
-        open_registry(registry, files=False),
+        open_registry(registry, files=False, trust=trust),
         case,
         window=settings.window,
         storage=settings.storage,
@@ -114,6 +116,7 @@ def verify(
     ] = 0.5,
     device: DeviceOption = "auto",
     window_batch: WindowBatchOption = 1,
+    trust: TrustOption = None,
     yes: YesOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -133,7 +136,7 @@ def verify(
 
         again = run_again(
             work,
-            open_registry(registry),
+            open_registry(registry, trust=trust),
             sample=sample,
             seed=seed,
             device=device,

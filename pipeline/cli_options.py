@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +34,12 @@ WindowBatchOption = Annotated[int, typer.Option(help="Windows per pass. Speed on
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="For machines.")]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust", help="A teacher whose own code or config may run; give it once for each."
+    ),
+]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 MinutesOption = Annotated[
     float, typer.Option(help="Minutes between checkpoints: what a kill can cost.", min=0)
@@ -41,11 +48,14 @@ REGISTRY = Path("data_registry.yaml")
 WORK: Folder = Path("work")
 
 
-def open_registry(path: Path, *, files: bool = True) -> Registry:
-    """Reads a registry; `files`: also hold it against the files that it names."""
+def open_registry(
+    path: Path, *, files: bool = True, trust: Sequence[str] | None = None
+) -> Registry:
+    """Reads a registry; `files`: also hold it against the files that it names; `trust`: teachers
+    that may run code of their own."""
     from pipeline.data.registry import load_registry
 
-    return load_registry(path, files=files)
+    return load_registry(path, files=files).trusting(trust or ())
 
 
 def open_log(quiet: bool, work: Folder | None = None, dry_run: bool = False) -> Log:

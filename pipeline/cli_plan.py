@@ -15,6 +15,7 @@ from pipeline.cli_options import (
     JsonOption,
     QuietOption,
     RegistryOption,
+    TrustOption,
     WindowBatchOption,
     WorkOption,
     open_log,
@@ -31,6 +32,7 @@ def plan(
     ] = None,
     device: DeviceOption = "auto",
     window_batch: WindowBatchOption = 1,
+    trust: TrustOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -44,7 +46,7 @@ def plan(
     settings = load_config(config, CacheTeachersConfig) if config else CacheTeachersConfig()
     found = make_plan(
         settings,
-        open_registry(registry),
+        open_registry(registry, trust=trust),
         work,
         log=open_log(quiet),
         quota_bytes=None if quota is None else parse_size(quota),

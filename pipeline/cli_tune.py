@@ -13,6 +13,7 @@ from pipeline.cli_options import (
     JsonOption,
     QuietOption,
     RegistryOption,
+    TrustOption,
     WindowBatchOption,
     open_log,
     open_registry,
@@ -24,6 +25,7 @@ def tune(
     config: ConfigOption = None,
     device: DeviceOption = "auto",
     window_batch: WindowBatchOption = 1,
+    trust: TrustOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -35,7 +37,7 @@ def tune(
 
     settings = load_config(config, CacheTeachersConfig) if config else CacheTeachersConfig()
     found = measure(
-        open_registry(registry),
+        open_registry(registry, trust=trust),
         splits=settings.splits,
         window=settings.window,
         storage=settings.storage,

@@ -14,13 +14,19 @@ from pipeline.config import Config
 class Intensity(Config):
     """A CT window and how it is scaled.
 
-    kind `window`: values are clipped to `window_hu` and mapped linearly to -1 .. 1.
+    kind `window`: values are clipped to `window_hu` and mapped linearly to `scaled_to`.
     kind `zscore`: clipped to `window_hu`, then `(hu - mean_hu) / std_hu` (nnU-Net's CT scheme).
     kind `raw`: Hounsfield units as they are.
     """
 
     kind: Literal["window", "zscore", "raw"] = "window"
     window_hu: tuple[float, float] = Field(default=(-160.0, 240.0), description="low, high")
+    # Left out of dumps at its default: what was digested before it existed keeps its digest.
+    scaled_to: tuple[float, float] = Field(
+        default=(-1.0, 1.0),
+        description="what window_hu becomes, for kind window",
+        exclude_if=lambda value: value == (-1.0, 1.0),
+    )
     mean_hu: float = 0.0
     std_hu: float = Field(default=1.0, gt=0)
 
@@ -28,6 +34,8 @@ class Intensity(Config):
     def _ordered(self) -> Intensity:
         if self.window_hu[0] >= self.window_hu[1]:
             raise ValueError(f"window_hu {self.window_hu} must be (low, high) with low < high")
+        if self.scaled_to[0] >= self.scaled_to[1]:
+            raise ValueError(f"scaled_to {self.scaled_to} must be (low, high) with low < high")
         return self
 
     @property
@@ -41,7 +49,9 @@ class Intensity(Config):
         values = hu.astype(np.float32)
         match self.kind:
             case "window":
-                scaled = (np.clip(values, low, high) - low) * (2.0 / (high - low)) - 1.0
+                first, last = self.scaled_to
+                scaled = (np.clip(values, low, high) - low) * ((last - first) / (high - low))
+                scaled = scaled + first
             case "zscore":
                 scaled = (np.clip(values, low, high) - self.mean_hu) / self.std_hu
             case "raw":

@@ -20,9 +20,10 @@ from pipeline.cache.receipt import read_receipt
 from pipeline.config import file_sha256
 from pipeline.data.files import CaseFiles
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError, CacheMissing, CacheStale
+from pipeline.errors import CacheError, CacheMissing, CacheStale, TeacherError
 from pipeline.folder import Folder, matching
 from pipeline.log import print_table
+from pipeline.teachers.weights import weights_digest
 
 State = Literal["done", "missing", "stale", "damaged"]
 STATES: tuple[State, ...] = ("done", "missing", "stale", "damaged")
@@ -109,10 +110,12 @@ def _teacher(registry: Registry, work: Folder, name: str) -> IndexedTeacher | St
     except CacheStale:
         earlier = bool(matching(work / "teachers", f"{name}@*"))
         return "stale" if earlier else "missing"
-    weights = registry.resolve(registry.teachers[name].weights)
-    if weights.is_file() and file_sha256(weights) != indexed.inputs["weights_sha256"]:
-        return "stale"
-    return indexed
+    entry = registry.teachers[name]
+    try:
+        found = weights_digest(entry, registry.resolve(entry.weights))
+    except TeacherError:  # weights that are not here (stage two's machine) made nothing stale
+        return indexed
+    return indexed if found == indexed.inputs["weights_sha256"] else "stale"
 
 
 def _same_image(entry: IndexedCase, source: CaseFiles | None) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
 from pipeline.config import Config
 from pipeline.intensity import Intensity
+from pipeline.volume import Orientation
 
 
 def _as_tuple(value: Any) -> Any:
@@ -43,11 +44,47 @@ class TeacherAdmission(Config):
     dice: float | None = Field(default=None, ge=0, le=1, description="instead of `admission.dice`")
 
 
+# Left out of keys where absent, so that a new kind leaves the keys of older entries alone.
+_OPTIONS_OF_KINDS = ("nnunet", "orientation")
+_NNUNET_OWNS = ("spacing_mm", "intensity", "args")
+
+Fold = Literal["all"] | Annotated[int, Field(ge=0)]
+
+
+def _is_orientation(value: str) -> str:
+    if value != "stored":
+        Orientation.from_code(value)
+    return value
+
+
+def _is_direction(value: str) -> str:
+    Orientation.from_code(value)
+    return value
+
+
+class NnunetOptions(Config):
+    """How a trained nnU-Net model folder is used; all of it changes numbers."""
+
+    folds: tuple[Fold, ...] | None = Field(
+        default=None, min_length=1, description="averaged; left out: all that have the checkpoint"
+    )
+    checkpoint: str = Field(default="checkpoint_final.pth", pattern=r"^[\w.-]+\.pth$")
+    mirroring: bool = Field(default=True, description="as the trainer allows, as nnU-Net does")
+    tile_step: float = Field(default=0.5, gt=0, le=1, description="step between windows")
+    orientation: Annotated[str, AfterValidator(_is_orientation)] | None = Field(
+        default=None,
+        description="`stored`: axes as in each file; or letters such as LPS; left out: what the "
+        "model's own image reader does",
+    )
+
+
 class TeacherEntry(Config):
     """One pre-trained network and the organs that it is expert in."""
 
-    kind: Literal["checkpoint", "factory"] = Field(
-        description="`checkpoint`: made by `pipeline train-teachers`; `factory`: your own code"
+    kind: Literal["checkpoint", "exported", "monai-bundle", "nnunet", "factory"] = Field(
+        description="`checkpoint`: made by `pipeline train-teachers`; `exported`: a TorchScript or "
+        "torch.export file; `monai-bundle`: a bundle's folder; `nnunet`: a trained nnU-Net v2 "
+        "model folder; `factory`: your own code"
     )
     weights: str = Field(min_length=1, description="path, relative to the registry's folder")
     organs: dict[str, OneOrMore] = Field(
@@ -62,6 +99,11 @@ class TeacherEntry(Config):
         description="z, y, x; what the network was trained at. Left out: the student grid for a "
         "checkpoint, the image's own grid for a factory",
     )
+    orientation: Annotated[str, AfterValidator(_is_direction)] | None = Field(
+        default=None,
+        description="where the axes of the array that the network sees point to, first axis first, "
+        "as MONAI's `axcodes`; for kind exported",
+    )
     intensity: Intensity = Field(default_factory=Intensity)
     taps: tuple[str, ...] = Field(default=(), description="layers whose features are cached")
     factory: str | None = Field(
@@ -70,17 +112,76 @@ class TeacherEntry(Config):
     args: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the factory"
     )
+    nnunet: NnunetOptions | None = Field(
+        default=None, description="for kind nnunet; left out: as nnU-Net itself does by default"
+    )
     trained_on: str | None = Field(
         default=None, description="dataset that `pipeline train-teachers` trains it on"
     )
     admission: TeacherAdmission = Field(default_factory=TeacherAdmission)
     licence: str = ""
     source: str = ""
+    _trusted: bool = PrivateAttr(default=False)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the user said that this teacher may run code of its own. No file can say so."""
+        return self._trusted
+
+    def trusting(self) -> TeacherEntry:
+        """The same entry, trusted."""
+        entry = self.model_copy()
+        entry._trusted = True
+        return entry
 
     @model_validator(mode="after")
     def _consistent(self) -> TeacherEntry:
         if (self.kind == "factory") != (self.factory is not None):
             raise ValueError("`factory: module:function` belongs to kind `factory`, and only there")
+        if self.kind == "nnunet":
+            owned = [name for name in _NNUNET_OWNS if name in self.model_fields_set]
+            if owned:
+                raise ValueError(
+                    f"{', '.join(owned)}: not for kind `nnunet`, whose plans.json says how images "
+                    "are prepared"
+                )
+            if self.taps:
+                raise ValueError(
+                    "taps: kind `nnunet` has none, because nnU-Net's windows do not begin at "
+                    "multiples of a layer's stride; use a teacher of another kind for features"
+                )
+        elif self.nnunet is not None:
+            raise ValueError("`nnunet` belongs to kind `nnunet`, and only there")
         if self.spacing_mm is not None and min(self.spacing_mm) <= 0:
             raise ValueError(f"spacing_mm {self.spacing_mm} must be positive")
+        match self.kind:
+            case "exported":
+                self._states_all_of_its_preprocessing()
+            case "monai-bundle":
+                self._leaves_preprocessing_to_the_bundle()
+            case _ if self.orientation is not None:
+                raise ValueError(f"`orientation` is not for kind `{self.kind}`")
         return self
+
+    def key(self) -> dict[str, Any]:
+        """What of this entry can change numbers, as plain JSON values."""
+        absent = {name for name in _OPTIONS_OF_KINDS if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude={"admission", "licence", "source"} | absent)
+
+    def _states_all_of_its_preprocessing(self) -> None:
+        wanted = ("spacing_mm", "orientation", "intensity")
+        missing = [name for name in wanted if name not in self.model_fields_set]
+        if missing or self.spacing_mm is None or self.orientation is None:
+            raise ValueError(
+                f"an exported file does not say what its network wants to see: give {missing}"
+            )
+        if self.taps:
+            raise ValueError(
+                "an exported file has no layers to tap: its modules were compiled away. Leave out "
+                "`taps`, or use kind `monai-bundle` or `factory`"
+            )
+
+    def _leaves_preprocessing_to_the_bundle(self) -> None:
+        given = [name for name in ("spacing_mm", "intensity") if name in self.model_fields_set]
+        if given:
+            raise ValueError(f"the bundle's own preprocessing sees to that: leave out {given}")

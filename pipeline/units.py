@@ -15,7 +15,7 @@ from pipeline.cache.index import IndexedCase, IndexedTeacher
 from pipeline.cache.provenance import teacher_inputs, unit_inputs
 from pipeline.cache.schema import ArraySpec, StorageConfig, features_spec, log_odds_spec
 from pipeline.cache.store import write_unit
-from pipeline.config import digest, file_sha256
+from pipeline.config import digest
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
 from pipeline.errors import TeacherError
@@ -28,6 +28,7 @@ from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.teachers.teacher import StreamingTeacher, Teacher
+from pipeline.teachers.weights import weights_digest
 from pipeline.teachers.window_passes import is_out_of_memory
 from pipeline.volume import Grid, Volume
 
@@ -86,7 +87,7 @@ def open_teacher(
         device=pick_device(device),
     )
     inputs = teacher_inputs(
-        weights_sha256=file_sha256(weights),
+        weights_sha256=weights_digest(entry, weights),
         description=teacher.describe(),
         organs=entry.organs,
         activation=entry.activation,

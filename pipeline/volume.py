@@ -4,7 +4,7 @@ Legend, valid in every module of this project:
     array order (D, H, W) = z, y, x; spacing, shape, patch size and index tuples in that order too.
     World coordinates are millimetres along (superior, anterior, right): the z, y, x of NIfTI's
     RAS+ world. An affine maps homogeneous (z, y, x) voxel indices to that world.
-    Only `pipeline.data.nifti` knows the (x, y, z) order of files.
+    Only `pipeline.data.nifti` and `pipeline.file_order` know the (x, y, z) order of files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Index3 = tuple[int, int, int]
 Spacing = tuple[float, float, float]
+
+# Per axis z, y, x: the letter of its RAS+ direction, and of the other one.
+_LETTERS = ("SI", "AP", "RL")
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,18 @@ class Grid:
         matrix[:3, 3] += matrix[:3, :3] @ np.asarray(start, dtype=np.float64)
         return Grid.from_matrix(shape, matrix)
 
+    def with_shape(self, shape: Sequence[int]) -> Grid:
+        """The same field of view, edge to edge, cut into another number of voxels.
+
+        Voxel i of n new ones along an axis of m old ones has its centre at
+        `(i + 0.5) * m / n - 0.5`: what libraries call "align_corners=False".
+        """
+        ratio = np.array(self.shape) / np.asarray(shape, dtype=np.float64)
+        matrix = self.matrix
+        matrix[:3, 3] += matrix[:3, :3] @ ((ratio - 1) / 2)
+        matrix[:3, :3] *= ratio
+        return Grid.from_matrix(shape, matrix)
+
     def index_map_from(self, target: Grid) -> npt.NDArray[np.float64]:
         """4 x 4 matrix from the voxel indices of `target` to (fractional) indices of this grid."""
         return np.asarray(np.linalg.solve(self.matrix, target.matrix), dtype=np.float64)
@@ -125,8 +140,90 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Orientation:
+    """How the axes of an array lie, seen from (z, y, x) in RAS+ order.
+
+    Attributes:
+        axes: for each axis of the array, which of z, y, x (0, 1, 2) it runs along.
+        reversed: for each axis of the array, whether it runs towards inferior, posterior or left.
+    """
+
+    axes: Index3 = (0, 1, 2)
+    reversed: tuple[bool, bool, bool] = (False, False, False)
+
+    @classmethod
+    def from_code(cls, code: str) -> Orientation:
+        """From letters that say where the axes point to, the fastest axis first, as is usual:
+        RAS is this project's own order, LPS that of DICOM.
+
+        Raises:
+            ValueError: not one letter of each of RL, AP and SI.
+        """
+        places = [next((n for n, pair in enumerate(_LETTERS) if s in pair), -1) for s in code]
+        if sorted(places) != [0, 1, 2]:
+            raise ValueError(f"{code!r} needs one letter of each of R or L, A or P, S or I")
+        fast, middle, slow = places
+        turned = [letter == _LETTERS[n][1] for n, letter in zip(places, code, strict=True)]
+        return cls((slow, middle, fast), (turned[2], turned[1], turned[0]))
+
+    @property
+    def code(self) -> str:
+        """The inverse of `from_code`."""
+        pairs = zip(self.axes, self.reversed, strict=True)
+        return "".join(_LETTERS[axis][turned] for axis, turned in pairs)[::-1]
+
+    def apply(self, volume: Volume) -> Volume:
+        """The same voxels at the same places in mm, with their axes in this order.
+
+        Args:
+            volume: (..., D, H, W) in RAS+ order.
+
+        Returns:
+            A view, not a copy, whose axes are this orientation's.
+        """
+        lead = tuple(range(volume.array.ndim - 3))
+        array = volume.array.transpose(*lead, *(len(lead) + axis for axis in self.axes))
+        matrix = volume.grid.matrix
+        matrix[:3, :3] = matrix[:3, list(self.axes)]
+        turned = _turned(array, matrix, self.reversed)
+        return Volume(turned, Grid.from_matrix(turned.shape[-3:], matrix))
+
+    def undo(self, volume: Volume) -> Volume:
+        """The inverse of `apply`: back to RAS+ order, as a view."""
+        matrix = volume.grid.matrix
+        turned = _turned(volume.array, matrix, self.reversed)
+        back = [self.axes.index(axis) for axis in range(3)]
+        lead = tuple(range(turned.ndim - 3))
+        array = turned.transpose(*lead, *(len(lead) + axis for axis in back))
+        matrix[:3, :3] = matrix[:3, back]
+        return Volume(array, Grid.from_matrix(array.shape[-3:], matrix))
+
+
+RAS = Orientation()
+
+
+def _turned(
+    array: Array, matrix: npt.NDArray[np.float64], turn: Sequence[bool]
+) -> npt.NDArray[Any]:
+    """Flips the marked of the last three axes, and changes the affine in place accordingly."""
+    for axis, size in enumerate(array.shape[-3:]):
+        if turn[axis]:
+            matrix[:3, 3] += matrix[:3, axis] * (size - 1)
+            matrix[:3, axis] *= -1
+    z, y, x = (slice(None, None, -1 if turned else 1) for turned in turn)
+    return array[..., z, y, x]
+
+
+@dataclass(frozen=True)
 class Volume:
     """An array whose last three axes are (D, H, W) on `grid`; leading axes are channels.
+
+    Attributes:
+        array: the values.
+        grid: where they are.
+        stored: how the file that it was read from keeps its axes, slowest first. The array itself
+            is in RAS+ order whatever this says; only a network that was trained on arrays in the
+            order of their files needs it.
 
     Raises:
         ValueError: the array does not fit the grid.
@@ -134,6 +231,7 @@ class Volume:
 
     array: Array
     grid: Grid
+    stored: Orientation = RAS
 
     def __post_init__(self) -> None:
         if self.array.shape[-3:] != self.grid.shape:

@@ -20,6 +20,7 @@ settings.load_profile("no deadline")
 pytest.register_assert_rewrite("tests.stages.stage_contract")
 
 from pipeline.cache.pool import POOL  # noqa: E402
+from tests.nnunet_models import build_models  # noqa: E402
 from tests.object_store import BUCKET, folder, object_store  # noqa: E402
 from tests.tiny import build_cohort, copy_cohort, fill_cache  # noqa: E402
 
@@ -69,3 +70,9 @@ def tiny_registry(built_cohort: Path, tmp_path: Path) -> Path:
 def tiny_cached(built_cache: Path, tmp_path: Path) -> Path:
     """A fresh copy of the cohort and of its filled work folder."""
     return copy_cohort(built_cache, tmp_path / "cached")
+
+
+@pytest.fixture(scope="session")
+def nnunet_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Trained nnU-Net model folders: labels, 2d, regions; see `tests/nnunet_models.py`."""
+    return build_models(tmp_path_factory.mktemp("nnunet"))

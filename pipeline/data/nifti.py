@@ -1,4 +1,4 @@
-"""NIfTI in and out. The only file that knows the (x, y, z) order of files.
+"""NIfTI in and out. With `pipeline.file_order` the only file that knows the (x, y, z) of files.
 
 Images come back in the closest canonical orientation (RAS+), with axes (D, H, W) = z, y, x; an
 oblique affine is kept as it is, never straightened by interpolation.
@@ -22,7 +22,7 @@ from nibabel.orientations import apply_orientation, io_orientation, ornt_transfo
 from nibabel.volumeutils import apply_read_scaling
 
 from pipeline.errors import GeometryError
-from pipeline.volume import Grid, Volume
+from pipeline.volume import Grid, Orientation, Volume
 
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=np.float64)
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -37,7 +37,7 @@ class NiftiVolume:
     """A file's content in this project's axis order, and where it came from.
 
     Attributes:
-        volume: array (D, H, W) in RAS+ with its grid.
+        volume: array (D, H, W) in RAS+ with its grid, and how the file keeps its axes.
         path: the file.
         sha256: of the file's bytes, the very bytes that `volume` was decoded from.
         file_shape: (x, y, z) sizes as stored.
@@ -268,7 +268,15 @@ def _wrap(image: Any, array: npt.NDArray[Any], path: Path, sha256: str) -> Nifti
     affine = np.array(image.affine, dtype=np.float64)
     canonical = affine @ nib.orientations.inv_ornt_aff(io_orientation(affine), shape)
     grid = _grid_from_file(array.shape[::-1], canonical)
-    return NiftiVolume(Volume(array, grid), path, sha256, shape, affine)
+    return NiftiVolume(Volume(array, grid, _stored(affine)), path, sha256, shape, affine)
+
+
+def _stored(affine: npt.NDArray[np.float64]) -> Orientation:
+    """How the file's axes lie, slowest (k) first, which is how its voxels follow one another."""
+    (i, turn_i), (j, turn_j), (k, turn_k) = io_orientation(affine).tolist()
+    return Orientation(
+        (2 - int(k), 2 - int(j), 2 - int(i)), (turn_k == -1, turn_j == -1, turn_i == -1)
+    )
 
 
 def _grid_from_file(shape_xyz: Any, affine_xyz: npt.NDArray[np.float64]) -> Grid:

@@ -33,14 +33,14 @@ def resample(volume: Volume, grid: Grid, *, order: int, outside: float | None = 
         A volume of the same dtype on `grid`.
     """
     if same_grid(volume.grid, grid):
-        return Volume(volume.array, grid)
+        return Volume(volume.array, grid, volume.stored)
     source = volume.array
     between = _Between(volume.grid, grid, order, outside)
     out = np.empty((*source.shape[:-3], *grid.shape), dtype=source.dtype)
     for begin in range(0, grid.shape[0], between.rows_at_once):
         end = min(grid.shape[0], begin + between.rows_at_once)
         between.fill(out, begin, end, source, 0)
-    return Volume(out, grid)
+    return Volume(out, grid, volume.stored)
 
 
 class SlabResampler:

@@ -8,7 +8,10 @@ import torch
 
 from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.checkpoint import load_checkpoint_teacher
+from pipeline.teachers.exported import load_exported_teacher
 from pipeline.teachers.factory import load_factory_teacher
+from pipeline.teachers.monai_bundle import load_bundle_teacher
+from pipeline.teachers.nnunet_load import load_nnunet_teacher
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.teachers.teacher import Teacher
 
@@ -40,5 +43,13 @@ def load_teacher(
             return load_checkpoint_teacher(
                 name, entry, weights, window=window, batch_size=batch_size, device=device
             )
+        case "exported":
+            return load_exported_teacher(
+                name, entry, weights, window=window, batch_size=batch_size, device=device
+            )
+        case "monai-bundle":
+            return load_bundle_teacher(name, entry, weights, device=device)
+        case "nnunet":
+            return load_nnunet_teacher(name, entry, weights, device=device)
         case "factory":
             return load_factory_teacher(name, entry, weights, device=device)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     "phantom",
     "train-teachers",
+    "check",
     "cache-teachers",
     "train-student",
     "predict",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import permutations, product
 
 import numpy as np
 import pytest
 
-from pipeline.volume import Grid, Volume
+from pipeline.volume import RAS, Grid, Orientation, Volume
 
 
 def turned(shape: tuple[int, int, int] = (4, 5, 6)) -> Grid:
@@ -89,3 +90,49 @@ def test_a_volume_fits_its_grid() -> None:
     for shape in ((6, 5, 4), (4, 5, 6, 7), (5, 6)):
         with pytest.raises(ValueError, match="does not fit grid"):
             Volume(np.zeros(shape), grid)
+
+
+CODES = ["".join(c) for p in permutations(("RL", "AP", "SI")) for c in product(*p)]
+
+
+def test_with_shape_keeps_the_faces_in_place() -> None:
+    grid = Grid.axis_aligned((10, 4, 6), (3, 2, 1), (100, 0, 0))
+    coarse = grid.with_shape((4, 8, 6))
+    assert coarse.shape == (4, 8, 6)
+    assert coarse.spacing_mm == pytest.approx((7.5, 1, 1))
+    # The field of view begins half a voxel before the first centre, in both.
+    np.testing.assert_allclose(coarse.matrix[:3, 3], [100 - 1.5 + 3.75, 0 - 1 + 0.5, 0])
+    last = coarse.matrix @ [3, 7, 5, 1] + [3.75, 0.5, 0.5, 0]
+    np.testing.assert_allclose(last, grid.matrix @ [9, 3, 5, 1] + [1.5, 1, 0.5, 0])
+    assert turned((4, 5, 6)).with_shape((4, 5, 6)) == turned((4, 5, 6))
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_an_orientation_moves_no_voxel(code: str) -> None:
+    orientation = Orientation.from_code(code)
+    assert orientation.code == code
+    volume = Volume(np.arange(2 * 4 * 5 * 6).reshape(2, 4, 5, 6), turned())
+    seen = orientation.apply(volume)
+    assert np.shares_memory(seen.array, volume.array)
+    # The same value at the same place: follow some voxels through both affines.
+    to_seen = seen.grid.index_map_from(volume.grid)
+    for index in ((0, 0, 0), (1, 2, 3), (3, 4, 5)):
+        z, y, x = np.rint(to_seen @ [*index, 1])[:3].astype(int)
+        assert seen.array[0, z, y, x] == volume.array[(0, *index)]
+    back = orientation.undo(seen)
+    np.testing.assert_array_equal(back.array, volume.array)
+    np.testing.assert_allclose(back.grid.matrix, volume.grid.matrix)
+
+
+def test_axes_point_where_the_letters_say() -> None:
+    # LPS, fastest first: x runs left, y posterior, z superior.
+    assert Orientation.from_code("LPS") == Orientation((0, 1, 2), (False, True, True))
+    # The slowest axis runs to the right, the fastest inferior.
+    assert Orientation.from_code("IAR") == Orientation((2, 1, 0), (False, False, True))
+    assert Orientation.from_code("RAS") == RAS == Volume(np.zeros((4, 5, 6)), turned()).stored
+
+
+@pytest.mark.parametrize("code", ["", "RA", "RAR", "RAX", "ras", "RASP"])
+def test_letters_that_name_no_orientation(code: str) -> None:
+    with pytest.raises(ValueError, match="one letter of each"):
+        Orientation.from_code(code)

@@ -103,6 +103,10 @@ def test_every_orientation_is_read_to_the_right_place_and_written_back(
     assert read.file_shape == SHAPE_XYZ
     np.testing.assert_allclose(read.file_affine, affine)
     assert read_grid(path) == grid
+    # The order of the file, slowest axis first, can be had again without the file.
+    assert read.volume.stored.code == code
+    as_stored = read.volume.stored.apply(read.volume)
+    np.testing.assert_array_equal(as_stored.array, array.transpose(2, 1, 0))
 
     write_like_file(tmp_path / "like.nii", read.volume, path)
     write_image(tmp_path / "image.nii", read.volume, affine_xyz=affine)

@@ -298,7 +298,7 @@ ONE_MISTAKE: dict[str, tuple[tuple[str, str], int, str, str]] = {
     "unknown kind": (
         ("kind: checkpoint", "kind: onnx"),
         27,
-        "teachers.liver.kind: input should be 'checkpoint' or 'factory', not 'onnx'.",
+        "'nnunet' or 'factory', not 'onnx'.",
         "",
     ),
     "pattern that matches nothing": (
@@ -448,7 +448,7 @@ def test_all_mistakes_are_told_in_one_run(folder: Path) -> None:
         (24, "no case three"),
         (29, "out of range"),
         (31, "no dataset 'nobody'"),
-        (33, "'checkpoint' or 'factory'"),
+        (33, "'nnunet' or 'factory', not"),
     ]
     assert len(found) == len(expected), found
     for message, (line, what) in zip(found, expected, strict=True):

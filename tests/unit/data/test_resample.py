@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from pipeline.data import resample as module
 from pipeline.data.resample import SlabResampler, resample, same_grid
-from pipeline.volume import Grid, Volume
+from pipeline.volume import Grid, Orientation, Volume
 
 Array = npt.NDArray[Any]
 
@@ -184,6 +184,13 @@ def test_the_source_is_not_changed() -> None:
     before = array.copy()
     resample(Volume(array, SOURCE), TARGETS["beyond"], order=0, outside=float("nan"))
     np.testing.assert_array_equal(array, before)
+
+
+def test_how_the_file_kept_its_axes_is_not_forgotten() -> None:
+    source = grid_of((4, 5, 6), (3, 2, 2))
+    volume = Volume(np.zeros((4, 5, 6), np.int16), source, Orientation.from_code("LPS"))
+    assert resample(volume, source, order=1).stored.code == "LPS"
+    assert resample(volume, source.with_spacing((2, 2, 2)), order=1).stored.code == "LPS"
 
 
 # --- slab by slab ---------------------------------------------------------------------------------

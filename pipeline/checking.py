@@ -1,0 +1,263 @@
+"""`pipeline check`: every teacher on one small crop, to see what is wrong before stage one does."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.cache.schema import StorageConfig
+from pipeline.data.nifti import read_image
+from pipeline.data.registry import Registry
+from pipeline.data.resample import resample
+from pipeline.errors import PipelineError, RegistryError
+from pipeline.log import Log, print_table
+from pipeline.network import pick_device
+from pipeline.teachers.sliding_window import WindowConfig
+from pipeline.teachers.teacher import organ_log_odds
+from pipeline.units import open_teacher
+from pipeline.volume import Volume
+
+
+@dataclass(frozen=True)
+class TeacherCheck:
+    """What one teacher did with the crop; all but the first three are empty if it failed.
+
+    Attributes:
+        teacher: as in the registry.
+        kind: likewise.
+        organs: organ -> the output channels that mean it, from the registry.
+        problem: what is wrong; None if nothing is.
+        num_channels: that the network emits.
+        spacing_mm: z, y, x of the grid that its logits are on.
+        shape: likewise, in voxels.
+        organ_ml: organ -> millilitres of the crop where its log-odds are above 0.
+        taps: tap -> (F, d, h, w) of its features.
+        memory_bytes: growth of peak memory while it was loaded and run; None if not known.
+        load_seconds: to load it.
+        seconds: to run it.
+    """
+
+    teacher: str
+    kind: str
+    organs: Mapping[str, Sequence[int]]
+    problem: str | None = None
+    num_channels: int | None = None
+    spacing_mm: Sequence[float] = ()
+    shape: Sequence[int] = ()
+    organ_ml: Mapping[str, float] = field(default_factory=dict)
+    taps: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    memory_bytes: int | None = None
+    load_seconds: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """One row per teacher of the registry, and what they were shown."""
+
+    case: str
+    crop_shape: Sequence[int]
+    crop_spacing_mm: Sequence[float]
+    device: str
+    teachers: Sequence[TeacherCheck]
+
+    @property
+    def num_failed(self) -> int:
+        """How many teachers cannot be used."""
+        return sum(row.problem is not None for row in self.teachers)
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {**asdict(self), "num_failed": self.num_failed}
+
+
+def check_teachers(
+    registry: Registry,
+    *,
+    window: WindowConfig,
+    storage: StorageConfig,
+    log: Log,
+    case: str | None = None,
+    side_mm: float = 120.0,
+    device: str = "auto",
+    window_batch: int = 1,
+) -> CheckReport:
+    """Loads and runs every teacher as stage one does, on the middle of one case.
+
+    A teacher that fails is reported in its row, and the others are tried all the same.
+
+    Args:
+        registry: read with its files.
+        window: as stage one would be run.
+        storage: likewise.
+        log: where progress goes.
+        case: `dataset/case`; None takes the first that can be read.
+        side_mm: of the crop, a cube where the image is that large.
+        device: auto, cpu, cuda, cuda:1.
+        window_batch: windows per forward pass.
+
+    Raises:
+        PipelineError: no teacher, no such case, or no case that can be read.
+    """
+    if not registry.teachers:
+        raise RegistryError("it has no teachers to check.", where=registry.path, fix="Add some.")
+    name, native = _one_case(registry, case)
+    crop = middle(native, side_mm)
+    rows = []
+    with log.progress("teachers", len(registry.teachers)) as advance:
+        for teacher in registry.teachers:
+            rows.append(
+                _check_one(
+                    teacher, registry, crop, f"{teacher} x {name}",
+                    window=window, storage=storage, device=device, window_batch=window_batch,
+                )
+            )  # fmt: skip
+            advance(teacher)
+    return CheckReport(name, crop.grid.shape, crop.spacing_mm, str(pick_device(device)), rows)
+
+
+def middle(image: Volume, side_mm: float) -> Volume:
+    """The box about the middle of an image whose sides are `side_mm`, or the image's if shorter."""
+    spacing = np.array(image.spacing_mm)
+    shape = np.minimum(image.grid.shape, np.maximum(1, np.rint(side_mm / spacing))).astype(int)
+    start = (np.array(image.grid.shape) - shape) // 2
+    z, y, x = (slice(a, a + n) for a, n in zip(start.tolist(), shape.tolist(), strict=True))
+    grid = image.grid.crop(start.tolist(), shape.tolist())
+    return replace(image, array=np.ascontiguousarray(image.array[z, y, x]), grid=grid)
+
+
+def print_check(report: CheckReport) -> None:
+    """A table, then what is wrong in full, for people."""
+    size = " x ".join(str(n) for n in report.crop_shape)
+    spacing = " x ".join(f"{mm:g}" for mm in np.round(report.crop_spacing_mm, 2))
+    title = f"Teachers on the middle of {report.case} ({size} voxels of {spacing} mm)"
+    columns = [
+        "teacher", "kind", "channels", "organ: its channels", "ml found", "spacing, mm",
+        "tap: channels, cells", "memory", "seconds", "result",
+    ]  # fmt: skip
+    print_table(title, columns, [_cells(row) for row in report.teachers])
+    wrong = [[f"{row.teacher}: {row.problem}"] for row in report.teachers if row.problem]
+    if wrong:
+        print_table("", ["What is wrong"], wrong)
+
+
+def _cells(row: TeacherCheck) -> list[str]:
+    organs = [f"{organ}: {', '.join(map(str, channels))}" for organ, channels in row.organs.items()]
+    taps = [f"{tap}: {f}, {d} x {h} x {w}" for tap, (f, d, h, w) in row.taps.items()]
+    return [
+        row.teacher,
+        row.kind,
+        "" if row.num_channels is None else str(row.num_channels),
+        "\n".join(organs),
+        "\n".join(f"{row.organ_ml[organ]:.0f}" for organ in row.organs if row.organ_ml),
+        " x ".join(f"{mm:.4g}" for mm in row.spacing_mm),
+        "\n".join(taps),
+        "" if row.memory_bytes is None else f"{row.memory_bytes / 2**20:.0f} MiB",
+        "" if row.seconds is None else f"{row.seconds:.2f}",
+        "ok" if row.problem is None else "fails",
+    ]
+
+
+def _one_case(registry: Registry, case: str | None) -> tuple[str, Volume]:
+    sources = [source for dataset in registry.datasets for source in registry.cases(dataset)]
+    if case is not None:
+        sources = [source for source in sources if source.name == case]
+    unread: list[str] = []
+    for source in sources:
+        try:
+            return source.name, read_image(source.image).volume
+        except PipelineError as error:
+            unread.append(str(error))
+    what = f"no case {case!r}" if case and not sources else "no case that can be read"
+    raise RegistryError(
+        f"there is {what}{': ' + unread[0] if unread else '.'}",
+        where=registry.path,
+        fix="For a phantom run `pipeline phantom`; a case is named dataset/case.",
+    )
+
+
+def _check_one(
+    name: str,
+    registry: Registry,
+    crop: Volume,
+    where: str,
+    *,
+    window: WindowConfig,
+    storage: StorageConfig,
+    device: str,
+    window_batch: int,
+) -> TeacherCheck:
+    entry = registry.teachers[name]
+    row = TeacherCheck(name, entry.kind, entry.organs)
+    memory = _Memory(device)
+    began = time.monotonic()
+    try:
+        teacher = open_teacher(
+            name, registry, window=window, storage=storage, device=device, window_batch=window_batch
+        ).teacher
+        loaded = time.monotonic()
+        image = crop
+        if teacher.spacing_mm is not None:
+            image = resample(crop, crop.grid.with_spacing(teacher.spacing_mm), order=1)
+        prediction = teacher.predict(image)
+        odds = organ_log_odds(prediction, entry, where=where)
+    except PipelineError as error:
+        return replace(row, problem=str(error))
+    except Exception as error:  # nobody foresaw it: the other teachers are checked all the same
+        return replace(row, problem="".join(traceback.format_exception(error)))
+    logits = prediction.logits
+    return replace(
+        row,
+        num_channels=int(logits.array.shape[0]),
+        spacing_mm=logits.spacing_mm,
+        shape=logits.grid.shape,
+        organ_ml={
+            organ: round(np.count_nonzero(volume.array > 0) * logits.grid.voxel_ml, 3)
+            for organ, volume in odds.items()
+        },
+        taps={tap: volume.array.shape for tap, volume in prediction.features.items()},
+        memory_bytes=memory.grown(),
+        load_seconds=round(loaded - began, 3),
+        seconds=round(time.monotonic() - loaded, 3),
+    )
+
+
+class _Memory:
+    """How far peak memory rises above what is in use now: of the GPU if that is where the teacher
+    runs, else of this process."""
+
+    def __init__(self, device: str) -> None:
+        gc.collect()
+        self._cuda = pick_device(device) if pick_device(device).type == "cuda" else None
+        if self._cuda is not None:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+            self._before = torch.cuda.memory_allocated(self._cuda)
+            return
+        with suppress(OSError):  # Linux forgets its earlier peak when told so
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = _peak_bytes()
+
+    def grown(self) -> int | None:
+        """Bytes; None where an earlier peak hides it."""
+        if self._cuda is not None:
+            return int(torch.cuda.max_memory_allocated(self._cuda)) - self._before
+        return max(0, _peak_bytes() - self._before) or None
+
+
+def _peak_bytes() -> int:
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

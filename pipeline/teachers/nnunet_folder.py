@@ -1,0 +1,213 @@
+"""A trained nnU-Net v2 model folder: its files, and what they say. nnU-Net itself is not needed.
+
+nnUNetTrainer__nnUNetPlans__3d_fullres/
+    plans.json          preprocessing, windows, architecture
+    dataset.json        input channels, labels
+    fold_0 .. fold_all  checkpoint_final.pth, checkpoint_best.pth
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import TeacherError
+from pipeline.teacher_entry import NnunetOptions, TeacherEntry
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What is in a model folder.
+
+    Attributes:
+        path: the folder.
+        plans: content of plans.json.
+        dataset: content of dataset.json.
+        checkpoints: fold ("0" .. or "all") -> checkpoint file, in the order they are averaged in.
+    """
+
+    path: Path
+    plans: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+    checkpoints: Mapping[str, Path]
+
+    @property
+    def has_regions(self) -> bool:
+        """Trained on overlapping regions: sigmoid outputs, one per region."""
+        return any(isinstance(v, list) and len(v) > 1 for v in self.dataset["labels"].values())
+
+    @property
+    def channels(self) -> Mapping[str, int]:
+        """Label or region -> output channel, as nnU-Net numbers them."""
+        labels: Mapping[str, Any] = self.dataset["labels"]
+        if self.has_regions:
+            regions = [n for n, v in labels.items() if n != "ignore" and v not in (0, [0])]
+            return {name: channel for channel, name in enumerate(regions)}
+        values = {n: v[0] if isinstance(v, list) else v for n, v in labels.items() if n != "ignore"}
+        order = sorted({int(v) for v in values.values()})
+        return {name: order.index(int(v)) for name, v in values.items()}
+
+
+def read_model_folder(path: Path, entry: TeacherEntry) -> ModelFolder:
+    """Reads what a model folder says; no checkpoint is opened.
+
+    Args:
+        path: the folder, `.../TRAINER__PLANS__CONFIGURATION`.
+        entry: says which folds and which checkpoint.
+
+    Raises:
+        TeacherError: something is not there, or is not what nnU-Net v2 writes.
+    """
+    if not path.is_dir():
+        raise TeacherError(
+            "there is no such folder.",
+            where=path,
+            fix="`weights` of a teacher of kind `nnunet` is the folder that holds plans.json, "
+            "dataset.json and fold_0, for example "
+            "nnUNet_results/Dataset003_Liver/nnUNetTrainer__nnUNetPlans__3d_fullres.",
+        )
+    plans, dataset = (_read_json(path / name) for name in ("plans.json", "dataset.json"))
+    _require(plans, ("configurations", "transpose_forward", "image_reader_writer"), path, "plans")
+    _require(dataset, ("labels",), path, "dataset")
+    if not _are_labels(dataset["labels"]):
+        raise TeacherError(
+            "`labels` in dataset.json is not what nnU-Net v2 writes: {name: value}, with "
+            "background among them.",
+            where=path / "dataset.json",
+            fix="Models of nnU-Net v1 cannot be used.",
+        )
+    options = entry.nnunet or NnunetOptions()
+    return ModelFolder(path, plans, dataset, _checkpoints(path, options))
+
+
+def _are_labels(labels: Any) -> bool:
+    if not isinstance(labels, dict) or "background" not in labels:
+        return False
+    values = [v if isinstance(v, list) else [v] for v in labels.values()]
+    return all(v and all(isinstance(n, int) for n in v) for v in values)
+
+
+def check_against_registry(name: str, entry: TeacherEntry, folder: ModelFolder) -> None:
+    """Holds a registry entry against dataset.json.
+
+    Raises:
+        TeacherError: lists every contradiction: several input channels, another activation,
+            another number of channels, background as an organ, an organ at another channel than
+            dataset.json has its name at.
+    """
+    inputs = folder.dataset.get("channel_names") or folder.dataset.get("modality") or {}
+    wrong = []
+    if len(inputs) != 1:
+        names = inputs.values() if isinstance(inputs, dict) else inputs
+        wrong.append(
+            f"it takes {len(inputs)} input channels ({', '.join(map(str, names))}), a CT is one"
+        )
+    activation = "sigmoid" if folder.has_regions else "softmax"
+    if entry.activation != activation:
+        why = "regions overlap" if folder.has_regions else "labels exclude each other"
+        wrong.append(f"its {why}, so `activation` must be {activation}, not {entry.activation}")
+    num_channels = len(set(folder.channels.values()))
+    if entry.num_channels not in (None, num_channels):
+        wrong.append(f"num_channels is {num_channels} in the folder but {entry.num_channels}")
+    wrong += _channel_problems(entry, folder.channels, num_channels, folder.has_regions)
+    if wrong:
+        table = ", ".join(f"{channel} is {label}" for label, channel in folder.channels.items())
+        raise TeacherError(
+            f"the registry contradicts dataset.json: {'; '.join(wrong)}.",
+            where=f"teacher {name}, {folder.path}",
+            fix=f"Correct the registry, or name the right folder. Output channels there: {table}.",
+        )
+
+
+def _channel_problems(
+    entry: TeacherEntry, channels: Mapping[str, int], num_channels: int, has_regions: bool
+) -> list[str]:
+    wrong = []
+    label_of = {channel: label for label, channel in channels.items()}
+    channel_of = {_plain(label): channel for label, channel in channels.items()}
+    named = {_plain(organ): organ for organ in entry.organs}
+    for organ, wanted in entry.organs.items():
+        beyond = [c for c in wanted if c >= num_channels]
+        if beyond:
+            wrong.append(f"organs.{organ} is {beyond[0]}, but there are {num_channels} channels")
+        if not has_regions and 0 in wanted:
+            wrong.append(f"organs.{organ} is 0, which is background")
+        own = channel_of.get(_plain(organ))
+        if own is not None and own not in wanted:
+            wrong.append(f"organs.{organ} is {list(wanted)}, but {organ} is channel {own}")
+        for channel in wanted:
+            other = named.get(_plain(label_of.get(channel, "")))
+            if other is not None and other != organ:
+                wrong.append(f"organs.{organ} is {list(wanted)}, but {channel} is {other}")
+    return wrong
+
+
+def _plain(label: str) -> str:
+    """Spellings of one name: case, spaces, underscores and hyphens do not count."""
+    return "".join(letter for letter in label.casefold() if letter.isalnum())
+
+
+def _checkpoints(path: Path, options: NnunetOptions) -> Mapping[str, Path]:
+    trained = {p.name.removeprefix("fold_"): p for p in path.glob("fold_*") if p.is_dir()}
+    if not trained:
+        raise TeacherError(
+            "the folder holds no fold_0, fold_1 .. fold_all.",
+            where=path,
+            fix="Copy the trained folds there, or name the folder that has them.",
+        )
+    if options.folds is not None:
+        folds = [str(fold) for fold in options.folds]
+    else:
+        usable = [fold for fold, p in trained.items() if (p / options.checkpoint).is_file()]
+        numbers = sorted((fold for fold in usable if fold.isdigit()), key=int)
+        # nnU-Net averages the numbered folds; a model trained on all cases has `fold_all` alone.
+        folds = numbers or usable or sorted(trained)[:1]
+    for fold in folds:
+        if fold not in trained:
+            raise TeacherError(
+                f"fold {fold} was not trained.",
+                where=path,
+                fix=f"Folds there: {', '.join(sorted(trained))}. Correct `nnunet.folds`.",
+            )
+        if not (trained[fold] / options.checkpoint).is_file():
+            others = sorted(p.name for p in trained[fold].glob("*.pth"))
+            raise TeacherError(
+                f"there is no {options.checkpoint}.",
+                where=trained[fold],
+                fix=f"Its training did not finish. Checkpoints there: {', '.join(others)}; name "
+                "one in `nnunet.checkpoint`, or train to the end."
+                if others
+                else "Nothing was trained there: copy its checkpoints, or leave the fold out.",
+            )
+    return {fold: trained[fold] / options.checkpoint for fold in folds}
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TeacherError(
+            f"there is no {path.name}.",
+            where=path.parent,
+            fix="nnU-Net writes it there when training begins; copy the whole model folder.",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise TeacherError(
+            f"not a readable JSON file ({error}).", where=path, fix="Copy it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise TeacherError("not a JSON object.", where=path, fix="Copy it again.")
+    return content
+
+
+def _require(content: Mapping[str, Any], keys: tuple[str, ...], path: Path, name: str) -> None:
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise TeacherError(
+            f"{name}.json lacks {', '.join(missing)}.",
+            where=path / f"{name}.json",
+            fix="It must be written by nnU-Net v2; models of nnU-Net v1 cannot be used.",
+        )

@@ -1,0 +1,393 @@
+"""Exported networks: they say what the eager network says, or are refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from pipeline.errors import TeacherError
+from pipeline.labels import log_odds
+from pipeline.teachers.exported import ExportedTeacher, FixedBatch
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.sliding_window import WindowConfig
+from pipeline.volume import Grid, Volume
+from tests.unit.teachers.made_bundles import exported_entry, seeded_network
+from tests.unit.teachers.made_teachers import Payload
+
+# Along z, y, x; the network sees x, y, z, so that a mix-up of axes cannot run unnoticed.
+WINDOW = WindowConfig(shape=(8, 12, 16), overlap=0.25)
+SEEN = (16, 12, 8)
+
+
+def load(
+    path: Path,
+    *,
+    window: WindowConfig = WINDOW,
+    batch: int = 2,
+    trusted: bool = False,
+    **changes: Any,
+) -> ExportedTeacher:
+    entry = exported_entry(**changes)
+    teacher = load_teacher(
+        "mine",
+        entry.trusting() if trusted else entry,
+        path,
+        window=window,
+        batch_size=batch,
+        device=torch.device("cpu"),
+    )
+    assert isinstance(teacher, ExportedTeacher)
+    return teacher
+
+
+def refused(path: Path, match: str, **changes: Any) -> str:
+    with pytest.raises(TeacherError, match=match) as caught:
+        load(path, **changes)
+    assert caught.value.exit_code == 2
+    assert f"teacher mine, {path}" in str(caught.value)
+    return str(caught.value)
+
+
+def image(shape: tuple[int, int, int] = (13, 20, 27)) -> Volume:
+    hu = np.random.default_rng(0).integers(-200, 300, shape).astype(np.int16)
+    return Volume(hu, Grid.axis_aligned(shape, (8, 6, 6)))
+
+
+def script(path: Path, network: nn.Module) -> Path:
+    torch.jit.script(network).save(str(path))
+    return path
+
+
+def export(path: Path, network: nn.Module, batch: int = 2, **options: Any) -> Path:
+    torch.export.save(torch.export.export(network, (torch.rand(batch, 1, *SEEN),), **options), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return script(tmp_path_factory.mktemp("exported") / "net.ts", seeded_network())
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("exported") / "net.pt2", seeded_network())
+
+
+def eager_log_odds(volume: Volume, organ_channel: int) -> np.ndarray[Any, Any]:
+    """By hand: one window that holds the image, x first, HU scaled to 0 .. 1."""
+    shape = tuple(-(-n // 4) * 4 for n in volume.grid.shape)
+    hu = np.full(shape, -1024.0)
+    d, h, w = volume.grid.shape
+    hu[:d, :h, :w] = volume.array
+    scaled = ((hu.clip(-57, 164) + 57) / 221).astype(np.float32)
+    with torch.inference_mode():
+        out = seeded_network()(torch.from_numpy(scaled.T.copy())[None, None])[0]
+    return log_odds(out.numpy().transpose(0, 3, 2, 1)[:, :d, :h, :w], [organ_channel], "softmax")
+
+
+@pytest.mark.parametrize("form", ["torchscript", "torch.export"])
+def test_parity_with_the_eager_network(tmp_path: Path, form: str) -> None:
+    volume = image()
+    window = WindowConfig(shape=(16, 20, 28))
+    if form == "torchscript":
+        path = script(tmp_path / "net", seeded_network())
+    else:
+        example = (torch.rand(1, 1, 28, 20, 16),)
+        path = tmp_path / "net"
+        torch.export.save(torch.export.export(seeded_network(), example), path)
+    teacher = load(path, window=window)
+    assert teacher.form == form
+    prediction = teacher.predict(volume)
+    assert prediction.logits.grid == volume.grid
+    assert prediction.logits.array.dtype == np.float32
+    for channel in (1, 2):
+        ours = log_odds(prediction.logits.array, [channel], "softmax")
+        theirs = eager_log_odds(volume, channel)
+        assert 0 < (theirs > 0).mean() < 1
+        np.testing.assert_array_equal(ours > 0, theirs > 0)
+        assert np.abs(ours - theirs).max() < 1e-3
+
+
+def test_both_forms_and_any_batch_say_the_same(scripted: Path, program: Path) -> None:
+    volume = image()
+    expected = load(scripted).predict(volume).logits.array
+    for batch in (1, 3):
+        for path in (scripted, program):
+            found = load(path, batch=batch).predict(volume).logits.array
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_axes_of_another_order_and_direction(tmp_path: Path) -> None:
+    """A network that is blind but for where it stands: a ramp along its first axis."""
+
+    class Ramp(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ramp = torch.arange(x.shape[2], dtype=x.dtype)[:, None, None].expand_as(x)
+            return torch.cat([torch.zeros_like(x), ramp, ramp], dim=1)
+
+    path = script(tmp_path / "net.ts", Ramp())
+    volume = image((5, 6, 7))
+    window = WindowConfig(shape=(5, 6, 7))
+    for orientation, axis, towards in (
+        ("SAR", 0, 1),
+        ("IAR", 0, -1),
+        ("LPS", 2, -1),
+        ("ASR", 1, 1),
+    ):
+        ramp = load(path, window=window, orientation=orientation).predict(volume).logits.array[1]
+        steps = np.diff(ramp, axis=axis)
+        np.testing.assert_allclose(steps, towards, atol=1e-4)
+
+
+def test_a_fixed_program_states_its_own_window_and_batch(program: Path) -> None:
+    teacher = load(program, window=WindowConfig(shape=(96, 96, 96), overlap=0.25), batch=7)
+    assert teacher.window.shape == WINDOW.shape
+    assert teacher.describe()["window"]["shape"] == list(WINDOW.shape)
+    assert isinstance(teacher.network, FixedBatch)
+    assert teacher.network.size == 2
+
+
+def test_a_bounded_program_runs_as_many_windows_as_it_takes(tmp_path: Path) -> None:
+    network = nn.Conv3d(1, 3, 3, padding=1)
+    options = {"dynamic_shapes": ({0: torch.export.Dim("windows", min=1, max=4)},)}
+    path = export(tmp_path / "net.pt2", network, **options)
+    for wanted, size in ((1, 1), (3, 3), (9, 4)):
+        taken = load(path, batch=wanted).network
+        assert isinstance(taken, FixedBatch)
+        assert taken.size == size
+
+
+def test_a_window_out_of_bounds_is_explained(tmp_path: Path) -> None:
+    side = {axis: torch.export.Dim(f"side{axis}", min=4, max=16) for axis in (2, 3, 4)}
+    path = export(tmp_path / "net.pt2", nn.Conv3d(1, 3, 3, padding=1), dynamic_shapes=(side,))
+    assert load(path).window.shape == WINDOW.shape
+    message = refused(path, "cannot run", window=WindowConfig(shape=(8, 12, 17)))
+    assert "<= 16" in message
+    assert "it takes 2 x 1 x s" in message
+    assert "window.shape" in message
+
+
+def test_a_window_that_the_strides_do_not_divide(scripted: Path) -> None:
+    message = refused(scripted, "for windows of", window=WindowConfig(shape=(8, 12, 15)))
+    assert "of that size" in message
+
+
+def test_what_it_says_of_itself_is_what_changes_its_numbers(scripted: Path) -> None:
+    first = load(scripted).describe()
+    assert json.loads(json.dumps(first)) == first
+    assert load(scripted, batch=1).describe() == first
+    for changes in (
+        {"orientation": "LPS"},
+        {"spacing_mm": [8, 6, 5]},
+        {"intensity": {"kind": "window", "window_hu": [-57, 164]}},
+        {"intensity": {"kind": "zscore", "window_hu": [-57, 164], "mean_hu": 10, "std_hu": 50}},
+    ):
+        assert load(scripted, **changes).describe() != first
+    assert load(scripted, window=WindowConfig(shape=(8, 12, 16), overlap=0.5)).describe() != first
+
+
+def test_the_entry_must_state_all_preprocessing_and_have_no_taps() -> None:
+    data = exported_entry().model_dump(exclude_unset=True)
+    for name in ("spacing_mm", "orientation", "intensity"):
+        with pytest.raises(ValidationError, match=rf"give \['{name}'\]"):
+            exported_entry().model_validate({k: v for k, v in data.items() if k != name})
+    with pytest.raises(ValidationError, match="no layers to tap"):
+        exported_entry(taps=["model.0"])
+    with pytest.raises(ValidationError, match="one letter of each"):
+        exported_entry(orientation="RAR")
+
+
+def test_modules_of_a_scripted_network_take_no_hooks(scripted: Path) -> None:
+    """Why taps are refused: if torch ever allows it, this is the place to begin."""
+    network = torch.jit.load(scripted)  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match="not supported on ScriptModules"):
+        next(network.children()).register_forward_hook(lambda *_: None)
+
+
+# --- devices, dtypes, channels ------------------------------------------------------------------
+
+
+class BoundToCuda(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(1, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) + torch.zeros(1, device="cuda")
+
+
+def test_a_script_with_constants_on_a_gpu(tmp_path: Path) -> None:
+    message = refused(script(tmp_path / "net.ts", BoundToCuda()), "on cpu .*'CUDA' backend")
+    assert "cpu()" in message
+
+
+def change_program(source: Path, path: Path, change: Callable[[str, bytes], bytes]) -> Path:
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w") as new:
+        for member in old.infolist():
+            new.writestr(member.filename, change(member.filename, old.read(member)))
+    return path
+
+
+def test_a_program_exported_on_a_gpu(program: Path, tmp_path: Path) -> None:
+    moved = change_program(
+        program, tmp_path / "net.pt2", lambda name, data: data.replace(b'"cpu"', b'"cuda"')
+    )
+    message = refused(moved, "exported on a GPU, so it cannot run on cpu")
+    assert "--device cuda" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = script(tmp_path / "net.ts", seeded_network().to(dtype))
+    message = refused(path, "not float32")
+    assert ".float()" in message
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    network = seeded_network()
+    next(network.parameters()).data.view(-1)[0] = torch.nan
+    refused(script(tmp_path / "net.ts", network), "NaN or infinity")
+
+
+def test_a_network_that_rolls_dice(tmp_path: Path) -> None:
+    class Dropping(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(torch.cat([x, x, x], dim=1), 0.5, training=True)
+
+    refused(script(tmp_path / "net.ts", Dropping()), "something else each time")
+
+
+def test_channels_that_contradict_the_registry(scripted: Path) -> None:
+    refused(
+        scripted, "emits 3 channels; the registry says 2, and", num_channels=2, organs={"liver": 1}
+    )
+    refused(scripted, "names channel 3", organs={"liver": 3})
+
+
+def test_an_output_that_is_no_logits(tmp_path: Path) -> None:
+    class Pooled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean(dim=(2, 3, 4))
+
+    refused(script(tmp_path / "net.ts", Pooled()), r"gives \(2, 1\) for windows")
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def test_an_absent_file(tmp_path: Path) -> None:
+    refused(tmp_path / "none.ts", "do not exist")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 half a zip"])
+def test_garbage(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "net.ts").write_bytes(content)
+    refused(tmp_path / "net.ts", "neither a TorchScript nor a torch.export file")
+
+
+@pytest.mark.parametrize("cut", [500, 3000])
+def test_a_truncated_file(scripted: Path, tmp_path: Path, cut: int) -> None:
+    (tmp_path / "net.ts").write_bytes(scripted.read_bytes()[:-cut])
+    refused(tmp_path / "net.ts", "neither a TorchScript nor a torch.export file")
+
+
+def test_a_damaged_script(scripted: Path, tmp_path: Path) -> None:
+    def spoil(name: str, data: bytes) -> bytes:
+        return data.replace(b"forward", b"f ( w", 1) if name.endswith("unet.py") else data
+
+    path = change_program(scripted, tmp_path / "net.ts", spoil)
+    refused(path, "torchscript file cannot be loaded")
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_pickle_is_refused_and_its_code_not_run(tmp_path: Path, writer: str) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "net.pt"
+    if writer == "torch":
+        torch.save(Payload(marker), path)
+    else:
+        path.write_bytes(pickle.dumps(Payload(marker), protocol=2))
+    refused(path, "pickled module|neither a TorchScript")
+    assert not marker.exists()
+
+
+def test_a_state_dict_is_no_network(tmp_path: Path) -> None:
+    torch.save(seeded_network().state_dict(), tmp_path / "net.pt")
+    refused(tmp_path / "net.pt", "a file of weights")
+
+
+# --- torch.export files that would run code -----------------------------------------------------
+
+
+def test_a_pickle_inside_a_program(program: Path, tmp_path: Path) -> None:
+    """`torch.export.load` unpickles the sample inputs, whatever they are."""
+    marker = tmp_path / "ran"
+    torch.save((Payload(marker),), tmp_path / "payload.pt")
+
+    def plant(name: str, data: bytes) -> bytes:
+        return (tmp_path / "payload.pt").read_bytes() if "sample_inputs" in name else data
+
+    path = change_program(program, tmp_path / "net.pt2", plant)
+    message = refused(path, "more than a network.*pickle of more than tensors")
+    assert "--trust" in message
+    assert not marker.exists()
+    # The trap is armed: trust runs it.
+    with pytest.raises(TeacherError):
+        load(path, trusted=True)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        (b"torch.ops.aten.conv3d.default", b"torch.os.system", "calls torch.os.system"),
+        (b'"guards_code": []', b'"guards_code": ["open(\'x\')"]', "evaluates"),
+        (b'"guards_code": []', b'"guards_code": ["L.__class__"]', "evaluates"),
+        (b'{"as_int": 4}', b'{"as_expr": {"expr_str": "exit()", "hint": null}}', "evaluates"),
+    ],
+)
+def test_a_program_that_reaches_further(
+    program: Path, tmp_path: Path, old: bytes, new: bytes, match: str
+) -> None:
+    def plant(name: str, data: bytes) -> bytes:
+        if not name.endswith("model.json"):
+            return data
+        plain = json.dumps(json.loads(data)).encode()
+        assert old in plain
+        return plain.replace(old, new, 1)
+
+    refused(change_program(program, tmp_path / "net.pt2", plant), match)
+
+
+def test_compiled_libraries_and_doubled_names(program: Path, tmp_path: Path) -> None:
+    for name, match in (
+        ("net/data/aotinductor/model/x.so", "aotinductor/model/x.so is no tensor"),
+        ("net/data/constants/opaque_obj_0", "is no tensor"),
+        ("net/MODELS/model.json", "two files of one name"),
+    ):
+        path = change_program(program, tmp_path / "net.pt2", lambda name, data: data)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(name, b"")
+        refused(path, match)
+
+
+def test_a_batch_of_any_number_is_cut_and_filled() -> None:
+    sizes: list[int] = []
+
+    class Doubling(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sizes.append(x.shape[0])
+            return x * 2
+
+    batch = torch.rand(5, 1, 2, 3, 4)
+    assert torch.equal(FixedBatch(Doubling(), 2)(batch), batch * 2)
+    assert sizes == [2, 2, 2]
