@@ -76,7 +76,7 @@ class NnunetTeacher:
                 torch.from_numpy(np.ascontiguousarray(prepared))
             )
         except RuntimeError as error:
-            if "inf" not in str(error):
+            if "Encountered inf" not in str(error):
                 raise
             raise TeacherError(
                 "nnU-Net's sums of logits overflow in half precision.",

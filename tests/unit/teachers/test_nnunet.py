@@ -178,13 +178,13 @@ def test_a_module_that_plans_name_is_not_even_imported(
     place: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marker = tmp_path / "imported"
-    (tmp_path / "trap_of_plans.py").write_text(f"open({str(marker)!r}, 'w').close()\nNet = 1\n")
+    (tmp_path / f"trap_{place}.py").write_text(f"open({str(marker)!r}, 'w').close()\nNet = 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def change(configuration: dict[str, Any]) -> None:
         architecture = configuration["architecture"]
         part = architecture if place == "network_class_name" else architecture["arch_kwargs"]
-        part[place] = "trap_of_plans.Net"
+        part[place] = f"trap_{place}.Net"
 
     change_plans(model, change)
     refused(model, "as a part of the network")
