@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,27 +106,28 @@ def tap_shapes(
 ) -> dict[str, tuple[int, tuple[int, int, int]]]:
     """Per tap: number of channels F and stride (voxels per feature cell) along z, y, x.
 
-    Runs the network once on zeros of shape (1, in_channels, *patch).
+    Passes the shape (1, in_channels, *patch) through the network. On torch's `meta` device this
+    takes no arithmetic; a network that cannot go there computes one pass on zeros, and so does one
+    that refuses the shape, for the words of its own error.
 
     Raises:
         ConfigError: no such layer, a patch that the network cannot take, or a layer whose output is
             no whole division of it.
     """
-    parameter = next(network.parameters())
-    training = network.training
-    network.eval()
-    try:
-        with torch.no_grad(), tapped(network, taps) as features:
-            network(torch.zeros((1, in_channels, *patch), device=parameter.device))
-    except (RuntimeError, ValueError) as error:
-        first = str(error).split("\n")[0]
-        raise ConfigError(
-            f"the network cannot take a patch of {tuple(patch)} voxels ({first}).",
-            where="patch",
-            fix="Most networks want multiples of all their strides multiplied.",
-        ) from error
-    finally:
-        network.train(training)
+    for tap in taps:
+        find_module(network, tap)
+    shape = (1, in_channels, *patch)
+    features = _traced(network, taps, shape)
+    if features is None:
+        try:
+            features = _passed(network, taps, shape)
+        except (RuntimeError, ValueError) as error:
+            first = str(error).split("\n")[0]
+            raise ConfigError(
+                f"the network cannot take a patch of {tuple(patch)} voxels ({first}).",
+                where="patch",
+                fix="Most networks want multiples of all their strides multiplied.",
+            ) from error
     shapes = {}
     for tap in taps:
         size = tuple(features[tap].shape[2:])
@@ -137,6 +139,28 @@ def tap_shapes(
         z, y, x = (n // m for n, m in zip(patch, size, strict=True))
         shapes[tap] = (int(features[tap].shape[1]), (z, y, x))
     return shapes
+
+
+def _traced(
+    network: nn.Module, taps: Sequence[str], shape: Sequence[int]
+) -> dict[str, Tensor] | None:
+    """Outputs of the taps, shapes without values; None if the network cannot do that."""
+    try:
+        return _passed(copy.deepcopy(network).to("meta"), taps, shape)
+    except Exception:  # whatever it is, a real pass will tell
+        return None
+
+
+def _passed(network: nn.Module, taps: Sequence[str], shape: Sequence[int]) -> dict[str, Tensor]:
+    parameter = next(network.parameters())
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad(), tapped(network, taps) as features:
+            network(torch.zeros(tuple(shape), device=parameter.device))
+    finally:
+        network.train(training)
+    return features
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.network import NetworkConfig, build_network, pick_device, tap_shapes, tapped
@@ -139,3 +142,32 @@ class TestDevice:
     def test_a_gpu_that_is_not_there_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="no CUDA GPU"):
             pick_device("cuda:1")
+
+
+class Watched(nn.Module):
+    """Says where it was run; `looks` at a value, as no network on the meta device can."""
+
+    def __init__(self, *, looks: bool) -> None:
+        super().__init__()
+        self.down = nn.Conv3d(1, 2, 2, stride=2)
+        self.looks, self.devices = looks, []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watched:
+        other = Watched(looks=self.looks)
+        other.devices = self.devices
+        return other
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.devices.append(x.device.type)
+        out: torch.Tensor = self.down(x)
+        if self.looks and float(out.sum()) > 1e9:
+            return out * 0
+        return out
+
+
+@pytest.mark.parametrize(("looks", "devices"), [(False, ["meta"]), (True, ["meta", "cpu"])])
+def test_shapes_take_no_arithmetic_where_they_need_none(looks: bool, devices: list[str]) -> None:
+    """One pass over a window of a real network is seconds, per teacher and start."""
+    network = Watched(looks=looks)
+    assert tap_shapes(network, ["down"], PATCH) == {"down": (2, (2, 2, 2))}
+    assert network.devices == devices
