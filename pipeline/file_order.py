@@ -44,10 +44,12 @@ def from_file_array(array: npt.NDArray[Any], affine: npt.ArrayLike) -> Volume:
     matrix = np.asarray(affine, dtype=np.float64)
     reversed_axes = np.swapaxes(array, -1, -3)
     kept = Volume(reversed_axes, Grid.from_matrix(reversed_axes.shape[-3:], matrix[_REVERSED]))
-    return _orientation_of(matrix).undo(kept)
+    return orientation_of(matrix).undo(kept)
 
 
-def _orientation_of(affine: npt.NDArray[np.float64]) -> Orientation:
+def orientation_of(affine: npt.NDArray[np.float64]) -> Orientation:
+    """How a file with this affine keeps its axes, slowest (k) first, which is how its voxels follow
+    one another."""
     (i, turn_i), (j, turn_j), (k, turn_k) = io_orientation(affine).tolist()
     return Orientation(
         (2 - int(k), 2 - int(j), 2 - int(i)), (turn_k == -1, turn_j == -1, turn_i == -1)

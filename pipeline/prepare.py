@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from pipeline.cache.index import IndexedCase, case_path
 from pipeline.cache.provenance import case_inputs
-from pipeline.cache.reader import Unit
 from pipeline.cache.receipt import read_receipt
 from pipeline.cache.schema import (
     CENTRES_PER_ORGAN,
@@ -23,17 +22,15 @@ from pipeline.cache.schema import (
     label_spec,
 )
 from pipeline.cache.store import write_unit
+from pipeline.case_checks import check_same_grid, organ_labels
 from pipeline.config import digest, file_sha256
 from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import NiftiVolume, read_image, read_label
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
-from pipeline.errors import CacheError, GeometryError, PipelineError, RegistryError
+from pipeline.errors import CacheError, GeometryError
 from pipeline.folder import Folder
-from pipeline.labels import map_labels
 from pipeline.volume import Volume
-
-GEOMETRY_TOLERANCE_MM = 0.1
 
 
 @dataclass(frozen=True)
@@ -177,83 +174,6 @@ def store_case(
         storage=storage, seconds=fitted.seconds,
     )  # fmt: skip
     return found.indexed, receipt.num_bytes
-
-
-def organ_labels(
-    registry: Registry, source: CaseFiles, label: NiftiVolume
-) -> npt.NDArray[np.uint8]:
-    """A dataset's own label map -> organ ids (D, H, W), 0 background, 255 ignore.
-
-    Raises:
-        GeometryError: a value that the registry does not name.
-    """
-    entry = registry.datasets[source.dataset]
-    return map_labels(
-        label.volume.array,
-        entry.annotated,
-        {organ: registry.organs[organ] for organ in entry.annotated},
-        entry.ignore_values,
-        entry.background_values,
-        where=f"{source.name}, {source.label}",
-    )
-
-
-def check_same_grid(image: NiftiVolume, label: NiftiVolume, name: str) -> None:
-    """Image and label must lie on one grid, within `GEOMETRY_TOLERANCE_MM` at every corner.
-
-    Raises:
-        GeometryError: says by how much they differ and how to mend it.
-    """
-    where = f"{name}, {label.path}"
-    a, b = image.volume.grid, label.volume.grid
-    if a.shape != b.shape:
-        raise GeometryError(
-            f"the label has shape {b.shape} (z, y, x), the image {a.shape}.",
-            where=where,
-            fix="They must be of one scan; resample the label onto the image's grid.",
-        )
-    apart = a.largest_corner_distance_mm(b)
-    if apart > GEOMETRY_TOLERANCE_MM:
-        raise GeometryError(
-            f"the label's affine places its voxels up to {apart:.2f} mm away from the image's "
-            f"(tolerance {GEOMETRY_TOLERANCE_MM} mm).",
-            where=where,
-            fix="If they are known to match voxel by voxel, copy the image's affine to the label; "
-            "else resample the label.",
-        )
-
-
-def organ_voxels(path: Folder) -> Mapping[str, int]:
-    """Voxels per annotated organ of a stored case."""
-    counts: Mapping[str, int] = Unit.open(path).attributes["organ_voxels"]
-    return counts
-
-
-def check_organs(
-    registry: Registry, work: Folder, cases: Sequence[IndexedCase]
-) -> dict[str, PipelineError]:
-    """Datasets whose organ is empty in every stored case: a wrong label value, or wrong files.
-
-    Returns:
-        `dataset <name>` -> what is wrong; and cases whose damage only reading finds.
-    """
-    found: dict[str, PipelineError] = {}
-    for dataset, entry in registry.datasets.items():
-        counts = []
-        for case in cases:
-            if case.dataset == dataset and case_path(work, case).exists():
-                try:
-                    counts.append(organ_voxels(case_path(work, case)))
-                except CacheError as error:
-                    found[case.name] = error
-        for organ, values in entry.annotated.items():
-            if counts and not any(count.get(organ, 0) for count in counts):
-                found[f"dataset {dataset}"] = RegistryError(
-                    f"{organ} is empty in all {len(counts)} cases that could be read.",
-                    where=f"{registry.path}, datasets.{dataset}.annotated.{organ}",
-                    fix=f"Is {list(values)} really the label value of {organ} in these files?",
-                )
-    return found
 
 
 def centres(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.cache.index import IndexedCase
+from pipeline.cache.index import IndexedCase, unit_digest, unit_path
+from pipeline.cache.receipt import read_receipt
 from pipeline.cache.schema import StorageConfig
 from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
-from pipeline.errors import RegistryError
+from pipeline.errors import CacheError, RegistryError
 from pipeline.folder import Folder
+from pipeline.log import Log
 from pipeline.prepare import FittedCase, FoundCase, find_case, fit_case, store_case
 from pipeline.units import LoadedTeacher, Outputs, Seen, compute_unit, see, store_unit
 from pipeline.volume import Volume
@@ -52,6 +54,42 @@ class Unit:
     case: IndexedCase
     source: CaseFiles
     path: Folder
+
+
+def missing_units(
+    work: Folder,
+    teachers: Mapping[str, LoadedTeacher],
+    jobs: Sequence[tuple[IndexedCase, CaseFiles]],
+    wanted: Set[tuple[str, str]],
+    *,
+    there: Callable[[Unit], object],
+    log: Log,
+) -> Iterator[Unit]:
+    """Case by case, so that a CT is read once. Whether a unit is there is looked at shortly before
+    its turn, since another process may be making it.
+
+    Args:
+        work: the work folder.
+        teachers: by name.
+        jobs: cases and their files.
+        wanted: (teacher, `dataset/case`).
+        there: told of each unit that is there already.
+        log: hears of damaged ones, which are made again.
+    """
+    for case, source in jobs:
+        for name, loaded in teachers.items():
+            if (name, case.name) not in wanted:
+                continue
+            path = unit_path(work, loaded.indexed, case)
+            unit = Unit(f"{name} x {case.name}", loaded, case, source, path)
+            try:
+                read_receipt(path, expect=unit_digest(loaded.indexed, case))
+            except CacheError as error:
+                if path.exists():
+                    log.warn(f"{error} It is made again.")
+                yield unit
+            else:
+                there(unit)
 
 
 class UnitSteps:

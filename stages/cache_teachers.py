@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -21,29 +21,26 @@ from pipeline.admission.looks import plan_looks, units_of
 from pipeline.cache.index import (
     IndexedCase,
     read_dataset_index,
-    unit_digest,
-    unit_path,
     write_dataset_index,
     write_teacher_index,
 )
 from pipeline.cache.leftovers import clean_temporaries
-from pipeline.cache.receipt import read_receipt
 from pipeline.cache.schema import StorageConfig
 from pipeline.cache.store import prepare_work_folder, write_json
+from pipeline.case_checks import check_organs
 from pipeline.config import Config
 from pipeline.data.files import CaseFiles
 from pipeline.data.registry import Registry
 from pipeline.engine.overlap import in_turn, overlapped
 from pipeline.errors import CacheError, CacheStale, PipelineError, WorkFolderError
 from pipeline.folder import Folder
-from pipeline.log import Advance, Log
+from pipeline.log import Log
 from pipeline.network import pick_device
 from pipeline.planning.record import check_space
-from pipeline.prepare import check_organs
 from pipeline.tables import print_regions, region_rows
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.teachers.window_passes import check_precision
-from pipeline.unit_steps import CaseSteps, Unit, UnitSteps
+from pipeline.unit_steps import CaseSteps, Unit, UnitSteps, missing_units
 from pipeline.units import LoadedTeacher, open_teacher
 from stages.report import StageReport
 
@@ -169,7 +166,16 @@ def _cache_units(
     steps = UnitSteps(registry, config.storage, notes)
     order = overlapped if overlap else in_turn
     with log.progress(what, len(units)) as advance:
-        missing = _missing(work, teachers, jobs, report, units, log, advance, dry_run=dry_run)
+
+        def there(unit: Unit, done: list[str] = report.skipped) -> None:
+            done.append(unit.name)
+            advance(unit.case.name)
+
+        missing = missing_units(work, teachers, jobs, units, there=there, log=log)
+        if dry_run:
+            for unit in missing:
+                there(unit, report.done)
+            return
         with closing(
             order(missing, ahead=steps.read, work=steps.compute, behind=steps.store)
         ) as outcomes:
@@ -182,35 +188,6 @@ def _cache_units(
                     report.num_bytes += outcome.result or 0
                     log.event("unit", unit=unit.name, path=str(unit.path))
                 advance(unit.case.name)
-
-
-def _missing(
-    work: Folder,
-    teachers: Mapping[str, LoadedTeacher],
-    jobs: Sequence[tuple[IndexedCase, CaseFiles]],
-    report: StageReport,
-    units: Set[tuple[str, str]],
-    log: Log,
-    advance: Advance,
-    *,
-    dry_run: bool,
-) -> Iterator[Unit]:
-    """Case by case; whether a unit is there is looked at shortly before its turn, since another
-    process may be making it."""
-    for case, source in jobs:
-        for name, loaded in teachers.items():
-            if (name, case.name) not in units:
-                continue
-            unit = Unit(f"{name} x {case.name}", loaded, case, source,
-                         unit_path(work, loaded.indexed, case))  # fmt: skip
-            if _exists(unit.path, unit_digest(loaded.indexed, case), log):
-                report.skipped.append(unit.name)
-            elif dry_run:
-                report.done.append(unit.name)
-            else:
-                yield unit
-                continue
-            advance(case.name)
 
 
 def _prepare_cases(
@@ -271,16 +248,6 @@ def _write_index(
 
 def _usable_datasets(registry: Registry, report: StageReport) -> list[str]:
     return [d for d in registry.datasets if f"dataset {d}" not in report.failed]
-
-
-def _exists(path: Folder, expect: str, log: Log) -> bool:
-    try:
-        read_receipt(path, expect=expect)
-    except CacheError as error:
-        if path.exists():
-            log.warn(f"{error} It is made again.")
-        return False
-    return True
 
 
 def _fail(report: StageReport, log: Log, unit: str, error: Exception) -> None:

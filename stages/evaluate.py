@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.cache.store import prepare_work_folder, write_json
+from pipeline.case_checks import GEOMETRY_TOLERANCE_MM, organ_labels
 from pipeline.config import Config
 from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import read_label
@@ -16,7 +17,6 @@ from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError, GeometryError, PipelineError
 from pipeline.log import Log, print_table
 from pipeline.metrics import NOT_ANNOTATED, OrganScore, score_case, summarise
-from pipeline.prepare import GEOMETRY_TOLERANCE_MM, organ_labels
 from pipeline.volume import Grid
 from stages.report import StageReport
 

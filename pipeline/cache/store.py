@@ -132,7 +132,11 @@ def prepare_work_folder(work: Folder) -> None:
     check_answers(work)
     probe = work / temporary_name("writable")
     try:
-        replace_file(probe, b"")
+        if is_local(work):
+            work.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+        else:
+            replace_file(probe, b"")
         remove(probe)
     except OSError as error:
         raise WorkFolderError(

@@ -22,7 +22,8 @@ from nibabel.orientations import apply_orientation, io_orientation, ornt_transfo
 from nibabel.volumeutils import apply_read_scaling
 
 from pipeline.errors import GeometryError
-from pipeline.volume import Grid, Orientation, Volume
+from pipeline.file_order import orientation_of
+from pipeline.volume import Grid, Volume
 
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=np.float64)
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -268,15 +269,7 @@ def _wrap(image: Any, array: npt.NDArray[Any], path: Path, sha256: str) -> Nifti
     affine = np.array(image.affine, dtype=np.float64)
     canonical = affine @ nib.orientations.inv_ornt_aff(io_orientation(affine), shape)
     grid = _grid_from_file(array.shape[::-1], canonical)
-    return NiftiVolume(Volume(array, grid, _stored(affine)), path, sha256, shape, affine)
-
-
-def _stored(affine: npt.NDArray[np.float64]) -> Orientation:
-    """How the file's axes lie, slowest (k) first, which is how its voxels follow one another."""
-    (i, turn_i), (j, turn_j), (k, turn_k) = io_orientation(affine).tolist()
-    return Orientation(
-        (2 - int(k), 2 - int(j), 2 - int(i)), (turn_k == -1, turn_j == -1, turn_i == -1)
-    )
+    return NiftiVolume(Volume(array, grid, orientation_of(affine)), path, sha256, shape, affine)
 
 
 def _grid_from_file(shape_xyz: Any, affine_xyz: npt.NDArray[np.float64]) -> Grid:

@@ -122,7 +122,7 @@ def test_a_dropped_teacher_goes_with_gc_and_nothing_else(
     arguments = ["cache", "gc", str(tiny_cached), "-w", str(uploaded), "--yes", "-q"]
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 0, done.output
-    spleen = ("teachers/spleen@", "index/teachers/spleen")
+    spleen = ("teachers/spleen@", "index/teachers/spleen", "index/evidence/spleen")
     gone = before - set(sizes(uploaded))
     assert gone == {name for name in before if name.startswith(spleen)}
     assert gone

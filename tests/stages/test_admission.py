@@ -15,7 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline import cli
+from pipeline import cli, unit_steps
 from pipeline.admission import gate
 from pipeline.admission.evidence import Evidence, read_evidence, temperatures
 from pipeline.cache.index import read_teacher_index
@@ -303,14 +303,14 @@ def test_a_case_that_failed_is_measured_when_it_is_mended(registry: Path) -> Non
 def test_a_unit_that_could_not_be_made_counts_as_soon_as_it_can(
     registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = cache_teachers.cache_unit
+    real = unit_steps.compute_unit
 
-    def once_out_of_memory(*args: Any, **options: Any) -> int:
+    def once_out_of_memory(*args: Any, **options: Any) -> Any:
         if args[3].name == "livers/case_002":
             raise MemoryError
         return real(*args, **options)
 
-    monkeypatch.setattr(cache_teachers, "cache_unit", once_out_of_memory)
+    monkeypatch.setattr(unit_steps, "compute_unit", once_out_of_memory)
     report = run(registry)
     assert list(report.failed) == ["good x livers/case_002"]
     assert report.details["teachers"][0]["num_cases"] == 1

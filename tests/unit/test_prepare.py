@@ -16,11 +16,12 @@ from pipeline import prepare
 from pipeline.cache.index import IndexedCase, case_path
 from pipeline.cache.reader import Unit
 from pipeline.cache.schema import IMAGE, LABEL, StorageConfig
+from pipeline.case_checks import organ_voxels
 from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
 from pipeline.errors import GeometryError
-from pipeline.prepare import centres, organ_voxels, prepare_case
+from pipeline.prepare import centres, prepare_case
 from pipeline.volume import Grid
 
 Array = npt.NDArray[Any]
