@@ -70,7 +70,7 @@ def test_killed_at_any_request_a_rerun_gives_what_an_undisturbed_run_gives(
     (whole,) = nursery.run(Job("cache_to_store", {**args, "work": str(store_work / "whole")}))
     assert whole.status == 0, whole.output
     assert whole.result["exit_code"] == 0, whole.result
-    for number in range(how_many(2, 40)):
+    for number in range(how_many(1, 40)):
         work = store_work / str(number)
         for share in (1.0, 0.5):
             kill_at = rng.randint(1, int(share * whole.result["calls"]))
@@ -143,7 +143,7 @@ def test_damage_is_found_named_and_mended(
     rng = random.Random(8)
     run_stage(small, work=store_work)
     places = find_units(store_work)
-    for _ in range(how_many(3, 60)):
+    for _ in range(how_many(2, 60)):
         place = rng.choice(places)
         path = place.path / rng.choice(sorted(sizes(place.path)))
         before = path.read_bytes()
