@@ -51,7 +51,7 @@ from tests.faults.small import (
 from tests.tiny import copy_cohort, work_of
 
 NAMES, THRESHOLDS, BITS = ("one", "two"), (0.0, 90.0), (5, 7)
-TABLES = "tables of regions and teachers"
+TABLES = "table of regions"
 QUIET = Log(quiet=True)
 Unit = str
 """Path of a unit, relative to the work folder."""

@@ -227,7 +227,9 @@ class BoundToCuda(nn.Module):
 
 
 def test_a_script_with_constants_on_a_gpu(tmp_path: Path) -> None:
-    message = refused(script(tmp_path / "net.ts", BoundToCuda()), "on cpu .*'CUDA' backend")
+    # torch's own words depend on whether anything has asked for CUDA in this process before.
+    path = script(tmp_path / "net.ts", BoundToCuda())
+    message = refused(path, "cannot run 2 windows of .* on cpu .*(CUDA|NVIDIA)")
     assert "cpu()" in message
 
 
