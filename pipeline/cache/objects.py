@@ -17,7 +17,7 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore, WrapperStore
 
-from pipeline.cache.receipt import RECEIPT, Receipt, read_receipt, verify_unit, write_receipt
+from pipeline.cache.receipt import RECEIPT, Receipt, is_valid, read_receipt, write_receipt
 from pipeline.errors import CacheError
 from pipeline.folder import copy_name, create_object, remove, replace_file, sizes, storage_errors
 
@@ -51,7 +51,7 @@ def commit_objects(built: Path, unit: UPath, receipt: Receipt) -> None:
         _check_uploaded(unit, {name: int(entry["bytes"]) for name, entry in objects.items()})
         sealed = write_receipt(replace(receipt, objects=objects, copy=copy)).encode()
         committed = create_object(unit / RECEIPT, sealed)
-        if not committed and not _is_valid(unit, receipt.digest):
+        if not committed and not is_valid(unit, receipt.digest):
             damaged = _copy_of(unit)
             replace_file(unit / RECEIPT, sealed)
             committed = True
@@ -124,14 +124,6 @@ def _check_uploaded(unit: UPath, wanted: dict[str, int]) -> None:
     wrong = [name for name, size in wanted.items() if there.get(name) != size]
     if wrong:
         raise OSError(f"{len(wanted)} objects were uploaded, {len(wrong)} did not arrive")
-
-
-def _is_valid(unit: UPath, expect: str) -> bool:
-    try:
-        verify_unit(unit, expect=expect)
-    except CacheError:
-        return False
-    return True
 
 
 def _copy_of(unit: UPath) -> str:

@@ -16,6 +16,7 @@ from pipeline.cache.schema import FORMAT_VERSION
 from pipeline.config import digest, file_sha256
 from pipeline.errors import (
     CacheCorrupt,
+    CacheError,
     CacheIncomplete,
     CacheMissing,
     CacheStale,
@@ -151,6 +152,15 @@ def verify_unit(path: Folder, *, expect: str | None = None) -> Receipt:
     for name in receipt.objects:
         verify_object(path, receipt, name)
     return receipt
+
+
+def is_valid(path: Folder, expect: str) -> bool:
+    """Whether a unit of that digest is there and `verify_unit` finds nothing wrong."""
+    try:
+        verify_unit(path, expect=expect)
+    except CacheError:
+        return False
+    return True
 
 
 def verify_seal(path: Folder, receipt: Receipt) -> None:

@@ -26,13 +26,13 @@ from pipeline.cache.provenance import Inputs
 from pipeline.cache.receipt import (
     RECEIPT,
     Receipt,
+    is_valid,
     read_receipt,
-    verify_unit,
     write_receipt,
 )
 from pipeline.cache.schema import ArraySpec, StorageConfig, create_array, describe
 from pipeline.config import digest
-from pipeline.errors import CacheError, WorkFolderError
+from pipeline.errors import WorkFolderError
 from pipeline.folder import (
     Folder,
     check_answers,
@@ -238,21 +238,13 @@ def _make_visible(temporary: Path, path: Path, expect: str) -> None:
                 raise
         else:
             break
-        if _is_valid(path, expect):
+        if is_valid(path, expect):
             return
         broken = path.with_name(temporary_name(path.name))
         with suppress(FileNotFoundError):  # another was faster
             path.rename(broken)
         remove(broken)
     _sync_folder(path.parent)
-
-
-def _is_valid(path: Path, expect: str) -> bool:
-    try:
-        verify_unit(path, expect=expect)
-    except CacheError:
-        return False
-    return True
 
 
 def _sync_and_hash(folder: Path) -> dict[str, dict[str, Any]]:

@@ -87,7 +87,7 @@ def test_a_damaged_unit_that_another_replaces_meanwhile(
                 place.path.rename(aside)
             whole.rename(place.path)
 
-    real_valid, real_rename = store._is_valid, Path.rename
+    real_valid, real_rename = store.is_valid, Path.rename
 
     def is_valid(path: Path, expect: str) -> bool:
         if moment == "before looking":
@@ -105,7 +105,7 @@ def test_a_damaged_unit_that_another_replaces_meanwhile(
                 other_writer()
         return done
 
-    monkeypatch.setattr(store, "_is_valid", is_valid)
+    monkeypatch.setattr(store, "is_valid", is_valid)
     monkeypatch.setattr(Path, "rename", rename)
     report = run_stage(small_cached)
     assert not whole.exists()
