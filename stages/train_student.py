@@ -23,7 +23,8 @@ from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.student.checkpoint import StudentRecord, save_student
 from pipeline.student.network import CachedTap, TapKey
-from pipeline.student.training import Trained, TrainingConfig, run_digest, train
+from pipeline.student.settings import TrainingConfig, run_digest
+from pipeline.student.training import Trained, train
 from stages.report import StageReport
 
 

@@ -26,8 +26,9 @@ from pipeline.log import Log
 from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.prepare import prepare_case
+from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.supervision import SupervisionConfig
-from pipeline.student.training import Trained, TrainingConfig, run_digest, train
+from pipeline.student.training import Trained, train
 from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.checkpoint import TeacherRecord, read_teacher, save_teacher
 from stages.report import StageReport

@@ -2,66 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
-from torch.utils.data import DataLoader
 
 from pipeline.cache.reader import CachedCase
 from pipeline.cohort import Temperatures
-from pipeline.config import Config, digest
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.intensity import Intensity
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
-from pipeline.network import NetworkConfig
-from pipeline.patches import Index3
-from pipeline.student.augment import AugmentConfig
-from pipeline.student.dataset import PatchDataset, Remaining, SamplingConfig, collate, to_batch
+from pipeline.student.dataset import to_batch
+from pipeline.student.loading import loaded_batches, patches_of
 from pipeline.student.network import CachedTap, StudentNetwork, TapKey, seeded_network
-from pipeline.student.optimiser import OptimiserConfig, build_optimiser
+from pipeline.student.optimiser import build_optimiser
 from pipeline.student.progress import Metrics, draw_progress
-from pipeline.student.resume import (
-    live_as_long_as_the_loop,
-    restore_state,
-    save_state,
-    stop_signals,
-)
-from pipeline.student.supervision import Batch, SupervisionConfig, batch_loss
+from pipeline.student.resume import restore_state, save_state, stop_signals
+from pipeline.student.settings import TrainingConfig
+from pipeline.student.step import make_step
 from pipeline.student.validation import validate
-
-
-class TrainingConfig(Config):
-    """Everything about a training that changes its numbers."""
-
-    supervision: SupervisionConfig = Field(default_factory=SupervisionConfig)
-    network: NetworkConfig = Field(default_factory=NetworkConfig)
-    intensity: Intensity = Field(default_factory=Intensity)
-    patch: tuple[int, int, int] = Field(default=(96, 96, 96), description="voxels z, y, x")
-    batch_size: int = Field(default=2, ge=1)
-    steps: int = Field(default=20_000, ge=1)
-    seed: int = Field(default=0, ge=0)
-    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
-    augment: AugmentConfig = Field(default_factory=AugmentConfig)
-    optimiser: OptimiserConfig = Field(default_factory=OptimiserConfig)
-    validate_every: int = Field(default=1000, ge=1, description="steps")
-
-    @model_validator(mode="after")
-    def _legal(self) -> TrainingConfig:
-        if self.augment.moves_voxels and self.supervision.uses_features:
-            raise ValueError(
-                "flips and rotations are not legal with cached features (the features of a "
-                "mirrored image are not the mirrored features): set augment.flip_axes to [] and "
-                "augment.rotate to false, or supervision.features.weight to 0"
-            )
-        return self
 
 
 @dataclass(frozen=True)
@@ -142,7 +104,7 @@ def train(
         cached=taps if uses else {},
     ).to(device)
     optimiser = build_optimiser(config.optimiser, network)
-    data = _dataset(config, space, cases, network, temperatures, pool_mb)
+    data = patches_of(config, space, cases, network, temperatures, pool_mb)
     identity = {"config": config.model_dump(mode="json"), "inputs": dict(inputs)}
     step = start = restore_state(
         folder, identity, network, optimiser, seed=config.seed, log=log, resume=resume
@@ -153,7 +115,7 @@ def train(
     with (
         stop_signals() as stopping,
         log.progress("steps", config.steps) as advance,
-        _loaded(data, start, config, workers) as loader,
+        loaded_batches(data, start, config, workers) as loader,
     ):
         advance(steps=start)
         for collated in loader:
@@ -161,7 +123,7 @@ def train(
                 raise collated
             batch = to_batch(collated, list(network.cached), device)
             try:
-                metrics.add(step + 1, **_make_step(config, network, optimiser, batch, step))
+                metrics.add(step + 1, **make_step(config, network, optimiser, batch, step))
             except FloatingPointError as error:
                 metrics.flush()
                 raise PipelineError(
@@ -190,97 +152,3 @@ def train(
                 break
     seconds = time.monotonic() - began
     return Trained(network.cpu().eval(), scores, step, step == config.steps, seconds)
-
-
-def run_digest(config: TrainingConfig, inputs: Mapping[str, Any]) -> str:
-    """Digest of all that determines a training's outcome."""
-    return digest({"config": config.model_dump(mode="json"), "inputs": dict(inputs)})
-
-
-def _make_step(
-    config: TrainingConfig,
-    network: StudentNetwork,
-    optimiser: torch.optim.Optimizer,
-    batch: Batch,
-    step: int,
-) -> dict[str, Any]:
-    """One step of the optimiser; returns what is worth a line in metrics.jsonl.
-
-    Raises:
-        FloatingPointError: loss or gradient is not finite; the weights are as they were before.
-    """
-    lr = config.optimiser.lr_at(step, config.steps)
-    for group in optimiser.param_groups:
-        group["lr"] = lr
-    loss, terms = batch_loss(config.supervision, network, batch, step / config.steps)
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        bad = [name for name, term in terms.items() if not math.isfinite(term)]
-        raise FloatingPointError(f"the loss became NaN in {', '.join(bad) or 'the sum'}.")
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    norm = float(torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.clip_norm))
-    if not math.isfinite(norm):
-        raise FloatingPointError("the gradient became NaN, although the loss is finite.")
-    optimiser.step()
-    return {"loss": value, "terms": terms, "lr": lr, "gradient_norm": norm}
-
-
-def _dataset(
-    config: TrainingConfig,
-    space: LabelSpace,
-    cases: Sequence[CachedCase],
-    network: StudentNetwork,
-    temperatures: Temperatures | None,
-    pool_mb: int,
-) -> PatchDataset:
-    align: Index3 = network.tap_stride
-    if any(n % a for n, a in zip(config.patch, align, strict=True)):
-        raise ConfigError(
-            f"patch {config.patch} is not a whole number of feature cells of {align} voxels.",
-            where="patch",
-            fix="Choose multiples.",
-        )
-    return PatchDataset(
-        cases,
-        space,
-        supervision=config.supervision,
-        taps={key: tap.channels for key, tap in network.cached.items()},
-        patch=config.patch,
-        align=align,
-        intensity=config.intensity,
-        sampling=config.sampling,
-        augment=config.augment,
-        batch_size=config.batch_size,
-        num_steps=config.steps,
-        seed=config.seed,
-        temperatures=temperatures,
-        pool_bytes=pool_mb * 1_000_000,
-    )
-
-
-@contextmanager
-def _loaded(
-    data: PatchDataset, start: int, config: TrainingConfig, workers: int
-) -> Iterator[Iterator[dict[str, Any] | PipelineError]]:
-    """Batches from step `start` on. forkserver: zarr and Dask do not all survive a fork."""
-    rest = Remaining(data, start * config.batch_size)
-    loader = DataLoader(
-        rest,
-        batch_size=config.batch_size,
-        num_workers=workers,
-        multiprocessing_context="forkserver" if workers else None,
-        collate_fn=collate,
-        worker_init_fn=live_as_long_as_the_loop,
-        # Of its own, or the loader would draw its base seed from the global stream.
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-    batches = iter(loader)
-    try:
-        yield batches
-    finally:
-        # Loader processes end with their iterator. An error's traceback would keep it alive, and
-        # this process would wait for them for ever.
-        shut_down = getattr(batches, "_shutdown_workers", None)
-        if shut_down is not None:
-            shut_down()

@@ -139,7 +139,7 @@ def test_a_student_stopped_anywhere_goes_on_bit_for_bit(
 ) -> None:
     """Killed after a checkpoint was sent: what is lost is what came after it."""
     run("train-student", "-q", "-c", settings["train"], work=work_of(tiny_cached))
-    real = loop._make_step
+    real = loop.make_step
 
     def killed(*arguments: Any) -> Any:
         if arguments[-1] == 2:
@@ -147,7 +147,7 @@ def test_a_student_stopped_anywhere_goes_on_bit_for_bit(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_make_step", killed)
+        patch.setattr(loop, "make_step", killed)
         run("train-student", "-q", "-c", settings["train"], "--checkpoint-minutes", "0", expect=130)
     checkpoints = [name for name in sizes(uploaded / "students") if "/checkpoints/" in name]
     assert [Path(name).name for name in checkpoints] == ["step_00000001.pt", "step_00000002.pt"]

@@ -24,7 +24,8 @@ from pipeline.config import digest
 from pipeline.data.registry import Registry, load_registry
 from pipeline.network import NetworkConfig
 from pipeline.prepare import identify_case
-from pipeline.student.training import TrainingConfig, run_digest, train
+from pipeline.student.settings import TrainingConfig, run_digest
+from pipeline.student.training import train
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.units import open_teacher
 from stages import cache_teachers, train_student

@@ -19,7 +19,7 @@ from pipeline.cache.index import read_teacher_index
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheMissing, CacheStale, CheckpointError, ConfigError, PipelineError
 from pipeline.log import Log
-from pipeline.student import training
+from pipeline.student import loading, training
 from pipeline.student.checkpoint import load_student
 from pipeline.student.supervision import Kind
 from stages import train_student
@@ -96,7 +96,7 @@ def losses_of(registry: Path) -> list[float]:
 
 
 class TestTrainStudent(StageContract):
-    kill_at = "pipeline.student.training:_make_step"
+    kill_at = "pipeline.student.training:make_step"
     timed: ClassVar[tuple[str, ...]] = ()
 
     @pytest.fixture
@@ -264,14 +264,14 @@ class TestTheRun:
     def test_a_run_that_a_signal_stopped_is_not_done(
         self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = training._make_step
+        real = training.make_step
 
         def stopped(*rest: Any) -> dict[str, Any]:
             os.kill(os.getpid(), signal.SIGTERM)
             return real(*rest)
 
         with monkeypatch.context() as context:
-            context.setattr(training, "_make_step", stopped)
+            context.setattr(training, "make_step", stopped)
             report = run(tiny_cached)
         assert (report.done, report.skipped) == ([], [])
         assert isinstance(report.failed["student"], PipelineError)
@@ -326,13 +326,13 @@ class TestCalibrated:
     ) -> None:
         expected = self.warm(tiny_cached, 2.0)
         seen = []
-        real = training.PatchDataset
+        real = loading.PatchDataset
 
         def spy(*args: Any, **options: Any) -> Any:
             seen.append(options["temperatures"])
             return real(*args, **options)
 
-        monkeypatch.setattr(training, "PatchDataset", spy)
+        monkeypatch.setattr(loading, "PatchDataset", spy)
         assert run(tiny_cached, self.settings()).exit_code == 0
         assert seen == [expected]
         assert self.inputs_of(tiny_cached)["temperatures"] == {

@@ -14,6 +14,7 @@ from pipeline.labels import IGNORE
 from pipeline.student import losses
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.network import StudentNetwork, TapKey
+from pipeline.student.settings import TrainingConfig
 from pipeline.student.supervision import (
     Batch,
     FeaturesConfig,
@@ -24,7 +25,6 @@ from pipeline.student.supervision import (
     batch_loss,
     pseudo_labels,
 )
-from pipeline.student.training import TrainingConfig
 
 SHAPE = (2, 2, 2)
 K = 2

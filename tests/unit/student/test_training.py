@@ -21,12 +21,14 @@ import torch
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
+from pipeline.student import step as one_step
 from pipeline.student import training
 from pipeline.student.checkpoint import training_checkpoints
 from pipeline.student.network import CachedTap
 from pipeline.student.optimiser import OptimiserConfig
 from pipeline.student.resume import stop_signals
-from pipeline.student.training import Trained, TrainingConfig, run_digest, train
+from pipeline.student.settings import TrainingConfig, run_digest
+from pipeline.student.training import Trained, train
 from tests.tiny import NETWORK
 from tests.unit.student.coded import CHANNELS, SPACE, STRIDE, TAP, write_case
 
@@ -182,9 +184,9 @@ class TestResume:
     @pytest.mark.parametrize(
         ("where", "how", "features", "workers", "workers_later", "left"),
         [
-            ("_make_step", "SIGTERM", True, 0, 1, 4),
-            ("_make_step", "SIGUSR1", False, 0, 0, 4),
-            ("_make_step", "group", False, 1, 0, 4),
+            ("make_step", "SIGTERM", True, 0, 1, 4),
+            ("make_step", "SIGUSR1", False, 0, 0, 4),
+            ("make_step", "group", False, 1, 0, 4),
             ("save_state", "SIGKILL", True, 1, 0, 3),
         ],
     )
@@ -357,7 +359,7 @@ class TestWhatARunLeaves:
 
 class TestNotFinite:
     def _poison(self, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-        real, calls = training.batch_loss, []
+        real, calls = one_step.batch_loss, []
 
         def poisoned(config: Any, network: Any, *rest: Any) -> Any:
             calls.append(1)
@@ -369,7 +371,7 @@ class TestNotFinite:
             # Finite, but the root's slope at 0 is infinite.
             return loss + (0 * next(network.parameters()).sum()).sqrt(), terms
 
-        monkeypatch.setattr(training, "batch_loss", poisoned)
+        monkeypatch.setattr(one_step, "batch_loss", poisoned)
 
     @pytest.mark.parametrize(
         ("how", "says"), [("loss", "the loss became NaN in dice"), ("gradient", "the gradient")]

@@ -1,0 +1,85 @@
+"""Samples of a training as batches, made in this process or in loader processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from pipeline.cache.reader import CachedCase
+from pipeline.cohort import Temperatures
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.labels import LabelSpace
+from pipeline.patches import Index3
+from pipeline.student.dataset import PatchDataset, Remaining, collate
+from pipeline.student.network import StudentNetwork
+from pipeline.student.resume import live_as_long_as_the_loop
+from pipeline.student.settings import TrainingConfig
+
+
+def patches_of(
+    config: TrainingConfig,
+    space: LabelSpace,
+    cases: Sequence[CachedCase],
+    network: StudentNetwork,
+    temperatures: Temperatures | None,
+    pool_mb: int,
+) -> PatchDataset:
+    """The samples of a training, on the feature grid of the network's tap.
+
+    Raises:
+        ConfigError: the patch is not a whole number of feature cells.
+    """
+    align: Index3 = network.tap_stride
+    if any(n % a for n, a in zip(config.patch, align, strict=True)):
+        raise ConfigError(
+            f"patch {config.patch} is not a whole number of feature cells of {align} voxels.",
+            where="patch",
+            fix="Choose multiples.",
+        )
+    return PatchDataset(
+        cases,
+        space,
+        supervision=config.supervision,
+        taps={key: tap.channels for key, tap in network.cached.items()},
+        patch=config.patch,
+        align=align,
+        intensity=config.intensity,
+        sampling=config.sampling,
+        augment=config.augment,
+        batch_size=config.batch_size,
+        num_steps=config.steps,
+        seed=config.seed,
+        temperatures=temperatures,
+        pool_bytes=pool_mb * 1_000_000,
+    )
+
+
+@contextmanager
+def loaded_batches(
+    data: PatchDataset, start: int, config: TrainingConfig, workers: int
+) -> Iterator[Iterator[dict[str, Any] | PipelineError]]:
+    """Batches from step `start` on. forkserver: zarr and Dask do not all survive a fork."""
+    rest = Remaining(data, start * config.batch_size)
+    loader = DataLoader(
+        rest,
+        batch_size=config.batch_size,
+        num_workers=workers,
+        multiprocessing_context="forkserver" if workers else None,
+        collate_fn=collate,
+        worker_init_fn=live_as_long_as_the_loop,
+        # Of its own, or the loader would draw its base seed from the global stream.
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        # Loader processes end with their iterator. An error's traceback would keep it alive, and
+        # this process would wait for them for ever.
+        shut_down = getattr(batches, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
