@@ -1,11 +1,14 @@
-"""The tiny cohort as fixtures; `tests/tiny.py` says what is in it."""
+"""The tiny cohort as fixtures, `tests/tiny.py` says what is in it; the table of faults at the end.
+
+With several test processes each counts faults of its own; the one that prints adds them up.
+"""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -20,9 +23,31 @@ settings.load_profile("no deadline")
 pytest.register_assert_rewrite("tests.stages.stage_contract")
 
 from pipeline.cache.pool import POOL  # noqa: E402
+from tests.faults.ledger import LEDGER, LONG  # noqa: E402
 from tests.nnunet_models import build_models  # noqa: E402
 from tests.object_store import BUCKET, folder, object_store  # noqa: E402
 from tests.tiny import build_cohort, copy_cohort, fill_cache  # noqa: E402
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hands a test process's counts of faults to the process that prints."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["faults"] = {kind: dict(row) for kind, row in LEDGER.rows.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Adds the counts of a test process that ends."""
+    for kind, row in getattr(node, "workeroutput", {}).get("faults", {}).items():
+        LEDGER.add(kind, **row)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what was tried."""
+    if LEDGER.rows:
+        terminalreporter.section(f"faults, {'long' if LONG else 'short'} version")
+        for line in LEDGER.table():
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The small cohort, cached and not; the nursery; and the table of faults at the end of a run."""
+"""The small cohort, cached and not, and the nursery."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.ledger import LEDGER, LONG
 from tests.faults.nursery import Job, Nursery
 from tests.faults.small import build_small, run_stage
 from tests.tiny import copy_cohort
@@ -46,11 +45,3 @@ def nursery(small_built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with Nursery() as found:
         found.warm(Job("modules", {"registry": str(registry)}))
         yield found
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints what was tried."""
-    if LEDGER.rows:
-        terminalreporter.section(f"faults, {'long' if LONG else 'short'} version")
-        for line in LEDGER.table():
-            terminalreporter.write_line(line)
