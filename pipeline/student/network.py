@@ -192,8 +192,8 @@ def _no_such_cells(
     return ConfigError(
         f"{said} voxels, tap {key[1]!r} of teacher {key[0]} is cached in cells of {entry.stride}.",
         where=_WHERE,
-        fix="Choose a layer of the student with the same stride, or re-cache that teacher with "
-        "another tap.",
+        fix="Choose a layer of the student with the same stride, leave the tap out by naming pairs "
+        "of {cached tap: layer}, or re-cache that teacher with another tap.",
     )
 
 

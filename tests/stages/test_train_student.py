@@ -210,6 +210,31 @@ class TestSupervision:
         shutil.rmtree(work_of(tiny_cached) / "teachers")
         assert run(tiny_cached, settings("marginal")).exit_code == 0
 
+    def test_taps_of_two_strides_against_two_layers(self, tiny_registry: Path) -> None:
+        fine = "model.0"  # 2 voxels a cell; TAP has 4
+
+        def with_both(data: dict[str, Any]) -> None:
+            for teacher in data["teachers"].values():
+                teacher["taps"] = [TAP, fine]
+
+        fill_cache(change_registry(tiny_registry, with_both))
+        found = {}
+        for name, taps in {
+            "listed": [fine, TAP],
+            "mapped": {TAP: TAP, fine: fine},
+            "some": {TAP: TAP},
+        }.items():
+            supervision = {"kind": "ms_kd", "features": {"student_taps": taps}}
+            config = settings(supervision=supervision).model_copy(update={"run": name})
+            assert run(tiny_registry, config).exit_code == 0
+            lines = work_of(tiny_registry) / "students" / name / "metrics.jsonl"
+            found[name] = json.loads(lines.read_text().splitlines()[0])["terms"]["features"]
+        assert found["listed"] == found["mapped"] != found["some"]
+        with pytest.raises(
+            ConfigError, match=r"student_taps: .*'model\.0' of teacher liver is cached"
+        ):
+            run(tiny_registry, settings())
+
     def test_features_that_nobody_cached_are_refused(self, tiny_registry: Path) -> None:
         def without_taps(data: dict[str, Any]) -> None:
             for teacher in data["teachers"].values():
