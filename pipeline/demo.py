@@ -142,7 +142,7 @@ def write_settings(folder: Path, *, quick: bool) -> Path:
     for kind in STUDENTS:
         supervision: dict[str, Any] = {"kind": kind}
         if kind == "ms_kd":
-            supervision["features"] = {"student_tap": _STUDENT_TAP}
+            supervision["features"] = {"student_taps": [_STUDENT_TAP]}
         student = {
             **training,
             "steps": 8 if quick else 450,

@@ -231,6 +231,7 @@ def _finish(
     training = config.training
     record = StudentRecord(
         network=training.network,
+        head=training.supervision.head,
         organs=dict(registry.label_space.ids),
         spacing_mm=registry.grid.spacing_mm,
         intensity=training.intensity,

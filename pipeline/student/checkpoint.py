@@ -17,7 +17,8 @@ from pipeline.errors import CheckpointError, PipelineError
 from pipeline.folder import Folder, storage_errors
 from pipeline.intensity import Intensity
 from pipeline.labels import LabelSpace
-from pipeline.network import NetworkConfig, build_network
+from pipeline.network import NetworkConfig
+from pipeline.student.network import Head, build_student
 
 FORMAT_VERSION = 1
 KEPT = 2
@@ -28,6 +29,7 @@ class StudentRecord(Config):
 
     format_version: int = FORMAT_VERSION
     network: NetworkConfig
+    head: Head = "softmax"
     organs: dict[str, int]
     spacing_mm: tuple[float, float, float]
     intensity: Intensity
@@ -121,7 +123,7 @@ def load_student(path: Folder) -> tuple[StudentRecord, nn.Module]:
             raise TypeError(f"it holds a {type(content).__name__}")
         record = StudentRecord.model_validate_json(content["record"])
         state: dict[str, Tensor] = dict(content["state"])
-        network = build_network(record.network, in_channels=1, out_channels=len(record.organs) + 1)
+        network = build_student(record.network, len(record.organs), record.head)
         network.load_state_dict(state, strict=True)
     except (KeyError, TypeError, ValueError, RuntimeError, PipelineError) as error:
         first = str(error).split("\n")[0]

@@ -24,7 +24,7 @@ from pipeline.intensity import Intensity
 from pipeline.labels import IGNORE, LabelSpace
 from pipeline.patches import Index3, Patch, patch_at
 from pipeline.student.augment import AugmentConfig, change_intensity, draw_movement
-from pipeline.student.network import TapKey
+from pipeline.student.network import CachedTap, TapKey
 from pipeline.student.supervision import Batch, SupervisionConfig
 
 AIR_HU = -1024
@@ -50,9 +50,9 @@ class PatchDataset(Dataset[dict[str, Any]]):
         cases: to draw from, each equally often within its dataset, datasets equally often.
         space: the student's organs.
         supervision: decides what is read.
-        taps: cached taps to read, and their channels F.
+        taps: cached taps to read.
         patch: (D, H, W) voxels.
-        align: patch origins are multiples of it, so that cached features follow exactly.
+        align: patch origins are multiples of it, so that cells of every cached tap follow exactly.
         intensity: HU -> network units.
         sampling: where patches are taken.
         augment: what is done to them.
@@ -70,7 +70,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         space: LabelSpace,
         *,
         supervision: SupervisionConfig,
-        taps: Mapping[TapKey, int],
+        taps: Mapping[TapKey, CachedTap],
         patch: Index3,
         align: Index3,
         intensity: Intensity,
@@ -92,6 +92,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         self._by_dataset: dict[str, list[CachedCase]] = {}
         for case in cases:
             self._by_dataset.setdefault(case.name.split("/")[0], []).append(case)
+        self._teachers = sorted({teacher for case in cases for teacher in case.teachers})
 
     def __len__(self) -> int:
         return self.num_steps * self.batch_size
@@ -120,6 +121,8 @@ class PatchDataset(Dataset[dict[str, Any]]):
         if self.supervision.uses_teachers:
             known = known_organs(case, self.space, use_labels=self.supervision.labels_win)
             sample["known"] = torch.tensor([k in known for k in range(len(organs))])
+            if self.supervision.uses_experts:
+                sample["experts"] = self._experts(case, known)
         sample["case"] = case.name
         return sample
 
@@ -153,6 +156,15 @@ class PatchDataset(Dataset[dict[str, Any]]):
                 found[organ] = points
         return found
 
+    def _experts(self, case: CachedCase, known: Sequence[int]) -> Tensor:
+        """Which teacher speaks of which organs, bool (I, K); a known organ without an expert here
+        is the label's, and counts as a teacher of that organ alone.
+        """
+        who = [case.experts.get(organ, ()) for organ in self.space.organs]
+        by_teacher = torch.tensor([[t in w for w in who] for t in self._teachers], dtype=torch.bool)
+        by_label = torch.tensor([k in known and not w for k, w in enumerate(who)])
+        return torch.cat([by_teacher.reshape(-1, len(who)), torch.diag(by_label)])
+
     def _read(self, case: CachedCase, patch: Patch) -> dict[str, npt.NDArray[Any]]:
         image = self.intensity.apply(case.image(patch, fill=AIR_HU))
         classes = self.space.to_classes(case.label(patch, fill=IGNORE))
@@ -160,12 +172,12 @@ class PatchDataset(Dataset[dict[str, Any]]):
         if not self.supervision.uses_teachers:
             return arrays
         arrays |= self._read_regions(case, patch)
-        cells = patch.coarsen(self.align)
-        for number, ((teacher, tap), channels) in enumerate(self.taps.items()):
+        for number, ((teacher, tap), cached) in enumerate(self.taps.items()):
+            cells = patch.coarsen(cached.stride)
             if teacher in case.teachers:
                 feature = case.features(teacher, tap, cells).astype(np.float32)
             else:
-                feature = np.full((channels, *cells.shape), np.nan, dtype=np.float32)
+                feature = np.full((cached.channels, *cells.shape), np.nan, dtype=np.float32)
             arrays[f"feature{number}"] = feature
         return arrays
 
@@ -236,5 +248,6 @@ def to_batch(collated: dict[str, Any], taps: Sequence[TapKey], device: torch.dev
         log_odds=get("log_odds") if with_teachers else None,
         organ=get("organ") if with_teachers else None,
         background=get("background") if with_teachers else None,
+        experts=get("experts") if "experts" in collated else None,
         features={key: get(f"feature{n}") for n, key in enumerate(taps)} if with_teachers else {},
     )

@@ -28,7 +28,7 @@ def patches_of(
     temperatures: Temperatures | None,
     pool_mb: int,
 ) -> PatchDataset:
-    """The samples of a training, on the feature grid of the network's tap.
+    """The samples of a training, on the feature grids of the network's taps.
 
     Raises:
         ConfigError: the patch is not a whole number of feature cells.
@@ -44,7 +44,7 @@ def patches_of(
         cases,
         space,
         supervision=config.supervision,
-        taps={key: tap.channels for key, tap in network.cached.items()},
+        taps=network.cached,
         patch=config.patch,
         align=align,
         intensity=config.intensity,

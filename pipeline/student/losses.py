@@ -1,11 +1,12 @@
-"""The terms of the loss: pure functions of tensors, each with its formula.
+"""Terms by labels: pure functions of tensors, each with its formula. Those by teachers are in
+`distillation`.
 
-The region-based terms are this project's reconstruction of MS-KD (Feng et al., arXiv 2108.02559),
-whose equations were not available to us; see docs/method.md. Half precision is raised to float32
-before anything is computed or summed.
+Half precision is raised to float32 before anything is computed or summed. Sums that form a ratio
+are summed over all processes first (`ranks`), and no branch that depends on data stands before such
+a sum: every process makes the same ones in the same order.
 
-Letters: N batch, K organs, C = K + 1 classes (0 background), F feature channels, D H W voxels,
-d h w feature cells. Terms that share a softmax take log p or p, made once by `log_softmax`.
+Letters: N batch, K organs, C = K + 1 classes (0 background), D H W voxels. Terms that share a
+softmax take log p or p, made once by `softmax_both`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.labels import IGNORE
+from pipeline.student.ranks import over_ranks
 
-_NEVER = -1e4  # a logit that softmax turns into 0 without the NaN that -inf would bring
+NEVER = -1e4  # a logit that softmax turns into 0 without the NaN that -inf would bring
 _SMOOTH = 1e-5
 
 
@@ -25,7 +27,7 @@ def softmax_both(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     Both from the logits: exp(log p) is several times slower where it underflows.
     """
-    s = _full(logits)
+    s = at_least_float32(logits)
     return torch.log_softmax(s, dim=1), torch.softmax(s, dim=1)
 
 
@@ -41,12 +43,12 @@ def merge_into_background(logits: Tensor, organs: Tensor) -> Tensor:
     Returns:
         (N, C, D, H, W) in which merged classes have probability 0.
     """
-    s = _full(logits)
+    s = at_least_float32(logits)
     if bool(organs.all()):
         return s
     kept = organs[:, :, None, None, None]
-    background = _logsumexp(torch.cat([s[:, :1], s[:, 1:].masked_fill(kept, _NEVER)], dim=1))
-    return torch.cat([background, s[:, 1:].masked_fill(~kept, _NEVER)], dim=1)
+    background = logsumexp(torch.cat([s[:, :1], s[:, 1:].masked_fill(kept, NEVER)], dim=1))
+    return torch.cat([background, s[:, 1:].masked_fill(~kept, NEVER)], dim=1)
 
 
 def cross_entropy(log_p: Tensor, classes: Tensor) -> Tensor:
@@ -56,8 +58,9 @@ def cross_entropy(log_p: Tensor, classes: Tensor) -> Tensor:
         log_p: (N, C, D, H, W), after `merge_into_background` for partial labels.
         classes: int64 (N, D, H, W), 255 ignore.
     """
-    total = F.nll_loss(_full(log_p), classes, ignore_index=IGNORE, reduction="sum")
-    return total / (classes != IGNORE).sum().clamp(min=1)
+    log_p = at_least_float32(log_p)
+    total = F.nll_loss(log_p, classes, ignore_index=IGNORE, reduction="sum")
+    return mean_of_means(total, (classes != IGNORE).sum())
 
 
 def dice(p: Tensor, classes: Tensor, organs: Tensor) -> Tensor:
@@ -69,143 +72,83 @@ def dice(p: Tensor, classes: Tensor, organs: Tensor) -> Tensor:
     everywhere: that an organ is absent is for cross-entropy to teach.
 
     Args:
-        p: softmax (N, C, D, H, W); merging would not change the channels that are read.
+        p: probabilities of the organs (N, K, D, H, W), by softmax or by sigmoid; merging into
+            background would not change them.
         classes: int64 (N, D, H, W), 255 ignore.
         organs: bool (N, K), annotated organs per sample.
     """
-    p = _full(p)[:, 1:].flatten(2)
-    seen = (classes != IGNORE).flatten(1)
-    numbers = torch.arange(1, p.shape[1] + 1, device=p.device)
-    y = (classes.flatten(1)[:, None] == numbers[None, :, None]).to(p.dtype)
+    p = at_least_float32(p).flatten(2)
+    y = _one_hot(classes, p)
     counted = organs.to(p.dtype)
     both = ((p * y).sum(dim=2) * counted).sum(dim=0)
-    size = ((_over_voxels(p, seen) + y.sum(dim=2)) * counted).sum(dim=0)
-    return _one_minus_mean(2 * both, size, organs)
+    size = ((over_voxels(p, classes != IGNORE) + y.sum(dim=2)) * counted).sum(dim=0)
+    return one_minus_mean(2 * both, size, organs)
 
 
-def joint_target(log_odds: Tensor, temperature: float) -> Tensor:
-    """Logits of q_T = softmax([0, d_1 .. d_K] / T): what all experts say together.
+def exclusion_dice(p: Tensor, classes: Tensor, organs: Tensor) -> Tensor:
+    """Mean over unannotated organs k of 2 sum(p_k e) / (sum(p_k) + sum(e)), sums over the batch.
 
-    Args:
-        log_odds: (N, K, D, H, W); NaN, an organ that nobody knows here, gets q = 0.
-        temperature: T > 0.
+    e is 1 where the label shows any annotated organ: there organ k cannot be, since organs do not
+    overlap. A sample takes part in k only if it does not annotate k.
 
-    Returns:
-        (N, C, D, H, W).
-    """
-    d = torch.nan_to_num(_full(log_odds) / temperature, nan=_NEVER)
-    return torch.cat([torch.zeros_like(d[:, :1]), d], dim=1)
-
-
-def kl_joint(log_p: Tensor, log_odds: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """T^2 sum(w KL(q_T || p_T)) / sum(w), where p_T = softmax(log p / T).
-
-    With w = 1 on R_1 .. R_K and B and 0 elsewhere this is the mean over these voxels together;
-    with w = 1 / size of a voxel's region, the mean per region. Source of T^2: Hinton et al. 2015.
+    Source of the idea, and of there being a Dice and a cross-entropy of it: the exclusion loss of
+    Shi et al. 2021 (Medical Image Analysis 70, 101979). Its equations were not available to us: the
+    exact form is ours. As in any Dice, the sum(p_k) below the line makes more p_k elsewhere a way
+    to a smaller value, so that voxels outside e have a (small, negative) gradient.
 
     Args:
-        log_p: student (N, C, D, H, W), organs that nobody knows merged into background.
-        log_odds: (N, K, D, H, W), see `joint_target`.
-        weight: float (N, D, H, W), 0 where the voxel teaches nothing.
-        temperature: T > 0.
+        p: softmax of the organs (N, K, D, H, W).
+        classes: int64 (N, D, H, W), 255 ignore.
+        organs: bool (N, K), annotated organs per sample.
     """
-    log_p = _full(log_p)
-    if temperature != 1:
-        log_p = torch.log_softmax(log_p / temperature, dim=1)
-    target = joint_target(log_odds, temperature)
-    log_q, wq = torch.log_softmax(target, dim=1), torch.softmax(target, dim=1) * weight[:, None]
-    # One product with log p: all else is constant and needs no gradient.
-    total = (wq * log_q).sum() - (wq * log_p).sum()
-    return temperature**2 * total / weight.sum().clamp(min=_SMOOTH)
+    p = at_least_float32(p).flatten(2)
+    taken = _taken(classes).flatten(1)
+    counted = (~organs).to(p.dtype)
+    both = (over_voxels(p, taken) * counted).sum(dim=0)
+    size = over_voxels(p, classes != IGNORE) + taken.sum(dim=1, keepdim=True)
+    sums = over_ranks(torch.stack([2 * both, (size * counted).sum(dim=0), counted.sum(dim=0)]))
+    overlap = sums[0] / (sums[1] + _SMOOTH)
+    return overlap.sum() / (sums[2] > 0).sum().clamp(min=1)
 
 
-def kl_per_teacher(log_p: Tensor, log_odds: Tensor, weights: Tensor, temperature: float) -> Tensor:
-    """Mean over organs k of T^2 sum(w_k KL(Bern(d_k / T) || Bern(e_k / T))) / sum(w_k).
+def exclusion_cross_entropy(p: Tensor, classes: Tensor, organs: Tensor) -> Tensor:
+    """Mean over the voxels that are not ignored of e sum over unannotated k of log(1 + p_k).
 
-    e_k = log p_k - logsumexp(all other log p) is the student's own log-odds of organ k.
+    e as in `exclusion_dice`, and so are source and arguments: the exact form is ours. The 1 keeps
+    it finite and its minimum, 0, at p_k = 0.
+    """
+    p = at_least_float32(p).flatten(2)
+    each = over_voxels(torch.log1p(p), _taken(classes))
+    return mean_of_means((each * ~organs).sum(), (classes != IGNORE).sum())
+
+
+def masked_bce(logits: Tensor, classes: Tensor, organs: Tensor) -> Tensor:
+    """Mean of the binary cross-entropy of sigmoid(s_k) over all pairs of an annotated organ k of a
+    sample and a voxel of it that is not ignored; 0 if there are none.
+
+    The target is 1 where the label says k, and 0 where it says background or another organ.
+
+    Source: losses for annotated classes alone, one sigmoid per class, as in MultiTalent (Ulrich et
+    al. 2023, arXiv 2303.14444) and the CLIP-driven universal model (Liu et al. 2023, arXiv
+    2301.00785). The mean over pairs is ours.
 
     Args:
-        log_p: student (N, C, D, H, W), organs that nobody knows merged into background.
-        log_odds: (N, K, D, H, W), NaN where nobody knows.
-        weights: float (N, K, D, H, W): 1 on R_k and B, say; 0 where d_k teaches nothing.
-        temperature: T > 0.
+        logits: of the organs, (N, K, D, H, W).
+        classes: int64 (N, D, H, W), 255 ignore.
+        organs: bool (N, K), annotated organs per sample.
     """
-    s = _full(log_p)
-    terms = []
-    for k in range(log_odds.shape[1]):
-        w = weights[:, k]
-        if not bool((w > 0).any()):
-            continue
-        rest = torch.cat([s[:, : k + 1], s[:, k + 2 :]], dim=1)
-        e = (s[:, k + 1] - _logsumexp(rest)[:, 0]) / temperature
-        d = torch.nan_to_num(_full(log_odds[:, k]) / temperature)
-        yes = torch.sigmoid(d) * (F.logsigmoid(d) - F.logsigmoid(e))
-        no = torch.sigmoid(-d) * (F.logsigmoid(-d) - F.logsigmoid(-e))
-        terms.append(temperature**2 * ((yes + no) * w).sum() / w.sum())
-    return torch.stack(terms).mean() if terms else s.new_zeros(())
+    s = at_least_float32(logits).flatten(2)
+    pairs = organs[:, :, None] & (classes != IGNORE).flatten(1)[:, None]
+    each = F.binary_cross_entropy_with_logits(s, _one_hot(classes, s), reduction="none")
+    return mean_of_means(torch.where(pairs, each, torch.zeros_like(each)).sum(), pairs.sum())
 
 
-def soft_dice(p: Tensor, log_odds: Tensor, inside: Tensor, known: Tensor) -> Tensor:
-    """1 - mean over known organs of 2 sum(p q) / (sum(p^2) + sum(q^2)), sums over the regions.
-
-    The squares make p = q the optimum for soft targets (Milletari et al. 2016); with plain sums it
-    would be a hard one.
-
-    Args:
-        p: student's softmax (N, C, D, H, W); merging would not change the channels that are read.
-        log_odds: (N, K, D, H, W).
-        inside: bool (N, D, H, W), the regions together.
-        known: bool (N, K).
-    """
-    p = _full(p)[:, 1:].flatten(2)
-    q = torch.softmax(joint_target(log_odds, 1.0), dim=1)[:, 1:].flatten(2)
-    inside = inside.flatten(1)
-    counted = known.to(p.dtype)
-    q = q * inside[:, None]
-    both = ((p * q).sum(dim=2) * counted).sum(dim=0)
-    size = ((_over_voxels(p.square(), inside) + q.square().sum(dim=2)) * counted).sum(dim=0)
-    return _one_minus_mean(2 * both, size, known)
-
-
-def feature_cosine(adapted: Tensor, teacher: Tensor, *regions: Tensor) -> Tensor:
-    """Per region the mean over its cells of 1 - cos(adapter(student feature), teacher's feature),
-    added up; a region without cells adds 0.
-
-    Only the student's side is projected: with a learnable projection on both sides the trivial
-    optimum is 0.
-
-    Args:
-        adapted: (N, F, d, h, w), after the 1 x 1 x 1 adapter.
-        teacher: (N, F, d, h, w), from the cache; NaN where not seen, such cells are left out.
-        regions: bool (N, d, h, w) each, on the feature grid.
-    """
-    t = _full(teacher)
-    seen = torch.isfinite(t).all(dim=1)
-    t = torch.where(seen[:, None], t, torch.zeros_like(t))
-    distance = 1 - F.cosine_similarity(_full(adapted), t, dim=1, eps=1e-6)
-    total = distance.new_zeros(())
-    for region in regions:
-        cells = region & seen
-        total = total + (distance * cells).sum() / cells.sum().clamp(min=1)
-    return total
-
-
-def touched_cells(region: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    """Feature cells with at least one voxel of a region: bool (N, D, H, W) -> (N, d, h, w)."""
-    return F.max_pool3d(region[:, None].float(), stride, stride)[:, 0] > 0
-
-
-def filled_cells(region: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    """Feature cells wholly inside a region: bool (N, D, H, W) -> (N, d, h, w)."""
-    return ~touched_cells(~region, stride)
-
-
-def _full(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """float16 and bfloat16 -> float32; wider types stay."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _logsumexp(s: Tensor) -> Tensor:
+def logsumexp(s: Tensor) -> Tensor:
     """(N, C, ...) -> (N, 1, ...), as s_0 - log_softmax(s)_0.
 
     torch.logsumexp calls an exp that is 30 times slower where it underflows, which is everywhere.
@@ -213,13 +156,37 @@ def _logsumexp(s: Tensor) -> Tensor:
     return s[:, :1] - torch.log_softmax(s, dim=1)[:, :1]
 
 
-def _over_voxels(values: Tensor, where: Tensor) -> Tensor:
-    """Sums of (N, K, V) over the voxels of a bool (N, V): (N, K)."""
-    return (values * where[:, None]).sum(dim=2)
+def over_voxels(values: Tensor, where: Tensor) -> Tensor:
+    """Sums of (N, K, V) over the voxels of a bool (N, V) or (N, D, H, W): (N, K)."""
+    return (values * where.flatten(1)[:, None]).sum(dim=2)
 
 
-def _one_minus_mean(doubled: Tensor, size: Tensor, organs: Tensor) -> Tensor:
-    """1 - mean of doubled / size, both (K,) and smoothed, over the organs of any sample."""
-    taught = organs.any(dim=0)
-    score = (doubled + _SMOOTH) / (size + _SMOOTH)
+def mean_of_means(totals: Tensor, sizes: Tensor) -> Tensor:
+    """Mean of totals / sizes, () or (I,) each, where sizes > 0; 0 if nowhere. Over all processes:
+    both are summed over them first.
+    """
+    totals, sizes = over_ranks(torch.stack([totals, sizes.to(totals.dtype)]))
+    taught = sizes > 0
+    means = totals / torch.where(taught, sizes, torch.ones_like(sizes))
+    return torch.where(taught, means, torch.zeros_like(means)).sum() / taught.sum().clamp(min=1)
+
+
+def one_minus_mean(doubled: Tensor, size: Tensor, organs: Tensor) -> Tensor:
+    """1 - mean of doubled / size, both (K,), summed over all processes and smoothed, over the
+    organs, bool (N, K), of any sample of any process.
+    """
+    sums = over_ranks(torch.stack([doubled, size, organs.sum(dim=0).to(size.dtype)]))
+    taught = sums[2] > 0
+    score = (sums[0] + _SMOOTH) / (sums[1] + _SMOOTH)
     return torch.where(taught, 1 - score, torch.zeros_like(score)).sum() / taught.sum().clamp(min=1)
+
+
+def _one_hot(classes: Tensor, like: Tensor) -> Tensor:
+    """(N, D, H, W) -> (N, K, V), 1 where the class is organ k, in the type of (N, K, ...)."""
+    numbers = torch.arange(1, like.shape[1] + 1, device=like.device)
+    return (classes.flatten(1)[:, None] == numbers[None, :, None]).to(like.dtype)
+
+
+def _taken(classes: Tensor) -> Tensor:
+    """Where the label shows an organ: labels name none but annotated ones."""
+    return (classes > 0) & (classes != IGNORE)

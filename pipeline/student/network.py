@@ -1,9 +1,11 @@
-"""The student's network: a MONAI network by name, one tapped layer, one adapter per cached tap."""
+"""The student's network: a MONAI network by name, tapped layers, one adapter per cached tap."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,10 @@ from pipeline.network import NetworkConfig, build_network, find_module, tap_shap
 from pipeline.patches import Index3
 
 TapKey = tuple[str, str]
+Head = Literal["softmax", "sigmoid"]
+# Layers, each for all cached taps of its stride; or cached tap -> layer.
+StudentTaps = Mapping[str, str] | Sequence[str]
+_WHERE = "supervision.features.student_taps"
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,47 @@ class CachedTap:
     organs: tuple[int, ...]
 
 
+class OneVsRest(nn.Module):
+    """A network with one sigmoid channel per organ as one with K + 1 logits: background's is 0.
+
+    So argmax is the prediction as it is with a softmax: the organ of the largest logit, background
+    where all are negative. Validation, prediction and export need not know the difference.
+    """
+
+    def __init__(self, organs: nn.Module) -> None:
+        super().__init__()
+        self.organs = organs
+
+    def forward(self, image: Tensor) -> Any:
+        """(N, 1, D, H, W) -> (N, K + 1, D, H, W); of several outputs, or a stack, each so."""
+        out = self.organs(image)
+        if isinstance(out, (list, tuple)):
+            return [_with_background(o) for o in out]
+        return _with_background(out)
+
+
+def build_student(config: NetworkConfig, num_organs: int, head: Head) -> nn.Module:
+    """A network with K + 1 logits, background first; weights from torch's global random state.
+
+    Raises:
+        ConfigError: no such network, or arguments that it does not take.
+    """
+    if head == "sigmoid":
+        return OneVsRest(build_network(config, in_channels=1, out_channels=num_organs))
+    return build_network(config, in_channels=1, out_channels=num_organs + 1)
+
+
 class StudentNetwork(nn.Module):
     """Network and adapters. Only `network` is what a trained student consists of.
 
+    Attributes:
+        network: (N, 1, D, H, W) -> logits.
+        cached: the cached taps that are compared with a layer.
+        layer_of: the layer of the student that each of them is compared with.
+
     Raises:
-        ConfigError: no such network or layer, a patch that it cannot take, or a layer whose cells
-            are not those of a cached tap.
+        ConfigError: no such network or layer, a patch that it cannot take, or layers and cached
+            taps that cannot be paired.
     """
 
     def __init__(
@@ -44,51 +85,121 @@ class StudentNetwork(nn.Module):
         num_organs: int,
         *,
         patch: Sequence[int],
-        tap: str = "",
+        head: Head = "softmax",
+        taps: StudentTaps = (),
         cached: Mapping[TapKey, CachedTap] | None = None,
     ) -> None:
         super().__init__()
-        self.network = build_network(config, in_channels=1, out_channels=num_organs + 1)
-        self.cached = dict(cached or {})
-        self.tap_stride: Index3 = (1, 1, 1)
-        self._feature: Tensor | None = None
+        self.network = build_student(config, num_organs, head)
+        self._features: dict[str, Tensor] = {}
         self.adapters = nn.ModuleList()
-        shapes = tap_shapes(self.network, [tap] if tap else [], patch)
-        if tap and self.cached:
-            channels, self.tap_stride = shapes[tap]
-            self._check_strides(tap)
-            for entry in self.cached.values():
-                self.adapters.append(nn.Conv3d(channels, entry.channels, kernel_size=1))
-            find_module(self.network, tap).register_forward_hook(self._keep)
+        layers = sorted(set(taps.values() if isinstance(taps, Mapping) else taps))
+        shapes = tap_shapes(self.network, layers, patch)
+        self.layer_of: dict[TapKey, str] = {}
+        if taps and cached:
+            strides = {layer: stride for layer, (_, stride) in shapes.items()}
+            self.layer_of = pair_taps(taps, strides, cached)
+        self.cached = {key: (cached or {})[key] for key in self.layer_of}
+        for key, layer in self.layer_of.items():
+            channels, _ = shapes[layer]
+            self.adapters.append(nn.Conv3d(channels, self.cached[key].channels, kernel_size=1))
+        for layer in sorted(set(self.layer_of.values())):
+            find_module(self.network, layer).register_forward_hook(self._keep(layer))
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(N, 1, D, H, W) -> logits (N, K + 1, D, H, W), and the tapped feature or None."""
+    @property
+    def tap_stride(self) -> Index3:
+        """Voxels z, y, x of which patches must be multiples, for whole cells of every tap."""
+        strides = [entry.stride for entry in self.cached.values()]
+        z, y, x = (math.lcm(*(stride[axis] for stride in strides)) for axis in range(3))
+        return (z, y, x)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(N, 1, D, H, W) -> logits (N, K + 1, D, H, W), and layer -> tapped feature."""
         logits = self.network(image)
-        feature, self._feature = self._feature, None
-        return logits, feature
+        features, self._features = self._features, {}
+        return logits, features
 
-    def adapt(self, key: TapKey, feature: Tensor) -> Tensor:
-        """The student's feature projected to the channels of a cached tap."""
-        adapted: Tensor = self.adapters[list(self.cached).index(key)](feature)
+    def adapt(self, key: TapKey, features: Mapping[str, Tensor]) -> Tensor:
+        """The student's feature for a cached tap, projected to that tap's channels."""
+        adapter = self.adapters[list(self.cached).index(key)]
+        adapted: Tensor = adapter(features[self.layer_of[key]])
         return adapted
 
-    def organs_of(self, key: TapKey) -> list[int]:
-        """Numbers of the organs that the teacher of a cached tap is expert in."""
-        return list(self.cached[key].organs)
+    def _keep(self, layer: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+            self._features[layer] = output
 
-    def _keep(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        self._feature = output
+        return hook
 
-    def _check_strides(self, tap: str) -> None:
-        for (teacher, name), entry in self.cached.items():
-            if entry.stride != self.tap_stride:
-                raise ConfigError(
-                    f"layer {tap!r} of the student has cells of {self.tap_stride} voxels, tap "
-                    f"{name!r} of teacher {teacher} is cached in cells of {entry.stride}.",
-                    where="supervision.features.student_tap",
-                    fix="Choose a layer of the student with the same stride, or re-cache that "
-                    "teacher with another tap.",
-                )
+
+def pair_taps(
+    taps: StudentTaps, strides: Mapping[str, Index3], cached: Mapping[TapKey, CachedTap]
+) -> dict[TapKey, str]:
+    """Which layer of the student each cached tap is compared with.
+
+    Args:
+        taps: layers, each for all cached taps of its stride; or cached tap -> layer, in which case
+            taps that are not named are left out.
+        strides: of the student's layers.
+        cached: what the cache holds.
+
+    Raises:
+        ConfigError: a layer of another stride than its cached tap, a cached tap without a layer or
+            with several, a layer without a cached tap, or no such cached tap.
+    """
+    if isinstance(taps, Mapping):
+        unknown = sorted(set(taps) - {name for _, name in cached})
+        if unknown:
+            raise ConfigError(
+                f"the cache has no tap {', '.join(map(repr, unknown))}.",
+                where=_WHERE,
+                fix=f"It has: {', '.join(sorted({name for _, name in cached}))}.",
+            )
+        pairs = {key: taps[key[1]] for key in cached if key[1] in taps}
+        for key, layer in pairs.items():
+            if cached[key].stride != strides[layer]:
+                raise _no_such_cells([layer], strides, key, cached[key])
+        return pairs
+    pairs = {}
+    for key, entry in cached.items():
+        fitting = [layer for layer in taps if strides[layer] == entry.stride]
+        if not fitting:
+            raise _no_such_cells(taps, strides, key, entry)
+        if len(fitting) > 1:
+            raise ConfigError(
+                f"layers {' and '.join(map(repr, fitting))} of the student have the same stride; "
+                f"tap {key[1]!r} of teacher {key[0]} could be compared with either.",
+                where=_WHERE,
+                fix="Leave one out, or write {cached tap: layer}.",
+            )
+        pairs[key] = fitting[0]
+    idle = [layer for layer in taps if layer not in pairs.values()]
+    if idle:
+        raise ConfigError(
+            f"no cached tap has the cells of layer {', '.join(map(repr, idle))} of the student.",
+            where=_WHERE,
+            fix="Leave it out, or cache a tap of that stride.",
+        )
+    return pairs
+
+
+def _no_such_cells(
+    layers: Sequence[str], strides: Mapping[str, Index3], key: TapKey, entry: CachedTap
+) -> ConfigError:
+    said = ", ".join(
+        f"layer {name!r} of the student has cells of {strides[name]}" for name in layers
+    )
+    return ConfigError(
+        f"{said} voxels, tap {key[1]!r} of teacher {key[0]} is cached in cells of {entry.stride}.",
+        where=_WHERE,
+        fix="Choose a layer of the student with the same stride, leave the tap out by naming pairs "
+        "of {cached tap: layer}, or re-cache that teacher with another tap.",
+    )
+
+
+def _with_background(organs: Tensor) -> Tensor:
+    """(..., K, D, H, W) -> (..., K + 1, D, H, W)."""
+    return torch.cat([torch.zeros_like(organs.narrow(-4, 0, 1)), organs], dim=-4)
 
 
 def seeded_network(
@@ -97,10 +208,11 @@ def seeded_network(
     *,
     seed: int,
     patch: Sequence[int],
-    tap: str = "",
+    head: Head = "softmax",
+    taps: StudentTaps = (),
     cached: Mapping[TapKey, CachedTap] | None = None,
 ) -> StudentNetwork:
     """A student whose first weights depend on the seed alone, whatever ran before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return StudentNetwork(config, num_organs, patch=patch, tap=tap, cached=cached)
+        return StudentNetwork(config, num_organs, patch=patch, head=head, taps=taps, cached=cached)

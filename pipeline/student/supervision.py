@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.labels import IGNORE
-from pipeline.student import losses
-from pipeline.student.network import StudentNetwork, TapKey
+from pipeline.student import distillation, losses
+from pipeline.student.network import Head, StudentNetwork, TapKey
 
-Kind = Literal["naive", "marginal", "pseudo_label", "ms_kd", "full"]
-LABELS_ALONE: tuple[Kind, ...] = ("naive", "marginal", "full")
+Kind = Literal[
+    "naive", "marginal", "marginal_exclusion", "pseudo_label", "masked_bce", "ms_kd", "full"
+]
+LABELS_ALONE: tuple[Kind, ...] = ("naive", "marginal", "marginal_exclusion", "masked_bce", "full")
 
 
 class WeightConfig(Config):
@@ -47,7 +49,11 @@ class LogitsConfig(WeightConfig):
     """The logits-wise term."""
 
     schedule: Literal["constant", "ramp_up", "decay"] = "decay"
-    target: Literal["joint", "per_teacher"] = "joint"
+    target: Literal["joint", "per_teacher", "marginal"] = Field(
+        default="joint",
+        description="of the KL: all experts together, each organ by itself, or each teacher's "
+        "organs together",
+    )
     mean: Literal["voxel", "region"] = Field(
         default="voxel", description="over all regions together, or per region and then over them"
     )
@@ -57,11 +63,22 @@ class LogitsConfig(WeightConfig):
 
 
 class FeaturesConfig(WeightConfig):
-    """The feature-wise term: every cached tap against one layer of the student."""
+    """The feature-wise term: cached taps against layers of the student."""
 
     weight: float = Field(default=0.1, ge=0)
     schedule: Literal["constant", "ramp_up", "decay"] = "decay"
-    student_tap: str = Field(default="", description="layer of the student; empty: no such term")
+    student_taps: dict[str, str] | tuple[str, ...] = Field(
+        default=(),
+        description="layers of the student, each for all cached taps of its stride, or {cached "
+        "tap: layer}; one name alone is a list of one; empty: no such term",
+    )
+
+    @field_validator("student_taps", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return (value,) if value else ()
+        return value
 
 
 class SupervisionConfig(Config):
@@ -76,12 +93,22 @@ class SupervisionConfig(Config):
     )
     logits: LogitsConfig = Field(default_factory=LogitsConfig)
     features: FeaturesConfig = Field(default_factory=FeaturesConfig)
+    exclusion: WeightConfig = Field(
+        default_factory=WeightConfig, description="both exclusion terms of marginal_exclusion"
+    )
 
     @model_validator(mode="after")
     def _weights(self) -> SupervisionConfig:
         if self.kind == "ms_kd" and self.logits.weight == 0 and not self.uses_features:
             raise ValueError("ms_kd without any distillation term; choose kind `marginal`")
+        if self.kind == "marginal_exclusion" and self.exclusion.weight == 0:
+            raise ValueError("marginal_exclusion of weight 0; choose kind `marginal`")
         return self
+
+    @property
+    def head(self) -> Head:
+        """What the student ends in."""
+        return "sigmoid" if self.kind == "masked_bce" else "softmax"
 
     @property
     def uses_teachers(self) -> bool:
@@ -96,7 +123,14 @@ class SupervisionConfig(Config):
     @property
     def uses_features(self) -> bool:
         """Whether features are read at all."""
-        return self.kind == "ms_kd" and self.features.weight > 0 and self.features.student_tap != ""
+        return (
+            self.kind == "ms_kd" and self.features.weight > 0 and bool(self.features.student_taps)
+        )
+
+    @property
+    def uses_experts(self) -> bool:
+        """Whether it matters which teacher speaks of which organs."""
+        return self.kind == "ms_kd" and self.logits.target == "marginal"
 
 
 @dataclass(frozen=True)
@@ -111,6 +145,8 @@ class Batch:
         log_odds: float32 (N, K, D, H, W), NaN where nobody knows; absent for labels alone.
         organ: bool (N, K, D, H, W), organ regions.
         background: bool (N, D, H, W), agreed background.
+        experts: bool (N, I, K), whether teacher i speaks of organ k in a sample, where
+            `uses_experts`; organs that the label alone speaks of have a teacher of their own.
         features: (teacher, tap) -> (N, F, d, h, w).
     """
 
@@ -121,6 +157,7 @@ class Batch:
     log_odds: Tensor | None = None
     organ: Tensor | None = None
     background: Tensor | None = None
+    experts: Tensor | None = None
     features: Mapping[TapKey, Tensor] = field(default_factory=dict)
 
 
@@ -139,35 +176,49 @@ def batch_loss(
         fraction: t = step / steps, for the schedules.
     """
     logits, features = network(batch.image)
-    log_p, p = losses.softmax_both(logits)
-    terms = _supervised(config, log_p, p, batch)
-    if config.kind == "ms_kd":
-        weight = config.logits.at(fraction)
-        if weight > 0:
-            terms["logits"] = weight * logits_term(config.logits, log_p, p, batch)
-        weight = config.features.at(fraction) if config.uses_features else 0.0
-        if weight > 0:
-            terms["features"] = weight * _features_term(network, features, batch)
+    terms = terms_of_logits(config, logits, batch, fraction)
+    weight = config.features.at(fraction) if config.uses_features else 0.0
+    if weight > 0:
+        terms["features"] = weight * _features_term(network, features, batch)
     loss = torch.stack(list(terms.values())).sum()
     return loss, {name: float(value.detach()) for name, value in terms.items()}
 
 
-def _supervised(
-    config: SupervisionConfig, log_p: Tensor, p: Tensor, batch: Batch
+def terms_of_logits(
+    config: SupervisionConfig, logits: Tensor, batch: Batch, fraction: float
 ) -> dict[str, Tensor]:
+    """Each weighted term of one output of a network, (N, C, D, H, W).
+
+    All processes make the same terms: which there are depends on settings and time alone.
+    """
     classes, organs = batch.classes, batch.annotated
     match config.kind:
+        case "masked_bce":
+            s = logits[:, 1:]  # before them is the background's 0, see `OneVsRest`
+            return {
+                "binary_cross_entropy": losses.masked_bce(s, classes, organs),
+                "dice": losses.dice(losses.at_least_float32(s).sigmoid(), classes, organs),
+            }
         case "naive":
             organs = torch.ones_like(organs)
         case "pseudo_label":
             classes, organs = pseudo_labels(batch), batch.known
-        case "marginal" | "ms_kd" | "full":
+        case "marginal" | "marginal_exclusion" | "ms_kd" | "full":
             pass
+    log_p, p = losses.softmax_both(logits)
     merged = losses.merge_into_background(log_p, organs)
-    return {
+    terms = {
         "cross_entropy": losses.cross_entropy(merged, classes),
-        "dice": losses.dice(p, classes, organs),
+        "dice": losses.dice(p[:, 1:], classes, organs),
     }
+    if config.kind == "marginal_exclusion" and (weight := config.exclusion.at(fraction)) > 0:
+        overlap = losses.exclusion_dice(p[:, 1:], classes, organs)
+        terms["exclusion_dice"] = weight * overlap
+        entropy = losses.exclusion_cross_entropy(p[:, 1:], classes, organs)
+        terms["exclusion_cross_entropy"] = weight * entropy
+    if config.kind == "ms_kd" and (weight := config.logits.at(fraction)) > 0:
+        terms["logits"] = weight * logits_term(config.logits, log_p, p, batch)
+    return terms
 
 
 def pseudo_labels(batch: Batch) -> Tensor:
@@ -181,52 +232,53 @@ def pseudo_labels(batch: Batch) -> Tensor:
 
 
 def logits_term(config: LogitsConfig, log_p: Tensor, p: Tensor, batch: Batch) -> Tensor:
-    """KL and soft Dice over R_1 .. R_K and B; see method.md and `losses`."""
+    """KL and soft Dice over R_1 .. R_K and B; see method.md and `distillation`."""
     assert batch.log_odds is not None
     assert batch.organ is not None
     assert batch.background is not None
-    merged = losses.merge_into_background(log_p, batch.known)
     # Where an expert did not see, what all of them say together is unknown.
     unseen = (torch.isnan(batch.log_odds) & batch.known[:, :, None, None, None]).any(dim=1)
     organ = batch.organ & ~unseen[:, None]
     background = batch.background & ~unseen
     if not config.agreed_background:
         background = torch.zeros_like(background)
-    inside = organ.any(dim=1) | background
-    if config.target == "joint":
-        weight = _region_weight(organ, background) if config.mean == "region" else inside.float()
-        term = losses.kl_joint(merged, batch.log_odds, weight, config.temperature)
-    else:
-        weights = (organ | background[:, None]).float()
-        if config.mean == "region":
-            weights = _normalised(organ) + _normalised(background[:, None].expand_as(organ))
-        known = batch.known[:, :, None, None, None]
-        term = losses.kl_per_teacher(merged, batch.log_odds, weights * known, config.temperature)
+    term = distillation.kl(
+        log_p,
+        batch.log_odds,
+        organ,
+        background,
+        _experts(config, batch),
+        temperature=config.temperature,
+        per_region=config.mean == "region",
+    )
     if config.soft_dice:
-        term = term + losses.soft_dice(p, batch.log_odds, inside, batch.known)
+        inside = organ.any(dim=1) | background
+        term = term + distillation.soft_dice(p[:, 1:], batch.log_odds, inside, batch.known)
     return term
 
 
-def _normalised(region: Tensor) -> Tensor:
-    """1 / size on a region of the batch, per channel; 0 elsewhere."""
-    size = region.sum(dim=(0, 2, 3, 4), keepdim=True).clamp(min=1)
-    return region.float() / size
+def _experts(config: LogitsConfig, batch: Batch) -> Tensor:
+    """Who speaks of which organs: bool (N, I, K)."""
+    match config.target:
+        case "joint":
+            return batch.known[:, None]
+        case "per_teacher":
+            return torch.diag_embed(batch.known)
+        case "marginal":
+            assert batch.experts is not None
+            return batch.experts
 
 
-def _region_weight(organ: Tensor, background: Tensor) -> Tensor:
-    return _normalised(organ).sum(dim=1) + _normalised(background[:, None])[:, 0]
-
-
-def _features_term(network: StudentNetwork, student: Tensor | None, batch: Batch) -> Tensor:
+def _features_term(network: StudentNetwork, student: Mapping[str, Tensor], batch: Batch) -> Tensor:
     """Per teacher and tap: cosine over the teacher's organ regions plus over B; mean over them."""
-    assert student is not None
     assert batch.organ is not None
     assert batch.background is not None
-    stride = network.tap_stride
-    background = losses.filled_cells(batch.background, stride)
-    total = student.new_zeros(())
+    terms = []
     for key, cached in batch.features.items():
-        region = losses.touched_cells(batch.organ[:, network.organs_of(key)].any(dim=1), stride)
+        stride = network.cached[key].stride
+        organs = list(network.cached[key].organs)
+        region = distillation.touched_cells(batch.organ[:, organs].any(dim=1), stride)
+        background = distillation.filled_cells(batch.background, stride)
         adapted = network.adapt(key, student)
-        total = total + losses.feature_cosine(adapted, cached, region, background)
-    return total / max(1, len(batch.features))
+        terms.append(distillation.feature_cosine(adapted, cached, region, background))
+    return torch.stack(terms).mean()

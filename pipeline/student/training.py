@@ -100,7 +100,8 @@ def train(
         len(space.organs),
         seed=config.seed,
         patch=config.patch,
-        tap=config.supervision.features.student_tap if uses else "",
+        head=config.supervision.head,
+        taps=config.supervision.features.student_taps if uses else (),
         cached=taps if uses else {},
     ).to(device)
     optimiser = build_optimiser(config.optimiser, network)

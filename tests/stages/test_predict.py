@@ -14,12 +14,15 @@ import torch
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from torch import Tensor, nn
 
+from pipeline.data.nifti import read_image
 from pipeline.data.registry import load_registry
 from pipeline.errors import CheckpointError, ConfigError, GeometryError
 from pipeline.intensity import Intensity
 from pipeline.log import Log
-from pipeline.network import build_network
+from pipeline.network import NetworkConfig, build_network
 from pipeline.student.checkpoint import StudentRecord, save_student
+from pipeline.student.inference import predict_logits
+from pipeline.student.network import build_student
 from stages import predict
 from stages.predict import PredictConfig
 from stages.report import StageReport
@@ -232,6 +235,35 @@ class TestGeometry:
         assert both / (np.count_nonzero(found) + np.count_nonzero(array > 0)) > 0.85
         middle = np.argwhere(found).mean(axis=0) - np.argwhere(array > 0).mean(axis=0)
         assert np.abs(middle).max() < 0.5
+
+
+class TestSigmoidStudent:
+    def test_the_likeliest_organ_wins_and_background_where_none_is_likely(
+        self, tmp_path: Path
+    ) -> None:
+        """Through a file of weights: one channel per organ, none for background."""
+        args = {"channels": [4, 8], "strides": [1], "num_res_units": 0, "norm": None}
+        network = build_student(NetworkConfig(name="UNet", args=args), 2, "sigmoid")
+        torch.manual_seed(0)
+        for weights in network.parameters():
+            nn.init.normal_(weights, std=0.3)
+        found = record(head="sigmoid", network=NetworkConfig(name="UNet", args=args))
+        found = found.model_copy(update={"intensity": Intensity(window_hu=(-1000, 1000))})
+        save_student(tmp_path / "student.pt", found, network)
+        image = tmp_path / "in" / "ct.nii.gz"
+        write_ct(image)
+        assert run(tmp_path / "student.pt", image, tmp_path / "out").done == ["ct"]
+        labels = np.asarray(nib.load(tmp_path / "out" / "ct.nii.gz").dataobj)
+        volume = read_image(image).volume
+        logits = predict_logits(
+            network.eval(), volume.array, found.intensity, found.patch, device=torch.device("cpu")
+        )
+        assert not logits[0].any()
+        organs = found.label_space.to_ids(
+            np.where(logits[1:].max(axis=0) > 0, logits[1:].argmax(axis=0) + 1, 0).astype(np.uint8)
+        )
+        assert set(np.unique(organs)) == {0, 3, 7}
+        assert np.array_equal(labels.transpose(2, 1, 0), organs)
 
 
 @pytest.mark.usefixtures("threshold")

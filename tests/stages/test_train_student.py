@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 import yaml
 
 from pipeline.admission.evidence import read_evidence, write_evidence
@@ -53,7 +54,7 @@ def settings(
 ) -> TrainStudentConfig:
     supervision: dict[str, Any] = {"kind": kind}
     if kind == "ms_kd" and features:
-        supervision["features"] = {"student_tap": TAP}
+        supervision["features"] = {"student_taps": [TAP]}
     training = training_settings(**{"steps": 2, "supervision": supervision} | changes)
     return TrainStudentConfig.model_validate(
         {"run": "student", "allow_missing": allow_missing, "training": training}
@@ -154,7 +155,9 @@ class TestTheCacheIsTheOnlyDoor:
 
 
 class TestSupervision:
-    @pytest.mark.parametrize("kind", ["naive", "marginal", "pseudo_label", "ms_kd"])
+    @pytest.mark.parametrize(
+        "kind", ["naive", "marginal", "marginal_exclusion", "pseudo_label", "masked_bce", "ms_kd"]
+    )
     def test_every_kind_trains(self, tiny_cached: Path, kind: Kind) -> None:
         report = run(tiny_cached, settings(kind))
         assert report.exit_code == 0
@@ -163,6 +166,19 @@ class TestSupervision:
         assert len(losses) == 2
         assert all(math.isfinite(loss) for loss in losses)
         assert set(report.details["validation_dice"]) == set(ORGANS)
+
+    def test_each_teachers_organs_together_train(self, tiny_cached: Path) -> None:
+        supervision = {"kind": "ms_kd", "logits": {"target": "marginal"}}
+        run(tiny_cached, settings(supervision=supervision))
+        assert all(math.isfinite(loss) for loss in losses_of(tiny_cached))
+
+    def test_masked_bce_ends_in_sigmoids(self, tiny_cached: Path) -> None:
+        run(tiny_cached, settings("masked_bce"))
+        record, network = load_student(run_folder(tiny_cached) / "student.pt")
+        assert record.head == "sigmoid"
+        logits = network(torch.zeros(1, 1, *record.patch))
+        assert logits.shape[1] == len(ORGANS) + 1
+        assert not logits[:, 0].any()
 
     def test_full_trains_on_fully_labelled_cases_alone(self, tiny_cached: Path) -> None:
         def move(data: dict[str, Any]) -> None:
@@ -193,6 +209,31 @@ class TestSupervision:
     def test_labels_alone_need_no_teachers(self, tiny_cached: Path) -> None:
         shutil.rmtree(work_of(tiny_cached) / "teachers")
         assert run(tiny_cached, settings("marginal")).exit_code == 0
+
+    def test_taps_of_two_strides_against_two_layers(self, tiny_registry: Path) -> None:
+        fine = "model.0"  # 2 voxels a cell; TAP has 4
+
+        def with_both(data: dict[str, Any]) -> None:
+            for teacher in data["teachers"].values():
+                teacher["taps"] = [TAP, fine]
+
+        fill_cache(change_registry(tiny_registry, with_both))
+        found = {}
+        for name, taps in {
+            "listed": [fine, TAP],
+            "mapped": {TAP: TAP, fine: fine},
+            "some": {TAP: TAP},
+        }.items():
+            supervision = {"kind": "ms_kd", "features": {"student_taps": taps}}
+            config = settings(supervision=supervision).model_copy(update={"run": name})
+            assert run(tiny_registry, config).exit_code == 0
+            lines = work_of(tiny_registry) / "students" / name / "metrics.jsonl"
+            found[name] = json.loads(lines.read_text().splitlines()[0])["terms"]["features"]
+        assert found["listed"] == found["mapped"] != found["some"]
+        with pytest.raises(
+            ConfigError, match=r"student_taps: .*'model\.0' of teacher liver is cached"
+        ):
+            run(tiny_registry, settings())
 
     def test_features_that_nobody_cached_are_refused(self, tiny_registry: Path) -> None:
         def without_taps(data: dict[str, Any]) -> None:

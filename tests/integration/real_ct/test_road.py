@@ -85,7 +85,7 @@ def write_student(folder: Path) -> Path:
         "batch_size": 1,
         "patch": [48, 64, 64],
         "network": {"name": "UNet", "args": {**args, "num_res_units": 0}},
-        "supervision": {"kind": "ms_kd", "features": {"student_tap": "model.1.submodule.0"}},
+        "supervision": {"kind": "ms_kd", "features": {"student_taps": ["model.1.submodule.0"]}},
         "optimiser": {"lr": 0.004},
     }
     path = folder / "train_student.yaml"

@@ -20,6 +20,7 @@ from pipeline.student.checkpoint import (
     save_training,
     training_checkpoints,
 )
+from pipeline.student.network import build_student
 from tests.tiny import NETWORK
 
 
@@ -58,6 +59,29 @@ class TestStudent:
         original = build_network(NETWORK, in_channels=1, out_channels=3)
         image = torch.randn(1, 1, 16, 16, 16)
         assert torch.equal(network(image), original.eval()(image))
+
+    def test_a_student_of_sigmoids_is_read_back_as_one(self, tmp_path: Path) -> None:
+        original = build_student(NETWORK, 2, "sigmoid").eval()
+        save_student(tmp_path / "one.pt", record().model_copy(update={"head": "sigmoid"}), original)
+        found, network = load_student(tmp_path / "one.pt")
+        assert found.head == "sigmoid"
+        image = torch.randn(1, 1, 16, 16, 16)
+        assert torch.equal(network(image), original(image))
+
+    def test_a_file_from_before_there_were_heads_ends_in_a_softmax(self, student: Path) -> None:
+        content = torch.load(student, weights_only=True)
+        older = json.loads(content["record"])
+        del older["head"]
+        torch.save({**content, "record": json.dumps(older)}, student)
+        assert load_student(student)[0] == record()
+        assert load_student(student)[0].head == "softmax"
+
+    def test_weights_of_the_other_head_are_refused(self, student: Path) -> None:
+        content = torch.load(student, weights_only=True)
+        other = {**json.loads(content["record"]), "head": "sigmoid"}
+        torch.save({**content, "record": json.dumps(other)}, student)
+        with pytest.raises(CheckpointError, match="not a student"):
+            load_student(student)
 
     def test_nothing_temporary_is_left(self, student: Path) -> None:
         assert [p.name for p in student.parent.iterdir()] == ["student.pt"]

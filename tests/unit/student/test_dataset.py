@@ -19,6 +19,7 @@ from pipeline.labels import IGNORE
 from pipeline.patches import Patch
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.dataset import AIR_HU, PatchDataset, SamplingConfig, to_batch
+from pipeline.student.network import CachedTap
 from pipeline.student.supervision import SupervisionConfig
 from tests.unit.student.coded import (
     CHANNELS,
@@ -37,6 +38,7 @@ from tests.unit.student.coded import (
 ROOT = Path(__file__).resolve().parents[3]
 PATCH = (8, 10, 10)
 NUM_STEPS, BATCH_SIZE = 5, 2
+CACHED = CachedTap(CHANNELS, STRIDE, (0,))
 # The log-odds as they were written, not as labels would correct them.
 TEACHERS = SupervisionConfig(labels_win=False)
 STILL = AugmentConfig(intensity=0)
@@ -114,7 +116,7 @@ class TestPureFunctionOfItsNumber:
 
     @pytest.mark.parametrize("pool_bytes", [0, 20_000])
     def test_the_pool_does_not_matter(self, cases: list[CachedCase], pool_bytes: int) -> None:
-        settings = {"taps": {TAP: CHANNELS}, "align": STRIDE, "augment": AugmentConfig()}
+        settings = {"taps": {TAP: CACHED}, "align": STRIDE, "augment": AugmentConfig()}
         roomy = fingerprints(dataset(cases, **settings))
         assert fingerprints(dataset(cases, pool_bytes=pool_bytes, **settings)) == roomy
 
@@ -146,7 +148,7 @@ class TestPureFunctionOfItsNumber:
         assert fingerprint(single[4]) != fingerprint(pairs[4])
 
     def test_another_process_gives_the_same(self, cases: list[CachedCase], folder: Path) -> None:
-        data = dataset(cases, taps={TAP: CHANNELS}, align=STRIDE, augment=AugmentConfig())
+        data = dataset(cases, taps={TAP: CACHED}, align=STRIDE, augment=AugmentConfig())
         torch.save(data, folder / "data.pt")
         code = (
             "import sys, torch\n"
@@ -216,7 +218,7 @@ class TestWhatASampleHolds:
         small = (16, 12, 14)
         case = write_case(folder, "liver-ct/b", shape=small)
         patch = (20, 12, 20)
-        data = dataset([case], patch=patch, taps={TAP: CHANNELS}, align=STRIDE)
+        data = dataset([case], patch=patch, taps={TAP: CACHED}, align=STRIDE)
         sample = arrays(data[0])
         inside, voxels = place(sample["image"][0], small)
         assert len(voxels) == np.prod(small)
@@ -232,7 +234,7 @@ class TestWhatASampleHolds:
         assert np.isfinite(sample["feature0"][:, cells]).all()
 
     def test_features_are_those_of_the_same_place(self, case: CachedCase) -> None:
-        data = dataset([case], taps={TAP: CHANNELS}, align=STRIDE, num_steps=10)
+        data = dataset([case], taps={TAP: CACHED}, align=STRIDE, num_steps=10)
         starts = set()
         for item in range(len(data)):
             sample = arrays(data[item])
@@ -247,6 +249,26 @@ class TestWhatASampleHolds:
             assert np.array_equal(sample["feature0"][:, seen], expected[:, seen])
         assert len(starts) > 5
 
+    def test_each_tap_is_read_in_its_own_cells_of_the_same_place(
+        self, case: CachedCase, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[Patch] = []
+
+        def features(self: CachedCase, teacher: str, tap: str, cells: Patch) -> npt.NDArray[Any]:
+            read.append(cells)
+            return np.zeros((1, *cells.shape), dtype=np.float16)
+
+        monkeypatch.setattr(CachedCase, "features", features)
+        strides = ((2, 2, 2), (4, 1, 5))
+        taps = {("one", str(s)): CachedTap(1, s, (0,)) for s in strides}
+        data = dataset([case], taps=taps, align=(4, 2, 10))
+        for item in range(len(data)):
+            read.clear()
+            voxels = place(arrays(data[item])["image"][0])[1]
+            for cells, stride in zip(read, strides, strict=True):
+                assert tuple(np.multiply(cells.start, stride)) == tuple(voxels[0])
+                assert tuple(np.multiply(cells.shape, stride)) == PATCH
+
     def test_intensity_is_of_the_image_alone(self, case: CachedCase) -> None:
         still, changed = (
             arrays(dataset([case], augment=AugmentConfig(intensity=i))[0]) for i in (0, 1)
@@ -256,7 +278,7 @@ class TestWhatASampleHolds:
             assert np.array_equal(array, changed[name], equal_nan=array.dtype.kind == "f"), name
 
     def test_dtypes_and_shapes(self, cases: list[CachedCase]) -> None:
-        data = dataset(cases, taps={TAP: CHANNELS}, align=STRIDE)
+        data = dataset(cases, taps={TAP: CACHED}, align=STRIDE)
         collated = torch.utils.data.default_collate([data[0], data[1]])
         batch = to_batch(collated, [TAP], torch.device("cpu"))
         assert batch.image.shape == (2, 1, *PATCH)
@@ -299,9 +321,34 @@ class TestWhoIsKnown:
         assert not sample["organ"].any()
         assert torch.isnan(sample["log_odds"]).all()
 
+    def test_teachers_speak_of_their_organs_and_the_label_of_the_rest(self, folder: Path) -> None:
+        settings = SupervisionConfig.model_validate({"logits": {"target": "marginal"}})
+        both = write_case(folder, "liver-ct/a")
+        without_one = write_case(folder, "liver-ct/only-two", teachers=("two",))
+        cases = {case.name: case for case in (both, without_one)}
+        data = dataset(list(cases.values()), supervision=settings)
+        found = {sample["case"]: sample for sample in (data[i] for i in range(len(data)))}
+        # Rows: teachers one and two, then the label of liver and of spleen.
+        by_teachers = [[True, False], [False, True], [False, False], [False, False]]
+        assert found["liver-ct/a"]["experts"].tolist() == by_teachers
+        by_label = [[False, False], [False, True], [True, False], [False, False]]
+        assert found["liver-ct/only-two"]["experts"].tolist() == by_label
+        for sample in found.values():
+            assert torch.equal(sample["experts"].any(0), sample["known"])
+        assert "experts" not in dataset(list(cases.values()), supervision=SupervisionConfig())[0]
+
+    def test_a_teacher_of_two_organs_speaks_of_both(self, case: CachedCase) -> None:
+        settings = SupervisionConfig.model_validate({"logits": {"target": "marginal"}})
+        experts = {"liver": ["one"], "spleen": ["one", "two"]}
+        wide = CachedCase(
+            case.name, "train", case.annotated, case.case, dict(case.teachers), experts
+        )
+        data = dataset([wide], supervision=settings)
+        assert data._experts(wide, [0, 1]).tolist()[:2] == [[True, True], [False, True]]
+
     def test_features_of_a_missing_unit_are_not_seen(self, folder: Path) -> None:
         case = write_case(folder, "liver-ct/two", teachers=("two",))
-        sample = dataset([case], taps={TAP: CHANNELS}, align=STRIDE)[0]
+        sample = dataset([case], taps={TAP: CACHED}, align=STRIDE)[0]
         assert sample["feature0"].shape == (CHANNELS, 4, 5, 5)
         assert torch.isnan(sample["feature0"]).all()
 

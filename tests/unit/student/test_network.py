@@ -8,7 +8,14 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.network import NetworkConfig, build_network, pick_device, tap_shapes, tapped
-from pipeline.student.network import CachedTap, StudentNetwork, seeded_network
+from pipeline.student.network import (
+    CachedTap,
+    OneVsRest,
+    StudentNetwork,
+    StudentTaps,
+    pair_taps,
+    seeded_network,
+)
 from tests.tiny import NETWORK, TAP
 
 PATCH = (16, 16, 16)
@@ -21,7 +28,12 @@ CACHED = {
 
 def student(tap: str = "", *, seed: int = 0, cached: bool = False) -> StudentNetwork:
     return seeded_network(
-        NETWORK, NUM_ORGANS, seed=seed, patch=PATCH, tap=tap, cached=CACHED if cached else None
+        NETWORK,
+        NUM_ORGANS,
+        seed=seed,
+        patch=PATCH,
+        taps=[tap] if tap else [],
+        cached=CACHED if cached else None,
     )
 
 
@@ -62,33 +74,24 @@ class TestTaps:
         network = student(tap, cached=True)
         assert network.tap_stride == (2, 2, 2)
         image = torch.randn(2, 1, *PATCH)
-        logits, feature = network(image)
+        logits, features = network(image)
         assert logits.shape == (2, NUM_ORGANS + 1, *PATCH)
-        assert feature is not None
-        assert network.adapt(("liver", "a"), feature).shape == (2, 6, 8, 8, 8)
-        assert network.adapt(("both", "b"), feature).shape == (2, 3, 8, 8, 8)
-        assert network.organs_of(("both", "b")) == [0, 1]
+        assert network.adapt(("liver", "a"), features).shape == (2, 6, 8, 8, 8)
+        assert network.adapt(("both", "b"), features).shape == (2, 3, 8, 8, 8)
         with tapped(network.network, [tap]) as kept:
             network(image)
-        assert torch.equal(kept[tap], feature)
+        assert torch.equal(kept[tap], features[tap])
 
     def test_logits_are_those_of_the_network_alone(self, tap: str) -> None:
         image = torch.randn(1, 1, *PATCH)
         logits, none = student()(image)
-        assert none is None
+        assert none == {}
         assert torch.equal(student(tap, cached=True)(image)[0], logits)
 
     def test_the_feature_is_not_kept_beyond_the_pass(self, tap: str) -> None:
         network = student(tap, cached=True)
         network(torch.randn(1, 1, *PATCH))
-        assert network._feature is None
-
-    def test_cells_of_another_size_are_refused_naming_both(self, tap: str) -> None:
-        cached = {("liver", "a"): CachedTap(6, (4, 4, 4), (0,))}
-        with pytest.raises(ConfigError) as caught:
-            seeded_network(NETWORK, NUM_ORGANS, seed=0, patch=PATCH, tap=tap, cached=cached)
-        for part in (tap, "(2, 2, 2)", "teacher liver", "(4, 4, 4)", "student_tap"):
-            assert part in str(caught.value)
+        assert network._features == {}
 
     def test_an_unknown_layer_is_refused_listing_what_exists(self) -> None:
         with pytest.raises(ConfigError, match=r"no layer 'model\.9'.*It has: .*model\.1"):
@@ -106,6 +109,104 @@ class TestTaps:
     def test_the_taps_of_the_tiny_cohort_exist(self) -> None:
         network = build_network(NETWORK, in_channels=1, out_channels=2)
         assert tap_shapes(network, [TAP], PATCH)[TAP][0] > 0
+
+
+FINE, COARSE = "fine", "coarse"
+STRIDES = {FINE: (2, 2, 2), COARSE: (4, 4, 4)}
+BOTH_STRIDES = {
+    ("liver", "a"): CachedTap(6, (2, 2, 2), (0,)),
+    ("liver", "deep"): CachedTap(5, (4, 4, 4), (0,)),
+    ("both", "a"): CachedTap(3, (4, 4, 4), (0, 1)),
+}
+
+
+class TestPairing:
+    def test_each_cached_tap_gets_the_layer_of_its_stride(self) -> None:
+        assert pair_taps([COARSE, FINE], STRIDES, BOTH_STRIDES) == {
+            ("liver", "a"): FINE,
+            ("liver", "deep"): COARSE,
+            ("both", "a"): COARSE,
+        }
+
+    def test_a_mapping_leaves_out_what_it_does_not_name(self) -> None:
+        found = pair_taps({"deep": COARSE}, STRIDES, BOTH_STRIDES)
+        assert found == {("liver", "deep"): COARSE}
+
+    @pytest.mark.parametrize("taps", [[FINE], {"deep": FINE}])
+    def test_cells_of_another_size_are_refused_naming_both(self, taps: StudentTaps) -> None:
+        with pytest.raises(ConfigError) as caught:
+            pair_taps(taps, STRIDES, BOTH_STRIDES)
+        for part in ("'fine'", "(2, 2, 2)", "'deep'", "teacher liver", "(4, 4, 4)", "student_taps"):
+            assert part in str(caught.value)
+
+    def test_a_tap_that_is_not_cached_is_refused_listing_what_is(self) -> None:
+        with pytest.raises(ConfigError, match=r"student_taps: the cache has no tap 'b'.*a, deep"):
+            pair_taps({"b": FINE}, STRIDES, BOTH_STRIDES)
+
+    def test_two_layers_of_one_stride_are_refused(self) -> None:
+        strides = {**STRIDES, "other": (2, 2, 2)}
+        with pytest.raises(ConfigError, match=r"'fine' and 'other' .* same stride; tap 'a'"):
+            pair_taps([FINE, COARSE, "other"], strides, BOTH_STRIDES)
+
+    def test_a_layer_for_no_cached_tap_is_refused(self) -> None:
+        one = {("liver", "a"): BOTH_STRIDES["liver", "a"]}
+        with pytest.raises(ConfigError, match="no cached tap has the cells of layer 'coarse'"):
+            pair_taps([FINE, COARSE], STRIDES, one)
+
+    def test_two_layers_are_tapped_in_one_pass(self, tap: str) -> None:
+        deep = "model.1.submodule.1.submodule"
+        network = seeded_network(
+            NETWORK, NUM_ORGANS, seed=0, patch=PATCH, taps=[tap, deep], cached=BOTH_STRIDES
+        )
+        assert network.tap_stride == (4, 4, 4)
+        _, features = network(torch.randn(1, 1, *PATCH))
+        assert network.adapt(("liver", "a"), features).shape == (1, 6, 8, 8, 8)
+        assert network.adapt(("liver", "deep"), features).shape == (1, 5, 4, 4, 4)
+        assert network.adapt(("both", "a"), features).shape == (1, 3, 4, 4, 4)
+
+    def test_patches_are_multiples_of_all_strides(self, tap: str) -> None:
+        network = student(tap, cached=True)
+        network.cached = {
+            ("x", "a"): CachedTap(1, (1, 2, 4), ()),
+            ("x", "b"): CachedTap(1, (2, 3, 2), ()),
+        }
+        assert network.tap_stride == (2, 6, 4)
+        network.cached = {}
+        assert network.tap_stride == (1, 1, 1)
+
+
+class Several(nn.Module):
+    """As networks with deep supervision do: several outputs, or one stack of them."""
+
+    def __init__(self, *, stacked: bool) -> None:
+        super().__init__()
+        self.stacked = stacked
+
+    def forward(self, image: torch.Tensor) -> Any:
+        outputs = [torch.cat([image - 1, image + 1], dim=1), torch.cat([image, image], dim=1)]
+        return torch.stack(outputs, dim=1) if self.stacked else outputs
+
+
+class TestSigmoidHead:
+    def test_background_is_a_logit_of_zero_before_one_channel_per_organ(self) -> None:
+        network = seeded_network(NETWORK, NUM_ORGANS, seed=0, patch=PATCH, head="sigmoid")
+        alone = build_network(NETWORK, in_channels=1, out_channels=NUM_ORGANS)
+        state = network.network.state_dict()
+        alone.load_state_dict({name.removeprefix("organs."): w for name, w in state.items()})
+        image = torch.randn(2, 1, *PATCH)
+        logits, _ = network(image)
+        assert logits.shape == (2, NUM_ORGANS + 1, *PATCH)
+        assert not logits[:, 0].any()
+        assert torch.equal(logits[:, 1:], alone(image))
+
+    @pytest.mark.parametrize("stacked", [False, True])
+    def test_so_has_each_of_several_outputs(self, stacked: bool) -> None:
+        image = torch.randn(2, 1, 2, 3, 4)
+        out = OneVsRest(Several(stacked=stacked))(image)
+        first, second = out.unbind(1) if stacked else out
+        zero = torch.zeros_like(image)
+        assert torch.equal(first, torch.cat([zero, image - 1, image + 1], dim=1))
+        assert torch.equal(second, torch.cat([zero, image, image], dim=1))
 
 
 class TestBuilding:

@@ -77,7 +77,7 @@ def settings(*, features: bool = False, **changes: Any) -> TrainingConfig:
         "steps": STEPS,
         "seed": 5,
         "validate_every": 3,
-        "supervision": {"features": {"student_tap": STUDENT_TAP if features else ""}},
+        "supervision": {"features": {"student_taps": [STUDENT_TAP] if features else []}},
     }
     return TrainingConfig.model_validate(values | changes)
 

@@ -1,0 +1,105 @@
+"""The feature-wise term, and regions on the feature grid."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.student import distillation
+from tests.unit.student.terms import descend, gradient
+
+seeds = st.integers(0, 10_000)
+
+
+class TestFeatureCosine:
+    SIZE = (2, 5, 2, 3, 2)
+
+    def _features(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        a, t = (torch.randn(self.SIZE, generator=generator, dtype=torch.float64) for _ in range(2))
+        cells = torch.rand((2, 2, 3, 2), generator=generator) < 0.5
+        return a, t, cells
+
+    @given(seeds)
+    @settings(max_examples=20, deadline=None)
+    def test_against_a_sum_by_hand(self, seed: int) -> None:
+        a, t, cells = self._features(seed)
+        t[1, 2, 0, 1, 0] = math.nan
+        other = torch.zeros_like(cells)
+        other[:, 0] = True
+        expected = 0.0
+        for region in (cells, other):
+            terms = []
+            for n, z, y, x in product(range(2), range(2), range(3), range(2)):
+                u, v = a[n, :, z, y, x].numpy(), t[n, :, z, y, x].numpy()
+                if region[n, z, y, x] and np.isfinite(v).all():
+                    terms.append(1 - u @ v / np.linalg.norm(u) / np.linalg.norm(v))
+            expected += sum(terms) / max(1, len(terms))
+        found = distillation.feature_cosine(a, t, cells, other)
+        assert float(found) == pytest.approx(expected, rel=1e-9)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_cells_that_nobody_saw_teach_nothing_and_spread_nothing(self, bad: float) -> None:
+        a, t, cells = self._features(1)
+        cells[:] = True
+        t[0, :, 1, 2, 1] = bad
+        found = gradient(lambda x: distillation.feature_cosine(x, t, cells), a)
+        assert torch.isfinite(found).all()
+        assert not found[0, :, 1, 2, 1].any()
+        assert found[0, :, 0, 0, 0].any()
+
+    def test_the_optimum_is_the_teachers_direction(self) -> None:
+        a, t, cells = self._features(2)
+        cells[:] = True
+
+        def term(x: Tensor) -> Tensor:
+            return distillation.feature_cosine(x, t, cells)
+
+        assert float(term(3 * t)) == pytest.approx(0, abs=1e-12)
+        assert gradient(term, 3 * t).abs().max() < 1e-12
+        reached = descend(term, a)
+        assert float(term(reached)) < 1e-3
+
+    def test_no_cells_is_zero_and_a_zero_feature_is_no_nan(self) -> None:
+        a, t, cells = self._features(3)
+        assert float(distillation.feature_cosine(a, t, torch.zeros_like(cells))) == 0
+        found = gradient(
+            lambda x: distillation.feature_cosine(x, t, torch.ones_like(cells)), torch.zeros_like(a)
+        )
+        assert torch.isfinite(found).all()
+
+    def test_gradcheck(self) -> None:
+        a, t, _ = self._features(4)
+        a, t = a[:, :3, :, :1], t[:, :3, :, :1].clone()
+        t[0, 0, 0, 0, 0] = math.nan
+        cells = torch.ones((2, 2, 1, 2), dtype=torch.bool)
+        point = a.clone().requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda x: distillation.feature_cosine(x, t, cells, ~cells), (point,)
+        )
+
+
+class TestCells:
+    @given(seeds, st.sampled_from([(1, 1, 1), (2, 2, 2), (1, 2, 4), (3, 2, 1)]))
+    @settings(max_examples=30, deadline=None)
+    def test_against_brute_force(self, seed: int, stride: tuple[int, int, int]) -> None:
+        size = tuple(2 * s for s in stride)
+        generator = torch.Generator().manual_seed(seed)
+        region = torch.rand((2, *size), generator=generator) < 0.7
+        touched, filled = (
+            distillation.touched_cells(region, stride),
+            distillation.filled_cells(region, stride),
+        )
+        assert touched.shape == filled.shape == (2, 2, 2, 2)
+        for n, z, y, x in product(range(2), repeat=4):
+            corner = [i * s for i, s in zip((z, y, x), stride, strict=True)]
+            box = tuple(slice(c, c + s) for c, s in zip(corner, stride, strict=True))
+            assert touched[n, z, y, x] == region[n][box].any()
+            assert filled[n, z, y, x] == region[n][box].all()

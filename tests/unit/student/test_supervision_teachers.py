@@ -1,0 +1,207 @@
+"""What the log-odds and features of teachers teach."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.student import distillation
+from pipeline.student.supervision import Batch
+from tests.unit.student.fixed import (
+    NAN,
+    SHAPE,
+    K,
+    config,
+    gradient,
+    grid,
+    make_batch,
+    p_of,
+    some_logits,
+    terms_of,
+)
+
+
+class TestLogitsTerm:
+    # Voxels 5 and 7 are unseen by an expert: what all say together is unknown there, although the
+    # other one has a region at 5.
+    INSIDE = grid(1, 1, 1, 1, 1, 0, 1, 0).bool()
+
+    def _target(self) -> Tensor:
+        d = make_batch().log_odds
+        assert d is not None
+        return torch.softmax(torch.cat([torch.zeros_like(d[:, :1]), d.nan_to_num()], dim=1), dim=1)
+
+    def _kl(self) -> Tensor:
+        q, p = self._target(), p_of(some_logits())
+        return (q * (q / p).log()).sum(dim=1)
+
+    def _term(self, **changes: Any) -> float:
+        logits = {"soft_dice": False, "schedule": "constant", **changes}
+        return terms_of(config(logits=logits))["logits"]
+
+    def test_supervised_terms_are_those_of_marginal(self) -> None:
+        found = dict(terms_of(config()))
+        found.pop("logits")
+        assert found == terms_of(config("marginal"))
+
+    def test_joint_by_voxel_is_the_mean_over_all_regions_together(self) -> None:
+        assert self._term() == pytest.approx(float(self._kl()[self.INSIDE].mean()))
+
+    def test_joint_by_region_is_the_mean_of_the_regions_means(self) -> None:
+        kl = self._kl()
+        regions = (
+            grid(1, 1, 0, 0, 0, 0, 0, 0).bool(),
+            grid(0, 0, 1, 1, 0, 0, 0, 0).bool(),
+            grid(0, 0, 0, 0, 1, 0, 1, 0).bool(),
+        )
+        expected = np.mean([float(kl[region].mean()) for region in regions])
+        assert self._term(mean="region") == pytest.approx(expected)
+
+    def test_without_the_agreed_background_only_organs_teach(self) -> None:
+        organs = grid(1, 1, 1, 1, 0, 0, 0, 0).bool()
+        expected = float(self._kl()[organs].mean())
+        assert self._term(agreed_background=False) == pytest.approx(expected)
+        settings = config(logits={"agreed_background": False})
+        without = gradient(settings) - gradient(config("marginal"))
+        assert without.abs()[0, :, 1, 1, 0].max() < 1e-12
+        assert without.abs()[0, :, 0, 0, 0].max() > 1e-4
+
+    def _bernoulli(self) -> Tensor:
+        d, p = make_batch().log_odds, p_of(some_logits())
+        assert d is not None
+        q, own = torch.sigmoid(d), p[:, 1:]
+        return q * (q / own).log() + (1 - q) * ((1 - q) / (1 - own)).log()
+
+    def test_per_teacher_by_voxel(self) -> None:
+        kl, batch = self._bernoulli(), make_batch()
+        assert batch.organ is not None
+        assert batch.background is not None
+        expected = np.mean(
+            [
+                float(kl[:, k][(batch.organ[:, k] | batch.background) & self.INSIDE].mean())
+                for k in range(K)
+            ]
+        )
+        assert self._term(target="per_teacher") == pytest.approx(expected)
+
+    def test_per_teacher_by_region(self) -> None:
+        kl, batch = self._bernoulli(), make_batch()
+        assert batch.organ is not None
+        assert batch.background is not None
+        expected = np.mean(
+            [
+                (
+                    float(kl[:, k][batch.organ[:, k] & self.INSIDE].mean())
+                    + float(kl[:, k][batch.background & self.INSIDE].mean())
+                )
+                / 2
+                for k in range(K)
+            ]
+        )
+        assert self._term(target="per_teacher", mean="region") == pytest.approx(expected)
+
+    @pytest.mark.parametrize("mean", ["voxel", "region"])
+    def test_marginal_is_by_the_teachers_of_the_batch(self, mean: str) -> None:
+        settings = config(logits={"target": "marginal", "mean": mean})
+        together = make_batch(experts=torch.tensor([[[True, True]]]))
+        joint, per_teacher = (
+            terms_of(config(logits={"target": target, "mean": mean}))["logits"]
+            for target in ("joint", "per_teacher")
+        )
+        assert terms_of(settings, together)["logits"] == pytest.approx(joint)
+        assert terms_of(settings)["logits"] == pytest.approx(per_teacher)
+        assert joint != pytest.approx(per_teacher)
+
+    def test_soft_dice_is_added(self) -> None:
+        batch, p = make_batch(), p_of(some_logits())
+        assert batch.log_odds is not None
+        dice = distillation.soft_dice(p[:, 1:], batch.log_odds, self.INSIDE, batch.known)
+        assert self._term(soft_dice=True) == pytest.approx(self._term() + float(dice))
+
+    def test_the_weight_multiplies(self) -> None:
+        assert self._term(weight=0.25) == pytest.approx(self._term() / 4)
+
+    def test_an_unknown_organ_is_merged_into_background(self) -> None:
+        batch = make_batch(known=torch.tensor([[True, False]]))
+        assert batch.log_odds is not None
+        batch.log_odds[:, 1] = NAN
+        assert batch.organ is not None
+        batch.organ[:, 1] = False
+        q = torch.sigmoid(batch.log_odds[:, 0])
+        own = p_of(some_logits())[:, 1]
+        kl = q * (q / own).log() + (1 - q) * ((1 - q) / (1 - own)).log()
+        inside = batch.organ[:, 0] | (batch.background if batch.background is not None else q < 0)
+        settings = config(logits={"soft_dice": False})
+        assert terms_of(settings, batch)["logits"] == pytest.approx(float(kl[inside].mean()))
+
+    def test_nothing_inside_is_zero_and_no_nan(self) -> None:
+        nowhere = make_batch(
+            organ=torch.zeros(1, K, *SHAPE, dtype=torch.bool),
+            background=torch.zeros(1, *SHAPE, dtype=torch.bool),
+        )
+        for target in ("joint", "per_teacher", "marginal"):
+            for mean in ("voxel", "region"):
+                settings = config(logits={"target": target, "mean": mean})
+                assert terms_of(settings, nowhere)["logits"] == pytest.approx(0, abs=1e-9)
+                assert torch.isfinite(gradient(settings, nowhere)).all()
+
+
+class TestFeaturesTerm:
+    # One cell of 2 x 2 x 2 voxels in two samples.
+    def _batch(self, **changes: Any) -> Batch:
+        organ = torch.zeros(2, K, *SHAPE, dtype=torch.bool)
+        organ[0, 0, 0, 0, 0] = True
+        values: dict[str, Any] = {
+            "image": torch.zeros(2, 1, *SHAPE),
+            "classes": torch.zeros((2, *SHAPE), dtype=torch.int64),
+            "annotated": torch.ones((2, K), dtype=torch.bool),
+            "known": torch.ones((2, K), dtype=torch.bool),
+            "log_odds": torch.where(organ, 1.0, -1.0).double(),
+            "organ": organ,
+            "background": ~organ.any(dim=1),
+            "features": {("one", "a"): torch.eye(2).flip(0)[..., None, None, None]},
+        }
+        return Batch(**(values | changes))
+
+    STUDENT = torch.tensor([[1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)[..., None, None, None]
+    SETTINGS = config(features={"student_taps": "x", "weight": 1.0, "schedule": "constant"})
+    LOGITS = torch.zeros(2, K + 1, *SHAPE, dtype=torch.float64)
+
+    def _term(self, batch: Batch) -> float:
+        return terms_of(self.SETTINGS, batch, self.LOGITS, feature=self.STUDENT)["features"]
+
+    def test_organ_cells_and_background_cells_are_averaged_apart_and_added(self) -> None:
+        # Cell 0 is touched by organ 0, cell 1 is wholly background; both are at 45 degrees.
+        apart = 1 - math.sqrt(0.5)
+        assert self._term(self._batch()) == pytest.approx(2 * apart, rel=1e-6)
+
+    def test_a_cell_that_is_partly_background_is_none(self) -> None:
+        background = torch.ones(2, *SHAPE, dtype=torch.bool)
+        background[1, 0, 0, 0] = False
+        background[0, 0, 0, 0] = False
+        apart = 1 - math.sqrt(0.5)
+        batch = self._batch(background=background)
+        assert self._term(batch) == pytest.approx(apart, rel=1e-6)
+
+    def test_only_the_teachers_own_organs_count(self) -> None:
+        features = self._batch().features[("one", "a")]
+        batch = self._batch(features={("two", "a"): features})
+        apart = 1 - math.sqrt(0.5)
+        assert self._term(batch) == pytest.approx(apart, rel=1e-6)
+
+    def test_it_is_the_mean_over_taps(self) -> None:
+        feature = self._batch().features[("one", "a")]
+        batch = self._batch(features={("one", "a"): feature, ("both", "b"): -feature})
+        apart = (1 - math.sqrt(0.5)) + (1 + math.sqrt(0.5))
+        assert self._term(batch) == pytest.approx(2 * apart / 2, rel=1e-6)
+
+    def test_unseen_cells_are_left_out(self) -> None:
+        features = self._batch().features[("one", "a")].clone()
+        features[0] = NAN
+        batch = self._batch(features={("one", "a"): features})
+        assert self._term(batch) == pytest.approx(1 - math.sqrt(0.5), rel=1e-6)
