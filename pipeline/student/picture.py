@@ -45,18 +45,29 @@ def tell_validations(log: Log, metrics: Path, where: Folder) -> None:
     history = History()
     for line in metric_lines(metrics):
         history.add(line)
-    names = [*history.last_validation, "mean"]
-    if history.scores:
-        steps = {history.scores[n].first[0] for n in history.scores}
-        columns = ["organ", f"first (step {min(steps)})", "best", "at step"]
-        rows = [_row(history, name) for name in names]
-        log.table(f"{where.name}: validation Dice", [*columns, f"last (step {history.step})"], rows)
+    columns, rows = _table(history)
+    if rows:
+        log.table(f"{where.name}: validation Dice", columns, rows)
     log.info(f"{where}: progress.png, metrics.jsonl, checkpoints/")
 
 
-def _row(history: History, name: str) -> list[str]:
-    found = history.scores.get(name)
-    if found is None:
-        return [name, "-", "-", "-", "-"]
-    best, at = f"{found.best[1]:.3f}", str(found.best[0])
-    return [name, f"{found.first[1]:.3f}", best, at, f"{found.last[1]:.3f}"]
+def _table(history: History) -> tuple[list[str], list[list[str]]]:
+    """First, best and last; a single validation is all three."""
+    if not history.scores:
+        return [], []
+    organs = list(history.last_validation)
+    first = min(scores.first[0] for scores in history.scores.values())
+    if first == history.step:
+        columns = ["organ", f"step {first}"]
+    else:
+        columns = ["organ", f"first (step {first})", "best", "at step"]
+        columns.append(f"last (step {history.step})")
+    rows = []
+    for name in organs if len(organs) == 1 else [*organs, "mean"]:
+        found = history.scores.get(name)
+        cells = ["-"] * 4
+        if found is not None:
+            best, at = found.best[1], found.best[0]
+            cells = [f"{found.first[1]:.3f}", f"{best:.3f}", str(at), f"{found.last[1]:.3f}"]
+        rows.append([name, *cells][: len(columns)])
+    return columns, rows

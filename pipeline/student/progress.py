@@ -180,7 +180,7 @@ class Metrics:
 @contextmanager
 def followed(
     folder: Path,
-    identity: Mapping[str, Any],
+    settings: Mapping[str, Any],
     *,
     resumed_from: int,
     batch_size: int,
@@ -192,7 +192,7 @@ def followed(
 
     Args:
         folder: of the run.
-        identity: settings and inputs, for loggers.
+        settings: nested, for loggers.
         resumed_from: step of the checkpoint; 0 at the start.
         batch_size: samples in a step, over all processes.
         warn: hears of a logger that fails, or of a picture.
@@ -208,7 +208,7 @@ def followed(
         loggers=others,
         warn=warn,
     )
-    others.start(LoggedRun(metrics.name, folder, identity, resumed_from))
+    others.start(LoggedRun(metrics.name, folder, settings, resumed_from))
     well = False
     try:
         yield metrics

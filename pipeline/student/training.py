@@ -119,7 +119,7 @@ def train(
     with (
         stop_signals() as stopping,
         followed(
-            folder, identity, resumed_from=start, batch_size=config.batch_size,
+            folder, identity["config"], resumed_from=start, batch_size=config.batch_size,
             warn=log.warn, name=name, loggers=loggers,
         ) as metrics,
         log.progress("steps", config.steps, done=start) as advance,

@@ -15,7 +15,7 @@ class LoggedRun:
     Attributes:
         name: for people.
         folder: of the run, on this machine; a logger keeps here what it must find after a resume.
-        settings: nested settings and inputs, as in config.json.
+        settings: what the run's YAML may say, nested; its inputs are in config.json.
         resumed_from: step of the checkpoint; 0 at the start. What was logged of later steps, before
             a kill, comes again.
     """

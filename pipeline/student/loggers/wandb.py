@@ -18,6 +18,7 @@ class WandbLogger:
 
     def start(self, run: LoggedRun) -> None:
         """Opens the W&B run of this folder, or makes one; files go to `wandb/` there."""
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when it is imported
         import wandb
 
         marker = run.folder / "wandb_run_id"
@@ -31,6 +32,7 @@ class WandbLogger:
             dir=str(run.folder),
             mode=os.environ.get("WANDB_MODE", "offline"),
             config=dict(run.settings),
+            settings=wandb.Settings(console="off", silent=True),  # standard error has our lines
         )
         # A step of its own: W&B's only grows, and steps after a kill come again.
         self._run.define_metric("step")

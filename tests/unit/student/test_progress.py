@@ -263,6 +263,18 @@ class TestTable:
         assert "last (step 30)" in text
         assert "students/ms_kd: progress.png" in text
 
+    def test_one_validation_of_one_organ_is_one_number(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "metrics.jsonl"
+        write(path, step_line(9), {"step": 9, "validation_dice": {"liver": 0.5}})
+        tell_validations(Log(), path, tmp_path)
+        text = capsys.readouterr().err
+        cells = [line.replace("│", " ").replace("┃", " ").split() for line in text.splitlines()]
+        assert ["organ", "step", "9"] in cells
+        assert ["liver", "0.500"] in cells
+        assert "mean" not in text
+
     def test_no_validation_no_table(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +14,16 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.student.loggers import by_name
 from pipeline.student.loggers.by_name import LOGGERS, open_loggers
-from pipeline.student.loggers.mlflow import MlflowLogger
+from pipeline.student.loggers.mlflow import _DEFAULTS, MlflowLogger
 from pipeline.student.loggers.run_logger import LoggedRun, Loggers, flat_settings
 from pipeline.student.loggers.tensorboard import TensorBoardLogger
 from pipeline.student.loggers.wandb import WandbLogger
 from pipeline.student.progress import followed
 
-SETTINGS = {"config": {"steps": 4, "patch": [8, 8, 8], "none": {}}, "inputs": {"cases": {"a": "1"}}}
+SETTINGS = {
+    "config": {"steps": 4, "patch": [8, 8, 8], "none": {}},
+    "inputs": {"cases": {"a (b)": "1"}},
+}
 
 
 class Recorder:
@@ -123,7 +127,7 @@ class TestByName:
 def test_settings_are_flat_for_those_who_want_them_so() -> None:
     assert dict(flat_settings(SETTINGS)) == {
         "config.steps": "4", "config.patch": "[8, 8, 8]", "config.none": "{}",
-        "inputs.cases.a": "1",
+        "inputs.cases.a (b)": "1",
     }  # fmt: skip
 
 
@@ -162,6 +166,7 @@ class FakeMlflow:
 
     def __init__(self) -> None:
         self.uris: list[str] = []
+        self.places: list[str | None] = []
         self.runs: dict[str, dict[str, Any]] = {}
         self.experiment: SimpleNamespace | None = None
 
@@ -183,7 +188,8 @@ class FakeMlflow:
     def get_experiment_by_name(self, name: str) -> SimpleNamespace | None:
         return self.experiment
 
-    def create_experiment(self, name: str) -> str:
+    def create_experiment(self, name: str, artifact_location: str | None) -> str:
+        self.places.append(artifact_location)
         self.experiment = SimpleNamespace(experiment_id="7")
         return "7"
 
@@ -211,6 +217,9 @@ class TestMlflow:
     @pytest.fixture
     def fake(self, monkeypatch: pytest.MonkeyPatch) -> FakeMlflow:
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for name in _DEFAULTS:
+            monkeypatch.setenv(name, "")  # so that what is set is taken back
+            monkeypatch.delenv(name)
         fake = FakeMlflow()
         fake.install(monkeypatch)
         return fake
@@ -221,7 +230,9 @@ class TestMlflow:
         train_a_little(tmp_path / "a", MlflowLogger())
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there:5000")
         train_a_little(tmp_path / "b", MlflowLogger())
-        assert fake.uris == [(tmp_path / "a" / "mlruns").as_uri(), "http://there:5000"]
+        assert fake.uris == [f"sqlite:///{tmp_path / 'a' / 'mlflow.db'}", "http://there:5000"]
+        assert fake.places == [(tmp_path / "a" / "mlflow_files").as_uri()]
+        assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
     def test_one_run_through_a_resume_with_every_step_once(
         self, fake: FakeMlflow, tmp_path: Path
@@ -233,6 +244,7 @@ class TestMlflow:
         assert [p.step for p in run["metrics"] if p.key == "dice/liver"] == [2, 4, 6]
         assert [p.step for p in run["metrics"] if p.key == "loss/total"] == [2, 4, 6]
         assert ("config.steps", "4") in run["params"]
+        assert ("inputs.cases.a _b_", "1") in run["params"]  # brackets are refused by MLflow
         assert run["status"] == "FINISHED"
         assert run["artifact"].endswith("progress.png")
 
@@ -246,8 +258,9 @@ class TestWandb:
     def test_offline_with_one_id_through_a_resume(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for name in ("WANDB_MODE", "WANDB_PROJECT"):
-            monkeypatch.delenv(name, raising=False)
+        for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_ERROR_REPORTING"):
+            monkeypatch.setenv(name, "")  # so that what is set is taken back
+            monkeypatch.delenv(name)
         opened: list[dict[str, Any]] = []
         rows: list[dict[str, Any]] = []
         ends: list[int] = []
@@ -261,6 +274,7 @@ class TestWandb:
                 finish=lambda exit_code: ends.append(exit_code),
             )
 
+        fake.Settings = SimpleNamespace  # type: ignore[attr-defined]
         fake.init = init  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "wandb", fake)
         assert train_a_little(tmp_path, WandbLogger(), until=2) == []
