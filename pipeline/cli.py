@@ -18,6 +18,7 @@ from pipeline.cli_options import (
     DeviceOption,
     DryRunOption,
     JsonOption,
+    LoggerOption,
     MinutesOption,
     QuietOption,
     RegistryOption,
@@ -66,6 +67,7 @@ def train_teachers(
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
     checkpoint_minutes: MinutesOption = 10.0,
+    logger: LoggerOption = None,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -82,6 +84,7 @@ def train_teachers(
         device=device,
         workers=workers,
         checkpoint_minutes=checkpoint_minutes,
+        loggers=logger or [],
         only=only,
         dry_run=dry_run,
     )
@@ -134,6 +137,7 @@ def train_student(
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
     checkpoint_minutes: MinutesOption = 10.0,
+    logger: LoggerOption = None,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -150,6 +154,7 @@ def train_student(
         device=device,
         workers=workers,
         checkpoint_minutes=checkpoint_minutes,
+        loggers=logger or [],
         dry_run=dry_run,
     )
     _end(report)

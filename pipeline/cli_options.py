@@ -44,6 +44,13 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 MinutesOption = Annotated[
     float, typer.Option(help="Minutes between checkpoints: what a kill can cost.", min=0)
 ]
+LoggerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--logger",
+        help="tensorboard, mlflow or wandb beside metrics.jsonl; give it once for each.",
+    ),
+]
 REGISTRY = Path("data_registry.yaml")
 WORK: Folder = Path("work")
 

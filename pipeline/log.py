@@ -14,15 +14,24 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from pipeline.folder import Folder, is_local, replace_file, writer_name
 
-SECONDS_BETWEEN_LINES = 30.0
+SECONDS_BEFORE_THE_FIRST_LINE = 5.0
+SECONDS_BETWEEN_LINES = 60.0
+SECONDS_BETWEEN_SENDS = 30.0
 
 
 class Log:
@@ -88,7 +97,7 @@ class Log:
                 file.write(line)
             return
         self._unsent.append(line)
-        if time.monotonic() - self._sent_at > SECONDS_BETWEEN_LINES:
+        if time.monotonic() - self._sent_at > SECONDS_BETWEEN_SENDS:
             self._send(events)
 
     def _send(self, events: Folder) -> None:
@@ -100,30 +109,46 @@ class Log:
             with suppress(OSError):
                 self._send(self.events)
 
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table for people; dropped when quiet."""
+        if not self.quiet:
+            _print_table(title, columns, rows, sys.stderr)
+
     @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Advance]:
-        """Progress with an ETA: a bar on a terminal, timed lines elsewhere."""
-        if self.quiet:
-            yield _silent
-        elif self.is_terminal:
-            with self._bar() as bar:
-                task = bar.add_task(what, total=total, note="")
+    def progress(self, what: str, total: int, *, done: int = 0) -> Iterator[Advance]:
+        """Progress with an ETA: a bar on a terminal, timed lines elsewhere, events for machines.
 
-                def advance(note: str = "", steps: int = 1) -> None:
-                    bar.update(task, advance=steps, note=note)
+        Lines and events come after a few seconds, then every minute, and at the end.
 
-                yield advance
-        else:
-            yield _TimedLines(self, what, total)
+        Args:
+            what: is counted.
+            total: how many there are.
+            done: how many of them were made before, and say nothing about speed.
+        """
+        told = _Told(self, what, total, done)
+        if self.quiet or not self.is_terminal:
+            yield told
+            return
+        with self._bar() as bar:
+            task = bar.add_task(what, total=total, completed=done, note="")
+
+            def advance(note: str = "", steps: int = 1) -> None:
+                bar.update(task, advance=steps, note=note)
+                told(note, steps)
+
+            yield advance
 
     def _bar(self) -> Progress:
         return Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=self._console,
+            speed_estimate_period=600,  # s; pauses, such as validations, count too
         )
 
     def _line(self, text: str, *, style: str | None = None) -> None:
@@ -140,36 +165,58 @@ class Advance(Protocol):
         """Moves the bar or, where nobody watches, prints a line when one is due."""
 
 
-def _silent(note: str = "", steps: int = 1) -> None:
-    return None
+class _Told:
+    """Progress as events, and as lines unless a bar shows it."""
 
-
-class _TimedLines:
-    def __init__(self, log: Log, what: str, total: int) -> None:
+    def __init__(self, log: Log, what: str, total: int, done: int) -> None:
         self._log, self._what, self._total = log, what, total
-        self._done, self._began = 0, time.monotonic()
-        self._last = self._began
+        self._before = self._done = done
+        self._began = time.monotonic()
+        self._due = self._began + SECONDS_BEFORE_THE_FIRST_LINE
 
     def __call__(self, note: str = "", steps: int = 1) -> None:
         self._done += steps
         now = time.monotonic()
-        if now - self._last < SECONDS_BETWEEN_LINES and self._done < self._total:
+        if now < self._due and self._done < self._total:
             return
-        self._last = now
+        self._due = now + SECONDS_BETWEEN_LINES
         spent = now - self._began
-        left = spent / max(1, self._done) * (self._total - self._done)
-        self._log.info(
-            f"{self._what}: {self._done}/{self._total}, {spent:.0f} s spent, "
-            f"{left:.0f} s left{', ' + note if note else ''}"
-        )
+        left = spent / max(1, self._done - self._before) * (self._total - self._done)
+        if not self._log.is_terminal:
+            self._log.info(
+                f"{self._what}: {self._done}/{self._total}, {_duration(spent)} spent, "
+                f"{_duration(left)} left{', ' + note if note else ''}"
+            )
+        self._log.event(
+            "progress", what=self._what, done=self._done, total=self._total,
+            seconds=round(spent, 1), seconds_left=round(left, 1), note=note,
+        )  # fmt: skip
+
+
+def _duration(seconds: float) -> str:
+    """As a person says it: 95 s, 12 min, 3 h 20 min, 2 d 5 h."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output; the first column is text, the others are right-aligned."""
+    _print_table(title, columns, rows, sys.stdout)
+
+
+def _print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], file: TextIO
+) -> None:
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    width = None if sys.stdout.isatty() else max(120, int(os.environ.get("COLUMNS", "0")))
-    Console(width=width, highlight=False, markup=False).print(table)
+    width = None if file.isatty() else max(120, int(os.environ.get("COLUMNS", "0")))
+    Console(file=file, width=width, highlight=False, markup=False).print(table)

@@ -22,7 +22,9 @@ from pipeline.log import Log
 from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.student.checkpoint import StudentRecord, save_student
+from pipeline.student.loggers.by_name import open_loggers
 from pipeline.student.network import CachedTap, TapKey
+from pipeline.student.picture import tell_validations
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.training import Trained, train
 from stages.report import StageReport
@@ -45,6 +47,7 @@ def run(
     device: str = "auto",
     workers: int = 0,
     checkpoint_minutes: float = 10.0,
+    loggers: Sequence[str] = (),
     dry_run: bool = False,
 ) -> StageReport:
     """Trains the student, or goes on training it; a finished run does nothing.
@@ -59,16 +62,18 @@ def run(
         device: auto, cpu, cuda, cuda:1.
         workers: loader processes.
         checkpoint_minutes: at most so much work is lost to a kill.
+        loggers: names of loggers that are told beside metrics.jsonl.
         dry_run: say what would be done, write nothing.
 
     Raises:
         CacheStale, CacheMissing: the cache lacks what this supervision needs: units, or the
             temperatures of a calibrated one.
-        ConfigError: no case to train on, taps that do not fit.
+        ConfigError: no case to train on, taps that do not fit, a logger that is not installed.
         CheckpointError: the run was started with other settings.
     """
     began = time.monotonic()
     report = StageReport("train-student")
+    others = open_loggers(loggers)
     supervision = config.training.supervision
     teachers = list(registry.teachers) if supervision.uses_teachers else []
     if supervision.uses_teachers and not teachers:
@@ -129,10 +134,13 @@ def run(
             workers=workers,
             checkpoint_minutes=checkpoint_minutes,
             saved=keep,
+            name=config.run,
+            loggers=others,
         )
         if trained.finished:
             _finish(config, registry, local, trained, inputs, digest)
             keep()
+            tell_validations(log, local / "metrics.jsonl", folder)
     if trained.finished:
         report.done.append(config.run)
     else:

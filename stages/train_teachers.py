@@ -26,6 +26,9 @@ from pipeline.log import Log
 from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.prepare import prepare_case
+from pipeline.student.loggers.by_name import open_loggers
+from pipeline.student.loggers.run_logger import RunLogger
+from pipeline.student.picture import tell_validations
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.supervision import SupervisionConfig
 from pipeline.student.training import Trained, train
@@ -65,6 +68,7 @@ def run(
     device: str = "auto",
     workers: int = 0,
     checkpoint_minutes: float = 10.0,
+    loggers: Sequence[str] = (),
     only: str | None = None,
     dry_run: bool = False,
 ) -> StageReport:
@@ -79,11 +83,12 @@ def run(
         device: auto, cpu, cuda, cuda:1.
         workers: loader processes.
         checkpoint_minutes: at most so much work is lost to a kill.
+        loggers: names of loggers that are told beside metrics.jsonl.
         only: one teacher by name.
         dry_run: say what would be done, write nothing.
 
     Raises:
-        ConfigError: no such teacher, or none to train.
+        ConfigError: no such teacher, or none to train; a logger that is not installed.
     """
     began = time.monotonic()
     report = StageReport("train-teachers")
@@ -96,6 +101,7 @@ def run(
             where=registry.path,
             fix="A teacher to train has kind `checkpoint` and names a dataset in `trained_on`.",
         )
+    open_loggers(loggers)  # what is missing is said before hours of training
     if not dry_run:
         prepare_work_folder(work)
     for name in names:
@@ -103,7 +109,8 @@ def run(
             if _train_one(
                 name, config, registry, work,
                 log=log, device=device, workers=workers,
-                checkpoint_minutes=checkpoint_minutes, report=report, dry_run=dry_run,
+                checkpoint_minutes=checkpoint_minutes, loggers=open_loggers(loggers),
+                report=report, dry_run=dry_run,
             ):  # fmt: skip
                 report.done.append(name)
             else:
@@ -128,6 +135,7 @@ def _train_one(
     device: str,
     workers: int,
     checkpoint_minutes: float,
+    loggers: Sequence[RunLogger],
     report: StageReport,
     dry_run: bool,
 ) -> bool:
@@ -168,7 +176,11 @@ def _train_one(
             workers=workers,
             checkpoint_minutes=checkpoint_minutes,
             saved=keep,
+            name=name,
+            loggers=loggers,
         )
+        if trained.finished:
+            tell_validations(log, local / "metrics.jsonl", work / "teachers-in-training" / name)
     if not trained.finished:
         raise Stopped(
             f"stopped at step {trained.step} of {training.steps}.",
@@ -177,7 +189,7 @@ def _train_one(
         )
     record = _record(entry, training, space, cases, spacing, trained, digest)
     save_teacher(weights, record, trained.network.network.state_dict())
-    log.info(f"teacher {name}: validation Dice {dict(trained.validation_dice)} -> {weights}")
+    log.info(f"teacher {name} -> {weights}")
     return True
 
 

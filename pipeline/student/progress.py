@@ -1,48 +1,134 @@
-"""metrics.jsonl, one line a step, and the picture of it that a person understands."""
+"""A training as it is followed: metrics.jsonl, curves, loggers, and half a line for people."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pipeline.figures import save_curves
+from pipeline.student.history import History
+from pipeline.student.loggers.run_logger import LoggedRun, Loggers, RunLogger
+from pipeline.student.metrics_file import append_lines, kept_lines, sync
 
-_SMOOTHING = 0.95
+WINDOW_STEPS = 20
+WINDOW_SECONDS = 10.0
+SECONDS_BETWEEN_PICTURES = 60.0
+_Batch = TypeVar("_Batch")
+
+
+@dataclass
+class _Window:
+    """Steps whose lines are not written yet: a timing is of all of them."""
+
+    began: float
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def add(self, seconds: float, waited: float) -> None:
+        self.steps += 1
+        self.seconds += max(seconds, 1e-9)
+        self.waited += waited
+
+    def timing(self, batch_size: int) -> dict[str, float]:
+        return {
+            "steps": self.steps,
+            "seconds": round(self.seconds, 4),
+            "data_wait": round(self.waited / self.seconds, 4),
+            "samples_per_second": round(self.steps * batch_size / self.seconds, 3),
+        }
 
 
 class Metrics:
-    """Collects lines and appends them to a file.
+    """Appends lines to metrics.jsonl, tells loggers, and keeps curves, never all lines.
 
     Args:
         path: metrics.jsonl.
         keep_until: lines of later steps, written before a kill, are dropped, so that a resumed run
-            leaves the same file as an undisturbed one.
+            leaves the same numbers as an undisturbed one.
+        batch_size: samples in a step, over all processes.
+        name: of the run, for people; by default the folder's.
+        loggers: who else is told; nobody by default.
+        warn: hears, once, that the picture cannot be drawn.
+
+    Attributes:
+        history: of all lines, those before a resume too.
     """
 
-    def __init__(self, path: Path, *, keep_until: int) -> None:
-        self._path = path
+    def __init__(
+        self,
+        path: Path,
+        *,
+        keep_until: int,
+        batch_size: int = 1,
+        name: str = "",
+        loggers: Loggers | None = None,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.lines = [line for line in _read(path) if line["step"] <= keep_until]
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            _replace(path, text)
-        self._written = len(self.lines)
-        self.smooth_loss = 0.0
-        for line in self.lines:
-            self._smooth(line)
+        if not path.exists():
+            path.touch()
+        self.name = name or path.parent.name
+        self.history = History()
+        for line in kept_lines(path, keep_until):
+            self.history.add(line)
+        self._path, self._batch_size, self._loggers = path, batch_size, loggers
+        self._unwritten: list[dict[str, Any]] = []
+        self._window = _Window(began=time.monotonic())
+        self._timing: Mapping[str, float] = {}
+        self._asked: float | None = None
+        self._waited = 0.0
+        self._step_ended = self._drawn_at = time.monotonic()
+        self._warn = warn
 
     @property
     def last_validation(self) -> Mapping[str, float | None]:
         """Per organ, of the last validation; empty before the first."""
-        found = [line["validation_dice"] for line in self.lines if "validation_dice" in line]
-        return found[-1] if found else {}
+        return self.history.last_validation
+
+    @property
+    def note(self) -> str:
+        """The run in half a line: smoothed loss, throughput, share of time waiting for data."""
+        loss, timing = self.history.smooth_loss, self._timing
+        if not timing and self._window.steps:
+            timing = self._window.timing(self._batch_size)
+        parts = [] if loss is None else [f"loss {loss:.3f}"]
+        if timing:
+            parts.append(f"{timing['samples_per_second']:.3g} samples/s")
+            parts.append(f"{timing['data_wait']:.0%} waiting for data")
+        return ", ".join(parts)
+
+    @property
+    def picture_is_old(self) -> bool:
+        """Whether the last picture is so old that a new one costs little beside the steps since."""
+        return time.monotonic() - self._drawn_at > SECONDS_BETWEEN_PICTURES
+
+    def picture_drawn(self, failed: str | None = None) -> None:
+        """From here on the picture is new; or why it is not."""
+        self._drawn_at = time.monotonic()
+        if failed is not None and self._warn is not None:
+            self._warn(failed)
+            self._warn = None
+
+    def batches(self, loader: Iterable[_Batch]) -> Iterator[_Batch]:
+        """The loader's batches; how long each takes to come counts as waiting for data."""
+        batches = iter(loader)
+        while True:
+            self._asked = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited = time.monotonic() - self._asked
+            yield batch
 
     def add(
         self, step: int, *, loss: float, terms: Mapping[str, float], lr: float, gradient_norm: float
     ) -> None:
-        """One training step."""
+        """One training step. It took from when its batch was asked for until now."""
         line = {
             "step": step,
             "loss": round(loss, 6),
@@ -50,57 +136,105 @@ class Metrics:
             "lr": lr,
             "gradient_norm": round(gradient_norm, 4),
         }
-        self.lines.append(line)
-        self._smooth(line)
-        if len(self.lines) - self._written >= 50:
-            self.flush()
+        self._unwritten.append(line)
+        self.history.add(line)
+        self._step_ended = now = time.monotonic()
+        if self._asked is not None:
+            self._window.add(now - self._asked, self._waited)
+            self._asked = None
+        if len(self._unwritten) >= WINDOW_STEPS or now - self._window.began > WINDOW_SECONDS:
+            self._write()
 
     def add_validation(self, step: int, scores: Mapping[str, float | None]) -> None:
-        """One validation."""
-        self.lines.append({"step": step, "validation_dice": dict(scores)})
-        self.flush()
+        """One validation. It took from the end of the step until now."""
+        seconds = round(time.monotonic() - self._step_ended, 3)
+        self._write()
+        line = {"step": step, "validation_dice": dict(scores), "timing": {"seconds": seconds}}
+        self.history.add(line)
+        append_lines(self._path, [line])
+        known = {organ: dice for organ, dice in scores.items() if dice is not None}
+        if known and self._loggers is not None:
+            mean = sum(known.values()) / len(known)
+            values = {f"dice/{organ}": dice for organ, dice in {**known, "mean": mean}.items()}
+            self._loggers.scalars(step, values)
 
     def flush(self) -> None:
-        """Appends what is new to the file."""
-        with self._path.open("a", encoding="utf-8") as file:
-            for line in self.lines[self._written :]:
-                file.write(json.dumps(line) + "\n")
-        self._written = len(self.lines)
+        """All lines are on the disk; after that a checkpoint may say that their steps are made."""
+        self._write()
+        sync(self._path)
 
-    def _smooth(self, line: Mapping[str, Any]) -> None:
-        if "loss" in line:
-            first = self.smooth_loss == 0.0
-            keep = 0.0 if first else _SMOOTHING
-            self.smooth_loss = keep * self.smooth_loss + (1 - keep) * float(line["loss"])
-
-
-def draw_progress(path: Path, metrics: Metrics) -> None:
-    """Loss terms and validation Dice against steps, as a PNG."""
-    terms: dict[str, list[tuple[int, float]]] = {}
-    dice: dict[str, list[tuple[int, float]]] = {}
-    for line in metrics.lines:
-        for name, value in line.get("terms", {}).items():
-            terms.setdefault(name, []).append((line["step"], value))
-        for organ, score in line.get("validation_dice", {}).items():
-            if score is not None:
-                dice.setdefault(organ, []).append((line["step"], score))
-    save_curves(path, terms, dice)
+    def _write(self) -> None:
+        """Appends the lines of a window, with its timing in the last."""
+        lines, window = self._unwritten, self._window
+        self._unwritten, self._window = [], _Window(began=time.monotonic())
+        if not lines:
+            return
+        if window.steps:
+            self._timing = lines[-1]["timing"] = window.timing(self._batch_size)
+            self.history.add_timing(self._timing)
+        append_lines(self._path, lines)
+        if self._loggers is not None:
+            self._loggers.scalars(lines[-1]["step"], _scalars(lines))
 
 
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all: a kill here must not cost the lines of the steps that are kept."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+@contextmanager
+def followed(
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    resumed_from: int,
+    batch_size: int,
+    warn: Callable[[str], None],
+    name: str = "",
+    loggers: Iterable[RunLogger] = (),
+) -> Iterator[Metrics]:
+    """The metrics of a run while it trains; what loggers began is finished whatever happens.
+
+    Args:
+        folder: of the run.
+        settings: nested, for loggers.
+        resumed_from: step of the checkpoint; 0 at the start.
+        batch_size: samples in a step, over all processes.
+        warn: hears of a logger that fails, or of a picture.
+        name: of the run, for people; by default the folder's.
+        loggers: who is told beside metrics.jsonl.
+    """
+    others = Loggers(loggers, warn)
+    metrics = Metrics(
+        folder / "metrics.jsonl",
+        keep_until=resumed_from,
+        batch_size=batch_size,
+        name=name,
+        loggers=others,
+        warn=warn,
+    )
+    others.start(LoggedRun(metrics.name, folder, settings, resumed_from))
+    well = False
+    try:
+        yield metrics
+        metrics.flush()
+        well = True
+    finally:
+        if not well:
+            with suppress(OSError):  # of a full disk: the error on its way says more
+                metrics.flush()
+        others.finish(folder / "progress.png", well=well)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:  # the line that a kill cut short; its step is made again
-            break
-    return lines
+def _scalars(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over a window, for loggers: a point each would be a million files of a long run."""
+    last = lines[-1]
+    names = {name for line in lines for name in line["terms"]}
+    found = {f"loss/{n}": _mean(line["terms"].get(n, 0.0) for line in lines) for n in sorted(names)}
+    found["loss/total"] = _mean(line["loss"] for line in lines)
+    found["gradient_norm"] = _mean(line["gradient_norm"] for line in lines)
+    found["lr"] = last["lr"]
+    if "timing" in last:
+        found["speed/samples_per_second"] = last["timing"]["samples_per_second"]
+        found["speed/data_wait"] = last["timing"]["data_wait"]
+    return found
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)

@@ -17,9 +17,11 @@ from pipeline.labels import LabelSpace
 from pipeline.log import Log
 from pipeline.student.dataset import to_batch
 from pipeline.student.loading import loaded_batches, patches_of
+from pipeline.student.loggers.run_logger import RunLogger
 from pipeline.student.network import CachedTap, StudentNetwork, TapKey, seeded_network
 from pipeline.student.optimiser import build_optimiser
-from pipeline.student.progress import Metrics, draw_progress
+from pipeline.student.picture import draw_progress
+from pipeline.student.progress import followed
 from pipeline.student.resume import restore_state, save_state, stop_signals
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.step import make_step
@@ -62,6 +64,8 @@ def train(
     checkpoint_minutes: float = 10.0,
     resume: bool = True,
     saved: Callable[[], None] | None = None,
+    name: str = "",
+    loggers: Sequence[RunLogger] = (),
 ) -> Trained:
     """Trains, or goes on training, until `config.steps`.
 
@@ -81,6 +85,8 @@ def train(
         checkpoint_minutes: at most so much work is lost to a kill.
         resume: go on from the newest checkpoint; False refuses if there is one.
         saved: called whenever a checkpoint has been written.
+        name: of the run, for people; by default the folder's.
+        loggers: who is told beside metrics.jsonl.
 
     Raises:
         ConfigError: no case to train on.
@@ -110,23 +116,24 @@ def train(
     step = start = restore_state(
         folder, identity, network, optimiser, seed=config.seed, log=log, resume=resume
     )
-    metrics = Metrics(folder / "metrics.jsonl", keep_until=start)
-    scores: dict[str, float | None] = dict(metrics.last_validation)
     network.train()
     with (
         stop_signals() as stopping,
-        log.progress("steps", config.steps) as advance,
+        followed(
+            folder, identity["config"], resumed_from=start, batch_size=config.batch_size,
+            warn=log.warn, name=name, loggers=loggers,
+        ) as metrics,
+        log.progress("steps", config.steps, done=start) as advance,
         loaded_batches(data, start, config, workers) as loader,
-    ):
-        advance(steps=start)
-        for collated in loader:
+    ):  # fmt: skip
+        scores: dict[str, float | None] = dict(metrics.last_validation)
+        for collated in metrics.batches(loader):
             if isinstance(collated, PipelineError):
                 raise collated
             batch = to_batch(collated, list(network.cached), device)
             try:
                 metrics.add(step + 1, **make_step(config, network, optimiser, batch, step))
             except FloatingPointError as error:
-                metrics.flush()
                 raise PipelineError(
                     f"step {step + 1}, with cases {', '.join(collated['case'])}: {error}",
                     where=folder,
@@ -134,10 +141,12 @@ def train(
                     "optimiser.lr.",
                 ) from error
             step += 1
-            advance(f"loss {metrics.smooth_loss:.3f}")
+            advance(metrics.note)
             if step % config.validate_every == 0 or step == config.steps:
                 scores = validate(network.network, validation, space, config, device)
                 metrics.add_validation(step, scores)
+                if metrics.picture_is_old:
+                    draw_progress(folder / "progress.png", metrics)
                 network.train()
             due = time.monotonic() - last_save > checkpoint_minutes * 60
             stop = stopping()  # asked once: a signal from here on is for the next step

@@ -98,7 +98,7 @@ def losses_of(registry: Path) -> list[float]:
 
 class TestTrainStudent(StageContract):
     kill_at = "pipeline.student.training:make_step"
-    timed: ClassVar[tuple[str, ...]] = ()
+    timed: ClassVar[tuple[str, ...]] = ("*/progress.png",)
 
     @pytest.fixture
     def registry(self, tiny_cached: Path) -> Path:

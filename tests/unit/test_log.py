@@ -71,20 +71,21 @@ def test_quiet_shows_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines(capsys) == ["warning: shown"]
 
 
-def test_progress_is_a_line_when_one_is_due_and_at_the_end(
+def test_progress_is_a_line_soon_then_every_minute_and_at_the_end(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Log().progress("cases", 10) as advance:
-        for _ in range(9):
-            clock.now += 10
+    with Log().progress("cases", 100) as advance:
+        for _ in range(99):
+            clock.now += 2
             advance("note", 1)
-        clock.now += 10
+        clock.now += 2
         advance("last")
     assert lines(capsys) == [
-        "cases: 3/10, 30 s spent, 70 s left, note",
-        "cases: 6/10, 60 s spent, 40 s left, note",
-        "cases: 9/10, 90 s spent, 10 s left, note",
-        "cases: 10/10, 100 s spent, 0 s left, last",
+        "cases: 3/100, 6 s spent, 3 min left, note",
+        "cases: 33/100, 66 s spent, 2 min left, note",
+        "cases: 63/100, 2 min spent, 74 s left, note",
+        "cases: 93/100, 3 min spent, 14 s left, note",
+        "cases: 100/100, 3 min spent, 0 s left, last",
     ]
 
 
@@ -92,7 +93,70 @@ def test_several_steps_at_once(clock: Clock, capsys: pytest.CaptureFixture[str])
     with Log().progress("windows", 100) as advance:
         clock.now += 60
         advance(steps=25)
-    assert lines(capsys) == ["windows: 25/100, 60 s spent, 180 s left"]
+    assert lines(capsys) == ["windows: 25/100, 60 s spent, 3 min left"]
+
+
+def test_what_was_done_before_does_not_make_it_look_fast(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Log().progress("steps", 1000, done=900) as advance:
+        clock.now += 20
+        advance(steps=10)
+    assert lines(capsys) == ["steps: 910/1000, 20 s spent, 3 min left"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(7, "7 s"), (100, "2 min"), (5950, "99 min"), (6000, "1 h 40 min"), (190_000, "2 d 4 h")],
+)
+def test_time_as_a_person_says_it(
+    clock: Clock, capsys: pytest.CaptureFixture[str], seconds: float, text: str
+) -> None:
+    with Log().progress("steps", 2) as advance:
+        clock.now += seconds
+        advance()
+    assert lines(capsys) == [f"steps: 1/2, {text} spent, {text} left"]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress_is_events_too(clock: Clock, tmp_path: Path, quiet: bool) -> None:
+    with Log(quiet=quiet, events=tmp_path / "events.jsonl").progress("steps", 10) as advance:
+        for _ in range(10):
+            clock.now += 20
+            advance("loss 1")
+    found = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(line["event"], line["done"]) for line in found] == [
+        ("progress", n) for n in (1, 4, 7, 10)
+    ]
+    assert found[1].items() >= {
+        "what": "steps", "total": 10, "seconds": 80.0, "seconds_left": 120.0, "note": "loss 1",
+    }.items()  # fmt: skip
+
+
+def test_a_terminal_has_a_bar_with_the_same_numbers_and_no_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    log = Log(events=tmp_path / "events.jsonl")
+    assert log.is_terminal
+    with log.progress("steps", 12, done=10) as advance:
+        advance("loss 0.5")
+        advance("loss 0.4")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert re.search(r"steps .* 12/12 0:00:00 left 0:00:00 loss 0.4", shown)
+    assert "spent" not in shown
+    assert json.loads((tmp_path / "events.jsonl").read_text())["done"] == 12
+
+
+def test_a_table_for_people_is_on_standard_error_unless_quiet(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for quiet in (False, True):
+        Log(quiet=quiet).table("Dice", ["organ", "last"], [["liver", "0.91"]])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("liver") == 1
 
 
 def test_events_are_one_json_object_a_line(tmp_path: Path) -> None:
@@ -143,7 +207,7 @@ def test_events_in_an_object_store_are_an_object_of_this_process(
     store_work: UPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing can be appended to there: each process renews its own."""
-    monkeypatch.setattr("pipeline.log.SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr("pipeline.log.SECONDS_BETWEEN_SENDS", -1.0)
     for number in range(2):
         log = Log(quiet=True, events=store_work / "events.jsonl")
         log.event("first", number=number)

@@ -24,6 +24,7 @@ from pipeline.log import Log
 from pipeline.student import step as one_step
 from pipeline.student import training
 from pipeline.student.checkpoint import training_checkpoints
+from pipeline.student.metrics_file import without_timing
 from pipeline.student.network import CachedTap
 from pipeline.student.optimiser import OptimiserConfig
 from pipeline.student.resume import stop_signals
@@ -162,6 +163,11 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def numbers_of(folder: Path) -> list[dict[str, Any]]:
+    """What must be the same in an interrupted and an undisturbed run."""
+    return without_timing(lines_of(folder))
+
+
 def assert_same(a: Any, b: Any, where: str = "") -> None:
     """Equal bit by bit, however deep."""
     assert type(a) is type(b), where
@@ -230,8 +236,7 @@ class TestResume:
             dict(trained.network.state_dict()), dict(undisturbed.trained.network.state_dict())
         )
         assert trained.validation_dice == undisturbed.trained.validation_dice
-        there = (undisturbed.folder / "metrics.jsonl").read_bytes()
-        assert (tmp_path / "metrics.jsonl").read_bytes() == there
+        assert numbers_of(tmp_path) == numbers_of(undisturbed.folder)
 
     def test_the_comparison_can_fail(self, cases: Path, tmp_path: Path) -> None:
         # Without the random state of the checkpoint, dropout would go other ways.
@@ -260,8 +265,7 @@ class TestResume:
         assert "The checkpoint before it is used." in warning
         assert trained.finished
         assert_same(newest(tmp_path), newest(straight[False].folder))
-        there = (straight[False].folder / "metrics.jsonl").read_bytes()
-        assert (tmp_path / "metrics.jsonl").read_bytes() == there
+        assert numbers_of(tmp_path) == numbers_of(straight[False].folder)
 
     def test_a_finished_run_is_left_as_it_is(
         self, cases: Path, straight: dict[bool, Straight]
@@ -299,8 +303,7 @@ class TestResume:
         (tmp_path / "config.json").write_text("{}")
         (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9, "terms": {}}\n{"step": 2, ')
         start(cases, tmp_path)
-        there = (straight[False].folder / "metrics.jsonl").read_bytes()
-        assert (tmp_path / "metrics.jsonl").read_bytes() == there
+        assert numbers_of(tmp_path) == numbers_of(straight[False].folder)
 
 
 class TestWhatARunLeaves:
@@ -326,6 +329,18 @@ class TestWhatARunLeaves:
         lrs = [line["lr"] for line in lines if "loss" in line]
         config = settings().optimiser
         assert lrs == [config.lr_at(step, STEPS) for step in range(STEPS)]
+
+    def test_times_under_one_key(self, straight: dict[bool, Straight]) -> None:
+        lines = lines_of(straight[False].folder)
+        timed = [line["timing"] for line in lines if "loss" in line and "timing" in line]
+        # The lines up to each validation are one window.
+        assert [timing["steps"] for timing in timed] == [3, 3, 2]
+        for timing in timed:
+            assert 0 < timing["data_wait"] < 1
+            rate = 2 * timing["steps"] / timing["seconds"]
+            assert timing["samples_per_second"] == pytest.approx(rate, rel=0.01)
+        validations = [line["timing"] for line in lines if "validation_dice" in line]
+        assert all(timing["seconds"] > 0 for timing in validations)
 
     def test_a_picture(self, straight: dict[bool, Straight]) -> None:
         picture = matplotlib.image.imread(straight[True].folder / "progress.png")

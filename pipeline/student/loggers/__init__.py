@@ -1,0 +1,1 @@
+"""Where else than in metrics.jsonl the numbers of a training go, by name."""
