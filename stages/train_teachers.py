@@ -26,6 +26,7 @@ from pipeline.log import Log
 from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.prepare import prepare_case
+from pipeline.student.augment import check_sides
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.supervision import SupervisionConfig
 from pipeline.student.training import Trained, train
@@ -138,6 +139,7 @@ def _train_one(
     spacing = entry.spacing_mm or registry.grid.spacing_mm
     space = LabelSpace({organ: registry.organs[organ] for organ in entry.organs})
     _check_channels(name, registry, space)
+    check_sides(config.training.augment, space)
     training = config.training.model_copy(update={"intensity": entry.intensity})
     files = _prepare(config, registry, work, entry.trained_on, spacing, log, report, dry_run)
     inputs = {

@@ -417,7 +417,9 @@ class TestConfig:
     def test_uses_features(self, kind: Kind, features: FeaturesConfig, uses: bool) -> None:
         assert SupervisionConfig(kind=kind, features=features).uses_features is uses
 
-    @pytest.mark.parametrize("augment", [{"flip_axes": (2,)}, {"rotate": True}])
+    @pytest.mark.parametrize(
+        "augment", [{"flip_axes": (2,)}, {"rotate_axes": (0,)}, {"affine": {"probability": 0.1}}]
+    )
     def test_moved_voxels_with_features_are_refused(self, augment: dict[str, Any]) -> None:
         with_features = SupervisionConfig(features=FeaturesConfig(student_tap="x"))
         with pytest.raises(ValidationError, match="not legal with cached features"):
