@@ -39,7 +39,8 @@ def dataset(cases: Sequence[CachedCase], **changes: Any) -> PatchDataset:
         "seed": 3,
         "pool_bytes": 50_000_000,
     }
-    return PatchDataset(cases, SPACE, **(settings | changes))
+    space = changes.pop("space", SPACE)
+    return PatchDataset(cases, space, **(settings | changes))
 
 
 def fingerprint(sample: dict[str, Any]) -> str:

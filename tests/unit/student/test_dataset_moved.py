@@ -13,7 +13,7 @@ from scipy.ndimage import binary_erosion
 
 from pipeline.cache.reader import CachedCase
 from pipeline.errors import ConfigError
-from pipeline.labels import IGNORE
+from pipeline.labels import IGNORE, LabelSpace
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.dataset import AIR_HU, PatchDataset
 from pipeline.student.sampling import SamplingConfig
@@ -156,3 +156,10 @@ def test_it_is_a_function_of_the_number(coded_cases: list[CachedCase]) -> None:
 def test_no_features_with_moved_voxels(coded_case: CachedCase, augment: AugmentConfig) -> None:
     with pytest.raises(ConfigError, match="not legal with cached features"):
         dataset([coded_case], augment=augment, taps={TAP: CHANNELS}, align=STRIDE)
+
+
+def test_no_mirror_images_of_organs_with_a_side(coded_case: CachedCase) -> None:
+    sided = LabelSpace({"liver": 1, "kidney_left": 2})
+    with pytest.raises(ConfigError, match="kidney_left"):
+        dataset([coded_case], space=sided, augment=AugmentConfig(flip_axes=(2,)))
+    dataset([coded_case], space=sided, augment=AugmentConfig(flip_axes=(0,)))

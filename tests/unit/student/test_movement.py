@@ -102,7 +102,8 @@ class TestWarp:
         """Against scipy's rotations, in mm about the patch's middle."""
         warp = Warp(affine, PATCH, SPACING)
         z, y, x = affine.degrees
-        # scipy counts axes as x, y, z; its turn from x to y about z is ours from x to y.
+        # scipy's matrices are for (x, y, z). About y its positive turn runs from z to x, ours from
+        # x to z; as ours say where a value is taken from, they are its transposes.
         about = [
             Rotation.from_euler(name, angle, degrees=True).as_matrix()[::-1, ::-1]
             for name, angle in (("z", z), ("y", -y), ("x", x))
