@@ -21,6 +21,7 @@ from pipeline.labels import LabelSpace
 from pipeline.log import Log
 from pipeline.mirror import mirrored
 from pipeline.network import pick_device
+from pipeline.student.augment import check_sides
 from pipeline.student.checkpoint import StudentRecord, save_student
 from pipeline.student.loggers.by_name import open_loggers
 from pipeline.student.network import CachedTap, TapKey
@@ -68,7 +69,8 @@ def run(
     Raises:
         CacheStale, CacheMissing: the cache lacks what this supervision needs: units, or the
             temperatures of a calibrated one.
-        ConfigError: no case to train on, taps that do not fit, a logger that is not installed.
+        ConfigError: no case to train on, taps that do not fit, a logger that is not installed,
+            augmentation that mixes up left and right organs.
         CheckpointError: the run was started with other settings.
     """
     began = time.monotonic()
@@ -82,9 +84,10 @@ def run(
             where=registry.path,
             fix="Add teachers, or choose kind marginal.",
         )
+    space = registry.label_space
+    check_sides(config.training.augment, space)
     cohort = open_cohort(work, registry, teachers=teachers, splits=("train", "validation"))
     _check_complete(cohort, config.allow_missing, log)
-    space = registry.label_space
     training = [c for c in cohort.cases if c.split == "train"]
     if supervision.kind == "full":
         training = [c for c in training if set(space.organs) <= set(c.annotated)]

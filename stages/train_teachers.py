@@ -26,6 +26,7 @@ from pipeline.log import Log
 from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.prepare import prepare_case
+from pipeline.student.augment import check_sides
 from pipeline.student.loggers.by_name import open_loggers
 from pipeline.student.loggers.run_logger import RunLogger
 from pipeline.student.picture import tell_validations
@@ -146,6 +147,7 @@ def _train_one(
     spacing = entry.spacing_mm or registry.grid.spacing_mm
     space = LabelSpace({organ: registry.organs[organ] for organ in entry.organs})
     _check_channels(name, registry, space)
+    check_sides(config.training.augment, space)
     training = config.training.model_copy(update={"intensity": entry.intensity})
     files = _prepare(config, registry, work, entry.trained_on, spacing, log, report, dry_run)
     inputs = {

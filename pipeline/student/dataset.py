@@ -1,5 +1,6 @@
-"""Training samples: a pure function of (seed, step, rank, index); no sampler or worker state.
+"""Training samples: a pure function of (seed, step, index); no sampler or worker state.
 
+The index counts within the batch of all processes together, so that their number changes nothing.
 One spatial transform is drawn per sample and moves image, label, log-odds, regions and features.
 """
 
@@ -11,57 +12,62 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from pipeline.cache.pool import POOL
 from pipeline.cache.reader import CachedCase
-from pipeline.cohort import Temperatures, compute, known_organs, lazy_consensus
-from pipeline.config import Config
-from pipeline.errors import PipelineError
+from pipeline.cohort import Temperatures, known_organs
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.intensity import Intensity
 from pipeline.labels import IGNORE, LabelSpace
 from pipeline.patches import Index3, Patch, patch_at
-from pipeline.student.augment import AugmentConfig, change_intensity, draw_movement
+from pipeline.student.appearance import change_intensity
+from pipeline.student.augment import (
+    FEATURES_STAY,
+    AugmentConfig,
+    check_sides,
+    draw_movement,
+)
+from pipeline.student.movement import Warp
 from pipeline.student.network import CachedTap, TapKey
+from pipeline.student.regions import read_regions, resampled_regions
+from pipeline.student.sampling import Sampler, SamplingConfig
 from pipeline.student.supervision import Batch, SupervisionConfig
 
 AIR_HU = -1024
 
 
-class SamplingConfig(Config):
-    """Where patches are taken."""
-
-    foreground: float = Field(
-        default=0.67, ge=0, le=1, description="share of patches centred on an organ, organs equal"
-    )
-    organs_from: str = Field(
-        default="labels_and_teachers",
-        pattern="^(labels|labels_and_teachers)$",
-        description="whether teachers, too, say where an unannotated organ may be",
-    )
-
-
 class PatchDataset(Dataset[dict[str, Any]]):
-    """Patches of a cohort; item number `step * batch_size + index` of this rank.
+    """Patches of a cohort, those of one process.
+
+    Of each batch, process `rank` of `world_size` makes a contiguous share of `batch_share` samples;
+    its item number `step * batch_share + i` is sample `rank * batch_share + i` of batch `step`,
+    whatever `world_size` is.
 
     Args:
-        cases: to draw from, each equally often within its dataset, datasets equally often.
+        cases: to draw from; see `Sampler`.
         space: the student's organs.
         supervision: decides what is read.
         taps: cached taps to read.
-        patch: (D, H, W) voxels.
+        patch: (D, H, W) voxels. What of it lies outside a case is air, label 255, log-odds and
+            features NaN, and in no region.
         align: patch origins are multiples of it, so that cells of every cached tap follow exactly.
         intensity: HU -> network units.
         sampling: where patches are taken.
         augment: what is done to them.
-        batch_size: samples per step and rank.
+        batch_size: samples per step, of all processes together.
         num_steps: length of the training.
         seed: of the run.
         rank: of this process.
+        world_size: number of processes.
         temperatures: (teacher, organ) -> T of a calibrated supervision; empty for others.
         pool_bytes: decoded chunks kept per process; changes speed only.
+
+    Raises:
+        ConfigError: the batch cannot be shared evenly; augmentation that is not legal for the
+            organs (see `check_sides`) or for cached features.
+        CacheError: a unit whose attributes cannot be read.
     """
 
     def __init__(
@@ -80,39 +86,53 @@ class PatchDataset(Dataset[dict[str, Any]]):
         num_steps: int,
         seed: int,
         rank: int = 0,
+        world_size: int = 1,
         temperatures: Temperatures | None = None,
         pool_bytes: int = 0,
     ) -> None:
+        if batch_size % world_size:
+            raise ConfigError(
+                f"a batch of {batch_size} cannot be shared evenly by {world_size} processes.",
+                where="batch_size",
+                fix=f"Choose a multiple of {world_size}, or another number of processes.",
+            )
+        if taps and augment.moves_voxels:
+            raise ConfigError(FEATURES_STAY, where="augment", fix="Set features.weight to 0.")
+        check_sides(augment, space)
         self.space, self.supervision, self.taps = space, supervision, dict(taps)
         self.patch, self.align, self.intensity = patch, align, intensity
-        self.sampling, self.augment = sampling, augment
-        self.batch_size, self.num_steps, self.seed, self.rank = batch_size, num_steps, seed, rank
+        self.augment = augment
+        self.batch_share, self.rank = batch_size // world_size, rank
+        self.num_steps, self.seed = num_steps, seed
         self.temperatures = dict(temperatures or {})
         self.pool_bytes = pool_bytes
-        self._by_dataset: dict[str, list[CachedCase]] = {}
-        for case in cases:
-            self._by_dataset.setdefault(case.name.split("/")[0], []).append(case)
         self._teachers = sorted({teacher for case in cases for teacher in case.teachers})
+        self._sampler = Sampler(
+            cases, space.organs, sampling, use_teachers=supervision.uses_teachers
+        )
 
     def __len__(self) -> int:
-        return self.num_steps * self.batch_size
+        return self.num_steps * self.batch_share
+
+    def remarks(self) -> list[str]:
+        """What a user should hear before the training starts; a sentence each."""
+        return self._sampler.remarks(self.patch)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         if POOL.max_bytes != self.pool_bytes:
             POOL.resize(self.pool_bytes)
-        step, index = divmod(item, self.batch_size)
+        step, number = divmod(item, self.batch_share)
+        index = self.rank * self.batch_share + number
         rng = np.random.Generator(
-            np.random.Philox(np.random.SeedSequence([self.seed, step, self.rank, index]))
+            np.random.Philox(np.random.SeedSequence([self.seed, step, index]))
         )
-        datasets = sorted(self._by_dataset)
-        cases = self._by_dataset[datasets[int(rng.integers(len(datasets)))]]
-        case = cases[int(rng.integers(len(cases)))]
-        shape = case.case.array("image").shape
-        patch = patch_at(self._centre(case, shape, rng), self.patch, shape, self.align)
-        arrays = self._read(case, patch)
+        case, centre = self._sampler.draw(rng)
+        grid = case.grid
+        patch = patch_at(centre, self.patch, grid.shape, self.align)
         movement = draw_movement(self.augment, self.patch, rng)
+        arrays = self._read(case, patch, movement.warp(patch, grid.spacing_mm))
         moved = {name: movement.apply(array) for name, array in arrays.items()}
-        moved["image"] = change_intensity(moved["image"], self.augment, rng)
+        moved["image"] = change_intensity(moved["image"], self.augment, rng, grid.spacing_mm)
         sample: dict[str, Any] = {n: torch.from_numpy(a) for n, a in moved.items()}
         sample["classes"] = sample["classes"].long()
         organs = self.space.organs
@@ -126,36 +146,6 @@ class PatchDataset(Dataset[dict[str, Any]]):
         sample["case"] = case.name
         return sample
 
-    def _centre(
-        self, case: CachedCase, shape: tuple[int, ...], rng: np.random.Generator
-    ) -> list[int]:
-        """An organ's voxel, or any voxel."""
-        anywhere = [int(rng.integers(n)) for n in shape]
-        if rng.random() >= self.sampling.foreground:
-            return anywhere
-        candidates = self._centres(case)
-        if not candidates:
-            return anywhere
-        chosen = candidates[sorted(candidates)[int(rng.integers(len(candidates)))]]
-        return list(chosen[int(rng.integers(len(chosen)))])
-
-    def _centres(self, case: CachedCase) -> dict[str, list[list[int]]]:
-        labelled = case.case.attributes["centres"]
-        found = {o: labelled[o] for o in self.space.organs if labelled.get(o)}
-        if not self.supervision.uses_teachers or self.sampling.organs_from == "labels":
-            return found
-        for organ in self.space.organs:
-            if organ in case.annotated:
-                continue
-            points = [
-                point
-                for teacher in case.experts.get(organ, ())
-                for point in case.teachers[teacher].attributes["centres"][organ]
-            ]
-            if points:
-                found[organ] = points
-        return found
-
     def _experts(self, case: CachedCase, known: Sequence[int]) -> Tensor:
         """Which teacher speaks of which organs, bool (I, K); a known organ without an expert here
         is the label's, and counts as a teacher of that organ alone.
@@ -165,13 +155,23 @@ class PatchDataset(Dataset[dict[str, Any]]):
         by_label = torch.tensor([k in known and not w for k, w in enumerate(who)])
         return torch.cat([by_teacher.reshape(-1, len(who)), torch.diag(by_label)])
 
-    def _read(self, case: CachedCase, patch: Patch) -> dict[str, npt.NDArray[Any]]:
-        image = self.intensity.apply(case.image(patch, fill=AIR_HU))
-        classes = self.space.to_classes(case.label(patch, fill=IGNORE))
-        arrays: dict[str, npt.NDArray[Any]] = {"image": image[None], "classes": classes}
+    def _read(
+        self, case: CachedCase, patch: Patch, warp: Warp | None
+    ) -> dict[str, npt.NDArray[Any]]:
+        """All arrays on the patch; with an affine, those of the box it needs, resampled."""
+        box = patch if warp is None else warp.box
+        image = self.intensity.apply(case.image(box, fill=AIR_HU))[None]
+        classes = self.space.to_classes(case.label(box, fill=IGNORE))
+        if warp is not None:
+            image, classes = warp.linear(image), warp.nearest(classes)
+        arrays: dict[str, npt.NDArray[Any]] = {"image": image, "classes": classes}
         if not self.supervision.uses_teachers:
             return arrays
-        arrays |= self._read_regions(case, patch)
+        how = case, self.space, self.supervision, self.temperatures
+        if warp is None:
+            arrays |= read_regions(*how, patch)
+        else:
+            arrays |= resampled_regions(*how, warp, classes)
         for number, ((teacher, tap), cached) in enumerate(self.taps.items()):
             cells = patch.coarsen(cached.stride)
             if teacher in case.teachers:
@@ -180,27 +180,6 @@ class PatchDataset(Dataset[dict[str, Any]]):
                 feature = np.full((cached.channels, *cells.shape), np.nan, dtype=np.float32)
             arrays[f"feature{number}"] = feature
         return arrays
-
-    def _read_regions(self, case: CachedCase, patch: Patch) -> dict[str, npt.NDArray[Any]]:
-        """Log-odds (NaN where nobody knows), organ regions and agreed background."""
-        odds = np.full((len(self.space.organs), *patch.shape), np.nan, dtype=np.float32)
-        organ = np.zeros(odds.shape, dtype=np.bool_)
-        background = np.zeros(patch.shape, dtype=np.bool_)
-        wins = self.supervision.labels_win
-        if known_organs(case, self.space, use_labels=wins):
-            regions, known = lazy_consensus(
-                case,
-                self.space,
-                patch=patch,
-                margin=self.supervision.margin,
-                use_labels=wins,
-                confidence=self.supervision.confidence,
-                temperatures=self.temperatures,
-            )
-            odds[known], organ[known], background = compute(
-                regions.log_odds, regions.organ, regions.background
-            )
-        return {"log_odds": odds, "organ": organ, "background": background}
 
 
 class Remaining(Dataset[dict[str, Any] | PipelineError]):

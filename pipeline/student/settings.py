@@ -10,9 +10,9 @@ from pydantic import Field, model_validator
 from pipeline.config import Config, digest
 from pipeline.intensity import Intensity
 from pipeline.network import NetworkConfig
-from pipeline.student.augment import AugmentConfig
-from pipeline.student.dataset import SamplingConfig
+from pipeline.student.augment import FEATURES_STAY, AugmentConfig
 from pipeline.student.optimiser import OptimiserConfig
+from pipeline.student.sampling import SamplingConfig
 from pipeline.student.supervision import SupervisionConfig
 
 
@@ -35,9 +35,8 @@ class TrainingConfig(Config):
     def _legal(self) -> TrainingConfig:
         if self.augment.moves_voxels and self.supervision.uses_features:
             raise ValueError(
-                "flips and rotations are not legal with cached features (the features of a "
-                "mirrored image are not the mirrored features): set augment.flip_axes to [] and "
-                "augment.rotate to false, or supervision.features.weight to 0"
+                f"{FEATURES_STAY}: set augment.flip_axes and augment.rotate_axes to [] and "
+                "augment.affine.probability to 0, or supervision.features.weight to 0"
             )
         return self
 

@@ -112,6 +112,8 @@ def train(
     ).to(device)
     optimiser = build_optimiser(config.optimiser, network)
     data = patches_of(config, space, cases, network, temperatures, pool_mb)
+    for remark in data.remarks():
+        log.warn(remark)
     identity = {"config": config.model_dump(mode="json"), "inputs": dict(inputs)}
     step = start = restore_state(
         folder, identity, network, optimiser, seed=config.seed, log=log, resume=resume

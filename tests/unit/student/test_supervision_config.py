@@ -91,7 +91,9 @@ class TestConfig:
         assert config(logits={"target": target}).uses_experts is (target == "marginal")
         assert not config("pseudo_label", logits={"target": target}).uses_experts
 
-    @pytest.mark.parametrize("augment", [{"flip_axes": (2,)}, {"rotate": True}])
+    @pytest.mark.parametrize(
+        "augment", [{"flip_axes": (2,)}, {"rotate_axes": (0,)}, {"affine": {"probability": 0.1}}]
+    )
     def test_moved_voxels_with_features_are_refused(self, augment: dict[str, Any]) -> None:
         with_features = SupervisionConfig(features=FeaturesConfig(student_taps=("x",)))
         with pytest.raises(ValidationError, match="not legal with cached features"):
