@@ -14,6 +14,7 @@ from pipeline.cli_check import check
 from pipeline.cli_options import (
     REGISTRY,
     WORK,
+    AllowMissingOption,
     ConfigOption,
     DeviceOption,
     DryRunOption,
@@ -134,6 +135,7 @@ def train_student(
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
     checkpoint_minutes: MinutesOption = 10.0,
+    allow_missing: AllowMissingOption = False,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -150,6 +152,7 @@ def train_student(
         device=device,
         workers=workers,
         checkpoint_minutes=checkpoint_minutes,
+        allow_missing=allow_missing,
         dry_run=dry_run,
     )
     _end(report)

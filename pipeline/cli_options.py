@@ -44,6 +44,10 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 MinutesOption = Annotated[
     float, typer.Option(help="Minutes between checkpoints: what a kill can cost.", min=0)
 ]
+AllowMissingOption = Annotated[
+    bool,
+    typer.Option("--allow-missing", help="Train with the cases and units that the cache has."),
+]
 REGISTRY = Path("data_registry.yaml")
 WORK: Folder = Path("work")
 

@@ -19,7 +19,7 @@ _WINDOW_HU = (-160, 240)
 
 def save_curves(path: Path, terms: Curves, dice: Curves) -> None:
     """Loss terms (smoothed, with the raw values behind) and validation Dice against steps."""
-    with _figure(path, 1, 2, size=(11, 4)) as (_, axes):
+    with open_figure(path, 1, 2, size=(11, 4)) as (_, axes):
         left, right = axes[0]
         for number, (name, points) in enumerate(terms.items()):
             steps, values = np.array(points, dtype=np.float64).T
@@ -63,7 +63,7 @@ def save_overlay(
     palette |= {"agreed background": _BACKGROUND_COLOUR, **(colours or {})}
     centre = _busiest_voxel([m for n, m in _all(panels) if n != "agreed background"], image_hu)
     aspects = (spacing_mm[1] / spacing_mm[2], spacing_mm[0] / spacing_mm[2])
-    with _figure(path, 2, len(panels), size=(2.6 * len(panels), 5.4)) as (figure, axes):
+    with open_figure(path, 2, len(panels), size=(2.6 * len(panels), 5.4)) as (figure, axes):
         for column, (heading, regions) in enumerate(panels.items()):
             axes[0, column].set_title(heading, fontsize=9)
             for plane, aspect in enumerate(aspects):
@@ -137,7 +137,7 @@ def _patch(colour: str) -> Any:
 
 
 @contextmanager
-def _figure(
+def open_figure(
     path: Path, rows: int, columns: int, *, size: tuple[float, float]
 ) -> Iterator[tuple[Any, Any]]:
     """A figure and its axes (rows, columns); written whole at the end of the block, or not at all,
