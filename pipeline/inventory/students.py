@@ -38,7 +38,7 @@ class StudentRun:
 def student_runs(work: Folder) -> Sequence[StudentRun]:
     """The runs of a work folder, by name; one whose record cannot be read has used nothing."""
     runs = []
-    for folder in (p for p in matching(work / "students", "[!.]*") if p.is_dir()):
+    for name, folder in run_folders(work).items():
         try:
             inputs = json.loads(read_text(folder / "config.json"))["inputs"]
             teachers = dict(inputs.get("teachers", {}))
@@ -46,8 +46,20 @@ def student_runs(work: Folder) -> Sequence[StudentRun]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             teachers, cases = {}, {}
         finished = (folder / "finished.json").exists()
-        runs.append(StudentRun(folder.name, finished, teachers, cases))
+        runs.append(StudentRun(name, finished, teachers, cases))
     return runs
+
+
+def run_folders(work: Folder) -> dict[str, Folder]:
+    """Name -> folder of every run; those of a comparison are `<comparison>/<run>`."""
+    found: dict[str, Folder] = {}
+    for folder in (p for p in matching(work / "students", "[!.]*") if p.is_dir()):
+        within = [path.parent for path in matching(folder, "[!.]*/config.json")]
+        if within and not (folder / "config.json").exists():
+            found |= {f"{folder.name}/{run.name}": run for run in within}
+        else:
+            found[folder.name] = folder
+    return found
 
 
 def used_by(place: Place, runs: Sequence[StudentRun]) -> list[str]:
