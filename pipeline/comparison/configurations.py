@@ -80,12 +80,12 @@ def without_seed_and_steps(training: TrainingConfig) -> dict[str, Any]:
 
 def differing_fields(configs: Sequence[TrainStudentConfig]) -> dict[str, dict[str, Any]]:
     """Dotted field of `training` -> configuration -> its value, where not all are equal."""
-    flat = {c.run: _flat(without_seed_and_steps(c.training)) for c in configs}
-    fields = dict.fromkeys(name for values in flat.values() for name in values)
+    contents = {c.run: flat(without_seed_and_steps(c.training)) for c in configs}
+    fields = dict.fromkeys(name for values in contents.values() for name in values)
     return {
-        field: {run: values.get(field) for run, values in flat.items()}
+        field: {run: values.get(field) for run, values in contents.items()}
         for field in fields
-        if len({repr(values.get(field)) for values in flat.values()}) > 1
+        if len({repr(values.get(field)) for values in contents.values()}) > 1
     }
 
 
@@ -94,11 +94,12 @@ def unequal_compute(fields: Mapping[str, Any]) -> list[str]:
     return [name for name in _COMPUTE if any(f.split(".")[0] == name for f in fields)]
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
     found: dict[str, Any] = {}
     for key, inner in value.items():
         if isinstance(inner, dict) and inner:
-            found |= _flat(inner, f"{prefix}{key}.")
+            found |= flat(inner, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = inner
     return found

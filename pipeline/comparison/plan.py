@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.cache.reader import CachedCase
 from pipeline.cache.store import prepare_work_folder
@@ -14,15 +16,17 @@ from pipeline.comparison.budget import equal_steps, steps_for_seconds
 from pipeline.comparison.configurations import (
     check_configurations,
     differing_fields,
+    flat,
     unequal_compute,
 )
 from pipeline.comparison.scoring import organs_without_cases
+from pipeline.config import canonical_json
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheMissing, ConfigError
-from pipeline.folder import Folder
+from pipeline.errors import CacheMissing, CheckpointError, ConfigError
+from pipeline.folder import Folder, matching, read_text
 from pipeline.log import Log
 from pipeline.network import build_network, pick_device
-from pipeline.student.settings import run_digest
+from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student_inputs import StudentInputs, check_same_units, open_inputs
 from stages.train_student import RUN_NAME, TrainStudentConfig, is_finished
 
@@ -155,13 +159,25 @@ def plan_comparison(
             configs, inputs, space, settings.seconds, group / "budget.json",
             log=log, device=pick_device(device), workers=workers,
         )  # fmt: skip
+    identities = {name: found.identity for name, found in inputs.items()}
+    runs = _runs(configs, settings, steps, identities, group)
+    notices = _notices(configs, cases, registry, settings)
+    return Plan(settings, configs, baseline, runs, steps, parameters, cases, notices)
+
+
+def _runs(
+    configs: Sequence[TrainStudentConfig],
+    settings: Settings,
+    steps: Mapping[str, int],
+    identities: Mapping[str, Mapping[str, Any]],
+    group: Folder,
+) -> list[Run]:
+    """Seed by seed, so that whoever stops early has whole rows, and the time left is soon known."""
     runs = []
-    # Seed by seed, so that whoever stops early has whole rows, and the time left is soon known.
     for seed in settings.seeds:
         for config in configs:
-            name = f"{config.run}-seed{seed}"
-            change = {"seed": seed, "steps": steps[config.run]}
-            training = config.training.model_copy(update=change)
+            name, identity = f"{config.run}-seed{seed}", identities[config.run]
+            training = config.training.model_copy(update={"seed": seed, "steps": steps[config.run]})
             changed = config.model_copy(
                 update={
                     "run": f"{settings.name}/{name}",
@@ -169,15 +185,34 @@ def plan_comparison(
                     "allow_missing": settings.allow_missing or config.allow_missing,
                 }
             )
-            identity = inputs[config.run].identity
             done = is_finished(group / name, run_digest(training, identity))
             if not done:
                 check_same_units(group / name, identity)
+                _check_same_settings(group / name, training, identity)
             runs.append(Run(changed, config.run, group / name, done))
-    return Plan(
-        settings, configs, baseline, runs, steps, parameters, cases,
-        _notices(configs, cases, registry, settings),
-    )  # fmt: skip
+    return runs
+
+
+def _check_same_settings(
+    folder: Folder, training: TrainingConfig, identity: Mapping[str, Any]
+) -> None:
+    """What resuming would refuse, refused before any run has trained for hours."""
+    if not matching(folder / "checkpoints", "step_*.pt"):
+        return
+    try:
+        before = json.loads(canonical_json(json.loads(read_text(folder / "config.json"))))
+    except (OSError, ValueError):
+        return  # resuming looks into the checkpoint itself
+    now = {"config": training.model_dump(mode="json"), "inputs": dict(identity)}
+    old, new = flat(before), flat(json.loads(canonical_json(now)))
+    fields = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if fields:
+        said = "; ".join(f"{f} was {old.get(f)}, now {new.get(f)}" for f in fields[:6])
+        raise CheckpointError(
+            f"this run was started with other settings: {said}.",
+            where=folder,
+            fix="Use the same settings to go on, or name another comparison (--name).",
+        )
 
 
 def _check_settings(settings: Settings) -> None:
