@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.cache.places import Place
@@ -65,3 +66,16 @@ def run_folders(work: Folder) -> dict[str, Folder]:
 def used_by(place: Place, runs: Sequence[StudentRun]) -> list[str]:
     """Names of the runs that were trained on a unit."""
     return [run.run for run in runs if run.used(place)]
+
+
+def in_few_words(runs: Iterable[str]) -> str:
+    """Names of runs for a column of a table; those of one comparison are counted."""
+    groups, said = Counter[str](), []
+    for name in runs:
+        group, _, within = name.partition("/")
+        if within:
+            groups[group] += 1
+        else:
+            said.append(name)
+    said += [f"{group} ({n} run{'s' if n > 1 else ''})" for group, n in groups.items()]
+    return ", ".join(sorted(said)) or "–"
