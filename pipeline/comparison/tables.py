@@ -21,7 +21,7 @@ _SCORE_COLUMNS = ("case", "organ", "Dice", "NSD", "HD95_mm", "n_ref", "n_pred", 
 
 @dataclass(frozen=True)
 class Table:
-    """A title, a header and rows of text."""
+    """A title, a header and rows of text; a cell may have two lines."""
 
     title: str
     columns: Sequence[str]
@@ -176,7 +176,7 @@ def _difference(difference: Difference) -> str:
         return "–"
     if difference.low is None:
         return f"{difference.mean:+.3f}"
-    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    return f"{difference.mean:+.3f}\n[{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
 def _finished(estimate: Estimate) -> int:
@@ -188,7 +188,7 @@ def _value(value: Any) -> str:
 
 
 def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
+    return cell.replace("|", "\\|").replace("\n", " ")
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:

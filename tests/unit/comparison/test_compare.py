@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -17,12 +18,12 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline import cli
-from pipeline.comparison import budget, scoring
+from pipeline.comparison import budget, scoring, statistics
 from pipeline.comparison.compare import compare
 from pipeline.comparison.configurations import load_configurations
 from pipeline.comparison.plan import Plan, Settings, plan_comparison
 from pipeline.comparison.results import Results
-from pipeline.comparison.tables import to_markdown, write_results
+from pipeline.comparison.tables import print_results, to_markdown, write_results
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheMissing, CheckpointError, ConfigError, PipelineError, Stopped
 from pipeline.inventory.students import run_folders
@@ -181,6 +182,29 @@ class TestResults:
         for colour in ((0x31, 0x82, 0xBD), (0xE6, 0x55, 0x0D)):
             near = np.abs(image - np.array(colour) / 255).max(axis=2) < 0.02
             assert near.sum() > 50
+
+    def test_intervals_stand_beside_their_differences(
+        self,
+        compared: tuple[Path, Results, Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(statistics, "MIN_SEEDS", 2)
+        monkeypatch.setattr(statistics, "MIN_CASES", 2)
+        results = dataclasses.replace(compared[1])
+        found = results.differences("hard", "Dice")["liver"]
+        assert found.low is not None
+        assert found.high is not None
+        assert found.low <= (found.mean or 0) <= found.high
+        said = f"| hard | {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}] |"
+        assert said in to_markdown(results)
+        print_results(results)
+        assert f"[{found.low:+.3f}, {found.high:+.3f}]" in capsys.readouterr().out
+        write_results(results, tmp_path)
+        table = list(csv.DictReader((tmp_path / "validation_table.csv").open()))
+        hard = next(r for r in table if (r["config"], r["metric"]) == ("hard", "Dice"))
+        assert (float(hard["low"]), float(hard["high"])) == (found.low, found.high)
 
     def test_a_second_call_trains_and_scores_nothing(
         self, finished: Path, monkeypatch: pytest.MonkeyPatch
