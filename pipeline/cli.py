@@ -11,9 +11,11 @@ import typer
 
 from pipeline.cli_cache import cache_app
 from pipeline.cli_check import check
+from pipeline.cli_compare import compare
 from pipeline.cli_options import (
     REGISTRY,
     WORK,
+    AllowMissingOption,
     ConfigOption,
     DeviceOption,
     DryRunOption,
@@ -47,6 +49,7 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 app.command()(check)
 app.command()(plan)
+app.command()(compare)
 cache_app.command()(tune)
 
 
@@ -138,6 +141,7 @@ def train_student(
     workers: WorkersOption = 0,
     checkpoint_minutes: MinutesOption = 10.0,
     logger: LoggerOption = None,
+    allow_missing: AllowMissingOption = False,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -155,6 +159,7 @@ def train_student(
         workers=workers,
         checkpoint_minutes=checkpoint_minutes,
         loggers=logger or [],
+        allow_missing=allow_missing,
         dry_run=dry_run,
     )
     _end(report)

@@ -51,6 +51,10 @@ LoggerOption = Annotated[
         help="tensorboard, mlflow or wandb beside metrics.jsonl; give it once for each.",
     ),
 ]
+AllowMissingOption = Annotated[
+    bool,
+    typer.Option("--allow-missing", help="Train with the cases and units that the cache has."),
+]
 REGISTRY = Path("data_registry.yaml")
 WORK: Folder = Path("work")
 

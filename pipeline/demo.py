@@ -20,13 +20,18 @@ import torch
 import yaml
 
 from pipeline.cohort import compute, lazy_consensus, open_cohort
+from pipeline.comparison.compare import compare
+from pipeline.comparison.configurations import load_configurations
+from pipeline.comparison.plan import Settings, plan_comparison
+from pipeline.comparison.results import Results
+from pipeline.comparison.tables import print_results, write_results
 from pipeline.config import load_config
 from pipeline.data.phantom import PhantomSpec, write_dataset
 from pipeline.data.registry import Registry, load_registry
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.figures import save_overlay
 from pipeline.log import Log, print_table
-from stages import cache_teachers, evaluate, predict, train_student, train_teachers
+from stages import cache_teachers, evaluate, predict, train_teachers
 from stages.report import StageReport
 
 STUDENTS = ("ms_kd", "pseudo_label", "marginal")
@@ -35,6 +40,8 @@ _TITLES = {
     "pseudo_label": "student: pseudo_label (hard labels of the teachers)",
     "marginal": "student: marginal (partial labels alone)",
 }
+_COMPARISON = "kinds"
+_BASELINE = "marginal"  # the method never to lose to
 _PATCH = [32, 40, 40]
 _STUDENT_TAP = "model.1.submodule.1.submodule.2"
 
@@ -66,7 +73,7 @@ def generate_phantoms(registry: Registry, log: Log) -> None:
 
 
 def run_demo(folder: Path, *, quick: bool, log: Log) -> Mapping[str, float]:
-    """Runs phantom, teachers, cache, three students, prediction, evaluation, table and picture.
+    """Runs phantom, teachers, cache, comparison of students, prediction, evaluation, picture.
 
     Everything is resumable: a second call goes on where the first one stopped.
 
@@ -89,25 +96,16 @@ def run_demo(folder: Path, *, quick: bool, log: Log) -> Mapping[str, float]:
     work = folder / "work"
     generate_phantoms(load_registry(registry_path, files=False), log)
     registry = load_registry(registry_path)
-    teachers = train_teachers.run(
-        load_config(folder / "train_teachers.yaml", train_teachers.TrainTeachersConfig),
-        registry,
-        work,
-        log=log,
-    )
-    _done(teachers, log)
-    cached = cache_teachers.run(
-        load_config(folder / "cache_teachers.yaml", cache_teachers.CacheTeachersConfig),
-        registry,
-        work,
-        log=log,
-        window_batch=4,
-        tables=False,
-    )
+    teach = load_config(folder / "train_teachers.yaml", train_teachers.TrainTeachersConfig)
+    _done(train_teachers.run(teach, registry, work, log=log), log)
+    store = load_config(folder / "cache_teachers.yaml", cache_teachers.CacheTeachersConfig)
+    cached = cache_teachers.run(store, registry, work, log=log, window_batch=4, tables=False)
     _done(cached, log)
-    results = {kind: _student(kind, folder, registry, work, log) for kind in STUDENTS}
+    compared = _compare_students(folder, registry, work, log)
+    results = {kind: _test(kind, folder, registry, work, log) for kind in STUDENTS}
     figure = folder / "overlay.png"
     draw_overlay(registry, work, folder / "predictions" / "ms_kd", figure)
+    print_results(compared)
     _print_results(registry, cached.details["teachers"], results)
     _say_where(folder, figure, quick, began)
     return {kind: result["foreground_mean"]["Dice"] for kind, result in results.items()}
@@ -193,14 +191,22 @@ def draw_overlay(registry: Registry, work: Path, predictions: Path, path: Path) 
     save_overlay(path, case.image(), panels, case.grid.spacing_mm, title=title)
 
 
-def _student(
-    kind: str, folder: Path, registry: Registry, work: Path, log: Log
-) -> Mapping[str, Any]:
-    config = load_config(folder / f"train_student_{kind}.yaml", train_student.TrainStudentConfig)
+def _compare_students(folder: Path, registry: Registry, work: Path, log: Log) -> Results:
+    """Trains the students on equal terms and scores them on validation cases: with one seed."""
+    configs = load_configurations([folder / f"train_student_{kind}.yaml" for kind in STUDENTS])
+    settings = Settings(name=_COMPARISON, seeds=(0,), baseline=_BASELINE, surface=False)
+    plan = plan_comparison(configs, registry, work, settings, log=log)
     # In --quick, starting a loader process would take longer than the training.
-    workers = 0 if config.training.steps < 100 else 1
-    _done(train_student.run(config, registry, work, log=log, workers=workers), log)
-    student = work / "students" / kind / "student.pt"
+    workers = 0 if min(plan.steps.values()) < 100 else 1
+    results = compare(plan, registry, work, log=log, workers=workers, window_batch=4)
+    write_results(results, folder / _COMPARISON)
+    if results.failed:
+        raise PipelineError(results.failed[0].error or "", where=results.failed[0].folder)
+    return results
+
+
+def _test(kind: str, folder: Path, registry: Registry, work: Path, log: Log) -> Mapping[str, Any]:
+    student = work / "students" / _COMPARISON / f"{kind}-seed0" / "student.pt"
     cases = [c for d in registry.datasets for c in registry.cases(d) if c.split == "test"]
     output = folder / "predictions" / kind
     inputs = {case.name: case.image for case in cases}
@@ -256,10 +262,13 @@ def _say_where(folder: Path, figure: Path, quick: bool, began: float) -> None:
         f"picture       {figure}\n"
         f"registry      {folder / 'data_registry.yaml'}, settings beside it\n"
         f"cache         {folder / 'work' / 'cases'}, {folder / 'work' / 'teachers'}\n"
-        f"students      {folder / 'work' / 'students'} (progress.png, metrics.jsonl, student.pt)\n"
+        f"students      {folder / 'work' / 'students' / _COMPARISON} (progress.png, "
+        "metrics.jsonl, student.pt)\n"
+        f"comparison    {folder / _COMPARISON} (validation.md, .png, .json, .csv)\n"
         f"predictions   {folder / 'predictions'} (summary.json beside the label maps)\n"
-        f"again by hand pipeline train-student -r {folder / 'data_registry.yaml'} "
-        f"-c {folder / 'train_student_ms_kd.yaml'} -w {folder / 'work'}\n"
+        f"again by hand pipeline compare {folder / 'train_student_*.yaml'} --seeds 0,1,2 "
+        f"--baseline {_BASELINE} -r {folder / 'data_registry.yaml'} -w {folder / 'work'} "
+        f"-o {folder / _COMPARISON}\n"
         f"took {_since(began)}"
     )
 

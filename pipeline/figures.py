@@ -38,7 +38,7 @@ def save_curves(
         data_wait: (step, share of the time, 0 to 1).
         title: above everything.
     """
-    with _figure(path, 2, 3, size=(14, 5.2)) as (figure, axes):
+    with open_figure(path, 2, 3, size=(14, 5.2)) as (figure, axes):
         grid = axes[0, 0].get_gridspec()
         for column in (0, 1):
             for row in (0, 1):
@@ -139,7 +139,7 @@ def save_overlay(
     palette |= {"agreed background": _BACKGROUND_COLOUR, **(colours or {})}
     centre = _busiest_voxel([m for n, m in _all(panels) if n != "agreed background"], image_hu)
     aspects = (spacing_mm[1] / spacing_mm[2], spacing_mm[0] / spacing_mm[2])
-    with _figure(path, 2, len(panels), size=(2.6 * len(panels), 5.4)) as (figure, axes):
+    with open_figure(path, 2, len(panels), size=(2.6 * len(panels), 5.4)) as (figure, axes):
         for column, (heading, regions) in enumerate(panels.items()):
             axes[0, column].set_title(heading, fontsize=9)
             for plane, aspect in enumerate(aspects):
@@ -214,7 +214,7 @@ def _patch(colour: str) -> Any:
 
 
 @contextmanager
-def _figure(
+def open_figure(
     path: Path, rows: int, columns: int, *, size: tuple[float, float]
 ) -> Iterator[tuple[Any, Any]]:
     """A figure and its axes (rows, columns); written whole at the end of the block, or not at all,

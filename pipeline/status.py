@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from pipeline.data.files import CaseFiles
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheMissing, CacheStale, TeacherError
 from pipeline.folder import Folder, matching
+from pipeline.inventory.students import run_folders
 from pipeline.log import print_table
 from pipeline.teachers.weights import weights_digest
 
@@ -164,8 +164,7 @@ def _receipt_state(path: Folder, expect: str) -> State:
 
 
 def _runs(work: Folder) -> dict[str, str]:
-    folders: Sequence[Folder] = [p for p in matching(work / "students", "*") if p.is_dir()]
     return {
-        folder.name: "finished" if (folder / "finished.json").exists() else "unfinished"
-        for folder in folders
+        name: "finished" if (folder / "finished.json").exists() else "unfinished"
+        for name, folder in run_folders(work).items()
     }

@@ -9,32 +9,30 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.admission.evidence import temperatures
-from pipeline.cache.reader import CachedCase
 from pipeline.cache.store import prepare_work_folder, write_json
-from pipeline.cohort import Cohort, open_cohort
 from pipeline.config import Config
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheMissing, ConfigError, Stopped
+from pipeline.errors import Stopped
 from pipeline.folder import Folder, read_text
-from pipeline.labels import LabelSpace
 from pipeline.log import Log
 from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.student.augment import check_sides
 from pipeline.student.checkpoint import StudentRecord, save_student
 from pipeline.student.loggers.by_name import open_loggers
-from pipeline.student.network import CachedTap, TapKey
 from pipeline.student.picture import tell_validations
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.training import Trained, train
+from pipeline.student_inputs import check_same_units, open_inputs
 from stages.report import StageReport
+
+RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 
 
 class TrainStudentConfig(Config):
     """How stage two trains; see train_student.yaml."""
 
-    run: str = Field(default="student", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    run: str = Field(default="student", pattern=rf"^{RUN_NAME}(/{RUN_NAME})?$")
     allow_missing: bool = False
     training: TrainingConfig = Field(default_factory=TrainingConfig)
 
@@ -49,6 +47,7 @@ def run(
     workers: int = 0,
     checkpoint_minutes: float = 10.0,
     loggers: Sequence[str] = (),
+    allow_missing: bool = False,
     dry_run: bool = False,
 ) -> StageReport:
     """Trains the student, or goes on training it; a finished run does nothing.
@@ -64,59 +63,38 @@ def run(
         workers: loader processes.
         checkpoint_minutes: at most so much work is lost to a kill.
         loggers: names of loggers that are told beside metrics.jsonl.
+        allow_missing: train with the cases and units that exist, as `config.allow_missing` does.
         dry_run: say what would be done, write nothing.
 
     Raises:
         CacheStale, CacheMissing: the cache lacks what this supervision needs: units, or the
-            temperatures of a calibrated one.
+            temperatures of a calibrated one; see `open_inputs`.
         ConfigError: no case to train on, taps that do not fit, a logger that is not installed,
             augmentation that mixes up left and right organs.
-        CheckpointError: the run was started with other settings.
+        CheckpointError: the run was started with other settings, or with other units.
     """
     began = time.monotonic()
     report = StageReport("train-student")
     others = open_loggers(loggers)
     supervision = config.training.supervision
-    teachers = list(registry.teachers) if supervision.uses_teachers else []
-    if supervision.uses_teachers and not teachers:
-        raise ConfigError(
-            f"supervision {supervision.kind} needs teachers and the registry has none.",
-            where=registry.path,
-            fix="Add teachers, or choose kind marginal.",
-        )
-    space = registry.label_space
-    check_sides(config.training.augment, space)
-    cohort = open_cohort(work, registry, teachers=teachers, splits=("train", "validation"))
-    _check_complete(cohort, config.allow_missing, log)
-    training = [c for c in cohort.cases if c.split == "train"]
-    if supervision.kind == "full":
-        training = [c for c in training if set(space.organs) <= set(c.annotated)]
-        if not training:
-            raise ConfigError(
-                "supervision full needs training cases in which every organ is annotated.",
-                where=registry.path,
-                fix="Choose ms_kd or marginal, which are made for partial labels.",
-            )
-    validation = [c for c in cohort.cases if c.split == "validation"]
-    taps = cached_taps(training, space) if supervision.uses_features else {}
-    inputs = {
-        "cases": {c.name: c.case.receipt.digest for c in training},
-        "validation": {c.name: c.case.receipt.digest for c in validation},
-        "teachers": {name: teacher.digest for name, teacher in cohort.teachers.items()},
-        "organs": dict(space.ids),
-    }
-    heat = _temperatures(work, registry, teachers, log) if supervision.uses_temperatures else {}
-    if heat:
-        inputs["temperatures"] = {f"{teacher}: {organ}": t for (teacher, organ), t in heat.items()}
+    check_sides(config.training.augment, registry.label_space)
+    found = open_inputs(
+        supervision,
+        registry,
+        work,
+        allow_missing=allow_missing or config.allow_missing,
+        log=log,
+    )
     folder = work / "students" / config.run
-    digest = run_digest(config.training, inputs)
+    digest = run_digest(config.training, found.identity)
     if is_finished(folder, digest):
         report.skipped.append(config.run)
         log.info(f"{folder} is finished already")
         return report
+    check_same_units(folder, found.identity)
     log.info(
-        f"{config.run}: {supervision.kind}, {len(training)} training and {len(validation)} "
-        f"validation cases, {config.training.steps} steps -> {folder}"
+        f"{config.run}: {supervision.kind}, {len(found.training)} training and "
+        f"{len(found.validation)} validation cases, {config.training.steps} steps -> {folder}"
     )
     if dry_run:
         report.done.append(config.run)
@@ -125,15 +103,15 @@ def run(
     with mirrored(folder) as (local, keep):
         trained = train(
             config.training,
-            space,
-            training,
-            validation,
+            registry.label_space,
+            found.training,
+            found.validation,
             local,
-            taps=taps,
-            inputs=inputs,
+            taps=found.taps,
+            inputs=found.identity,
             log=log,
             device=pick_device(device),
-            temperatures=heat,
+            temperatures=found.temperatures,
             workers=workers,
             checkpoint_minutes=checkpoint_minutes,
             saved=keep,
@@ -141,7 +119,7 @@ def run(
             loggers=others,
         )
         if trained.finished:
-            _finish(config, registry, local, trained, inputs, digest)
+            _finish(config, registry, local, trained, found.identity, digest)
             keep()
             tell_validations(log, local / "metrics.jsonl", folder)
     if trained.finished:
@@ -169,66 +147,6 @@ def is_finished(folder: Folder, digest: str) -> bool:
         return digest in read_text(marker)
     except FileNotFoundError:
         return False
-
-
-def cached_taps(cases: Sequence[CachedCase], space: LabelSpace) -> Mapping[TapKey, CachedTap]:
-    """What the units of these cases say of their taps.
-
-    Raises:
-        ConfigError: no tap is cached, or one has another shape in another case.
-    """
-    found: dict[TapKey, CachedTap] = {}
-    for case in cases:
-        for teacher, unit in case.teachers.items():
-            organs = tuple(
-                k for k, organ in enumerate(space.organs) if teacher in case.experts[organ]
-            )
-            for tap, entry in unit.attributes["taps"].items():
-                z, y, x = entry["stride"]
-                cached = CachedTap(entry["channels"], (z, y, x), organs)
-                if found.setdefault((teacher, tap), cached) != cached:
-                    raise ConfigError(
-                        f"tap {tap!r} of teacher {teacher} has other cells or channels in "
-                        f"{case.name} than in the cases before it.",
-                        where="supervision.features",
-                        fix="Set features.weight to 0, or give the teacher a fixed spacing_mm.",
-                    )
-    if not found:
-        raise ConfigError(
-            "the feature term needs cached features and the cache holds none.",
-            where="supervision.features",
-            fix="Name `taps` in the registry and run cache-teachers, or set features.weight to 0.",
-        )
-    return found
-
-
-def _temperatures(
-    work: Folder, registry: Registry, teachers: Sequence[str], log: Log
-) -> dict[tuple[str, str], float]:
-    """What stage one measured; 1, said aloud, where no label could tell."""
-    found = temperatures(work, registry, teachers)
-    for (teacher, organ), value in found.items():
-        if value is None:
-            log.warn(
-                f"teacher {teacher}: no case in the registry has a label of {organ} to calibrate "
-                "it by; its log-odds stay as they are."
-            )
-    return {who: 1.0 if value is None else value for who, value in found.items()}
-
-
-def _check_complete(cohort: Cohort, allow_missing: bool, log: Log) -> None:
-    if not cohort.problems:
-        return
-    names = list(cohort.problems)
-    some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    if allow_missing:
-        log.warn(f"{len(names)} units are not usable and are left out: {some}")
-        return
-    raise CacheMissing(
-        f"{len(names)} units are missing or damaged: {some}. "
-        f"First reason: {next(iter(cohort.problems.values()))}",
-        fix="Run `pipeline cache-teachers`, or set allow_missing: true to train without them.",
-    )
 
 
 def _finish(

@@ -14,7 +14,7 @@ from pipeline.data.registry import Registry
 from pipeline.errors import CacheError
 from pipeline.folder import Folder
 from pipeline.inventory.reach import index_reach, registry_reach
-from pipeline.inventory.students import StudentRun, student_runs, used_by
+from pipeline.inventory.students import StudentRun, in_few_words, student_runs, used_by
 from pipeline.inventory.wording import megabytes, seconds_since
 from pipeline.log import print_table
 
@@ -193,7 +193,7 @@ def _cells(entry: Entry) -> list[str]:
         megabytes(entry.num_bytes),
         *reached,
         str(len(entry.keys)),
-        ", ".join(entry.students) or "–",
+        in_few_words(entry.students),
         "–" if entry.age_days is None else _age(entry.age_days),
     ]
 

@@ -16,7 +16,7 @@ from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, ConfigError
 from pipeline.folder import Folder, remove
 from pipeline.inventory.reach import registry_reach
-from pipeline.inventory.students import student_runs, used_by
+from pipeline.inventory.students import in_few_words, student_runs, used_by
 from pipeline.inventory.wording import megabytes, seconds_since
 from pipeline.log import Log, print_table
 
@@ -152,7 +152,7 @@ def print_garbage(garbage: Garbage) -> None:
             what,
             str(len(places)),
             megabytes(sum(garbage.num_bytes[place.path] for place in places)),
-            ", ".join(sorted({r for p in places for r in garbage.students[p.path]})) or "–",
+            in_few_words({r for p in places for r in garbage.students[p.path]}),
         ]
         for what, places in groups.items()
     ]

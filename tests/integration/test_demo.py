@@ -45,8 +45,13 @@ def test_it_ends_with_a_table_and_says_where_everything_is(demo: tuple[Path, str
         assert word in printed
     assert str(folder / "overlay.png") in printed
     assert (folder / "overlay.png").stat().st_size > 20_000
+    assert "one seed" in printed
+    assert "difference to marginal" in printed
+    compared = json.loads((folder / "kinds" / "validation.json").read_text())
+    assert [entry["name"] for entry in compared["configurations"]] == list(STUDENTS)
+    assert (folder / "kinds" / "validation.png").stat().st_size > 20_000
     for kind in STUDENTS:
-        run = folder / "work" / "students" / kind
+        run = folder / "work" / "students" / "kinds" / f"{kind}-seed0"
         assert (run / "student.pt").is_file()
         assert (run / "progress.png").is_file()
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

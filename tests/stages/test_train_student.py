@@ -15,8 +15,9 @@ import pytest
 import torch
 import yaml
 
+from pipeline import cli
 from pipeline.admission.evidence import read_evidence, write_evidence
-from pipeline.cache.index import read_teacher_index
+from pipeline.cache.index import read_dataset_index, read_teacher_index
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheMissing, CacheStale, CheckpointError, ConfigError, PipelineError
 from pipeline.log import Log
@@ -91,6 +92,22 @@ def units_of(registry: Path, teacher: str) -> list[Path]:
     return sorted((work_of(registry) / "teachers").glob(f"{teacher}@*/*/*.zarr"))
 
 
+def trained_units(registry: Path, teacher: str) -> list[Path]:
+    """Units of a teacher for the four cases that train."""
+    known, work = load_registry(registry, files=False), work_of(registry)
+    names = {
+        (entry.dataset, entry.case)
+        for dataset in known.datasets
+        for entry in read_dataset_index(work, dataset, known.dataset_key(dataset))
+        if entry.split == "train"
+    }
+    return [p for p in units_of(registry, teacher) if case_of(p) in names]
+
+
+def case_of(unit: Path) -> tuple[str, str]:
+    return unit.parent.name, unit.name.split("@")[0]
+
+
 def losses_of(registry: Path) -> list[float]:
     lines = (run_folder(registry) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
@@ -126,8 +143,8 @@ class TestTrainStudent(StageContract):
 
     def test_a_failing_unit_is_named_and_the_others_are_done(self, registry: Path) -> None:
         """One unit: what stops it is raised, and named; see below."""
-        shutil.rmtree(units_of(registry, "liver")[0])
-        with pytest.raises(CacheMissing, match="1 units are missing or damaged: liver x"):
+        shutil.rmtree(trained_units(registry, "liver")[0])
+        with pytest.raises(CacheMissing, match="missing or damaged: teacher liver in 1 case"):
             self.run(registry)
         assert not self.output(registry).exists()
 
@@ -247,39 +264,99 @@ class TestSupervision:
 
 
 class TestMissingUnits:
-    def test_they_are_named_and_so_is_the_way_out(self, tiny_cached: Path) -> None:
-        gone = [*units_of(tiny_cached, "liver")[:2], units_of(tiny_cached, "spleen")[-1]]
-        for path in gone:
+    def test_they_are_named_by_teacher_and_so_is_the_way_out(self, tiny_cached: Path) -> None:
+        gone = {"liver": trained_units(tiny_cached, "liver")[:2]}
+        gone["spleen"] = trained_units(tiny_cached, "spleen")[-1:]
+        for path in [*gone["liver"], *gone["spleen"]]:
             shutil.rmtree(path)
         with pytest.raises(CacheMissing) as caught:
             run(tiny_cached)
         text = str(caught.value)
         assert "3 units are missing" in text
-        for path in gone:
-            teacher = path.parent.parent.name.split("@")[0]
-            assert f"{teacher} x {path.parent.name}/{path.name.split('@')[0]}" in text
-        assert "allow_missing" in text
-        assert "cache-teachers" in text
+        for teacher, paths in gone.items():
+            names = ", ".join("/".join(case_of(path)) for path in paths)
+            number = f"{len(paths)} case{'s' if len(paths) > 1 else ''}"
+            assert f"teacher {teacher} in {number} ({names})" in text
+        assert "--allow-missing" in text
+        assert "pipeline cache-teachers" in text
+
+    def test_of_many_the_first_are_named(self, tiny_cached: Path) -> None:
+        shutil.rmtree(work_of(tiny_cached) / "cases" / "spleen-ct")
+        for path in units_of(tiny_cached, "liver"):
+            shutil.rmtree(path)
+        with pytest.raises(CacheMissing, match=r"teacher liver in 4 cases \(liver-ct/") as caught:
+            run(tiny_cached)
+        assert "3 cases on the student grid (spleen-ct/case_000, " in str(caught.value)
 
     def test_a_damaged_unit_is_named_with_its_reason(self, tiny_cached: Path) -> None:
-        unit = units_of(tiny_cached, "spleen")[0]
+        unit = trained_units(tiny_cached, "spleen")[0]
         largest = max((p for p in unit.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
         largest.write_bytes(b"")
         with pytest.raises(CacheMissing, match="has 0 bytes"):
             run(tiny_cached)
 
+    def test_units_that_nobody_reads_are_not_missed(self, tiny_cached: Path) -> None:
+        unread = set(units_of(tiny_cached, "liver")) - set(trained_units(tiny_cached, "liver"))
+        assert unread
+        run(tiny_cached)
+        for path in unread:
+            shutil.rmtree(path)
+        assert run(tiny_cached).skipped == ["student"]
+
     @pytest.mark.parametrize("teacher", ["liver", "spleen"])
     def test_they_may_be_left_out(
         self, tiny_cached: Path, capsys: pytest.CaptureFixture[str], teacher: str
     ) -> None:
-        for path in units_of(tiny_cached, teacher)[:-1]:
+        for path in trained_units(tiny_cached, teacher)[:-1]:
             shutil.rmtree(path)
         report = run(tiny_cached, settings(allow_missing=True))
         assert report.exit_code == 0
         assert all(math.isfinite(loss) for loss in losses_of(tiny_cached))
-        warning = capsys.readouterr().err
-        assert "are left out" in warning
-        assert f"{teacher} x" in warning
+        assert f"left out: teacher {teacher} in 3 cases" in capsys.readouterr().err
+
+    def test_a_cache_that_is_whole_again_makes_another_run(
+        self, tiny_cached: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        gone = trained_units(tiny_cached, "spleen")[0]
+        name = "/".join(case_of(gone))
+        shutil.rmtree(gone)
+        command = ["pipeline", *arguments(tiny_cached), "--allow-missing"]
+        with pytest.MonkeyPatch.context() as context:
+            context.setattr(sys, "argv", command)
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        assert ended.value.code in (0, None)
+        written = json.loads((run_folder(tiny_cached) / "config.json").read_text())
+        assert written["inputs"]["missing_units"] == {"spleen": [name]}
+        assert run(tiny_cached, settings(allow_missing=True)).skipped == ["student"]
+        fill_cache(tiny_cached)
+        before = snapshot(run_folder(tiny_cached))
+        with pytest.raises(CheckpointError, match="units that the cache has by now") as caught:
+            run(tiny_cached)
+        assert f"teacher spleen in 1 case ({name})" in str(caught.value)
+        assert "Name another `run`" in str(caught.value)
+        assert snapshot(run_folder(tiny_cached)) == before
+
+    def test_a_run_does_not_go_on_with_fewer_units(self, tiny_cached: Path) -> None:
+        run(tiny_cached)
+        (run_folder(tiny_cached) / "finished.json").unlink()
+        shutil.rmtree(trained_units(tiny_cached, "liver")[1])
+        with pytest.raises(CheckpointError, match="no longer has: teacher liver in 1 case"):
+            run(tiny_cached, settings(allow_missing=True))
+
+    def test_without_any_teachers_unit_there_is_nothing_to_distil(self, tiny_cached: Path) -> None:
+        for teacher in ORGANS:
+            for path in trained_units(tiny_cached, teacher):
+                shutil.rmtree(path)
+        with pytest.raises(CacheMissing, match="no training case has a unit of any teacher"):
+            run(tiny_cached, settings(allow_missing=True))
+
+    def test_a_work_folder_without_cache_says_what_to_run(self, tiny_registry: Path) -> None:
+        for kind in ("ms_kd", "marginal"):
+            with pytest.raises(CacheMissing, match="`pipeline cache-teachers` has not run") as e:
+                run(tiny_registry, settings(kind))
+            assert str(work_of(tiny_registry)) in str(e.value)
+        assert not work_of(tiny_registry).exists()
 
     def test_a_missing_case_is_left_out_of_training(self, tiny_cached: Path) -> None:
         case = next((work_of(tiny_cached) / "cases" / "liver-ct").iterdir())

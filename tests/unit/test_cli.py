@@ -24,6 +24,7 @@ COMMANDS = (
     "check",
     "cache-teachers",
     "train-student",
+    "compare",
     "predict",
     "evaluate",
     "status",

@@ -11,6 +11,7 @@ from pipeline.cache.index import read_index
 from pipeline.config import short
 from pipeline.data.registry import load_registry
 from pipeline.inventory.listing import Listing, list_cache, print_listing
+from pipeline.inventory.students import in_few_words, run_folders
 from pipeline.inventory.wording import counted, megabytes, seconds_since
 from tests.tiny import TAP, change_registry, work_of
 from tests.unit.inventory.damage import shard, unit_at
@@ -141,3 +142,12 @@ def test_ages_and_counts() -> None:
         "1 unit",
         "2 units",
     )
+
+
+def test_runs_of_a_comparison_are_found_and_counted(tiny_cached: Path) -> None:
+    for run in ("kinds/a-seed0", "kinds/a-seed1", "alone"):
+        student(tiny_cached, run)
+    (work_of(tiny_cached) / "students" / "kinds" / "budget.json").write_text("{}")
+    assert list(run_folders(work_of(tiny_cached))) == ["alone", "kinds/a-seed0", "kinds/a-seed1"]
+    assert in_few_words(run_folders(work_of(tiny_cached))) == "alone, kinds (2 runs)"
+    assert in_few_words([]) == "–"

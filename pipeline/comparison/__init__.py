@@ -1,0 +1,1 @@
+"""`pipeline compare`: student configurations from one cache, on equal terms, in one table."""

@@ -1,0 +1,129 @@
+"""Trains every configuration with every seed, scores what is finished, and puts it side by side."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pipeline.cache.store import write_json
+from pipeline.comparison.budget import StepClock
+from pipeline.comparison.plan import Plan, Run
+from pipeline.comparison.results import Results, RunResult
+from pipeline.comparison.scoring import ScoringSettings, score_student, scored_before
+from pipeline.data.registry import Registry
+from pipeline.errors import PipelineError, Stopped
+from pipeline.folder import Folder, matching, read_text
+from pipeline.log import Advance, Log
+from pipeline.network import pick_device
+from stages import train_student
+
+
+def compare(
+    plan: Plan,
+    registry: Registry,
+    work: Folder,
+    *,
+    log: Log,
+    device: str = "auto",
+    workers: int = 0,
+    window_batch: int = 1,
+    checkpoint_minutes: float = 10.0,
+) -> Results:
+    """Makes what a plan lacks and returns all results; a second call trains and scores nothing.
+
+    A run that fails is in the results with its error, and does not stop the others.
+
+    Args:
+        plan: see `plan_comparison`.
+        registry: the same.
+        work: the same.
+        log: where progress goes.
+        device: auto, cpu, cuda, cuda:1.
+        workers: loader processes.
+        window_batch: windows per forward pass when cases are scored.
+        checkpoint_minutes: at most so much work is lost to a kill.
+
+    Raises:
+        Stopped: a signal ended a training; the same call goes on from there.
+        PipelineError: no run at all is finished.
+    """
+    failed: dict[str, Exception] = {}
+    left = sum(_steps_left(run) for run in plan.runs)
+    with log.progress("steps of all runs", left) as advance:
+        for number, run in enumerate(plan.runs, start=1):
+            if run.finished:
+                continue
+            at = f"run {number} of {len(plan.runs)}, {run.folder.name}"
+            clock = StepClock(log, _noting(advance, at))
+            try:
+                report = train_student.run(
+                    run.config, registry, work, log=clock, device=device, workers=workers,
+                    checkpoint_minutes=checkpoint_minutes,
+                )  # fmt: skip
+            except (PipelineError, torch.OutOfMemoryError) as error:
+                failed[run.config.run] = error
+                log.warn(f"{run.folder.name} failed, the others go on: {error}")
+                continue
+            stopped = next(iter(report.failed.values()), None)
+            if stopped is not None:
+                raise Stopped(
+                    f"stopped in {at}: {stopped}",
+                    where=run.folder.parent,
+                ) from stopped
+            speed = clock.median_seconds()
+            if speed is not None:
+                write_json(run.folder / "speed.json", {"seconds_per_step": round(speed, 6)})
+    if len(failed) == len(plan.runs):
+        first = next(iter(failed.values()))
+        raise PipelineError(f"all {len(failed)} runs failed. The first: {first}")
+    results = _score(plan, failed, log=log, device=device, window_batch=window_batch)
+    group = work / "students" / plan.settings.name
+    return Results(plan, registry.label_space.organs, results, scored_before(group, "test"))
+
+
+def _score(
+    plan: Plan, failed: Mapping[str, Exception], *, log: Log, device: str, window_batch: int
+) -> list[RunResult]:
+    settings = ScoringSettings(
+        split="test" if plan.settings.test else "validation", surface=plan.settings.surface
+    )
+    results = []
+    with log.progress("scoring", (len(plan.runs) - len(failed)) * len(plan.cases)) as advance:
+        for run in plan.runs:
+            error = failed.get(run.config.run)
+            rows: Sequence[Mapping[str, Any]] = ()
+            if error is None:
+                rows = score_student(
+                    run.folder, plan.cases, settings, device=pick_device(device),
+                    window_batch=window_batch, advance=advance,
+                )  # fmt: skip
+            said = None if error is None else str(error)
+            results.append(RunResult(run.name, run.seed, run.folder, rows, _speed(run), said))
+    return results
+
+
+def _speed(run: Run) -> float | None:
+    try:
+        found: float = json.loads(read_text(run.folder / "speed.json"))["seconds_per_step"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return found
+
+
+def _noting(advance: Advance, at: str) -> Advance:
+    def hand_on(note: str = "", steps: int = 1) -> None:
+        advance(f"{at}, {note}", steps)
+
+    return hand_on
+
+
+def _steps_left(run: Run) -> int:
+    if run.finished:
+        return 0
+    made = [path.name for path in matching(run.folder / "checkpoints", "step_*.pt")]
+    last = max((int(re.sub(r"\D", "", name)) for name in made), default=0)
+    return max(0, run.config.training.steps - last)

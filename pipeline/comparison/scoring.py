@@ -1,0 +1,139 @@
+"""What a finished student is worth: whole cases of the cache against their labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.cache.reader import CachedCase
+from pipeline.cache.store import write_json
+from pipeline.config import digest
+from pipeline.errors import CheckpointError
+from pipeline.folder import Folder, matching, read_text
+from pipeline.labels import IGNORE, LabelSpace
+from pipeline.log import Advance
+from pipeline.metrics import OrganScore, score_case, summarise
+from pipeline.student.checkpoint import load_student
+from pipeline.student.inference import predict_logits, running_argmax
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How students are scored: by the same windows and rules as `predict` and `evaluate`.
+
+    Attributes:
+        split: of the cases.
+        surface: whether NSD and HD95 are measured, the slower part.
+        tolerance_mm: of NSD.
+        overlap: of the windows.
+    """
+
+    split: str
+    surface: bool = True
+    tolerance_mm: float = 3.0
+    overlap: float = 0.5
+
+
+def score_student(
+    folder: Folder,
+    cases: Sequence[CachedCase],
+    settings: ScoringSettings,
+    *,
+    device: torch.device,
+    window_batch: int = 1,
+    advance: Advance,
+) -> list[dict[str, Any]]:
+    """Scores of a finished run, read back if they are of this very student and these cases.
+
+    Args:
+        folder: of the run; `scores_<split>.json` is written there.
+        cases: labelled; each is judged on the organs that it annotates.
+        settings: see there.
+        device: where to predict.
+        window_batch: windows per forward pass.
+        advance: hears of every case.
+
+    Returns:
+        One row per case and annotated organ: `case`, `organ`, and what `metrics.summarise` gives.
+
+    Raises:
+        CheckpointError: the run is not finished, or its student cannot be read.
+    """
+    key = _key(folder, cases, settings)
+    path = folder / f"scores_{settings.split}.json"
+    kept = _kept(path, key)
+    if kept is not None:
+        advance(folder.name, len(cases))
+        return kept
+    record, network = load_student(folder / "student.pt")
+    network.to(device)
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        logits = predict_logits(
+            network,
+            case.image(),
+            record.intensity,
+            record.patch,
+            overlap=settings.overlap,
+            window_batch=window_batch,
+            device=device,
+        )
+        space = record.label_space
+        predicted = space.to_ids(running_argmax(iter(logits)))
+        ids = {o: i for o, i in space.ids.items() if o in case.annotated}
+        scores = score_case(
+            predicted,
+            case.label(),
+            ids,
+            case.grid.spacing_mm,
+            tolerance_mm=settings.tolerance_mm,
+            ignore_value=IGNORE,
+            surface=settings.surface,
+        )
+        rows += _rows(case.name, scores)
+        advance(f"{folder.name}: {case.name}")
+    write_json(path, {"key": key, "rows": rows})
+    return rows
+
+
+def scored_before(comparison: Folder, split: str) -> list[str]:
+    """Runs of a comparison that were ever scored on a split."""
+    return [path.parent.name for path in matching(comparison, f"*/scores_{split}.json")]
+
+
+def organs_without_cases(cases: Sequence[CachedCase], space: LabelSpace) -> list[str]:
+    """Organs that no case annotates."""
+    annotated = {organ for case in cases for organ in case.annotated}
+    return [organ for organ in space.organs if organ not in annotated]
+
+
+def _rows(case: str, scores: Sequence[OrganScore]) -> list[dict[str, Any]]:
+    (entry,) = summarise({case: scores})["metric_per_case"]
+    return [{"case": case, "organ": organ, **values} for organ, values in entry["metrics"].items()]
+
+
+def _key(folder: Folder, cases: Sequence[CachedCase], settings: ScoringSettings) -> str:
+    try:
+        run = json.loads(read_text(folder / "finished.json"))["run_digest"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError("the run is not finished.", where=folder) from error
+    return digest(
+        {
+            "run": run,
+            "cases": {case.name: case.case.receipt.digest for case in cases},
+            "settings": vars(settings),
+        }
+    )
+
+
+def _kept(path: Folder, key: str) -> list[dict[str, Any]] | None:
+    try:
+        content: Mapping[str, Any] = json.loads(read_text(path))
+        rows: list[dict[str, Any]] = content["rows"]
+        return rows if content["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

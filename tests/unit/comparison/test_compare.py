@@ -1,0 +1,456 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from pipeline import cli
+from pipeline.comparison import budget, scoring, statistics
+from pipeline.comparison.compare import compare
+from pipeline.comparison.configurations import load_configurations
+from pipeline.comparison.plan import Plan, Settings, plan_comparison
+from pipeline.comparison.results import Results
+from pipeline.comparison.tables import print_results, to_markdown, write_results
+from pipeline.data.registry import load_registry
+from pipeline.errors import CacheMissing, CheckpointError, ConfigError, PipelineError, Stopped
+from pipeline.inventory.students import run_folders
+from pipeline.log import Log
+from pipeline.student import training
+from pipeline.student.checkpoint import load_student
+from pipeline.student.inference import predict_logits
+from stages.train_student import TrainStudentConfig
+from tests.stages.stage_contract import snapshot
+from tests.tiny import (
+    ORGANS,
+    change_registry,
+    copy_cohort,
+    fill_cache,
+    training_settings,
+    work_of,
+)
+
+STEPS = 2
+
+
+def config(name: str, kind: str = "marginal", **changes: Any) -> TrainStudentConfig:
+    values = {"steps": STEPS, "supervision": {"kind": kind}} | changes
+    return TrainStudentConfig.model_validate({"run": name, "training": training_settings(**values)})
+
+
+def two() -> list[TrainStudentConfig]:
+    return [config("labels"), config("hard", "pseudo_label")]
+
+
+def settings(**changes: Any) -> Settings:
+    return Settings(**({"name": "both", "seeds": (0, 1)} | changes))
+
+
+def plan(
+    registry: Path, configs: Sequence[TrainStudentConfig] | None = None, **changes: Any
+) -> Plan:
+    return plan_comparison(
+        two() if configs is None else configs, load_registry(registry, files=False),
+        work_of(registry), settings(**changes), log=Log(quiet=True), device="cpu",
+    )  # fmt: skip
+
+
+def run(
+    registry: Path, configs: Sequence[TrainStudentConfig] | None = None, **changes: Any
+) -> Results:
+    return compare(
+        plan(registry, configs, **changes), load_registry(registry, files=False),
+        work_of(registry), log=Log(quiet=True), device="cpu", window_batch=8,
+    )  # fmt: skip
+
+
+def students(registry: Path) -> Path:
+    return work_of(registry) / "students" / "both"
+
+
+def weights(registry: Path, run: str) -> dict[str, torch.Tensor]:
+    return dict(load_student(students(registry) / run / "student.pt")[1].state_dict())
+
+
+@pytest.fixture(scope="module")
+def compared(
+    built_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Results, Path]:
+    """A finished comparison: its registry, its results, its tables. Not to be changed."""
+    folder = tmp_path_factory.mktemp("compared")
+    registry = copy_cohort(built_cache, folder / "cohort")
+    results = run(registry)
+    write_results(results, folder / "out")
+    return registry, results, folder / "out"
+
+
+@pytest.fixture
+def finished(compared: tuple[Path, Results, Path], tmp_path: Path) -> Path:
+    """The registry of a copy of it."""
+    return copy_cohort(compared[0], tmp_path / "finished")
+
+
+class TestResults:
+    def test_every_configuration_is_trained_with_every_seed(
+        self, compared: tuple[Path, Results, Path]
+    ) -> None:
+        registry, results, _ = compared
+        names = {f"both/{c}-seed{s}" for c in ("labels", "hard") for s in (0, 1)}
+        assert set(run_folders(work_of(registry))) == names
+        record, _ = load_student(students(registry) / "hard-seed1" / "student.pt")
+        assert (record.seed, record.steps) == (1, STEPS)
+        assert record.supervision["kind"] == "pseudo_label"
+        assert results.exit_code == 0
+
+    def test_a_score_is_the_dice_of_a_whole_case(
+        self, compared: tuple[Path, Results, Path]
+    ) -> None:
+        registry, results, _ = compared
+        record, network = load_student(students(registry) / "hard-seed0" / "student.pt")
+        rows = next(r.rows for r in results.runs if (r.config, r.seed) == ("hard", 0))
+        seen = set()
+        for case in results.plan.cases:
+            logits = predict_logits(
+                network, case.image(), record.intensity, record.patch, device=torch.device("cpu")
+            )
+            ours, theirs = logits.argmax(axis=0), case.label()
+            for number, organ in enumerate(ORGANS, start=1):
+                found = [r["Dice"] for r in rows if (r["case"], r["organ"]) == (case.name, organ)]
+                if organ not in case.annotated:
+                    assert found == []
+                    continue
+                a, b = (ours == number) & (theirs != 255), theirs == number
+                assert found == [pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))]
+                seen.add((case.name, organ))
+        assert len(seen) == 4  # two cases of one organ, one of both
+
+    def test_the_tables_can_be_made_again_from_the_rows(
+        self, compared: tuple[Path, Results, Path]
+    ) -> None:
+        _, _, out = compared
+        content = json.loads((out / "validation.json").read_text())
+        rows = list(csv.DictReader((out / "validation_scores.csv").open()))
+        assert len(rows) == 4 * 4
+        for entry in content["configurations"]:
+            for organ in ORGANS:
+                means = [
+                    np.mean(
+                        [
+                            float(r["Dice"])
+                            for r in rows
+                            if (r["config"], r["seed"], r["organ"])
+                            == (entry["name"], str(seed), organ)
+                        ]
+                    )
+                    for seed in (0, 1)
+                ]
+                found = entry["scores"]["Dice"][organ]
+                assert found["mean"] == pytest.approx(np.mean(means))
+                assert found["std"] == pytest.approx(np.std(means, ddof=1))
+        table = list(csv.DictReader((out / "validation_table.csv").open()))
+        assert len(table) == 2 * 2 * (len(ORGANS) + 1)
+        hard = next(r for r in table if (r["config"], r["metric"]) == ("hard", "NSD"))
+        assert float(hard["difference"]) == pytest.approx(
+            content["configurations"][1]["difference_to_baseline"]["NSD"]["liver"]["mean"]
+        )
+
+    def test_the_page_says_what_differs_and_what_it_does_not_show(
+        self, compared: tuple[Path, Results, Path]
+    ) -> None:
+        _, _, out = compared
+        page = (out / "validation.md").read_text()
+        assert "| configuration | kind | steps | parameters | s/step | runs |" in page
+        assert "too few for an interval: 2 of 3 seeds and 2 of 5 cases: liver, spleen, mean" in page
+        assert "difference to labels" in page
+        assert "not an equal budget" not in page
+
+    def test_the_figure_shows_both(self, compared: tuple[Path, Results, Path]) -> None:
+        image = matplotlib.image.imread(compared[2] / "validation.png")[..., :3]
+        assert image.shape[0] > 400
+        for colour in ((0x31, 0x82, 0xBD), (0xE6, 0x55, 0x0D)):
+            near = np.abs(image - np.array(colour) / 255).max(axis=2) < 0.02
+            assert near.sum() > 50
+
+    def test_intervals_stand_beside_their_differences(
+        self,
+        compared: tuple[Path, Results, Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(statistics, "MIN_SEEDS", 2)
+        monkeypatch.setattr(statistics, "MIN_CASES", 2)
+        results = dataclasses.replace(compared[1])
+        found = results.differences("hard", "Dice")["liver"]
+        assert found.low is not None
+        assert found.high is not None
+        assert found.low <= (found.mean or 0) <= found.high
+        said = f"| hard | {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}] |"
+        assert said in to_markdown(results)
+        print_results(results)
+        assert f"[{found.low:+.3f}, {found.high:+.3f}]" in capsys.readouterr().out
+        write_results(results, tmp_path)
+        table = list(csv.DictReader((tmp_path / "validation_table.csv").open()))
+        hard = next(r for r in table if (r["config"], r["metric"]) == ("hard", "Dice"))
+        assert (float(hard["low"]), float(hard["high"])) == (found.low, found.high)
+
+    def test_a_second_call_trains_and_scores_nothing(
+        self, finished: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def never(*args: Any, **options: Any) -> Any:
+            raise AssertionError("nothing is left to do")
+
+        before = snapshot(finished.parent)
+        monkeypatch.setattr(training, "make_step", never)
+        monkeypatch.setattr(scoring, "predict_logits", never)
+        assert run(finished).exit_code == 0
+        assert snapshot(finished.parent) == before
+
+    def test_scores_of_another_student_are_not_taken(self, finished: Path) -> None:
+        path = students(finished) / "hard-seed0" / "scores_validation.json"
+        kept = path.read_text()
+        path.write_text(kept.replace('"key": "', '"key": "0'))
+        run(finished)
+        assert path.read_text() == kept
+
+    def test_more_seeds_and_configurations_reuse_what_is_there(self, finished: Path) -> None:
+        before = (students(finished) / "hard-seed0" / "student.pt").stat().st_mtime_ns
+        more = [*two(), config("lower", optimiser={"lr": 1e-4})]
+        found = plan(finished, more, seeds=(1, 0, 2))
+        assert [r.folder.name for r in found.runs if not r.finished] == [
+            "lower-seed1", "lower-seed0", "labels-seed2", "hard-seed2", "lower-seed2",
+        ]  # fmt: skip
+        results = run(finished, more, seeds=(0,))
+        assert results.configs == ("labels", "hard", "lower")
+        assert (students(finished) / "hard-seed0" / "student.pt").stat().st_mtime_ns == before
+        assert "optimiser.lr" in to_markdown(results)
+        assert "shows no significance" in to_markdown(results)
+
+    def test_test_cases_are_scored_on_request_and_it_is_written_down(
+        self, finished: Path, tmp_path: Path
+    ) -> None:
+        results = run(finished, test=True, surface=False)
+        write_results(results, tmp_path / "out")
+        content = json.loads((tmp_path / "out" / "test.json").read_text())
+        assert content["cases"] == ["multi-ct/case_001", "multi-ct/case_002"]
+        assert content["test_cases_were_scored"] is True
+        assert content["num_configurations"] == 2
+        assert len(content["runs_ever_scored_on_test"]) == 4
+        assert "no longer tested by it" in to_markdown(results)
+        assert list(content["configurations"][0]["scores"]) == ["Dice"]
+
+
+class TestInterruptions:
+    def test_a_stopped_comparison_goes_on_to_the_same_end(
+        self,
+        tiny_cached: Path,
+        compared: tuple[Path, Results, Path],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        real, calls = training.make_step, []
+
+        def stopped(*rest: Any) -> dict[str, Any]:
+            calls.append(1)
+            if len(calls) == STEPS + 1:  # the first step of the second run
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*rest)
+
+        with monkeypatch.context() as context:
+            context.setattr(training, "make_step", stopped)
+            with pytest.raises(Stopped, match="run 2 of 4, hard-seed0") as caught:
+                run(tiny_cached)
+        assert "Run the same command again" in str(caught.value)
+        first = snapshot(students(tiny_cached) / "labels-seed0")
+        assert [r.finished for r in plan(tiny_cached).runs] == [True, False, False, False]
+        results = run(tiny_cached)
+        kept = snapshot(students(tiny_cached) / "labels-seed0")
+        assert {name: kept[name] for name in first} == first
+        straight = compared[1]
+        assert [r.rows for r in results.runs] == [r.rows for r in straight.runs]
+        ours = weights(tiny_cached, "hard-seed0")
+        theirs = weights(compared[0], "hard-seed0")
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    def test_a_run_that_fails_is_marked_and_the_others_go_on(
+        self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        real = training.make_step
+
+        def broken(settings: Any, *rest: Any) -> dict[str, Any]:
+            if settings.seed == 1 and settings.supervision.kind == "pseudo_label":
+                raise FloatingPointError("the loss became NaN in dice.")
+            return real(settings, *rest)
+
+        with monkeypatch.context() as context:
+            context.setattr(training, "make_step", broken)
+            results = run(tiny_cached)
+        assert results.exit_code == 1
+        assert [(r.config, r.seed) for r in results.failed] == [("hard", 1)]
+        assert "hard, seed 1 failed and is in no number" in to_markdown(results)
+        assert "1/2 FAILED" in to_markdown(results)
+        assert results.estimates("hard", "Dice")["liver"].per_seed[1] is None
+        assert results.differences("hard", "Dice")["liver"].num_seeds == 1
+        write_results(results, tmp_path / "out")
+        runs = json.loads((tmp_path / "out" / "validation.json").read_text())
+        assert "became NaN" in runs["configurations"][1]["runs"][1]["error"]
+        assert run(tiny_cached).exit_code == 0  # it is tried again
+
+    def test_where_all_fail_there_is_no_table(
+        self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(*rest: Any) -> dict[str, Any]:
+            raise FloatingPointError("the loss became NaN in dice.")
+
+        monkeypatch.setattr(training, "make_step", broken)
+        with pytest.raises(PipelineError, match="all 4 runs failed"):
+            run(tiny_cached)
+
+    def test_other_settings_under_the_same_name_are_refused_first(self, finished: Path) -> None:
+        before = snapshot(finished.parent)
+        with pytest.raises(CheckpointError, match=r"config\.steps was 2, now 3") as caught:
+            plan(finished, steps=3)
+        assert "--name" in str(caught.value)
+        with pytest.raises(CheckpointError, match=r"config\.optimiser\.lr was 0\.002, now 0\.1"):
+            plan(finished, [config("labels", optimiser={"lr": 0.1})])
+        assert snapshot(finished.parent) == before
+
+
+class TestBudget:
+    def test_seconds_become_steps_once(
+        self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        speeds = iter([0.5, 0.2, 0.4, 0.25])  # two rounds of two configurations
+        with monkeypatch.context() as context:
+            context.setattr(budget, "_probe", lambda *rest: next(speeds))
+            first = plan(tiny_cached, seconds=2.0)
+        assert first.steps == {"labels": 5, "hard": 10}  # by the faster round
+        assert [r.config.training.steps for r in first.runs] == [5, 10, 5, 10]
+        monkeypatch.setattr(budget, "_probe", lambda *rest: pytest.fail("measured again"))
+        assert plan(tiny_cached, seconds=2.0).steps == first.steps
+        assert any("fit in 2 s" in notice for notice in first.notices)
+        with pytest.raises(ConfigError, match=r"begun with 2\.0 seconds, not 3"):
+            plan(tiny_cached, seconds=3.0)
+
+    def test_a_probe_measures_a_step_and_leaves_nothing(self, tiny_cached: Path) -> None:
+        before = snapshot(work_of(tiny_cached))
+        found = plan(tiny_cached, seconds=0.5)
+        assert all(steps >= 1 for steps in found.steps.values())
+        record = students(tiny_cached) / "budget.json"
+        content = json.loads(record.read_text())
+        assert all(0 < s < 5 for s in content["seconds_per_step"].values())
+        after = snapshot(work_of(tiny_cached))
+        assert set(after) - set(before) == {
+            "students", "students/both", "students/both/budget.json"
+        }  # fmt: skip
+
+    def test_different_steps_need_a_budget(self, tiny_cached: Path) -> None:
+        configs = [config("labels", steps=2), config("hard", "pseudo_label", steps=3)]
+        with pytest.raises(ConfigError, match="steps labels 2, hard 3") as caught:
+            plan(tiny_cached, configs)
+        assert "--steps or --seconds" in str(caught.value)
+        assert plan(tiny_cached, configs, steps=4).steps == {"labels": 4, "hard": 4}
+
+    def test_another_network_is_told(self, tiny_cached: Path) -> None:
+        wide = training_settings()["network"]
+        wide = {**wide, "args": {**wide["args"], "channels": [8, 8, 8]}}
+        found = plan(tiny_cached, [config("small"), config("wide", network=wide)])
+        assert any("not an equal budget in compute: network differ" in n for n in found.notices)
+        assert found.parameters["wide"] > found.parameters["small"]
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("configs", "changes", "said"),
+        [
+            ([], {}, "no configuration"),
+            ([config("a"), config("a", "naive")], {}, "2 configurations are called 'a'"),
+            ([config("a"), config("b")], {}, "'a' and 'b' have the same content"),
+            ([config("a"), config("b", seed=3)], {}, "have the same content"),
+            ([config("a/b")], {}, "a run of another comparison"),
+            (two(), {"baseline": "c"}, "no configuration 'c'"),
+            (two(), {"name": "a/b"}, "cannot name a comparison"),
+            (two(), {"seeds": ()}, "at least one"),
+            (two(), {"seeds": (1, 1)}, "each another"),
+            (two(), {"seeds": (-1,)}, "negative"),
+            (two(), {"steps": 2, "seconds": 2.0}, "two budgets"),
+            (two(), {"seconds": 0.0}, "more than 0"),
+        ],
+    )
+    def test_it_is_said_before_anything_is_written(
+        self,
+        built_cache: Path,
+        configs: list[TrainStudentConfig],
+        changes: dict[str, Any],
+        said: str,
+    ) -> None:
+        with pytest.raises(ConfigError, match=said):
+            plan(built_cache, configs, **changes)
+        assert not (work_of(built_cache) / "students").exists()
+
+    def test_an_organ_that_no_case_annotates_is_named(self, tiny_cached: Path) -> None:
+        def only_liver(data: dict[str, Any]) -> None:
+            data["datasets"]["multi-ct"]["split"]["validation"] = []
+            data["datasets"]["spleen-ct"]["split"] = {"validation": 0.0, "test": 0.0, "seed": 0}
+
+        fill_cache(change_registry(tiny_cached, only_liver))
+        results = run(tiny_cached, seeds=(0,))
+        assert any("annotates spleen: it cannot be compared" in n for n in results.notices)
+        found = results.estimates("labels", "Dice")
+        assert found["spleen"].mean is None
+        assert found["mean"].mean == found["liver"].mean
+        assert "| labels | " in to_markdown(results)
+        assert " | – | " in to_markdown(results)
+
+    def test_without_a_validation_case_there_is_nothing_to_compare_on(
+        self, tiny_cached: Path
+    ) -> None:
+        def none(data: dict[str, Any]) -> None:
+            for dataset in data["datasets"].values():
+                dataset["split"] = {"validation": 0.0, "test": 0.0, "seed": 0}
+
+        fill_cache(change_registry(tiny_cached, none))
+        with pytest.raises(ConfigError, match="no validation case to compare on"):
+            plan(tiny_cached)
+
+    def test_missing_cases_are_refused_or_left_out(self, tiny_cached: Path) -> None:
+        (gone,) = (work_of(tiny_cached) / "cases" / "multi-ct").glob("case_000@*")
+        shutil.rmtree(gone)
+        with pytest.raises(CacheMissing, match="multi-ct/case_000"):
+            plan(tiny_cached)
+        assert len(plan(tiny_cached, allow_missing=True).cases) == 2
+
+
+def test_the_command_line(compared: tuple[Path, Results, Path], tmp_path: Path) -> None:
+    registry = compared[0]
+    for one in two():
+        values = {"training": one.model_dump(mode="json")["training"]}
+        (tmp_path / f"{one.run}.yaml").write_text(yaml.safe_dump(values))
+    paths = [tmp_path / "labels.yaml", tmp_path / "hard.yaml"]
+    assert [c.run for c in load_configurations(paths)] == ["labels", "hard"]
+    command = [
+        "compare", *map(str, paths), "--seeds", "0,1", "-r", str(registry),
+        "-w", str(work_of(registry)), "-o", str(tmp_path / "both"), "--device", "cpu",
+    ]  # fmt: skip
+    dry = CliRunner().invoke(cli.app, [*command, "--seeds", "0,2", "--dry-run"])
+    assert dry.exit_code == 0, dry.output
+    assert [line.split()[0] for line in dry.stdout.splitlines()] == ["finished"] * 2 + ["to"] * 2
+    assert not (tmp_path / "both").exists()
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0, done.output
+    assert "difference to labels" in done.stdout
+    written = (tmp_path / "both" / "validation_scores.csv").read_text()
+    assert written == (compared[2] / "validation_scores.csv").read_text()
+    wrong = CliRunner().invoke(cli.app, [*command, "--seeds", "0;1"])
+    assert isinstance(wrong.exception, ConfigError)

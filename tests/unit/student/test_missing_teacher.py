@@ -1,0 +1,93 @@
+"""A case that lacks one teacher's unit is taught by the terms that exist, and by no wrong one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.student.augment import AugmentConfig
+from pipeline.student.dataset import PatchDataset, SamplingConfig, collate, to_batch
+from pipeline.student.network import StudentNetwork
+from pipeline.student.supervision import Batch, SupervisionConfig, batch_loss
+from tests.unit.student.coded import RAW, SPACE, write_case
+
+PATCH = (8, 8, 8)
+BACKGROUND, SPLEEN = 0, 2
+
+
+class Given(StudentNetwork):
+    """A network that answers with given logits."""
+
+    def __init__(self, logits: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.logits = logits
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.logits, None
+
+
+def batch_of(folder: Path, supervision: SupervisionConfig, *teachers: str) -> Batch:
+    """One patch of a case that annotates the liver."""
+    case = write_case(folder, "set/case", annotated=("liver",), teachers=teachers)
+    data = PatchDataset(
+        [case], SPACE, supervision=supervision, taps={}, patch=PATCH, align=(1, 1, 1),
+        intensity=RAW, sampling=SamplingConfig(), augment=AugmentConfig(flip_axes=(), rotate=False),
+        batch_size=1, num_steps=4, seed=3,
+    )  # fmt: skip
+    collated = collate([data[0]])
+    assert isinstance(collated, dict)
+    return to_batch(collated, [], torch.device("cpu"))
+
+
+def logits_with(share: float) -> Tensor:
+    """Random logits in which p_0 + p_spleen is the same whatever the spleen's share of it."""
+    s = torch.randn((1, 3, *PATCH), generator=torch.Generator().manual_seed(0))
+    both = torch.tensor([1 - share, share]).log()
+    s[:, BACKGROUND], s[:, SPLEEN] = both[0], both[1]
+    return s
+
+
+def loss(supervision: SupervisionConfig, logits: Tensor, batch: Batch) -> float:
+    return float(batch_loss(supervision, Given(logits), batch, 0.0)[0])
+
+
+KINDS: list[dict[str, Any]] = [
+    {"kind": "ms_kd"},
+    {"kind": "ms_kd", "logits": {"target": "per_teacher"}},
+    {"kind": "ms_kd", "logits": {"mean": "region"}},
+    {"kind": "ms_kd", "labels_win": False},
+    {"kind": "pseudo_label"},
+]
+
+
+@pytest.mark.parametrize("values", KINDS, ids=str)
+def test_nothing_is_said_of_the_organ_that_nobody_knows(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
+    supervision = SupervisionConfig.model_validate(values)
+    batch = batch_of(tmp_path / "without", supervision, "one")
+    assert batch.known.tolist() == [[True, False]]
+    assert batch.background is not None
+    assert batch.background.any()  # on which the expert that is there agrees with the label
+    little, much = logits_with(0.05), logits_with(0.9)
+    assert loss(supervision, little, batch) == pytest.approx(loss(supervision, much, batch))
+    # The same patch with its teacher does tell the two students apart.
+    whole = batch_of(tmp_path / "with", supervision, "one", "two")
+    assert abs(loss(supervision, little, whole) - loss(supervision, much, whole)) > 1e-3
+
+
+@pytest.mark.parametrize("values", KINDS, ids=str)
+def test_the_terms_that_exist_still_teach(tmp_path: Path, values: dict[str, Any]) -> None:
+    supervision = SupervisionConfig.model_validate(values)
+    batch = batch_of(tmp_path, supervision, "one")
+    logits = logits_with(0.5).requires_grad_()
+    total, terms = batch_loss(supervision, Given(logits), batch, 0.0)
+    total.backward()  # type: ignore[no-untyped-call]
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad[:, 1].abs().max() > 0
+    if supervision.kind == "ms_kd":
+        assert terms["logits"] > 0
