@@ -14,11 +14,14 @@ from pipeline.cli_check import check
 from pipeline.cli_options import (
     REGISTRY,
     WORK,
+    ChannelsLastOption,
+    CompileOption,
     ConfigOption,
     DeviceOption,
     DryRunOption,
     JsonOption,
     MinutesOption,
+    PrecisionOption,
     QuietOption,
     RegistryOption,
     TrustOption,
@@ -66,11 +69,15 @@ def train_teachers(
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
     checkpoint_minutes: MinutesOption = 10.0,
+    precision: PrecisionOption = "fp32",
+    channels_last: ChannelsLastOption = False,
+    compile_: CompileOption = False,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train one network per organ from its own dataset, for those who have none."""
     from pipeline.config import load_config
+    from pipeline.student.speed import SpeedFlags
     from stages import train_teachers as stage
 
     settings = load_config(config, stage.TrainTeachersConfig) if config else None
@@ -82,6 +89,7 @@ def train_teachers(
         device=device,
         workers=workers,
         checkpoint_minutes=checkpoint_minutes,
+        flags=SpeedFlags(precision, channels_last, compile_),
         only=only,
         dry_run=dry_run,
     )
@@ -134,11 +142,15 @@ def train_student(
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
     checkpoint_minutes: MinutesOption = 10.0,
+    precision: PrecisionOption = "fp32",
+    channels_last: ChannelsLastOption = False,
+    compile_: CompileOption = False,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Stage two: train the multi-organ student from the cache alone."""
     from pipeline.config import load_config
+    from pipeline.student.speed import SpeedFlags
     from stages import train_student as stage
 
     settings = load_config(config, stage.TrainStudentConfig) if config else None
@@ -150,6 +162,7 @@ def train_student(
         device=device,
         workers=workers,
         checkpoint_minutes=checkpoint_minutes,
+        flags=SpeedFlags(precision, channels_last, compile_),
         dry_run=dry_run,
     )
     _end(report)

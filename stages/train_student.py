@@ -24,6 +24,7 @@ from pipeline.network import pick_device
 from pipeline.student.checkpoint import StudentRecord, save_student
 from pipeline.student.network import CachedTap, TapKey
 from pipeline.student.settings import TrainingConfig, run_digest
+from pipeline.student.speed import SpeedFlags
 from pipeline.student.training import Trained, train
 from stages.report import StageReport
 
@@ -45,6 +46,7 @@ def run(
     device: str = "auto",
     workers: int = 0,
     checkpoint_minutes: float = 10.0,
+    flags: SpeedFlags | None = None,
     dry_run: bool = False,
 ) -> StageReport:
     """Trains the student, or goes on training it; a finished run does nothing.
@@ -59,6 +61,7 @@ def run(
         device: auto, cpu, cuda, cuda:1.
         workers: loader processes.
         checkpoint_minutes: at most so much work is lost to a kill.
+        flags: precision, memory format, compiling.
         dry_run: say what would be done, write nothing.
 
     Raises:
@@ -129,6 +132,7 @@ def run(
             workers=workers,
             checkpoint_minutes=checkpoint_minutes,
             saved=keep,
+            flags=flags,
         )
         if trained.finished:
             _finish(config, registry, local, trained, inputs, digest)

@@ -27,6 +27,7 @@ from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.prepare import prepare_case
 from pipeline.student.settings import TrainingConfig, run_digest
+from pipeline.student.speed import SpeedFlags
 from pipeline.student.supervision import SupervisionConfig
 from pipeline.student.training import Trained, train
 from pipeline.teacher_entry import TeacherEntry
@@ -65,6 +66,7 @@ def run(
     device: str = "auto",
     workers: int = 0,
     checkpoint_minutes: float = 10.0,
+    flags: SpeedFlags | None = None,
     only: str | None = None,
     dry_run: bool = False,
 ) -> StageReport:
@@ -79,6 +81,7 @@ def run(
         device: auto, cpu, cuda, cuda:1.
         workers: loader processes.
         checkpoint_minutes: at most so much work is lost to a kill.
+        flags: precision, memory format, compiling.
         only: one teacher by name.
         dry_run: say what would be done, write nothing.
 
@@ -103,7 +106,7 @@ def run(
             if _train_one(
                 name, config, registry, work,
                 log=log, device=device, workers=workers,
-                checkpoint_minutes=checkpoint_minutes, report=report, dry_run=dry_run,
+                checkpoint_minutes=checkpoint_minutes, flags=flags, report=report, dry_run=dry_run,
             ):  # fmt: skip
                 report.done.append(name)
             else:
@@ -128,6 +131,7 @@ def _train_one(
     device: str,
     workers: int,
     checkpoint_minutes: float,
+    flags: SpeedFlags | None,
     report: StageReport,
     dry_run: bool,
 ) -> bool:
@@ -168,6 +172,7 @@ def _train_one(
             workers=workers,
             checkpoint_minutes=checkpoint_minutes,
             saved=keep,
+            flags=flags,
         )
     if not trained.finished:
         raise Stopped(

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.network import NetworkConfig, build_network, find_module, tap_shapes
+from pipeline.network import (
+    NetworkConfig,
+    build_network,
+    find_module,
+    output_shapes,
+    tap_shapes,
+)
 from pipeline.patches import Index3
+from pipeline.student.deep_supervision import Outputs, check_outputs
 
 TapKey = tuple[str, str]
 
@@ -34,8 +41,9 @@ class StudentNetwork(nn.Module):
     """Network and adapters. Only `network` is what a trained student consists of.
 
     Raises:
-        ConfigError: no such network or layer, a patch that it cannot take, or a layer whose cells
-            are not those of a cached tap.
+        ConfigError: no such network or layer, no network for segmentation, a patch that it cannot
+            take, a layer whose cells are not those of a cached tap, or deep supervision of a
+            network that has one output.
     """
 
     def __init__(
@@ -46,26 +54,36 @@ class StudentNetwork(nn.Module):
         patch: Sequence[int],
         tap: str = "",
         cached: Mapping[TapKey, CachedTap] | None = None,
+        deep_supervision: bool | None = None,
     ) -> None:
         super().__init__()
         self.network = build_network(config, in_channels=1, out_channels=num_organs + 1)
+        shapes_out = output_shapes(self.network, patch)
+        check_outputs(config, shapes_out, (num_organs + 1, *patch), deep_supervision)
+        self.deep_supervision = deep_supervision is not False
         self.cached = dict(cached or {})
         self.tap_stride: Index3 = (1, 1, 1)
         self._feature: Tensor | None = None
         self.adapters = nn.ModuleList()
-        shapes = tap_shapes(self.network, [tap] if tap else [], patch)
+        if tap:
+            channels, stride = tap_shapes(self.network, [tap], patch)[tap]
         if tap and self.cached:
-            channels, self.tap_stride = shapes[tap]
+            self.tap_stride = stride
             self._check_strides(tap)
             for entry in self.cached.values():
                 self.adapters.append(nn.Conv3d(channels, entry.channels, kernel_size=1))
             find_module(self.network, tap).register_forward_hook(self._keep)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(N, 1, D, H, W) -> logits (N, K + 1, D, H, W), and the tapped feature or None."""
-        logits = self.network(image)
+    def forward(self, image: Tensor) -> tuple[Outputs, Tensor | None]:
+        """(N, 1, D, H, W) -> logits (N, K + 1, D, H, W), and the tapped feature or None.
+
+        Under deep supervision, while training, a tuple of logits, the full-size ones first.
+        """
+        outputs: Outputs = self.network(image)
         feature, self._feature = self._feature, None
-        return logits, feature
+        if isinstance(outputs, tuple) and not self.deep_supervision:
+            outputs = outputs[0]
+        return outputs, feature
 
     def adapt(self, key: TapKey, feature: Tensor) -> Tensor:
         """The student's feature projected to the channels of a cached tap."""
@@ -99,8 +117,16 @@ def seeded_network(
     patch: Sequence[int],
     tap: str = "",
     cached: Mapping[TapKey, CachedTap] | None = None,
+    deep_supervision: bool | None = None,
 ) -> StudentNetwork:
     """A student whose first weights depend on the seed alone, whatever ran before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return StudentNetwork(config, num_organs, patch=patch, tap=tap, cached=cached)
+        return StudentNetwork(
+            config,
+            num_organs,
+            patch=patch,
+            tap=tap,
+            cached=cached,
+            deep_supervision=deep_supervision,
+        )

@@ -40,15 +40,21 @@ class Metrics:
         return found[-1] if found else {}
 
     def add(
-        self, step: int, *, loss: float, terms: Mapping[str, float], lr: float, gradient_norm: float
+        self,
+        step: int,
+        *,
+        loss: float,
+        terms: Mapping[str, float],
+        lr: float,
+        gradient_norm: float | None,
     ) -> None:
-        """One training step."""
+        """One training step; without a gradient norm if fp16 overflowed and it was left out."""
         line = {
             "step": step,
             "loss": round(loss, 6),
             "terms": {name: round(value, 6) for name, value in terms.items()},
             "lr": lr,
-            "gradient_norm": round(gradient_norm, 4),
+            "gradient_norm": None if gradient_norm is None else round(gradient_norm, 4),
         }
         self.lines.append(line)
         self._smooth(line)

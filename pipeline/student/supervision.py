@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.labels import IGNORE
 from pipeline.student import losses
+from pipeline.student.deep_supervision import over_outputs
 from pipeline.student.network import StudentNetwork, TapKey
 
 Kind = Literal["naive", "marginal", "pseudo_label", "ms_kd", "full"]
@@ -138,18 +139,26 @@ def batch_loss(
         batch: on the network's device.
         fraction: t = step / steps, for the schedules.
     """
-    logits, features = network(batch.image)
-    log_p, p = losses.softmax_both(logits)
-    terms = _supervised(config, log_p, p, batch)
+    outputs, features = network(batch.image)
+    terms = over_outputs(outputs, lambda logits: _output_terms(config, logits, batch, fraction))
     if config.kind == "ms_kd":
-        weight = config.logits.at(fraction)
-        if weight > 0:
-            terms["logits"] = weight * logits_term(config.logits, log_p, p, batch)
         weight = config.features.at(fraction) if config.uses_features else 0.0
         if weight > 0:
             terms["features"] = weight * _features_term(network, features, batch)
     loss = torch.stack(list(terms.values())).sum()
     return loss, {name: float(value.detach()) for name, value in terms.items()}
+
+
+def _output_terms(
+    config: SupervisionConfig, logits: Tensor, batch: Batch, fraction: float
+) -> dict[str, Tensor]:
+    """Weighted terms of one output of the network."""
+    log_p, p = losses.softmax_both(logits)
+    terms = _supervised(config, log_p, p, batch)
+    weight = config.logits.at(fraction) if config.kind == "ms_kd" else 0.0
+    if weight > 0:
+        terms["logits"] = weight * logits_term(config.logits, log_p, p, batch)
+    return terms
 
 
 def _supervised(

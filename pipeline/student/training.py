@@ -22,6 +22,7 @@ from pipeline.student.optimiser import build_optimiser
 from pipeline.student.progress import Metrics, draw_progress
 from pipeline.student.resume import restore_state, save_state, stop_signals
 from pipeline.student.settings import TrainingConfig
+from pipeline.student.speed import Speed, SpeedFlags
 from pipeline.student.step import make_step
 from pipeline.student.validation import validate
 
@@ -62,6 +63,7 @@ def train(
     checkpoint_minutes: float = 10.0,
     resume: bool = True,
     saved: Callable[[], None] | None = None,
+    flags: SpeedFlags | None = None,
 ) -> Trained:
     """Trains, or goes on training, until `config.steps`.
 
@@ -81,6 +83,7 @@ def train(
         checkpoint_minutes: at most so much work is lost to a kill.
         resume: go on from the newest checkpoint; False refuses if there is one.
         saved: called whenever a checkpoint has been written.
+        flags: precision, memory format, compiling; changes speed and rounding.
 
     Raises:
         ConfigError: no case to train on.
@@ -102,12 +105,15 @@ def train(
         patch=config.patch,
         tap=config.supervision.features.student_tap if uses else "",
         cached=taps if uses else {},
+        deep_supervision=config.deep_supervision,
     ).to(device)
+    speed = Speed(flags, device)
+    speed.prepare(network, network.network, log)
     optimiser = build_optimiser(config.optimiser, network)
     data = patches_of(config, space, cases, network, temperatures, pool_mb)
     identity = {"config": config.model_dump(mode="json"), "inputs": dict(inputs)}
     step = start = restore_state(
-        folder, identity, network, optimiser, seed=config.seed, log=log, resume=resume
+        folder, identity, network, optimiser, speed, seed=config.seed, log=log, resume=resume
     )
     metrics = Metrics(folder / "metrics.jsonl", keep_until=start)
     scores: dict[str, float | None] = dict(metrics.last_validation)
@@ -123,7 +129,8 @@ def train(
                 raise collated
             batch = to_batch(collated, list(network.cached), device)
             try:
-                metrics.add(step + 1, **make_step(config, network, optimiser, batch, step))
+                line = make_step(config, network, optimiser, batch, speed, step)
+                metrics.add(step + 1, **line)
             except FloatingPointError as error:
                 metrics.flush()
                 raise PipelineError(
@@ -135,14 +142,15 @@ def train(
             step += 1
             advance(f"loss {metrics.smooth_loss:.3f}")
             if step % config.validate_every == 0 or step == config.steps:
-                scores = validate(network.network, validation, space, config, device)
+                with speed.autocast():
+                    scores = validate(network.network, validation, space, config, device)
                 metrics.add_validation(step, scores)
                 network.train()
             due = time.monotonic() - last_save > checkpoint_minutes * 60
             stop = stopping()  # asked once: a signal from here on is for the next step
             if due or stop or step == config.steps:
                 metrics.flush()
-                save_state(folder, step, identity, network, optimiser)
+                save_state(folder, step, identity, network, optimiser, speed)
                 draw_progress(folder / "progress.png", metrics)
                 if saved is not None:
                     saved()
