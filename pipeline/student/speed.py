@@ -11,15 +11,14 @@ import math
 import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.log import Log
-from pipeline.student.supervision import Batch
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _SMALLEST_SCALE = 1.0
@@ -59,6 +58,8 @@ class Speed:
     def prepare(self, network: nn.Module, inner: nn.Module, log: Log) -> None:
         """Sets the memory format of a network and compiles the MONAI network inside of it.
 
+        An image has one channel, so its memory is in either format already.
+
         The losses are not compiled, they are small; names of layers and weights do not change.
 
         Raises:
@@ -82,13 +83,6 @@ class Speed:
             return nullcontext()
         dtype = torch.bfloat16 if self.flags.precision == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype=dtype)
-
-    def placed(self, batch: Batch) -> Batch:
-        """The batch with its image in the network's memory format."""
-        if not self.flags.channels_last:
-            return batch
-        image: Tensor = batch.image.contiguous(memory_format=torch.channels_last_3d)
-        return replace(batch, image=image)
 
     def step(self, optimiser: torch.optim.Optimizer, norm: float) -> bool:
         """One step of the optimiser; False if fp16 overflowed and the step was left out.

@@ -30,9 +30,7 @@ def make_step(
     for group in optimiser.param_groups:
         group["lr"] = lr
     with speed.autocast():
-        loss, terms = batch_loss(
-            config.supervision, network, speed.placed(batch), step / config.steps
-        )
+        loss, terms = batch_loss(config.supervision, network, batch, step / config.steps)
     value = float(loss.detach())
     if not math.isfinite(value):
         bad = [name for name, term in terms.items() if not math.isfinite(term)]
