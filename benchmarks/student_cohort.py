@@ -13,10 +13,10 @@ from pipeline.demo import generate_phantoms, write_settings
 from pipeline.log import Log
 from stages import cache_teachers, train_teachers
 
-TEACHER_MM = (6.0, 6.0, 6.0)
+DEMO_MM = (6.0, 6.0, 6.0)
 
 
-def cached_cohort(folder: Path, spacing_mm: Sequence[float] = TEACHER_MM) -> Registry:
+def cached_cohort(folder: Path, spacing_mm: Sequence[float] = DEMO_MM) -> Registry:
     """Phantoms, four trained teachers and their cache in `folder / "work"`; what is there is kept.
 
     Trained, not random, teachers: their log-odds decide how well chunks compress and how often an
@@ -24,7 +24,7 @@ def cached_cohort(folder: Path, spacing_mm: Sequence[float] = TEACHER_MM) -> Reg
 
     Args:
         folder: one per spacing.
-        spacing_mm: of the student grid. The teachers stay at 6 mm.
+        spacing_mm: of the student grid and of the teachers.
     """
     log = Log()
     path = folder / "data_registry.yaml"
@@ -34,7 +34,7 @@ def cached_cohort(folder: Path, spacing_mm: Sequence[float] = TEACHER_MM) -> Reg
         data["grid"]["spacing_mm"] = list(spacing_mm)
         data["admission"]["dice"] = 0.0
         for entry in data["teachers"].values():
-            entry["spacing_mm"] = list(TEACHER_MM)
+            entry["spacing_mm"] = list(spacing_mm)
         path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     generate_phantoms(load_registry(path, files=False), log)
     registry = load_registry(path)

@@ -5,6 +5,7 @@ the median over rounds, and the ratios of medians are what counts. Every way mak
 `train-student` makes (`make_step`): the same network, optimiser and clipping.
 
     memory              tensors in memory, labels alone (kind marginal): no distillation, no loading
+    memory, ms_kd       the same with the logits-wise term: what its arithmetic costs
     cache               ms_kd from the cache, loaded in this process or by --workers processes
     cache + features    the same with the feature term
     online              ms_kd; image and label from the cache, log-odds by the teachers, in the step
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.stage_one_cohort import dynunet
-from benchmarks.student_cohort import TEACHER_MM, cached_cohort
+from benchmarks.student_cohort import DEMO_MM, cached_cohort
 from pipeline.cohort import open_cohort
 from pipeline.data.registry import Registry
 from pipeline.log import Log, print_table
@@ -68,9 +70,10 @@ def main() -> None:
     parser.add_argument("--network", choices=list(NETWORKS), default="demo")
     parser.add_argument("--patch", type=int, nargs=3, default=[32, 40, 40])
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--spacing-mm", type=float, nargs=3, default=list(TEACHER_MM))
+    parser.add_argument("--spacing-mm", type=float, nargs=3, default=list(DEMO_MM))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--wider", type=int, default=4)
+    parser.add_argument("--ways", nargs="+", help="only these, as the table names them")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=10, help="per way and round")
     parser.add_argument("--device", default="cpu")
@@ -107,18 +110,19 @@ class Bench:
     def ways(self, stack: ExitStack) -> dict[str, Callable[[], dict[str, float]]]:
         """Name -> a block of steps that says how long one took."""
         workers = self.arguments.workers
-        ways = {"memory": self._way(stack, "marginal", 0, in_memory=True)}
+        make: dict[str, Callable[[], Callable[[], dict[str, float]]]] = {
+            "memory": lambda: self._way(stack, "marginal", 0, in_memory=True),
+            "memory, ms_kd": lambda: self._way(stack, "ms_kd", 0, in_memory=True),
+        }
         for features in (False, True):
-            name = "cache + features" if features else "cache"
             for number in (0, workers):
-                ways[f"{name}, {number} workers"] = self._way(
-                    stack, "ms_kd", number, features=features
-                )
+                name = f"cache{' + features' if features else ''}, {number} workers"
+                make[name] = partial(self._way, stack, "ms_kd", number, features=features)
         for wider in (1, self.arguments.wider):
-            name = "online" if wider == 1 else f"online x {wider}"
-            teachers = Teachers(self.registry, wider, self.device)
-            ways[name] = self._way(stack, "ms_kd", 0, teachers=teachers)
-        return ways
+            make["online" if wider == 1 else f"online x {wider}"] = partial(
+                self._way, stack, "ms_kd", 0, wider=wider
+            )
+        return {name: make[name]() for name in self.arguments.ways or make}
 
     def _way(
         self,
@@ -128,8 +132,9 @@ class Bench:
         *,
         features: bool = False,
         in_memory: bool = False,
-        teachers: Teachers | None = None,
+        wider: int = 0,
     ) -> Callable[[], dict[str, float]]:
+        teachers = Teachers(self.registry, wider, self.device) if wider else None
         config = self._config(kind, features)
         network = seeded_network(
             config.network, len(self.space.organs), seed=0, patch=config.patch,
@@ -269,13 +274,14 @@ def report(rows: Mapping[str, list[dict[str, float]]], arguments: argparse.Names
     if arguments.json:
         print(json.dumps({"rounds": rows, "medians": medians}, indent=1))
         return
-    memory, cache = medians["memory"], medians["cache, 0 workers"]
+    memory = medians["memory"]
+    cache = next((row for way, row in medians.items() if way.startswith("cache")), memory)
     print_table(
         f"{arguments.network} network, patch {tuple(arguments.patch)}, batch "
         f"{arguments.batch_size}, {arguments.device} {arguments.precision}, medians of "
         f"{arguments.rounds} rounds of {arguments.steps} steps",
         ["way", "wall ms", "CPU ms, this process", "wall / memory", "CPU / memory",
-         "wall / cache", "CPU / cache", "data-wait %"],
+         "wall / first cache", "CPU / first cache", "data-wait %"],
         [
             [
                 way, f"{row['wall']:.1f}", f"{row['cpu']:.1f}",
