@@ -16,12 +16,15 @@ from pipeline.cli_options import (
     REGISTRY,
     WORK,
     AllowMissingOption,
+    ChannelsLastOption,
+    CompileOption,
     ConfigOption,
     DeviceOption,
     DryRunOption,
     JsonOption,
     LoggerOption,
     MinutesOption,
+    PrecisionOption,
     QuietOption,
     RegistryOption,
     TrustOption,
@@ -71,11 +74,15 @@ def train_teachers(
     workers: WorkersOption = 0,
     checkpoint_minutes: MinutesOption = 10.0,
     logger: LoggerOption = None,
+    precision: PrecisionOption = "fp32",
+    channels_last: ChannelsLastOption = False,
+    compile_: CompileOption = False,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train one network per organ from its own dataset, for those who have none."""
     from pipeline.config import load_config
+    from pipeline.student.speed import SpeedFlags
     from stages import train_teachers as stage
 
     settings = load_config(config, stage.TrainTeachersConfig) if config else None
@@ -88,6 +95,7 @@ def train_teachers(
         workers=workers,
         checkpoint_minutes=checkpoint_minutes,
         loggers=logger or [],
+        flags=SpeedFlags(precision, channels_last, compile_),
         only=only,
         dry_run=dry_run,
     )
@@ -142,11 +150,15 @@ def train_student(
     checkpoint_minutes: MinutesOption = 10.0,
     logger: LoggerOption = None,
     allow_missing: AllowMissingOption = False,
+    precision: PrecisionOption = "fp32",
+    channels_last: ChannelsLastOption = False,
+    compile_: CompileOption = False,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Stage two: train the multi-organ student from the cache alone."""
     from pipeline.config import load_config
+    from pipeline.student.speed import SpeedFlags
     from stages import train_student as stage
 
     settings = load_config(config, stage.TrainStudentConfig) if config else None
@@ -160,6 +172,7 @@ def train_student(
         checkpoint_minutes=checkpoint_minutes,
         loggers=logger or [],
         allow_missing=allow_missing,
+        flags=SpeedFlags(precision, channels_last, compile_),
         dry_run=dry_run,
     )
     _end(report)

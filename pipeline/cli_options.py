@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -30,6 +30,14 @@ WorkOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1. Speed only.")]
 WorkersOption = Annotated[int, typer.Option(help="Loader processes. Speed only.", min=0)]
+PrecisionOption = Annotated[
+    Literal["fp32", "bf16", "fp16"],
+    typer.Option(help="Of the network's passes; for GPUs. Speed and rounding only."),
+]
+ChannelsLastOption = Annotated[
+    bool, typer.Option("--channels-last", help="Memory format of 3D convolutions. Speed only.")
+]
+CompileOption = Annotated[bool, typer.Option("--compile", help="torch.compile. Speed only.")]
 WindowBatchOption = Annotated[int, typer.Option(help="Windows per pass. Speed only.", min=1)]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")]

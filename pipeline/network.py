@@ -36,6 +36,11 @@ class NetworkConfig(Config):
 def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int) -> nn.Module:
     """Builds the network; weights come from torch's global random state.
 
+    Networks with deep supervision differ in what they return: stacked along a new axis (DynUNet), a
+    list (SegResNetDS), a tuple (MedNeXt), a list with the final output last (BasicUNetPlusPlus).
+    What is built here gives one tensor in evaluation mode, (N, C, D, H, W), and while training
+    either that or a tuple of such tensors, the final output first.
+
     Raises:
         ConfigError: no such network, or arguments that it does not take.
     """
@@ -48,6 +53,14 @@ def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int)
             where="network.name",
             fix="For example UNet, DynUNet, SegResNet, BasicUNet.",
         )
+    if not {"spatial_dims", "in_channels", "out_channels"} <= set(
+        inspect.signature(kind).parameters
+    ):
+        raise ConfigError(
+            f"{config.name} has no spatial_dims, in_channels and out_channels to set.",
+            where="network.name",
+            fix="Choose a segmentation network, for example UNet, DynUNet, SegResNet, BasicUNet.",
+        )
     try:
         network: nn.Module = kind(
             spatial_dims=3, in_channels=in_channels, out_channels=out_channels, **config.args
@@ -58,7 +71,20 @@ def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int)
             where="network.args",
             fix=f"It takes {inspect.signature(kind)}.",
         ) from error
+    network.register_forward_hook(_final_first)
     return network
+
+
+def _final_first(network: nn.Module, inputs: Any, out: Any) -> Any:
+    """A forward hook, so that names of layers and weights stay those of MONAI."""
+    if isinstance(out, Tensor):
+        stacked = out.dim() == 6  # (N, heads, C, D, H, W)
+        outputs: tuple[Any, ...] = out.unbind(1) if stacked else (out,)
+    else:
+        outputs = tuple(o for o in out if o is not None)
+        if type(network).__name__ == "BasicUNetPlusPlus":
+            outputs = outputs[::-1]
+    return outputs if network.training and len(outputs) > 1 else outputs[0]
 
 
 def find_module(network: nn.Module, name: str) -> nn.Module:
@@ -116,18 +142,7 @@ def tap_shapes(
     """
     for tap in taps:
         find_module(network, tap)
-    shape = (1, in_channels, *patch)
-    features = _traced(network, taps, shape)
-    if features is None:
-        try:
-            features = _passed(network, taps, shape)
-        except (RuntimeError, ValueError) as error:
-            first = str(error).split("\n")[0]
-            raise ConfigError(
-                f"the network cannot take a patch of {tuple(patch)} voxels ({first}).",
-                where="patch",
-                fix="Most networks want multiples of all their strides multiplied.",
-            ) from error
+    features = _shapes_of(network, taps, (1, in_channels, *patch))
     shapes = {}
     for tap in taps:
         size = tuple(features[tap].shape[2:])
@@ -141,26 +156,60 @@ def tap_shapes(
     return shapes
 
 
+def output_shapes(
+    network: nn.Module, patch: Sequence[int], in_channels: int = 1
+) -> list[tuple[int, ...]]:
+    """Shapes (C, D, H, W) of what a network gives while training, the final output first.
+
+    An output that is no tensor of five axes has the shape ().
+
+    Raises:
+        ConfigError: a patch that the network cannot take.
+    """
+    # Two samples: batch normalisation of a single cell would refuse one.
+    outputs = _shapes_of(network, [], (2, in_channels, *patch), training=True)
+    found = (o.shape if isinstance(o, Tensor) else () for o in outputs.values())
+    return [tuple(shape[1:]) if len(shape) == 5 else () for shape in found]
+
+
+def _shapes_of(
+    network: nn.Module, taps: Sequence[str], shape: Sequence[int], *, training: bool = False
+) -> dict[str, Tensor]:
+    """Outputs of the taps, or without taps of the network: shapes without values if it can."""
+    found = _traced(network, taps, shape, training)
+    if found is None:
+        try:
+            with torch.random.fork_rng(devices=[]):
+                found = _passed(copy.deepcopy(network), taps, shape, training)
+        except (RuntimeError, ValueError) as error:
+            first = str(error).split("\n")[0]
+            raise ConfigError(
+                f"the network cannot take a patch of {tuple(shape[2:])} voxels ({first}).",
+                where="patch",
+                fix="Most networks want multiples of all their strides multiplied.",
+            ) from error
+    return found
+
+
 def _traced(
-    network: nn.Module, taps: Sequence[str], shape: Sequence[int]
+    network: nn.Module, taps: Sequence[str], shape: Sequence[int], training: bool
 ) -> dict[str, Tensor] | None:
     """Outputs of the taps, shapes without values; None if the network cannot do that."""
     try:
-        return _passed(copy.deepcopy(network).to("meta"), taps, shape)
+        return _passed(copy.deepcopy(network).to("meta"), taps, shape, training)
     except Exception:  # whatever it is, a real pass will tell
         return None
 
 
-def _passed(network: nn.Module, taps: Sequence[str], shape: Sequence[int]) -> dict[str, Tensor]:
+def _passed(
+    network: nn.Module, taps: Sequence[str], shape: Sequence[int], training: bool
+) -> dict[str, Tensor]:
     parameter = next(network.parameters())
-    training = network.training
-    network.eval()
-    try:
-        with torch.no_grad(), tapped(network, taps) as features:
-            network(torch.zeros(tuple(shape), device=parameter.device))
-    finally:
-        network.train(training)
-    return features
+    network.train(training)
+    with torch.no_grad(), tapped(network, taps) as features:
+        out = network(torch.zeros(tuple(shape), device=parameter.device))
+    outputs = out if isinstance(out, tuple) else (out,)
+    return features if taps else {str(n): output for n, output in enumerate(outputs)}
 
 
 def pick_device(name: str) -> torch.device:

@@ -22,6 +22,7 @@ from pipeline.student.checkpoint import StudentRecord, save_student
 from pipeline.student.loggers.by_name import open_loggers
 from pipeline.student.picture import tell_validations
 from pipeline.student.settings import TrainingConfig, run_digest
+from pipeline.student.speed import SpeedFlags
 from pipeline.student.training import Trained, train
 from pipeline.student_inputs import check_same_units, open_inputs
 from stages.report import StageReport
@@ -48,6 +49,7 @@ def run(
     checkpoint_minutes: float = 10.0,
     loggers: Sequence[str] = (),
     allow_missing: bool = False,
+    flags: SpeedFlags | None = None,
     dry_run: bool = False,
 ) -> StageReport:
     """Trains the student, or goes on training it; a finished run does nothing.
@@ -64,6 +66,7 @@ def run(
         checkpoint_minutes: at most so much work is lost to a kill.
         loggers: names of loggers that are told beside metrics.jsonl.
         allow_missing: train with the cases and units that exist, as `config.allow_missing` does.
+        flags: precision, memory format, compiling.
         dry_run: say what would be done, write nothing.
 
     Raises:
@@ -117,6 +120,7 @@ def run(
             saved=keep,
             name=config.run,
             loggers=others,
+            flags=flags,
         )
         if trained.finished:
             _finish(config, registry, local, trained, found.identity, digest)

@@ -31,6 +31,7 @@ from pipeline.student.loggers.by_name import open_loggers
 from pipeline.student.loggers.run_logger import RunLogger
 from pipeline.student.picture import tell_validations
 from pipeline.student.settings import TrainingConfig, run_digest
+from pipeline.student.speed import SpeedFlags
 from pipeline.student.supervision import SupervisionConfig
 from pipeline.student.training import Trained, train
 from pipeline.teacher_entry import TeacherEntry
@@ -70,6 +71,7 @@ def run(
     workers: int = 0,
     checkpoint_minutes: float = 10.0,
     loggers: Sequence[str] = (),
+    flags: SpeedFlags | None = None,
     only: str | None = None,
     dry_run: bool = False,
 ) -> StageReport:
@@ -85,6 +87,7 @@ def run(
         workers: loader processes.
         checkpoint_minutes: at most so much work is lost to a kill.
         loggers: names of loggers that are told beside metrics.jsonl.
+        flags: precision, memory format, compiling.
         only: one teacher by name.
         dry_run: say what would be done, write nothing.
 
@@ -111,7 +114,7 @@ def run(
                 name, config, registry, work,
                 log=log, device=device, workers=workers,
                 checkpoint_minutes=checkpoint_minutes, loggers=open_loggers(loggers),
-                report=report, dry_run=dry_run,
+                flags=flags, report=report, dry_run=dry_run,
             ):  # fmt: skip
                 report.done.append(name)
             else:
@@ -137,6 +140,7 @@ def _train_one(
     workers: int,
     checkpoint_minutes: float,
     loggers: Sequence[RunLogger],
+    flags: SpeedFlags | None,
     report: StageReport,
     dry_run: bool,
 ) -> bool:
@@ -180,6 +184,7 @@ def _train_one(
             saved=keep,
             name=name,
             loggers=loggers,
+            flags=flags,
         )
         if trained.finished:
             tell_validations(log, local / "metrics.jsonl", work / "teachers-in-training" / name)

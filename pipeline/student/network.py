@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.network import NetworkConfig, build_network, find_module, tap_shapes
+from pipeline.network import (
+    NetworkConfig,
+    build_network,
+    find_module,
+    output_shapes,
+    tap_shapes,
+)
 from pipeline.patches import Index3
+from pipeline.student.deep_supervision import Outputs, check_outputs
 
 TapKey = tuple[str, str]
 Head = Literal["softmax", "sigmoid"]
@@ -47,11 +54,11 @@ class OneVsRest(nn.Module):
         super().__init__()
         self.organs = organs
 
-    def forward(self, image: Tensor) -> Any:
-        """(N, 1, D, H, W) -> (N, K + 1, D, H, W); of several outputs, or a stack, each so."""
+    def forward(self, image: Tensor) -> Outputs:
+        """(N, 1, D, H, W) -> (N, K + 1, D, H, W); of several outputs each so."""
         out = self.organs(image)
-        if isinstance(out, (list, tuple)):
-            return [_with_background(o) for o in out]
+        if isinstance(out, tuple):
+            return tuple(_with_background(o) for o in out)
         return _with_background(out)
 
 
@@ -75,8 +82,9 @@ class StudentNetwork(nn.Module):
         layer_of: the layer of the student that each of them is compared with.
 
     Raises:
-        ConfigError: no such network or layer, a patch that it cannot take, or layers and cached
-            taps that cannot be paired.
+        ConfigError: no such network or layer, no network for segmentation, a patch that it cannot
+            take, layers and cached taps that cannot be paired, or deep supervision of a network
+            that has one output.
     """
 
     def __init__(
@@ -88,9 +96,13 @@ class StudentNetwork(nn.Module):
         head: Head = "softmax",
         taps: StudentTaps = (),
         cached: Mapping[TapKey, CachedTap] | None = None,
+        deep_supervision: bool | None = None,
     ) -> None:
         super().__init__()
         self.network = build_student(config, num_organs, head)
+        shapes_out = output_shapes(self.network, patch)
+        check_outputs(config, shapes_out, (num_organs + 1, *patch), deep_supervision)
+        self.deep_supervision = deep_supervision is not False
         self._features: dict[str, Tensor] = {}
         self.adapters = nn.ModuleList()
         layers = sorted(set(taps.values() if isinstance(taps, Mapping) else taps))
@@ -113,11 +125,16 @@ class StudentNetwork(nn.Module):
         z, y, x = (math.lcm(*(stride[axis] for stride in strides)) for axis in range(3))
         return (z, y, x)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(N, 1, D, H, W) -> logits (N, K + 1, D, H, W), and layer -> tapped feature."""
-        logits = self.network(image)
+    def forward(self, image: Tensor) -> tuple[Outputs, dict[str, Tensor]]:
+        """(N, 1, D, H, W) -> logits (N, K + 1, D, H, W), and layer -> tapped feature.
+
+        Under deep supervision, while training, a tuple of logits, the full-size ones first.
+        """
+        outputs: Outputs = self.network(image)
         features, self._features = self._features, {}
-        return logits, features
+        if isinstance(outputs, tuple) and not self.deep_supervision:
+            outputs = outputs[0]
+        return outputs, features
 
     def adapt(self, key: TapKey, features: Mapping[str, Tensor]) -> Tensor:
         """The student's feature for a cached tap, projected to that tap's channels."""
@@ -211,8 +228,17 @@ def seeded_network(
     head: Head = "softmax",
     taps: StudentTaps = (),
     cached: Mapping[TapKey, CachedTap] | None = None,
+    deep_supervision: bool | None = None,
 ) -> StudentNetwork:
     """A student whose first weights depend on the seed alone, whatever ran before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return StudentNetwork(config, num_organs, patch=patch, head=head, taps=taps, cached=cached)
+        return StudentNetwork(
+            config,
+            num_organs,
+            patch=patch,
+            head=head,
+            taps=taps,
+            cached=cached,
+            deep_supervision=deep_supervision,
+        )

@@ -126,15 +126,23 @@ class Metrics:
             yield batch
 
     def add(
-        self, step: int, *, loss: float, terms: Mapping[str, float], lr: float, gradient_norm: float
+        self,
+        step: int,
+        *,
+        loss: float,
+        terms: Mapping[str, float],
+        lr: float,
+        gradient_norm: float | None,
     ) -> None:
-        """One training step. It took from when its batch was asked for until now."""
+        """One training step, which took from when its batch was asked for until now; without a
+        gradient norm if fp16 overflowed and it was left out.
+        """
         line = {
             "step": step,
             "loss": round(loss, 6),
             "terms": {name: round(value, 6) for name, value in terms.items()},
             "lr": lr,
-            "gradient_norm": round(gradient_norm, 4),
+            "gradient_norm": None if gradient_norm is None else round(gradient_norm, 4),
         }
         self._unwritten.append(line)
         self.history.add(line)
@@ -227,7 +235,9 @@ def _scalars(lines: list[dict[str, Any]]) -> dict[str, float]:
     names = {name for line in lines for name in line["terms"]}
     found = {f"loss/{n}": _mean(line["terms"].get(n, 0.0) for line in lines) for n in sorted(names)}
     found["loss/total"] = _mean(line["loss"] for line in lines)
-    found["gradient_norm"] = _mean(line["gradient_norm"] for line in lines)
+    norms = [line["gradient_norm"] for line in lines if line["gradient_norm"] is not None]
+    if norms:
+        found["gradient_norm"] = _mean(norms)
     found["lr"] = last["lr"]
     if "timing" in last:
         found["speed/samples_per_second"] = last["timing"]["samples_per_second"]

@@ -20,6 +20,7 @@ from pipeline.errors import CheckpointError
 from pipeline.log import Log
 from pipeline.student.checkpoint import load_newest, save_training
 from pipeline.student.network import StudentNetwork
+from pipeline.student.speed import Speed
 
 
 def save_state(
@@ -28,6 +29,7 @@ def save_state(
     identity: Mapping[str, Any],
     network: StudentNetwork,
     optimiser: torch.optim.Optimizer,
+    speed: Speed,
 ) -> None:
     """Writes the checkpoint of a step: all that the steps after it depend on."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -38,6 +40,7 @@ def save_state(
             "identity": canonical_json(identity),
             "network": network.state_dict(),
             "optimiser": optimiser.state_dict(),
+            "scaler": speed.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
         },
     )
@@ -48,6 +51,7 @@ def restore_state(
     identity: Mapping[str, Any],
     network: StudentNetwork,
     optimiser: torch.optim.Optimizer,
+    speed: Speed,
     *,
     seed: int,
     log: Log,
@@ -60,6 +64,7 @@ def restore_state(
         identity: settings and inputs that the run was started with.
         network: its weights are replaced.
         optimiser: its state is replaced.
+        speed: the state of its scaler is replaced.
         seed: of the global random state where there is no checkpoint.
         log: hears of checkpoints that cannot be read.
         resume: False refuses to go on.
@@ -84,6 +89,7 @@ def restore_state(
         )
     network.load_state_dict(state["network"])
     optimiser.load_state_dict(state["optimiser"])
+    speed.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"]["torch"])
     if torch.cuda.is_available() and len(state["rng"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["rng"]["cuda"])

@@ -28,6 +28,10 @@ class TrainingConfig(Config):
     seed: int = Field(default=0, ge=0)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    deep_supervision: bool | None = Field(
+        default=None,
+        description="train all outputs of the network; null: where it has several; true: it must",
+    )
     optimiser: OptimiserConfig = Field(default_factory=OptimiserConfig)
     validate_every: int = Field(default=1000, ge=1, description="steps")
 

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.student.network import StudentNetwork
 from pipeline.student.settings import TrainingConfig
+from pipeline.student.speed import Speed
 from pipeline.student.supervision import Batch, batch_loss
 
 
@@ -17,6 +18,7 @@ def make_step(
     network: StudentNetwork,
     optimiser: torch.optim.Optimizer,
     batch: Batch,
+    speed: Speed,
     step: int,
 ) -> dict[str, Any]:
     """One step of the optimiser; returns what is worth a line in metrics.jsonl.
@@ -27,15 +29,18 @@ def make_step(
     lr = config.optimiser.lr_at(step, config.steps)
     for group in optimiser.param_groups:
         group["lr"] = lr
-    loss, terms = batch_loss(config.supervision, network, batch, step / config.steps)
+    with speed.autocast():
+        loss, terms = batch_loss(config.supervision, network, batch, step / config.steps)
     value = float(loss.detach())
     if not math.isfinite(value):
         bad = [name for name, term in terms.items() if not math.isfinite(term)]
         raise FloatingPointError(f"the loss became NaN in {', '.join(bad) or 'the sum'}.")
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    speed.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    # Whoever sums gradients over processes does it here, before they are unscaled: then an
+    # overflow in one of them makes all leave the step out.
+    speed.scaler.unscale_(optimiser)
     norm = float(torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.clip_norm))
-    if not math.isfinite(norm):
-        raise FloatingPointError("the gradient became NaN, although the loss is finite.")
-    optimiser.step()
-    return {"loss": value, "terms": terms, "lr": lr, "gradient_norm": norm}
+    taken = speed.step(optimiser, norm)
+    found = {"loss": value, "terms": terms, "lr": lr}
+    return found | {"gradient_norm": norm if taken else None}

@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.labels import IGNORE
 from pipeline.student import distillation, losses
+from pipeline.student.deep_supervision import over_outputs
 from pipeline.student.network import Head, StudentNetwork, TapKey
 
 Kind = Literal[
@@ -175,8 +176,8 @@ def batch_loss(
         batch: on the network's device.
         fraction: t = step / steps, for the schedules.
     """
-    logits, features = network(batch.image)
-    terms = terms_of_logits(config, logits, batch, fraction)
+    outputs, features = network(batch.image)
+    terms = over_outputs(outputs, lambda logits: terms_of_logits(config, logits, batch, fraction))
     weight = config.features.at(fraction) if config.uses_features else 0.0
     if weight > 0:
         terms["features"] = weight * _features_term(network, features, batch)

@@ -24,6 +24,7 @@ from pipeline.student.picture import draw_progress
 from pipeline.student.progress import followed
 from pipeline.student.resume import restore_state, save_state, stop_signals
 from pipeline.student.settings import TrainingConfig
+from pipeline.student.speed import Speed, SpeedFlags
 from pipeline.student.step import make_step
 from pipeline.student.validation import validate
 
@@ -66,6 +67,7 @@ def train(
     saved: Callable[[], None] | None = None,
     name: str = "",
     loggers: Sequence[RunLogger] = (),
+    flags: SpeedFlags | None = None,
 ) -> Trained:
     """Trains, or goes on training, until `config.steps`.
 
@@ -87,6 +89,7 @@ def train(
         saved: called whenever a checkpoint has been written.
         name: of the run, for people; by default the folder's.
         loggers: who is told beside metrics.jsonl.
+        flags: precision, memory format, compiling; changes speed and rounding.
 
     Raises:
         ConfigError: no case to train on.
@@ -109,14 +112,17 @@ def train(
         head=config.supervision.head,
         taps=config.supervision.features.student_taps if uses else (),
         cached=taps if uses else {},
+        deep_supervision=config.deep_supervision,
     ).to(device)
+    speed = Speed(flags, device)
+    speed.prepare(network, network.network, log)
     optimiser = build_optimiser(config.optimiser, network)
     data = patches_of(config, space, cases, network, temperatures, pool_mb)
     for remark in data.remarks():
         log.warn(remark)
     identity = {"config": config.model_dump(mode="json"), "inputs": dict(inputs)}
     step = start = restore_state(
-        folder, identity, network, optimiser, seed=config.seed, log=log, resume=resume
+        folder, identity, network, optimiser, speed, seed=config.seed, log=log, resume=resume
     )
     network.train()
     with (
@@ -134,7 +140,8 @@ def train(
                 raise collated
             batch = to_batch(collated, list(network.cached), device)
             try:
-                metrics.add(step + 1, **make_step(config, network, optimiser, batch, step))
+                line = make_step(config, network, optimiser, batch, speed, step)
+                metrics.add(step + 1, **line)
             except FloatingPointError as error:
                 raise PipelineError(
                     f"step {step + 1}, with cases {', '.join(collated['case'])}: {error}",
@@ -145,7 +152,8 @@ def train(
             step += 1
             advance(metrics.note)
             if step % config.validate_every == 0 or step == config.steps:
-                scores = validate(network.network, validation, space, config, device)
+                with speed.autocast():
+                    scores = validate(network.network, validation, space, config, device)
                 metrics.add_validation(step, scores)
                 if metrics.picture_is_old:
                     draw_progress(folder / "progress.png", metrics)
@@ -154,7 +162,7 @@ def train(
             stop = stopping()  # asked once: a signal from here on is for the next step
             if due or stop or step == config.steps:
                 metrics.flush()
-                save_state(folder, step, identity, network, optimiser)
+                save_state(folder, step, identity, network, optimiser, speed)
                 draw_progress(folder / "progress.png", metrics)
                 if saved is not None:
                     saved()

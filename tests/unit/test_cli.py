@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from pipeline import cli
 from pipeline.errors import CacheMissing, ConfigError, PipelineError
 from pipeline.log import Log
+from pipeline.student.speed import SpeedFlags
 from stages.report import StageReport
 from tests.tiny import cache_config, change_registry, work_of
 
@@ -225,10 +226,12 @@ class TestEnd:
         arguments = [
             "train-student", "-w", str(tmp_path), "--device", "cpu", "--workers", "3",
             "--checkpoint-minutes", "0.5", "--dry-run",
+            "--precision", "bf16", "--channels-last", "--compile",
         ]  # fmt: skip
         assert run_here(*arguments, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
         assert (seen["workers"], seen["device"], seen["dry_run"]) == (3, "cpu", True)
         assert (seen["checkpoint_minutes"], seen["work"]) == (0.5, tmp_path)
+        assert seen["flags"] == SpeedFlags("bf16", channels_last=True, compile=True)
         log = seen["log"]
         assert isinstance(log, Log)
         assert log.events is None

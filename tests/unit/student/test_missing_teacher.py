@@ -35,7 +35,7 @@ def batch_of(folder: Path, supervision: SupervisionConfig, *teachers: str) -> Ba
     case = write_case(folder, "set/case", annotated=("liver",), teachers=teachers)
     data = PatchDataset(
         [case], SPACE, supervision=supervision, taps={}, patch=PATCH, align=(1, 1, 1),
-        intensity=RAW, sampling=SamplingConfig(), augment=AugmentConfig(flip_axes=(), rotate=False),
+        intensity=RAW, sampling=SamplingConfig(), augment=AugmentConfig(flip_axes=()),
         batch_size=1, num_steps=4, seed=3,
     )  # fmt: skip
     collated = collate([data[0]])

@@ -10,9 +10,9 @@ from pipeline.errors import ConfigError
 from pipeline.network import NetworkConfig, build_network, pick_device, tap_shapes, tapped
 from pipeline.student.network import (
     CachedTap,
-    OneVsRest,
     StudentNetwork,
     StudentTaps,
+    build_student,
     pair_taps,
     seeded_network,
 )
@@ -175,18 +175,6 @@ class TestPairing:
         assert network.tap_stride == (1, 1, 1)
 
 
-class Several(nn.Module):
-    """As networks with deep supervision do: several outputs, or one stack of them."""
-
-    def __init__(self, *, stacked: bool) -> None:
-        super().__init__()
-        self.stacked = stacked
-
-    def forward(self, image: torch.Tensor) -> Any:
-        outputs = [torch.cat([image - 1, image + 1], dim=1), torch.cat([image, image], dim=1)]
-        return torch.stack(outputs, dim=1) if self.stacked else outputs
-
-
 class TestSigmoidHead:
     def test_background_is_a_logit_of_zero_before_one_channel_per_organ(self) -> None:
         network = seeded_network(NETWORK, NUM_ORGANS, seed=0, patch=PATCH, head="sigmoid")
@@ -199,14 +187,16 @@ class TestSigmoidHead:
         assert not logits[:, 0].any()
         assert torch.equal(logits[:, 1:], alone(image))
 
-    @pytest.mark.parametrize("stacked", [False, True])
-    def test_so_has_each_of_several_outputs(self, stacked: bool) -> None:
-        image = torch.randn(2, 1, 2, 3, 4)
-        out = OneVsRest(Several(stacked=stacked))(image)
-        first, second = out.unbind(1) if stacked else out
-        zero = torch.zeros_like(image)
-        assert torch.equal(first, torch.cat([zero, image - 1, image + 1], dim=1))
-        assert torch.equal(second, torch.cat([zero, image, image], dim=1))
+    def test_so_has_each_output_of_deep_supervision(self) -> None:
+        several = NetworkConfig(
+            name="SegResNetDS", args={"init_filters": 4, "blocks_down": [1, 1], "dsdepth": 2}
+        )
+        student = build_student(several, NUM_ORGANS, "sigmoid")
+        outputs = student(torch.randn(1, 1, *PATCH))
+        assert [out.shape[1] for out in outputs] == [NUM_ORGANS + 1] * 2
+        assert not any(out[:, 0].any() for out in outputs)
+        assert all(out[:, 1:].any() for out in outputs)
+        assert student.eval()(torch.randn(1, 1, *PATCH)).shape == (1, NUM_ORGANS + 1, *PATCH)
 
 
 class TestBuilding:

@@ -29,6 +29,7 @@ from pipeline.student.network import CachedTap
 from pipeline.student.optimiser import OptimiserConfig
 from pipeline.student.resume import stop_signals
 from pipeline.student.settings import TrainingConfig, run_digest
+from pipeline.student.speed import SpeedFlags
 from pipeline.student.training import Trained, train
 from tests.tiny import NETWORK
 from tests.unit.student.coded import CHANNELS, SPACE, STRIDE, TAP, write_case
@@ -93,6 +94,7 @@ def start(
     config: TrainingConfig | None = None,
     inputs: Mapping[str, Any] = INPUTS,
     resume: bool = True,
+    flags: SpeedFlags | None = None,
 ) -> Trained:
     """Trains, or goes on, with one thread, so that sums are made in one order everywhere."""
     torch.set_num_threads(1)
@@ -113,6 +115,7 @@ def start(
         workers=workers,
         checkpoint_minutes=minutes,
         resume=resume,
+        flags=flags,
     )
 
 

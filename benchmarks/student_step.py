@@ -1,0 +1,298 @@
+"""A training step from the cache against one on tensors in memory, and one with teachers in it.
+
+All ways alternate in one run, so that a neighbour's load falls on each of them; a way's number is
+the median over rounds, and the ratios of medians are what counts. Every way makes the step that
+`train-student` makes (`make_step`): the same network, optimiser and clipping.
+
+    memory              tensors in memory, labels alone (kind marginal): no distillation, no loading
+    memory, ms_kd       the same with the logits-wise term: what its arithmetic costs
+    cache               ms_kd from the cache, loaded in this process or by --workers processes
+    cache + features    the same with the feature term
+    online              ms_kd; image and label from the cache, log-odds by the teachers, in the step
+    online x WIDER      the same with teachers that many times as wide
+
+    python -m benchmarks.student_step FOLDER
+    python -m benchmarks.student_step FOLDER --network realistic --patch 48 48 48
+    python -m benchmarks.student_step FOLDER --device cuda --precision bf16 --network dynunet \\
+        --spacing-mm 2 2 2 --patch 128 128 128
+
+FOLDER keeps the demo's cohort, teachers and cache (1.5 minutes); another for each --spacing-mm. On
+the CPU torch gets one thread, so that loader processes have a core to work on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.stage_one_cohort import dynunet
+from benchmarks.student_cohort import DEMO_MM, cached_cohort
+from pipeline.cohort import open_cohort
+from pipeline.data.registry import Registry
+from pipeline.log import Log, print_table
+from pipeline.network import NetworkConfig, build_network, pick_device
+from pipeline.student.dataset import to_batch
+from pipeline.student.loading import loaded_batches, patches_of
+from pipeline.student.network import StudentNetwork, seeded_network
+from pipeline.student.optimiser import build_optimiser
+from pipeline.student.settings import TrainingConfig
+from pipeline.student.speed import Speed, SpeedFlags
+from pipeline.student.step import make_step
+from pipeline.student.supervision import Batch
+from pipeline.student_inputs import cached_taps
+from pipeline.teachers.checkpoint import read_teacher
+
+NETWORKS: Mapping[str, tuple[NetworkConfig, str]] = {
+    "demo": (NetworkConfig(), "model.1.submodule.1.submodule.2"),
+    "realistic": (dynunet([16, 32, 64, 128]), "upsamples.0"),
+    "dynunet": (dynunet([32, 64, 128, 256, 320, 320]), "upsamples.2"),
+}
+NUM_BATCHES = 12
+
+
+def main() -> None:
+    """Prints milliseconds per way and their ratios."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--network", choices=list(NETWORKS), default="demo")
+    parser.add_argument("--patch", type=int, nargs=3, default=[32, 40, 40])
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--spacing-mm", type=float, nargs=3, default=list(DEMO_MM))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--wider", type=int, default=4)
+    parser.add_argument("--ways", nargs="+", help="only these, as the table names them")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=10, help="per way and round")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    registry = cached_cohort(arguments.folder, arguments.spacing_mm)
+    rows: dict[str, list[dict[str, float]]] = {}
+    with ExitStack() as stack:
+        ways = Bench(registry, arguments).ways(stack)
+        for number in range(-1, arguments.rounds):
+            for name, way in ways.items():
+                row = way()
+                if number >= 0:  # the round before the first warms up
+                    rows.setdefault(name, []).append(row)
+    report(rows, arguments)
+
+
+class Bench:
+    """One cached cohort, and steps of several kinds on it."""
+
+    def __init__(self, registry: Registry, arguments: argparse.Namespace) -> None:
+        self.registry, self.arguments = registry, arguments
+        self.device = pick_device(arguments.device)
+        self.space = registry.label_space
+        cohort = open_cohort(
+            arguments.folder / "work", registry, teachers=list(registry.teachers), splits=("train",)
+        )
+        assert not cohort.problems, cohort.problems
+        self.cases = cohort.cases
+        self.network, self.tap = NETWORKS[arguments.network]
+
+    def ways(self, stack: ExitStack) -> dict[str, Callable[[], dict[str, float]]]:
+        """Name -> a block of steps that says how long one took."""
+        workers = self.arguments.workers
+        make: dict[str, Callable[[], Callable[[], dict[str, float]]]] = {
+            "memory": lambda: self._way(stack, "marginal", 0, in_memory=True),
+            "memory, ms_kd": lambda: self._way(stack, "ms_kd", 0, in_memory=True),
+        }
+        for features in (False, True):
+            for number in (0, workers):
+                name = f"cache{' + features' if features else ''}, {number} workers"
+                make[name] = partial(self._way, stack, "ms_kd", number, features=features)
+        for wider in (1, self.arguments.wider):
+            make["online" if wider == 1 else f"online x {wider}"] = partial(
+                self._way, stack, "ms_kd", 0, wider=wider
+            )
+        return {name: make[name]() for name in self.arguments.ways or make}
+
+    def _way(
+        self,
+        stack: ExitStack,
+        kind: str,
+        workers: int,
+        *,
+        features: bool = False,
+        in_memory: bool = False,
+        wider: int = 0,
+    ) -> Callable[[], dict[str, float]]:
+        teachers = Teachers(self.registry, wider, self.device) if wider else None
+        config = self._config(kind, features)
+        network = seeded_network(
+            config.network, len(self.space.organs), seed=0, patch=config.patch,
+            tap=self.tap if features else "",
+            cached=cached_taps(self.cases, self.space) if features else {},
+            deep_supervision=config.deep_supervision,
+        ).to(self.device).train()  # fmt: skip
+        optimiser = build_optimiser(config.optimiser, network)
+        speed = Speed(SpeedFlags(self.arguments.precision), self.device)
+        speed.prepare(network, network.network, Log(quiet=True))
+        batches = self._batches(stack, config, network, workers, in_memory, teachers)
+        count = iter(range(config.steps))
+
+        def one() -> float:
+            began = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - began
+            if teachers is not None:
+                with speed.autocast():
+                    batch = teachers.asked(batch)
+            make_step(config, network, optimiser, batch, speed, next(count))
+            return waited
+
+        def block() -> dict[str, float]:
+            for _ in range(2 * workers):  # what was loaded while others were timed
+                one()
+            return self._timed(one)
+
+        return block
+
+    def _timed(self, one: Callable[[], float]) -> dict[str, float]:
+        steps = self.arguments.steps
+        self._synchronise()
+        began = time.perf_counter(), time.process_time()
+        waited = sum(one() for _ in range(steps))
+        self._synchronise()
+        wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
+        return {"wall": 1e3 * wall / steps, "cpu": 1e3 * cpu / steps, "wait": waited / wall}
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _batches(
+        self,
+        stack: ExitStack,
+        config: TrainingConfig,
+        network: StudentNetwork,
+        workers: int,
+        in_memory: bool,
+        teachers: Teachers | None,
+    ) -> Iterator[Batch]:
+        # Online, nothing of the teachers is read: what they say is computed.
+        reads = self._config("marginal", features=False) if teachers is not None else config
+        data = patches_of(reads, self.space, self.cases, network, None, 512)
+        loader = stack.enter_context(loaded_batches(data, 0, reads, workers))
+        taps = list(network.cached)
+
+        def loaded() -> Iterator[Batch]:
+            for collated in loader:
+                assert isinstance(collated, dict), collated
+                yield to_batch(collated, taps, self.device)
+
+        if not in_memory:
+            return loaded()
+        kept = [next(loader) for _ in range(NUM_BATCHES)]
+
+        def repeated() -> Iterator[Batch]:
+            while True:
+                for collated in kept:
+                    assert isinstance(collated, dict), collated
+                    yield to_batch(collated, taps, self.device)
+
+        return repeated()
+
+    def _config(self, kind: str, features: bool) -> TrainingConfig:
+        supervision: dict[str, Any] = {"kind": kind}
+        if features:
+            supervision["features"] = {"student_taps": [self.tap]}
+        return TrainingConfig.model_validate(
+            {
+                "supervision": supervision,
+                "network": self.network.model_dump(),
+                "patch": self.arguments.patch,
+                "batch_size": self.arguments.batch_size,
+                "steps": 100_000,
+            }
+        )
+
+
+class Teachers:
+    """The cohort's teachers in the loop: images in, log-odds and regions out.
+
+    Kinder to online distillation than its use would be: a teacher sees the student's very patch, on
+    the student's grid, without resampling, context or overlapping windows.
+    """
+
+    def __init__(self, registry: Registry, wider: int, device: torch.device) -> None:
+        self.networks = []
+        for entry in registry.teachers.values():
+            record, state = read_teacher(registry.resolve(entry.weights))
+            args = dict(record.network.args)
+            args["channels"] = [wider * n for n in args["channels"]]
+            config = NetworkConfig(name=record.network.name, args=args)
+            network: nn.Module = build_network(config, in_channels=1, out_channels=2)
+            if wider == 1:
+                network.load_state_dict(state)
+            self.networks.append(network.eval().to(device))
+
+    def asked(self, batch: Batch) -> Batch:
+        """The batch with log-odds, organ regions and agreed background (margin 0, labels win)."""
+        with torch.no_grad():
+            logits = [network(batch.image).float() for network in self.networks]
+        d = torch.stack([s[:, 1] - s[:, 0] for s in logits], dim=1)
+        d = self._labels_win(d, batch)
+        known = torch.ones_like(batch.annotated)
+        background = (d < 0).all(dim=1)
+        return replace(batch, known=known, log_odds=d, organ=d > 0, background=background)
+
+    def _labels_win(self, d: Tensor, batch: Batch) -> Tensor:
+        """As `consensus.labels_win`, with 6 log-odds; ignored voxels stay."""
+        numbers = torch.arange(1, d.shape[1] + 1, device=d.device)[None, :, None, None, None]
+        classes = batch.classes[:, None]
+        seen, sure = classes != 255, d.abs().clamp(min=6)
+        says_no = (classes != numbers) & seen & batch.annotated[:, :, None, None, None]
+        elsewhere = (classes != numbers) & (classes > 0) & seen
+        d = torch.where(says_no | elsewhere, -sure, d)
+        return torch.where(classes == numbers, sure, d)
+
+
+def report(rows: Mapping[str, list[dict[str, float]]], arguments: argparse.Namespace) -> None:
+    """Medians over rounds, and their ratios to the step in memory and to the cached one."""
+    medians = {
+        way: {key: statistics.median(row[key] for row in found) for key in found[0]}
+        for way, found in rows.items()
+    }
+    if arguments.json:
+        print(json.dumps({"rounds": rows, "medians": medians}, indent=1))
+        return
+    memory = medians["memory"]
+    cache = next((row for way, row in medians.items() if way.startswith("cache")), memory)
+    print_table(
+        f"{arguments.network} network, patch {tuple(arguments.patch)}, batch "
+        f"{arguments.batch_size}, {arguments.device} {arguments.precision}, medians of "
+        f"{arguments.rounds} rounds of {arguments.steps} steps",
+        ["way", "wall ms", "CPU ms, this process", "wall / memory", "CPU / memory",
+         "wall / first cache", "CPU / first cache", "data-wait %"],
+        [
+            [
+                way, f"{row['wall']:.1f}", f"{row['cpu']:.1f}",
+                f"{row['wall'] / memory['wall']:.2f}", f"{row['cpu'] / memory['cpu']:.2f}",
+                f"{row['wall'] / cache['wall']:.2f}", f"{row['cpu'] / cache['cpu']:.2f}",
+                f"{100 * row['wait']:.1f}",
+            ]
+            for way, row in medians.items()
+        ],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What makes a training faster and is no part of its digest: precision, memory format, compiling.
+
+Rounding differs between these, so a resumed run is bit for bit the undisturbed one only with the
+same flags.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pipeline.errors import ConfigError
+from pipeline.log import Log
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_SMALLEST_SCALE = 1.0
+
+
+@dataclass(frozen=True)
+class SpeedFlags:
+    """Flags of the command line.
+
+    Attributes:
+        precision: of the network's passes; weights, losses and the optimiser stay float32.
+        channels_last: convolutions on (N, D, H, W, C) memory.
+        compile: `torch.compile` of the network.
+    """
+
+    precision: Precision = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+
+
+class Speed:
+    """These flags at work on one network.
+
+    A step is: the loss within `autocast`, `scaler.scale(loss).backward()`, `scaler.unscale_`,
+    clipping, `step`. Without fp16 the scaler does nothing.
+
+    Args:
+        flags: of the command line.
+        device: where training runs.
+    """
+
+    def __init__(self, flags: SpeedFlags | None = None, device: torch.device | None = None) -> None:
+        self.flags = flags or SpeedFlags()
+        self.device = device or torch.device("cpu")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.flags.precision == "fp16")
+
+    def prepare(self, network: nn.Module, inner: nn.Module, log: Log) -> None:
+        """Sets the memory format of a network and compiles the MONAI network inside of it.
+
+        An image has one channel, so its memory is in either format already.
+
+        The losses are not compiled, they are small; names of layers and weights do not change.
+
+        Raises:
+            ConfigError: nothing here to compile with.
+        """
+        flags = self.flags
+        if flags.precision != "fp32" and self.device.type == "cpu":
+            log.warn(
+                f"--precision {flags.precision} on a CPU is correct and, on most, several times "
+                "slower than fp32."
+            )
+        if flags.channels_last:
+            network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        if flags.compile:
+            _check_compiler(self.device)
+            inner.compile()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """For passes of the network; what is computed in float32 stays so."""
+        if self.flags.precision == "fp32":
+            return nullcontext()
+        dtype = torch.bfloat16 if self.flags.precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype=dtype)
+
+    def step(self, optimiser: torch.optim.Optimizer, norm: float) -> bool:
+        """One step of the optimiser; False if fp16 overflowed and the step was left out.
+
+        Args:
+            optimiser: its gradients are unscaled and clipped.
+            norm: of the gradient before clipping.
+
+        Raises:
+            FloatingPointError: the gradient is not finite, and that is not fp16's overflow.
+        """
+        finite = math.isfinite(norm)
+        if not finite and self._scale() <= _SMALLEST_SCALE:
+            raise FloatingPointError("the gradient became NaN, although the loss is finite.")
+        self.scaler.step(optimiser)
+        self.scaler.update()
+        return finite
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the steps to come depend on; empty without fp16."""
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes it back; that of a run without fp16 is empty and changes nothing."""
+        if state and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state)
+
+    def _scale(self) -> float:
+        """1 without fp16."""
+        return self.scaler.get_scale()
+
+
+def _check_compiler(device: torch.device) -> None:
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError(
+                "torch.compile needs triton on a GPU and it is not installed.",
+                where="--compile",
+                fix="Install it, or leave --compile out.",
+            )
+    elif not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        raise ConfigError(
+            "torch.compile needs a C++ compiler on a CPU and there is none.",
+            where="--compile",
+            fix="Install g++ or set CXX, or leave --compile out.",
+        )

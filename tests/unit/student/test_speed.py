@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import ConfigError
+from pipeline.log import Log
+from pipeline.network import NetworkConfig
+from pipeline.student import step as one_step
+from pipeline.student.network import CachedTap, StudentNetwork, seeded_network
+from pipeline.student.optimiser import build_optimiser
+from pipeline.student.settings import TrainingConfig
+from pipeline.student.speed import Speed, SpeedFlags
+from pipeline.student.step import make_step
+from tests.tiny import NETWORK
+from tests.unit.student.test_deep_supervision import batch
+from tests.unit.student.test_training import assert_same, newest, start
+from tests.unit.student.test_training import settings as run_settings
+
+CPU = torch.device("cpu")
+CONFIG = TrainingConfig.model_validate(
+    {"network": NETWORK.model_dump(), "patch": [8, 8, 8], "steps": 10}
+)
+
+
+class One:
+    """A student, its optimiser and its flags."""
+
+    def __init__(self, norm: str = "instance", **flags: Any) -> None:
+        network = NetworkConfig(name="UNet", args={**NETWORK.args, "norm": norm})
+        self.network = seeded_network(network, 2, seed=0, patch=(8, 8, 8)).train()
+        self.optimiser = build_optimiser(CONFIG.optimiser, self.network)
+        self.speed = Speed(SpeedFlags(**flags), CPU)
+        self.speed.prepare(self.network, self.network.network, Log(quiet=True))
+
+    def step(self, number: int = 0) -> dict[str, Any]:
+        return make_step(CONFIG, self.network, self.optimiser, batch(), self.speed, number)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: w.clone() for name, w in self.network.state_dict().items()}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_near_and_all_that_is_kept_is_float32(precision: str) -> None:
+    exact, half = One(), One(precision=precision)
+    seen: list[torch.dtype] = []
+    layer = next(m for m in half.network.modules() if isinstance(m, nn.Conv3d))
+    layer.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    there, here = exact.step(), half.step()
+    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float16]
+    assert here["loss"] != there["loss"]
+    assert here["loss"] == pytest.approx(there["loss"], rel=0.02)
+    # Before clipping, and no longer scaled.
+    assert here["gradient_norm"] == pytest.approx(there["gradient_norm"], rel=0.1)
+    state = half.optimiser.state_dict()["state"][0]
+    assert {w.dtype for w in half.weights().values()} == {torch.float32}
+    assert state["exp_avg"].dtype == torch.float32
+
+
+def test_channels_last_gives_the_same_numbers_in_another_memory_order() -> None:
+    plain, last = One("batch"), One("batch", channels_last=True)
+    seen: list[bool] = []
+    layer = [m for m in last.network.modules() if isinstance(m, nn.Conv3d)][-1]
+
+    def keep(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last_3d))
+
+    layer.register_forward_pre_hook(keep)
+    for number in range(3):
+        there, here = plain.step(number), last.step(number)
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-4)
+    assert seen == [True] * 3
+    assert layer.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert last.weights().keys() == plain.weights().keys()
+
+
+class TestScaler:
+    def test_an_overflow_leaves_the_step_out_and_halves_the_scale(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = One(precision="fp16")
+        one.step()
+        before, scale = one.weights(), one.speed.scaler.get_scale()
+        real = one_step.batch_loss
+        monkeypatch.setattr(one_step, "batch_loss", lambda *a: _times(real(*a), 1e36))
+        assert one.step(1)["gradient_norm"] is None
+        assert_same(one.weights(), before)
+        assert one.speed.scaler.get_scale() == scale / 2
+        monkeypatch.undo()
+        assert one.step(2)["gradient_norm"] > 0
+        assert not all(torch.equal(w, before[n]) for n, w in one.weights().items())
+
+    def test_what_no_scale_can_mend_stops_the_training(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = One(precision="fp16")
+        before = one.weights()
+        real = one_step.batch_loss
+
+        def poisoned(config: Any, network: StudentNetwork, *rest: Any) -> Any:
+            loss, terms = real(config, network, *rest)
+            return loss + (0 * next(network.parameters()).sum()).sqrt(), terms
+
+        monkeypatch.setattr(one_step, "batch_loss", poisoned)
+        while one.speed.scaler.get_scale() > 1:
+            assert one.step(1)["gradient_norm"] is None
+        with pytest.raises(FloatingPointError, match="gradient became NaN"):
+            one.step(1)
+        assert one.speed.scaler.get_scale() <= 1
+        assert_same(one.weights(), before)
+
+    def test_clipping_sees_the_gradient_as_it_is(self) -> None:
+        config = CONFIG.model_copy(
+            update={"optimiser": CONFIG.optimiser.model_copy(update={"clip_norm": 0.01})}
+        )
+        one = One(precision="fp16")
+        make_step(config, one.network, one.optimiser, batch(), one.speed, 0)
+        norms = [w.grad.norm() for w in one.network.parameters() if w.grad is not None]
+        assert float(torch.stack(norms).norm()) == pytest.approx(0.01, rel=1e-3)
+
+    def test_its_state_is_in_the_checkpoint_and_comes_back(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Stopped after 2 of 4 steps, one of which overflowed, and gone on: as if undisturbed."""
+        monkeypatch.setattr("pipeline.student.training.draw_progress", lambda *args: None)
+        real, calls = one_step.batch_loss, []
+
+        def overflowing(*arguments: Any) -> Any:
+            calls.append(1)
+            return _times(real(*arguments), 1e36 if arguments[3] == 0 else 1)
+
+        monkeypatch.setattr(one_step, "batch_loss", overflowing)
+        config = run_settings(steps=4, validate_every=4)
+        flags = SpeedFlags(precision="fp16")
+        start(tmp_path / "cases", tmp_path / "a", config=config, flags=flags)
+        undisturbed = newest(tmp_path / "a")
+        assert undisturbed["scaler"]["scale"] == 2.0**15
+        assert undisturbed["scaler"]["_growth_tracker"] == 3
+        start(tmp_path / "cases", tmp_path / "b", config=config, flags=flags, minutes=0.0)
+        checkpoints = tmp_path / "b" / "checkpoints"
+        (checkpoints / "step_00000004.pt").unlink()
+        calls.clear()
+        start(tmp_path / "cases", tmp_path / "b", config=config, flags=flags)
+        assert len(calls) == 1
+        assert_same(newest(tmp_path / "b"), undisturbed)
+
+    def test_a_run_may_go_on_with_other_flags(self) -> None:
+        half, full = One(precision="fp16"), One()
+        half.step()
+        assert full.speed.state_dict() == {}
+        half.speed.load_state_dict(full.speed.state_dict())
+        full.speed.load_state_dict(half.speed.state_dict())
+        assert full.step()["gradient_norm"] > 0
+
+
+class TestCompile:
+    def test_the_flag_compiles_the_network_and_renames_nothing(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        compiled: list[nn.Module] = []
+        monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+        monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
+        plain, one = One(), One(compile=True)
+        assert compiled == [one.network.network]
+        assert one.weights().keys() == plain.weights().keys()
+
+    def test_without_a_compiler_it_is_refused_before_training(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+        with pytest.raises(ConfigError, match=r"--compile: .*C\+\+ compiler"):
+            One(compile=True)
+
+    def test_a_compiled_network_gives_the_same_and_its_feature_is_tapped(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Traced as ever, but not turned into C++, which takes twenty seconds."""
+        real = nn.Module.compile
+        monkeypatch.setattr(nn.Module, "compile", lambda self: real(self, backend="eager"))
+        monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
+        cached = {("one", "deep"): CachedTap(3, (2, 2, 2), (0,))}
+        found = []
+        for flags in (SpeedFlags(), SpeedFlags(compile=True)):
+            network = seeded_network(
+                CONFIG.network, 2, seed=0, patch=(8, 8, 8), taps=["model.0.conv"], cached=cached
+            )
+            Speed(flags, CPU).prepare(network, network.network, Log(quiet=True))
+            logits, features = network(batch().image)
+            found.append((logits, features["model.0.conv"]))
+        for eager, compiled in zip(*found, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
+
+
+def test_half_precision_on_a_cpu_is_warned_of_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    network = nn.Conv3d(1, 1, 1)
+    Speed(SpeedFlags(precision="bf16"), CPU).prepare(network, network, Log())
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "--precision bf16 on a CPU" in lines[0]
+    Speed(SpeedFlags(), CPU).prepare(network, network, Log())
+    assert capsys.readouterr().err == ""
+
+
+def _times(found: tuple[torch.Tensor, dict[str, float]], factor: float) -> Any:
+    """The same loss to look at, with a gradient that many times as large."""
+    loss, terms = found
+    assert math.isfinite(float(loss.detach()))
+    return loss.detach() + factor * (loss - loss.detach()), terms
