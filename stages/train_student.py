@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.student.checkpoint import StudentRecord, save_student
 from pipeline.student.network import CachedTap, TapKey
+from pipeline.student.processes import Processes, joined
 from pipeline.student.settings import TrainingConfig, run_digest
-from pipeline.student.training import Trained, train
+from pipeline.student.training import train
 from stages.report import StageReport
 
 
@@ -34,6 +37,27 @@ class TrainStudentConfig(Config):
     run: str = Field(default="student", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     allow_missing: bool = False
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """What a training reads, opened.
+
+    Attributes:
+        space: the organs.
+        cases: to train on.
+        validation: labelled cases to validate on.
+        taps: cached taps for the feature term.
+        inputs: digests of all of it.
+        temperatures: (teacher, organ) -> T; empty if not calibrated.
+    """
+
+    space: LabelSpace
+    cases: Sequence[CachedCase]
+    validation: Sequence[CachedCase]
+    taps: Mapping[TapKey, CachedTap]
+    inputs: Mapping[str, Any]
+    temperatures: Mapping[tuple[str, str], float]
 
 
 def run(
@@ -49,7 +73,8 @@ def run(
 ) -> StageReport:
     """Trains the student, or goes on training it; a finished run does nothing.
 
-    A run that a signal stopped is in the report as failed: not all steps are made.
+    A run that a signal stopped is in the report as failed: not all steps are made. Started by
+    torchrun or srun, the processes share each batch; the first writes.
 
     Args:
         config: what changes numbers, and the run's name.
@@ -68,7 +93,18 @@ def run(
         CheckpointError: the run was started with other settings.
     """
     began = time.monotonic()
-    report = StageReport("train-student")
+    with joined() as processes:
+        report = _run(
+            config, registry, work,
+            log=processes.log(log), device=device, workers=workers,
+            checkpoint_minutes=checkpoint_minutes, dry_run=dry_run, processes=processes,
+        )  # fmt: skip
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def open_run(config: TrainStudentConfig, registry: Registry, work: Folder, *, log: Log) -> OpenRun:
+    """Reads from the cache what a training needs; writes nothing. Errors as in `run`."""
     supervision = config.training.supervision
     teachers = list(registry.teachers) if supervision.uses_teachers else []
     if supervision.uses_teachers and not teachers:
@@ -91,7 +127,7 @@ def run(
             )
     validation = [c for c in cohort.cases if c.split == "validation"]
     taps = cached_taps(training, space) if supervision.uses_features else {}
-    inputs = {
+    inputs: dict[str, Any] = {
         "cases": {c.name: c.case.receipt.digest for c in training},
         "validation": {c.name: c.case.receipt.digest for c in validation},
         "teachers": {name: teacher.digest for name, teacher in cohort.teachers.items()},
@@ -100,39 +136,76 @@ def run(
     heat = _temperatures(work, registry, teachers, log) if supervision.uses_temperatures else {}
     if heat:
         inputs["temperatures"] = {f"{teacher}: {organ}": t for (teacher, organ), t in heat.items()}
+    return OpenRun(space, training, validation, taps, inputs, heat)
+
+
+def _run(
+    config: TrainStudentConfig,
+    registry: Registry,
+    work: Folder,
+    *,
+    log: Log,
+    device: str,
+    workers: int,
+    checkpoint_minutes: float,
+    dry_run: bool,
+    processes: Processes,
+) -> StageReport:
+    """In each process; the first alone writes."""
+    report = StageReport("train-student")
+    opened = processes.together(lambda: open_run(config, registry, work, log=log))
+    inputs = processes.same(opened.inputs, "the cache")
     folder = work / "students" / config.run
     digest = run_digest(config.training, inputs)
-    if is_finished(folder, digest):
+    if processes.from_first(lambda: is_finished(folder, digest)):
         report.skipped.append(config.run)
         log.info(f"{folder} is finished already")
         return report
     log.info(
-        f"{config.run}: {supervision.kind}, {len(training)} training and {len(validation)} "
-        f"validation cases, {config.training.steps} steps -> {folder}"
+        f"{config.run}: {config.training.supervision.kind}, {len(opened.cases)} training and "
+        f"{len(opened.validation)} validation cases, {config.training.steps} steps"
+        f"{f' in {processes.size} processes' if processes.size > 1 else ''} -> {folder}"
     )
     if dry_run:
         report.done.append(config.run)
         return report
-    prepare_work_folder(work)
-    with mirrored(folder) as (local, keep):
+    processes.from_first(lambda: prepare_work_folder(work))
+
+    def student(step: int, scores: Mapping[str, float | None]) -> StudentRecord:
+        return _record(config, registry, inputs, digest, step, scores)
+
+    # The others write nothing, and name the folder in errors alone.
+    place = mirrored(folder) if processes.is_first else nullcontext((Path(str(folder)), None))
+    with place as (local, keep):
         trained = train(
             config.training,
-            space,
-            training,
-            validation,
+            opened.space,
+            opened.cases,
+            opened.validation,
             local,
-            taps=taps,
+            taps=opened.taps,
             inputs=inputs,
             log=log,
-            device=pick_device(device),
-            temperatures=heat,
+            device=processes.device(pick_device(device)),
+            temperatures=opened.temperatures,
             workers=workers,
             checkpoint_minutes=checkpoint_minutes,
+            processes=processes,
             saved=keep,
+            keep_best=lambda network, step, scores: save_student(
+                local / "best.pt", student(step, scores), network
+            ),
         )
+
+        def finish() -> None:
+            record = student(trained.step, trained.validation_dice)
+            save_student(local / "student.pt", record, trained.network.network)
+            write_json(local / "finished.json", {"run_digest": digest, "steps": trained.step})
+            if keep is not None:
+                keep()
+
         if trained.finished:
-            _finish(config, registry, local, trained, inputs, digest)
-            keep()
+            processes.from_first(finish)
     if trained.finished:
         report.done.append(config.run)
     else:
@@ -141,7 +214,6 @@ def run(
             where=folder,
             fix="Run the same command again: it goes on from there.",
         )
-    report.seconds = time.monotonic() - began
     report.details = {
         "run": config.run,
         "steps": trained.step,
@@ -220,28 +292,26 @@ def _check_complete(cohort: Cohort, allow_missing: bool, log: Log) -> None:
     )
 
 
-def _finish(
+def _record(
     config: TrainStudentConfig,
     registry: Registry,
-    folder: Path,
-    trained: Trained,
     inputs: Mapping[str, Any],
     digest: str,
-) -> None:
+    step: int,
+    scores: Mapping[str, float | None],
+) -> StudentRecord:
     training = config.training
-    record = StudentRecord(
+    return StudentRecord(
         network=training.network,
         organs=dict(registry.label_space.ids),
         spacing_mm=registry.grid.spacing_mm,
         intensity=training.intensity,
         patch=training.patch,
-        steps=training.steps,
+        steps=step,
         seed=training.seed,
         supervision=training.supervision.model_dump(mode="json"),
-        validation_dice=dict(trained.validation_dice),
+        validation_dice=dict(scores),
         teachers=dict(inputs["teachers"]),
         trained_on=tuple(inputs["cases"]),
         run_digest=digest,
     )
-    save_student(folder / "student.pt", record, trained.network.network)
-    write_json(folder / "finished.json", {"run_digest": digest, "steps": trained.step})

@@ -26,6 +26,7 @@ from pipeline.log import Log
 from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.prepare import prepare_case
+from pipeline.student.processes import refuse_several
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.supervision import SupervisionConfig
 from pipeline.student.training import Trained, train
@@ -83,8 +84,9 @@ def run(
         dry_run: say what would be done, write nothing.
 
     Raises:
-        ConfigError: no such teacher, or none to train.
+        ConfigError: no such teacher, or none to train; or several processes were started.
     """
+    refuse_several("train-teachers")
     began = time.monotonic()
     report = StageReport("train-teachers")
     names = [n for n, e in registry.teachers.items() if e.kind == "checkpoint" and e.trained_on]

@@ -44,7 +44,7 @@ class SamplingConfig(Config):
 
 
 class PatchDataset(Dataset[dict[str, Any]]):
-    """Patches of a cohort; item number `step * batch_size + index` of this rank.
+    """Patches of a cohort; item number `step * batch_share + index` of this process.
 
     Args:
         cases: to draw from, each equally often within its dataset, datasets equally often.
@@ -56,10 +56,11 @@ class PatchDataset(Dataset[dict[str, Any]]):
         intensity: HU -> network units.
         sampling: where patches are taken.
         augment: what is done to them.
-        batch_size: samples per step and rank.
+        batch_size: samples per step, of all processes together.
         num_steps: length of the training.
         seed: of the run.
-        rank: of this process.
+        rank: of this process; it makes samples `rank * batch_share` onwards of each batch.
+        world_size: number of processes; batch_share = batch_size / world_size.
         temperatures: (teacher, organ) -> T of a calibrated supervision; empty for others.
         pool_bytes: decoded chunks kept per process; changes speed only.
     """
@@ -80,13 +81,15 @@ class PatchDataset(Dataset[dict[str, Any]]):
         num_steps: int,
         seed: int,
         rank: int = 0,
+        world_size: int = 1,
         temperatures: Temperatures | None = None,
         pool_bytes: int = 0,
     ) -> None:
         self.space, self.supervision, self.taps = space, supervision, dict(taps)
         self.patch, self.align, self.intensity = patch, align, intensity
         self.sampling, self.augment = sampling, augment
-        self.batch_size, self.num_steps, self.seed, self.rank = batch_size, num_steps, seed, rank
+        self.num_steps, self.seed, self.rank = num_steps, seed, rank
+        self.batch_share = batch_size // world_size
         self.temperatures = dict(temperatures or {})
         self.pool_bytes = pool_bytes
         self._by_dataset: dict[str, list[CachedCase]] = {}
@@ -94,14 +97,16 @@ class PatchDataset(Dataset[dict[str, Any]]):
             self._by_dataset.setdefault(case.name.split("/")[0], []).append(case)
 
     def __len__(self) -> int:
-        return self.num_steps * self.batch_size
+        return self.num_steps * self.batch_share
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         if POOL.max_bytes != self.pool_bytes:
             POOL.resize(self.pool_bytes)
-        step, index = divmod(item, self.batch_size)
+        step, index = divmod(item, self.batch_share)
+        index += self.rank * self.batch_share
+        # By the number in the whole batch: how many processes make it changes no sample.
         rng = np.random.Generator(
-            np.random.Philox(np.random.SeedSequence([self.seed, step, self.rank, index]))
+            np.random.Philox(np.random.SeedSequence([self.seed, step, 0, index]))
         )
         datasets = sorted(self._by_dataset)
         cases = self._by_dataset[datasets[int(rng.integers(len(datasets)))]]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipeline.cache.reader import CachedCase
 from pipeline.cohort import Temperatures
@@ -19,11 +22,21 @@ from pipeline.student.dataset import to_batch
 from pipeline.student.loading import loaded_batches, patches_of
 from pipeline.student.network import CachedTap, StudentNetwork, TapKey, seeded_network
 from pipeline.student.optimiser import build_optimiser
+from pipeline.student.processes import ALONE, Processes
 from pipeline.student.progress import Metrics, draw_progress
-from pipeline.student.resume import restore_state, save_state, stop_signals
+from pipeline.student.resume import (
+    Stateful,
+    check_finite,
+    random_state,
+    restore_state,
+    save_state,
+    stop_signals,
+)
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.step import make_step
-from pipeline.student.validation import validate
+from pipeline.student.validation import mean_dice, validate
+
+KeepBest = Callable[[nn.Module, int, Mapping[str, float | None]], None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,10 @@ def train(
     pool_mb: int = 512,
     checkpoint_minutes: float = 10.0,
     resume: bool = True,
+    processes: Processes = ALONE,
     saved: Callable[[], None] | None = None,
+    keep_best: KeepBest | None = None,
+    pictures: bool = True,
 ) -> Trained:
     """Trains, or goes on training, until `config.steps`.
 
@@ -80,12 +96,16 @@ def train(
         pool_mb: decoded chunks kept in each of them; changes speed only.
         checkpoint_minutes: at most so much work is lost to a kill.
         resume: go on from the newest checkpoint; False refuses if there is one.
-        saved: called whenever a checkpoint has been written.
+        processes: that train together; `config.batch_size` is shared by them, the first writes.
+        saved: called whenever a checkpoint has been written, in the first process.
+        keep_best: called with network, step and Dice per organ whenever the mean of these is
+            higher than ever, in the first process.
+        pictures: draw progress.png beside each checkpoint.
 
     Raises:
-        ConfigError: no case to train on.
+        ConfigError: no case to train on, or what several processes cannot share.
         CheckpointError: the folder holds a run with other settings, or nothing readable.
-        PipelineError: the loss became NaN.
+        PipelineError: the loss became NaN, or a process failed; all of them end with it.
     """
     if not cases:
         raise ConfigError(
@@ -94,6 +114,7 @@ def train(
             fix="Look at the splits in the registry, and at `pipeline status`.",
         )
     began = last_save = time.monotonic()
+    log = processes.log(log)
     uses = config.supervision.uses_features
     network = seeded_network(
         config.network,
@@ -103,52 +124,86 @@ def train(
         tap=config.supervision.features.student_tap if uses else "",
         cached=taps if uses else {},
     ).to(device)
+    processes.check_network(network)
     optimiser = build_optimiser(config.optimiser, network)
-    data = patches_of(config, space, cases, network, temperatures, pool_mb)
+    parts: dict[str, Stateful] = {"network": network, "optimiser": optimiser}
+    data = patches_of(config, space, cases, network, temperatures, pool_mb, processes)
     identity = {"config": config.model_dump(mode="json"), "inputs": dict(inputs)}
     step = start = restore_state(
-        folder, identity, network, optimiser, seed=config.seed, log=log, resume=resume
-    )
-    metrics = Metrics(folder / "metrics.jsonl", keep_until=start)
-    scores: dict[str, float | None] = dict(metrics.last_validation)
+        folder, identity, parts,
+        seed=config.seed, log=log, resume=resume, device=device, processes=processes,
+    )  # fmt: skip
+    lines = folder / "metrics.jsonl" if processes.is_first else Path(os.devnull)
+    metrics = processes.together(lambda: Metrics(lines, keep_until=start))
+    scores = processes.from_first(lambda: dict(metrics.last_validation))
+
+    def validated() -> None:
+        if keep_best is not None and _is_best(scores, metrics):
+            check_finite(network.state_dict(), folder, step)
+            keep_best(network.network, step, scores)
+        metrics.add_validation(step, scores)
+
+    def save(rng: Sequence[Mapping[str, Any]]) -> None:
+        metrics.flush()
+        save_state(folder, step, identity, parts, rng)
+        if pictures:
+            draw_progress(folder / "progress.png", metrics)
+        if saved is not None:
+            saved()
+
     network.train()
     with (
         stop_signals() as stopping,
         log.progress("steps", config.steps) as advance,
-        loaded_batches(data, start, config, workers) as loader,
+        loaded_batches(data, start, config, workers, processes) as loader,
     ):
         advance(steps=start)
         for collated in loader:
-            if isinstance(collated, PipelineError):
-                raise collated
+            processes.raise_any(collated if isinstance(collated, PipelineError) else None)
+            assert not isinstance(collated, PipelineError)
             batch = to_batch(collated, list(network.cached), device)
             try:
-                metrics.add(step + 1, **make_step(config, network, optimiser, batch, step))
+                line = make_step(config, network, optimiser, batch, step, processes)
             except FloatingPointError as error:
                 metrics.flush()
-                raise PipelineError(
-                    f"step {step + 1}, with cases {', '.join(collated['case'])}: {error}",
-                    where=folder,
-                    fix="The last checkpoint is intact. Look at these cases, or lower "
-                    "optimiser.lr.",
-                ) from error
+                raise _not_finite(error, step + 1, collated["case"], folder, processes) from error
+            metrics.add(step + 1, **line)
             step += 1
             advance(f"loss {metrics.smooth_loss:.3f}")
             if step % config.validate_every == 0 or step == config.steps:
-                scores = validate(network.network, validation, space, config, device)
-                metrics.add_validation(step, scores)
+                scores = validate(network.network, validation, space, config, device, processes)
+                processes.from_first(validated)
                 network.train()
-            due = time.monotonic() - last_save > checkpoint_minutes * 60
-            stop = stopping()  # asked once: a signal from here on is for the next step
+            due = processes.is_first and time.monotonic() - last_save > checkpoint_minutes * 60
+            # Asked once: a signal from here on is for the next step.
+            stop, due = processes.any(stopping(), due)
             if due or stop or step == config.steps:
-                metrics.flush()
-                save_state(folder, step, identity, network, optimiser)
-                draw_progress(folder / "progress.png", metrics)
-                if saved is not None:
-                    saved()
+                states = processes.gathered(lambda: random_state(device))
+                processes.from_first(partial(save, states))
                 last_save = time.monotonic()
             if stop:
                 log.info(f"stopped by a signal after step {step}; the checkpoint is written")
                 break
     seconds = time.monotonic() - began
     return Trained(network.cpu().eval(), scores, step, step == config.steps, seconds)
+
+
+def _is_best(scores: Mapping[str, float | None], metrics: Metrics) -> bool:
+    """Whether the mean Dice is higher than at every validation before."""
+    before = [mean_dice(x["validation_dice"]) for x in metrics.lines if "validation_dice" in x]
+    mean = mean_dice(scores)
+    return mean is not None and all(mean > other for other in before if other is not None)
+
+
+def _not_finite(
+    error: FloatingPointError, step: int, cases: Sequence[str], folder: Path, processes: Processes
+) -> PipelineError:
+    """Names step, term and the cases of the whole batch; asked of all processes."""
+    told = processes.gathered(lambda: (str(error), list(cases)))
+    says = "; ".join(dict.fromkeys(text for text, _ in told))
+    names = ", ".join(name for _, share in told for name in share)
+    return PipelineError(
+        f"step {step}, with cases {names}: {says}",
+        where=folder,
+        fix="The last checkpoint is intact. Look at these cases, or lower optimiser.lr.",
+    )
