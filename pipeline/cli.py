@@ -21,6 +21,7 @@ from pipeline.cli_options import (
     MinutesOption,
     QuietOption,
     RegistryOption,
+    SelfTestOption,
     TrustOption,
     WindowBatchOption,
     WorkersOption,
@@ -29,6 +30,7 @@ from pipeline.cli_options import (
     open_registry,
 )
 from pipeline.cli_plan import plan
+from pipeline.cli_self_test import refuse_without_self_test, run_self_test
 from pipeline.cli_tune import tune
 from pipeline.errors import PipelineError
 from pipeline.folder import Folder, parse_folder
@@ -134,11 +136,22 @@ def train_student(
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
     checkpoint_minutes: MinutesOption = 10.0,
+    self_test: SelfTestOption = False,
+    steps: Annotated[int | None, typer.Option(help="Of the self-test: 10.", min=3)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the self-test's kills.")] = None,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Stage two: train the multi-organ student from the cache alone."""
+    if self_test:
+        run_self_test(
+            registry, config, work,
+            device=device, workers=workers, steps=steps, seed=seed, log=open_log(quiet),
+        )  # fmt: skip
+        return
+    refuse_without_self_test(steps, seed)
     from pipeline.config import load_config
+    from pipeline.student.processes import launched
     from stages import train_student as stage
 
     settings = load_config(config, stage.TrainStudentConfig) if config else None
@@ -152,6 +165,8 @@ def train_student(
         checkpoint_minutes=checkpoint_minutes,
         dry_run=dry_run,
     )
+    if not launched().is_first:
+        raise typer.Exit(report.exit_code)
     _end(report)
 
 

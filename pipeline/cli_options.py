@@ -44,6 +44,13 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 MinutesOption = Annotated[
     float, typer.Option(help="Minutes between checkpoints: what a kill can cost.", min=0)
 ]
+SelfTestOption = Annotated[
+    bool,
+    typer.Option(
+        "--self-test",
+        help="Only try, in a temporary folder, whether this setup resumes exactly after kills.",
+    ),
+]
 REGISTRY = Path("data_registry.yaml")
 WORK: Folder = Path("work")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
@@ -65,12 +66,15 @@ def patches_of(
     )
 
 
-def forks_of_a_server() -> multiprocessing.context.BaseContext:
+def forks_of_a_server(*modules: str) -> ForkServerContext:
     """How loader processes start: zarr and Dask do not all survive a fork of a process that used
     them. The server has imported what they need and used nothing, so each starts at once.
+
+    Args:
+        modules: that it imports as well; too late if it runs already.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *modules])
     return context
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -166,6 +168,15 @@ class Processes:
     def log(self, log: Log) -> Log:
         """The first process speaks; the others keep silent."""
         return log if self.is_first else Silent()
+
+    @contextmanager
+    def folder_to_write(self, folder: Path) -> Iterator[Path]:
+        """The folder itself in the first process; in the others one that nobody sees."""
+        if self.is_first:
+            yield folder
+            return
+        with TemporaryDirectory(prefix="organ-distill-") as unseen:
+            yield Path(unseen)
 
     def device(self, found: torch.device) -> torch.device:
         """The GPU of this process, where one was asked for without a number.

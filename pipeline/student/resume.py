@@ -33,6 +33,29 @@ class Stateful(Protocol):
         """Replaces all of it."""
 
 
+class BestSoFar:
+    """The highest mean Dice of the validations before; in the checkpoint, as what follows depends
+    on it."""
+
+    def __init__(self) -> None:
+        self._dice = -1.0
+
+    def beaten_by(self, dice: float | None) -> bool:
+        """Whether it is higher than all before; it is then the best."""
+        if dice is None or dice <= self._dice:
+            return False
+        self._dice = dice
+        return True
+
+    def state_dict(self) -> dict[str, float]:
+        """The number."""
+        return {"mean_dice": self._dice}
+
+    def load_state_dict(self, state: Mapping[str, float], /) -> None:
+        """Replaces the number."""
+        self._dice = state["mean_dice"]
+
+
 def save_state(
     folder: Path,
     step: int,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pipeline.student.optimiser import build_optimiser
 from pipeline.student.processes import ALONE, Processes
 from pipeline.student.progress import Metrics, draw_progress
 from pipeline.student.resume import (
+    BestSoFar,
     Stateful,
     check_finite,
     random_state,
@@ -126,19 +126,17 @@ def train(
     ).to(device)
     processes.check_network(network)
     optimiser = build_optimiser(config.optimiser, network)
-    parts: dict[str, Stateful] = {"network": network, "optimiser": optimiser}
+    best = BestSoFar()
+    parts: dict[str, Stateful] = {"network": network, "optimiser": optimiser, "best": best}
     data = patches_of(config, space, cases, network, temperatures, pool_mb, processes)
     identity = {"config": config.model_dump(mode="json"), "inputs": dict(inputs)}
     step = start = restore_state(
         folder, identity, parts,
         seed=config.seed, log=log, resume=resume, device=device, processes=processes,
     )  # fmt: skip
-    lines = folder / "metrics.jsonl" if processes.is_first else Path(os.devnull)
-    metrics = processes.together(lambda: Metrics(lines, keep_until=start))
-    scores = processes.from_first(lambda: dict(metrics.last_validation))
 
     def validated() -> None:
-        if keep_best is not None and _is_best(scores, metrics):
+        if best.beaten_by(mean_dice(scores)) and keep_best is not None:
             check_finite(network.state_dict(), folder, step)
             keep_best(network.network, step, scores)
         metrics.add_validation(step, scores)
@@ -154,9 +152,12 @@ def train(
     network.train()
     with (
         stop_signals() as stopping,
+        processes.folder_to_write(folder) as written,
         log.progress("steps", config.steps) as advance,
         loaded_batches(data, start, config, workers, processes) as loader,
     ):
+        metrics = processes.together(lambda: Metrics(written / "metrics.jsonl", keep_until=start))
+        scores = processes.from_first(lambda: dict(metrics.last_validation))
         advance(steps=start)
         for collated in loader:
             processes.raise_any(collated if isinstance(collated, PipelineError) else None)
@@ -186,13 +187,6 @@ def train(
                 break
     seconds = time.monotonic() - began
     return Trained(network.cpu().eval(), scores, step, step == config.steps, seconds)
-
-
-def _is_best(scores: Mapping[str, float | None], metrics: Metrics) -> bool:
-    """Whether the mean Dice is higher than at every validation before."""
-    before = [mean_dice(x["validation_dice"]) for x in metrics.lines if "validation_dice" in x]
-    mean = mean_dice(scores)
-    return mean is not None and all(mean > other for other in before if other is not None)
 
 
 def _not_finite(
