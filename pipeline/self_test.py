@@ -133,7 +133,8 @@ def self_test(
         at = sorted(drawn.sample(range(1, steps - 1), min(kills, steps - 2)))
         workers = setup.workers
         for kill_after in (*at, None):
-            workers = drawn.choice([w for w in {*WORKERS, setup.workers} if w != workers])
+            others = sorted({*WORKERS, setup.workers} - {workers})
+            workers = drawn.choice(others) if others else workers
             life = Life(setup, killed, workers, kill_after, drawn.random() * pace)
             end = "to the end" if kill_after is None else f"to a kill after step {kill_after}"
             log.info(f"self-test: {end}, {workers} loader processes")
@@ -196,8 +197,12 @@ def _train(life: Life) -> None:
 
     def saved() -> None:
         reached = _note(life.folder)
-        if life.kill_after is not None and reached >= life.kill_after and not timers:
-            kill = partial(os.kill, os.getpid(), signal.SIGKILL)
+        if life.kill_after is None or reached < life.kill_after:
+            return
+        kill = partial(os.kill, os.getpid(), signal.SIGKILL)
+        if timers:  # a step was faster than those before: no later than here
+            kill()
+        else:
             timers.append(threading.Timer(life.delay_s, kill))
             timers[0].start()
 

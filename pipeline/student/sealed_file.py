@@ -123,6 +123,11 @@ def _sha256(file: IO[bytes], size: int) -> str:
 
 def _entries_are_right(file: IO[bytes]) -> bool:
     """Of a zip file without any comment: a damaged seal is a comment, too."""
+    file.seek(0, os.SEEK_END)
+    file.seek(max(0, file.tell() - _END_BYTES))
+    end = file.read()
+    if end[:4] == _END and end[20:] != bytes(2):
+        return False
     file.seek(0)
     with zipfile.ZipFile(file) as archive:
         return archive.comment == b"" and archive.testzip() is None

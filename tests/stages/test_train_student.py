@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 import yaml
 
 from pipeline.admission.evidence import read_evidence, write_evidence
@@ -279,6 +280,20 @@ class TestTheRun:
         assert report.exit_code == 1
         assert not (run_folder(tiny_cached) / "finished.json").exists()
         assert run(tiny_cached).done == ["student"]
+
+    def test_the_best_student_is_beside_the_last_and_predicts(
+        self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dice = iter([0.3, 0.7, 0.5])
+        monkeypatch.setattr(training, "validate", lambda *args: dict.fromkeys(ORGANS, next(dice)))
+        run(tiny_cached, settings(steps=3, validate_every=1))
+        best, of_best = load_student(run_folder(tiny_cached) / "best.pt")
+        last, of_last = load_student(run_folder(tiny_cached) / "student.pt")
+        assert (best.steps, best.validation_dice) == (2, dict.fromkeys(ORGANS, 0.7))
+        assert (last.steps, last.validation_dice) == (3, dict.fromkeys(ORGANS, 0.5))
+        assert best.run_digest == last.run_digest
+        weights = zip(of_best.state_dict().values(), of_last.state_dict().values(), strict=True)
+        assert not all(torch.equal(a, b) for a, b in weights)
 
     def test_the_record_says_what_it_was_made_from(self, tiny_cached: Path) -> None:
         run(tiny_cached)

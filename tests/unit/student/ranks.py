@@ -47,6 +47,7 @@ class Scenario:
         cases: folder of cases, made if they are not there.
         folder: of the run.
         dropout: whose masks come from each process's own random state.
+        sgd: instead of AdamW, which turns the rounding of a gradient of 0 into whole steps.
         every_step: write a checkpoint after every step.
         signal: (rank, step): that process gets SIGUSR1 in that step.
         kill: (rank, step): likewise SIGKILL.
@@ -57,6 +58,7 @@ class Scenario:
     cases: str
     folder: str
     dropout: float = 0.0
+    sgd: bool = False
     every_step: bool = False
     signal: tuple[int, int] | None = None
     kill: tuple[int, int] | None = None
@@ -83,7 +85,7 @@ class Told:
     wrote: tuple[str, ...] = ()
 
 
-def settings(dropout: float) -> TrainingConfig:
+def settings(dropout: float, sgd: bool) -> TrainingConfig:
     """Six steps with features, whose adapters are used outside the network's forward pass."""
     network = NetworkConfig(name="UNet", args={**NETWORK.args, "dropout": dropout})
     values: dict[str, Any] = {
@@ -94,6 +96,7 @@ def settings(dropout: float) -> TrainingConfig:
         "steps": STEPS,
         "seed": 5,
         "validate_every": 3,
+        "optimiser": {"name": "sgd", "lr": 0.01} if sgd else {},
         "supervision": {"features": {"student_tap": "model.0.conv", "until": 0.5}},
     }
     return TrainingConfig.model_validate(values)
@@ -108,7 +111,7 @@ def start(scenario: Scenario, processes: Processes = ALONE) -> Trained:
         write_case(Path(scenario.cases), "liver-ct/c", shape=(16, 18, 20)),
     ]
     return train(
-        settings(scenario.dropout),
+        settings(scenario.dropout, scenario.sgd),
         SPACE,
         found,
         found,
