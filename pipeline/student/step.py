@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pipeline.student.network import StudentNetwork
-from pipeline.student.processes import ALONE, Processes
+from pipeline.student.processes import Processes
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.supervision import Batch, batch_loss
 
@@ -18,8 +18,8 @@ def make_step(
     network: StudentNetwork,
     optimiser: torch.optim.Optimizer,
     batch: Batch,
+    processes: Processes,
     step: int,
-    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """One step of the optimiser; returns what is worth a line in metrics.jsonl.
 

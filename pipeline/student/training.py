@@ -164,7 +164,7 @@ def train(
             assert not isinstance(collated, PipelineError)
             batch = to_batch(collated, list(network.cached), device)
             try:
-                line = make_step(config, network, optimiser, batch, step, processes)
+                line = make_step(config, network, optimiser, batch, processes, step)
             except FloatingPointError as error:
                 metrics.flush()
                 raise _not_finite(error, step + 1, collated["case"], folder, processes) from error

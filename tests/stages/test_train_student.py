@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -382,3 +383,33 @@ class TestCalibrated:
         assert not run_folder(tiny_cached).exists()
         fill_cache(tiny_cached)
         assert run(tiny_cached, self.settings()).exit_code == 0
+
+
+@pytest.mark.slow
+def test_torchrun_trains_one_student_in_two_processes(tiny_cached: Path) -> None:
+    config = tiny_cached.parent / "student.yaml"
+    config.write_text(yaml.safe_dump(settings(batch_size=2, steps=3).model_dump(mode="json")))
+    torchrun = ["torch.distributed.run", "--max-restarts", "0", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [
+            sys.executable, "-m", *torchrun, "--master-port", str(_free_port()),
+            "-m", "pipeline.cli", "train-student", "--device", "cpu",
+            "-r", str(tiny_cached), "-w", str(work_of(tiny_cached)), "-c", str(config),
+        ],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # The first process speaks, the other keeps silent.
+    assert done.stderr.count("3 steps in 2 processes") == 1
+    assert done.stderr.count("train-student: 1 done") == 1
+    record, _ = load_student(run_folder(tiny_cached) / "student.pt")
+    assert record.steps == 3
+    assert len(losses_of(tiny_cached)) == 3
+    assert run(tiny_cached, settings(batch_size=2, steps=3)).skipped == ["student"]
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

@@ -191,7 +191,7 @@ def _arrange(scenario: Scenario, rank: int) -> None:
     )  # fmt: skip
 
     def make_step(*args: Any) -> Any:
-        step = args[4] + 1
+        step = args[-1] + 1
         if scenario.signal == (rank, step):
             os.kill(os.getpid(), signal.SIGUSR1)
         if scenario.kill == (rank, step):
