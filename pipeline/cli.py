@@ -151,7 +151,7 @@ def train_student(
         return
     refuse_without_self_test(steps, seed)
     from pipeline.config import load_config
-    from pipeline.student.processes import launched
+    from pipeline.student.launch import launched
     from stages import train_student as stage
 
     settings = load_config(config, stage.TrainStudentConfig) if config else None

@@ -37,7 +37,7 @@ def run_self_test(
         PipelineError: the resumed training is not the undisturbed one; it names the first tensor.
     """
     from pipeline.config import load_config
-    from pipeline.student.processes import refuse_several
+    from pipeline.student.launch import refuse_several
     from stages.train_student import TrainStudentConfig
 
     refuse_several("train-student --self-test")

@@ -24,8 +24,9 @@ from pipeline.log import Log
 from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.student.checkpoint import StudentRecord, save_student
+from pipeline.student.launch import joined
 from pipeline.student.network import CachedTap, TapKey
-from pipeline.student.processes import Processes, joined
+from pipeline.student.processes import Processes
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.training import train
 from stages.report import StageReport

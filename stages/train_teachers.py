@@ -26,7 +26,7 @@ from pipeline.log import Log
 from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.prepare import prepare_case
-from pipeline.student.processes import refuse_several
+from pipeline.student.launch import refuse_several
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.supervision import SupervisionConfig
 from pipeline.student.training import Trained, train

@@ -26,9 +26,10 @@ from pipeline.network import NetworkConfig
 from pipeline.student import step as one_step
 from pipeline.student import training
 from pipeline.student.dataset import PatchDataset
+from pipeline.student.launch import joined
 from pipeline.student.loading import forks_of_a_server
 from pipeline.student.network import CachedTap
-from pipeline.student.processes import ALONE, Processes, joined
+from pipeline.student.processes import ALONE, Processes
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.training import Trained, train
 from tests.tiny import NETWORK

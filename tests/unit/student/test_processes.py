@@ -16,7 +16,8 @@ from pipeline.errors import ConfigError
 from pipeline.log import Log
 from pipeline.student import losses as loss_terms
 from pipeline.student.checkpoint import training_checkpoints
-from pipeline.student.processes import ALONE, Processes, Silent, launched, refuse_several
+from pipeline.student.launch import launched, refuse_several
+from pipeline.student.processes import ALONE, Processes, Silent
 from pipeline.student.sealed_file import load_sealed
 from tests.unit.student.ranks import STEPS, Scenario, Told, start, together
 
