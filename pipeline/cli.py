@@ -27,6 +27,7 @@ from pipeline.cli_options import (
     PrecisionOption,
     QuietOption,
     RegistryOption,
+    SelfTestOption,
     TrustOption,
     WindowBatchOption,
     WorkersOption,
@@ -35,6 +36,7 @@ from pipeline.cli_options import (
     open_registry,
 )
 from pipeline.cli_plan import plan
+from pipeline.cli_self_test import refuse_without_self_test, run_self_test
 from pipeline.cli_tune import tune
 from pipeline.errors import PipelineError
 from pipeline.folder import Folder, parse_folder
@@ -153,14 +155,26 @@ def train_student(
     precision: PrecisionOption = "fp32",
     channels_last: ChannelsLastOption = False,
     compile_: CompileOption = False,
+    self_test: SelfTestOption = False,
+    steps: Annotated[int | None, typer.Option(help="Of the self-test: 10.", min=3)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the self-test's kills.")] = None,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Stage two: train the multi-organ student from the cache alone."""
     from pipeline.config import load_config
+    from pipeline.student.launch import launched
     from pipeline.student.speed import SpeedFlags
     from stages import train_student as stage
 
+    flags = SpeedFlags(precision, channels_last, compile_)
+    if self_test:
+        run_self_test(
+            registry, config, work, device=device, workers=workers, flags=flags,
+            steps=steps, seed=seed, log=open_log(quiet),
+        )  # fmt: skip
+        return
+    refuse_without_self_test(steps, seed)
     settings = load_config(config, stage.TrainStudentConfig) if config else None
     report = stage.run(
         settings or stage.TrainStudentConfig(),
@@ -172,9 +186,11 @@ def train_student(
         checkpoint_minutes=checkpoint_minutes,
         loggers=logger or [],
         allow_missing=allow_missing,
-        flags=SpeedFlags(precision, channels_last, compile_),
+        flags=flags,
         dry_run=dry_run,
     )
+    if not launched().is_first:
+        raise typer.Exit(report.exit_code)
     _end(report)
 
 

@@ -63,6 +63,13 @@ AllowMissingOption = Annotated[
     bool,
     typer.Option("--allow-missing", help="Train with the cases and units that the cache has."),
 ]
+SelfTestOption = Annotated[
+    bool,
+    typer.Option(
+        "--self-test",
+        help="Only try, in a temporary folder, whether this setup resumes exactly after kills.",
+    ),
+]
 REGISTRY = Path("data_registry.yaml")
 WORK: Folder = Path("work")
 

@@ -92,6 +92,20 @@ def run_demo(folder: Path, *, quick: bool, log: Log) -> Mapping[str, float]:
     # These networks are tiny: on shared cores a second thread waits more than it computes
     # (measured: 30 ms a step with one thread, 30 to 600 ms with two).
     torch.set_num_threads(1)
+    work = folder / "work"
+    registry, cached = fill_demo_cache(folder, quick=quick, log=log)
+    compared = _compare_students(folder, registry, work, log)
+    results = {kind: _test(kind, folder, registry, work, log) for kind in STUDENTS}
+    figure = folder / "overlay.png"
+    draw_overlay(registry, work, folder / "predictions" / "ms_kd", figure)
+    print_results(compared)
+    _print_results(registry, cached.details["teachers"], results)
+    _say_where(folder, figure, quick, began)
+    return {kind: result["foreground_mean"]["Dice"] for kind, result in results.items()}
+
+
+def fill_demo_cache(folder: Path, *, quick: bool, log: Log) -> tuple[Registry, StageReport]:
+    """The demo up to the cache: phantom, teachers, stage one; returns what stage one reports."""
     registry_path = write_settings(folder, quick=quick)
     work = folder / "work"
     generate_phantoms(load_registry(registry_path, files=False), log)
@@ -101,14 +115,7 @@ def run_demo(folder: Path, *, quick: bool, log: Log) -> Mapping[str, float]:
     store = load_config(folder / "cache_teachers.yaml", cache_teachers.CacheTeachersConfig)
     cached = cache_teachers.run(store, registry, work, log=log, window_batch=4, tables=False)
     _done(cached, log)
-    compared = _compare_students(folder, registry, work, log)
-    results = {kind: _test(kind, folder, registry, work, log) for kind in STUDENTS}
-    figure = folder / "overlay.png"
-    draw_overlay(registry, work, folder / "predictions" / "ms_kd", figure)
-    print_results(compared)
-    _print_results(registry, cached.details["teachers"], results)
-    _say_where(folder, figure, quick, began)
-    return {kind: result["foreground_mean"]["Dice"] for kind, result in results.items()}
+    return registry, cached
 
 
 def write_settings(folder: Path, *, quick: bool) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.student.augment import check_sides
 from pipeline.student.checkpoint import StudentRecord, save_student
+from pipeline.student.launch import joined
 from pipeline.student.loggers.by_name import open_loggers
+from pipeline.student.loggers.run_logger import RunLogger
 from pipeline.student.picture import tell_validations
+from pipeline.student.processes import Processes
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.speed import SpeedFlags
-from pipeline.student.training import Trained, train
+from pipeline.student.training import train
 from pipeline.student_inputs import check_same_units, open_inputs
 from stages.report import StageReport
 
@@ -54,7 +58,8 @@ def run(
 ) -> StageReport:
     """Trains the student, or goes on training it; a finished run does nothing.
 
-    A run that a signal stopped is in the report as failed: not all steps are made.
+    A run that a signal stopped is in the report as failed: not all steps are made. Started by
+    torchrun or srun, the processes share each batch; the first writes.
 
     Args:
         config: what changes numbers, and the run's name.
@@ -77,33 +82,65 @@ def run(
         CheckpointError: the run was started with other settings, or with other units.
     """
     began = time.monotonic()
-    report = StageReport("train-student")
     others = open_loggers(loggers)
-    supervision = config.training.supervision
     check_sides(config.training.augment, registry.label_space)
-    found = open_inputs(
-        supervision,
-        registry,
-        work,
-        allow_missing=allow_missing or config.allow_missing,
-        log=log,
+    with joined() as processes:
+        report = _run(
+            config, registry, work,
+            log=processes.log(log), device=device, workers=workers,
+            checkpoint_minutes=checkpoint_minutes, loggers=others,
+            allow_missing=allow_missing or config.allow_missing, flags=flags, dry_run=dry_run,
+            processes=processes,
+        )  # fmt: skip
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def _run(
+    config: TrainStudentConfig,
+    registry: Registry,
+    work: Folder,
+    *,
+    log: Log,
+    device: str,
+    workers: int,
+    checkpoint_minutes: float,
+    loggers: Sequence[RunLogger],
+    allow_missing: bool,
+    flags: SpeedFlags | None,
+    dry_run: bool,
+    processes: Processes,
+) -> StageReport:
+    """In each process; the first alone writes."""
+    report = StageReport("train-student")
+    supervision = config.training.supervision
+    found = processes.together(
+        lambda: open_inputs(supervision, registry, work, allow_missing=allow_missing, log=log)
     )
+    inputs = processes.same(found.identity, "the cache")
     folder = work / "students" / config.run
-    digest = run_digest(config.training, found.identity)
-    if is_finished(folder, digest):
+    digest = run_digest(config.training, inputs)
+    if processes.from_first(lambda: is_finished(folder, digest)):
         report.skipped.append(config.run)
         log.info(f"{folder} is finished already")
         return report
-    check_same_units(folder, found.identity)
+    processes.from_first(lambda: check_same_units(folder, inputs))
     log.info(
         f"{config.run}: {supervision.kind}, {len(found.training)} training and "
-        f"{len(found.validation)} validation cases, {config.training.steps} steps -> {folder}"
+        f"{len(found.validation)} validation cases, {config.training.steps} steps"
+        f"{f' in {processes.size} processes' if processes.size > 1 else ''} -> {folder}"
     )
     if dry_run:
         report.done.append(config.run)
         return report
-    prepare_work_folder(work)
-    with mirrored(folder) as (local, keep):
+    processes.from_first(lambda: prepare_work_folder(work))
+
+    def student(step: int, scores: Mapping[str, float | None]) -> StudentRecord:
+        return _record(config, registry, inputs, digest, step, scores)
+
+    # The others write nothing, and name the folder in errors alone.
+    place = mirrored(folder) if processes.is_first else nullcontext((Path(str(folder)), None))
+    with place as (local, keep):
         trained = train(
             config.training,
             registry.label_space,
@@ -111,21 +148,32 @@ def run(
             found.validation,
             local,
             taps=found.taps,
-            inputs=found.identity,
+            inputs=inputs,
             log=log,
-            device=pick_device(device),
+            device=processes.device(pick_device(device)),
             temperatures=found.temperatures,
             workers=workers,
             checkpoint_minutes=checkpoint_minutes,
+            processes=processes,
             saved=keep,
+            keep_best=lambda network, step, scores: save_student(
+                local / "best.pt", student(step, scores), network
+            ),
             name=config.run,
-            loggers=others,
+            loggers=loggers,
             flags=flags,
         )
-        if trained.finished:
-            _finish(config, registry, local, trained, found.identity, digest)
-            keep()
+
+        def finish() -> None:
+            record = student(trained.step, trained.validation_dice)
+            save_student(local / "student.pt", record, trained.network.network)
+            write_json(local / "finished.json", {"run_digest": digest, "steps": trained.step})
+            if keep is not None:
+                keep()
             tell_validations(log, local / "metrics.jsonl", folder)
+
+        if trained.finished:
+            processes.from_first(finish)
     if trained.finished:
         report.done.append(config.run)
     else:
@@ -134,7 +182,6 @@ def run(
             where=folder,
             fix="Run the same command again: it goes on from there.",
         )
-    report.seconds = time.monotonic() - began
     report.details = {
         "run": config.run,
         "steps": trained.step,
@@ -153,29 +200,27 @@ def is_finished(folder: Folder, digest: str) -> bool:
         return False
 
 
-def _finish(
+def _record(
     config: TrainStudentConfig,
     registry: Registry,
-    folder: Path,
-    trained: Trained,
     inputs: Mapping[str, Any],
     digest: str,
-) -> None:
+    step: int,
+    scores: Mapping[str, float | None],
+) -> StudentRecord:
     training = config.training
-    record = StudentRecord(
+    return StudentRecord(
         network=training.network,
         head=training.supervision.head,
         organs=dict(registry.label_space.ids),
         spacing_mm=registry.grid.spacing_mm,
         intensity=training.intensity,
         patch=training.patch,
-        steps=training.steps,
+        steps=step,
         seed=training.seed,
         supervision=training.supervision.model_dump(mode="json"),
-        validation_dice=dict(trained.validation_dice),
+        validation_dice=dict(scores),
         teachers=dict(inputs["teachers"]),
         trained_on=tuple(inputs["cases"]),
         run_digest=digest,
     )
-    save_student(folder / "student.pt", record, trained.network.network)
-    write_json(folder / "finished.json", {"run_digest": digest, "steps": trained.step})

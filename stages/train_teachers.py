@@ -27,6 +27,7 @@ from pipeline.mirror import mirrored
 from pipeline.network import pick_device
 from pipeline.prepare import prepare_case
 from pipeline.student.augment import check_sides
+from pipeline.student.launch import refuse_several
 from pipeline.student.loggers.by_name import open_loggers
 from pipeline.student.loggers.run_logger import RunLogger
 from pipeline.student.picture import tell_validations
@@ -92,8 +93,10 @@ def run(
         dry_run: say what would be done, write nothing.
 
     Raises:
-        ConfigError: no such teacher, or none to train; a logger that is not installed.
+        ConfigError: no such teacher, or none to train; a logger that is not installed; or several
+            processes were started.
     """
+    refuse_several("train-teachers")
     began = time.monotonic()
     report = StageReport("train-teachers")
     names = [n for n, e in registry.teachers.items() if e.kind == "checkpoint" and e.trained_on]

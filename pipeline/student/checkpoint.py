@@ -1,26 +1,24 @@
-"""Training state and the finished student, written atomically, read with `weights_only=True`."""
+"""Training state and students, written atomically and sealed, read with `weights_only=True`."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, PipelineError
-from pipeline.folder import Folder, storage_errors
+from pipeline.folder import Folder
 from pipeline.intensity import Intensity
 from pipeline.labels import LabelSpace
 from pipeline.network import NetworkConfig
 from pipeline.student.network import Head, build_student
+from pipeline.student.sealed_file import load_sealed, save_atomically
 
 FORMAT_VERSION = 1
+STATE_VERSION = 2
 KEPT = 2
 
 
@@ -48,20 +46,6 @@ class StudentRecord(Config):
         return LabelSpace(self.organs)
 
 
-def save_atomically(path: Path, content: Any) -> None:
-    """`torch.save` to a temporary name, fsync, rename: a reader sees the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_training(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     """Writes the checkpoint of a step and keeps the last two.
 
@@ -69,7 +53,7 @@ def save_training(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     temporary files of a process that was killed while it wrote.
     """
     path = folder / f"step_{step:08d}.pt"
-    save_atomically(path, {"format_version": FORMAT_VERSION, "step": step, **state})
+    save_atomically(path, {"format_version": STATE_VERSION, "step": step, **state})
     found = training_checkpoints(folder)
     now = found.index(path)
     unwanted = [*found[: max(0, now + 1 - KEPT)], *found[now + 1 :], *folder.glob(".step_*.tmp")]
@@ -93,7 +77,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     paths = training_checkpoints(folder)
     for path in reversed(paths):
         try:
-            return _checked(_load(path), path), complaints
+            return _checked(load_sealed(path), path), complaints
         except CheckpointError as error:
             complaints.append(str(error))
     if paths:
@@ -106,18 +90,18 @@ def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def save_student(path: Path, record: StudentRecord, network: nn.Module) -> None:
-    """Writes the finished student."""
+    """Writes a student that `load_student` reads."""
     state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
     save_atomically(path, {"record": record.model_dump_json(), "state": state})
 
 
 def load_student(path: Folder) -> tuple[StudentRecord, nn.Module]:
-    """Reads a finished student, in evaluation mode on the CPU.
+    """Reads a student, in evaluation mode on the CPU.
 
     Raises:
-        CheckpointError: absent, not a plain tensor file, or not a student.
+        CheckpointError: absent, damaged, not a plain tensor file, or not a student.
     """
-    content = _load(path)
+    content = load_sealed(path, unsealed=True)
     try:
         if not isinstance(content, dict):
             raise TypeError(f"it holds a {type(content).__name__}")
@@ -130,36 +114,12 @@ def load_student(path: Folder) -> tuple[StudentRecord, nn.Module]:
         raise CheckpointError(
             f"not a student that `pipeline train-student` wrote ({first}).",
             where=path,
-            fix="Give the `student.pt` of a finished run.",
+            fix="Give the `student.pt` of a finished run, or a run's `best.pt`.",
         ) from error
     return record, network.eval()
 
 
 def _checked(content: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"is no checkpoint in format {FORMAT_VERSION}.", where=path)
+    if not isinstance(content, dict) or content.get("format_version") != STATE_VERSION:
+        raise CheckpointError(f"is no checkpoint in format {STATE_VERSION}.", where=path)
     return content
-
-
-def _load(path: Folder) -> Any:
-    try:
-        with storage_errors(path), path.open("rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            "the file does not exist.", where=path, fix="Has `pipeline train-student` finished?"
-        ) from error
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-    ) as error:
-        raise CheckpointError(
-            f"not a plain tensor file ({type(error).__name__}).",
-            where=path,
-            fix="It may be truncated, or written by another program.",
-        ) from error

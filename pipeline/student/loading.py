@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from pipeline.labels import LabelSpace
 from pipeline.patches import Index3
 from pipeline.student.dataset import PatchDataset, Remaining, collate
 from pipeline.student.network import StudentNetwork
+from pipeline.student.processes import ALONE, Processes
 from pipeline.student.resume import live_as_long_as_the_loop
 from pipeline.student.settings import TrainingConfig
 
@@ -27,12 +30,15 @@ def patches_of(
     network: StudentNetwork,
     temperatures: Temperatures | None,
     pool_mb: int,
+    processes: Processes = ALONE,
 ) -> PatchDataset:
-    """The samples of a training, on the feature grids of the network's taps.
+    """The samples that this process makes, on the feature grids of the network's taps.
 
     Raises:
-        ConfigError: the patch is not a whole number of feature cells.
+        ConfigError: the patch is not a whole number of feature cells, or the batch is not to be
+            shared equally.
     """
+    processes.share(config.batch_size)
     align: Index3 = network.tap_stride
     if any(n % a for n, a in zip(config.patch, align, strict=True)):
         raise ConfigError(
@@ -53,22 +59,40 @@ def patches_of(
         batch_size=config.batch_size,
         num_steps=config.steps,
         seed=config.seed,
+        rank=processes.rank,
+        world_size=processes.size,
         temperatures=temperatures,
         pool_bytes=pool_mb * 1_000_000,
     )
 
 
+def forks_of_a_server(*modules: str) -> ForkServerContext:
+    """How loader processes start: zarr and Dask do not all survive a fork of a process that used
+    them. The server has imported what they need and used nothing, so each starts at once.
+
+    Args:
+        modules: that it imports as well; too late if it runs already.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *modules])
+    return context
+
+
 @contextmanager
 def loaded_batches(
-    data: PatchDataset, start: int, config: TrainingConfig, workers: int
+    data: PatchDataset,
+    start: int,
+    config: TrainingConfig,
+    workers: int,
+    processes: Processes = ALONE,
 ) -> Iterator[Iterator[dict[str, Any] | PipelineError]]:
-    """Batches from step `start` on. forkserver: zarr and Dask do not all survive a fork."""
-    rest = Remaining(data, start * config.batch_size)
+    """This process's share of each batch, from step `start` on."""
+    share = processes.share(config.batch_size)
     loader = DataLoader(
-        rest,
-        batch_size=config.batch_size,
+        Remaining(data, start * share),
+        batch_size=share,
         num_workers=workers,
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=forks_of_a_server() if workers else None,
         collate_fn=collate,
         worker_init_fn=live_as_long_as_the_loop,
         # Of its own, or the loader would draw its base seed from the global stream.

@@ -7,78 +7,164 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from pipeline.cache.store import write_json
 from pipeline.config import canonical_json
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, PipelineError
 from pipeline.log import Log
 from pipeline.student.checkpoint import load_newest, save_training
-from pipeline.student.network import StudentNetwork
-from pipeline.student.speed import Speed
+from pipeline.student.processes import ALONE, Processes
+
+
+class Stateful(Protocol):
+    """A part of a training that later steps depend on: network, optimiser and the like."""
+
+    def state_dict(self) -> Any:
+        """All of it."""
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Replaces all of it."""
+
+
+class BestSoFar:
+    """The highest mean Dice of the validations before; in the checkpoint, as what follows depends
+    on it."""
+
+    def __init__(self) -> None:
+        self._dice = -1.0
+
+    def beaten_by(self, dice: float | None) -> bool:
+        """Whether it is higher than all before; it is then the best."""
+        if dice is None or dice <= self._dice:
+            return False
+        self._dice = dice
+        return True
+
+    def state_dict(self) -> dict[str, float]:
+        """The number."""
+        return {"mean_dice": self._dice}
+
+    def load_state_dict(self, state: Mapping[str, float], /) -> None:
+        """Replaces the number."""
+        self._dice = state["mean_dice"]
 
 
 def save_state(
     folder: Path,
     step: int,
     identity: Mapping[str, Any],
-    network: StudentNetwork,
-    optimiser: torch.optim.Optimizer,
-    speed: Speed,
+    parts: Mapping[str, Stateful],
+    rng: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Writes the checkpoint of a step: all that the steps after it depend on."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    """Writes the checkpoint of a step: all that the steps after it depend on.
+
+    Args:
+        folder: of the run.
+        step: that has been made.
+        identity: settings and inputs that the run was started with.
+        parts: by name.
+        rng: `random_state` of each process, by rank.
+
+    Raises:
+        PipelineError: a weight or a number of the optimiser is not finite; nothing is written.
+    """
+    states = {name: part.state_dict() for name, part in parts.items()}
+    check_finite(states, folder, step)
     save_training(
         folder / "checkpoints",
         step,
-        {
-            "identity": canonical_json(identity),
-            "network": network.state_dict(),
-            "optimiser": optimiser.state_dict(),
-            "scaler": speed.state_dict(),
-            "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
-        },
+        {**states, "identity": canonical_json(identity), "rng": list(rng)},
     )
 
 
 def restore_state(
     folder: Path,
     identity: Mapping[str, Any],
-    network: StudentNetwork,
-    optimiser: torch.optim.Optimizer,
-    speed: Speed,
+    parts: Mapping[str, Stateful],
     *,
     seed: int,
     log: Log,
     resume: bool,
+    device: torch.device,
+    processes: Processes = ALONE,
 ) -> int:
     """Loads the newest checkpoint of this very run; returns the step to go on from.
+
+    The first process reads it for all.
 
     Args:
         folder: of the run.
         identity: settings and inputs that the run was started with.
-        network: its weights are replaced.
-        optimiser: its state is replaced.
-        speed: the state of its scaler is replaced.
+        parts: by name; their state is replaced.
         seed: of the global random state where there is no checkpoint.
         log: hears of checkpoints that cannot be read.
         resume: False refuses to go on.
+        device: whose random state is restored beside the CPU's.
+        processes: that train together.
 
     Raises:
         CheckpointError: a run with other settings, or no checkpoint of several can be read.
     """
+    state = processes.from_first(lambda: _read_state(folder, identity, log, resume))
+    if state is None:
+        torch.manual_seed(_stream(seed, 0, processes.rank))
+        if processes.size > 1:  # equal already, if the machines are
+            network = parts["network"]
+            network.load_state_dict(processes.from_first(lambda: _on_cpu(network.state_dict())))
+        return 0
+    step = int(state["step"])
+    for name, part in parts.items():
+        if name in state:
+            part.load_state_dict(state[name])
+    torch.manual_seed(_stream(seed, step, processes.rank))
+    if len(state["rng"]) == processes.size:
+        _set_random_state(state["rng"][processes.rank], device)
+    else:
+        log.warn(
+            f"the checkpoint is of {len(state['rng'])} processes, now there are {processes.size}: "
+            "the same samples and losses follow, but not bit for bit."
+        )
+    log.info(f"going on after step {step}")
+    return step
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Of the generators that a training step draws from: torch's, of the CPU and of one GPU."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def check_finite(state: Any, where: object, step: int) -> None:
+    """Refuses a state that training could not go on from.
+
+    Raises:
+        PipelineError: a number in one of its tensors is NaN or infinite.
+    """
+    bad = _not_finite(state)
+    if bad:
+        raise PipelineError(
+            f"{bad} is not finite after step {step}, although loss and gradient were.",
+            where=where,
+            fix="The last checkpoint is intact. Lower optimiser.lr.",
+        )
+
+
+def _read_state(
+    folder: Path, identity: Mapping[str, Any], log: Log, resume: bool
+) -> dict[str, Any] | None:
     state, complaints = load_newest(folder / "checkpoints")
     for complaint in complaints:
         log.warn(f"{complaint} The checkpoint before it is used.")
     if state is None:
         write_json(folder / "config.json", identity)
-        torch.manual_seed(seed)
-        return 0
+        return None
     differing = _differing(json.loads(state["identity"]), json.loads(canonical_json(identity)))
     if differing or not resume:
         settings = f"was started with other settings: {'; '.join(differing[:6])}."
@@ -87,15 +173,34 @@ def restore_state(
             where=folder,
             fix="Use the same settings to go on, or name another `run` in them to start over.",
         )
-    network.load_state_dict(state["network"])
-    optimiser.load_state_dict(state["optimiser"])
-    speed.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"]["torch"])
-    if torch.cuda.is_available() and len(state["rng"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-    step = int(state["step"])
-    log.info(f"going on after step {step}")
-    return step
+    return state
+
+
+def _on_cpu(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu() for name, tensor in state.items()}
+
+
+def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _stream(seed: int, step: int, rank: int) -> int:
+    """The seed itself at the start of the first process; of every other place one of its own."""
+    if step == rank == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _not_finite(state: Any, name: str = "") -> str:
+    """The name of the first tensor with such a number; empty if there is none."""
+    if isinstance(state, torch.Tensor):
+        return "" if not state.is_floating_point() or bool(state.isfinite().all()) else name
+    if isinstance(state, Mapping):
+        named = [_not_finite(value, f"{name}.{key}".lstrip(".")) for key, value in state.items()]
+        return next(filter(None, named), "")
+    return ""
 
 
 @contextmanager

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipeline.cache.reader import CachedCase
 from pipeline.cohort import Temperatures
@@ -21,12 +24,23 @@ from pipeline.student.loggers.run_logger import RunLogger
 from pipeline.student.network import CachedTap, StudentNetwork, TapKey, seeded_network
 from pipeline.student.optimiser import build_optimiser
 from pipeline.student.picture import draw_progress
+from pipeline.student.processes import ALONE, Processes
 from pipeline.student.progress import followed
-from pipeline.student.resume import restore_state, save_state, stop_signals
+from pipeline.student.resume import (
+    BestSoFar,
+    Stateful,
+    check_finite,
+    random_state,
+    restore_state,
+    save_state,
+    stop_signals,
+)
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.speed import Speed, SpeedFlags
 from pipeline.student.step import make_step
-from pipeline.student.validation import validate
+from pipeline.student.validation import mean_dice, validate
+
+KeepBest = Callable[[nn.Module, int, Mapping[str, float | None]], None]
 
 
 @dataclass(frozen=True)
@@ -64,10 +78,13 @@ def train(
     pool_mb: int = 512,
     checkpoint_minutes: float = 10.0,
     resume: bool = True,
+    processes: Processes = ALONE,
     saved: Callable[[], None] | None = None,
+    keep_best: KeepBest | None = None,
     name: str = "",
     loggers: Sequence[RunLogger] = (),
     flags: SpeedFlags | None = None,
+    pictures: bool = True,
 ) -> Trained:
     """Trains, or goes on training, until `config.steps`.
 
@@ -86,15 +103,19 @@ def train(
         pool_mb: decoded chunks kept in each of them; changes speed only.
         checkpoint_minutes: at most so much work is lost to a kill.
         resume: go on from the newest checkpoint; False refuses if there is one.
-        saved: called whenever a checkpoint has been written.
+        processes: that train together; `config.batch_size` is shared by them, the first writes.
+        saved: called whenever a checkpoint has been written, in the first process.
+        keep_best: called with network, step and Dice per organ whenever the mean of these is
+            higher than ever, in the first process.
         name: of the run, for people; by default the folder's.
-        loggers: who is told beside metrics.jsonl.
+        loggers: who is told beside metrics.jsonl, by the first process.
         flags: precision, memory format, compiling; changes speed and rounding.
+        pictures: draw progress.png beside each checkpoint.
 
     Raises:
-        ConfigError: no case to train on.
+        ConfigError: no case to train on, or what several processes cannot share.
         CheckpointError: the folder holds a run with other settings, or nothing readable.
-        PipelineError: the loss became NaN.
+        PipelineError: the loss became NaN, or a process failed; all of them end with it.
     """
     if not cases:
         raise ConfigError(
@@ -103,6 +124,7 @@ def train(
             fix="Look at the splits in the registry, and at `pipeline status`.",
         )
     began = last_save = time.monotonic()
+    log = processes.log(log)
     uses = config.supervision.uses_features
     network = seeded_network(
         config.network,
@@ -114,61 +136,92 @@ def train(
         cached=taps if uses else {},
         deep_supervision=config.deep_supervision,
     ).to(device)
+    processes.check_network(network)
     speed = Speed(flags, device)
     speed.prepare(network, network.network, log)
     optimiser = build_optimiser(config.optimiser, network)
-    data = patches_of(config, space, cases, network, temperatures, pool_mb)
+    best = BestSoFar()
+    parts: dict[str, Stateful] = {
+        "network": network, "optimiser": optimiser, "scaler": speed, "best": best,
+    }  # fmt: skip
+    data = patches_of(config, space, cases, network, temperatures, pool_mb, processes)
     for remark in data.remarks():
         log.warn(remark)
     identity = {"config": config.model_dump(mode="json"), "inputs": dict(inputs)}
     step = start = restore_state(
-        folder, identity, network, optimiser, speed, seed=config.seed, log=log, resume=resume
-    )
+        folder, identity, parts,
+        seed=config.seed, log=log, resume=resume, device=device, processes=processes,
+    )  # fmt: skip
+
+    def validated() -> None:
+        if best.beaten_by(mean_dice(scores)) and keep_best is not None:
+            check_finite(network.state_dict(), folder, step)
+            keep_best(network.network, step, scores)
+        metrics.add_validation(step, scores)
+        if pictures and metrics.picture_is_old:
+            draw_progress(folder / "progress.png", metrics)
+
+    def save(rng: Sequence[Mapping[str, Any]]) -> None:
+        metrics.flush()
+        save_state(folder, step, identity, parts, rng)
+        if pictures:
+            draw_progress(folder / "progress.png", metrics)
+        if saved is not None:
+            saved()
+
     network.train()
     with (
         stop_signals() as stopping,
-        followed(
-            folder, identity["config"], resumed_from=start, batch_size=config.batch_size,
-            warn=log.warn, name=name, loggers=loggers,
-        ) as metrics,
+        processes.folder_to_write(folder) as written,
+        ExitStack() as following,
         log.progress("steps", config.steps, done=start) as advance,
-        loaded_batches(data, start, config, workers) as loader,
-    ):  # fmt: skip
-        scores: dict[str, float | None] = dict(metrics.last_validation)
+        loaded_batches(data, start, config, workers, processes) as loader,
+    ):
+        followers = followed(
+            written, identity["config"], resumed_from=start, batch_size=config.batch_size,
+            warn=log.warn, name=name, loggers=loggers if processes.is_first else (),
+        )  # fmt: skip
+        metrics = processes.together(lambda: following.enter_context(followers))
+        scores = processes.from_first(lambda: dict(metrics.last_validation))
         for collated in metrics.batches(loader):
-            if isinstance(collated, PipelineError):
-                raise collated
+            processes.raise_any(collated if isinstance(collated, PipelineError) else None)
+            assert not isinstance(collated, PipelineError)
             batch = to_batch(collated, list(network.cached), device)
             try:
-                line = make_step(config, network, optimiser, batch, speed, step)
-                metrics.add(step + 1, **line)
+                line = make_step(config, network, optimiser, batch, speed, processes, step)
             except FloatingPointError as error:
-                raise PipelineError(
-                    f"step {step + 1}, with cases {', '.join(collated['case'])}: {error}",
-                    where=folder,
-                    fix="The last checkpoint is intact. Look at these cases, or lower "
-                    "optimiser.lr.",
-                ) from error
+                raise _not_finite(error, step + 1, collated["case"], folder, processes) from error
+            metrics.add(step + 1, **line)
             step += 1
             advance(metrics.note)
             if step % config.validate_every == 0 or step == config.steps:
                 with speed.autocast():
-                    scores = validate(network.network, validation, space, config, device)
-                metrics.add_validation(step, scores)
-                if metrics.picture_is_old:
-                    draw_progress(folder / "progress.png", metrics)
+                    scores = validate(network.network, validation, space, config, device, processes)
+                processes.from_first(validated)
                 network.train()
-            due = time.monotonic() - last_save > checkpoint_minutes * 60
-            stop = stopping()  # asked once: a signal from here on is for the next step
+            due = processes.is_first and time.monotonic() - last_save > checkpoint_minutes * 60
+            # Asked once: a signal from here on is for the next step.
+            stop, due = processes.any(stopping(), due)
             if due or stop or step == config.steps:
-                metrics.flush()
-                save_state(folder, step, identity, network, optimiser, speed)
-                draw_progress(folder / "progress.png", metrics)
-                if saved is not None:
-                    saved()
+                states = processes.gathered(lambda: random_state(device))
+                processes.from_first(partial(save, states))
                 last_save = time.monotonic()
             if stop:
                 log.info(f"stopped by a signal after step {step}; the checkpoint is written")
                 break
     seconds = time.monotonic() - began
     return Trained(network.cpu().eval(), scores, step, step == config.steps, seconds)
+
+
+def _not_finite(
+    error: FloatingPointError, step: int, cases: Sequence[str], folder: Path, processes: Processes
+) -> PipelineError:
+    """Names step, term and the cases of the whole batch; asked of all processes."""
+    told = processes.gathered(lambda: (str(error), list(cases)))
+    says = "; ".join(dict.fromkeys(text for text, _ in told))
+    names = ", ".join(name for _, share in told for name in share)
+    return PipelineError(
+        f"step {step}, with cases {names}: {says}",
+        where=folder,
+        fix="The last checkpoint is intact. Look at these cases, or lower optimiser.lr.",
+    )

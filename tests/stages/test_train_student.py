@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -398,6 +399,20 @@ class TestTheRun:
         assert not (run_folder(tiny_cached) / "finished.json").exists()
         assert run(tiny_cached).done == ["student"]
 
+    def test_the_best_student_is_beside_the_last_and_predicts(
+        self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dice = iter([0.3, 0.7, 0.5])
+        monkeypatch.setattr(training, "validate", lambda *args: dict.fromkeys(ORGANS, next(dice)))
+        run(tiny_cached, settings(steps=3, validate_every=1))
+        best, of_best = load_student(run_folder(tiny_cached) / "best.pt")
+        last, of_last = load_student(run_folder(tiny_cached) / "student.pt")
+        assert (best.steps, best.validation_dice) == (2, dict.fromkeys(ORGANS, 0.7))
+        assert (last.steps, last.validation_dice) == (3, dict.fromkeys(ORGANS, 0.5))
+        assert best.run_digest == last.run_digest
+        weights = zip(of_best.state_dict().values(), of_last.state_dict().values(), strict=True)
+        assert not all(torch.equal(a, b) for a, b in weights)
+
     def test_the_record_says_what_it_was_made_from(self, tiny_cached: Path) -> None:
         run(tiny_cached)
         record, network = load_student(run_folder(tiny_cached) / "student.pt")
@@ -485,3 +500,33 @@ class TestCalibrated:
         assert not run_folder(tiny_cached).exists()
         fill_cache(tiny_cached)
         assert run(tiny_cached, self.settings()).exit_code == 0
+
+
+@pytest.mark.slow
+def test_torchrun_trains_one_student_in_two_processes(tiny_cached: Path) -> None:
+    config = tiny_cached.parent / "student.yaml"
+    config.write_text(yaml.safe_dump(settings(batch_size=2, steps=3).model_dump(mode="json")))
+    torchrun = ["torch.distributed.run", "--max-restarts", "0", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [
+            sys.executable, "-m", *torchrun, "--master-port", str(_free_port()),
+            "-m", "pipeline.cli", "train-student", "--device", "cpu",
+            "-r", str(tiny_cached), "-w", str(work_of(tiny_cached)), "-c", str(config),
+        ],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # The first process speaks, the other keeps silent.
+    assert done.stderr.count("3 steps in 2 processes") == 1
+    assert done.stderr.count("train-student: 1 done") == 1
+    record, _ = load_student(run_folder(tiny_cached) / "student.pt")
+    assert record.steps == 3
+    assert len(losses_of(tiny_cached)) == 3
+    assert run(tiny_cached, settings(batch_size=2, steps=3)).skipped == ["student"]
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

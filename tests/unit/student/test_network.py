@@ -189,7 +189,7 @@ class TestSigmoidHead:
 
     def test_so_has_each_output_of_deep_supervision(self) -> None:
         several = NetworkConfig(
-            name="SegResNetDS", args={"init_filters": 4, "blocks_down": [1, 1], "dsdepth": 2}
+            name="SegResNetDS", args={"init_filters": 4, "blocks_down": [1, 1, 1], "dsdepth": 2}
         )
         student = build_student(several, NUM_ORGANS, "sigmoid")
         outputs = student(torch.randn(1, 1, *PATCH))

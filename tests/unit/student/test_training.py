@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,13 +23,14 @@ from pipeline.log import Log
 from pipeline.student import step as one_step
 from pipeline.student import training
 from pipeline.student.checkpoint import training_checkpoints
+from pipeline.student.loading import forks_of_a_server
 from pipeline.student.metrics_file import without_timing
 from pipeline.student.network import CachedTap
 from pipeline.student.optimiser import OptimiserConfig
 from pipeline.student.resume import stop_signals
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.speed import SpeedFlags
-from pipeline.student.training import Trained, train
+from pipeline.student.training import KeepBest, Trained, train
 from tests.tiny import NETWORK
 from tests.unit.student.coded import CHANNELS, SPACE, STRIDE, TAP, write_case
 
@@ -39,34 +39,6 @@ STEPS = 8
 STUDENT_TAP = "model.0.conv"
 INPUTS = {"cases": {"liver-ct/a": "digest"}}
 NEVER = 1e9
-
-# Runs `start` and sends a signal to itself: in the nth step, or before the nth checkpoint.
-_STOPPED = """
-import os, signal, sys
-from pathlib import Path
-from pipeline.student import training
-from tests.unit.student.test_training import start
-
-cases, folder, features, workers, where, how = sys.argv[1:7]
-real, calls = getattr(training, where), []
-
-def fatal(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == 4:
-        if how == "group":
-            os.killpg(os.getpgid(0), signal.SIGTERM)
-        else:
-            os.kill(os.getpid(), signal.Signals[how])
-    return real(*args, **kwargs)
-
-setattr(training, where, fatal)
-training.draw_progress = lambda *args: None
-minutes = 0.0 if where == "save_state" else 1e9
-trained = start(
-    Path(cases), Path(folder), features=features == "1", workers=int(workers), minutes=minutes
-)
-print("stopped at", trained.step, trained.finished)
-"""
 
 
 def settings(*, features: bool = False, **changes: Any) -> TrainingConfig:
@@ -95,6 +67,7 @@ def start(
     inputs: Mapping[str, Any] = INPUTS,
     resume: bool = True,
     flags: SpeedFlags | None = None,
+    keep_best: KeepBest | None = None,
 ) -> Trained:
     """Trains, or goes on, with one thread, so that sums are made in one order everywhere."""
     torch.set_num_threads(1)
@@ -116,6 +89,7 @@ def start(
         checkpoint_minutes=minutes,
         resume=resume,
         flags=flags,
+        keep_best=keep_best,
     )
 
 
@@ -162,6 +136,25 @@ def newest(folder: Path) -> dict[str, Any]:
     return content
 
 
+def _signalled_with_its_loaders(cases: Path, folder: Path) -> None:
+    """Trains with a loader process; in the fourth step both get SIGTERM. Runs in a process of its
+    own, which ends with the step that it came to."""
+    real, calls = training.make_step, []
+
+    def fatal(*args: Any) -> dict[str, Any]:
+        calls.append(1)
+        if len(calls) == 4:
+            (loader,) = multiprocessing.active_children()
+            assert loader.pid is not None
+            os.kill(loader.pid, signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    training.make_step = fatal  # type: ignore[assignment]
+    training.draw_progress = lambda *args: None
+    raise SystemExit(start(cases, folder, workers=1).step)
+
+
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -190,48 +183,36 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 
 
 class TestResume:
+    """Kills are the self-test's, and its negative controls' (tests/unit/test_self_test.py)."""
+
     @pytest.mark.parametrize(
-        ("where", "how", "features", "workers", "workers_later", "left"),
-        [
-            ("make_step", "SIGTERM", True, 0, 1, 4),
-            ("make_step", "SIGUSR1", False, 0, 0, 4),
-            ("make_step", "group", False, 1, 0, 4),
-            ("save_state", "SIGKILL", True, 1, 0, 3),
-        ],
+        ("name", "features", "workers"), [("SIGTERM", True, 0), ("SIGUSR1", False, 1)]
     )
-    def test_stopped_and_gone_on_is_bit_for_bit_the_undisturbed_run(
+    def test_stopped_by_a_signal_and_gone_on_is_bit_for_bit_the_undisturbed_run(
         self,
         cases: Path,
         straight: dict[bool, Straight],
         tmp_path: Path,
-        where: str,
-        how: str,
+        monkeypatch: pytest.MonkeyPatch,
+        name: str,
         features: bool,
         workers: int,
-        workers_later: int,
-        left: int,
     ) -> None:
-        arguments = [str(cases), str(tmp_path), str(int(features)), str(workers), where, how]
-        done = subprocess.run(
-            [sys.executable, "-c", _STOPPED, *arguments],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-            start_new_session=True,
-        )
-        if how == "SIGKILL":
-            assert done.returncode == -9, done.stderr
-            # The kill came between the line of a step and its checkpoint.
-            assert lines_of(tmp_path)[-1]["step"] == left + 1
-        else:
-            assert done.returncode == 0, done.stderr
-            assert f"stopped at {left} False" in done.stdout
-        assert newest(tmp_path)["step"] == left
+        real, calls = training.make_step, []
+
+        def signalled(*args: Any) -> dict[str, Any]:
+            calls.append(1)
+            if len(calls) == 4:
+                os.kill(os.getpid(), signal.Signals[name])
+            return real(*args)
+
+        with monkeypatch.context() as context:
+            context.setattr(training, "make_step", signalled)
+            stopped = start(cases, tmp_path, features=features)
+        assert (stopped.step, stopped.finished) == (4, False)
+        assert newest(tmp_path)["step"] == 4
         torch.manual_seed(999)
-        trained = start(cases, tmp_path, features=features, workers=workers_later)
+        trained = start(cases, tmp_path, features=features, workers=workers)
         undisturbed = straight[features]
         assert trained.finished
         assert_same(newest(tmp_path), newest(undisturbed.folder))
@@ -240,6 +221,17 @@ class TestResume:
         )
         assert trained.validation_dice == undisturbed.trained.validation_dice
         assert numbers_of(tmp_path) == numbers_of(undisturbed.folder)
+
+    def test_loader_processes_outlive_a_signal_to_the_whole_job(
+        self, cases: Path, tmp_path: Path
+    ) -> None:
+        process = forks_of_a_server().Process(
+            target=_signalled_with_its_loaders, args=(cases, tmp_path)
+        )
+        process.start()
+        process.join(100)
+        assert process.exitcode == 4
+        assert newest(tmp_path)["step"] == 4
 
     def test_the_comparison_can_fail(self, cases: Path, tmp_path: Path) -> None:
         # Without the random state of the checkpoint, dropout would go other ways.
@@ -345,6 +337,34 @@ class TestWhatARunLeaves:
         validations = [line["timing"] for line in lines if "validation_dice" in line]
         assert all(timing["seconds"] > 0 for timing in validations)
 
+    def test_the_best_is_told_whenever_the_mean_dice_is_higher_than_ever(
+        self, cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dice = iter([0.2, 0.5, 0.4, 0.5, 0.6])
+        monkeypatch.setattr(
+            training, "validate", lambda *args: {"liver": next(dice), "spleen": None}
+        )
+        told: list[tuple[int, Any]] = []
+
+        def keep(network: Any, step: int, scores: Mapping[str, float | None]) -> None:
+            told.append((step, scores["liver"]))
+
+        config = settings(steps=5, validate_every=1)
+        with monkeypatch.context() as context:  # what was the best outlives a stop
+            real = training.make_step
+            context.setattr(
+                training,
+                "make_step",
+                lambda *args: (
+                    (os.kill(os.getpid(), signal.SIGTERM), real(*args))[1]
+                    if args[-1] == 2
+                    else real(*args)
+                ),
+            )
+            assert start(cases, tmp_path, config=config, keep_best=keep).step == 3
+        start(cases, tmp_path, config=config, keep_best=keep)
+        assert told == [(1, 0.2), (2, 0.5), (5, 0.6)]
+
     def test_a_picture(self, straight: dict[bool, Straight]) -> None:
         picture = matplotlib.image.imread(straight[True].folder / "progress.png")
         assert picture.std() > 0.01
@@ -413,6 +433,29 @@ class TestNotFinite:
         assert kept["step"] == 2
         assert all(torch.isfinite(w).all() for w in kept["network"].values())
         assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+
+    @pytest.mark.parametrize("signalled", [False, True])
+    def test_weights_that_are_not_finite_are_never_written(
+        self, cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signalled: bool
+    ) -> None:
+        real, calls, best = training.make_step, [], []
+
+        def overflowing(config: Any, network: Any, *rest: Any) -> dict[str, Any]:
+            line = real(config, network, *rest)
+            calls.append(1)
+            if len(calls) == 3:  # also a step of validation
+                next(network.parameters()).data[0] = math.inf
+                if signalled:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return line
+
+        monkeypatch.setattr(training, "make_step", overflowing)
+        minutes = NEVER if signalled else 0.0
+        with pytest.raises(PipelineError, match=r"network\.\S+ is not finite after step 3"):
+            start(cases, tmp_path, minutes=minutes, keep_best=lambda *args: best.append(args))
+        assert best == []
+        names = [p.name for p in training_checkpoints(tmp_path / "checkpoints")]
+        assert names == ([] if signalled else ["step_00000001.pt", "step_00000002.pt"])
 
     def test_it_goes_on_as_if_nothing_had_been(
         self,

@@ -1,0 +1,232 @@
+"""Several processes that train one student: who they are, and how they keep together.
+
+`launch` finds them; each loads its share of every batch, and gradients are averaged after
+the backward pass. What one process finds out (an error, a signal, a checkpoint) all learn by asking
+each other at fixed places, so that none waits for one that has left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipeline.config import digest
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.log import Log
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together.
+
+    Attributes:
+        rank: 0 .. size - 1; the first alone writes.
+        size: number of processes.
+        local_rank: number on its machine, which says which GPU is its own.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> int:
+        """Samples of a batch that each process makes.
+
+        Raises:
+            ConfigError: they cannot all make equally many.
+        """
+        if batch_size % self.size:
+            raise ConfigError(
+                f"a batch of {batch_size} cannot be shared equally by {self.size} processes.",
+                where="training.batch_size",
+                fix="It counts the samples of all processes: choose a multiple of their number.",
+            )
+        return batch_size // self.size
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it is set in any process."""
+        if self.size == 1:
+            return flags
+        told = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return tuple(bool(flag) for flag in told)
+
+    def gathered(self, compute: Callable[[], T]) -> list[T]:
+        """What every process computes, by rank.
+
+        Raises:
+            PipelineError: in all processes, if it was raised in one; that of the lowest rank.
+        """
+        if self.size == 1:
+            return [compute()]
+        value: T | None = None
+        error: Exception | None = None
+        try:
+            value = compute()
+        except Exception as found:
+            error = found
+        answers: list[Any] = [None] * self.size
+        dist.all_gather_object(answers, (value, _portable(error)))
+        if error is not None:
+            raise error
+        self._raise_first([found for _, found in answers])
+        return [result for result, _ in answers]
+
+    def together(self, compute: Callable[[], T]) -> T:
+        """What this process computes, if all can; errors as in `gathered`."""
+        kept: list[T] = []
+        self.gathered(lambda: kept.append(compute()))
+        return kept[0]
+
+    def from_first(self, compute: Callable[[], T]) -> T:
+        """What the first process computes, in all of them; so is its error."""
+        if self.size == 1:
+            return compute()
+        own: Exception | None = None
+        answer: list[Any] = [None]
+        if self.is_first:
+            try:
+                answer = [(compute(), None)]
+            except Exception as error:
+                own = error
+                answer = [(None, _portable(error))]
+        dist.broadcast_object_list(answer, src=0)
+        if own is not None:
+            raise own
+        result: T
+        result, told = answer[0]
+        self._raise_first([told])
+        return result
+
+    def same(self, value: T, what: str) -> T:
+        """The value, which all processes must have alike.
+
+        Raises:
+            ConfigError: another process has another one.
+        """
+        others = self.gathered(lambda: digest(value))
+        if len(set(others)) > 1:
+            odd = next(rank for rank, other in enumerate(others) if other != others[0])
+            raise ConfigError(
+                f"{what} that process {odd} of {self.size} reads is not that of process 0.",
+                fix="Let all machines read one folder, or copies of the same state of it.",
+            )
+        return value
+
+    def raise_any(self, error: PipelineError | None) -> None:
+        """Raises an error of any process in all of them; one number is exchanged if there is none.
+
+        Raises:
+            PipelineError: as in `gathered`.
+        """
+        if any(self.any(error is not None)):
+            self.together(lambda: _raise(error))
+
+    def average_gradients(self, network: nn.Module) -> None:
+        """Gradient := mean over all processes; with `ranks.over_ranks`, that of the whole batch.
+
+        A weight without a gradient counts as 0, unless it has none anywhere: then it keeps none, as
+        in one process (an optimiser moves a weight whose gradient is 0). All weights go as one sum,
+        in one order, so the result is the same bits whenever the number of processes is.
+        """
+        if self.size == 1:
+            return
+        weights = [weight for weight in network.parameters() if weight.requires_grad]
+        if not weights:
+            return
+        present = torch.tensor([w.grad is not None for w in weights], device=weights[0].device)
+        parts = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+        flat = torch.cat([present.float(), *(part.float().flatten() for part in parts)])
+        dist.all_reduce(flat)
+        used, *sums = torch.split(flat, [len(weights), *(w.numel() for w in weights)])
+        for weight, total, use in zip(weights, sums, used.tolist(), strict=True):
+            if use:
+                grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                weight.grad = grad.copy_(total.view_as(weight) / self.size)
+
+    def log(self, log: Log) -> Log:
+        """The first process speaks; the others keep silent."""
+        return log if self.is_first else Silent()
+
+    @contextmanager
+    def folder_to_write(self, folder: Path) -> Iterator[Path]:
+        """The folder itself in the first process; in the others one that nobody sees."""
+        if self.is_first:
+            yield folder
+            return
+        with TemporaryDirectory(prefix="organ-distill-") as unseen:
+            yield Path(unseen)
+
+    def device(self, found: torch.device) -> torch.device:
+        """The GPU of this process, where one was asked for without a number.
+
+        A scheduler may show each process its own GPU alone, or all of a machine to each.
+        """
+        if self.size == 1 or str(found) != "cuda":
+            return found
+        own = torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(own)
+        return own
+
+    def check_network(self, network: nn.Module) -> None:
+        """Refuses what several processes cannot train as one does.
+
+        Raises:
+            ConfigError: batch norm, whose statistics would be those of a share of the batch.
+        """
+        if self.size > 1 and any(isinstance(m, _BatchNorm) for m in network.modules()):
+            raise ConfigError(
+                "batch norm sees only the share of a batch that its own process holds, so "
+                f"{self.size} processes would not train what one trains.",
+                where="training.network",
+                fix="Choose norm: instance (or group), or train in one process.",
+            )
+
+    def _raise_first(self, errors: list[PipelineError | None]) -> None:
+        for rank, error in enumerate(errors):
+            if error is not None:
+                error.what = f"process {rank} of {self.size} failed: {error.what}"
+                raise error
+
+
+ALONE = Processes()
+
+
+class Silent(Log):
+    """Says and writes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+
+    def warn(self, text: str) -> None:
+        """Dropped: the first process says it."""
+
+
+def _portable(error: Exception | None) -> PipelineError | None:
+    """What another process can be told of an error."""
+    if error is None or isinstance(error, PipelineError):
+        return error
+    return PipelineError(
+        f"{type(error).__name__}: {error}", fix="Its own output has the traceback."
+    )
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
