@@ -46,6 +46,7 @@ from pipeline.student.dataset import to_batch
 from pipeline.student.loading import loaded_batches, patches_of
 from pipeline.student.network import StudentNetwork, seeded_network
 from pipeline.student.optimiser import build_optimiser
+from pipeline.student.processes import ALONE
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.speed import Speed, SpeedFlags
 from pipeline.student.step import make_step
@@ -155,7 +156,7 @@ class Bench:
             if teachers is not None:
                 with speed.autocast():
                     batch = teachers.asked(batch)
-            make_step(config, network, optimiser, batch, speed, next(count))
+            make_step(config, network, optimiser, batch, speed, ALONE, next(count))
             return waited
 
         def block() -> dict[str, float]:
@@ -189,8 +190,8 @@ class Bench:
     ) -> Iterator[Batch]:
         # Online, nothing of the teachers is read: what they say is computed.
         reads = self._config("marginal", features=False) if teachers is not None else config
-        data = patches_of(reads, self.space, self.cases, network, None, 512)
-        loader = stack.enter_context(loaded_batches(data, 0, reads, workers))
+        data = patches_of(reads, self.space, self.cases, network, None, 512, ALONE)
+        loader = stack.enter_context(loaded_batches(data, 0, reads, workers, ALONE))
         taps = list(network.cached)
 
         def loaded() -> Iterator[Batch]:

@@ -17,6 +17,7 @@ from pipeline.student.checkpoint import StudentRecord, load_student, save_studen
 from pipeline.student.inference import predict_logits
 from pipeline.student.network import StudentNetwork, seeded_network
 from pipeline.student.optimiser import build_optimiser
+from pipeline.student.processes import ALONE
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.speed import Speed
 from pipeline.student.step import make_step
@@ -110,7 +111,7 @@ def test_it_trains_a_step_is_saved_and_predicts(
 
     before = {n: w.clone() for n, w in network.named_parameters()}
     optimiser = build_optimiser(config.optimiser, network)
-    make_step(config, network, optimiser, batch_of(edge), Speed(), 0)
+    make_step(config, network, optimiser, batch_of(edge), Speed(), ALONE, 0)
     still = [n for n, w in network.named_parameters() if w.grad is not None and w.equal(before[n])]
     assert not still
 

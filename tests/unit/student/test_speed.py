@@ -15,6 +15,7 @@ from pipeline.network import NetworkConfig
 from pipeline.student import step as one_step
 from pipeline.student.network import CachedTap, StudentNetwork, seeded_network
 from pipeline.student.optimiser import build_optimiser
+from pipeline.student.processes import ALONE
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.speed import Speed, SpeedFlags
 from pipeline.student.step import make_step
@@ -40,7 +41,7 @@ class One:
         self.speed.prepare(self.network, self.network.network, Log(quiet=True))
 
     def step(self, number: int = 0) -> dict[str, Any]:
-        return make_step(CONFIG, self.network, self.optimiser, batch(), self.speed, number)
+        return make_step(CONFIG, self.network, self.optimiser, batch(), self.speed, ALONE, number)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: w.clone() for name, w in self.network.state_dict().items()}
@@ -120,7 +121,7 @@ class TestScaler:
             update={"optimiser": CONFIG.optimiser.model_copy(update={"clip_norm": 0.01})}
         )
         one = One(precision="fp16")
-        make_step(config, one.network, one.optimiser, batch(), one.speed, 0)
+        make_step(config, one.network, one.optimiser, batch(), one.speed, ALONE, 0)
         norms = [w.grad.norm() for w in one.network.parameters() if w.grad is not None]
         assert float(torch.stack(norms).norm()) == pytest.approx(0.01, rel=1e-3)
 
