@@ -5,14 +5,17 @@ This is the only place where cache, consensus and registry meet; stage two start
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import dask
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
+from dask.highlevelgraph import HighLevelGraph
 
 from pipeline.cache.index import (
     IndexedTeacher,
@@ -23,16 +26,23 @@ from pipeline.cache.index import (
     unit_path,
 )
 from pipeline.cache.reader import CachedCase, Unit
-from pipeline.cache.schema import log_odds_name
-from pipeline.consensus import DEFAULT_CONFIDENCE, Consensus, average_experts, consensus
+from pipeline.cache.schema import LABEL, log_odds_name
+from pipeline.consensus import (
+    DEFAULT_CONFIDENCE,
+    Consensus,
+    average_experts,
+    consensus,
+    stack_organs,
+)
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError
 from pipeline.folder import Folder
-from pipeline.labels import LabelSpace
+from pipeline.labels import IGNORE, LabelSpace
 from pipeline.patches import Patch
 
 # (teacher, organ) -> T
 Temperatures = Mapping[tuple[str, str], float]
+Convert = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,66 @@ def known_organs(case: CachedCase, space: LabelSpace, *, use_labels: bool = True
     ]
 
 
+@dataclass(frozen=True)
+class Votes:
+    """What teachers and label say of one case, or of one patch of it; nothing is read yet.
+
+    Attributes:
+        known: numbers of the organs that somebody speaks of; below, k counts these.
+        experts: per known organ, teacher -> its log-odds (D, H, W), divided by its T if it has one;
+            NaN where it did not see.
+        annotated: those k that the label speaks of.
+        classes: uint8 (D, H, W), 0 background, k + 1, 255 ignore.
+    """
+
+    known: Sequence[int]
+    experts: Sequence[Mapping[str, da.Array]]
+    annotated: Sequence[int]
+    classes: da.Array
+
+    @property
+    def log_odds(self) -> da.Array:
+        """float32 (K, D, H, W), experts averaged, before any label; NaN where nobody saw."""
+        shape = self.classes.shape
+        nobody = da.full(shape, np.nan, np.float32) if not all(self.experts) else None
+        return stack_organs(
+            [_average(list(who.values())) if who else nobody for who in self.experts]
+        )
+
+    def consensus(
+        self,
+        *,
+        margin: float = 0.0,
+        use_labels: bool = True,
+        confidence: float = DEFAULT_CONFIDENCE,
+    ) -> Consensus:
+        """Its regions; see `pipeline.consensus.consensus`."""
+        classes = self.classes if use_labels and self.annotated else None
+        return consensus(
+            self.log_odds, classes, self.annotated, margin=margin, confidence=confidence
+        )
+
+
+def lazy_votes(
+    case: CachedCase,
+    space: LabelSpace,
+    *,
+    patch: Patch | None = None,
+    use_labels: bool = True,
+    temperatures: Temperatures | None = None,
+) -> Votes:
+    """Every teacher's log-odds and the label, lazily; see `lazy_consensus` for the arguments."""
+    known = known_organs(case, space, use_labels=use_labels)
+    names = [space.organs[k] for k in known]
+    classes = LabelSpace({name: space.ids[name] for name in names}).to_classes
+    return Votes(
+        known=known,
+        experts=[_experts(case, name, patch, temperatures or {}) for name in names],
+        annotated=[k for k, name in enumerate(names) if name in case.annotated],
+        classes=_lazy(case.case, LABEL, patch, IGNORE, classes),
+    )
+
+
 def lazy_consensus(
     case: CachedCase,
     space: LabelSpace,
@@ -135,87 +205,87 @@ def lazy_consensus(
     Returns:
         Regions over the known organs, and those organs' numbers; axis K follows that order.
     """
-    known = known_organs(case, space, use_labels=use_labels)
-    stack = [_organ(case, space.organs[k], patch, temperatures) for k in known]
-    annotated = [n for n, k in enumerate(known) if space.organs[k] in case.annotated]
-    classes = None
-    if use_labels and annotated:
-        label = _lazy(case.case, "label", patch, 255)
-        classes = label.map_blocks(_known_classes, space, known, dtype=np.uint8)
-    regions = consensus(da.stack(stack), classes, annotated, margin=margin, confidence=confidence)
-    return regions, known
+    votes = lazy_votes(case, space, patch=patch, use_labels=use_labels, temperatures=temperatures)
+    found = votes.consensus(margin=margin, use_labels=use_labels, confidence=confidence)
+    return found, list(votes.known)
 
 
-def compute(*lazy: Any) -> tuple[Any, ...]:
-    """One compute call on the synchronous scheduler: safe in a worker, nothing is read twice."""
-    results: tuple[Any, ...] = dask.compute(*lazy, scheduler="synchronous")
-    return results
+def compute(*lazy: da.Array) -> tuple[npt.NDArray[Any], ...]:
+    """Arrays of one graph, together and in this thread: safe in a worker, nothing is read twice.
+
+    By Dask's synchronous scheduler itself. `dask.compute` would first make an expression of the
+    arrays, name it by a hash and look for what can be fused: of a patch's handful of tasks that
+    takes as long as running them.
+    """
+    graph = HighLevelGraph.merge(*(array.dask for array in lazy)).to_dict()
+    blocks = dask.get(graph, [array.__dask_keys__() for array in lazy])
+    results = []
+    for array, found in zip(lazy, blocks, strict=True):
+        finish, arguments = array.__dask_postcompute__()
+        results.append(finish(found, *arguments))
+    return tuple(results)
 
 
-def _known_classes(
-    label: npt.NDArray[np.uint8], space: LabelSpace, known: Sequence[int]
-) -> npt.NDArray[np.uint8]:
-    """Organ ids -> 1 + position among the known organs."""
-    organs = space.organs
-    return LabelSpace({organs[k]: space.ids[organs[k]] for k in known}).to_classes(label)
+def _experts(
+    case: CachedCase, organ: str, patch: Patch | None, temperatures: Temperatures
+) -> dict[str, da.Array]:
+    found = {}
+    for teacher in case.experts.get(organ, ()):
+        odds = _lazy(case.teachers[teacher], log_odds_name(organ), patch, np.nan, _as_stored)
+        if (teacher, organ) in temperatures:
+            odds = odds.astype("float32") / np.float32(temperatures[teacher, organ])
+        found[teacher] = odds
+    return found
 
 
-def _organ(
-    case: CachedCase, organ: str, patch: Patch | None, temperatures: Temperatures | None
-) -> da.Array:
-    experts = case.experts.get(organ, ())
-    if not experts:
-        shape = case.case.array("label").shape if patch is None else patch.shape
-        return da.full(shape, np.nan, dtype=np.float32)
-    name = log_odds_name(organ)
-    odds = [_lazy(case.teachers[t], name, patch, np.nan) for t in experts]
-    if not temperatures:
-        return average_experts(odds)
-    return average_experts(odds, [temperatures.get((t, organ), 1.0) for t in experts])
+def _average(experts: Sequence[da.Array]) -> da.Array:
+    """One expert needs no layer: what stacks organs makes float32 of them anyway."""
+    return average_experts(experts) if len(experts) > 1 else experts[0]
 
 
+def _as_stored(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return values
+
+
+@dataclass(frozen=True)
 class _View:
-    """A stored array that is read when Dask asks for a part of it, through the unit's checks."""
+    """A stored array that is read when Dask asks for a part of it, through the unit's checks, and
+    converted voxel by voxel."""
 
-    ndim = 3
-
-    def __init__(self, unit: Unit, name: str) -> None:
-        self._unit, self._name = unit, name
-        array = unit.array(name)
-        self.shape, self.chunks, self.dtype = array.shape, array.chunks, array.dtype
+    unit: Unit
+    name: str
+    convert: Convert
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    ndim: int = 3
 
     def __getitem__(self, index: tuple[slice, ...]) -> npt.NDArray[Any]:
         spans = [s.indices(n) for s, n in zip(index, self.shape, strict=True)]
         z, y, x = (start for start, _, _ in spans)
         d, h, w = (stop - start for start, stop, _ in spans)
-        return self._unit.read(self._name, Patch((z, y, x), (d, h, w)))
+        return self.convert(self.unit.read(self.name, Patch((z, y, x), (d, h, w))))
 
 
-class _PatchView:
-    """A patch of a stored array that is read, with padding, when Dask asks for it."""
-
-    ndim = 3
-
-    def __init__(self, unit: Unit, name: str, patch: Patch, fill: float) -> None:
-        self._unit, self._name, self._patch, self._fill = unit, name, patch, fill
-        self.shape = patch.shape
-        self.dtype = unit.array(name).dtype
-
-    def __getitem__(self, index: Any) -> npt.NDArray[Any]:
-        values = self._unit.read_padded(self._name, self._patch, self._fill)
-        return np.asarray(values[index])
-
-
-def _lazy(unit: Unit, name: str, patch: Patch | None, fill: float) -> da.Array:
-    if patch is None:
-        whole = _View(unit, name)
-        meta = np.empty((0, 0, 0), dtype=whole.dtype)
-        return da.from_array(
-            whole, chunks=whole.chunks, name=False, meta=meta, inline_array=True, asarray=False
-        )
-    view = _PatchView(unit, name, patch, fill)
-    # A random name and a given meta: hashing and probing the view would cost more than reading it.
-    meta = np.empty((0, 0, 0), dtype=view.dtype)
+def _lazy(
+    unit: Unit,
+    name: str,
+    patch: Patch | None,
+    fill: float,
+    convert: Convert,
+) -> da.Array:
+    """One chunk for a patch; for a whole case the chunks that it is stored in."""
+    stored = unit.array(name)
+    meta = convert(np.empty((0, 0, 0), dtype=stored.dtype))
+    label = f"{name}-{uuid4().hex}"
+    if patch is not None:
+        # What `from_array` would make of a view in one chunk, at a fifth of its price.
+        read = partial(_read, unit, name, patch, fill, convert)
+        return da.Array({(label, 0, 0, 0): (read,)}, label, [(n,) for n in patch.shape], meta=meta)
+    view = _View(unit, name, convert, stored.shape, meta.dtype)
     return da.from_array(
-        view, chunks=patch.shape, name=False, meta=meta, inline_array=True, asarray=False
+        view, chunks=stored.chunks, name=label, meta=meta, inline_array=True, asarray=False
     )
+
+
+def _read(unit: Unit, name: str, patch: Patch, fill: float, convert: Convert) -> npt.NDArray[Any]:
+    return convert(unit.read_padded(name, patch, fill))

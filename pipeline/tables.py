@@ -26,9 +26,10 @@ def region_rows(
     for case in cohort.cases:
         regions, known = lazy_consensus(case, space)
         names = [space.organs[k] for k in known]
-        (sizes,) = compute(dict(region_voxels(regions, names)))
+        sizes = region_voxels(regions, names)
         voxel_ml = case.grid.voxel_ml
-        ml = {name: round(float(count) * voxel_ml, 1) for name, count in sizes.items()}
+        counts = zip(sizes, compute(*sizes.values()), strict=True)
+        ml = {name: round(float(count) * voxel_ml, 1) for name, count in counts}
         rows.append({"case": case.name, "split": case.split, "ml": ml})
     return rows
 
