@@ -5,11 +5,9 @@ This is the only place where cache, consensus and registry meet; stage two start
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
-from uuid import uuid4
 
 import dask
 import dask.array as da
@@ -25,6 +23,7 @@ from pipeline.cache.index import (
     unit_digest,
     unit_path,
 )
+from pipeline.cache.lazy import as_stored, lazy_array
 from pipeline.cache.reader import CachedCase, Unit
 from pipeline.cache.schema import LABEL, log_odds_name
 from pipeline.consensus import (
@@ -35,14 +34,13 @@ from pipeline.consensus import (
     stack_organs,
 )
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, CacheMissing, RegistryError
 from pipeline.folder import Folder
 from pipeline.labels import IGNORE, LabelSpace
 from pipeline.patches import Patch
 
 # (teacher, organ) -> T
 Temperatures = Mapping[tuple[str, str], float]
-Convert = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -105,6 +103,48 @@ def open_cohort(
             }
             cases.append(CachedCase(entry.name, entry.split, annotated, unit, units, experts))
     return Cohort(cases, indexed, problems)
+
+
+def open_case(
+    work: Folder,
+    registry: Registry,
+    name: str,
+    teachers: Sequence[str],
+    *,
+    allow_missing: bool = False,
+) -> CachedCase:
+    """One case with the units of these teachers.
+
+    Args:
+        work: the work folder.
+        registry: read without its files.
+        name: `dataset/case`.
+        teachers: those whose units are wanted.
+        allow_missing: leave out units that are missing or damaged.
+
+    Raises:
+        RegistryError: no such dataset.
+        CacheStale, CacheMissing: the registry, the case or a unit is not in the cache.
+        CacheError: a unit is damaged.
+    """
+    dataset, _, _ = name.partition("/")
+    if dataset not in registry.datasets:
+        known = ", ".join(registry.datasets)
+        fix = f"A case is named dataset/case; datasets: {known}."
+        raise RegistryError(f"there is no dataset {dataset!r}.", where=registry.path, fix=fix)
+    cohort = open_cohort(work, registry, teachers=teachers, datasets=[dataset])
+    for unit in (name, *(() if allow_missing else [f"{t} x {name}" for t in teachers])):
+        if unit in cohort.problems:
+            raise cohort.problems[unit]
+    cases = {found.name: found for found in cohort.cases}
+    if name not in cases:
+        raise CacheMissing(
+            f"there is no case {name!r} in the cache.",
+            where=work,
+            fix=f"Cases of {dataset}: {', '.join(list(cases)[:8])}. One that is new in the dataset "
+            "is cached by `pipeline cache-teachers`.",
+        )
+    return cases[name]
 
 
 def known_organs(case: CachedCase, space: LabelSpace, *, use_labels: bool = True) -> list[int]:
@@ -172,7 +212,7 @@ def lazy_votes(
         known=known,
         experts=[_experts(case, name, patch, temperatures or {}) for name in names],
         annotated=[k for k, name in enumerate(names) if name in case.annotated],
-        classes=_lazy(case.case, LABEL, patch, IGNORE, classes),
+        classes=lazy_array(case.case, LABEL, patch, IGNORE, classes),
     )
 
 
@@ -231,7 +271,7 @@ def _experts(
 ) -> dict[str, da.Array]:
     found = {}
     for teacher in case.experts.get(organ, ()):
-        odds = _lazy(case.teachers[teacher], log_odds_name(organ), patch, np.nan, _as_stored)
+        odds = lazy_array(case.teachers[teacher], log_odds_name(organ), patch, np.nan, as_stored)
         if (teacher, organ) in temperatures:
             odds = odds.astype("float32") / np.float32(temperatures[teacher, organ])
         found[teacher] = odds
@@ -241,51 +281,3 @@ def _experts(
 def _average(experts: Sequence[da.Array]) -> da.Array:
     """One expert needs no layer: what stacks organs makes float32 of them anyway."""
     return average_experts(experts) if len(experts) > 1 else experts[0]
-
-
-def _as_stored(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return values
-
-
-@dataclass(frozen=True)
-class _View:
-    """A stored array that is read when Dask asks for a part of it, through the unit's checks, and
-    converted voxel by voxel."""
-
-    unit: Unit
-    name: str
-    convert: Convert
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    ndim: int = 3
-
-    def __getitem__(self, index: tuple[slice, ...]) -> npt.NDArray[Any]:
-        spans = [s.indices(n) for s, n in zip(index, self.shape, strict=True)]
-        z, y, x = (start for start, _, _ in spans)
-        d, h, w = (stop - start for start, stop, _ in spans)
-        return self.convert(self.unit.read(self.name, Patch((z, y, x), (d, h, w))))
-
-
-def _lazy(
-    unit: Unit,
-    name: str,
-    patch: Patch | None,
-    fill: float,
-    convert: Convert,
-) -> da.Array:
-    """One chunk for a patch; for a whole case the chunks that it is stored in."""
-    stored = unit.array(name)
-    meta = convert(np.empty((0, 0, 0), dtype=stored.dtype))
-    label = f"{name}-{uuid4().hex}"
-    if patch is not None:
-        # What `from_array` would make of a view in one chunk, at a fifth of its price.
-        read = partial(_read, unit, name, patch, fill, convert)
-        return da.Array({(label, 0, 0, 0): (read,)}, label, [(n,) for n in patch.shape], meta=meta)
-    view = _View(unit, name, convert, stored.shape, meta.dtype)
-    return da.from_array(
-        view, chunks=stored.chunks, name=label, meta=meta, inline_array=True, asarray=False
-    )
-
-
-def _read(unit: Unit, name: str, patch: Patch, fill: float, convert: Convert) -> npt.NDArray[Any]:
-    return convert(unit.read_padded(name, patch, fill))

@@ -9,16 +9,17 @@ Axes: K organs, then D, H, W. The functions do not care how their arrays are chu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import Any
-from uuid import uuid4
 
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.blocks import count_blocks, in_blocks
 from pipeline.labels import IGNORE
 
 DEFAULT_CONFIDENCE = 6.0
@@ -44,29 +45,29 @@ class Consensus:
     @cached_property
     def organ(self) -> da.Array:
         """bool (K, D, H, W), the organ regions R_k."""
-        return _blocks(_above, "kzyx", np.bool_, (self.log_odds, "kzyx"), margin=self.margin)
+        return in_blocks(_above, "kzyx", np.bool_, (self.log_odds, "kzyx"), margin=self.margin)
 
     @cached_property
     def background(self) -> da.Array:
         """bool (D, H, W), the agreed background B."""
-        return _blocks(_all_below, "zyx", np.bool_, (self.log_odds, "kzyx"), margin=self.margin)
+        return in_blocks(_all_below, "zyx", np.bool_, (self.log_odds, "kzyx"), margin=self.margin)
 
     @cached_property
     def conflict(self) -> da.Array:
         """bool (D, H, W), voxels in two or more organ regions."""
-        return _blocks(_in_several, "zyx", np.bool_, (self.organ, "kzyx"))
+        return in_blocks(_in_several, "zyx", np.bool_, (self.organ, "kzyx"))
 
     @cached_property
     def abstained(self) -> da.Array:
         """bool (D, H, W), voxels in no region at all."""
         regions = (self.organ, "kzyx"), (self.background, "zyx")
-        return _blocks(_in_none, "zyx", np.bool_, *regions)
+        return in_blocks(_in_none, "zyx", np.bool_, *regions)
 
 
 def stack_organs(log_odds: Sequence[da.Array]) -> da.Array:
     """One (D, H, W) array per organ -> float32 (K, D, H, W), all organs of a voxel in one chunk."""
     arrays = [(d, "zyx") for d in log_odds]
-    return _blocks(_stack, "kzyx", np.float32, *arrays, new_axes={"k": len(log_odds)})
+    return in_blocks(_stack, "kzyx", np.float32, *arrays, new_axes={"k": len(log_odds)})
 
 
 def average_experts(
@@ -119,7 +120,7 @@ def labels_win(
         return log_odds
     # All organs of a voxel have to be in one block: where one is annotated, the others follow.
     whole = log_odds.rechunk({0: -1}) if len(log_odds.chunks[0]) > 1 else log_odds
-    return _blocks(
+    return in_blocks(
         _correct,
         "kzyx",
         np.float32,
@@ -168,32 +169,53 @@ def region_voxels(regions: Consensus, organs: Sequence[str]) -> Mapping[str, da.
     }
 
 
-def _blocks(
-    function: Callable[..., npt.NDArray[Any]],
-    axes: str,
-    dtype: type[np.generic],
-    *arrays: tuple[da.Array, str],
-    new_axes: Mapping[str, int] | None = None,
-    **options: Any,
-) -> da.Array:
-    """One layer that calls a numpy function block by block, however the arrays are chunked.
+def excluded_by_label(classes: da.Array, annotated: Sequence[int], num_organs: int) -> da.Array:
+    """Where the label says that a voxel is not organ k: it is annotated and the label is another
+    value, or the label names another annotated organ. Ignored voxels exclude nothing.
 
-    Blocks are matched by their place, and along an axis that the result lacks they are joined
-    first. Name and meta are given, since hashing the arguments and probing the function take
-    longer than a patch's arithmetic.
+    Args:
+        classes: (D, H, W), 0 background, k + 1 for organ number k, 255 ignore.
+        annotated: numbers k of the organs that the label speaks of.
+        num_organs: K.
+
+    Returns:
+        bool (K, D, H, W).
     """
-    pairs = [part for pair in arrays for part in pair]
-    return da.blockwise(
-        function,
-        axes,
-        *pairs,
-        name=f"{function.__name__.strip('_')}-{uuid4().hex}",
-        new_axes=new_axes,
-        concatenate=True,
-        meta=np.empty((0,) * len(axes), dtype=dtype),
-        dtype=dtype,
-        **options,
+    return in_blocks(
+        _excluded,
+        "kzyx",
+        np.bool_,
+        (classes, "zyx"),
+        new_axes={"k": num_organs},
+        annotated=tuple(annotated),
+        num_organs=num_organs,
     )
+
+
+def pair_conflicts(
+    claims: da.Array, teachers: Sequence[str], organs: Sequence[int]
+) -> tuple[list[tuple[str, str]], da.Array]:
+    """Voxels that two teachers claim for two different organs, for each pair of teachers.
+
+    Teachers a and b are in conflict at a voxel if a claims an organ i there, b claims an organ j,
+    and i is not j. Two experts of one organ agree where both claim it.
+
+    Args:
+        claims: bool (C, D, H, W): channel c is where `teachers[c]` claims organ `organs[c]`.
+        teachers: one name per channel; a teacher of several organs has several channels.
+        organs: one organ number per channel.
+
+    Returns:
+        The pairs, in the order in which the teachers appear, and int64 (P,), their voxels.
+    """
+    names = list(dict.fromkeys(teachers))
+    pairs = list(combinations(names, 2))
+    if not pairs:
+        return [], da.zeros(0, dtype=np.int64)
+    counts = count_blocks(
+        _pair_counts, len(pairs), (claims, "kzyx"), teachers=tuple(teachers), organs=tuple(organs)
+    )
+    return pairs, counts
 
 
 def _stack(*organs: npt.NDArray[Any]) -> FloatArray:
@@ -234,3 +256,31 @@ def _correct(
         else:
             np.negative(strong[k], out=out[k], where=any_organ)
     return out
+
+
+def _excluded(
+    label: npt.NDArray[np.uint8], annotated: tuple[int, ...], num_organs: int
+) -> BoolArray:
+    known = label != IGNORE
+    any_organ = np.isin(label, [j + 1 for j in annotated])
+    out = np.empty((num_organs, *label.shape), dtype=np.bool_)
+    for k in range(num_organs):
+        out[k] = known & (label != k + 1) if k in annotated else any_organ
+    return out
+
+
+def _pair_counts(
+    claims: BoolArray, teachers: tuple[str, ...], organs: tuple[int, ...]
+) -> npt.NDArray[np.int64]:
+    of_teacher: dict[str, dict[int, BoolArray]] = {}
+    for claim, teacher, organ in zip(claims, teachers, organs, strict=True):
+        of_teacher.setdefault(teacher, {})[organ] = claim
+    counts = []
+    for one, other in combinations(of_teacher.values(), 2):
+        apart = np.zeros(claims.shape[1:], dtype=np.bool_)
+        for organ, claim in one.items():
+            for another, counterclaim in other.items():
+                if organ != another:
+                    apart |= claim & counterclaim
+        counts.append(np.count_nonzero(apart))
+    return np.array(counts, dtype=np.int64)
