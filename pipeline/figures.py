@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,17 +111,15 @@ def _all(
     return [(name, mask) for regions in panels.values() for name, mask in regions.items()]
 
 
-def _busiest_voxel(masks: Sequence[npt.NDArray[Any]], image: npt.NDArray[Any]) -> tuple[int, ...]:
-    """Per axis the slice that shows the most different regions, then the most of them."""
-    if not masks:
-        return tuple(n // 2 for n in image.shape)
-    chosen = []
-    for axis in range(3):
-        others = tuple(a for a in range(3) if a != axis)
-        areas = np.array([m.sum(axis=others) for m in masks], dtype=np.float64)
-        largest = areas.max(axis=1, keepdims=True).clip(min=1)
-        chosen.append(int((areas / largest).sum(axis=0).argmax()))
-    return tuple(chosen)
+def _busiest_voxel(masks: Iterable[npt.NDArray[Any]], image: npt.NDArray[Any]) -> tuple[int, ...]:
+    """Per axis the slice that shows the most different regions, then the most of them; the middle
+    one where nothing is shown. One mask is looked at after the other."""
+    scores = [np.zeros(n) for n in image.shape]
+    for mask in masks:
+        for axis, score in enumerate(scores):
+            areas = mask.sum(axis=tuple(a for a in range(3) if a != axis))
+            score += areas / max(1, areas.max())
+    return tuple(int(s.argmax()) if s.any() else s.size // 2 for s in scores)
 
 
 def _smooth(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -168,11 +166,23 @@ def _figure(
 
 
 @dataclass(frozen=True)
+class Marked:
+    """The voxels of a map (D, H, W) that have one of some values; no mask of them all is kept."""
+
+    values: npt.NDArray[Any]
+    wanted: tuple[int, ...]
+
+    def mask(self, index: tuple[Any, ...] = ()) -> npt.NDArray[np.bool_]:
+        """bool, of the part at an index."""
+        return np.isin(self.values[index], self.wanted)
+
+
+@dataclass(frozen=True)
 class Panel:
-    """A column of `save_planes`: its heading, and name -> bool (D, H, W) drawn over the CT."""
+    """A column of `save_planes`: its heading, and what is drawn over the CT, by name."""
 
     heading: str
-    regions: Mapping[str, npt.NDArray[np.bool_]]
+    regions: Mapping[str, Marked]
 
 
 # What lies at the left and at the right of a plane as it is shown, and at its top and bottom.
@@ -210,7 +220,7 @@ def save_planes(
         notes: lines below the legend.
     """
     regions = [(n, m) for panel in panels for n, m in panel.regions.items()]
-    centre = _busiest_voxel([m for n, m in regions if n != "agreed background"], image_hu)
+    centre = _busiest_voxel((m.mask() for n, m in regions if n != "agreed background"), image_hu)
     size_mm = [n * mm for n, mm in zip(image_hu.shape, spacing_mm, strict=True)]
     heights = [size_mm[1] / size_mm[2], size_mm[0] / size_mm[2], size_mm[0] / size_mm[1]]
     width = 2.5 * len(panels)
@@ -237,24 +247,24 @@ def save_planes(
 def _draw_plane(
     ax: Any,
     image_hu: npt.NDArray[Any],
-    regions: Mapping[str, npt.NDArray[np.bool_]],
+    regions: Mapping[str, Marked],
     plane: str,
     centre: tuple[int, ...],
     spacing_mm: tuple[float, float, float],
     colours: Mapping[str, str],
 ) -> None:
+    from matplotlib.patheffects import withStroke
+
     axis = list(_ENDS).index(plane)
     rows_mm, columns_mm = (mm for n, mm in enumerate(spacing_mm) if n != axis)
     aspect = rows_mm / columns_mm
     index = tuple(centre[axis] if n == axis else slice(None) for n in range(3))
 
-    def cut(volume: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return np.asarray(volume[index][:, ::-1])
-
     low, high = _WINDOW_HU
-    ax.imshow(cut(image_hu), cmap="gray", vmin=low, vmax=high, origin="lower", aspect=aspect)
-    for name, mask in regions.items():
-        shown = cut(mask)
+    shown = image_hu[index][:, ::-1]
+    ax.imshow(shown, cmap="gray", vmin=low, vmax=high, origin="lower", aspect=aspect)
+    for name, marked in regions.items():
+        shown = marked.mask(index)[:, ::-1]
         _fill(ax, shown, colours[name], aspect)
         if shown.any() and not shown.all():
             ax.contour(shown, levels=[0.5], colors=[colours[name]], linewidths=0.8)
@@ -264,6 +274,6 @@ def _draw_plane(
     marks = ((0.03, 0.5, left), (0.97, 0.5, right), (0.5, 0.95, top), (0.5, 0.05, bottom))
     for x, y, letter in marks:
         ax.text(
-            x, y, letter, color="#ffe082", transform=ax.transAxes, fontsize=8, ha="center",
-            va="center",
+            x, y, letter, color="w", transform=ax.transAxes, fontsize=8, ha="center", va="center",
+            path_effects=[withStroke(linewidth=2, foreground="k")],
         )  # fmt: skip

@@ -77,10 +77,10 @@ def _own_label(organ: str, numbers: OrganNumbers) -> list[str]:
     missed, swallowed = (ml / numbers.label_ml for ml in (numbers.missed_ml, numbers.swallowed_ml))
     reasons = []
     if missed > MOST_MISSED:
-        reasons.append(f"the teachers miss {missed:.0%} of the labelled organ")
+        reasons.append(f"teachers miss {missed:.0%} of the labelled organ")
     if swallowed > MOST_SWALLOWED:
-        reasons.append(f"their agreed background holds {swallowed:.0%} of the labelled organ")
-    return [f"{organ}: {' and '.join(reasons)}"] if reasons else []
+        reasons.append(f"agreed background of the teachers holds {swallowed:.0%} of the label")
+    return [f"{organ}: {', '.join(reasons)}"] if reasons else []
 
 
 def _region(organ: str, numbers: OrganNumbers, usual: Usual | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,15 @@ def lazy_maps(look: CaseLook) -> Mapping[str, da.Array]:
     return maps
 
 
-def compute_maps(case: CachedCase, look: CaseLook) -> CaseMaps:
-    """Every map in one pass: at no time are more log-odds in memory than those of a chunk.
+def compute_maps(
+    case: CachedCase, look: CaseLook, also: Sequence[da.Array] = ()
+) -> tuple[CaseMaps, tuple[Array, ...]]:
+    """Every map in one pass: at no time are more log-odds in memory than those of a few chunks.
+
+    Args:
+        case: the case.
+        look: at it.
+        also: other arrays of the same look, computed in the same pass.
 
     Raises:
         CacheError: damage that only reading finds.
@@ -69,8 +76,8 @@ def compute_maps(case: CachedCase, look: CaseLook) -> CaseMaps:
     maps = {name: np.empty(array.shape, array.dtype) for name, array in lazy.items()}
     stored = da.store(list(lazy.values()), list(maps.values()), lock=False, compute=False)
     # Unfused: what several maps are made of is read once.
-    dask.compute(stored, scheduler="synchronous", optimize_graph=False)
-    return CaseMaps(case.image(), case.label(), maps)
+    _, *others = dask.compute(stored, *also, scheduler="synchronous", optimize_graph=False)
+    return CaseMaps(case.image(), case.label(), maps), tuple(others)
 
 
 def write_maps(folder: Path, case: CachedCase, look: CaseLook, found: CaseMaps) -> list[Path]:

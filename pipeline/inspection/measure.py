@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
@@ -13,6 +16,7 @@ from pipeline.cache.reader import CachedCase
 from pipeline.cohort import compute
 from pipeline.config import Config
 from pipeline.inspection.looks import CaseLook, View, look_at
+from pipeline.inspection.voxels import Count
 from pipeline.labels import LabelSpace
 
 # Components are counted on voxels so far apart: a whole mask at full size is not kept for it.
@@ -106,36 +110,42 @@ def measure_case(case: CachedCase, space: LabelSpace, view: View) -> CaseNumbers
         CacheError: a unit is absent, or damaged in a way that only reading finds.
     """
     look = look_at(case, space, view)
+    lazy = lazy_numbers(case, look)
+    return numbers_of(case, look, lazy, compute(*lazy.arrays))
+
+
+@dataclass(frozen=True)
+class LazyNumbers:
+    """What the numbers of a case are made of.
+
+    Attributes:
+        names: of what is counted.
+        pairs: of teachers.
+        arrays: lazily, voxels of each name; voxels of each pair; organ regions (K, ..) and label,
+            both coarse.
+    """
+
+    names: Sequence[Count]
+    pairs: Sequence[tuple[str, str]]
+    arrays: tuple[da.Array, da.Array, da.Array, da.Array]
+
+
+def lazy_numbers(case: CachedCase, look: CaseLook) -> LazyNumbers:
+    """To be computed together, and with whatever else is made of the same look."""
     names, counts = look.counts()
     pairs, conflicts = look.pairs()
-    step = tuple(max(1, round(COMPONENT_MM / mm)) for mm in case.grid.spacing_mm)
-    coarse = tuple(slice(None, None, n) for n in step)
-    found = compute(
-        counts, conflicts, look.regions.organ[(slice(None), *coarse)], look.votes.classes[coarse]
-    )
-    return numbers_of(case, look, dict(zip(names, found[0], strict=True)), pairs, *found[1:])
+    z, y, x = (max(1, round(COMPONENT_MM / mm)) for mm in case.grid.spacing_mm)
+    coarse = slice(None, None, z), slice(None, None, y), slice(None, None, x)
+    organ, classes = look.regions.organ[(slice(None), *coarse)], look.votes.classes[coarse]
+    return LazyNumbers(names, pairs, (counts, conflicts, organ, classes))
 
 
 def numbers_of(
-    case: CachedCase,
-    look: CaseLook,
-    voxels: dict[tuple[str, str], int],
-    pairs: list[tuple[str, str]],
-    conflicts: npt.NDArray[np.int64],
-    organ: npt.NDArray[np.bool_],
-    classes: npt.NDArray[np.uint8],
+    case: CachedCase, look: CaseLook, lazy: LazyNumbers, computed: Sequence[npt.NDArray[Any]]
 ) -> CaseNumbers:
-    """What was counted, in ml and shares.
-
-    Args:
-        case: the case.
-        look: at it.
-        voxels: of `CaseLook.counts`.
-        pairs: of teachers.
-        conflicts: their voxels.
-        organ: (K, ..), coarse organ regions.
-        classes: coarse label.
-    """
+    """What was counted, in ml and shares; `computed` are the arrays of `lazy`."""
+    counts, conflicts, organ, classes = computed
+    voxels = dict(zip(lazy.names, counts, strict=True))
     voxel_ml = case.grid.voxel_ml
     total = int(np.prod(case.grid.shape))
 
@@ -182,7 +192,7 @@ def numbers_of(
         teachers=tuple(teachers),
         pairs=tuple(
             PairNumbers(teachers=pair, conflict_ml=round(float(count) * voxel_ml, 3))
-            for pair, count in zip(pairs, conflicts, strict=True)
+            for pair, count in zip(lazy.pairs, conflicts, strict=True)
         ),
     )
 

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from pipeline.cache.reader import CachedCase
-from pipeline.figures import Panel, save_planes
+from pipeline.figures import Marked, Panel, save_planes
 from pipeline.inspection.looks import CaseLook
 from pipeline.inspection.maps import CaseMaps, organ_colours
 from pipeline.inspection.measure import CaseNumbers
 from pipeline.inspection.voxels import BOTH, FALSE_POSITIVE, MISS
 
-Array = npt.NDArray[Any]
-
+_ONE_OR_MORE = tuple(range(1, 256))
 BACKGROUND_COLOUR = "#4dd0e1"
 CONFLICT_COLOUR = "#d50000"
 ABSTAINED_COLOUR = "#ffffff"
-FALSE_POSITIVE_COLOUR = "#ff9100"
+FALSE_POSITIVE_COLOUR = "#76ff03"
 MISS_COLOUR = "#d500f9"
-SPLIT_COLOUR = "#00e676"
+SPLIT_COLOUR = "#00b0ff"
 
 
 def draw_case(
@@ -40,23 +35,29 @@ def draw_case(
     """
     organs = organ_colours(look)
     ids = dict(zip(look.organs, look.ids, strict=True))
-    label = {o: _is(found.label, ids[o]) for o in look.organs if o in case.annotated}
-    regions = {o: _is(found.maps["regions"], i) for o, i in ids.items()}
+    label = {o: Marked(found.label, (ids[o],)) for o in look.organs if o in case.annotated}
+    regions = {o: Marked(found.maps["regions"], (i,)) for o, i in ids.items()}
     against = found.maps["against_label"]
     disagreement = {
-        "false positive": _is(against, FALSE_POSITIVE, BOTH),
-        "miss": _is(against, MISS, BOTH),
+        "false positive": Marked(against, (FALSE_POSITIVE, BOTH)),
+        "miss": Marked(against, (MISS, BOTH)),
     }
     if "split_experts" in found.maps:
-        disagreement["split experts"] = found.maps["split_experts"] > 0
+        disagreement["split experts"] = Marked(found.maps["split_experts"], _ONE_OR_MORE)
     panels = [
         Panel("CT", {}),
         Panel(f"label ({', '.join(label) or 'none'})", label),
         Panel("organ regions", regions),
-        Panel("agreed background", {"agreed background": found.maps["agreed_background"] > 0}),
+        Panel(
+            "agreed background",
+            {"agreed background": Marked(found.maps["agreed_background"], (1,))},
+        ),
         Panel(
             "conflict, abstained",
-            {"conflict": found.maps["conflicts"] > 0, "abstained": found.maps["abstained"] > 0},
+            {
+                "conflict": Marked(found.maps["conflicts"], _ONE_OR_MORE),
+                "abstained": Marked(found.maps["abstained"], (1,)),
+            },
         ),
         Panel("teachers against label", disagreement),
     ]
@@ -100,7 +101,3 @@ def _legend(
     words["miss"] = f"label says organ, its teacher does not: {missed:.1f} ml"
     words["split experts"] = f"experts of one organ differ: {split:.1f} ml"
     return {n: words[n] for n in colours if n in words and (n != "split experts" or n in shown)}
-
-
-def _is(values: Array, *wanted: int) -> npt.NDArray[np.bool_]:
-    return np.isin(values, wanted)

@@ -13,7 +13,7 @@ from pipeline.inspection.cohort_table import CohortNumbers, measure_cohort, to_c
 from pipeline.inspection.improbable import flagged
 from pipeline.inspection.looks import View, look_at
 from pipeline.inspection.maps import compute_maps, write_maps
-from pipeline.inspection.measure import CaseNumbers, measure_case
+from pipeline.inspection.measure import CaseNumbers, lazy_numbers, numbers_of
 from pipeline.inspection.picture import draw_case
 from pipeline.log import Log
 
@@ -50,8 +50,9 @@ def inspect_case(
     teachers = list(registry.teachers)
     case = open_case(work, registry, name, teachers, allow_missing=allow_missing)
     look = look_at(case, registry.label_space, view)
-    found = compute_maps(case, look)
-    numbers = flagged(measure_case(case, registry.label_space, view), {})
+    lazy = lazy_numbers(case, look)
+    found, computed = compute_maps(case, look, lazy.arrays)
+    numbers = flagged(numbers_of(case, look, lazy, computed), {})
     folder = output / name
     written = write_maps(folder, case, look, found)
     draw_case(folder / "figure.png", case, look, found, numbers)
