@@ -12,6 +12,7 @@ import typer
 from pipeline.cli_cache import cache_app
 from pipeline.cli_check import check
 from pipeline.cli_compare import compare
+from pipeline.cli_inspect import inspect
 from pipeline.cli_options import (
     REGISTRY,
     WORK,
@@ -53,6 +54,7 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 app.command()(check)
+app.command()(inspect)
 app.command()(plan)
 app.command()(compare)
 cache_app.command()(tune)

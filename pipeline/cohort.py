@@ -13,6 +13,7 @@ import dask
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
+from dask.highlevelgraph import HighLevelGraph
 
 from pipeline.cache.index import (
     IndexedTeacher,
@@ -22,13 +23,20 @@ from pipeline.cache.index import (
     unit_digest,
     unit_path,
 )
+from pipeline.cache.lazy import as_stored, lazy_array
 from pipeline.cache.reader import CachedCase, Unit
-from pipeline.cache.schema import log_odds_name
-from pipeline.consensus import DEFAULT_CONFIDENCE, Consensus, average_experts, consensus
+from pipeline.cache.schema import LABEL, log_odds_name
+from pipeline.consensus import (
+    DEFAULT_CONFIDENCE,
+    Consensus,
+    average_experts,
+    consensus,
+    stack_organs,
+)
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, CacheMissing, RegistryError
 from pipeline.folder import Folder
-from pipeline.labels import LabelSpace
+from pipeline.labels import IGNORE, LabelSpace
 from pipeline.patches import Patch
 
 # (teacher, organ) -> T
@@ -97,6 +105,48 @@ def open_cohort(
     return Cohort(cases, indexed, problems)
 
 
+def open_case(
+    work: Folder,
+    registry: Registry,
+    name: str,
+    teachers: Sequence[str],
+    *,
+    allow_missing: bool = False,
+) -> CachedCase:
+    """One case with the units of these teachers.
+
+    Args:
+        work: the work folder.
+        registry: read without its files.
+        name: `dataset/case`.
+        teachers: those whose units are wanted.
+        allow_missing: leave out units that are missing or damaged.
+
+    Raises:
+        RegistryError: no such dataset.
+        CacheStale, CacheMissing: the registry, the case or a unit is not in the cache.
+        CacheError: a unit is damaged.
+    """
+    dataset, _, _ = name.partition("/")
+    if dataset not in registry.datasets:
+        known = ", ".join(registry.datasets)
+        fix = f"A case is named dataset/case; datasets: {known}."
+        raise RegistryError(f"there is no dataset {dataset!r}.", where=registry.path, fix=fix)
+    cohort = open_cohort(work, registry, teachers=teachers, datasets=[dataset])
+    for unit in (name, *(() if allow_missing else [f"{t} x {name}" for t in teachers])):
+        if unit in cohort.problems:
+            raise cohort.problems[unit]
+    cases = {found.name: found for found in cohort.cases}
+    if name not in cases:
+        raise CacheMissing(
+            f"there is no case {name!r} in the cache.",
+            where=work,
+            fix=f"Cases of {dataset}: {', '.join(list(cases)[:8])}. One that is new in the dataset "
+            "is cached by `pipeline cache-teachers`.",
+        )
+    return cases[name]
+
+
 def known_organs(case: CachedCase, space: LabelSpace, *, use_labels: bool = True) -> list[int]:
     """Numbers of the organs that a teacher, or the label, speaks of in this case."""
     return [
@@ -104,6 +154,66 @@ def known_organs(case: CachedCase, space: LabelSpace, *, use_labels: bool = True
         for k, organ in enumerate(space.organs)
         if case.experts.get(organ) or (use_labels and organ in case.annotated)
     ]
+
+
+@dataclass(frozen=True)
+class Votes:
+    """What teachers and label say of one case, or of one patch of it; nothing is read yet.
+
+    Attributes:
+        known: numbers of the organs that somebody speaks of; below, k counts these.
+        experts: per known organ, teacher -> its log-odds (D, H, W), divided by its T if it has one;
+            NaN where it did not see.
+        annotated: those k that the label speaks of.
+        classes: uint8 (D, H, W), 0 background, k + 1, 255 ignore.
+    """
+
+    known: Sequence[int]
+    experts: Sequence[Mapping[str, da.Array]]
+    annotated: Sequence[int]
+    classes: da.Array
+
+    @property
+    def log_odds(self) -> da.Array:
+        """float32 (K, D, H, W), experts averaged, before any label; NaN where nobody saw."""
+        shape = self.classes.shape
+        nobody = da.full(shape, np.nan, np.float32) if not all(self.experts) else None
+        return stack_organs(
+            [_average(list(who.values())) if who else nobody for who in self.experts]
+        )
+
+    def consensus(
+        self,
+        *,
+        margin: float = 0.0,
+        use_labels: bool = True,
+        confidence: float = DEFAULT_CONFIDENCE,
+    ) -> Consensus:
+        """Its regions; see `pipeline.consensus.consensus`."""
+        classes = self.classes if use_labels and self.annotated else None
+        return consensus(
+            self.log_odds, classes, self.annotated, margin=margin, confidence=confidence
+        )
+
+
+def lazy_votes(
+    case: CachedCase,
+    space: LabelSpace,
+    *,
+    patch: Patch | None = None,
+    use_labels: bool = True,
+    temperatures: Temperatures | None = None,
+) -> Votes:
+    """Every teacher's log-odds and the label, lazily; see `lazy_consensus` for the arguments."""
+    known = known_organs(case, space, use_labels=use_labels)
+    names = [space.organs[k] for k in known]
+    classes = LabelSpace({name: space.ids[name] for name in names}).to_classes
+    return Votes(
+        known=known,
+        experts=[_experts(case, name, patch, temperatures or {}) for name in names],
+        annotated=[k for k, name in enumerate(names) if name in case.annotated],
+        classes=lazy_array(case.case, LABEL, patch, IGNORE, classes),
+    )
 
 
 def lazy_consensus(
@@ -135,87 +245,39 @@ def lazy_consensus(
     Returns:
         Regions over the known organs, and those organs' numbers; axis K follows that order.
     """
-    known = known_organs(case, space, use_labels=use_labels)
-    stack = [_organ(case, space.organs[k], patch, temperatures) for k in known]
-    annotated = [n for n, k in enumerate(known) if space.organs[k] in case.annotated]
-    classes = None
-    if use_labels and annotated:
-        label = _lazy(case.case, "label", patch, 255)
-        classes = label.map_blocks(_known_classes, space, known, dtype=np.uint8)
-    regions = consensus(da.stack(stack), classes, annotated, margin=margin, confidence=confidence)
-    return regions, known
+    votes = lazy_votes(case, space, patch=patch, use_labels=use_labels, temperatures=temperatures)
+    found = votes.consensus(margin=margin, use_labels=use_labels, confidence=confidence)
+    return found, list(votes.known)
 
 
-def compute(*lazy: Any) -> tuple[Any, ...]:
-    """One compute call on the synchronous scheduler: safe in a worker, nothing is read twice."""
-    results: tuple[Any, ...] = dask.compute(*lazy, scheduler="synchronous")
-    return results
+def compute(*lazy: da.Array) -> tuple[npt.NDArray[Any], ...]:
+    """Arrays of one graph, together and in this thread: safe in a worker, nothing is read twice.
+
+    By Dask's synchronous scheduler itself. `dask.compute` would first make an expression of the
+    arrays, name it by a hash and look for what can be fused: of a patch's handful of tasks that
+    takes as long as running them.
+    """
+    graph = HighLevelGraph.merge(*(array.dask for array in lazy)).to_dict()
+    blocks = dask.get(graph, [array.__dask_keys__() for array in lazy])
+    results = []
+    for array, found in zip(lazy, blocks, strict=True):
+        finish, arguments = array.__dask_postcompute__()
+        results.append(finish(found, *arguments))
+    return tuple(results)
 
 
-def _known_classes(
-    label: npt.NDArray[np.uint8], space: LabelSpace, known: Sequence[int]
-) -> npt.NDArray[np.uint8]:
-    """Organ ids -> 1 + position among the known organs."""
-    organs = space.organs
-    return LabelSpace({organs[k]: space.ids[organs[k]] for k in known}).to_classes(label)
+def _experts(
+    case: CachedCase, organ: str, patch: Patch | None, temperatures: Temperatures
+) -> dict[str, da.Array]:
+    found = {}
+    for teacher in case.experts.get(organ, ()):
+        odds = lazy_array(case.teachers[teacher], log_odds_name(organ), patch, np.nan, as_stored)
+        if (teacher, organ) in temperatures:
+            odds = odds.astype("float32") / np.float32(temperatures[teacher, organ])
+        found[teacher] = odds
+    return found
 
 
-def _organ(
-    case: CachedCase, organ: str, patch: Patch | None, temperatures: Temperatures | None
-) -> da.Array:
-    experts = case.experts.get(organ, ())
-    if not experts:
-        shape = case.case.array("label").shape if patch is None else patch.shape
-        return da.full(shape, np.nan, dtype=np.float32)
-    name = log_odds_name(organ)
-    odds = [_lazy(case.teachers[t], name, patch, np.nan) for t in experts]
-    if not temperatures:
-        return average_experts(odds)
-    return average_experts(odds, [temperatures.get((t, organ), 1.0) for t in experts])
-
-
-class _View:
-    """A stored array that is read when Dask asks for a part of it, through the unit's checks."""
-
-    ndim = 3
-
-    def __init__(self, unit: Unit, name: str) -> None:
-        self._unit, self._name = unit, name
-        array = unit.array(name)
-        self.shape, self.chunks, self.dtype = array.shape, array.chunks, array.dtype
-
-    def __getitem__(self, index: tuple[slice, ...]) -> npt.NDArray[Any]:
-        spans = [s.indices(n) for s, n in zip(index, self.shape, strict=True)]
-        z, y, x = (start for start, _, _ in spans)
-        d, h, w = (stop - start for start, stop, _ in spans)
-        return self._unit.read(self._name, Patch((z, y, x), (d, h, w)))
-
-
-class _PatchView:
-    """A patch of a stored array that is read, with padding, when Dask asks for it."""
-
-    ndim = 3
-
-    def __init__(self, unit: Unit, name: str, patch: Patch, fill: float) -> None:
-        self._unit, self._name, self._patch, self._fill = unit, name, patch, fill
-        self.shape = patch.shape
-        self.dtype = unit.array(name).dtype
-
-    def __getitem__(self, index: Any) -> npt.NDArray[Any]:
-        values = self._unit.read_padded(self._name, self._patch, self._fill)
-        return np.asarray(values[index])
-
-
-def _lazy(unit: Unit, name: str, patch: Patch | None, fill: float) -> da.Array:
-    if patch is None:
-        whole = _View(unit, name)
-        meta = np.empty((0, 0, 0), dtype=whole.dtype)
-        return da.from_array(
-            whole, chunks=whole.chunks, name=False, meta=meta, inline_array=True, asarray=False
-        )
-    view = _PatchView(unit, name, patch, fill)
-    # A random name and a given meta: hashing and probing the view would cost more than reading it.
-    meta = np.empty((0, 0, 0), dtype=view.dtype)
-    return da.from_array(
-        view, chunks=patch.shape, name=False, meta=meta, inline_array=True, asarray=False
-    )
+def _average(experts: Sequence[da.Array]) -> da.Array:
+    """One expert needs no layer: what stacks organs makes float32 of them anyway."""
+    return average_experts(experts) if len(experts) > 1 else experts[0]

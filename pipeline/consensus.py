@@ -11,34 +11,63 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from typing import Any
 
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.blocks import count_blocks, in_blocks
 from pipeline.labels import IGNORE
 
 DEFAULT_CONFIDENCE = 6.0
 FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Consensus:
     """What teachers and labels say together.
 
+    A region becomes a layer of the graph when it is asked for: per patch of a training, building
+    layers that nobody computes would cost more than the arithmetic.
+
     Attributes:
         log_odds: float32 (K, D, H, W), after the labels have won; NaN where nobody saw.
-        organ: bool (K, D, H, W), the organ regions R_k.
-        background: bool (D, H, W), the agreed background B.
-        conflict: bool (D, H, W), voxels in two or more organ regions.
-        abstained: bool (D, H, W), voxels in no region at all.
+        margin: m of the regions, in log-odds.
     """
 
     log_odds: da.Array
-    organ: da.Array
-    background: da.Array
-    conflict: da.Array
-    abstained: da.Array
+    margin: float = 0.0
+
+    @cached_property
+    def organ(self) -> da.Array:
+        """bool (K, D, H, W), the organ regions R_k."""
+        return in_blocks(_above, "kzyx", np.bool_, (self.log_odds, "kzyx"), margin=self.margin)
+
+    @cached_property
+    def background(self) -> da.Array:
+        """bool (D, H, W), the agreed background B."""
+        return in_blocks(_all_below, "zyx", np.bool_, (self.log_odds, "kzyx"), margin=self.margin)
+
+    @cached_property
+    def conflict(self) -> da.Array:
+        """bool (D, H, W), voxels in two or more organ regions."""
+        return in_blocks(_in_several, "zyx", np.bool_, (self.organ, "kzyx"))
+
+    @cached_property
+    def abstained(self) -> da.Array:
+        """bool (D, H, W), voxels in no region at all."""
+        regions = (self.organ, "kzyx"), (self.background, "zyx")
+        return in_blocks(_in_none, "zyx", np.bool_, *regions)
+
+
+def stack_organs(log_odds: Sequence[da.Array]) -> da.Array:
+    """One (D, H, W) array per organ -> float32 (K, D, H, W), all organs of a voxel in one chunk."""
+    arrays = [(d, "zyx") for d in log_odds]
+    return in_blocks(_stack, "kzyx", np.float32, *arrays, new_axes={"k": len(log_odds)})
 
 
 def average_experts(
@@ -89,31 +118,17 @@ def labels_win(
     """
     if not annotated:
         return log_odds
+    # All organs of a voxel have to be in one block: where one is annotated, the others follow.
     whole = log_odds.rechunk({0: -1}) if len(log_odds.chunks[0]) > 1 else log_odds
-    # map_blocks pairs blocks by number: unlike chunks would be paired wrongly, without an error.
-    label = classes.rechunk(whole.chunks[1:])
-    corrected: da.Array = da.map_blocks(
-        _correct_block, whole, label[None], tuple(annotated), confidence, dtype="float32"
+    return in_blocks(
+        _correct,
+        "kzyx",
+        np.float32,
+        (whole, "kzyx"),
+        (classes, "zyx"),
+        annotated=tuple(annotated),
+        confidence=confidence,
     )
-    return corrected
-
-
-def _correct_block(
-    d: FloatArray, classes: npt.NDArray[np.uint8], annotated: tuple[int, ...], confidence: float
-) -> FloatArray:
-    """`labels_win` on one chunk that holds all K organs; classes (1, D, H, W)."""
-    label = classes[0]
-    known = label != IGNORE
-    any_organ = np.isin(label, [j + 1 for j in annotated])
-    strong = np.fmax(np.abs(d), np.float32(confidence))
-    out = np.array(d, dtype=np.float32)
-    for k in range(d.shape[0]):
-        if k in annotated:
-            np.copyto(out[k], -strong[k], where=known)
-            np.copyto(out[k], strong[k], where=label == k + 1)
-        else:
-            np.copyto(out[k], -strong[k], where=any_organ)
-    return out
 
 
 def consensus(
@@ -139,16 +154,7 @@ def consensus(
     d = log_odds.astype("float32")
     if classes is not None:
         d = labels_win(d, classes, annotated, confidence)
-    organ = d > margin
-    background = (d < -margin).all(axis=0)
-    count = organ.sum(axis=0)
-    return Consensus(
-        log_odds=d,
-        organ=organ,
-        background=background,
-        conflict=count >= 2,
-        abstained=(count == 0) & ~background,
-    )
+    return Consensus(d, margin)
 
 
 def region_voxels(regions: Consensus, organs: Sequence[str]) -> Mapping[str, da.Array]:
@@ -161,3 +167,120 @@ def region_voxels(regions: Consensus, organs: Sequence[str]) -> Mapping[str, da.
         "conflict": regions.conflict.sum(),
         "abstained": regions.abstained.sum(),
     }
+
+
+def excluded_by_label(classes: da.Array, annotated: Sequence[int], num_organs: int) -> da.Array:
+    """Where the label says that a voxel is not organ k: it is annotated and the label is another
+    value, or the label names another annotated organ. Ignored voxels exclude nothing.
+
+    Args:
+        classes: (D, H, W), 0 background, k + 1 for organ number k, 255 ignore.
+        annotated: numbers k of the organs that the label speaks of.
+        num_organs: K.
+
+    Returns:
+        bool (K, D, H, W).
+    """
+    return in_blocks(
+        _excluded,
+        "kzyx",
+        np.bool_,
+        (classes, "zyx"),
+        new_axes={"k": num_organs},
+        annotated=tuple(annotated),
+        num_organs=num_organs,
+    )
+
+
+def pair_conflicts(
+    claims: da.Array, teachers: Sequence[str], organs: Sequence[int]
+) -> tuple[list[tuple[str, str]], da.Array]:
+    """Voxels that two teachers claim for two different organs, for each pair of teachers.
+
+    Teachers a and b are in conflict at a voxel if a claims an organ i there, b claims an organ j,
+    and i is not j. Two experts of one organ agree where both claim it.
+
+    Args:
+        claims: bool (C, D, H, W): channel c is where `teachers[c]` claims organ `organs[c]`.
+        teachers: one name per channel; a teacher of several organs has several channels.
+        organs: one organ number per channel.
+
+    Returns:
+        The pairs, in the order in which the teachers appear, and int64 (P,), their voxels.
+    """
+    names = list(dict.fromkeys(teachers))
+    pairs = list(combinations(names, 2))
+    if not pairs:
+        return [], da.zeros(0, dtype=np.int64)
+    counts = count_blocks(
+        _pair_counts, len(pairs), (claims, "kzyx"), teachers=tuple(teachers), organs=tuple(organs)
+    )
+    return pairs, counts
+
+
+def _stack(*organs: npt.NDArray[Any]) -> FloatArray:
+    out = np.empty((len(organs), *organs[0].shape), dtype=np.float32)
+    for k, d in enumerate(organs):
+        out[k] = d
+    return out
+
+
+def _above(d: FloatArray, margin: float) -> BoolArray:
+    return np.asarray(d > margin)
+
+
+def _all_below(d: FloatArray, margin: float) -> BoolArray:
+    return np.asarray((d < -margin).all(axis=0))
+
+
+def _in_several(organ: BoolArray) -> BoolArray:
+    return np.asarray(np.count_nonzero(organ, axis=0) >= 2)
+
+
+def _in_none(organ: BoolArray, background: BoolArray) -> BoolArray:
+    return np.asarray(~(organ.any(axis=0) | background))
+
+
+def _correct(
+    d: FloatArray, label: npt.NDArray[np.uint8], annotated: tuple[int, ...], confidence: float
+) -> FloatArray:
+    """`labels_win` on one block that holds all K organs."""
+    known = label != IGNORE
+    any_organ = np.isin(label, [j + 1 for j in annotated])
+    strong = np.fmax(np.abs(d), np.float32(confidence))
+    out = np.array(d, dtype=np.float32)
+    for k in range(d.shape[0]):
+        if k in annotated:
+            np.negative(strong[k], out=out[k], where=known)
+            np.copyto(out[k], strong[k], where=label == k + 1)
+        else:
+            np.negative(strong[k], out=out[k], where=any_organ)
+    return out
+
+
+def _excluded(
+    label: npt.NDArray[np.uint8], annotated: tuple[int, ...], num_organs: int
+) -> BoolArray:
+    known = label != IGNORE
+    any_organ = np.isin(label, [j + 1 for j in annotated])
+    out = np.empty((num_organs, *label.shape), dtype=np.bool_)
+    for k in range(num_organs):
+        out[k] = known & (label != k + 1) if k in annotated else any_organ
+    return out
+
+
+def _pair_counts(
+    claims: BoolArray, teachers: tuple[str, ...], organs: tuple[int, ...]
+) -> npt.NDArray[np.int64]:
+    of_teacher: dict[str, dict[int, BoolArray]] = {}
+    for claim, teacher, organ in zip(claims, teachers, organs, strict=True):
+        of_teacher.setdefault(teacher, {})[organ] = claim
+    counts = []
+    for one, other in combinations(of_teacher.values(), 2):
+        apart = np.zeros(claims.shape[1:], dtype=np.bool_)
+        for organ, claim in one.items():
+            for another, counterclaim in other.items():
+                if organ != another:
+                    apart |= claim & counterclaim
+        counts.append(np.count_nonzero(apart))
+    return np.array(counts, dtype=np.int64)

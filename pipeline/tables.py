@@ -26,9 +26,10 @@ def region_rows(
     for case in cohort.cases:
         regions, known = lazy_consensus(case, space)
         names = [space.organs[k] for k in known]
-        (sizes,) = compute(dict(region_voxels(regions, names)))
+        sizes = region_voxels(regions, names)
         voxel_ml = case.grid.voxel_ml
-        ml = {name: round(float(count) * voxel_ml, 1) for name, count in sizes.items()}
+        counts = zip(sizes, compute(*sizes.values()), strict=True)
+        ml = {name: round(float(count) * voxel_ml, 1) for name, count in counts}
         rows.append({"case": case.name, "split": case.split, "ml": ml})
     return rows
 
@@ -40,9 +41,10 @@ def print_regions(regions: Sequence[Mapping[str, Any]]) -> None:
     names = list(dict.fromkeys(name for row in regions for name in row["ml"]))
     shown = regions[:_MOST_ROWS]
     more = f", first {_MOST_ROWS} of {len(regions)} cases" if len(regions) > _MOST_ROWS else ""
-    rows = [[r["case"], *(_ml(r["ml"].get(name)) for name in names)] for r in shown]
+    rows = [[r["case"], *(in_ml(r["ml"].get(name)) for name in names)] for r in shown]
     print_table(f"Regions in ml{more}", ["case", *names], rows)
 
 
-def _ml(value: float | None) -> str:
+def in_ml(value: float | None) -> str:
+    """A volume for people: whole ml from 10 on, a dash for none."""
     return "–" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"

@@ -77,7 +77,7 @@ def elsewhere_rows(evidence: Sequence[Evidence]) -> list[Row]:
                     "median_ml": round(float(np.median(sizes)), 1),
                     "label_ml": None if seen.label_ml is None else list(seen.label_ml),
                     "empty": sum(ml == 0 for ml in sizes),
-                    "odd_volume": sum(_is_odd_volume(ml, seen.label_ml) for ml in sizes),
+                    "odd_volume": sum(is_odd_volume(ml, seen.label_ml) for ml in sizes),
                     "odd_spacing": sum(_is_coarse(c, found, own) for c in cases),
                     "odd_hu": sum(_is_odd_hu(c, own) for c in cases),
                 }
@@ -164,7 +164,8 @@ def _in_words(row: Row) -> str:
     )
 
 
-def _is_odd_volume(ml: float, label_ml: tuple[float, float] | None) -> bool:
+def is_odd_volume(ml: float, label_ml: tuple[float, float] | None) -> bool:
+    """Whether a region lies beyond twice the largest, or below half the smallest labelled organ."""
     if label_ml is None or ml == 0:
         return False
     return not label_ml[0] / VOLUME_FACTOR <= ml <= label_ml[1] * VOLUME_FACTOR

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.cache.reader import CachedCase
-from pipeline.cohort import compute, lazy_consensus, open_cohort
+from pipeline.cohort import compute, lazy_consensus, open_case
 from pipeline.data.nifti import write_image
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheMissing, RegistryError
+from pipeline.errors import RegistryError
 from pipeline.folder import Folder
 from pipeline.labels import IGNORE, LabelSpace
 from pipeline.volume import Volume
@@ -56,7 +56,7 @@ def export_nifti(
             raise RegistryError(
                 f"there is no teacher {teacher!r}.", where=registry.path, fix=f"Known: {known}."
             )
-    found = _open(work, registry, case, list(registry.teachers) if regions else teachers)
+    found = open_case(work, registry, case, list(registry.teachers) if regions else teachers)
     folder = output / case
     written = []
     for teacher in teachers:
@@ -67,26 +67,6 @@ def export_nifti(
         for name, array in _regions(found, registry.label_space).items():
             written.append(_write(folder / f"{name}{_SUFFIX}", array, found))
     return written
-
-
-def _open(work: Folder, registry: Registry, case: str, teachers: Sequence[str]) -> CachedCase:
-    dataset, _, _ = case.partition("/")
-    if dataset not in registry.datasets:
-        known = ", ".join(registry.datasets)
-        fix = f"A case is named dataset/case; datasets: {known}."
-        raise RegistryError(f"there is no dataset {dataset!r}.", where=registry.path, fix=fix)
-    cohort = open_cohort(work, registry, teachers=teachers, datasets=[dataset])
-    for unit in (case, *(f"{teacher} x {case}" for teacher in teachers)):
-        if unit in cohort.problems:
-            raise cohort.problems[unit]
-    cases = {found.name: found for found in cohort.cases}
-    if case not in cases:
-        raise CacheMissing(
-            f"there is no case {case!r} in the cache.",
-            where=work,
-            fix=f"Cases of {dataset}: {', '.join(list(cases)[:8])}.",
-        )
-    return cases[case]
 
 
 def _regions(case: CachedCase, space: LabelSpace) -> dict[str, npt.NDArray[np.uint8]]:

@@ -10,8 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.consensus import Consensus, average_experts, consensus
-from tests.unit.slow_consensus import slow_average, slow_labels_win, slow_regions
+from pipeline.consensus import (
+    Consensus,
+    average_experts,
+    consensus,
+    excluded_by_label,
+    pair_conflicts,
+)
+from tests.unit.slow_consensus import (
+    slow_average,
+    slow_excluded,
+    slow_labels_win,
+    slow_pair_conflicts,
+    slow_regions,
+)
 
 NAMES = ("log_odds", "organ", "background", "conflict", "abstained")
 Array = npt.NDArray[Any]
@@ -125,3 +137,31 @@ def test_where_the_label_speaks_it_is_never_contradicted(scene: Any) -> None:
         assert np.array_equal(organ[k][classes != 255], (classes == k + 1)[classes != 255])
     inside = np.isin(classes, [k + 1 for k in annotated])
     assert np.all(organ[:, inside].sum(axis=0) == 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(scenes())
+def test_what_a_label_excludes(scene: Any) -> None:
+    odds, classes, annotated = scene
+    found = excluded_by_label(da.from_array(classes), annotated, len(odds))
+    wanted = slow_excluded(classes, annotated, len(odds))
+    np.testing.assert_array_equal(found.compute(scheduler="synchronous"), wanted)
+    corrected = regions(odds, classes, annotated)["organ"]
+    assert not np.any(corrected & wanted), "labels that win leave no region where they exclude it"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2)), max_size=6, unique=True),
+    st.integers(0, 99),
+    st.data(),
+)
+def test_conflicts_of_each_pair_of_teachers(
+    channels: list[tuple[str, int]], seed: int, data: st.DataObject
+) -> None:
+    claims = np.random.default_rng(seed).random((len(channels), 3, 2, 4)) < 0.5
+    teachers, organs = [t for t, _ in channels], [k for _, k in channels]
+    chunks = data.draw(chunkings(claims.shape)) if channels else claims.shape
+    pairs, counts = pair_conflicts(da.from_array(claims, chunks=chunks), teachers, organs)
+    found = dict(zip(map(frozenset, pairs), counts.compute(scheduler="synchronous"), strict=True))
+    assert found == slow_pair_conflicts(claims, teachers, organs)

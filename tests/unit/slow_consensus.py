@@ -58,3 +58,37 @@ def slow_average(experts: Sequence[Array]) -> Array:
         if seen:
             out[voxel] = sum(seen) / len(seen)
     return out
+
+
+def slow_excluded(classes: Array, annotated: Sequence[int], num_organs: int) -> Array:
+    """Where the label says that a voxel is not organ k."""
+    out = np.zeros((num_organs, *classes.shape), bool)
+    for voxel in np.ndindex(*classes.shape):
+        label = int(classes[voxel])
+        for k in range(num_organs):
+            named = label - 1 in annotated
+            says_not = (k in annotated or named) and label != k + 1
+            out[(k, *voxel)] = label != 255 and says_not
+    return out
+
+
+def slow_pair_conflicts(
+    claims: Array, teachers: Sequence[str], organs: Sequence[int]
+) -> dict[frozenset[str], int]:
+    """Voxels that both teachers of a pair claim, for two different organs."""
+    found = {frozenset((a, b)): 0 for a in teachers for b in teachers if a != b}
+    for voxel in np.ndindex(*claims.shape[1:]):
+        said = [
+            (teacher, organ)
+            for c, (teacher, organ) in enumerate(zip(teachers, organs, strict=True))
+            if claims[(c, *voxel)]
+        ]
+        clashing = {
+            frozenset((one, other))
+            for one, organ in said
+            for other, another in said
+            if one != other and organ != another
+        }
+        for pair in clashing:
+            found[pair] += 1
+    return found

@@ -11,7 +11,14 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from pipeline.figures import _line_style, save_curves, save_overlay
+from pipeline.figures import (
+    Marked,
+    Panel,
+    _line_style,
+    save_curves,
+    save_overlay,
+    save_planes,
+)
 
 SHAPE = (10, 12, 14)
 TERMS = {"cross_entropy": [(1, 2.0), (2, 1.5), (3, 1.0)], "dice": [(1, 0.9)]}
@@ -146,6 +153,32 @@ class TestOverlay:
         assert plain.std() > 0.1
         empty = overlay(tmp_path / "b.png", {"x": {"liver": np.zeros(SHAPE, dtype=np.bool_)}})
         assert empty.std() > 0.1
+
+
+class TestPlanes:
+    def drawn(self, path: Path, **where: slice) -> npt.NDArray[Any]:
+        values = np.zeros(SHAPE, dtype=np.uint8)
+        values[tuple(where.get(axis, slice(3, 7)) for axis in "zyx")] = 7
+        panel = Panel("x", {"r": Marked(values, (7, 8))})
+        save_planes(
+            path, image(), [panel], (3.0, 2.0, 2.0),
+            colours={"r": "#ff0000"}, legend={}, title="a case",
+        )  # fmt: skip
+        found = picture(path)
+        return np.asarray(found[..., 0] - found[..., 1] > 0.2)
+
+    def test_sides_are_where_radiologists_look_for_them(self, tmp_path: Path) -> None:
+        # In RAS+, indices grow towards superior, anterior and right.
+        red = self.drawn(tmp_path / "a.png", z=slice(6, 10), y=slice(8, 12), x=slice(10, 14))
+        rows, columns = np.nonzero(red)
+        assert columns.mean() < red.shape[1] / 2, "right and anterior lie on the left"
+        assert len(np.unique(np.diff(np.unique(rows)) > 1)) == 2, "more than one plane shows it"
+        other = self.drawn(tmp_path / "b.png", z=slice(0, 4), y=slice(0, 4), x=slice(0, 4))
+        assert np.nonzero(other)[1].mean() > other.shape[1] / 2
+        assert rows.mean() < np.nonzero(other)[0].mean(), "superior and anterior lie at the top"
+
+    def test_nothing_to_show_is_a_picture_too(self, tmp_path: Path) -> None:
+        assert not self.drawn(tmp_path / "a.png", z=slice(0, 0)).any()
 
 
 def full_disk(self: Figure, path: Path, **options: object) -> None:

@@ -1,0 +1,204 @@
+"""The numbers of one case: volumes, conflicts, what teachers miss. One pass, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+from scipy import ndimage
+
+from pipeline.cache.reader import CachedCase
+from pipeline.cohort import compute
+from pipeline.config import Config
+from pipeline.inspection.looks import CaseLook, View, look_at
+from pipeline.inspection.voxels import Count
+from pipeline.labels import LabelSpace
+
+# Components are counted on voxels so far apart: a whole mask at full size is not kept for it.
+COMPONENT_MM = 6.0
+# A component is large if it has this share of all of the region.
+LARGE_SHARE = 0.1
+_TOUCHING = np.ones((3, 3, 3), dtype=np.bool_)
+
+
+class TeacherNumbers(Config):
+    """One teacher in one organ of a case, before any label wins.
+
+    Attributes:
+        teacher: its name.
+        organ: that it claims.
+        claimed_ml: where its log-odds are above the margin.
+        unseen: share of voxels that it did not see (NaN).
+    """
+
+    teacher: str
+    organ: str
+    claimed_ml: float
+    unseen: float
+
+
+class PairNumbers(Config):
+    """Two teachers that claim the same voxels for different organs; after labels have won."""
+
+    teachers: tuple[str, str]
+    conflict_ml: float
+
+
+class OrganNumbers(Config):
+    """One organ of a case; what has no meaning for it is None.
+
+    Attributes:
+        region_ml: its organ region as a student is taught it.
+        components: large components of that region.
+        label_ml: by the case's own label; None if that does not speak of it.
+        label_components: large components of the label.
+        missed_ml: labelled, and not in the teachers' own region.
+        swallowed_ml: labelled, and in the agreed background of the teachers alone.
+        false_positive_ml: in the teachers' own region, and the label says that it is not the organ.
+        split_ml: where several experts of the organ decide differently.
+    """
+
+    region_ml: float
+    components: int
+    label_ml: float | None = None
+    label_components: int | None = None
+    missed_ml: float | None = None
+    swallowed_ml: float | None = None
+    false_positive_ml: float | None = None
+    split_ml: float | None = None
+
+
+class CaseNumbers(Config):
+    """One case. A teacher's reliability, once there is one, belongs into `TeacherNumbers`.
+
+    Attributes:
+        case: `dataset/case`.
+        split: train, validation or test.
+        volume_ml: of the whole case.
+        organs: organ -> its numbers, of organs that somebody speaks of.
+        agreed_background: share of the case.
+        conflict_ml: in two or more organ regions.
+        abstained_ml: in no region at all.
+        unseen: share of voxels that some organ's experts all did not see (NaN).
+        teachers: each teacher and organ.
+        pairs: each pair of teachers.
+        flags: why the case is improbable, in words.
+    """
+
+    case: str
+    split: str
+    volume_ml: float
+    organs: dict[str, OrganNumbers]
+    agreed_background: float
+    conflict_ml: float
+    abstained_ml: float
+    unseen: float
+    teachers: tuple[TeacherNumbers, ...]
+    pairs: tuple[PairNumbers, ...]
+    flags: tuple[str, ...] = Field(default=())
+
+
+def measure_case(case: CachedCase, space: LabelSpace, view: View) -> CaseNumbers:
+    """Reads a case once and counts; without flags, which need the other cases.
+
+    Raises:
+        CacheError: a unit is absent, or damaged in a way that only reading finds.
+    """
+    look = look_at(case, space, view)
+    lazy = lazy_numbers(case, look)
+    return numbers_of(case, look, lazy, compute(*lazy.arrays))
+
+
+@dataclass(frozen=True)
+class LazyNumbers:
+    """What the numbers of a case are made of.
+
+    Attributes:
+        names: of what is counted.
+        pairs: of teachers.
+        arrays: lazily, voxels of each name; voxels of each pair; organ regions (K, ..) and label,
+            both coarse.
+    """
+
+    names: Sequence[Count]
+    pairs: Sequence[tuple[str, str]]
+    arrays: tuple[da.Array, da.Array, da.Array, da.Array]
+
+
+def lazy_numbers(case: CachedCase, look: CaseLook) -> LazyNumbers:
+    """To be computed together, and with whatever else is made of the same look."""
+    names, counts = look.counts()
+    pairs, conflicts = look.pairs()
+    z, y, x = (max(1, round(COMPONENT_MM / mm)) for mm in case.grid.spacing_mm)
+    coarse = slice(None, None, z), slice(None, None, y), slice(None, None, x)
+    organ, classes = look.regions.organ[(slice(None), *coarse)], look.votes.classes[coarse]
+    return LazyNumbers(names, pairs, (counts, conflicts, organ, classes))
+
+
+def numbers_of(
+    case: CachedCase, look: CaseLook, lazy: LazyNumbers, computed: Sequence[npt.NDArray[Any]]
+) -> CaseNumbers:
+    """What was counted, in ml and shares; `computed` are the arrays of `lazy`."""
+    counts, conflicts, organ, classes = computed
+    voxels = dict(zip(lazy.names, counts, strict=True))
+    voxel_ml = case.grid.voxel_ml
+    total = int(np.prod(case.grid.shape))
+
+    def ml(what: str, organ_name: str = "") -> float | None:
+        count = voxels.get((what, organ_name))
+        return None if count is None else round(float(count) * voxel_ml, 3)
+
+    def share(what: str, of: str = "") -> float:
+        return round(float(voxels[what, of]) / total, 6)
+
+    organs = {}
+    for k, name in enumerate(look.organs):
+        labelled = k in look.votes.annotated
+        organs[name] = OrganNumbers(
+            region_ml=ml("region", name) or 0.0,
+            components=large_components(organ[k]),
+            label_ml=ml("label", name),
+            label_components=large_components(classes == k + 1) if labelled else None,
+            missed_ml=ml("miss", name),
+            swallowed_ml=ml("swallowed", name),
+            false_positive_ml=ml("false positive", name) if look.votes.annotated else None,
+            split_ml=ml("split", name),
+        )
+    teachers = []
+    for teacher, k in look.channels:
+        key = f"{teacher}: {look.organs[k]}"
+        teachers.append(
+            TeacherNumbers(
+                teacher=teacher,
+                organ=look.organs[k],
+                claimed_ml=ml("claimed", key) or 0.0,
+                unseen=share("unseen", key),
+            )
+        )
+    return CaseNumbers(
+        case=case.name,
+        split=case.split,
+        volume_ml=round(total * voxel_ml, 3),
+        organs=organs,
+        agreed_background=share("background"),
+        conflict_ml=ml("conflict") or 0.0,
+        abstained_ml=ml("abstained") or 0.0,
+        unseen=share("unseen"),
+        teachers=tuple(teachers),
+        pairs=tuple(
+            PairNumbers(teachers=pair, conflict_ml=round(float(count) * voxel_ml, 3))
+            for pair, count in zip(lazy.pairs, conflicts, strict=True)
+        ),
+    )
+
+
+def large_components(mask: npt.NDArray[np.bool_]) -> int:
+    """How many connected parts (26 neighbours) have a tenth of the mask or more."""
+    parts: Any = ndimage.label(mask, structure=_TOUCHING)[0]
+    sizes = np.bincount(parts.ravel())[1:]
+    return int(np.count_nonzero(sizes >= LARGE_SHARE * max(1, sizes.sum())))

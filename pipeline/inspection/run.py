@@ -1,0 +1,135 @@
+"""What `pipeline inspect` does, with a case and without."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pipeline.cohort import open_case, open_cohort
+from pipeline.data.registry import Registry
+from pipeline.errors import CacheError, CacheMissing, ConfigError, PipelineError, WorkFolderError
+from pipeline.folder import Folder, replace_file
+from pipeline.inspection.cohort_table import CohortNumbers, measure_cohort, to_csv
+from pipeline.inspection.improbable import flagged
+from pipeline.inspection.looks import View, look_at
+from pipeline.inspection.maps import compute_maps, write_maps
+from pipeline.inspection.measure import CaseNumbers, lazy_numbers, numbers_of
+from pipeline.inspection.picture import draw_case
+from pipeline.log import Log
+
+
+def inspect_case(
+    registry: Registry,
+    work: Folder,
+    name: str,
+    view: View,
+    output: Path,
+    *,
+    allow_missing: bool = False,
+) -> tuple[CaseNumbers, list[Path]]:
+    """Writes `<output>/<dataset>/<case>/`: maps as NIfTI, colours, `figure.png`, `numbers.json`.
+
+    Args:
+        registry: read without its files.
+        work: the work folder.
+        name: `dataset/case`.
+        view: how regions are formed.
+        output: where to write; files of an earlier call are replaced.
+        allow_missing: leave out teachers whose units are missing or damaged.
+
+    Returns:
+        The numbers, flagged by the case alone, and the files.
+
+    Raises:
+        ConfigError: the registry has no teacher.
+        RegistryError: no such dataset.
+        CacheError: the case or a unit is not in the cache, or is damaged.
+        WorkFolderError: the output cannot be written.
+    """
+    _check_teachers(registry)
+    teachers = list(registry.teachers)
+    case = open_case(work, registry, name, teachers, allow_missing=allow_missing)
+    look = look_at(case, registry.label_space, view)
+    lazy = lazy_numbers(case, look)
+    found, computed = compute_maps(case, look, lazy.arrays)
+    numbers = flagged(numbers_of(case, look, lazy, computed), {})
+    folder = output / name
+    written = write_maps(folder, case, look, found)
+    draw_case(folder / "figure.png", case, look, found, numbers)
+    text = json.dumps(numbers.model_dump(mode="json"), indent=1)
+    return numbers, [*written, folder / "figure.png", _write(folder / "numbers.json", text)]
+
+
+def inspect_cohort(
+    registry: Registry,
+    work: Folder,
+    view: View,
+    output: Path,
+    *,
+    allow_missing: bool = False,
+    workers: int = 0,
+    log: Log,
+) -> CohortNumbers:
+    """Measures every case of the registry; writes `<output>/cohort.csv` and `cohort.json`.
+
+    A case that lacks a teacher's unit, or cannot be read, is told of in `failed`; the others are
+    measured all the same.
+
+    Args:
+        registry: read without its files.
+        work: the work folder.
+        view: how regions are formed.
+        output: where to write.
+        allow_missing: measure a case by the teachers that it has.
+        workers: processes; 0 for this one. Changes speed only.
+        log: where progress goes.
+
+    Raises:
+        ConfigError: the registry has no teacher.
+        CacheStale: stage one has not seen the registry as it is now.
+        CacheMissing: there is no case at all.
+        WorkFolderError: the output cannot be written.
+    """
+    _check_teachers(registry)
+    cohort = open_cohort(work, registry, teachers=list(registry.teachers))
+    failed: dict[str, PipelineError] = {}
+    for unit, error in cohort.problems.items():
+        if not allow_missing or " x " not in unit:
+            failed[unit] = error
+    incomplete = {unit.rpartition(" x ")[2] for unit in failed}
+    cases = [case for case in cohort.cases if case.name not in incomplete]
+    if not cohort.cases:
+        raise next(iter(cohort.problems.values()), _no_case(work))
+    found = measure_cohort(cases, registry.label_space, view, workers=workers, log=log)
+    found = CohortNumbers(found.cases, found.usual, {**failed, **found.failed})
+    _write(output / "cohort.csv", to_csv(found))
+    _write(output / "cohort.json", json.dumps(found.to_json(), indent=1))
+    return found
+
+
+def _check_teachers(registry: Registry) -> None:
+    if not registry.teachers:
+        raise ConfigError(
+            "the registry has no teachers, so there are no regions to look at.",
+            where=registry.path,
+            fix="Add teachers and run `pipeline cache-teachers`.",
+        )
+
+
+def _no_case(work: Folder) -> CacheError:
+    return CacheMissing(
+        "there is no case in the cache.", where=work, fix="Run `pipeline cache-teachers`."
+    )
+
+
+def _write(path: Path, text: str) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text.encode())
+    except OSError as error:
+        raise WorkFolderError(
+            f"cannot be written ({error.strerror or error}).",
+            where=path,
+            fix="Name another folder with --output.",
+        ) from error
+    return path
