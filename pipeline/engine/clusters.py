@@ -187,7 +187,7 @@ def _slurm(workers: int, settings: SlurmSettings, logs: Path) -> Opened:
         interface=settings.interface,
         log_directory=str(logs),
         python=sys.executable,
-        scheduler_options={"dashboard": False},
+        scheduler_options={"dashboard": False, "dashboard_address": ":0"},
         silence_logs="error",
     )
     with cluster:
