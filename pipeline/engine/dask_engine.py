@@ -147,7 +147,8 @@ class _Window(Generic[Item, Token]):
                 self._engine._renew()
                 self._take_what_ended()
         finally:
-            self._client.cancel([f.future for f in self._flying.values()])
+            if self._flying:
+                self._client.cancel([flight.future for flight in self._flying.values()])
 
     def _draw(self) -> None:
         self._next = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,20 @@ class TellOfDeaths(NannyPlugin):  # type: ignore[misc]
             )
             told(exit_code)
 
-        nanny._on_worker_exit_sync = on_exit
-        if nanny.process is not None:
-            nanny.process.on_exit = on_exit
+        self._told = told
+        self._listen(nanny, on_exit)
         self._periodic = PeriodicCallback(peak.look, _LOOK_EVERY_MS)
         self._periodic.start()
 
     def teardown(self, nanny: Any) -> None:
-        """Stops looking."""
+        """Stops looking and listening: the next run brings a plugin of its own."""
         self._periodic.stop()
+        self._listen(nanny, self._told)
+
+    def _listen(self, nanny: Any, on_exit: Callable[[int], None]) -> None:
+        nanny._on_worker_exit_sync = on_exit
+        if nanny.process is not None:
+            nanny.process.on_exit = on_exit
 
 
 class _Peak:

@@ -23,7 +23,7 @@ from tests.faults.small import DATASET, run_stage, unit_names
 from tests.tiny import copy_cohort
 
 pytest.importorskip("distributed", reason="Dask's distributed is not installed")
-from pipeline.engine import clusters
+from pipeline.engine import clusters, dask_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKED = 3
@@ -55,14 +55,22 @@ def cohort(built: Path, tmp_path: Path) -> Path:
 
 
 def test_workers_make_what_this_process_makes(
-    two_workers: Engine, cohort: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+    two_workers: Engine,
+    cohort: Path,
+    undisturbed: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(dask_engine, "SECONDS_BETWEEN_LINES", 0.1)
+    arm(cohort, seconds=0.6)
     report = run_stage(cohort, engine=two_workers)
     assert (report.failed, sorted(report.done)) == ({}, sorted(unit_names(cohort)))
     assert_whole(cohort, undisturbed)
     again = run_stage(cohort, engine=two_workers)
     assert (again.failed, again.done) == ({}, [])
-    assert "warning" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"at work on 2 workers: {DATASET}/case_" in told
+    assert "warning" not in told
 
 
 def test_a_worker_that_is_killed_in_the_middle_of_a_case_costs_nothing_but_time(
