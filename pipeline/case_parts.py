@@ -1,5 +1,5 @@
-"""One part of stage one among others that nobody coordinates: which cases are its own, what it
-leaves for the others to read, and what they have left."""
+"""What a run of stage one leaves in the index; and one part of it among others that nobody
+coordinates: which cases are its own, and what the others have left."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pipeline.cache.index import (
     read_dataset_index,
     remove_case_record,
     write_case_record,
+    write_dataset_index,
 )
 from pipeline.case_sizes import case_sizes
 from pipeline.config import digest
@@ -38,6 +39,30 @@ def own_cases(
     costs = {case.name: known.get(case.name, 1.0) for case in files}
     own = set(share(costs, part.of)[part.number])
     return [case for case in files if case.name in own]
+
+
+def index_cases(
+    registry: Registry,
+    work: Folder,
+    indexed: Sequence[IndexedCase],
+    datasets: Iterable[str],
+    splits: Sequence[str],
+) -> None:
+    """The index of whole datasets, by a run over all their cases. Cases of splits that it leaves
+    out stay as an earlier run saw them.
+
+    Raises:
+        WorkFolderError: it cannot be written.
+    """
+    for dataset in datasets:
+        key = registry.dataset_key(dataset)
+        left_out = {c.case for c in registry.cases(dataset) if c.split not in splits}
+        try:
+            earlier = [c for c in read_dataset_index(work, dataset, key) if c.case in left_out]
+        except CacheStale:
+            earlier = []
+        cases = [case for case in indexed if case.dataset == dataset]
+        write_dataset_index(work, dataset, key, [*cases, *earlier])
 
 
 def record_cases(

@@ -18,13 +18,7 @@ from pydantic import Field
 
 from pipeline.admission.gate import NOT_JUDGED, Verdict, check_accepted, run_gate
 from pipeline.admission.looks import Look, plan_looks, units_of
-from pipeline.cache.index import (
-    IndexedCase,
-    IndexedTeacher,
-    read_dataset_index,
-    write_dataset_index,
-    write_teacher_index,
-)
+from pipeline.cache.index import IndexedCase, IndexedTeacher, write_teacher_index
 from pipeline.cache.leftovers import clean_temporaries
 from pipeline.cache.schema import StorageConfig
 from pipeline.cache.store import prepare_work_folder, write_json
@@ -33,6 +27,7 @@ from pipeline.case_parts import (
     Everyone,
     begin_part,
     forget_dataset,
+    index_cases,
     look_at_everyone,
     own_cases,
     record_cases,
@@ -44,7 +39,7 @@ from pipeline.data.files import CaseFiles
 from pipeline.data.registry import Registry
 from pipeline.engine.here import HERE, Engine, first_told
 from pipeline.engine.parts import Part
-from pipeline.errors import CacheError, CacheStale, PipelineError, WorkFolderError
+from pipeline.errors import CacheError, PipelineError, WorkFolderError
 from pipeline.folder import Folder
 from pipeline.log import Log
 from pipeline.planning.record import check_space
@@ -286,26 +281,18 @@ def _note(this: _Run, told: Told) -> None:
 
 def _check_and_index(this: _Run, own: Sequence[CaseFiles], prepared: Sequence[IndexedCase]) -> None:
     """What is wrong with a dataset as a whole only shows in all its cases: parts leave that to the
-    one that comes last. Cases of splits that a run leaves out stay as an earlier run saw them."""
+    one that comes last."""
     registry, work = this.registry, this.work
     for what, wrong in check_organs(registry, work, prepared).items():
         if this.part is None or not what.startswith("dataset "):
             this.fail(what, wrong)
     for name, teacher in this.known.items():
         write_teacher_index(work, registry.teacher_key(name), teacher)
+    failed = [source for source in own if source.name in this.report.failed]
     if this.part is not None:
-        failed = [source for source in own if source.name in this.report.failed]
         record_cases(registry, work, prepared, failed)
-        return
-    for dataset in this.usable():
-        key = registry.dataset_key(dataset)
-        left_out = {c.case for c in registry.cases(dataset) if c.split not in this.config.splits}
-        try:
-            earlier = [c for c in read_dataset_index(work, dataset, key) if c.case in left_out]
-        except CacheStale:
-            earlier = []
-        cases = [case for case in prepared if case.dataset == dataset]
-        write_dataset_index(work, dataset, key, [*cases, *earlier])
+    else:
+        index_cases(registry, work, prepared, this.usable(), this.config.splits)
 
 
 def _judge(this: _Run, looks: Sequence[Look]) -> Verdict:

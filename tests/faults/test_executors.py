@@ -62,7 +62,7 @@ def test_workers_make_what_this_process_makes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dask_engine, "SECONDS_BETWEEN_LINES", 0.1)
-    arm(cohort, seconds=0.6)
+    arm(cohort, seconds=0.3)
     report = run_stage(cohort, engine=two_workers)
     assert (report.failed, sorted(report.done)) == ({}, sorted(unit_names(cohort)))
     assert_whole(cohort, undisturbed)
@@ -144,6 +144,7 @@ def test_workers_join_and_leave_and_the_scheduler_is_lost_and_restarted(
         assert error.exit_code == 1
         with pytest.raises(EngineError, match="no Dask scheduler answers"), engine_on(address):
             pass
+        arm(cohort)
         scheduler = start_scheduler(port)
         others.append(start_worker(address))
         with engine_on(address) as engine:
@@ -155,7 +156,7 @@ def test_workers_join_and_leave_and_the_scheduler_is_lost_and_restarted(
         LEDGER.add("workers join and leave")
     finally:
         for process in (*others, first, scheduler):
-            process.terminate()
+            process.kill()  # a worker's own process ends with its nanny
         for process in (*others, first, scheduler):
             process.wait(PATIENCE_S)
         driver.join(PATIENCE_S)

@@ -13,6 +13,7 @@ from pipeline.cache.places import find_units
 from pipeline.data.nifti import read_image, write_image
 from pipeline.data.registry import load_registry
 from pipeline.engine.parts import Part
+from pipeline.inventory.reclaim import find_garbage
 from pipeline.inventory.verify import verify
 from pipeline.log import Log
 from pipeline.status import status
@@ -77,6 +78,8 @@ def test_together_they_make_what_one_run_makes(
     assert units_and_evidence(cohort) == units_and_evidence(whole)
     key = registry.dataset_key(DATASET)
     assert len(case_records(work_of(cohort), DATASET, key)) == NUM_CASES
+    # What nobody reaches may go; these records are the registry's.
+    assert find_garbage(work_of(cohort), [registry], grace_hours=0).index_files == ()
     expected = read_dataset_index(work_of(whole), DATASET, key)
     assert read_dataset_index(work_of(cohort), DATASET, key) == expected
     assert set(status(registry, work_of(cohort)).units.values()) == {"done"}
