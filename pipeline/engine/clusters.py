@@ -16,6 +16,7 @@ from typing import Any
 
 import dask
 from distributed import Client, Nanny, Scheduler, SpecCluster
+from distributed.core import Status
 
 from pipeline.engine.dask_engine import DaskEngine
 from pipeline.engine.slurm_settings import SlurmSettings
@@ -127,7 +128,22 @@ def _local(workers: int | None, device: str) -> Opened:
         silence_logs="error",
     )
     with cluster:
-        yield cluster, lambda: None
+        yield cluster, lambda: check_nannies(cluster)
+
+
+def check_nannies(cluster: Any) -> None:
+    """A nanny starts its worker again as long as it lives itself; without any, nothing ever comes.
+
+    Raises:
+        EngineError: none lives.
+    """
+    ended = (Status.closed, Status.failed)
+    if all(nanny.status in ended for nanny in cluster.workers.values()):
+        raise EngineError(
+            "no worker of this machine can be started any more.",
+            fix="The lines above may say why; without --executor there is one process only. Units "
+            "that are done stay done.",
+        )
 
 
 def local_workers(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +95,18 @@ class TestWorkersOfThisMachine:
         with pytest.raises(EngineError, match="ended again and again"):
             renew_for_ever()
         assert 2 < cluster.scaled < 100
+
+    def test_without_a_living_nanny_nobody_waits(self) -> None:
+        clusters = pytest.importorskip("pipeline.engine.clusters")
+
+        def nannies(*states: str) -> Any:
+            found = [SimpleNamespace(status=clusters.Status[state]) for state in states]
+            return SimpleNamespace(workers=dict(enumerate(found)))
+
+        clusters.check_nannies(nannies("closed", "running"))
+        clusters.check_nannies(nannies("starting"))
+        with pytest.raises(EngineError, match="no worker of this machine"):
+            clusters.check_nannies(nannies("closed", "failed"))
 
 
 class TestDeathsInWords:
