@@ -147,8 +147,11 @@ def lazy_consensus(
 
 
 def compute(*lazy: Any) -> tuple[Any, ...]:
-    """One compute call on the synchronous scheduler: safe in a worker, nothing is read twice."""
-    results: tuple[Any, ...] = dask.compute(*lazy, scheduler="synchronous")
+    """One compute call on the synchronous scheduler: safe in a worker, nothing is read twice.
+
+    Given by name, Dask would import `distributed`, where that is installed, to look for a client.
+    """
+    results: tuple[Any, ...] = dask.compute(*lazy, scheduler=dask.get)
     return results
 
 

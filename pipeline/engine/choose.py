@@ -1,4 +1,4 @@
-"""`--executor`: which engine a command line asks for. Nothing of Dask is imported without it."""
+"""`--executor`: which engine a command line asks for. `distributed` is not imported without it."""
 
 from __future__ import annotations
 
