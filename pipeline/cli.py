@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pipeline.cli_cache import cache_app
+from pipeline.cli_cache_teachers import cache_teachers
 from pipeline.cli_check import check
 from pipeline.cli_compare import compare
 from pipeline.cli_inspect import inspect
@@ -29,10 +30,10 @@ from pipeline.cli_options import (
     QuietOption,
     RegistryOption,
     SelfTestOption,
-    TrustOption,
     WindowBatchOption,
     WorkersOption,
     WorkOption,
+    end,
     open_log,
     open_registry,
 )
@@ -42,9 +43,6 @@ from pipeline.cli_tune import tune
 from pipeline.errors import PipelineError
 from pipeline.folder import Folder, parse_folder
 
-if TYPE_CHECKING:
-    from stages.report import StageReport
-
 app = typer.Typer(
     name="pipeline",
     help="Single-organ CT datasets and networks in, one multi-organ network out.",
@@ -53,6 +51,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cache_app, name="cache")
+app.command("cache-teachers")(cache_teachers)
 app.command()(check)
 app.command()(inspect)
 app.command()(plan)
@@ -103,45 +102,7 @@ def train_teachers(
         only=only,
         dry_run=dry_run,
     )
-    _end(report)
-
-
-@app.command("cache-teachers")
-def cache_teachers(
-    registry: RegistryOption = REGISTRY,
-    config: ConfigOption = None,
-    work: WorkOption = WORK,
-    device: DeviceOption = "auto",
-    window_batch: WindowBatchOption = 1,
-    force: Annotated[
-        bool, typer.Option("--force", help="Start even if it will not fit on the disk.")
-    ] = False,
-    accept: Annotated[
-        list[str] | None,
-        typer.Option("--accept", help="Go on with this teacher although its Dice is too low."),
-    ] = None,
-    trust: TrustOption = None,
-    dry_run: DryRunOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Stage one: run every teacher over every case once, and cache what they say."""
-    from pipeline.config import load_config
-    from stages import cache_teachers as stage
-
-    settings = load_config(config, stage.CacheTeachersConfig) if config else None
-    report = stage.run(
-        settings or stage.CacheTeachersConfig(),
-        open_registry(registry, trust=trust),
-        work,
-        log=open_log(quiet, work, dry_run),
-        device=device,
-        window_batch=window_batch,
-        force=force,
-        accept=accept or [],
-        dry_run=dry_run,
-        tables=not quiet,
-    )
-    _end(report)
+    end(report)
 
 
 @app.command("train-student")
@@ -193,7 +154,7 @@ def train_student(
     )
     if not launched().is_first:
         raise typer.Exit(report.exit_code)
-    _end(report)
+    end(report)
 
 
 @app.command()
@@ -227,7 +188,7 @@ def predict(
         window_batch=window_batch,
         dry_run=dry_run,
     )
-    _end(report)
+    end(report)
 
 
 @app.command()
@@ -251,7 +212,7 @@ def evaluate(
         table=not quiet,
         dry_run=dry_run,
     )
-    _end(report)
+    end(report)
 
 
 @app.command()
@@ -290,14 +251,6 @@ def main() -> None:
     except PipelineError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-
-
-def _end(report: StageReport) -> None:
-    typer.echo(report.summary(), err=True)
-    for unit, error in report.failed.items():
-        typer.echo(f"failed: {unit}: {error}", err=True)
-    if report.exit_code:
-        raise typer.Exit(report.exit_code)
 
 
 if __name__ == "__main__":

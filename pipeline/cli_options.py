@@ -13,6 +13,7 @@ from pipeline.folder import Folder, parse_folder
 if TYPE_CHECKING:
     from pipeline.data.registry import Registry
     from pipeline.log import Log
+    from stages.report import StageReport
 
 RegistryOption = Annotated[Path, typer.Option("--registry", "-r", help="What exists.")]
 ConfigOption = Annotated[
@@ -84,8 +85,24 @@ def open_registry(
     return load_registry(path, files=files).trusting(trust or ())
 
 
-def open_log(quiet: bool, work: Folder | None = None, dry_run: bool = False) -> Log:
-    """Lines for people, and events in the work folder unless nothing may be written."""
+def open_log(
+    quiet: bool, work: Folder | None = None, dry_run: bool = False, *, writer: str = ""
+) -> Log:
+    """Lines for people, and events in the work folder unless nothing may be written.
+
+    `writer`: names the file of events where several jobs write at once, which not every file
+    system lets them do in one file.
+    """
     from pipeline.log import Log
 
-    return Log(quiet=quiet, events=work / "events.jsonl" if work and not dry_run else None)
+    name = f"events.{writer}.jsonl" if writer else "events.jsonl"
+    return Log(quiet=quiet, events=work / name if work and not dry_run else None)
+
+
+def end(report: StageReport) -> None:
+    """Says in a line what a stage did, then what failed, and exits with its code."""
+    typer.echo(report.summary(), err=True)
+    for unit, error in report.failed.items():
+        typer.echo(f"failed: {unit}: {error}", err=True)
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)

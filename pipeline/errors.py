@@ -73,6 +73,14 @@ class SpaceError(WorkFolderError):
     """What is to be written would fill the disk, or pass the quota."""
 
 
+class EngineError(PipelineError):
+    """The workers, or what directs them, are gone or cannot be started; what is done stays done."""
+
+
+class WorkerDied(EngineError):
+    """The processes that worked on a case died, each time that it was tried."""
+
+
 class StoreUnreachable(PipelineError):
     """An object store does not answer. Nothing is known of the cache in it, so this is no
     `CacheError`: what is damaged may be made again or removed, what cannot be asked after may not.

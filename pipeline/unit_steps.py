@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, RegistryError
 from pipeline.folder import Folder
-from pipeline.log import Log
 from pipeline.prepare import FittedCase, FoundCase, find_case, fit_case, store_case
 from pipeline.units import LoadedTeacher, Outputs, Seen, compute_unit, see, store_unit
 from pipeline.volume import Volume
@@ -56,14 +55,22 @@ class Unit:
     path: Folder
 
 
+@dataclass(frozen=True)
+class CaseJob:
+    """A case and the teachers whose units of it are wanted."""
+
+    case: IndexedCase
+    source: CaseFiles
+    teachers: tuple[str, ...]
+
+
 def missing_units(
     work: Folder,
     teachers: Mapping[str, LoadedTeacher],
-    jobs: Sequence[tuple[IndexedCase, CaseFiles]],
-    wanted: Set[tuple[str, str]],
+    jobs: Iterable[CaseJob],
     *,
     there: Callable[[Unit], object],
-    log: Log,
+    damaged: Callable[[Unit, CacheError], object],
 ) -> Iterator[Unit]:
     """Case by case, so that a CT is read once. Whether a unit is there is looked at shortly before
     its turn, since another process may be making it.
@@ -71,22 +78,20 @@ def missing_units(
     Args:
         work: the work folder.
         teachers: by name.
-        jobs: cases and their files.
-        wanted: (teacher, `dataset/case`).
+        jobs: cases, their files and the teachers wanted.
         there: told of each unit that is there already.
-        log: hears of damaged ones, which are made again.
+        damaged: told of each that cannot stay and is made again.
     """
-    for case, source in jobs:
-        for name, loaded in teachers.items():
-            if (name, case.name) not in wanted:
-                continue
-            path = unit_path(work, loaded.indexed, case)
-            unit = Unit(f"{name} x {case.name}", loaded, case, source, path)
+    for job in jobs:
+        for name in job.teachers:
+            loaded = teachers[name]
+            path = unit_path(work, loaded.indexed, job.case)
+            unit = Unit(f"{name} x {job.case.name}", loaded, job.case, job.source, path)
             try:
-                read_receipt(path, expect=unit_digest(loaded.indexed, case))
+                read_receipt(path, expect=unit_digest(loaded.indexed, job.case))
             except CacheError as error:
                 if path.exists():
-                    log.warn(f"{error} It is made again.")
+                    damaged(unit, error)
                 yield unit
             else:
                 there(unit)
@@ -105,7 +110,7 @@ class UnitSteps:
         self,
         registry: Registry,
         storage: StorageConfig,
-        notes: Callable[[str], Mapping[str, Any]],
+        notes: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self._registry, self._storage, self._notes = registry, storage, notes
         self._case: IndexedCase | None = None
@@ -130,7 +135,7 @@ class UnitSteps:
 
     def store(self, unit: Unit, said: Outputs) -> int:
         """See `store_unit`."""
-        notes = self._notes(unit.loaded.indexed.teacher)
+        notes = self._notes.get(unit.loaded.indexed.teacher)
         return store_unit(
             unit.loaded, said, unit.case, unit.path, storage=self._storage, notes=notes
         )

@@ -3,12 +3,16 @@
 Stage two has neither weights nor raw CTs to digest, so stage one writes, per registry entry, one
 small JSON under a key that the registry alone determines. It says where to look, never what is
 done: that is for receipts to say.
+
+A run over all cases of a dataset writes one file for it. Runs that share the cases between them
+write a record per case in a folder beside it, so that none overwrites what another found, without
+locks; readers take both, a record before the file, and the next run over all cases folds them in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +20,7 @@ from pipeline.cache.provenance import Inputs, unit_inputs
 from pipeline.cache.sealed import read_sealed, write_sealed
 from pipeline.config import digest, short
 from pipeline.errors import CacheStale
-from pipeline.folder import Folder, matching
+from pipeline.folder import Folder, matching, remove
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
@@ -55,7 +59,7 @@ class IndexFile:
     Attributes:
         path: the file.
         key: the registry's key that it was written under.
-        cases: what it says of a dataset; None in a teacher's file.
+        cases: what it says of a dataset, or of one case in a case's record; None in a teacher's.
         teacher: what it says of a teacher; None in a dataset's file.
     """
 
@@ -95,13 +99,12 @@ def read_index(work: Folder) -> tuple[list[IndexFile], dict[Folder, str]]:
     """
     found: list[IndexFile] = []
     unreadable: dict[Folder, str] = {}
-    for kind in ("datasets", "teachers"):
-        for path in matching(work / "index" / kind, "[!.]*.json"):
+    for pattern in ("datasets/[!.]*.json", "datasets/*/[!.]*.json", "teachers/[!.]*.json"):
+        for path in matching(work / "index", pattern):
             try:
                 content = read_sealed(path)
-                if kind == "datasets":
-                    cases = tuple(IndexedCase(**case) for case in content["cases"])
-                    found.append(IndexFile(path, content["key"], cases, None))
+                if pattern.startswith("datasets"):
+                    found.append(IndexFile(path, content["key"], _cases(content), None))
                 else:
                     found.append(IndexFile(path, content["key"], None, _teacher(content)))
             except _UNREADABLE as error:
@@ -110,9 +113,23 @@ def read_index(work: Folder) -> tuple[list[IndexFile], dict[Folder, str]]:
 
 
 def write_dataset_index(work: Folder, dataset: str, key: str, cases: Sequence[IndexedCase]) -> None:
-    """Records the cases of a dataset under the registry's key for it."""
+    """Records the cases of a dataset under the registry's key for it: these and no others."""
+    records = case_records(work, dataset, key)
     content = {"dataset": dataset, "key": key, "cases": [asdict(case) for case in cases]}
     write_sealed(dataset_file(work, dataset, key), content)
+    for record in records:  # not those that another run has added meanwhile
+        remove(record)
+
+
+def write_case_record(work: Folder, key: str, case: IndexedCase) -> None:
+    """Records one case of a dataset, whatever other runs record of other cases meanwhile."""
+    content = {"dataset": case.dataset, "key": key, "cases": [asdict(case)]}
+    write_sealed(_record(work, case.dataset, key, case.case), content)
+
+
+def remove_case_record(work: Folder, dataset: str, key: str, case: str) -> None:
+    """What another run recorded of a case holds no longer; no error if none did."""
+    remove(_record(work, dataset, key, case))
 
 
 def read_dataset_index(work: Folder, dataset: str, key: str) -> list[IndexedCase]:
@@ -121,9 +138,25 @@ def read_dataset_index(work: Folder, dataset: str, key: str) -> list[IndexedCase
     Raises:
         CacheStale: stage one has not seen this registry entry.
     """
-    path = dataset_file(work, dataset, key)
     with _stale_if_unreadable(f"dataset {dataset}", work):
-        return [IndexedCase(**case) for case in read_sealed(path)["cases"]]
+        recorded: dict[str, IndexedCase] = {}
+        for path in case_records(work, dataset, key):
+            with suppress(FileNotFoundError):  # just folded into the file, which is read next
+                recorded |= _by_name(read_sealed(path))
+        try:
+            whole = _by_name(read_sealed(dataset_file(work, dataset, key)))
+        except FileNotFoundError:
+            if not recorded:
+                raise
+            whole = {}
+    if not recorded:
+        return list(whole.values())
+    return sorted((whole | recorded).values(), key=lambda case: case.case)
+
+
+def case_records(work: Folder, dataset: str, key: str) -> list[Folder]:
+    """The records of single cases under the registry's key for a dataset."""
+    return matching(dataset_file(work, dataset, key).with_suffix(""), "[!.]*.json")
 
 
 def write_teacher_index(work: Folder, key: str, teacher: IndexedTeacher) -> None:
@@ -150,6 +183,18 @@ def dataset_file(work: Folder, dataset: str, key: str) -> Folder:
 def teacher_file(work: Folder, teacher: str, key: str) -> Folder:
     """The index file of a teacher under a registry's key for it."""
     return work / "index" / "teachers" / f"{teacher}.{short(key)}.json"
+
+
+def _record(work: Folder, dataset: str, key: str, case: str) -> Folder:
+    return dataset_file(work, dataset, key).with_suffix("") / f"{case}.json"
+
+
+def _by_name(content: Mapping[str, Any]) -> dict[str, IndexedCase]:
+    return {case.case: case for case in _cases(content)}
+
+
+def _cases(content: Mapping[str, Any]) -> tuple[IndexedCase, ...]:
+    return tuple(IndexedCase(**case) for case in content["cases"])
 
 
 def _teacher(content: Mapping[str, Any]) -> IndexedTeacher:

@@ -11,6 +11,7 @@ from pipeline.cache.index import (
     IndexedTeacher,
     IndexFile,
     case_path,
+    case_records,
     dataset_file,
     read_dataset_index,
     read_index,
@@ -65,7 +66,7 @@ def registry_reach(work: Folder, registry: Registry) -> Reach:
         key = registry.dataset_key(dataset)
         try:
             cases += read_dataset_index(work, dataset, key)
-            files.add(dataset_file(work, dataset, key))
+            files |= {dataset_file(work, dataset, key), *case_records(work, dataset, key)}
         except CacheStale as error:
             absent[f"dataset {dataset}"] = error
     for teacher in registry.teachers:

@@ -100,7 +100,7 @@ def test_a_case_whose_files_change_meanwhile(
             repaint(image, 7)
         return real_label(path)
 
-    real_units = stages.cache_teachers._cache_units
+    real_units = stages.cache_teachers._make
 
     def cache_units(*args: Any, **options: Any) -> None:
         if moment == MOMENTS[3]:
@@ -109,7 +109,7 @@ def test_a_case_whose_files_change_meanwhile(
 
     monkeypatch.setattr(pipeline.prepare, "read_image", change_image)
     monkeypatch.setattr(pipeline.prepare, "read_label", change_label)
-    monkeypatch.setattr(stages.cache_teachers, "_cache_units", cache_units)
+    monkeypatch.setattr(stages.cache_teachers, "_make", cache_units)
     report = run_stage(small)
     monkeypatch.undo()
     # An image that changes after its case was read is met by the teachers, who read it again.

@@ -31,7 +31,7 @@ COMMANDS = (
     "status",
     "demo",
 )
-HEAVY = ("torch", "monai", "zarr", "dask", "numpy", "scipy", "nibabel", "matplotlib")
+HEAVY = ("torch", "monai", "zarr", "dask", "distributed", "numpy", "scipy", "nibabel", "matplotlib")
 _LIST_MODULES = """
 import sys
 sys.argv = ["pipeline", *sys.argv[1:]]

@@ -5,6 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import dask
+import dask.array as da
 import numpy as np
 import pytest
 
@@ -228,3 +230,9 @@ def test_what_is_lost_after_opening_is_in_no_region(tiny_cached: Path, patch: Pa
     shutil.rmtree(case.teachers["spleen"].path / "log_odds" / "spleen" / "c")
     with pytest.raises(CacheIncomplete, match="spleen x liver-ct/case_001: chunk"):
         regions(case, tiny_cached, patch)
+
+
+def test_computing_does_not_import_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each loader process would pay for it, and none uses it."""
+    monkeypatch.setattr(dask.base, "_distributed_available", lambda: pytest.fail("asked for it"))
+    assert compute(da.ones(3).sum()) == (3.0,)

@@ -10,14 +10,17 @@ from pipeline.cache.index import (
     IndexedCase,
     IndexedTeacher,
     case_path,
+    case_records,
     dataset_file,
     read_dataset_index,
     read_index,
     read_teacher_index,
+    remove_case_record,
     teacher_file,
     teacher_folder,
     unit_digest,
     unit_path,
+    write_case_record,
     write_dataset_index,
     write_teacher_index,
 )
@@ -118,3 +121,42 @@ def test_entries_that_cannot_be_read_are_told_from_the_others(tmp_path: Path) ->
     found, unreadable = read_index(tmp_path)
     assert [f.path for f in found] == [dataset_file(tmp_path, "ct", KEY)]
     assert list(unreadable) == [broken]
+
+
+def test_records_of_single_cases_are_read_with_the_file_and_before_it(tmp_path: Path) -> None:
+    other, third = replace(CASE, case="case_0"), replace(CASE, case="case_2")
+    write_dataset_index(tmp_path, "ct", KEY, [CASE, other])
+    seen_anew = replace(CASE, digest="f" * 64)
+    for case in (third, seen_anew):
+        write_case_record(tmp_path, KEY, case)
+    assert read_dataset_index(tmp_path, "ct", KEY) == [other, seen_anew, third]
+    found, unreadable = read_index(tmp_path)
+    assert {case for file in found for case in file.cases or ()} == {CASE, other, seen_anew, third}
+    assert unreadable == {}
+    remove_case_record(tmp_path, "ct", KEY, "case_2")
+    remove_case_record(tmp_path, "ct", KEY, "case_2")
+    assert read_dataset_index(tmp_path, "ct", KEY) == [other, seen_anew]
+
+
+def test_records_alone_are_an_index(tmp_path: Path) -> None:
+    write_case_record(tmp_path, KEY, CASE)
+    assert read_dataset_index(tmp_path, "ct", KEY) == [CASE]
+    with pytest.raises(CacheStale):
+        read_dataset_index(tmp_path, "ct", OTHER_KEY)
+
+
+def test_a_run_over_all_cases_folds_the_records_in(tmp_path: Path) -> None:
+    write_case_record(tmp_path, KEY, replace(CASE, digest="0" * 64))
+    write_case_record(tmp_path, KEY, replace(CASE, case="gone"))
+    write_dataset_index(tmp_path, "ct", KEY, [CASE])
+    assert read_dataset_index(tmp_path, "ct", KEY) == [CASE]
+    assert case_records(tmp_path, "ct", KEY) == []
+
+
+def test_a_damaged_record_is_not_passed_over(tmp_path: Path) -> None:
+    write_dataset_index(tmp_path, "ct", KEY, [CASE])
+    write_case_record(tmp_path, KEY, CASE)
+    (record,) = case_records(tmp_path, "ct", KEY)
+    record.write_text(record.read_text().replace("train", "test"))
+    with pytest.raises(CacheStale):
+        read_dataset_index(tmp_path, "ct", KEY)

@@ -1,0 +1,105 @@
+"""Parts of a whole for jobs that know nothing of each other: `sbatch --array` and the like."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.errors import ConfigError
+
+_HOW = 'Give both --num-parts N and --part-id I, for example --part-id "$SLURM_ARRAY_TASK_ID".'
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several parts of the same work.
+
+    Attributes:
+        number: which one, from 0.
+        of: how many there are.
+    """
+
+    number: int
+    of: int
+
+    @property
+    def tag(self) -> str:
+        """For file names."""
+        return f"part-{self.number:04d}-of-{self.of:04d}"
+
+    def others(self) -> list[Part]:
+        """All parts but this one."""
+        return [Part(number, self.of) for number in range(self.of) if number != self.number]
+
+    def __str__(self) -> str:
+        return f"part {self.number} of {self.of} (they count from 0)"
+
+
+def chosen_part(
+    num_parts: int | None, part_id: int | None, environment: Mapping[str, str]
+) -> Part | None:
+    """The part that the command line, or the job's place in its Slurm array, names.
+
+    Only an array that has as many elements as there are parts tells which part a job is: after
+    `--array=1-16`, resubmitting `--array=3,7` says 3 and 7, but no longer whether 0 or 1 was first.
+
+    Args:
+        num_parts: as given; None: everything is done by this job.
+        part_id: as given; None: from the array.
+        environment: where Slurm says it.
+
+    Raises:
+        ConfigError: half of it is missing, or it does not fit.
+    """
+    if num_parts is None:
+        if part_id is not None:
+            raise ConfigError("--part-id without --num-parts.", fix=_HOW)
+        return None
+    if part_id is None:
+        part_id = _place_in_array(num_parts, environment)
+    if not 0 <= part_id < num_parts:
+        raise ConfigError(
+            f"--part-id {part_id}: parts of {num_parts} are 0 to {num_parts - 1}.", fix=_HOW
+        )
+    return Part(part_id, num_parts)
+
+
+def share(costs: Mapping[str, float], num_parts: int) -> list[list[str]]:
+    """Deals things out so that parts cost about the same: the dearest first, each to the part that
+    has least so far. The same costs give the same parts everywhere.
+
+    No part costs more than 4/3 of what the best way of dealing could reach (Graham 1969).
+
+    Returns:
+        The names of each part, in the order they were given in.
+    """
+    place = {name: index for index, name in enumerate(costs)}
+    loads = [(0.0, number) for number in range(num_parts)]
+    parts: list[list[str]] = [[] for _ in range(num_parts)]
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        load, number = heapq.heappop(loads)
+        parts[number].append(name)
+        heapq.heappush(loads, (load + costs[name], number))
+    return [sorted(part, key=place.__getitem__) for part in parts]
+
+
+def _place_in_array(num_parts: int, environment: Mapping[str, str]) -> int:
+    task = environment.get("SLURM_ARRAY_TASK_ID", "")
+    count = environment.get("SLURM_ARRAY_TASK_COUNT", "")
+    if not task:
+        raise ConfigError("--num-parts without --part-id, and this is no Slurm array.", fix=_HOW)
+    if count != str(num_parts):
+        raise ConfigError(
+            f"--num-parts {num_parts}, but this Slurm array has {count or 'some'} elements, so "
+            "which part this one is cannot be told.",
+            fix=_HOW,
+        )
+    first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
+    step = int(environment.get("SLURM_ARRAY_TASK_STEP", "1")) or 1
+    place, rest = divmod(int(task) - first, step)
+    if rest or place >= num_parts:
+        raise ConfigError(
+            f"element {task} of this Slurm array is none of {num_parts} in a row.", fix=_HOW
+        )
+    return place
