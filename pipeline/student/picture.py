@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.figures import save_curves
 from pipeline.folder import Folder
 from pipeline.log import Log
+from pipeline.student.curves import save_curves
 from pipeline.student.history import History
 from pipeline.student.metrics_file import metric_lines
 from pipeline.student.progress import Metrics
