@@ -254,7 +254,9 @@ def measure_step(case: CachedCase, steps: int) -> dict[str, float]:
     from pipeline.student.loading import patches_of
     from pipeline.student.network import seeded_network
     from pipeline.student.optimiser import build_optimiser
+    from pipeline.student.processes import ALONE
     from pipeline.student.settings import TrainingConfig
+    from pipeline.student.speed import Speed
     from pipeline.student.step import make_step
 
     torch.set_num_threads(1)
@@ -268,7 +270,7 @@ def measure_step(case: CachedCase, steps: int) -> dict[str, float]:
     )
     network = seeded_network(config.network, len(ORGANS), seed=0, patch=config.patch)
     optimiser = build_optimiser(config.optimiser, network)
-    data = patches_of(config, SPACE, [case], network, None, POOL_BYTES // 1_000_000)
+    data = patches_of(config, SPACE, [case], network, None, POOL_BYTES // 1_000_000, ALONE)
     ways = {READING: reading(case), DIRECT: direct(case), OURS: ours(case)}
     rng, shape = np.random.default_rng(3), case.case.array("image").shape
     taken: dict[str, list[float]] = {name: [] for name in ("step", *ways)}
@@ -277,7 +279,7 @@ def measure_step(case: CachedCase, steps: int) -> dict[str, float]:
         def make(step: int = step) -> None:
             samples = [data[step * DEMO_BATCH + n] for n in range(DEMO_BATCH)]
             batch = to_batch(collate(samples), [], torch.device("cpu"))
-            make_step(config, network, optimiser, batch, step)
+            make_step(config, network, optimiser, batch, Speed(), ALONE, step)
 
         taken["step"].append(timed(make)[1])
         patches = [draw(rng, shape, DEMO_PATCH) for _ in range(DEMO_BATCH)]

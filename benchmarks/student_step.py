@@ -139,7 +139,7 @@ class Bench:
         config = self._config(kind, features)
         network = seeded_network(
             config.network, len(self.space.organs), seed=0, patch=config.patch,
-            tap=self.tap if features else "",
+            taps=(self.tap,) if features else (),
             cached=cached_taps(self.cases, self.space) if features else {},
             deep_supervision=config.deep_supervision,
         ).to(self.device).train()  # fmt: skip

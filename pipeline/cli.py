@@ -134,7 +134,7 @@ def train_student(
     if self_test:
         run_self_test(
             registry, config, work, device=device, workers=workers, flags=flags,
-            steps=steps, seed=seed, log=open_log(quiet),
+            allow_missing=allow_missing, steps=steps, seed=seed, log=open_log(quiet),
         )  # fmt: skip
         return
     refuse_without_self_test(steps, seed)

@@ -59,7 +59,9 @@ def compare(
     from pipeline.comparison.configurations import load_configurations
     from pipeline.comparison.plan import Settings, plan_comparison
     from pipeline.comparison.tables import print_results, write_results
+    from pipeline.student.launch import refuse_several
 
+    refuse_several("compare")
     log = open_log(quiet, work, dry_run)
     opened = open_registry(registry, files=False)
     settings = Settings(

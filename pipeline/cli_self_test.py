@@ -28,6 +28,7 @@ def run_self_test(
     device: str,
     workers: int,
     flags: SpeedFlags,
+    allow_missing: bool,
     steps: int | None,
     seed: int | None,
     log: Log,
@@ -40,11 +41,14 @@ def run_self_test(
         PipelineError: the resumed training is not the undisturbed one; it names the first tensor.
     """
     from pipeline.config import load_config
+    from pipeline.network import pick_device
     from pipeline.self_test import Setup
     from pipeline.student.launch import refuse_several
+    from pipeline.student.speed import check_device
     from stages.train_student import TrainStudentConfig
 
     refuse_several("train-student --self-test")
+    check_device(flags, pick_device(device))
     seed = secrets.randbelow(10**6) if seed is None else seed
     with tempfile.TemporaryDirectory(prefix="organ-distill-made-up-") as scratch:
         if (work / "cases").exists():
@@ -59,6 +63,8 @@ def run_self_test(
                 fix="Run `pipeline cache-teachers` first, or leave out --config to try the "
                 "program on made-up data.",
             )
+        if allow_missing:
+            settings = settings.model_copy(update={"allow_missing": True})
         setup = Setup(settings, registry, str(work), device, workers, flags)
         _try(setup, steps or STEPS, seed, log)
 

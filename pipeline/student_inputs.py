@@ -17,7 +17,7 @@ from pipeline.cache.reader import CachedCase
 from pipeline.cohort import Cohort, open_cohort
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheMissing, CheckpointError, ConfigError
-from pipeline.folder import Folder, read_text
+from pipeline.folder import Folder, matching, read_text
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
 from pipeline.student.network import CachedTap, TapKey
@@ -115,6 +115,8 @@ def check_same_units(folder: Folder, identity: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: units are there that were missing then, or the other way round.
     """
+    if not matching(folder / "checkpoints", "step_*.pt"):
+        return  # no step was made: it begins anew
     try:
         before = json.loads(read_text(folder / "config.json"))["inputs"]
         gone = before.get("missing_units", {})
@@ -170,7 +172,8 @@ def cached_taps(cases: Sequence[CachedCase], space: LabelSpace) -> Mapping[TapKe
             where="supervision.features",
             fix="Name `taps` in the registry and run cache-teachers, or set features.weight to 0.",
         )
-    return found
+    # The order of the adapters' weights; that of teachers in the registry is in no digest.
+    return dict(sorted(found.items()))
 
 
 def _identity(

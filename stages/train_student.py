@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from pipeline.student.loggers.run_logger import RunLogger
 from pipeline.student.picture import tell_validations
 from pipeline.student.processes import Processes
 from pipeline.student.settings import TrainingConfig, run_digest
-from pipeline.student.speed import SpeedFlags
+from pipeline.student.speed import SpeedFlags, check_device
 from pipeline.student.training import train
 from pipeline.student_inputs import check_same_units, open_inputs
 from stages.report import StageReport
@@ -84,6 +85,7 @@ def run(
     began = time.monotonic()
     others = open_loggers(loggers)
     check_sides(config.training.augment, registry.label_space)
+    check_device(flags, pick_device(device))
     with joined() as processes:
         report = _run(
             config, registry, work,
@@ -118,6 +120,7 @@ def _run(
         lambda: open_inputs(supervision, registry, work, allow_missing=allow_missing, log=log)
     )
     inputs = processes.same(found.identity, "the cache")
+    processes.same([config.model_dump(mode="json"), asdict(flags or SpeedFlags())], "the settings")
     folder = work / "students" / config.run
     digest = run_digest(config.training, inputs)
     if processes.from_first(lambda: is_finished(folder, digest)):

@@ -32,7 +32,7 @@ from pipeline.student.loggers.by_name import open_loggers
 from pipeline.student.loggers.run_logger import RunLogger
 from pipeline.student.picture import tell_validations
 from pipeline.student.settings import TrainingConfig, run_digest
-from pipeline.student.speed import SpeedFlags
+from pipeline.student.speed import SpeedFlags, check_device
 from pipeline.student.supervision import SupervisionConfig
 from pipeline.student.training import Trained, train
 from pipeline.teacher_entry import TeacherEntry
@@ -108,6 +108,7 @@ def run(
             where=registry.path,
             fix="A teacher to train has kind `checkpoint` and names a dataset in `trained_on`.",
         )
+    check_device(flags, pick_device(device))
     open_loggers(loggers)  # what is missing is said before hours of training
     if not dry_run:
         prepare_work_folder(work)

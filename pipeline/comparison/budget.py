@@ -135,6 +135,19 @@ def steps_for_seconds(
     return {run: max(1, round(seconds / known[key])) for run, key in keys.items()}
 
 
+def recorded_steps(
+    configs: Sequence[TrainStudentConfig], seconds: float, record: Folder
+) -> dict[str, int]:
+    """`steps_for_seconds` of what was measured before; their own of those that were not."""
+    known: dict[str, Any] = _read(record).get("seconds_per_step", {})
+    keys = {c.run: digest(without_seed_and_steps(c.training)) for c in configs}
+    return {
+        c.run: max(1, round(seconds / known[key])) if (key := keys[c.run]) in known
+        else c.training.steps
+        for c in configs
+    }  # fmt: skip
+
+
 def _probe(
     config: TrainStudentConfig,
     inputs: StudentInputs,

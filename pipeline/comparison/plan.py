@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.cache.reader import CachedCase
 from pipeline.cache.store import prepare_work_folder
 from pipeline.cohort import open_cohort
-from pipeline.comparison.budget import equal_steps, steps_for_seconds
+from pipeline.comparison.budget import equal_steps, recorded_steps, steps_for_seconds
 from pipeline.comparison.configurations import (
     check_configurations,
     differing_fields,
@@ -25,7 +25,8 @@ from pipeline.data.registry import Registry
 from pipeline.errors import CacheMissing, CheckpointError, ConfigError
 from pipeline.folder import Folder, matching, read_text
 from pipeline.log import Log
-from pipeline.network import build_network, pick_device
+from pipeline.network import pick_device
+from pipeline.student.network import build_student
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student_inputs import StudentInputs, check_same_units, open_inputs
 from stages.train_student import RUN_NAME, TrainStudentConfig, is_finished
@@ -124,7 +125,8 @@ def plan_comparison(
         log: where progress goes.
         device: auto, cpu, cuda, cuda:1.
         workers: loader processes.
-        measure: False takes the configurations' own steps instead of measuring; for a look.
+        measure: False takes what was measured before; a configuration that was not is as if its
+            runs were new. For a look.
 
     Raises:
         ConfigError: configurations that cannot stand in one table, or nothing to score them on.
@@ -144,15 +146,13 @@ def plan_comparison(
         inputs[config.run] = open_inputs(
             supervision, registry, work, allow_missing=allowed, log=log
         )
-        network = build_network(
-            config.training.network, in_channels=1, out_channels=len(space.organs) + 1
-        )
+        network = build_student(config.training.network, len(space.organs), supervision.head)
         parameters[config.run] = sum(weights.numel() for weights in network.parameters())
     group = work / "students" / settings.name
     if settings.seconds is None:
         steps = equal_steps(configs, settings.steps)
     elif not measure:
-        steps = {config.run: config.training.steps for config in configs}
+        steps = recorded_steps(configs, settings.seconds, group / "budget.json")
     else:
         prepare_work_folder(work)
         steps = steps_for_seconds(
@@ -278,6 +278,13 @@ def _notices(
         found.append(
             f"not an equal budget in compute: {', '.join(unequal)} differ. {budget} are equal; "
             "parameters and seconds per step are in the table of configurations."
+        )
+    kinds = {config.training.supervision.uses_teachers for config in configs}
+    where = {config.training.sampling.organs_from for config in configs}
+    if len(kinds) > 1 and "labels_and_teachers" in where:
+        found.append(
+            "configurations that read teachers also draw patches where these see organs; "
+            "sampling.organs_from: labels would draw the same patches for all."
         )
     if settings.seconds is not None:
         found.append(

@@ -93,7 +93,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         if batch_size % world_size:
             raise ConfigError(
                 f"a batch of {batch_size} cannot be shared evenly by {world_size} processes.",
-                where="batch_size",
+                where="training.batch_size",
                 fix=f"Choose a multiple of {world_size}, or another number of processes.",
             )
         if taps and augment.moves_voxels:
@@ -132,7 +132,8 @@ class PatchDataset(Dataset[dict[str, Any]]):
         movement = draw_movement(self.augment, self.patch, rng)
         arrays = self._read(case, patch, movement.warp(patch, grid.spacing_mm))
         moved = {name: movement.apply(array) for name, array in arrays.items()}
-        moved["image"] = change_intensity(moved["image"], self.augment, rng, grid.spacing_mm)
+        spacing_mm = movement.spacing_after(grid.spacing_mm)
+        moved["image"] = change_intensity(moved["image"], self.augment, rng, spacing_mm)
         sample: dict[str, Any] = {n: torch.from_numpy(a) for n, a in moved.items()}
         sample["classes"] = sample["classes"].long()
         organs = self.space.organs

@@ -120,6 +120,15 @@ class Movement:
             moved = np.rot90(moved, turns, axes=(a - 3, b - 3))
         return np.ascontiguousarray(moved)
 
+    def spacing_after(self, spacing_mm: Sequence[float]) -> tuple[float, ...]:
+        """mm per voxel along z, y, x of what `apply` returns."""
+        moved = list(spacing_mm)
+        for axis, turns in enumerate(self.turns):
+            if turns % 2:
+                a, b = PLANES[axis]
+                moved[a], moved[b] = moved[b], moved[a]
+        return tuple(moved)
+
     def warp(self, patch: Patch, spacing_mm: Sequence[float]) -> Warp | None:
         """The resampling that comes before `apply`; None if there is no affine."""
         return None if self.affine is None else Warp(self.affine, patch, spacing_mm)

@@ -121,8 +121,7 @@ def restore_state(
         return 0
     step = int(state["step"])
     for name, part in parts.items():
-        if name in state:
-            part.load_state_dict(state[name])
+        part.load_state_dict(state[name])
     torch.manual_seed(_stream(seed, step, processes.rank))
     if len(state["rng"]) == processes.size:
         _set_random_state(state["rng"][processes.rank], device)

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -39,6 +39,22 @@ class SpeedFlags:
     compile: bool = False
 
 
+def check_device(flags: SpeedFlags | None, device: torch.device) -> None:
+    """Half precision is for GPUs.
+
+    Raises:
+        ConfigError: it was asked for on a CPU.
+    """
+    if flags is not None and flags.precision != "fp32" and device.type == "cpu":
+        raise ConfigError(
+            f"{flags.precision} on a CPU is slower than fp32 and not to be trusted: there, torch's "
+            "gradients of 3 x 3 x 3 convolutions on small maps can be garbage "
+            "(benchmarks/half_precision.py).",
+            where="--precision",
+            fix="Leave --precision out, or train on a GPU.",
+        )
+
+
 class Speed:
     """These flags at work on one network.
 
@@ -54,6 +70,7 @@ class Speed:
         self.flags = flags or SpeedFlags()
         self.device = device or torch.device("cpu")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.flags.precision == "fp16")
+        self.resumed_flags = self.flags
 
     def prepare(self, network: nn.Module, inner: nn.Module, log: Log) -> None:
         """Sets the memory format of a network and compiles the MONAI network inside of it.
@@ -66,11 +83,6 @@ class Speed:
             ConfigError: nothing here to compile with.
         """
         flags = self.flags
-        if flags.precision != "fp32" and self.device.type == "cpu":
-            log.warn(
-                f"--precision {flags.precision} on a CPU is correct and, on most, several times "
-                "slower than fp32."
-            )
         if flags.channels_last:
             network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         if flags.compile:
@@ -102,13 +114,14 @@ class Speed:
         return finite
 
     def state_dict(self) -> dict[str, Any]:
-        """What the steps to come depend on; empty without fp16."""
-        return self.scaler.state_dict()
+        """What the steps to come depend on: the scaler's state, empty without fp16; and flags."""
+        return {"scaler": self.scaler.state_dict(), "flags": asdict(self.flags)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes it back; that of a run without fp16 is empty and changes nothing."""
-        if state and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state)
+        """Takes it back; the scaler's of a run without fp16 is empty and changes nothing."""
+        self.resumed_flags = SpeedFlags(**state["flags"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
 
     def _scale(self) -> float:
         """1 without fp16."""

@@ -1,6 +1,6 @@
 """What a student is taught by: configuration, and the loss of one batch.
 
-Every kind sees the same cache, sampler, network and budget; only the loss differs.
+Every kind sees the same cache, network and budget; what is read and the loss differ.
 """
 
 from __future__ import annotations
@@ -97,6 +97,15 @@ class SupervisionConfig(Config):
     exclusion: WeightConfig = Field(
         default_factory=WeightConfig, description="both exclusion terms of marginal_exclusion"
     )
+
+    @model_validator(mode="after")
+    def _labels_in_regions(self) -> SupervisionConfig:
+        if self.labels_win and self.margin >= self.confidence:
+            raise ValueError(
+                f"margin {self.margin:g} must be below confidence {self.confidence:g}: what a "
+                "label says would be in no region"
+            )
+        return self
 
     @model_validator(mode="after")
     def _weights(self) -> SupervisionConfig:

@@ -18,7 +18,7 @@ from pipeline.cohort import Temperatures
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
-from pipeline.student.dataset import to_batch
+from pipeline.student.dataset import PatchDataset, to_batch
 from pipeline.student.loading import loaded_batches, patches_of
 from pipeline.student.loggers.run_logger import RunLogger
 from pipeline.student.network import CachedTap, StudentNetwork, TapKey, seeded_network
@@ -125,33 +125,32 @@ def train(
         )
     began = last_save = time.monotonic()
     log = processes.log(log)
-    uses = config.supervision.uses_features
-    network = seeded_network(
-        config.network,
-        len(space.organs),
-        seed=config.seed,
-        patch=config.patch,
-        head=config.supervision.head,
-        taps=config.supervision.features.student_taps if uses else (),
-        cached=taps if uses else {},
-        deep_supervision=config.deep_supervision,
-    ).to(device)
-    processes.check_network(network)
     speed = Speed(flags, device)
-    speed.prepare(network, network.network, log)
+
+    def built() -> tuple[StudentNetwork, PatchDataset]:
+        network = _network(config, space, taps).to(device)
+        processes.check_network(network)
+        speed.prepare(network, network.network, log)
+        return network, patches_of(config, space, cases, network, temperatures, pool_mb, processes)
+
+    network, data = processes.together(built)
+    for remark in data.remarks():
+        log.warn(remark)
     optimiser = build_optimiser(config.optimiser, network)
     best = BestSoFar()
     parts: dict[str, Stateful] = {
-        "network": network, "optimiser": optimiser, "scaler": speed, "best": best,
+        "network": network, "optimiser": optimiser, "speed": speed, "best": best,
     }  # fmt: skip
-    data = patches_of(config, space, cases, network, temperatures, pool_mb, processes)
-    for remark in data.remarks():
-        log.warn(remark)
     identity = {"config": config.model_dump(mode="json"), "inputs": dict(inputs)}
     step = start = restore_state(
         folder, identity, parts,
         seed=config.seed, log=log, resume=resume, device=device, processes=processes,
     )  # fmt: skip
+    if speed.resumed_flags != speed.flags:
+        log.warn(
+            f"the run was at {speed.resumed_flags} and goes on at {speed.flags}: not bit for bit "
+            "what it would have been."
+        )
 
     def validated() -> None:
         if best.beaten_by(mean_dice(scores)) and keep_best is not None:
@@ -211,6 +210,22 @@ def train(
                 break
     seconds = time.monotonic() - began
     return Trained(network.cpu().eval(), scores, step, step == config.steps, seconds)
+
+
+def _network(
+    config: TrainingConfig, space: LabelSpace, taps: Mapping[TapKey, CachedTap]
+) -> StudentNetwork:
+    uses = config.supervision.uses_features
+    return seeded_network(
+        config.network,
+        len(space.organs),
+        seed=config.seed,
+        patch=config.patch,
+        head=config.supervision.head,
+        taps=config.supervision.features.student_taps if uses else (),
+        cached=taps if uses else {},
+        deep_supervision=config.deep_supervision,
+    )
 
 
 def _not_finite(

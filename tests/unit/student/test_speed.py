@@ -17,7 +17,7 @@ from pipeline.student.network import CachedTap, StudentNetwork, seeded_network
 from pipeline.student.optimiser import build_optimiser
 from pipeline.student.processes import ALONE
 from pipeline.student.settings import TrainingConfig
-from pipeline.student.speed import Speed, SpeedFlags
+from pipeline.student.speed import Speed, SpeedFlags, check_device
 from pipeline.student.step import make_step
 from tests.tiny import NETWORK
 from tests.unit.student.test_deep_supervision import batch
@@ -198,14 +198,13 @@ class TestCompile:
             torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
 
 
-def test_half_precision_on_a_cpu_is_warned_of_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    network = nn.Conv3d(1, 1, 1)
-    Speed(SpeedFlags(precision="bf16"), CPU).prepare(network, network, Log())
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert "--precision bf16 on a CPU" in lines[0]
-    Speed(SpeedFlags(), CPU).prepare(network, network, Log())
-    assert capsys.readouterr().err == ""
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_on_a_cpu_is_refused(precision: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{precision} on a CPU .*Leave --precision out"):
+        check_device(SpeedFlags(precision=precision), CPU)
+    check_device(SpeedFlags(precision=precision), torch.device("cuda"))
+    check_device(SpeedFlags(channels_last=True), CPU)
+    check_device(None, CPU)
 
 
 def _times(found: tuple[torch.Tensor, dict[str, float]], factor: float) -> Any:
