@@ -88,7 +88,7 @@ def test_a_chain_whose_student_on_two_nodes_is_signalled(
     assert "going on after step" in log
     assert "Restarts=1" in slurm.call("scontrol", "show", "job", student)
     assert len(list((work_of(tiny_cached) / "predictions/student/multi-ct").glob("*.nii.gz"))) == 2
-    assert {job["state"] for job in with_states(work_of(tiny_cached))} == {"COMPLETED"}
+    assert all(job["state"].endswith("COMPLETED") for job in with_states(work_of(tiny_cached)))
 
     assert slurm.wait(quiet, until=ends) == {quiet: "COMPLETED"}
     undisturbed = work_of(other) / "students" / "student"

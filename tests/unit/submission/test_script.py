@@ -138,8 +138,8 @@ class TestWhatAStartLeadsTo:
     """The scripts run as they are, with an `srun` and a `scontrol` that do as told."""
 
     STUDENT = 'mkdir -p "$RUN/checkpoints"; '
-    SAVES = STUDENT + 'sleep 0.01; touch "$RUN/checkpoints/step_00000003.pt"; '
-    FINISHES = STUDENT + 'sleep 0.01; touch "$RUN/finished.json"; '
+    SAVES = STUDENT + 'sleep 0.05; touch "$RUN/checkpoints/step_00000003.pt"; '
+    FINISHES = STUDENT + 'sleep 0.05; touch "$RUN/finished.json"; '
 
     @pytest.mark.parametrize(
         ("stage", "does", "restarts", "code", "requeued"),
