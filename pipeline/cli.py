@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,7 @@ from pipeline.cli_options import (
 )
 from pipeline.cli_plan import plan
 from pipeline.cli_self_test import refuse_without_self_test, run_self_test
+from pipeline.cli_submit import submit
 from pipeline.cli_tune import tune
 from pipeline.errors import PipelineError
 from pipeline.folder import Folder, parse_folder
@@ -56,6 +58,7 @@ app.command()(check)
 app.command()(inspect)
 app.command()(plan)
 app.command()(compare)
+app.command()(submit)
 cache_app.command()(tune)
 
 
@@ -165,8 +168,15 @@ def predict(
             help="student.pt of a finished run.", parser=parse_folder, metavar="STUDENT"
         ),
     ],
-    images: Annotated[Path, typer.Argument(help="A NIfTI file or a folder of them.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of label maps.")],
+    images: Annotated[Path | None, typer.Argument(help="A NIfTI file or a folder of them.")] = None,
+    registry: Annotated[
+        Path | None,
+        typer.Option("--registry", "-r", help="Instead of IMAGES: its cases, <dataset>/<case>."),
+    ] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="Of the registry; default: test. Once for each.")
+    ] = None,
     config: ConfigOption = None,
     device: DeviceOption = "auto",
     window_batch: WindowBatchOption = 1,
@@ -178,10 +188,11 @@ def predict(
     from stages import predict as stage
 
     settings = load_config(config, stage.PredictConfig) if config else None
+    known = open_registry(registry, files=False) if registry else None
     report = stage.run(
         settings or stage.PredictConfig(),
         student,
-        stage.find_inputs(images),
+        stage.chosen_inputs(images, known, split),
         output,
         log=open_log(quiet),
         device=device,
@@ -224,8 +235,10 @@ def status(
     """What is done, missing, stale or damaged, per dataset and teacher."""
     from pipeline.status import print_status
     from pipeline.status import status as look
+    from pipeline.submission.jobs import with_states
 
     found = look(open_registry(registry, files=False), work)
+    found = replace(found, jobs=with_states(work))
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=1))
     else:

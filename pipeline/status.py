@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.cache.index import (
@@ -36,10 +36,12 @@ class Status:
     Attributes:
         units: (dataset, teacher or "cases", case) -> state.
         runs: student run -> "finished" or "unfinished".
+        jobs: submitted ones in order: job, stage, state, submitted, after, log.
     """
 
     units: dict[tuple[str, str, str], State]
     runs: dict[str, str]
+    jobs: list[dict[str, Any]] = field(default_factory=list)
 
     def counts(self) -> list[dict[str, Any]]:
         """Per dataset and teacher, how many units are in each state."""
@@ -61,6 +63,7 @@ class Status:
                 if state != "done"
             ],
             "runs": self.runs,
+            "jobs": self.jobs,
         }
 
 
@@ -101,6 +104,9 @@ def print_status(found: Status) -> None:
     print_table("Cache", ["dataset", "units", *STATES], rows)
     if found.runs:
         print_table("Students", ["run", "state"], [[run, how] for run, how in found.runs.items()])
+    if found.jobs:
+        jobs = [[j["job"], j["stage"], j["state"], j["submitted"][:16]] for j in found.jobs]
+        print_table("Jobs", ["job", "stage", "state", "submitted, UTC"], jobs)
 
 
 def _teacher(registry: Registry, work: Folder, name: str) -> IndexedTeacher | State:

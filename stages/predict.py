@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import nn
 from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.config import Config, digest, file_sha256
 from pipeline.data.nifti import read_image, write_like
+from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.folder import Folder
@@ -158,6 +159,38 @@ def find_inputs(path: Path) -> dict[str, Path]:
             "no NIfTI file there.", where=path, fix="Give a .nii.gz file, or a folder of them."
         )
     return found
+
+
+def chosen_inputs(
+    images: Path | None, registry: Registry | None, splits: Sequence[str] | None
+) -> dict[str, Path]:
+    """The images of a file or folder, or of a registry's cases as `<dataset>/<case>`.
+
+    Args:
+        images: a NIfTI file or a folder of them.
+        registry: read without its files; instead of `images`.
+        splits: of the registry; None: test.
+
+    Raises:
+        ConfigError: both or neither are given, or nothing is there.
+    """
+    if (images is None) == (registry is None) or (images is not None and splits):
+        raise ConfigError(
+            "predict takes images, or a registry and splits of it.",
+            fix="Give IMAGES alone, or --registry with --split.",
+        )
+    if registry is None:
+        assert images is not None
+        return find_inputs(images)
+    wanted = splits or ["test"]
+    cases = [c for d in registry.datasets for c in registry.cases(d) if c.split in wanted]
+    if not cases:
+        raise ConfigError(
+            f"no case is in {' or '.join(wanted)}.",
+            where=registry.path,
+            fix="Set `split` in the registry, or give another --split.",
+        )
+    return {case.name: case.image for case in cases}
 
 
 def _channels(

@@ -362,6 +362,27 @@ class TestInputs:
         assert list(predict.find_inputs(tmp_path)) == ["a", "b"]
         assert predict.find_inputs(tmp_path / "a.nii") == {"a": tmp_path / "a.nii"}
 
+    def test_cases_of_a_registry_are_named_by_dataset(self, built_cohort: Path) -> None:
+        registry = load_registry(built_cohort, files=False)
+        found = predict.chosen_inputs(None, registry, None)
+        folder = built_cohort.parent / "data" / "multi-ct" / "images"
+        assert found == {
+            f"multi-ct/{case}": folder / f"{case}.nii.gz" for case in ("case_001", "case_002")
+        }
+        assert len(predict.chosen_inputs(None, registry, ["train", "test"])) == 6
+
+    def test_images_or_a_registry_but_not_both(self, built_cohort: Path, tmp_path: Path) -> None:
+        registry = load_registry(built_cohort, files=False)
+        for images, known, splits in (
+            (None, None, None),
+            (tmp_path, registry, None),
+            (tmp_path, None, ["test"]),
+        ):
+            with pytest.raises(ConfigError, match="images, or a registry"):
+                predict.chosen_inputs(images, known, splits)
+        with pytest.raises(ConfigError, match="no case is in none"):
+            predict.chosen_inputs(None, registry, ["none"])
+
     def test_two_files_of_one_name_are_refused(self, tmp_path: Path) -> None:
         for name in ("a.nii.gz", "a.nii"):
             (tmp_path / name).write_bytes(b"")

@@ -29,6 +29,7 @@ COMMANDS = (
     "predict",
     "evaluate",
     "status",
+    "submit",
     "demo",
 )
 HEAVY = ("torch", "monai", "zarr", "dask", "distributed", "numpy", "scipy", "nibabel", "matplotlib")

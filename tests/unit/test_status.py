@@ -128,7 +128,7 @@ def test_the_command(tiny_cached: Path, arguments: list[str]) -> None:
         assert "multi-ct" in result.stdout
         return
     found = json.loads(result.stdout)
-    assert set(found) == {"counts", "not_done", "runs"}
+    assert set(found) == {"counts", "not_done", "runs", "jobs"}
     assert found["not_done"] == [
         {"dataset": "multi-ct", "unit": "liver", "case": "case_001", "state": "missing"}
     ]
