@@ -77,6 +77,12 @@ class TestMovement:
             expected[a], expected[b] = place[b], SHAPE[b] - 1 - place[a]
             assert moved[(slice(None), *place)].tolist() == expected
 
+    @pytest.mark.parametrize("turns", [(0, 0, 0), (1, 0, 0), (0, 3, 0), (2, 1, 0), (1, 1, 1)])
+    def test_the_spacing_goes_where_the_axes_go(self, turns: tuple[int, int, int]) -> None:
+        shape = (4, 6, 10)
+        moved = Movement(turns=turns)
+        assert moved.spacing_after(shape) == moved.apply(np.zeros(shape)).shape
+
     def test_four_turns_and_two_flips_are_none(self) -> None:
         turned = coded()
         for _ in range(4):

@@ -141,8 +141,8 @@ class TestScaler:
         flags = SpeedFlags(precision="fp16")
         start(tmp_path / "cases", tmp_path / "a", config=config, flags=flags)
         undisturbed = newest(tmp_path / "a")
-        assert undisturbed["scaler"]["scale"] == 2.0**15
-        assert undisturbed["scaler"]["_growth_tracker"] == 3
+        assert undisturbed["speed"]["scaler"]["scale"] == 2.0**15
+        assert undisturbed["speed"]["scaler"]["_growth_tracker"] == 3
         start(tmp_path / "cases", tmp_path / "b", config=config, flags=flags, minutes=0.0)
         checkpoints = tmp_path / "b" / "checkpoints"
         (checkpoints / "step_00000004.pt").unlink()
@@ -154,10 +154,27 @@ class TestScaler:
     def test_a_run_may_go_on_with_other_flags(self) -> None:
         half, full = One(precision="fp16"), One()
         half.step()
-        assert full.speed.state_dict() == {}
+        assert full.speed.state_dict()["scaler"] == {}
         half.speed.load_state_dict(full.speed.state_dict())
         full.speed.load_state_dict(half.speed.state_dict())
+        assert full.speed.resumed_flags == SpeedFlags(precision="fp16")
         assert full.step()["gradient_norm"] > 0
+
+
+def test_going_on_with_other_flags_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.student.training.draw_progress", lambda *args: None)
+    config = run_settings(steps=2, validate_every=2)
+    start(tmp_path / "cases", tmp_path / "a", config=config, minutes=0.0)
+    (tmp_path / "a" / "checkpoints" / "step_00000002.pt").unlink()
+    log = Log()
+    start(tmp_path / "cases", tmp_path / "a", config=config, flags=SpeedFlags(), log=log)
+    assert "not bit for bit" not in capsys.readouterr().err
+    (tmp_path / "a" / "checkpoints" / "step_00000002.pt").unlink()
+    flags = SpeedFlags(channels_last=True)
+    start(tmp_path / "cases", tmp_path / "a", config=config, flags=flags, log=log)
+    assert "channels_last=True): not bit for bit" in capsys.readouterr().err
 
 
 class TestCompile:
