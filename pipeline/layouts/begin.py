@@ -147,7 +147,7 @@ def _of_teacher(
 ) -> TeacherPart:
     where, what = f"--teacher {flag.name}", "channel"
     parts = dict(flag.parts)
-    settings, unknown = settings_of(found, parts, where=where)
+    settings, unknown = settings_of(found, parts, ask=ask, where=where)
     problems += unknown
     said = parse_meanings(parts, where=where)
     if said.ignore:
@@ -168,6 +168,8 @@ def _of_teacher(
         meanings, left = ask_for_each(meanings, left, organs, what=what, ask=named), {}
     if left:
         problems.append(f"{where}: {open_question(meanings, left, organs, what=what)}")
+    elif not meanings.organs and (found.names or ask is not None):
+        problems.append(f"{where}: it knows none of the organs ({', '.join(organs)}).")
     own = next((part for part in datasets if part.name == found.trained_on), None)
     if own is not None and set(meanings.organs) <= set(own.meanings.organs):
         settings = {**settings, "trained_on": own.name}

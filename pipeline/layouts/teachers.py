@@ -20,7 +20,7 @@ import yaml
 from pipeline.errors import TeacherError
 from pipeline.layouts.meanings import Named, same_name
 from pipeline.teacher_entry import TeacherEntry
-from pipeline.teachers.bundle_files import config_path
+from pipeline.teachers.bundle_files import config_path, weights_path
 from pipeline.teachers.nnunet_folder import read_model_folder
 
 
@@ -104,6 +104,15 @@ def _nnunet(path: Path) -> FoundTeacher:
 
 
 def _bundle(path: Path) -> FoundTeacher:
+    if not weights_path(path).is_file():
+        exported = sorted(str(file) for file in weights_path(path).parent.glob("*.ts"))
+        raise TeacherError(
+            "the bundle has no models/model.pt.",
+            where=path,
+            fix=f"Name {exported[0]} as an exported file."
+            if exported
+            else "Fetch the weights: where they are is often said in `large_files.yml`.",
+        )
     metadata = _read_mapping(path / "configs" / "metadata.json")
     outputs = _mapping(_mapping(metadata.get("network_data_format")).get("outputs"))
     output = outputs.get("pred", next(iter(outputs.values())) if len(outputs) == 1 else {})
