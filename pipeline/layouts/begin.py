@@ -93,7 +93,7 @@ def begin(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = 
         for name, flag in datasets.items()
     ]  # fmt: skip
     teacher_parts = [
-        _of_teacher(flag, networks[name], list(organs), base, dataset_parts, ask, problems)
+        _of_teacher(flag, networks[name], list(organs), base, ask, problems)
         for name, flag in teachers.items()
     ]
     if problems:
@@ -141,7 +141,6 @@ def _of_teacher(
     found: FoundTeacher,
     organs: Sequence[str],
     base: Path,
-    datasets: Sequence[DatasetPart],
     ask: Ask | None,
     problems: list[str],
 ) -> TeacherPart:
@@ -170,9 +169,6 @@ def _of_teacher(
         problems.append(f"{where}: {open_question(meanings, left, organs, what=what)}")
     elif not meanings.organs and (found.names or ask is not None):
         problems.append(f"{where}: it knows none of the organs ({', '.join(organs)}).")
-    own = next((part for part in datasets if part.name == found.trained_on), None)
-    if own is not None and set(meanings.organs) <= set(own.meanings.organs):
-        settings = {**settings, "trained_on": own.name}
     weights = _as_written(str(found.weights), base)
     return TeacherPart(flag.name, weights, found, meanings.organs, settings)
 

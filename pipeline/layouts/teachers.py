@@ -34,7 +34,6 @@ class FoundTeacher:
         names: output channels by name, without background; empty: nothing names them.
         num_channels: None: nothing says how many there are.
         settings: further keys of its entry that the files say.
-        trained_on: the dataset that a checkpoint says it was trained on.
         notes: what a user should know.
     """
 
@@ -43,7 +42,6 @@ class FoundTeacher:
     names: tuple[Named, ...] = ()
     num_channels: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    trained_on: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -197,7 +195,7 @@ def _checkpoint(path: Path, record: Mapping[str, Any]) -> FoundTeacher:
         names=tuple(Named(str(n), tuple(v)) for n, v in _mapping(record["channels"]).items()),
         num_channels=record.get("num_channels"),
         settings={k: record[k] for k in ("spacing_mm", "intensity") if k in record},
-        trained_on=str(record.get("trained_on", "")),
+        notes=(f"trained on {' '.join(str(record.get('trained_on', '?')).split())}",),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.data.nifti import read_grid
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError, PipelineError, RegistryError
 from pipeline.layouts.begin import Wishes, begin
@@ -279,3 +280,12 @@ class TestQuestions:
         assert "liver, cancer, node" in asked[0]
         assert asked[1] == asked[2]
         assert "spleen is none of the organs (liver)" in asked[5]
+
+
+def test_the_files_own_spacings_stand_beside_the_grid(tiny_registry: Path, tmp_path: Path) -> None:
+    data = tiny_registry.parent / "data" / "liver-ct"
+    path = start(tmp_path, f"liver={data}:liver=1")
+    (note,) = [line for line in path.read_text().splitlines() if "Median spacing" in line]
+    assert "(3 files)" in note
+    spacings = [read_grid(file).spacing_mm for file in (data / "images").iterdir()]
+    assert str([round(sorted(axis)[1], 2) for axis in zip(*spacings, strict=True)]) in note

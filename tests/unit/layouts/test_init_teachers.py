@@ -11,9 +11,9 @@ import pytest
 from pipeline.data.registry import Registry, load_registry
 from pipeline.errors import PipelineError
 from pipeline.layouts.begin import Wishes, begin
+from pipeline.teachers.bundle_files import contradictions
 from pipeline.teachers.checkpoint import read_teacher
 from pipeline.teachers.nnunet_folder import check_against_registry, read_model_folder
-from tests.tiny import TAP
 
 LABELS = {"background": 0, "liver": 1, "cancer": 2}
 
@@ -119,6 +119,9 @@ class TestBundle:
         found = start(tmp_path, f"b={folder}:kidneys=2+3").teachers["b"]
         assert found.organs == {"kidneys": (2, 3), "liver": (1,)}
         assert (found.kind, found.num_channels) == ("monai-bundle", 4)
+        metadata = json.loads((folder / "configs" / "metadata.json").read_text())
+        output = metadata["network_data_format"]["outputs"]["pred"]
+        assert contradictions(found, metadata, output) == []
 
     def test_an_activation_that_nothing_says(self, tmp_path: Path) -> None:
         folder = bundle(tmp_path / "b", {"_target_": "AsDiscreted", "argmax": True})
@@ -167,7 +170,10 @@ class TestFiles:
         assert (entry.kind, entry.organs) == ("checkpoint", record.channels)
         assert entry.num_channels == record.num_channels
         assert (entry.spacing_mm, entry.intensity) == (record.spacing_mm, record.intensity)
-        assert TAP not in entry.taps
+        text = (tmp_path / "data_registry.yaml").read_text()
+        assert f"# trained on {record.trained_on}" in text
+        # It is trained: an entry that names its dataset would be trained again.
+        assert entry.trained_on is None
 
     def test_weights_alone_and_other_things(self, tmp_path: Path) -> None:
         weights = exported(tmp_path / "w.pt", "data.pkl")
