@@ -124,6 +124,8 @@ def _teacher(part: TeacherPart) -> Iterable[str]:
     if found.num_channels is not None:
         yield f"    num_channels: {found.num_channels}"
     yield from (f"    {key}: {_flow(value)}" for key, value in part.settings.items())
+    if found.kind in ("checkpoint", "monai-bundle"):
+        yield "    taps: []  # layers whose features are cached, for a student's feature term"
 
 
 def _to_train(datasets: Sequence[DatasetPart], teachers: Sequence[TeacherPart]) -> str:

@@ -172,6 +172,7 @@ class TestFiles:
         assert (entry.spacing_mm, entry.intensity) == (record.spacing_mm, record.intensity)
         text = (tmp_path / "data_registry.yaml").read_text()
         assert f"# trained on {record.trained_on}" in text
+        assert "taps: []" in text
         # It is trained: an entry that names its dataset would be trained again.
         assert entry.trained_on is None
 
