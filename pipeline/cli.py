@@ -14,6 +14,7 @@ from pipeline.cli_cache import cache_app
 from pipeline.cli_cache_teachers import cache_teachers
 from pipeline.cli_check import check
 from pipeline.cli_compare import compare
+from pipeline.cli_init import init
 from pipeline.cli_inspect import inspect
 from pipeline.cli_options import (
     REGISTRY,
@@ -53,6 +54,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cache_app, name="cache")
+app.command()(init)
 app.command("cache-teachers")(cache_teachers)
 app.command()(check)
 app.command()(inspect)

@@ -38,6 +38,11 @@ class SpeedFlags:
     channels_last: bool = False
     compile: bool = False
 
+    def __str__(self) -> str:
+        """Those that are set."""
+        others = {"channels last": self.channels_last, "compiled": self.compile}
+        return ", ".join([self.precision, *(name for name, is_set in others.items() if is_set)])
+
 
 def check_device(flags: SpeedFlags | None, device: torch.device) -> None:
     """Half precision is for GPUs.

@@ -148,8 +148,8 @@ def train(
     )  # fmt: skip
     if speed.resumed_flags != speed.flags:
         log.warn(
-            f"the run was at {speed.resumed_flags} and goes on at {speed.flags}: not bit for bit "
-            "what it would have been."
+            f"the run was trained with {speed.resumed_flags} and goes on with {speed.flags}: not "
+            "bit for bit what it would have been."
         )
 
     def validated() -> None:

@@ -20,6 +20,7 @@ from tests.tiny import cache_config, change_registry, work_of
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
+    "init",
     "phantom",
     "train-teachers",
     "check",

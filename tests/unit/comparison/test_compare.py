@@ -59,11 +59,15 @@ def settings(**changes: Any) -> Settings:
 
 
 def plan(
-    registry: Path, configs: Sequence[TrainStudentConfig] | None = None, **changes: Any
+    registry: Path,
+    configs: Sequence[TrainStudentConfig] | None = None,
+    measure: bool = True,
+    **changes: Any,
 ) -> Plan:
     return plan_comparison(
         two() if configs is None else configs, load_registry(registry, files=False),
         work_of(registry), settings(**changes), log=Log(quiet=True), device="cpu",
+        measure=measure,
     )  # fmt: skip
 
 
@@ -340,6 +344,8 @@ class TestBudget:
         monkeypatch.setattr(budget, "_probe", lambda *rest: pytest.fail("measured again"))
         assert plan(tiny_cached, seconds=2.0).steps == first.steps
         assert any("fit in 2 s" in notice for notice in first.notices)
+        looked = plan(tiny_cached, seconds=2.0, measure=False)
+        assert [r.config.training.steps for r in looked.runs] == [5, 10, 5, 10]
         with pytest.raises(ConfigError, match=r"begun with 2\.0 seconds, not 3"):
             plan(tiny_cached, seconds=3.0)
 

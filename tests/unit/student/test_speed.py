@@ -174,7 +174,7 @@ def test_going_on_with_other_flags_is_said(
     (tmp_path / "a" / "checkpoints" / "step_00000002.pt").unlink()
     flags = SpeedFlags(channels_last=True)
     start(tmp_path / "cases", tmp_path / "a", config=config, flags=flags, log=log)
-    assert "channels_last=True): not bit for bit" in capsys.readouterr().err
+    assert "with fp32 and goes on with fp32, channels last: not bit" in capsys.readouterr().err
 
 
 class TestCompile:

@@ -55,6 +55,12 @@ class TestConfig:
         with pytest.raises(ValidationError, match="choose kind `marginal`"):
             config(logits={"weight": 0}, features={"student_taps": "x", "weight": 0})
 
+    def test_what_a_label_says_is_in_a_region(self) -> None:
+        with pytest.raises(ValidationError, match="margin 6 must be below confidence 6"):
+            config(margin=6.0, confidence=6.0)
+        assert config(margin=6.0, confidence=6.0, labels_win=False).margin == 6.0
+        assert config(margin=5.9, confidence=6.0).margin == 5.9
+
     def test_features_alone_are_a_distillation_term(self) -> None:
         settings = config(logits={"weight": 0}, features={"student_taps": "x"})
         assert settings.uses_features

@@ -68,6 +68,7 @@ def start(
     resume: bool = True,
     flags: SpeedFlags | None = None,
     keep_best: KeepBest | None = None,
+    log: Log | None = None,
 ) -> Trained:
     """Trains, or goes on, with one thread, so that sums are made in one order everywhere."""
     torch.set_num_threads(1)
@@ -83,7 +84,7 @@ def start(
         folder,
         taps={TAP: CachedTap(CHANNELS, STRIDE, (0,))} if features else {},
         inputs=inputs,
-        log=Log(quiet=True),
+        log=log or Log(quiet=True),
         device=torch.device("cpu"),
         workers=workers,
         checkpoint_minutes=minutes,

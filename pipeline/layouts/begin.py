@@ -1,0 +1,268 @@
+"""`pipeline init`: from folders to a registry that loads. What is unknown is asked or refused."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.data.nifti import read_grid
+from pipeline.data.registry import Registry, load_registry
+from pipeline.errors import ConfigError, GeometryError, RegistryError, WorkFolderError
+from pipeline.folder import temporary_name
+from pipeline.layouts.asking import ask_meanings, ask_organs, name_organs
+from pipeline.layouts.datasets import FoundDataset, look_at_dataset
+from pipeline.layouts.meanings import (
+    BACKGROUND,
+    IGNORE,
+    Ask,
+    Flag,
+    Meanings,
+    ask_for_each,
+    open_question,
+    parse_flag,
+    parse_meanings,
+    settle,
+)
+from pipeline.layouts.registry_text import DatasetPart, TeacherPart, registry_text
+from pipeline.layouts.teacher_settings import settings_of
+from pipeline.layouts.teachers import FoundTeacher, look_at_teacher
+
+DEFAULT_SPACING_MM = (3.0, 1.5, 1.5)
+_NUM_HEADERS = 20
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user said.
+
+    Attributes:
+        datasets, teachers: values of the flags, `NAME=PATH:liver=1`.
+        files: `NAME=IMAGES,LABELS`.
+        organs: `NAME` or `NAME=ID`.
+        spacing_mm: of the student grid, z, y, x.
+    """
+
+    datasets: Sequence[str]
+    teachers: Sequence[str] = ()
+    files: Sequence[str] = ()
+    organs: Sequence[str] = ()
+    spacing_mm: Sequence[float] = DEFAULT_SPACING_MM
+
+
+def begin(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = None) -> Registry:
+    """Looks at folders, and writes a registry that has been loaded once.
+
+    Args:
+        path: of the registry.
+        wishes: folders, and what the user says of them.
+        force: replace a registry that is there.
+        ask: puts a question to the user; None: what is not known is refused, all at once.
+
+    Raises:
+        ConfigError: something is not known, or contradicts the files.
+        RegistryError, TeacherError: folders that cannot be used, or a registry that exists.
+        WorkFolderError: the registry cannot be written.
+    """
+    if path.exists() and not force:
+        raise RegistryError(
+            "there is a registry already.",
+            where=path,
+            fix="Name another file with -r, or replace it with --force.",
+        )
+    datasets = _named(wishes.datasets, "--dataset")
+    teachers = _named(wishes.teachers, "--teacher")
+    if not datasets:
+        raise ConfigError(
+            "no dataset is named.", fix="Give --dataset NAME=FOLDER, once for each dataset."
+        )
+    patterns = _patterns(wishes.files, datasets)
+    found = {n: look_at_dataset(_expand(f.path), patterns.get(n)) for n, f in datasets.items()}
+    networks = {name: look_at_teacher(_expand(flag.path)) for name, flag in teachers.items()}
+    organs = name_organs(wishes.organs, [*datasets.values(), *teachers.values()])
+    if not organs:
+        organs = ask_organs([*found.values(), *networks.values()], ask)
+    problems: list[str] = []
+    base = path.parent
+    dataset_parts = [
+        DatasetPart(name, _root(flag.path, base), found[name],
+                    _of_dataset(flag, found[name], list(organs), ask, problems))
+        for name, flag in datasets.items()
+    ]  # fmt: skip
+    teacher_parts = [
+        _of_teacher(flag, networks[name], list(organs), base, ask, problems)
+        for name, flag in teachers.items()
+    ]
+    if problems:
+        raise ConfigError(
+            problems[0]
+            if len(problems) == 1
+            else f"{len(problems)} things are not known:\n" + "\n".join(f"  {p}" for p in problems)
+        )
+    note = _spacings_note(found)
+    text = registry_text(organs, wishes.spacing_mm, note, dataset_parts, teacher_parts)
+    return _write(path, text)
+
+
+def _of_dataset(
+    flag: Flag, found: FoundDataset, organs: Sequence[str], ask: Ask | None, problems: list[str]
+) -> Meanings:
+    where, what = f"--dataset {flag.name}", "label value"
+    said = parse_meanings(flag.parts, where=where)
+    if not found.names and said.rest_is_background:
+        problems.append(
+            f"{where}: nothing names its label values, so that {BACKGROUND}=rest means none. "
+            f"List them: {BACKGROUND}=2+3"
+        )
+    if not found.names and not said.organs:
+        if ask is None:
+            problems.append(
+                f"{where}: nothing names its label values. Add to the flag, for example, "
+                f":{organs[0]}=1,{BACKGROUND}=2+3"
+            )
+            return said
+        said = ask_meanings(f"{flag.name}: label values by organ", organs, ask, where)
+    meanings, left = settle(found.names, said, organs, what=what, where=where)
+    if left and ask is not None:
+        named = lambda question: ask(f"{flag.name}: {question}")  # noqa: E731
+        meanings, left = ask_for_each(meanings, left, organs, what=what, ask=named), {}
+    if left:
+        problems.append(f"{where}: {open_question(meanings, left, organs, what=what)}")
+    elif not meanings.organs:
+        problems.append(f"{where}: none of the organs ({', '.join(organs)}) is annotated there.")
+    return meanings
+
+
+def _of_teacher(
+    flag: Flag,
+    found: FoundTeacher,
+    organs: Sequence[str],
+    base: Path,
+    ask: Ask | None,
+    problems: list[str],
+) -> TeacherPart:
+    where, what = f"--teacher {flag.name}", "channel"
+    parts = dict(flag.parts)
+    settings, unknown = settings_of(found, parts, ask=ask, where=where)
+    problems += unknown
+    said = parse_meanings(parts, where=where)
+    if said.ignore:
+        raise ConfigError(
+            f"{IGNORE} is for label values.", where=where, fix=f"Say {BACKGROUND} of channels."
+        )
+    if not found.names and not said.organs:
+        if ask is None:
+            problems.append(
+                f"{where}: nothing names its output channels. Add to the flag, for example, "
+                f":{organs[0]}=1"
+            )
+        else:
+            said = ask_meanings(f"{flag.name}: output channels by organ", organs, ask, where)
+    meanings, left = settle(found.names, said, organs, what=what, where=where)
+    if left and ask is not None:
+        named = lambda question: ask(f"{flag.name}: {question}")  # noqa: E731
+        meanings, left = ask_for_each(meanings, left, organs, what=what, ask=named), {}
+    if left:
+        problems.append(f"{where}: {open_question(meanings, left, organs, what=what)}")
+    elif not meanings.organs and (found.names or ask is not None):
+        problems.append(f"{where}: it knows none of the organs ({', '.join(organs)}).")
+    weights = _as_written(str(found.weights), base)
+    return TeacherPart(flag.name, weights, found, meanings.organs, settings)
+
+
+def _named(flags: Sequence[str], option: str) -> dict[str, Flag]:
+    found: dict[str, Flag] = {}
+    for flag in map(parse_flag, flags):
+        if flag.name in found:
+            raise ConfigError(
+                f"{option} {flag.name} is given twice.", fix="Give each another NAME=."
+            )
+        found[flag.name] = flag
+    return found
+
+
+def _patterns(files: Sequence[str], datasets: Mapping[str, Flag]) -> dict[str, tuple[str, str]]:
+    found: dict[str, tuple[str, str]] = {}
+    for text in files:
+        name, _, patterns = text.partition("=")
+        images, comma, labels = patterns.partition(",")
+        if name not in datasets or not comma:
+            raise ConfigError(
+                f"{text!r} names no dataset and its two patterns.",
+                where="--files",
+                fix=f"Write NAME=IMAGES,LABELS; datasets: {', '.join(datasets)}.",
+            )
+        found[name] = images, labels
+    return found
+
+
+def _spacings_note(found: Mapping[str, FoundDataset]) -> str:
+    """What the headers say; files that cannot be read are for `pipeline check` to report."""
+    notes = []
+    for name, dataset in found.items():
+        spacings = []
+        for file in dataset.image_files()[:_NUM_HEADERS]:
+            with suppress(GeometryError):
+                spacings.append(read_grid(file).spacing_mm)
+        if spacings:
+            median = [round(statistics.median(axis), 2) for axis in zip(*spacings, strict=True)]
+            notes.append(f"{name} {median} ({len(spacings)} files)")
+    return f"Median spacing of the CTs: {', '.join(notes)}." if notes else ""
+
+
+def _expand(path: str) -> Path:
+    return Path(path).expanduser()
+
+
+def _root(path: str, base: Path) -> str:
+    """Of a list of cases the folder that it lies in."""
+    return _as_written(str(Path(path).parent) if _expand(path).is_file() else path, base)
+
+
+def _as_written(path: str, base: Path) -> str:
+    """A path as the registry has it: relative to its folder, unless it was given otherwise."""
+    if path.startswith("~") or Path(path).is_absolute():
+        return path
+    return Path(os.path.relpath(path, base)).as_posix()
+
+
+def _write(path: Path, text: str) -> Registry:
+    """Under a temporary name first, and loaded: what cannot be loaded is not left behind."""
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        load_registry(temporary)
+        temporary.replace(path)
+    except RegistryError as error:
+        raise RegistryError(str(error).replace(str(temporary), str(path))) from error
+    except OSError as error:
+        raise WorkFolderError(
+            f"cannot be written ({error}).", where=path, fix="Name another file with -r."
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    return load_registry(path, files=False)
+
+
+def describe(registry: Registry) -> list[str]:
+    """What stands in the new registry, a line each, for people."""
+    lines = []
+    for name, entry in registry.datasets.items():
+        num_cases = len(registry.cases(name))
+        lines.append(f"dataset {name}: {num_cases} cases, {', '.join(entry.annotated)}")
+    for name, teacher in registry.teachers.items():
+        lines.append(f"teacher {name} ({teacher.kind}): {', '.join(teacher.organs)}")
+    return lines
+
+
+def next_command(registry: Registry) -> str:
+    """What to run now."""
+    flag = "" if registry.path == Path("data_registry.yaml") else f" -r {registry.path}"
+    if registry.teachers:
+        return f"pipeline check{flag}"
+    return f"pipeline cache-teachers{flag} --dry-run"

@@ -1,0 +1,172 @@
+"""The text of a new registry: its values, and comments that say what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from pipeline.layouts.datasets import FoundDataset
+from pipeline.layouts.meanings import Meanings
+from pipeline.layouts.teachers import FoundTeacher
+
+_HEAD = """\
+# Written by `pipeline init`; yours to edit. Paths are relative to this file. Tuples are in z, y, x
+# order. docs/registry.md explains each field.
+schema_version: 1
+
+# Name -> id in stored labels and in the label maps that `pipeline predict` writes. 1 to 254. Keep
+# an id once something is cached.
+organs:
+"""
+_TRAIN = """\
+
+# Organs without a teacher: take the # away, and `pipeline train-teachers` trains one.
+"""
+
+
+@dataclass(frozen=True)
+class DatasetPart:
+    """A dataset of the registry to be: `root` as it is to be written."""
+
+    name: str
+    root: str
+    found: FoundDataset
+    meanings: Meanings
+
+
+@dataclass(frozen=True)
+class TeacherPart:
+    """A teacher of the registry to be: `weights` and `settings` as they are to be written."""
+
+    name: str
+    weights: str
+    found: FoundTeacher
+    organs: Mapping[str, tuple[int, ...]]
+    settings: Mapping[str, Any]
+
+
+def registry_text(
+    organs: Mapping[str, int],
+    spacing_mm: Sequence[float],
+    spacings_note: str,
+    datasets: Sequence[DatasetPart],
+    teachers: Sequence[TeacherPart],
+) -> str:
+    """The whole file.
+
+    Args:
+        organs: name -> id.
+        spacing_mm: of the student grid, z, y, x.
+        spacings_note: what the files' own spacings are; may be empty.
+        datasets: at least one.
+        teachers: may be none.
+    """
+    lines = [f"  {_flow(name)}: {number}" for name, number in organs.items()]
+    lines += ["", "# The student grid: one spacing for all; finer costs memory and time."]
+    lines += [f"# {spacings_note}"] if spacings_note else []
+    lines += ["grid:", f"  spacing_mm: {_flow(list(spacing_mm))}", "  orientation: RAS", ""]
+    lines += ["datasets:"]
+    for number, part in enumerate(datasets):
+        lines += ([""] if number else []) + list(_dataset(part))
+    if teachers:
+        lines += ["", "teachers:"]
+    for number, teacher in enumerate(teachers):
+        lines += ([""] if number else []) + list(_teacher(teacher))
+    text = _HEAD + "\n".join(lines) + "\n"
+    return text + _to_train(datasets, teachers)
+
+
+def _dataset(part: DatasetPart) -> Iterable[str]:
+    found, meanings = part.found, part.meanings
+    yield f"  {_flow(part.name)}:  # {found.layout}"
+    yield from (f"    # {note}" for note in found.notes)
+    yield f"    root: {_flow(part.root)}"
+    if found.pairs is None:
+        yield f"    images: {_flow(found.images)}  # {{case}} names the case"
+        yield f"    labels: {_flow(found.labels)}"
+    else:
+        yield "    pairs:"
+        for case, pair in found.pairs.items():
+            yield f"      {_flow(case)}: {_flow(pair.model_dump())}"
+    if found.names:
+        named = ", ".join(f"{_values(n.values)} {n.name}" for n in found.names)
+        yield f"    # values by the names of its own file: {_one_line(named)}"
+    yield f"    annotated: {_flow(_short(meanings.organs))}  # organ -> label value, or list"
+    ignore = sorted({*meanings.ignore, *found.ignore})
+    yield f"    ignore_values: {_flow(ignore)}  # mean unknown: they teach nothing"
+    yield f"    background_values: {_flow(sorted(meanings.background))}  # none of the organs"
+    if found.split is None:
+        yield "    split: {validation: 0.2, test: 0.0, seed: 0}  # by fraction; the rest trains"
+    else:
+        yield "    split:  # as its own file has it"
+        for split, cases in found.split.items():
+            yield f"      {split}: {_flow(list(cases))}"
+    yield from (
+        f"    {key}: {_flow(value)}"
+        for key, value in (("licence", found.licence), ("source", found.source))
+        if value
+    )
+
+
+def _teacher(part: TeacherPart) -> Iterable[str]:
+    found = part.found
+    yield f"  {_flow(part.name)}:"
+    yield from (f"    # {note}" for note in found.notes)
+    yield f"    kind: {found.kind}"
+    yield f"    weights: {_flow(part.weights)}"
+    if found.names:
+        named = ", ".join(f"{_values(n.values)} {n.name}" for n in found.names)
+        yield f"    # channels by the names of its own files: {_one_line(named)}"
+    yield f"    organs: {_flow(_short(part.organs))}  # organ -> output channel, or list"
+    if found.num_channels is not None:
+        yield f"    num_channels: {found.num_channels}"
+    yield from (f"    {key}: {_flow(value)}" for key, value in part.settings.items())
+    if found.kind in ("checkpoint", "monai-bundle"):
+        yield "    taps: []  # layers whose features are cached, for a student's feature term"
+
+
+def _to_train(datasets: Sequence[DatasetPart], teachers: Sequence[TeacherPart]) -> str:
+    """Commented entries for organs that no teacher knows."""
+    known = {organ for teacher in teachers for organ in teacher.organs}
+    lines: list[str] = []
+    for part in datasets:
+        organs = [organ for organ in part.meanings.organs if organ not in known]
+        known |= set(organs)
+        if not organs:
+            continue
+        channels = {organ: channel for channel, organ in enumerate(organs, start=1)}
+        lines += [
+            f"  {_flow(part.name)}:",
+            "    kind: checkpoint",
+            f"    weights: teachers/{part.name}.pt",
+            f"    organs: {_flow(channels)}",
+            f"    num_channels: {len(organs) + 1}",
+            f"    trained_on: {part.name}",
+        ]
+    if not lines:
+        return ""
+    lines = [*([] if teachers else ["teachers:"]), *lines]
+    return _TRAIN + "\n".join(f"# {line}" for line in lines) + "\n"
+
+
+def _short(organs: Mapping[str, tuple[int, ...]]) -> dict[str, int | list[int]]:
+    return {o: v[0] if len(v) == 1 else list(v) for o, v in organs.items()}
+
+
+def _values(values: tuple[int, ...]) -> str:
+    return "+".join(str(value) for value in values)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML on one line."""
+    text = yaml.safe_dump(
+        value, default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False
+    )
+    return text.removesuffix("\n").removesuffix("\n...").strip()

@@ -1,0 +1,215 @@
+"""Trained networks on the disk -> what a registry says of them; nothing is loaded or run.
+
+Folders of nnU-Net and MONAI bundles say in JSON what their channels are; a checkpoint of `pipeline
+train-teachers` says it beside its weights, which is read here without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import pickletools
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import TeacherError
+from pipeline.layouts.meanings import Named, same_name
+from pipeline.teacher_entry import TeacherEntry
+from pipeline.teachers.bundle_files import config_path, weights_path
+from pipeline.teachers.nnunet_folder import read_model_folder
+
+
+@dataclass(frozen=True)
+class FoundTeacher:
+    """A network as it lies on the disk.
+
+    Attributes:
+        kind: as the registry names it.
+        weights: file or folder.
+        names: output channels by name, without background; empty: nothing names them.
+        num_channels: None: nothing says how many there are.
+        settings: further keys of its entry that the files say.
+        notes: what a user should know.
+    """
+
+    kind: str
+    weights: Path
+    names: tuple[Named, ...] = ()
+    num_channels: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def look_at_teacher(path: Path) -> FoundTeacher:
+    """Finds out of which kind a teacher is and what its files say.
+
+    Raises:
+        TeacherError: nothing is there, or nothing that is known.
+    """
+    if path.is_file():
+        return _file(path)
+    if not path.is_dir():
+        raise TeacherError("there is no such file or folder.", where=path, fix="Check the path.")
+    if (path / "plans.json").is_file():
+        return _nnunet(path)
+    if config_path(path) is not None:
+        return _bundle(path)
+    models = sorted(found.parent for found in path.glob("*__*__*/plans.json"))
+    if len(models) == 1:
+        return _nnunet(models[0])
+    if models:
+        raise TeacherError(
+            f"several trained models: {', '.join(model.name for model in models)}.",
+            where=path,
+            fix="Name the one that is to teach.",
+        )
+    raise TeacherError(
+        "neither a trained nnU-Net (plans.json, dataset.json, fold_0) nor a MONAI bundle "
+        "(configs/inference.json).",
+        where=path,
+        fix="Name the folder that holds those; other networks: kind `factory`, docs/registry.md.",
+    )
+
+
+def _nnunet(path: Path) -> FoundTeacher:
+    entry = TeacherEntry(kind="nnunet", weights=str(path), organs={"any": (0,)})
+    folder = read_model_folder(path, entry)
+    inputs = folder.dataset.get("channel_names") or folder.dataset.get("modality") or {}
+    if len(inputs) != 1:
+        raise TeacherError(
+            f"it takes {len(inputs)} input channels, and a CT is one.",
+            where=path,
+            fix="Only networks of one CT channel can teach.",
+        )
+    folds = ", ".join(folder.checkpoints)
+    return FoundTeacher(
+        "nnunet",
+        path,
+        names=tuple(
+            Named(label, (channel,))
+            for label, channel in folder.channels.items()
+            if folder.has_regions or channel
+        ),
+        num_channels=len(set(folder.channels.values())),
+        settings={"activation": "sigmoid"} if folder.has_regions else {},
+        notes=(f"folds that have a final checkpoint: {folds}",),
+    )
+
+
+def _bundle(path: Path) -> FoundTeacher:
+    if not weights_path(path).is_file():
+        exported = sorted(str(file) for file in weights_path(path).parent.glob("*.ts"))
+        raise TeacherError(
+            "the bundle has no models/model.pt.",
+            where=path,
+            fix=f"Name {exported[0]} as an exported file."
+            if exported
+            else "Fetch the weights: where they are is often said in `large_files.yml`.",
+        )
+    metadata = _read_mapping(path / "configs" / "metadata.json")
+    outputs = _mapping(_mapping(metadata.get("network_data_format")).get("outputs"))
+    output = outputs.get("pred", next(iter(outputs.values())) if len(outputs) == 1 else {})
+    channels = _mapping(_mapping(output).get("channel_def"))
+    number = _mapping(output).get("num_channels")
+    names = tuple(
+        Named(str(name), (int(channel),))
+        for channel, name in channels.items()
+        if str(channel).isdecimal() and not same_name(str(name), "background")
+    )
+    config = config_path(path)
+    found = set() if config is None else _activations(_read_mapping(config))
+    settings = {"activation": found.pop()} if len(found) == 1 else {}
+    return FoundTeacher(
+        "monai-bundle",
+        path,
+        names=names,
+        num_channels=number if isinstance(number, int) else None,
+        settings=settings,
+    )
+
+
+def _activations(config: Any) -> set[str]:
+    """What the bundle's own postprocessing applies: `Activationsd` with softmax or sigmoid."""
+    found: set[str] = set()
+    if isinstance(config, dict):
+        if str(config.get("_target_", "")).rpartition(".")[2].startswith("Activations"):
+            found |= {name for name in ("softmax", "sigmoid") if config.get(name) is True}
+        for value in config.values():
+            found |= _activations(value)
+    elif isinstance(config, list):
+        for value in config:
+            found |= _activations(value)
+    return found
+
+
+def _file(path: Path) -> FoundTeacher:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2]: name for name in archive.namelist()}
+            if "constants.pkl" in names and any(name.startswith("code/") for name in names):
+                return FoundTeacher("exported", path, notes=("TorchScript",))
+            if "archive_format" in names:
+                return FoundTeacher("exported", path, notes=("torch.export",))
+            record = _record(archive.read(names["data.pkl"])) if "data.pkl" in names else None
+    except (OSError, zipfile.BadZipFile) as error:
+        raise TeacherError(
+            f"no file of a network that is known ({error}).",
+            where=path,
+            fix="Save the network as TorchScript or with torch.export.",
+        ) from error
+    if record is None:
+        raise TeacherError(
+            "weights alone (`torch.save`), which say nothing of the network.",
+            where=path,
+            fix="Name the nnU-Net or bundle folder they belong to, save the network as "
+            "TorchScript or with torch.export, or describe it by kind `factory`.",
+        )
+    return _checkpoint(path, record)
+
+
+def _record(pickled: bytes) -> dict[str, Any] | None:
+    """The record of `pipeline train-teachers`, from the text in a pickle that is not unpickled."""
+    try:
+        texts = [arg for _, arg, _ in pickletools.genops(pickled) if isinstance(arg, str)]
+    except ValueError:
+        return None
+    for key, value in pairwise(texts):
+        if key == "record":
+            try:
+                record = json.loads(value)
+            except ValueError:
+                return None
+            return record if isinstance(record, dict) and "channels" in record else None
+    return None
+
+
+def _checkpoint(path: Path, record: Mapping[str, Any]) -> FoundTeacher:
+    return FoundTeacher(
+        "checkpoint",
+        path,
+        names=tuple(Named(str(n), tuple(v)) for n, v in _mapping(record["channels"]).items()),
+        num_channels=record.get("num_channels"),
+        settings={k: record[k] for k in ("spacing_mm", "intensity") if k in record},
+        notes=(f"trained on {' '.join(str(record.get('trained_on', '?')).split())}",),
+    )
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        # YAML reads JSON too, but not JSON with tabs.
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise TeacherError(
+            f"cannot be read ({error}).", where=path, fix="Fetch the bundle again."
+        ) from error
+    return _mapping(content)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

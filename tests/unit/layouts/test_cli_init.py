@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline import cli, cli_init
+from pipeline.data.registry import load_registry
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def pairs(folder: Path) -> Path:
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "a.nii.gz").touch()
+    return folder
+
+
+def test_the_command_needs_no_torch_and_says_what_comes_next(tmp_path: Path) -> None:
+    pairs(tmp_path / "ct")
+    code = (
+        "import sys\n"
+        "from pipeline.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "init", "-d", "ct:liver=1", "--spacing-mm", "4", "2", "2"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "dataset ct: 1 cases, liver" in done.stdout
+    assert "pipeline cache-teachers --dry-run" in done.stdout
+    registry = load_registry(tmp_path / "data_registry.yaml")
+    assert registry.grid.spacing_mm == (4, 2, 2)
+
+
+def test_somebody_at_the_terminal_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_init, "can_ask", lambda: True)
+    pairs(tmp_path / "ct")
+    path = tmp_path / "r.yaml"
+    arguments = ["init", "-d", f"a={tmp_path}/ct", "--organ", "liver", "-r", str(path)]
+    shown = CliRunner().invoke(cli.app, arguments, input="liver=3\n")
+    assert shown.exit_code == 0, shown.output
+    assert load_registry(path).datasets["a"].annotated == {"liver": (3,)}
+    # With --yes nothing is asked, though somebody could answer.
+    shown = CliRunner().invoke(cli.app, [*arguments, "--yes", "--force"], input="liver=4\n")
+    assert shown.exit_code != 0
+    assert load_registry(path).datasets["a"].annotated == {"liver": (3,)}
