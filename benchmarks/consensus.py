@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def direct(case: CachedCase) -> Way:
         strong = np.fmax(np.abs(d), np.float32(CONFIDENCE))
         d[0] = np.where(known, np.where(inside, strong[0], -strong[0]), d[0])
         d[1:] = np.where(inside, -strong[1:], d[1:])
-        return d, d > 0, (d < 0).all(axis=0)
+        return d, d > 0, np.asarray((d < 0).all(axis=0))
 
     return run
 
@@ -173,9 +174,15 @@ def built_after_slicing(case: CachedCase) -> Way:
     return run
 
 
+def _all(way: Way, patches: Sequence[Patch]) -> None:
+    for patch in patches:
+        way(patch)
+
+
 def sliced_at_the_end(case: CachedCase) -> Way:
     """One chunk per volume; no slice is pushed through the consensus into the reader."""
-    shape = case.case.array("image").shape
+    depth, height, width = case.case.array("image").shape
+    shape = (depth, height, width)
     whole, _ = lazy_consensus(case, SPACE, patch=Patch((0, 0, 0), shape))
 
     def run(patch: Patch) -> Found:
@@ -213,7 +220,7 @@ def measure(
         for name, (way, pool) in ways.items():
             POOL.resize(0)  # what another way pooled must not help this one
             POOL.resize(pool)
-            taken[name].append(timed(lambda way=way, all_=patches: [way(p) for p in all_]))
+            taken[name].append(timed(partial(_all, way, patches)))
     medians = {
         name: [statistics.median(t[i] for t in times) / num_patches for i in (0, 1)]
         for name, times in taken.items()
@@ -249,8 +256,9 @@ def measure_step(case: CachedCase, steps: int) -> dict[str, float]:
     made in this process from a warm pool), and what the consensus of its patches takes of it,
     beyond reading the log-odds and the label."""
     import torch
+    from torch.utils.data import default_collate
 
-    from pipeline.student.dataset import collate, to_batch
+    from pipeline.student.dataset import to_batch
     from pipeline.student.loading import patches_of
     from pipeline.student.network import seeded_network
     from pipeline.student.optimiser import build_optimiser
@@ -278,13 +286,13 @@ def measure_step(case: CachedCase, steps: int) -> dict[str, float]:
 
         def make(step: int = step) -> None:
             samples = [data[step * DEMO_BATCH + n] for n in range(DEMO_BATCH)]
-            batch = to_batch(collate(samples), [], torch.device("cpu"))
+            batch = to_batch(default_collate(samples), [], torch.device("cpu"))
             make_step(config, network, optimiser, batch, Speed(), ALONE, step)
 
         taken["step"].append(timed(make)[1])
         patches = [draw(rng, shape, DEMO_PATCH) for _ in range(DEMO_BATCH)]
         for name, way in ways.items():
-            taken[name].append(timed(lambda way=way, all_=patches: [way(p) for p in all_])[1])
+            taken[name].append(timed(partial(_all, way, patches))[1])
     found = {name: 1000 * statistics.median(times[1:]) for name, times in taken.items()}
     return {
         "step_ms": found["step"],

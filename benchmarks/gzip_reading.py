@@ -38,7 +38,7 @@ def main() -> None:
     data = path.read_bytes()
     ways = all_ways()
     results = {name: way(data) for name, way in ways.items()}
-    size = len(results["gzip"])
+    size = len(gzip.decompress(data))
     assert all(result == results["gzip"] for result in results.values())
     del results
     ways["read_image, all of it"] = lambda _: read_image(path)

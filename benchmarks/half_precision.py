@@ -41,7 +41,7 @@ def main() -> None:
 
 def _gradient(image: torch.Tensor, weight: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
     weight = weight.detach().requires_grad_()
-    F.conv3d(image, weight, padding=1).backward(back)
+    F.conv3d(image, weight, padding=1).backward(back)  # type: ignore[no-untyped-call]
     assert weight.grad is not None
     return weight.grad
 

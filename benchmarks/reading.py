@@ -106,11 +106,12 @@ def all_ways(folder: Path) -> dict[str, Read]:
     maps = {n: np.load(folder / f"{n.replace('/', '_')}.npy", mmap_mode="r") for n in NAMES}
     ways: dict[str, Read] = {BASE: lambda patch: [maps[n][patch.slices].copy() for n in NAMES]}
     for chunk in CHUNKS:
-        unit = Unit.open(folder / f"chunk{chunk}.zarr")
+        path = folder / f"chunk{chunk}.zarr"
+        unit = Unit.open(path)
         ways[f"cache, chunk {chunk}"] = _through_cache(unit, 0)
         ways[f"cache, chunk {chunk}, pool"] = _through_cache(unit, 1 << 30)
-        ways[f"zarr-python, chunk {chunk}"] = _zarr(unit.path)
-        ways[f"tensorstore, chunk {chunk}"] = _tensorstore(unit.path)
+        ways[f"zarr-python, chunk {chunk}"] = _zarr(path)
+        ways[f"tensorstore, chunk {chunk}"] = _tensorstore(path)
     return ways
 
 
