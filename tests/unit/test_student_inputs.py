@@ -1,0 +1,52 @@
+"""What a training reads, where order and a run that never began must not matter."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import CheckpointError
+from pipeline.student_inputs import cached_taps, check_same_units
+from tests.unit.student.coded import SPACE, write_case
+
+FULL: dict[str, Any] = {"cases": {"a/b": "1"}, "teachers": {"one": "2"}}
+PARTIAL = FULL | {"missing_units": {"one": ["a/b"]}}
+
+
+def test_the_order_of_teachers_in_the_registry_is_not_that_of_adapters(tmp_path: Path) -> None:
+    case = write_case(tmp_path, "liver-ct/a")
+    tapped, experts = case.teachers["one"], {"liver": ["a", "b"], "spleen": []}
+    case = replace(case, teachers={"a": tapped, "b": tapped}, experts=experts)
+    turned = replace(case, teachers={"b": tapped, "a": tapped})
+    there, here = (list(cached_taps([one], SPACE)) for one in (case, turned))
+    assert there == here
+    assert len(here) == 2
+
+
+class TestSameUnits:
+    @staticmethod
+    def begun(folder: Path, identity: dict[str, Any], *, steps: int) -> Path:
+        (folder / "checkpoints").mkdir()
+        if steps:
+            (folder / "checkpoints" / f"step_{steps:08d}.pt").touch()
+        (folder / "config.json").write_text(json.dumps({"inputs": identity}))
+        return folder
+
+    def test_a_run_that_made_no_step_may_begin_with_what_is_there_now(self, tmp_path: Path) -> None:
+        check_same_units(self.begun(tmp_path, PARTIAL, steps=0), FULL)
+
+    @pytest.mark.parametrize(
+        ("then", "now", "says"),
+        [(PARTIAL, FULL, "has by now"), (FULL, PARTIAL, "no longer has")],
+    )
+    def test_one_that_did_is_refused(
+        self, tmp_path: Path, then: dict[str, Any], now: dict[str, Any], says: str
+    ) -> None:
+        folder = self.begun(tmp_path, then, steps=3)
+        with pytest.raises(CheckpointError, match=says):
+            check_same_units(folder, now)
+        check_same_units(folder, then)
