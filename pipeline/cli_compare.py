@@ -11,9 +11,12 @@ from pipeline.cli_options import (
     REGISTRY,
     WORK,
     AllowMissingOption,
+    ChannelsLastOption,
+    CompileOption,
     DeviceOption,
     DryRunOption,
     MinutesOption,
+    PrecisionOption,
     QuietOption,
     RegistryOption,
     WindowBatchOption,
@@ -51,6 +54,9 @@ def compare(
     workers: WorkersOption = 0,
     window_batch: WindowBatchOption = 1,
     checkpoint_minutes: MinutesOption = 10.0,
+    precision: PrecisionOption = "fp32",
+    channels_last: ChannelsLastOption = False,
+    compile_: CompileOption = False,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -60,8 +66,10 @@ def compare(
     from pipeline.comparison.plan import Settings, plan_comparison
     from pipeline.comparison.tables import print_results, write_results
     from pipeline.student.launch import refuse_several
+    from pipeline.student.speed import SpeedFlags
 
     refuse_several("compare")
+    flags = SpeedFlags(precision, channels_last, compile_)
     log = open_log(quiet, work, dry_run)
     opened = open_registry(registry, files=False)
     settings = Settings(
@@ -75,7 +83,7 @@ def compare(
     )
     plan = plan_comparison(
         load_configurations(configs), opened, work, settings,
-        log=log, device=device, workers=workers, measure=not dry_run,
+        log=log, device=device, workers=workers, flags=flags, measure=not dry_run,
     )  # fmt: skip
     if dry_run:
         for one in plan.runs:
@@ -83,7 +91,7 @@ def compare(
         return
     results = run(
         plan, opened, work, log=log, device=device, workers=workers, window_batch=window_batch,
-        checkpoint_minutes=checkpoint_minutes,
+        checkpoint_minutes=checkpoint_minutes, flags=flags,
     )  # fmt: skip
     written = write_results(results, output)
     if not quiet:

@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError
 from pipeline.folder import Folder, read_text
 from pipeline.labels import LabelSpace
 from pipeline.log import Advance, Log
+from pipeline.student.speed import SpeedFlags
 from pipeline.student.training import train
 from pipeline.student_inputs import StudentInputs
 from stages.train_student import TrainStudentConfig
@@ -92,6 +93,7 @@ def steps_for_seconds(
     log: Log,
     device: torch.device,
     workers: int,
+    flags: SpeedFlags | None,
 ) -> dict[str, int]:
     """Steps that fit in `seconds` of training, measured once and then read from `record`.
 
@@ -104,7 +106,7 @@ def steps_for_seconds(
             was to be measured on another device or with other workers than the others.
     """
     before = _read(record)
-    here = {"device": device.type, "workers": workers}
+    here = {"device": device.type, "workers": workers, "flags": str(flags or SpeedFlags())}
     known: dict[str, Any] = before.get("seconds_per_step", {})
     keys = {c.run: digest(without_seed_and_steps(c.training)) for c in configs}
     new = [config for config in configs if keys[config.run] not in known]
@@ -124,7 +126,7 @@ def steps_for_seconds(
     rounds: dict[str, list[float]] = {config.run: [] for config in new}
     for number in range(ROUNDS if new else 0):
         for config in new:
-            found = _probe(config, inputs[config.run], space, log, device, workers)
+            found = _probe(config, inputs[config.run], space, log, device, workers, flags)
             rounds[config.run].append(found)
             log.info(f"{config.run}: {found:.3f} s a step (round {number + 1} of {ROUNDS})")
     measured = {keys[run]: min(times) for run, times in rounds.items()}
@@ -155,6 +157,7 @@ def _probe(
     log: Log,
     device: torch.device,
     workers: int,
+    flags: SpeedFlags | None,
 ) -> float:
     """Seconds per step, once loader processes and caches are warm."""
     warm = WARM_UP_STEPS + 2 * workers  # batches that were loaded ahead come too fast
@@ -174,6 +177,7 @@ def _probe(
             device=device,
             temperatures=inputs.temperatures,
             workers=workers,
+            flags=flags,
         )
     return (clock.times[-1] - clock.times[warm - 1]) / MEASURED_STEPS
 

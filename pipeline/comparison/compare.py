@@ -19,6 +19,7 @@ from pipeline.errors import PipelineError, Stopped
 from pipeline.folder import Folder, matching, read_text
 from pipeline.log import Advance, Log
 from pipeline.network import pick_device
+from pipeline.student.speed import SpeedFlags
 from stages import train_student
 
 
@@ -32,6 +33,7 @@ def compare(
     workers: int = 0,
     window_batch: int = 1,
     checkpoint_minutes: float = 10.0,
+    flags: SpeedFlags | None = None,
 ) -> Results:
     """Makes what a plan lacks and returns all results; a second call trains and scores nothing.
 
@@ -46,6 +48,7 @@ def compare(
         workers: loader processes.
         window_batch: windows per forward pass when cases are scored.
         checkpoint_minutes: at most so much work is lost to a kill.
+        flags: precision, memory format, compiling, of all runs.
 
     Raises:
         Stopped: a signal ended a training; the same call goes on from there.
@@ -62,7 +65,7 @@ def compare(
             try:
                 report = train_student.run(
                     run.config, registry, work, log=clock, device=device, workers=workers,
-                    checkpoint_minutes=checkpoint_minutes,
+                    checkpoint_minutes=checkpoint_minutes, flags=flags,
                 )  # fmt: skip
             except (PipelineError, torch.OutOfMemoryError) as error:
                 failed[run.config.run] = error

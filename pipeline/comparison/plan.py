@@ -28,6 +28,7 @@ from pipeline.log import Log
 from pipeline.network import pick_device
 from pipeline.student.network import build_student
 from pipeline.student.settings import TrainingConfig, run_digest
+from pipeline.student.speed import SpeedFlags
 from pipeline.student_inputs import StudentInputs, check_same_units, open_inputs
 from stages.train_student import RUN_NAME, TrainStudentConfig, is_finished
 
@@ -113,6 +114,7 @@ def plan_comparison(
     log: Log,
     device: str = "auto",
     workers: int = 0,
+    flags: SpeedFlags | None = None,
     measure: bool = True,
 ) -> Plan:
     """Checks everything before the first step; with `seconds`, measures unless that was done.
@@ -125,6 +127,7 @@ def plan_comparison(
         log: where progress goes.
         device: auto, cpu, cuda, cuda:1.
         workers: loader processes.
+        flags: precision, memory format, compiling; for measuring.
         measure: False takes what was measured before; a configuration that was not is as if its
             runs were new. For a look.
 
@@ -157,7 +160,7 @@ def plan_comparison(
         prepare_work_folder(work)
         steps = steps_for_seconds(
             configs, inputs, space, settings.seconds, group / "budget.json",
-            log=log, device=pick_device(device), workers=workers,
+            log=log, device=pick_device(device), workers=workers, flags=flags,
         )  # fmt: skip
     identities = {name: found.identity for name, found in inputs.items()}
     runs = _runs(configs, settings, steps, identities, group)

@@ -31,6 +31,8 @@ from pipeline.log import Log
 from pipeline.student import training
 from pipeline.student.checkpoint import load_student
 from pipeline.student.inference import predict_logits
+from pipeline.student.speed import SpeedFlags
+from stages import train_student
 from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import snapshot
 from tests.tiny import (
@@ -329,6 +331,22 @@ class TestInterruptions:
         with pytest.raises(CheckpointError, match=r"config\.optimiser\.lr was 0\.002, now 0\.1"):
             plan(finished, [config("labels", optimiser={"lr": 0.1})])
         assert snapshot(finished.parent) == before
+
+
+def test_flags_of_speed_reach_every_run(tiny_cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen, flags = train_student.run, [], SpeedFlags(channels_last=True)
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        seen.append(options["flags"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(train_student, "run", spy)
+    planned = plan(tiny_cached, [config("labels")], steps=1)
+    compare(
+        planned, load_registry(tiny_cached, files=False), work_of(tiny_cached),
+        log=Log(quiet=True), device="cpu", flags=flags,
+    )  # fmt: skip
+    assert seen == [flags] * len(planned.runs)
 
 
 class TestBudget:
