@@ -16,9 +16,11 @@ from pipeline.errors import ConfigError
 from pipeline.log import Log
 from pipeline.student.checkpoint import training_checkpoints
 from pipeline.student.launch import launched, refuse_several
+from pipeline.student.metrics_file import metric_lines, without_timing
 from pipeline.student.processes import ALONE, Processes, Silent
 from pipeline.student.sealed_file import load_sealed
 from tests.unit.student.ranks import STEPS, Scenario, Told, start, together
+from tests.unit.student.same import assert_same
 
 
 def newest(folder: str) -> dict[str, Any]:
@@ -31,24 +33,8 @@ def losses(folder: str) -> list[float]:
     return [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
 
 
-def without_timing(folder: str) -> list[dict[str, Any]]:
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "timing"} for line in lines]
-
-
-def assert_same(a: Any, b: Any, where: str = "") -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for number, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{number}]")
-    else:
-        assert a == b, where
+def numbers_of(folder: str) -> list[dict[str, Any]]:
+    return without_timing(metric_lines(Path(folder) / "metrics.jsonl"))
 
 
 @dataclass(frozen=True)
@@ -95,7 +81,7 @@ class TestTwoProcesses:
         for name in theirs:
             assert torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6), name
         dice = [
-            [line["validation_dice"] for line in without_timing(s.folder) if "loss" not in line]
+            [line["validation_dice"] for line in numbers_of(s.folder) if "loss" not in line]
             for s in (two, one)
         ]
         assert len(dice[0]) == 2
@@ -118,7 +104,7 @@ class TestTwoProcesses:
         assert [told.code for told in together(replace(scenario, signal=None))] == [0, 0]
         assert_same(newest(scenario.folder), newest(straight.scenario.folder))
         assert len(newest(scenario.folder)["rng"]) == 2
-        assert without_timing(scenario.folder) == without_timing(straight.scenario.folder)
+        assert numbers_of(scenario.folder) == numbers_of(straight.scenario.folder)
 
     def test_nan_in_one_stops_both_naming_the_cases_of_both(
         self, scene: Callable[..., Scenario]

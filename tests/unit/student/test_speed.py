@@ -20,8 +20,9 @@ from pipeline.student.settings import TrainingConfig
 from pipeline.student.speed import Speed, SpeedFlags, check_device
 from pipeline.student.step import make_step
 from tests.tiny import NETWORK
+from tests.unit.student.same import assert_same
 from tests.unit.student.test_deep_supervision import batch
-from tests.unit.student.test_training import assert_same, newest, start
+from tests.unit.student.test_training import newest, start
 from tests.unit.student.test_training import settings as run_settings
 
 CPU = torch.device("cpu")

@@ -33,6 +33,7 @@ from pipeline.student.speed import SpeedFlags
 from pipeline.student.training import KeepBest, Trained, train
 from tests.tiny import NETWORK
 from tests.unit.student.coded import CHANNELS, SPACE, STRIDE, TAP, write_case
+from tests.unit.student.same import assert_same
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 8
@@ -163,24 +164,6 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 def numbers_of(folder: Path) -> list[dict[str, Any]]:
     """What must be the same in an interrupted and an undisturbed run."""
     return without_timing(lines_of(folder))
-
-
-def assert_same(a: Any, b: Any, where: str = "") -> None:
-    """Equal bit by bit, however deep."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype, where
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for number, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{number}]")
-    else:
-        assert a == b, where
 
 
 class TestResume:
