@@ -40,6 +40,7 @@ from pipeline.cli_options import (
     open_registry,
 )
 from pipeline.cli_plan import plan
+from pipeline.cli_report import report
 from pipeline.cli_self_test import refuse_without_self_test, run_self_test
 from pipeline.cli_submit import submit
 from pipeline.cli_tune import tune
@@ -61,6 +62,7 @@ app.command()(inspect)
 app.command()(plan)
 app.command()(compare)
 app.command()(submit)
+app.command()(report)
 cache_app.command()(tune)
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 ORGAN_COLOURS = ("#e6550d", "#3182bd", "#31a354", "#fdd835", "#8e44ad", "#00acc1", "#d81b60")
 _BACKGROUND_COLOUR = "#4dd0e1"
-_WINDOW_HU = (-160, 240)
+WINDOW_HU = (-160, 240)
 
 
 def save_overlay(
@@ -48,8 +48,8 @@ def save_overlay(
             for plane, aspect in enumerate(aspects):
                 ax = axes[plane, column]
                 ax.imshow(
-                    _plane(image_hu, plane, centre), cmap="gray", vmin=_WINDOW_HU[0],
-                    vmax=_WINDOW_HU[1], origin="lower", aspect=aspect,
+                    _plane(image_hu, plane, centre), cmap="gray", vmin=WINDOW_HU[0],
+                    vmax=WINDOW_HU[1], origin="lower", aspect=aspect,
                 )  # fmt: skip
                 for name, mask in regions.items():
                     _fill(ax, _plane(mask, plane, centre), palette[name], aspect)
@@ -157,7 +157,7 @@ class Panel:
 
 
 # What lies at the left and at the right of a plane as it is shown, and at its top and bottom.
-_ENDS = {
+PLANE_ENDS = {
     "axial": ("R", "L", "A", "P"),
     "coronal": ("R", "L", "S", "I"),
     "sagittal": ("A", "P", "S", "I"),
@@ -199,7 +199,7 @@ def save_planes(
     with open_figure(path, 3, len(panels), size=(width, tall), heights=heights) as (figure, axes):
         for column, panel in enumerate(panels):
             axes[0, column].set_title(panel.heading, fontsize=10)
-            for row, plane in enumerate(_ENDS):
+            for row, plane in enumerate(PLANE_ENDS):
                 ax = axes[row, column]
                 _draw_plane(ax, image_hu, panel.regions, plane, centre, spacing_mm, colours)
                 if column == 0:
@@ -226,12 +226,12 @@ def _draw_plane(
 ) -> None:
     from matplotlib.patheffects import withStroke
 
-    axis = list(_ENDS).index(plane)
+    axis = list(PLANE_ENDS).index(plane)
     rows_mm, columns_mm = (mm for n, mm in enumerate(spacing_mm) if n != axis)
     aspect = rows_mm / columns_mm
     index = tuple(centre[axis] if n == axis else slice(None) for n in range(3))
 
-    low, high = _WINDOW_HU
+    low, high = WINDOW_HU
     shown = image_hu[index][:, ::-1]
     ax.imshow(shown, cmap="gray", vmin=low, vmax=high, origin="lower", aspect=aspect)
     for name, marked in regions.items():
@@ -241,7 +241,7 @@ def _draw_plane(
             ax.contour(shown, levels=[0.5], colors=[colours[name]], linewidths=0.8)
     ax.set_xticks([])
     ax.set_yticks([])
-    left, right, top, bottom = _ENDS[plane]
+    left, right, top, bottom = PLANE_ENDS[plane]
     marks = ((0.03, 0.5, left), (0.97, 0.5, right), (0.5, 0.95, top), (0.5, 0.05, bottom))
     for x, y, letter in marks:
         ax.text(

@@ -184,8 +184,8 @@ class _Told:
         left = spent / max(1, self._done - self._before) * (self._total - self._done)
         if not self._log.is_terminal:
             self._log.info(
-                f"{self._what}: {self._done}/{self._total}, {_duration(spent)} spent, "
-                f"{_duration(left)} left{', ' + note if note else ''}"
+                f"{self._what}: {self._done}/{self._total}, {duration(spent)} spent, "
+                f"{duration(left)} left{', ' + note if note else ''}"
             )
         self._log.event(
             "progress", what=self._what, done=self._done, total=self._total,
@@ -193,7 +193,7 @@ class _Told:
         )  # fmt: skip
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """As a person says it: 95 s, 12 min, 3 h 20 min, 2 d 5 h."""
     minutes = round(seconds / 60)
     if seconds < 100:

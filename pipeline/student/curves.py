@@ -55,7 +55,7 @@ def _draw_terms(ax: Any, terms: Curves) -> None:
     lowest = top = 0.0
     for number, name in enumerate(sorted(terms, key=lambda name: name != "total")):
         steps, values = np.array(terms[name], dtype=np.float64).T
-        smooth = _smooth(values)
+        smooth = smoothed(values)
         style = _line_style(number - ("total" in terms), black=name == "total")
         ax.plot(steps, values, color=style["color"], alpha=0.18, linewidth=0.7)
         label = f"{name.replace('_', ' ')} {smooth[-1]:.3g}"
@@ -83,7 +83,7 @@ def _draw_rate(ax: Any, points: Points, colour: str) -> None:
     if len(points):
         steps, values = np.array(points, dtype=np.float64).T
         ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
-        ax.plot(steps, _smooth(values, share=40), color=colour, linewidth=1.6)
+        ax.plot(steps, smoothed(values, share=40), color=colour, linewidth=1.6)
     ax.set_ylim(bottom=0)
     _finish_axes(ax, "")
 
@@ -111,7 +111,7 @@ def _line_style(number: int, *, black: bool = False) -> dict[str, str]:
     return {"color": _LINE_COLOURS[number % len(_LINE_COLOURS)], "linestyle": dash}
 
 
-def _smooth(values: npt.NDArray[np.float64], share: int = 10) -> npt.NDArray[np.float64]:
+def smoothed(values: npt.NDArray[np.float64], share: int = 10) -> npt.NDArray[np.float64]:
     """A running mean over one `share`-th of the values."""
     width = max(1, min(51, len(values) // share))
     kernel = np.ones(width) / width

@@ -20,7 +20,7 @@ def metric_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Lines of a file one after the other, up to one that a kill cut short."""
     with path.open("rb") as file:
         for text in file:
-            line = _parsed(text)
+            line = parsed(text)
             if line is None:
                 return
             yield line
@@ -53,7 +53,7 @@ def kept_lines(path: Path, keep_until: int) -> Iterator[dict[str, Any]]:
     end, last = 0, b"\n"
     with path.open("rb") as file:
         for text in file:
-            line = _parsed(text)
+            line = parsed(text)
             if line is None or line["step"] > keep_until:
                 break
             end, last = end + len(text), text
@@ -66,7 +66,8 @@ def kept_lines(path: Path, keep_until: int) -> Iterator[dict[str, Any]]:
             append.write(b"\n")
 
 
-def _parsed(text: bytes) -> dict[str, Any] | None:
+def parsed(text: bytes) -> dict[str, Any] | None:
+    """A line; None for one that a kill cut short, or that is none."""
     try:
         line = json.loads(text)
     except ValueError:

@@ -1,0 +1,184 @@
+"""Scores of the student per case and organ: of predictions, of the run's own file, or made here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.cache.reader import CachedCase
+from pipeline.errors import ConfigError
+from pipeline.folder import read_text
+from pipeline.html_report.record import RunRecord
+from pipeline.labels import IGNORE, LabelSpace
+from pipeline.log import Log
+from pipeline.metrics import NOT_ANNOTATED, score_case, summarise
+from pipeline.student.checkpoint import StudentRecord, load_student
+from pipeline.student.inference import predict_logits, running_argmax
+
+METRICS = ("Dice", "NSD", "HD95_mm")
+_KEPT = "scores_validation.json"
+
+
+@dataclass(frozen=True)
+class OrganRow:
+    """One organ of one case; a value is None where it was not measured or has no meaning.
+
+    `reason` says why the Dice is None, or the worst there is.
+    """
+
+    case: str
+    organ: str
+    dice: float | None
+    nsd: float | None
+    hd95_mm: float | None
+    reason: str = ""
+
+    def value(self, metric: str) -> float | None:
+        """By one of the names in `METRICS`."""
+        return {"Dice": self.dice, "NSD": self.nsd, "HD95_mm": self.hd95_mm}[metric]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores, and where they are from.
+
+    Attributes:
+        rows: each case and organ that a label speaks of.
+        kind: of predictions, read from the run, or predicted now.
+        source: in words.
+        failed: case -> why it has no scores.
+        tolerance_mm: of NSD, where it is known.
+    """
+
+    rows: Sequence[OrganRow]
+    kind: Literal["predictions", "kept", "now"]
+    source: str
+    failed: Mapping[str, str]
+    tolerance_mm: float | None = None
+
+    @property
+    def cases(self) -> dict[str, float]:
+        """Case -> mean Dice over its organs, the worst first; cases without any are absent."""
+        dice: dict[str, list[float]] = {}
+        for row in self.rows:
+            if row.dice is not None:
+                dice.setdefault(row.case, []).append(row.dice)
+        means = {case: sum(values) / len(values) for case, values in dice.items()}
+        return dict(sorted(means.items(), key=lambda item: (item[1], item[0])))
+
+
+class Student:
+    """A run's student, ready to predict cases of the cache."""
+
+    def __init__(self, record: StudentRecord, network: torch.nn.Module, device: torch.device):
+        self.record = record
+        self._network = network.to(device)
+        self._device = device
+
+    def label_map(self, case: CachedCase) -> npt.NDArray[np.uint8]:
+        """uint8 organ ids (D, H, W) on the student grid, by the windows that `predict` uses."""
+        logits = predict_logits(
+            self._network,
+            case.image(),
+            self.record.intensity,
+            self.record.patch,
+            device=self._device,
+        )
+        return self.record.label_space.to_ids(running_argmax(iter(logits)))
+
+
+def open_student(record: RunRecord, device: torch.device) -> Student | None:
+    """student.pt, or best.pt of a run that is not finished; None without either.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if record.student is None:
+        return None
+    found, network = load_student(record.folder / record.student)
+    return Student(found, network, device)
+
+
+def scores_of_predictions(folder: Path) -> Scores:
+    """What `pipeline evaluate` wrote beside predictions.
+
+    Raises:
+        ConfigError: there is no summary.json that it wrote.
+    """
+    path = folder / "summary.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = [
+            _row(entry["case"], organ, values)
+            for entry in content["metric_per_case"]
+            for organ, values in entry["metrics"].items()
+        ]
+        failed = {str(case): str(why) for case, why in content.get("failed", {}).items()}
+        tolerance_mm = content.get("tolerance_mm")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"no scores of predictions can be read ({type(error).__name__}: {error}).",
+            where=path,
+            fix="Run `pipeline evaluate FOLDER` first, or leave --predictions out.",
+        ) from error
+    source = f"predictions in {folder}, scored on the images' own grids"
+    return Scores(_judged(rows), "predictions", source, failed, tolerance_mm)
+
+
+def kept_scores(record: RunRecord) -> Scores | None:
+    """What `pipeline compare` wrote into the run; None if there is nothing of these very cases."""
+    try:
+        content = json.loads(read_text(record.folder / _KEPT))
+        rows = [_row(row["case"], row["organ"], row) for row in content["rows"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not rows or not {row.case for row in rows} <= set(record.validation):
+        return None
+    source = f"{_KEPT} of this run: validation cases of the cache, on the student grid"
+    return Scores(_judged(rows), "kept", source, {})
+
+
+def scores_made_now(student: Student, cases: Sequence[CachedCase], log: Log) -> Scores:
+    """Predicts cases of the cache and scores them by the rules of `pipeline evaluate`, Dice alone.
+
+    Args:
+        student: of the run.
+        cases: labelled.
+        log: where progress goes.
+    """
+    found: list[OrganRow] = []
+    with log.progress("predict validation cases", len(cases)) as advance:
+        for case in cases:
+            predicted = student.label_map(case)
+            found += _scored(case, predicted, student.record.label_space)
+            advance(case.name)
+    source = "validation cases of the cache, predicted for this page, on the student grid"
+    return Scores(_judged(found), "now", source, {})
+
+
+def _scored(
+    case: CachedCase, predicted: npt.NDArray[np.uint8], space: LabelSpace
+) -> list[OrganRow]:
+    ids = {organ: i for organ, i in space.ids.items() if organ in case.annotated}
+    scores = score_case(
+        predicted, case.label(), ids, case.grid.spacing_mm, ignore_value=IGNORE, surface=False
+    )
+    (entry,) = summarise({case.name: scores})["metric_per_case"]
+    return [_row(case.name, organ, values) for organ, values in entry["metrics"].items()]
+
+
+def _row(case: str, organ: str, values: Mapping[str, Any]) -> OrganRow:
+    dice, nsd, hd95_mm = (None if values[m] is None else float(values[m]) for m in METRICS)
+    return OrganRow(str(case), str(organ), dice, nsd, hd95_mm, str(values.get("reason", "")))
+
+
+def _judged(rows: Sequence[OrganRow]) -> list[OrganRow]:
+    """Without organs that no label speaks of: nobody could score them."""
+    return [row for row in rows if row.reason != NOT_ANNOTATED]
