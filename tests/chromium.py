@@ -29,6 +29,7 @@ class Page:
         self._commands, self._answers = commands, answers
         self._number, self._rest, self._session = 0, b"", ""
         self.requests: list[str] = []
+        self.blocked: list[str] = []
         self.complaints: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
@@ -49,8 +50,10 @@ class Page:
             time.sleep(0.05)
 
     def value(self, expression: str) -> Any:
-        """What JavaScript makes of an expression, as plain JSON."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """What JavaScript makes of an expression, as plain JSON; a promise is waited for."""
+        found = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
@@ -97,6 +100,8 @@ class Page:
     def _hear(self, event: Mapping[str, Any]) -> None:
         if event.get("method") == "Network.requestWillBeSent":
             self.requests.append(event["params"]["request"]["url"])
+        if event.get("method") == "Network.loadingFailed":
+            self.blocked.append(event["params"].get("blockedReason", ""))
         if event.get("method") == "Runtime.exceptionThrown":
             self.complaints.append(str(event["params"]))
         if event.get("method") == "Log.entryAdded":

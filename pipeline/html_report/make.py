@@ -155,7 +155,7 @@ def _scores(
     gone = {
         case.name: case.case.problem for case in lineage.of(VALIDATION) if case.case.unit is None
     }
-    return replace(scores, failed=gone), ""
+    return replace(scores, failed={**gone, **scores.failed}), ""
 
 
 def _shown(

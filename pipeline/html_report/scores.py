@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.cache.reader import CachedCase
-from pipeline.errors import ConfigError
+from pipeline.errors import CacheError, ConfigError
 from pipeline.folder import read_text
 from pipeline.html_report.record import RunRecord
 from pipeline.labels import IGNORE, LabelSpace
@@ -152,15 +152,22 @@ def scores_made_now(student: Student, cases: Sequence[CachedCase], log: Log) -> 
         student: of the run.
         cases: labelled.
         log: where progress goes.
+
+    Returns:
+        Scores; a case that turns out to be damaged is in `failed`.
     """
     found: list[OrganRow] = []
+    failed: dict[str, str] = {}
     with log.progress("predict validation cases", len(cases)) as advance:
         for case in cases:
-            predicted = student.label_map(case)
-            found += _scored(case, predicted, student.record.label_space)
+            try:
+                predicted = student.label_map(case)
+                found += _scored(case, predicted, student.record.label_space)
+            except CacheError as error:
+                failed[case.name] = str(error)
             advance(case.name)
     source = "validation cases of the cache, predicted for this page, on the student grid"
-    return Scores(_judged(found), "now", source, {})
+    return Scores(_judged(found), "now", source, failed)
 
 
 def _scored(

@@ -20,6 +20,15 @@ for (const slider of document.querySelectorAll(".plane input[type=range]")) {
   show();
 }
 
+// Only what scrolls sideways needs to be reached by the keyboard.
+const sized = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
+    else target.removeAttribute("tabindex");
+  }
+});
+for (const region of document.querySelectorAll(".scroll")) sized.observe(region);
+
 for (const box of document.querySelectorAll("input[data-layer]")) {
   const images = box.closest(".case").querySelectorAll(`img[data-layer="${box.dataset.layer}"]`);
   const show = () => {
