@@ -7,12 +7,14 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.cohort import open_cohort
 from pipeline.comparison.scoring import ScoringSettings, score_student
 from pipeline.data.registry import load_registry
@@ -22,7 +24,10 @@ from pipeline.inspection.run import inspect_cohort
 from pipeline.log import Log
 from tests.stages.stage_contract import snapshot
 from tests.tiny import ORGANS, change_registry, work_of
-from tests.unit.html_report.pages import RUN, Element, call, folder_of, page, recorded
+from tests.unit.html_report.pages import RUN, Element, call, folder_of, page, parse, recorded
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 SECTIONS = ("lineage", "gate", "regions", "training", "scores", "cases", "storage", "about")
 HOSTILE = "<img src=x onerror=alert(1)> \"'</script><b>"
@@ -83,15 +88,14 @@ def test_lineage_goes_down_to_the_weights(built_runs: Path, made: Element) -> No
     lineage = made.one("section", id="lineage")
     finished = json.loads((folder_of(built_runs) / "finished.json").read_text())
     assert finished["run_digest"] in made.one("header").text
-    rows = cells(table_with(lineage, "Teachers"))[1:]
-    assert [row[0] for row in rows] == list(inputs["teachers"])
+    groups = table_with(lineage, "Teachers").all("tbody")
+    assert [g.one("th").text for g in groups] == list(inputs["teachers"])
     whole = json.loads(made.one("script", id="lineage-json").text)
     assert whole["run_digest"] == finished["run_digest"]
-    for row, (name, digest) in zip(rows, inputs["teachers"].items(), strict=True):
+    for group, (name, digest) in zip(groups, inputs["teachers"].items(), strict=True):
         found = whole["teachers"][name]
         assert found["digest"] == digest
-        assert digest in row[3]
-        assert found["weights_sha256"] in row[3]
+        assert group.text.endswith(f"weights {found['weights_sha256']} teacher {digest}")
         receipts = work_of(built_runs).glob(f"teachers/{name}@*/*/*/receipt.json")
         for receipt in receipts:
             made_from = json.loads(receipt.read_text())["teacher_inputs"]
@@ -356,3 +360,17 @@ def test_only_an_html_file_is_written(built_runs: Path, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert isinstance(error_of(built_runs, blocked / "r.html"), WorkFolderError)
+
+
+def test_a_run_in_an_object_store_keeps_its_page_there(
+    built_runs: Path, store_work: UPath, tmp_path: Path
+) -> None:
+    store_work.fs.put(str(work_of(built_runs)), store_work.path, recursive=True)
+    arguments = ["report", RUN, "-r", str(built_runs), "-w", str(store_work), "-q"]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    path = store_work / "students" / RUN / "report.html"
+    assert result.stdout == f"{path}\n"
+    found = parse(path.read_text(encoding="utf-8"))
+    assert tuple(s.attributes["id"] for s in found.all("section")) == SECTIONS
+    assert found.one(id="cases").all("img")
