@@ -76,12 +76,12 @@ def run(
     network.to(where)
     if not dry_run:
         prepare_work_folder(output)
-    identity = {"student_sha256": file_sha256(student), "config": config.model_dump(mode="json")}
+    student_sha256 = file_sha256(student)
     with log.progress("predict", len(inputs)) as advance:
         for name, path in inputs.items():
             try:
                 image = read_image(path)
-                made_from = digest({**identity, "image_sha256": image.sha256})
+                made_from = prediction_digest(config, student_sha256, image.sha256)
                 target, beside = output / f"{name}.nii.gz", output / f"{name}.json"
                 _check_not_input(target, path)
                 if _is_done(target, beside, made_from):
@@ -205,6 +205,14 @@ def _check_not_input(target: Path, image: Path) -> None:
         raise ConfigError(
             "the label map would overwrite this image.", where=image, fix="Name another --output."
         )
+
+
+def prediction_digest(config: PredictConfig, student_sha256: str, image_sha256: str) -> str:
+    """Digest of all that determines a label map; it stands in the JSON beside it."""
+    settings = config.model_dump(mode="json")
+    return digest(
+        {"student_sha256": student_sha256, "config": settings, "image_sha256": image_sha256}
+    )
 
 
 def _is_done(target: Path, beside: Path, made_from: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from pipeline.cache.reader import CachedCase
 from pipeline.cohort import compute, open_case
+from pipeline.config import file_sha256
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
@@ -24,8 +26,13 @@ from pipeline.html_report.scores import Student
 from pipeline.inspection.looks import View, look_at
 from pipeline.inspection.picture import BACKGROUND_COLOUR, CONFLICT_COLOUR
 from pipeline.labels import IGNORE, LabelSpace
+from stages.predict import PredictConfig, prediction_digest
 
 Array = npt.NDArray[Any]
+NOT_OF_THIS_RUN = (
+    "Nothing says that this run's student.pt made this label map: it is of another student, of "
+    "other settings of predict, or the record beside it is gone."
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ class CaseSource:
         annotated = tuple(organ for organ in space.organs if organ in case.annotated)
         colours = organ_colours(space)
         layers = []
-        predicted, why = self._label_map(case)
+        predicted, why = self._label_map(case, notes)
         if predicted is None:
             notes.append(f"No label map of the student: {why}")
         else:
@@ -160,18 +167,31 @@ class CaseSource:
         kept = CachedCase(found.name, found.split, found.annotated, found.case, units, experts)
         return kept, [f"Left out, because the registry now means others: {', '.join(other)}."]
 
-    def _label_map(self, case: CachedCase) -> tuple[Array | None, str]:
+    def _label_map(self, case: CachedCase, notes: list[str]) -> tuple[Array | None, str]:
         if self.predictions is not None:
             dataset, _, name = case.name.partition("/")
             path = self.predictions / dataset / f"{name}.nii.gz"
             try:
                 found = read_label(path).volume
-                return resample(found, case.grid, order=0, outside=0).array.astype(np.uint8), ""
             except (PipelineError, OSError) as error:
                 return None, str(error)
+            if not self._is_of_this_run(case, path.with_name(f"{name}.json")):
+                notes.append(NOT_OF_THIS_RUN)
+            return resample(found, case.grid, order=0, outside=0).array.astype(np.uint8), ""
         if self.student is None:
             return None, "the run has no readable student.pt or best.pt."
         return self.student.label_map(case), ""
+
+    def _is_of_this_run(self, case: CachedCase, beside: Path) -> bool:
+        """Whether `pipeline predict` says that this run's student made it, by default settings."""
+        image_sha256 = str(case.case.receipt.inputs.get("image_sha256"))
+        try:
+            content = json.loads(beside.read_text(encoding="utf-8"))
+            sha256 = file_sha256(self.record.folder / "student.pt")
+            expected = prediction_digest(PredictConfig(), sha256, image_sha256)
+            return bool(content["digest"] == expected)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _teachers(self, case: CachedCase) -> tuple[list[Layer], str]:
         """By the teachers alone: where labels win there is little to see on a labelled case."""
