@@ -54,19 +54,16 @@ def report(
 
     The page holds all it needs and asks no network for anything.
     """
-    from pipeline.html_report.make import write_report
+    from pipeline.html_report.make import PageSettings, write_report
     from pipeline.network import pick_device
 
     written = write_report(
         open_registry(registry, files=False),
         work,
         run,
+        PageSettings(predictions, worst, regions, workers),
         output,
-        predictions=predictions,
-        num_worst=worst,
-        regions=regions,
         device=pick_device(device),
-        workers=workers,
         log=open_log(quiet),
     )
     typer.echo(str(written))

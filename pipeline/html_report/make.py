@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,19 +43,32 @@ from pipeline.log import Log
 _ORDINALS = ("", "second", "third", "fourth", "fifth", "sixth")
 
 
+@dataclass(frozen=True)
+class PageSettings:
+    """What is put on the page.
+
+    Attributes:
+        predictions: a folder that `predict` and `evaluate` filled; None for validation cases.
+        num_worst: so many of the worst cases are shown, beside the median one.
+        regions: whether every case is read for volumes and conflicts.
+        workers: processes that measure them. Changes speed only.
+    """
+
+    predictions: Path | None = None
+    num_worst: int = 2
+    regions: bool = True
+    workers: int = 0
+
+
 def write_report(
     registry: Registry,
     work: Folder,
     run: str,
+    settings: PageSettings,
     output: Folder | None = None,
     *,
-    predictions: Path | None = None,
-    num_worst: int = 2,
-    regions: bool = True,
     device: torch.device,
-    workers: int = 0,
     log: Log,
-    made_at: str | None = None,
 ) -> Folder:
     """Writes the page of a run; what is missing in the run is said there, where it would stand.
 
@@ -63,14 +76,10 @@ def write_report(
         registry: read without its files.
         work: the work folder.
         run: its name.
+        settings: what is put on the page.
         output: the file; None for report.html in the run's folder.
-        predictions: a folder that `predict` and `evaluate` filled; None for validation cases.
-        num_worst: so many of the worst cases are shown, beside the median one.
-        regions: whether every case is read for volumes and conflicts.
         device: where the student predicts, if it must.
-        workers: processes that measure regions. Changes speed only.
         log: where progress goes.
-        made_at: stands on the page; None for now. All else depends on the inputs alone.
 
     Returns:
         The file.
@@ -84,31 +93,7 @@ def write_report(
     path = record.folder / "report.html" if output is None else output
     if path.suffix not in (".html", ".htm"):
         raise ConfigError("the page is an HTML file.", where=path, fix="Name it report.html.")
-    given = None if predictions is None else scores_of_predictions(predictions)
-    lineage = trace(work, record)
-    student, broken = _student(record, device)
-    scores, no_scores = _scores(record, lineage, student, broken, given, log)
-    source = CaseSource(work, registry, record, lineage, student, predictions)
-    shown, limits = _shown(source, scores, num_worst)
-    skipped = Regions(absent="Not measured: the page was made with --no-regions.")
-    content = Content(
-        record=record,
-        lineage=lineage,
-        settings_yaml=settings_as_yaml(record),
-        registered=registered_teachers(registry, lineage.teachers),
-        gate=read_gate(work, registry, lineage.teachers),
-        regions=measure_regions(record, lineage, workers=workers, log=log) if regions else skipped,
-        curves=training_charts(record),
-        scores=scores,
-        no_scores=no_scores,
-        summaries=[] if scores is None else summarised(record.space.organs, scores),
-        strips=[] if scores is None else strip_charts(record.space.organs, scores.rows),
-        shown=shown,
-        limits=limits,
-        stored=stored(record, lineage),
-        versions=versions_here(),
-        made_at=made_at or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    )
+    content = gather(registry, work, record, settings, device=device, log=log)
     try:
         replace_file(path, render(content).encode("utf-8"))
     except OSError as error:
@@ -118,6 +103,47 @@ def write_report(
             fix="Name another file with --output.",
         ) from error
     return path
+
+
+def gather(
+    registry: Registry,
+    work: Folder,
+    record: RunRecord,
+    settings: PageSettings,
+    *,
+    device: torch.device,
+    log: Log,
+) -> Content:
+    """All that the page tells; see `write_report`."""
+    folder = settings.predictions
+    given = None if folder is None else scores_of_predictions(folder)
+    lineage = trace(work, record)
+    student, broken = _student(record, device)
+    scores, no_scores = _scores(record, lineage, student, broken, given, log)
+    source = CaseSource(work, registry, record, lineage, student, folder)
+    shown, limits = _shown(source, scores, settings.num_worst)
+    regions = Regions(absent="Not measured: the page was made with --no-regions.")
+    if settings.regions:
+        regions = measure_regions(record, lineage, workers=settings.workers, log=log)
+    organs = record.space.organs
+    return Content(
+        record=record,
+        lineage=lineage,
+        settings_yaml=settings_as_yaml(record),
+        registered=registered_teachers(registry, lineage.teachers),
+        gate=read_gate(work, registry, lineage.teachers),
+        regions=regions,
+        curves=training_charts(record),
+        scores=scores,
+        no_scores=no_scores,
+        summaries=[] if scores is None else summarised(organs, scores),
+        strips=[] if scores is None else strip_charts(organs, scores.rows),
+        shown=shown,
+        limits=limits,
+        stored=stored(record, lineage),
+        versions=versions_here(),
+        made_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
 
 
 def _student(record: RunRecord, device: torch.device) -> tuple[Student | None, str]:
