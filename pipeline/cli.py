@@ -14,6 +14,7 @@ from pipeline.cli_cache import cache_app
 from pipeline.cli_cache_teachers import cache_teachers
 from pipeline.cli_check import check
 from pipeline.cli_compare import compare
+from pipeline.cli_export import export
 from pipeline.cli_init import init
 from pipeline.cli_inspect import inspect
 from pipeline.cli_options import (
@@ -59,6 +60,7 @@ app.command()(check)
 app.command()(inspect)
 app.command()(plan)
 app.command()(predict)
+app.command()(export)
 app.command()(compare)
 app.command()(submit)
 cache_app.command()(tune)
