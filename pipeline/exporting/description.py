@@ -42,7 +42,8 @@ def describe(record: StudentRecord, *, file: str, overlap: float) -> dict[str, A
         "spacing_mm": list(record.spacing_mm),
         "resampling": {
             "grid": "directions and centre of the field of view are the image's; "
-            "max(1, round(size * old_spacing / spacing_mm)) voxels per axis",
+            "max(1, round(size * old_spacing / spacing_mm)) voxels per axis; old_spacing is the "
+            "length of the affine's columns",
             "image": "linear between voxel centres, the outermost value holds outside; rounded to "
             "whole HU, before and after",
             "logits": "linear, back onto the image's own grid, before argmax",

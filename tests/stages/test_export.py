@@ -178,8 +178,8 @@ def by_the_json(path: Path, image: Path) -> Any:
     says = json.loads(path.read_text())
     assert says["axes"]["axcodes"] == "SAR"
     source = nib.as_closest_canonical(nib.load(image))
-    hu = np.asarray(source.dataobj).transpose(2, 1, 0).astype(np.float64)
-    old = np.array(source.header.get_zooms()[:3][::-1], dtype=np.float64)
+    hu = np.asarray(source.dataobj).transpose(2, 1, 0).astype(np.float32)
+    old = np.linalg.norm(source.affine[:3, :3], axis=0)[::-1]
     new = np.array(says["spacing_mm"])
     shape = np.maximum(1, np.rint(np.array(hu.shape) * old / new)).astype(int)
     step = new / old
@@ -363,3 +363,73 @@ class TestInput:
 
     def test_the_command_line_knows_the_formats(self) -> None:
         assert tuple(form.value for form in FormatName) == export.FORMATS
+
+
+# What the bundle specification asks of metadata.json; MONAI's own schema is fetched from the web.
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "version": {"type": "string"},
+        "required_packages_version": {"type": "object"},
+        "network_data_format": {
+            "type": "object",
+            "properties": {
+                side: {
+                    "type": "object",
+                    "additionalProperties": {
+                        "type": "object",
+                        "properties": {
+                            "spatial_shape": {"type": "array", "items": {"type": "integer"}},
+                            "value_range": {"type": "array", "items": {"type": "number"}},
+                            "channel_def": {"type": "object"},
+                            "is_patch_data": {"type": "boolean"},
+                        },
+                        "required": [
+                            "type", "format", "num_channels", "spatial_shape", "dtype",
+                            "value_range", "is_patch_data", "channel_def",
+                        ],
+                    },
+                }
+                for side in ("inputs", "outputs")
+            },
+            "required": ["inputs", "outputs"],
+        },
+    },
+    "required": [
+        "schema", "version", "changelog", "monai_version", "pytorch_version", "numpy_version",
+        "required_packages_version", "task", "description", "authors", "copyright",
+        "network_data_format",
+    ],
+}  # fmt: skip
+
+
+def test_monais_own_commands_take_the_bundle(tmp_path: Path) -> None:
+    """`verify_metadata`, `verify_net_in_out`, `ckpt_export` and `run` of `monai.bundle`."""
+    from monai import bundle
+
+    image = tmp_path / "in" / "ct.nii.gz"
+    write_ct(image, "LPS")
+    student = write_spread_student(tmp_path / "student.pt")
+    run(student, ["bundle"], tmp_path / "out", check_on=image)
+    folder = tmp_path / "out" / "bundle"
+    meta, config = (str(folder / "configs" / f"{n}.json") for n in ("metadata", "inference"))
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    bundle.verify_metadata(meta_file=meta, filepath=str(tmp_path / "schema.json"))
+    bundle.verify_net_in_out(net_id="network_def", meta_file=meta, config_file=config, device="cpu")
+    bundle.ckpt_export(
+        net_id="network_def", filepath=str(tmp_path / "model.ts"), meta_file=meta,
+        ckpt_file=str(folder / "models" / "model.pt"), config_file=config,
+    )  # fmt: skip
+    assert (tmp_path / "model.ts").stat().st_size > 1000
+    bundle.run(
+        run_id="run", config_file=config, meta_file=meta, bundle_root=str(folder),
+        dataset_dir=str(image.parent), output_dir=str(tmp_path / "labels"),
+    )  # fmt: skip
+    predict.run(
+        predict.PredictConfig(), student, predict.find_inputs(image), tmp_path / "ours",
+        log=Log(quiet=True), device="cpu",
+    )  # fmt: skip
+    theirs, ours = (nib.load(tmp_path / f / "ct.nii.gz") for f in ("labels", "ours"))
+    assert np.array_equal(np.asarray(theirs.dataobj), np.asarray(ours.dataobj))
+    assert np.allclose(theirs.affine, ours.affine)
+    assert set(np.unique(np.asarray(ours.dataobj))) == {0, 3, 7}
