@@ -14,6 +14,7 @@ from pipeline.cli_cache import cache_app
 from pipeline.cli_cache_teachers import cache_teachers
 from pipeline.cli_check import check
 from pipeline.cli_compare import compare
+from pipeline.cli_export import export
 from pipeline.cli_init import init
 from pipeline.cli_inspect import inspect
 from pipeline.cli_options import (
@@ -32,7 +33,6 @@ from pipeline.cli_options import (
     QuietOption,
     RegistryOption,
     SelfTestOption,
-    WindowBatchOption,
     WorkersOption,
     WorkOption,
     end,
@@ -40,12 +40,12 @@ from pipeline.cli_options import (
     open_registry,
 )
 from pipeline.cli_plan import plan
+from pipeline.cli_predict import predict
 from pipeline.cli_report import report
 from pipeline.cli_self_test import refuse_without_self_test, run_self_test
 from pipeline.cli_submit import submit
 from pipeline.cli_tune import tune
 from pipeline.errors import PipelineError
-from pipeline.folder import Folder, parse_folder
 
 app = typer.Typer(
     name="pipeline",
@@ -60,6 +60,8 @@ app.command("cache-teachers")(cache_teachers)
 app.command()(check)
 app.command()(inspect)
 app.command()(plan)
+app.command()(predict)
+app.command()(export)
 app.command()(compare)
 app.command()(submit)
 app.command()(report)
@@ -161,48 +163,6 @@ def train_student(
     )
     if not launched().is_first:
         raise typer.Exit(report.exit_code)
-    end(report)
-
-
-@app.command()
-def predict(
-    student: Annotated[
-        Folder,
-        typer.Argument(
-            help="student.pt of a finished run.", parser=parse_folder, metavar="STUDENT"
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of label maps.")],
-    images: Annotated[Path | None, typer.Argument(help="A NIfTI file or a folder of them.")] = None,
-    registry: Annotated[
-        Path | None,
-        typer.Option("--registry", "-r", help="Instead of IMAGES: its cases, <dataset>/<case>."),
-    ] = None,
-    split: Annotated[
-        list[str] | None, typer.Option(help="Of the registry; default: test. Once for each.")
-    ] = None,
-    config: ConfigOption = None,
-    device: DeviceOption = "auto",
-    window_batch: WindowBatchOption = 1,
-    dry_run: DryRunOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """NIfTI in, multi-organ label map out, in the geometry of the input."""
-    from pipeline.config import load_config
-    from stages import predict as stage
-
-    settings = load_config(config, stage.PredictConfig) if config else None
-    known = open_registry(registry, files=False) if registry else None
-    report = stage.run(
-        settings or stage.PredictConfig(),
-        student,
-        stage.chosen_inputs(images, known, split),
-        output,
-        log=open_log(quiet),
-        device=device,
-        window_batch=window_batch,
-        dry_run=dry_run,
-    )
     end(report)
 
 

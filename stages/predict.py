@@ -1,38 +1,43 @@
 """NIfTI in, multi-organ label map out, in the geometry of the input, voxel for voxel.
 
-CT -> student grid -> sliding window -> logits, channel by channel back onto the input's grid ->
-argmax -> the input's own orientation. A JSON beside each label map names its organs; it is written
-last and says which student and which image it came from.
+CT -> student grid -> sliding window -> logits, rows by rows back onto the input's grid -> argmax ->
+the input's own orientation. A JSON beside each label map names its organs; it is written last and
+says which student and which image it came from. With several devices, each has a process of its
+own, which takes the next case when it is free; files are the same as from one.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import Field
-from torch import nn
 
-from pipeline.cache.store import prepare_work_folder, write_json
-from pipeline.config import Config, digest, file_sha256
-from pipeline.data.nifti import read_image, write_like
-from pipeline.data.registry import Registry
-from pipeline.data.resample import resample
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.cache.store import prepare_work_folder
+from pipeline.config import Config
+from pipeline.engine.devices import run_on_devices
+from pipeline.errors import EngineError, PipelineError
 from pipeline.folder import Folder
-from pipeline.log import Log
+from pipeline.log import SECONDS_BEFORE_THE_FIRST_LINE, Advance, Log
 from pipeline.network import pick_device
-from pipeline.student.checkpoint import StudentRecord, load_student
-from pipeline.student.inference import predict_logits, running_argmax
-from pipeline.volume import Grid, Volume
+from pipeline.predicting.case import (
+    CasePredictor,
+    Done,
+    How,
+    Probabilities,
+    Share,
+    student_identity,
+    write_label_tables,
+)
+from pipeline.predicting.inputs import chosen_inputs, find_inputs
+from pipeline.student.checkpoint import load_student
+from pipeline.student.inference import TellWindows
 from stages.report import StageReport
 
-_SUFFIXES = (".nii.gz", ".nii")
+__all__ = ["PredictConfig", "chosen_inputs", "find_inputs", "pick_devices", "run"]
 
 
 class PredictConfig(Config):
@@ -50,6 +55,7 @@ def run(
     log: Log,
     device: str = "auto",
     window_batch: int = 1,
+    probabilities: Probabilities | None = None,
     dry_run: bool = False,
 ) -> StageReport:
     """Predicts each input as `output/<name>.nii.gz`; what is there from the same student and image
@@ -61,170 +67,98 @@ def run(
         inputs: name (may hold a slash) -> NIfTI of a CT.
         output: folder.
         log: where progress goes.
-        device: auto, cpu, cuda, cuda:1.
+        device: auto, cpu, cuda, cuda:1; several with commas, `cuda:0,cuda:1`.
         window_batch: windows per forward pass.
+        probabilities: which are written as well; None: none.
         dry_run: say what would be done, write nothing.
 
     Raises:
         CheckpointError: no student there.
+        ConfigError: no such device.
+        EngineError: the processes of all devices died.
         WorkFolderError: the output folder cannot be written.
     """
     began = time.monotonic()
     report = StageReport("predict")
     record, network = load_student(student)
-    where = pick_device(device)
-    network.to(where)
+    devices = pick_devices(device)
+    identity = student_identity(student, config.model_dump(mode="json"))
+    how = How(config.overlap, window_batch, probabilities, identity)
     if not dry_run:
         prepare_work_folder(output)
-    student_sha256 = file_sha256(student)
+        write_label_tables(output, record)
     with log.progress("predict", len(inputs)) as advance:
-        for name, path in inputs.items():
+        hears = _Hears(report, log, advance)
+        if len(devices) > 1 and len(inputs) > 1 and not dry_run:
+            shares = [Share(student, where, output, how) for where in devices]
             try:
-                image = read_image(path)
-                made_from = prediction_digest(config, student_sha256, image.sha256)
-                target, beside = output / f"{name}.nii.gz", output / f"{name}.json"
-                _check_not_input(target, path)
-                if _is_done(target, beside, made_from):
-                    report.skipped.append(name)
-                elif dry_run:
-                    report.done.append(name)
-                else:
-                    classes = segment(
-                        image.volume, record, network,
-                        overlap=config.overlap, window_batch=window_batch, device=where,
-                    )  # fmt: skip
-                    beside.unlink(missing_ok=True)
-                    space = record.label_space
-                    names = {organ_id: organ for organ, organ_id in space.ids.items()}
-                    labels = Volume(space.to_ids(classes), image.volume.grid)
-                    write_like(target, labels, path, names=names)
-                    content = {"digest": made_from, "image": path.name, "organs": dict(space.ids)}
-                    write_json(beside, content)
-                    report.done.append(name)
-                    report.num_bytes += target.stat().st_size
-            except PipelineError as error:
-                report.failed[name] = error
-                log.warn(f"{name} failed: {error}")
-            advance(name)
+                run_on_devices(
+                    shares[: len(inputs)], inputs.items(),
+                    tell=hears.done, lost=lambda item, error: hears.failed(item[0], error),
+                    name=lambda item: item[0],
+                )  # fmt: skip
+            except EngineError as error:
+                hears.not_begun(inputs, error)
+        else:
+            predictor = CasePredictor(record, network, devices[0], output, how)
+            for name, path in inputs.items():
+                try:
+                    with _windows(log, name) as tell:
+                        hears.done(predictor.predict(name, path, tell=tell, dry_run=dry_run))
+                except PipelineError as error:
+                    hears.failed(name, error)
     report.seconds = time.monotonic() - began
     return report
 
 
-def segment(
-    image: Volume,
-    record: StudentRecord,
-    network: nn.Module,
-    *,
-    overlap: float,
-    window_batch: int,
-    device: torch.device,
-) -> npt.NDArray[np.uint8]:
-    """int16 HU (D, H, W) on any grid -> classes 0 .. K on that grid, uint8.
-
-    Logits, not labels, are resampled, so that boundaries are those of the finer grid.
-    """
-    grid = image.grid.with_spacing(record.spacing_mm)
-    logits = predict_logits(
-        network,
-        resample(image, grid, order=1).array,
-        record.intensity,
-        record.patch,
-        overlap=overlap,
-        window_batch=window_batch,
-        device=device,
-    )
-    return running_argmax(_channels(logits, grid, image.grid))
-
-
-def find_inputs(path: Path) -> dict[str, Path]:
-    """One NIfTI, or all of a folder but hidden ones, by name without suffix.
+def pick_devices(names: str) -> list[torch.device]:
+    """One device, or several with commas; the same may be named twice (`cpu,cpu`).
 
     Raises:
-        ConfigError: nothing there, or two files whose label maps would have one name.
+        ConfigError: an unknown device, or one that is not there.
     """
-    files = sorted(f for f in path.iterdir() if f.name[0] != ".") if path.is_dir() else [path]
-    found: dict[str, Path] = {}
-    for file in files:
-        if not (file.is_file() and file.name.endswith(_SUFFIXES)):
-            continue
-        if _stem(file) in found:
-            raise ConfigError(
-                f"{file.name} and {found[_stem(file)].name} would give one label map.",
-                where=path,
-                fix="Rename one of them, or move it elsewhere.",
-            )
-        found[_stem(file)] = file
-    if not found:
-        raise ConfigError(
-            "no NIfTI file there.", where=path, fix="Give a .nii.gz file, or a folder of them."
-        )
-    return found
+    return [pick_device(name.strip()) for name in names.split(",")]
 
 
-def chosen_inputs(
-    images: Path | None, registry: Registry | None, splits: Sequence[str] | None
-) -> dict[str, Path]:
-    """The images of a file or folder, or of a registry's cases as `<dataset>/<case>`.
+class _Hears:
+    """Takes down what became of each case."""
 
-    Args:
-        images: a NIfTI file or a folder of them.
-        registry: read without its files; instead of `images`.
-        splits: of the registry; None: test.
+    def __init__(self, report: StageReport, log: Log, advance: Advance) -> None:
+        self._report, self._log, self._advance = report, log, advance
 
-    Raises:
-        ConfigError: both or neither are given, or nothing is there.
-    """
-    if (images is None) == (registry is None) or (images is not None and splits):
-        raise ConfigError(
-            "predict takes images, or a registry and splits of it.",
-            fix="Give IMAGES alone, or --registry with --split.",
-        )
-    if registry is None:
-        assert images is not None
-        return find_inputs(images)
-    wanted = splits or ["test"]
-    cases = [c for d in registry.datasets for c in registry.cases(d) if c.split in wanted]
-    if not cases:
-        raise ConfigError(
-            f"no case is in {' or '.join(wanted)}.",
-            where=registry.path,
-            fix="Set `split` in the registry, or give another --split.",
-        )
-    return {case.name: case.image for case in cases}
+    def done(self, done: Done) -> None:
+        (self._report.done if done.made else self._report.skipped).append(done.name)
+        self._report.num_bytes += done.num_bytes
+        self._advance(done.name)
+
+    def failed(self, name: str, error: Exception) -> None:
+        self._report.failed[name] = error
+        self._log.warn(f"{name} failed: {error}")
+        self._advance(name)
+
+    def not_begun(self, inputs: Mapping[str, Path], error: EngineError) -> None:
+        known = {*self._report.done, *self._report.skipped, *self._report.failed}
+        for name in inputs:
+            if name not in known:
+                self.failed(name, error)
 
 
-def _channels(
-    logits: npt.NDArray[np.float32], source: Grid, target: Grid
-) -> Iterator[npt.NDArray[np.float32]]:
-    for channel in logits:
-        yield resample(Volume(channel, source), target, order=1).array
+@contextmanager
+def _windows(log: Log, name: str) -> Iterator[TellWindows]:
+    """Progress in windows of a case that takes long enough for somebody to wonder."""
+    began = time.monotonic()
+    with ExitStack() as stack:
+        advance: Advance | None = None
+        before = 0
 
+        def tell(done: int, total: int) -> None:
+            nonlocal advance, before
+            if advance is None:
+                if time.monotonic() - began < SECONDS_BEFORE_THE_FIRST_LINE:
+                    return
+                advance = stack.enter_context(log.progress(f"windows of {name}", total, done=done))
+            else:
+                advance(steps=done - before)
+            before = done
 
-def _check_not_input(target: Path, image: Path) -> None:
-    if target.resolve() == image.resolve():
-        raise ConfigError(
-            "the label map would overwrite this image.", where=image, fix="Name another --output."
-        )
-
-
-def prediction_digest(config: PredictConfig, student_sha256: str, image_sha256: str) -> str:
-    """Digest of all that determines a label map; it stands in the JSON beside it."""
-    settings = config.model_dump(mode="json")
-    return digest(
-        {"student_sha256": student_sha256, "config": settings, "image_sha256": image_sha256}
-    )
-
-
-def _is_done(target: Path, beside: Path, made_from: str) -> bool:
-    try:
-        found: str = json.loads(beside.read_text(encoding="utf-8"))["digest"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return found == made_from and target.exists()
-
-
-def _stem(path: Path) -> str:
-    for suffix in _SUFFIXES:
-        if path.name.endswith(suffix):
-            return path.name.removesuffix(suffix)
-    return path.name
+        yield tell

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from nibabel.volumeutils import apply_read_scaling
 
 from pipeline.errors import GeometryError
 from pipeline.file_order import orientation_of
+from pipeline.label_tables import caret_xml
 from pipeline.volume import Grid, Volume
 
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=np.float64)
 _GZIP_MAGIC = b"\x1f\x8b"
 _NIFTI2_HEADER_SIZE = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
+_UNKNOWN_EXTENSION = 0
 _COMMENT_EXTENSION = 6
 _INT16 = np.iinfo(np.int16)
 _SLAB_VOXELS = 4_000_000
@@ -147,34 +150,60 @@ def write_like(
 
     Args:
         path: where to write, `.nii` or `.nii.gz`; written atomically.
-        volume: in RAS+, on the grid that reading `like` gave.
-        like: the NIfTI whose geometry the output takes over.
-        names: label value -> organ name, stored as JSON in a comment header extension.
+        volume: in RAS+, on the grid that reading `like` gave; (C, D, H, W) becomes a 4D file, its
+            channels last, written channel by channel (a memory map need not be loaded).
+        like: the NIfTI whose geometry the output takes over; only its header is read.
+        names: label value -> organ name, stored in two header extensions: as TotalSegmentator does,
+            and as JSON in a comment.
 
     Raises:
         GeometryError: `like` cannot be read, or the volume has another shape.
     """
-    source, _ = _load(like)
-    back = ornt_transform(_RAS, io_orientation(source.affine))
-    array = np.ascontiguousarray(apply_orientation(_to_file_order(volume.array), back))
-    if array.shape != source.shape[:3]:
+    kind, header = _read_header(like)
+    affine = header.get_best_affine()
+    back = ornt_transform(_RAS, io_orientation(affine))
+    array = apply_orientation(_to_file_order(volume.array), back)
+    shape = header.get_data_shape()[:3]
+    if array.shape[:3] != shape:
         raise GeometryError(
-            f"a volume of shape {array.shape} (x, y, z) cannot be written like one of "
-            f"{source.shape[:3]}.",
+            f"a volume of shape {array.shape[:3]} (x, y, z) cannot be written like one of {shape}.",
             where=like,
         )
-    header = source.header.copy()
-    header.set_data_dtype(array.dtype)
     header["scl_slope"], header["scl_inter"] = 1, 0
     header["cal_min"], header["cal_max"] = 0, 0
     header.extensions.clear()
-    out = type(source)(array, source.affine, header)
+    header.set_data_dtype(array.dtype)
+    out = kind(array, affine, header)
     out.header.set_data_dtype(array.dtype)
     if names is not None:
         text = json.dumps({"labels": {str(k): v for k, v in names.items()}}, sort_keys=True)
-        extension = nib.nifti1.Nifti1Extension(_COMMENT_EXTENSION, text.encode())
-        out.header.extensions.append(extension)
+        # TotalSegmentator reads the first extension, whatever its code, and gives it this one.
+        for code, content in ((_UNKNOWN_EXTENSION, caret_xml(names)), (_COMMENT_EXTENSION, text)):
+            out.header.extensions.append(nib.nifti1.Nifti1Extension(code, _padded(content)))
     _save(out, path)
+
+
+def _read_header(path: Path) -> tuple[Any, Any]:
+    """The kind of image that a file holds, and its header; voxels are not read."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(4)
+            packed = path.name.endswith(".gz") or begin[:2] == _GZIP_MAGIC
+            file.seek(0)
+            with igzip.open(file) if packed else nullcontext(file) as stream:
+                first = stream.read(4)
+                kind = nib.Nifti2Image if first in _NIFTI2_HEADER_SIZE else nib.Nifti1Image
+                # What nibabel keeps of a header is at its beginning; extensions go anyway.
+                size = kind.header_class.sizeof_hdr
+                return kind, kind.header_class(first + stream.read(size - 4))
+    except Exception as error:  # a damaged header makes nibabel raise almost anything
+        raise _unreadable(path, error) from error
+
+
+def _padded(text: str) -> bytes:
+    """As long as the header wants it, in blanks: XML readers refuse the zeros that would come."""
+    content = text.encode()
+    return content + b" " * (-(len(content) + 8) % 16)
 
 
 def _load(path: Path) -> tuple[Any, str]:
@@ -283,8 +312,9 @@ def _swap(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _to_file_order(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(..., D, H, W) -> (x, y, z, ...)."""
     stored = array.astype(np.uint8) if array.dtype == np.bool_ else array
-    return stored.transpose(2, 1, 0)
+    return stored.T if stored.ndim == 3 else stored.transpose(3, 2, 1, 0)
 
 
 def _save(image: Any, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -39,12 +40,13 @@ def resample(volume: Volume, grid: Grid, *, order: int, outside: float | None = 
     out = np.empty((*source.shape[:-3], *grid.shape), dtype=source.dtype)
     for begin in range(0, grid.shape[0], between.rows_at_once):
         end = min(grid.shape[0], begin + between.rows_at_once)
-        between.fill(out, begin, end, source, 0)
+        between.fill(out[..., begin:end, :, :], begin, end, source, 0)
     return Volume(out, grid, volume.stored)
 
 
-class SlabResampler:
-    """Linear `resample` for a float32 volume that arrives slab by slab along z.
+class SlabRows:
+    """Linear `resample` of a float32 volume that arrives slab by slab along z, handed out as soon
+    as it can be: neither volume is ever whole in memory.
 
     Only the rows that target rows still need are kept: a few, where the two grids' z axes agree;
     more, up to all, the more they are turned against each other.
@@ -63,23 +65,41 @@ class SlabResampler:
         self._source, self._target = source, target
         self._begin = self._end = 0
         self._kept: npt.NDArray[np.float32] | None = None
-        self._out: npt.NDArray[np.float32] | None = None
 
-    def put(self, slab: npt.NDArray[np.float32]) -> None:
-        """The next rows, (..., n, H, W)."""
-        if self._out is None:
-            shape = (*slab.shape[:-3], *self._target.shape)
-            self._out = np.empty(shape, dtype=np.float32)
+    def put(
+        self, slab: npt.NDArray[np.float32], out: npt.NDArray[np.float32] | None = None
+    ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Takes the next rows, (..., n, H, W); yields what they complete of the target.
+
+        Args:
+            slab: the rows.
+            out: (..., D, H, W) of the target, which is filled; what is yielded are views of it.
+                Without it, arrays of their own, a few rows at a time.
+
+        Yields:
+            The number of a target row, and (..., m, H, W) from there on.
+        """
         begin, self._end = self._end, self._end + slab.shape[-3]
         if self._same:
-            self._out[..., begin : self._end, :, :] = slab
+            if out is not None:
+                out[..., begin : self._end, :, :] = slab
+            yield begin, slab
             return
         whole = slab if self._kept is None else np.concatenate([self._kept, slab], axis=-3)
         ready = np.flatnonzero(self._pending & (self._last < self._end))
+        lead = slab.shape[:-3]
+        at_once = self._between.rows_at_once
+        if out is None:
+            at_once = max(1, at_once // int(np.prod(lead)))
         for run in np.split(ready, np.flatnonzero(np.diff(ready) > 1) + 1):
-            for at in range(0, len(run), self._between.rows_at_once):
-                part = run[at : at + self._between.rows_at_once]
-                self._between.fill(self._out, part[0], part[-1] + 1, whole, self._begin)
+            for at in range(0, len(run), at_once):
+                first, end = int(run[at]), int(run[at : at + at_once][-1]) + 1
+                if out is None:
+                    rows = np.empty((*lead, end - first, *self._target.shape[1:]), np.float32)
+                else:
+                    rows = out[..., first:end, :, :]
+                self._between.fill(rows, first, end, whole, self._begin)
+                yield first, rows
         self._pending[ready] = False
         left = self._first[self._pending]
         keep_from = min(self._end, int(left.min()) if left.size else self._end)
@@ -87,14 +107,46 @@ class SlabResampler:
         self._kept = whole[..., max(0, keep_from - self._begin) :, :, :].copy()
         self._begin = max(self._begin, keep_from)
 
+    def check_complete(self) -> None:
+        """Refuses a volume that has not arrived whole.
+
+        Raises:
+            ValueError: rows are missing.
+        """
+        if self._end != self._source.shape[0]:
+            raise ValueError(f"{self._end} of {self._source.shape[0]} rows have arrived")
+
+
+class SlabResampler:
+    """`SlabRows` with the result held whole.
+
+    Args:
+        source: grid of the whole volume that arrives.
+        target: where the result lies.
+        outside: as in `resample`.
+    """
+
+    def __init__(self, source: Grid, target: Grid, *, outside: float | None = None) -> None:
+        self._rows = SlabRows(source, target, outside=outside)
+        self._target = target
+        self._out: npt.NDArray[np.float32] | None = None
+
+    def put(self, slab: npt.NDArray[np.float32]) -> None:
+        """The next rows, (..., n, H, W)."""
+        if self._out is None:
+            shape = (*slab.shape[:-3], *self._target.shape)
+            self._out = np.empty(shape, dtype=np.float32)
+        for _ in self._rows.put(slab, self._out):
+            pass
+
     def finish(self) -> Volume:
         """The volume on the target grid.
 
         Raises:
             ValueError: rows are missing.
         """
-        if self._out is None or self._end != self._source.shape[0]:
-            raise ValueError(f"{self._end} of {self._source.shape[0]} rows have arrived")
+        self._rows.check_complete()
+        assert self._out is not None
         return Volume(self._out, self._target)
 
 
@@ -134,7 +186,8 @@ class _Between:
     def fill(
         self, out: npt.NDArray[Any], begin: int, end: int, source: npt.NDArray[Any], first: int
     ) -> None:
-        """Writes rows `begin` .. `end` of the result, from a source that begins at row `first`."""
+        """Writes rows `begin` .. `end` of the target to `out`, which holds just these, from a
+        source that begins at row `first`."""
         shape = (end - begin, *self._target[1:])
         offset = self._matrix @ np.array([begin, 0, 0]) + self._offset
         unseen = None
@@ -155,7 +208,7 @@ class _Between:
             )  # fmt: skip
             if unseen is not None:
                 part[unseen] = self._outside
-            out[(*channel, slice(begin, end))] = part
+            out[channel] = part
 
 
 def _interpolate(

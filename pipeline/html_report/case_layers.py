@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from pipeline.cache.reader import CachedCase
 from pipeline.cohort import compute, open_case
-from pipeline.config import file_sha256
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
@@ -26,7 +25,8 @@ from pipeline.html_report.scores import Student
 from pipeline.inspection.looks import View, look_at
 from pipeline.inspection.picture import BACKGROUND_COLOUR, CONFLICT_COLOUR
 from pipeline.labels import IGNORE, LabelSpace
-from stages.predict import PredictConfig, prediction_digest
+from pipeline.predicting.case import prediction_digest, student_identity
+from stages.predict import PredictConfig
 
 Array = npt.NDArray[Any]
 NOT_OF_THIS_RUN = (
@@ -187,8 +187,9 @@ class CaseSource:
         image_sha256 = str(case.case.receipt.inputs.get("image_sha256"))
         try:
             content = json.loads(beside.read_text(encoding="utf-8"))
-            sha256 = file_sha256(self.record.folder / "student.pt")
-            expected = prediction_digest(PredictConfig(), sha256, image_sha256)
+            settings = PredictConfig().model_dump(mode="json")
+            identity = student_identity(self.record.folder / "student.pt", settings)
+            expected = prediction_digest(identity, image_sha256)
             return bool(content["digest"] == expected)
         except (OSError, ValueError, KeyError, TypeError):
             return False

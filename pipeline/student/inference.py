@@ -1,18 +1,84 @@
-"""A student over a whole volume."""
+"""A student over a whole volume: blended windows, handed out slab by slab.
+
+Windows, padding, weights and the order of sums are those of MONAI's `sliding_window_inference` with
+Gaussian blending, whose results these are to the bit; so a student that is exported to MONAI is run
+there as it is here. Unlike there, never more than one window's depth of the logits is held.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from pipeline.intensity import Intensity
-from pipeline.patches import Index3
+from pipeline.patches import Index3, Patch, padded_shape, windows
+from pipeline.slabs import BlendedSlabs
+
+SIGMA = 0.125  # of the Gaussian, in window sizes: MONAI's default
+
+# Hears how many windows were run, and how many there are.
+TellWindows = Callable[[int, int], None]
+
+
+def stream_logits(
+    network: nn.Module,
+    hu: npt.NDArray[Any],
+    intensity: Intensity,
+    patch: Index3,
+    *,
+    overlap: float = 0.5,
+    window_batch: int = 1,
+    device: torch.device,
+    tell: TellWindows | None = None,
+) -> Iterator[npt.NDArray[np.float32]]:
+    """int16 HU (D, H, W) on the student grid -> slabs (K + 1, n, H, W) of logits, D rows in all.
+
+    Sums are held on the CPU: K + 1 channels of the patch's depth, whatever D is. HU are scaled
+    window by window.
+
+    Args:
+        network: in evaluation mode, on `device`.
+        hu: the image.
+        intensity: HU -> what the network sees; a volume smaller than the patch is padded with air,
+            as much before as after.
+        patch: of the windows, in voxels.
+        overlap: fraction that neighbouring windows share.
+        window_batch: windows per forward pass.
+        device: where the network is.
+        tell: hears after each pass how many windows are done, and of how many.
+    """
+    padded = padded_shape(hu.shape, patch, (1, 1, 1))
+    before = tuple((n - size) // 2 for n, size in zip(padded, hu.shape, strict=True))
+    plan = windows(padded, patch, overlap)
+    blended = BlendedSlabs(padded, padded, patch, SIGMA, None)
+
+    def cropped(slabs: Iterator[npt.NDArray[np.float32]]) -> Iterator[npt.NDArray[np.float32]]:
+        row = blended.begin
+        for slab in slabs:
+            low = max(0, before[0] - row)
+            high = min(slab.shape[1], before[0] + hu.shape[0] - row)
+            row += slab.shape[1]
+            if low < high:
+                y, x = (slice(before[a], before[a] + hu.shape[a]) for a in (1, 2))
+                yield slab[:, low:high, y, x]
+
+    for begin in range(0, len(plan), window_batch):
+        batch = plan[begin : begin + window_batch]
+        cut = torch.stack([_cut(hu, window, before, intensity) for window in batch])
+        with torch.inference_mode():
+            out = first_output(network(cut[:, None].to(device))).float().cpu()
+        for window, logits in zip(batch, out, strict=True):
+            if window.start[0] > blended.begin:  # windows come with z slowest
+                yield from cropped(blended.advance(window.start[0]))
+            blended.put(window, logits)
+        if tell is not None:
+            tell(begin + len(batch), len(plan))
+    yield from cropped(blended.advance(padded[0]))
 
 
 def predict_logits(
@@ -25,26 +91,18 @@ def predict_logits(
     window_batch: int = 1,
     device: torch.device,
 ) -> npt.NDArray[np.float32]:
-    """int16 HU (D, H, W) on the student grid -> logits (K + 1, D, H, W), Gaussian-blended windows.
-
-    The result is accumulated on the CPU, so that a case larger than the GPU's memory is no problem.
-    """
-    image = torch.from_numpy(intensity.apply(hu))[None, None]
-    with torch.inference_mode():
-        out = sliding_window_inference(
-            image,
-            patch,
-            window_batch,
-            lambda batch: first_output(network(batch)).float(),
-            overlap=overlap,
-            mode="gaussian",
-            padding_mode="constant",
-            cval=intensity.air,
-            sw_device=device,
-            device=torch.device("cpu"),
-        )
-    assert isinstance(out, Tensor)
-    return out[0].numpy()
+    """`stream_logits` put together: (K + 1, D, H, W)."""
+    out: npt.NDArray[np.float32] | None = None
+    row = 0
+    for slab in stream_logits(
+        network, hu, intensity, patch, overlap=overlap, window_batch=window_batch, device=device
+    ):
+        if out is None:
+            out = np.empty((slab.shape[0], *hu.shape), dtype=np.float32)
+        out[:, row : row + slab.shape[1]] = slab
+        row += slab.shape[1]
+    assert out is not None
+    return out
 
 
 def first_output(out: Any) -> Tensor:
@@ -62,3 +120,13 @@ def running_argmax(channels: Iterator[npt.NDArray[np.float32]]) -> npt.NDArray[n
         classes[better] = number
         best = np.where(better, channel, best)
     return classes
+
+
+def _cut(
+    hu: npt.NDArray[Any], window: Patch, before: tuple[int, ...], intensity: Intensity
+) -> Tensor:
+    """A window of the padded image, in the network's units: float32 (d, h, w)."""
+    z, y, x = (start - pad for start, pad in zip(window.start, before, strict=True))
+    inside, missing = Patch((z, y, x), window.shape).clip(hu.shape)
+    scaled = intensity.apply(hu[inside])
+    return torch.from_numpy(np.pad(scaled, missing, constant_values=intensity.air))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.patches import Index3, Patch, padded_shape, windows
-from pipeline.teachers.slabs import BlendedSlabs, CoreSlabs
+from pipeline.slabs import BlendedSlabs, CoreSlabs
 from pipeline.teachers.teacher import Sink
 from pipeline.teachers.window_passes import Precision, WindowPasses
 

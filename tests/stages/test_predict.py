@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -132,8 +133,9 @@ def threshold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestPredict(StageContract):
-    kill_at = "stages.predict:write_like"
-    timed: ClassVar[tuple[str, ...]] = ()
+    kill_at = "pipeline.predicting.case:write_like"
+    # The command line is given the dataset's folder, so that its tables are there.
+    timed: ClassVar[tuple[str, ...]] = ("multi-ct/labels.*",)
 
     @pytest.fixture
     def registry(self, tiny_registry: Path) -> Path:
@@ -276,9 +278,34 @@ class TestNames:
         assert beside["organs"] == ORGANS
         assert beside["image"] == "patient.7.nii.gz"
         extensions = nib.load(tmp_path / "out" / "patient.7.nii.gz").header.extensions
-        text = extensions[0].get_content()
+        (comment,) = (e for e in extensions if e.get_code() == 6)
+        text = comment.get_content()
         labels = json.loads(text if isinstance(text, str) else text.decode())["labels"]
         assert labels == {"7": "spleen", "3": "liver"}
+
+    def test_total_segmentator_reads_the_names(self, student: Path, tmp_path: Path) -> None:
+        """As its `load_multilabel_nifti` does: the first extension, by xmltodict."""
+        xmltodict = pytest.importorskip("xmltodict")
+        write_ct(tmp_path / "in" / "a.nii.gz")
+        run(student, tmp_path / "in", tmp_path / "out")
+        content = nib.load(tmp_path / "out" / "a.nii.gz").header.extensions[0].get_content()
+        table = xmltodict.parse(content)["CaretExtension"]["VolumeInformation"]["LabelTable"]
+        assert {int(e["@Key"]): e["#text"] for e in table["Label"]} == {7: "spleen", 3: "liver"}
+
+    def test_tables_for_itksnap_and_slicer(self, student: Path, tmp_path: Path) -> None:
+        write_ct(tmp_path / "in" / "a.nii.gz")
+        run(student, tmp_path / "in", tmp_path / "out")
+        lines = (tmp_path / "out" / "labels.itksnap.txt").read_text().splitlines()
+        assert "# ITK-SnAP Label Description File" in lines
+        snap = [shlex.split(line) for line in lines if not line.startswith("#")]
+        assert [(row[0], row[-1]) for row in snap] == [
+            ("0", "Clear Label"), ("3", "liver"), ("7", "spleen"),
+        ]  # fmt: skip
+        lines = (tmp_path / "out" / "labels.ctbl").read_text().splitlines()
+        assert lines[0] == "# Color table file labels.ctbl"
+        slicer = [line.split() for line in lines[2:]]
+        assert [row[:2] for row in slicer] == [["0", "background"], ["3", "liver"], ["7", "spleen"]]
+        assert [row[2:5] for row in slicer[1:]] == [row[1:4] for row in snap[1:]]
 
 
 @pytest.mark.usefixtures("threshold")
@@ -336,7 +363,8 @@ class TestInputs:
         assert all(isinstance(error, GeometryError) for error in report.failed.values())
         assert report.exit_code == 2
         names = sorted(p.name for p in (tmp_path / "out").iterdir())
-        assert names == ["a.json", "a.nii.gz", "z.json", "z.nii.gz"]
+        tables = ["labels.ctbl", "labels.itksnap.txt"]
+        assert names == ["a.json", "a.nii.gz", *tables, "z.json", "z.nii.gz"]
 
     def test_an_input_is_never_overwritten(self, student: Path, tmp_path: Path) -> None:
         write_ct(tmp_path / "in" / "a.nii.gz")

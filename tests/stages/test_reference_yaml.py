@@ -10,6 +10,7 @@ import stages
 from pipeline.config import Config, load_config
 from stages.cache_teachers import CacheTeachersConfig
 from stages.evaluate import EvaluateConfig
+from stages.export import ExportConfig
 from stages.predict import PredictConfig
 from stages.train_student import TrainStudentConfig
 from stages.train_teachers import TrainTeachersConfig
@@ -22,6 +23,7 @@ FOLDER = Path(stages.__file__).parent
     [
         ("cache_teachers", CacheTeachersConfig),
         ("evaluate", EvaluateConfig),
+        ("export", ExportConfig),
         ("predict", PredictConfig),
         ("train_student", TrainStudentConfig),
         ("train_teachers", TrainTeachersConfig),

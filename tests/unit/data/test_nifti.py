@@ -200,7 +200,7 @@ def test_organ_names_stand_in_the_header_extension(name: str, tmp_path: Path) ->
     volume = read_image(path).volume
     names = {1: "liver", 12: "left kidney"}
     write_like_file(tmp_path / name, volume, path, names=names)
-    (extension,) = nib.load(tmp_path / name).header.extensions
+    _, extension = nib.load(tmp_path / name).header.extensions
     assert extension.get_code() == 6
     text = extension.get_content()
     content = json.loads(text if isinstance(text, str) else text.decode())

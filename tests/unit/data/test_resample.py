@@ -228,9 +228,9 @@ def test_only_the_rows_that_are_still_needed_are_kept(target: str) -> None:
     rows_per_target_row = abs(TARGETS[target].matrix[0, 0]) / 0.3
     for begin in range(90):
         slabs.put(noise(source.shape)[begin : begin + 1])
-        assert slabs._kept is not None
-        assert len(slabs._kept) <= rows_per_target_row + 2
-        assert slabs._kept.base is None
+        assert slabs._rows._kept is not None
+        assert len(slabs._rows._kept) <= rows_per_target_row + 2
+        assert slabs._rows._kept.base is None
 
 
 def test_a_volume_of_which_rows_are_missing_is_refused() -> None:

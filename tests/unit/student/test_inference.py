@@ -7,11 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from pipeline.intensity import Intensity
 from pipeline.network import build_network
-from pipeline.student.inference import first_output, predict_logits, running_argmax
+from pipeline.student.inference import (
+    first_output,
+    predict_logits,
+    running_argmax,
+    stream_logits,
+)
 from tests.tiny import NETWORK
 
 CPU = torch.device("cpu")
@@ -95,6 +101,43 @@ class TestPredictLogits:
         )
         assert np.allclose(one, four, atol=1e-5)
         assert one.std() > 0.01
+
+    @pytest.mark.parametrize("shape", [(40, 24, 18), (9, 30, 16), (16, 16, 16), (61, 5, 17)])
+    @pytest.mark.parametrize("overlap", [0.0, 0.3, 0.5])
+    @pytest.mark.parametrize("window_batch", [1, 3])
+    def test_is_monais_sliding_window_to_the_bit(
+        self, shape: tuple[int, int, int], overlap: float, window_batch: int
+    ) -> None:
+        torch.manual_seed(0)
+        network = build_network(NETWORK, in_channels=1, out_channels=3).eval()
+        image, intensity, patch = hu(shape), Intensity(), (16, 8, 16)
+        found = predict_logits(
+            network, image, intensity, patch,
+            overlap=overlap, window_batch=window_batch, device=CPU,
+        )  # fmt: skip
+        with torch.inference_mode():
+            expected = sliding_window_inference(
+                torch.from_numpy(intensity.apply(image))[None, None], patch, window_batch, network,
+                overlap=overlap, mode="gaussian", padding_mode="constant", cval=intensity.air,
+            )  # fmt: skip
+        assert isinstance(expected, Tensor)
+        assert np.array_equal(found, expected[0].numpy())
+
+
+class TestStreaming:
+    def test_no_more_than_a_windows_depth_is_handed_out_at_once(self) -> None:
+        image = hu((90, 9, 10))
+        told: list[tuple[int, int]] = []
+        slabs = list(
+            stream_logits(
+                Pointwise(), image, RAW, (16, 16, 16),
+                overlap=0.5, device=CPU, tell=lambda *n: told.append(n),
+            )
+        )  # fmt: skip
+        assert [slab.shape[2:] for slab in slabs] == [(9, 10)] * len(slabs)
+        assert max(slab.shape[1] for slab in slabs) <= 16
+        assert sum(slab.shape[1] for slab in slabs) == 90
+        assert told == [(n + 1, 11) for n in range(11)]
 
 
 def test_the_first_of_several_outputs() -> None:

@@ -1,0 +1,83 @@
+"""`pipeline predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipeline.cli_options import (
+    ConfigOption,
+    DryRunOption,
+    QuietOption,
+    WindowBatchOption,
+    end,
+    open_log,
+    open_registry,
+)
+from pipeline.errors import ConfigError
+from pipeline.folder import Folder, parse_folder
+
+
+def predict(
+    student: Annotated[
+        Folder,
+        typer.Argument(
+            help="student.pt of a finished run.", parser=parse_folder, metavar="STUDENT"
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of label maps.")],
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="NIfTI files, folders of them, or patterns in quotes."),
+    ] = None,
+    registry: Annotated[
+        Path | None,
+        typer.Option("--registry", "-r", help="Instead of IMAGES: its cases, <dataset>/<case>."),
+    ] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="Of the registry; default: test. Once for each.")
+    ] = None,
+    config: ConfigOption = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto, cpu, cuda or cuda:1; several share the cases: cuda:0,cuda:1. Speed only."
+        ),
+    ] = "auto",
+    window_batch: WindowBatchOption = 1,
+    probabilities: Annotated[
+        Literal["float16", "float32"] | None,
+        typer.Option(help="Also write each organ's probability, of this precision."),
+    ] = None,
+    probabilities_4d: Annotated[
+        bool, typer.Option("--probabilities-4d", help="One 4D file, not a file per organ.")
+    ] = False,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """NIfTI in, multi-organ label map out, in the geometry of the input."""
+    from pipeline.config import load_config
+    from pipeline.predicting.case import Probabilities
+    from stages import predict as stage
+
+    if probabilities_4d and probabilities is None:
+        raise ConfigError(
+            "--probabilities-4d without --probabilities.", fix="Add --probabilities float16."
+        )
+    layout: Literal["4d", "per-organ"] = "4d" if probabilities_4d else "per-organ"
+    settings = load_config(config, stage.PredictConfig) if config else None
+    known = open_registry(registry, files=False) if registry else None
+    report = stage.run(
+        settings or stage.PredictConfig(),
+        student,
+        stage.chosen_inputs(images, known, split),
+        output,
+        log=open_log(quiet),
+        device=device,
+        window_batch=window_batch,
+        probabilities=Probabilities(probabilities, layout) if probabilities else None,
+        dry_run=dry_run,
+    )
+    end(report)

@@ -1,0 +1,198 @@
+"""One format of a student: written under a temporary name, checked, and only then given its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from pipeline.cache.store import write_json
+from pipeline.data.nifti import read_image
+from pipeline.exporting.bundle import (
+    ON_STUDENT_GRID,
+    SCRIPTED,
+    all_channels,
+    compare_bundle,
+    write_bundle,
+)
+from pipeline.exporting.bundle_config import teacher_entry as bundle_entry
+from pipeline.exporting.description import describe, teacher_entry
+from pipeline.exporting.networks import FILES, NetworkFormat, open_network, write_network
+from pipeline.exporting.parity import Parity, Tolerance, compare_networks
+from pipeline.folder import temporary_name, written_by_dead
+from pipeline.student.checkpoint import StudentRecord
+from pipeline.student.inference import TellWindows
+
+Format = Literal["bundle", "torchscript", "torch-export", "onnx"]
+FORMATS: tuple[Format, ...] = ("bundle", "torchscript", "torch-export", "onnx")
+RECORD = "export.json"
+_PACKAGES = ("torch", "monai", "numpy", "onnx", "onnxscript", "onnxruntime")
+
+
+def write_format(
+    folder: Path,
+    form: Format,
+    record: StudentRecord,
+    network: nn.Module,
+    image: Path,
+    *,
+    name: str,
+    overlap: float,
+    opset: int,
+    tolerance: Tolerance,
+    told: Mapping[str, Any],
+    tell: TellWindows | None = None,
+) -> dict[str, Parity]:
+    """Writes `folder` in one go, in place of what was there.
+
+    Args:
+        folder: of this format.
+        form: the format.
+        record: of the student.
+        network: the student's, on the CPU, in evaluation mode.
+        image: NIfTI to check on.
+        name: of a bundle.
+        overlap: fraction that neighbouring windows share.
+        opset: of ONNX.
+        tolerance: what may differ.
+        told: further entries of `export.json`.
+        tell: hears of windows.
+
+    Returns:
+        What was compared -> how it compared.
+
+    Raises:
+        ParityError: worse than tolerated; nothing is written, and what was there stays.
+        PipelineError: the network cannot be written so.
+    """
+    with _in_one_go(folder) as here:
+        if form == "bundle":
+            found = _bundle(
+                here, record, network, image,
+                name=name, overlap=overlap, tolerance=tolerance, tell=tell,
+            )  # fmt: skip
+            entry = bundle_entry(record, folder=folder.name)
+        else:
+            found = _network(
+                here, form, record, network, image,
+                overlap=overlap, opset=opset, tolerance=tolerance, tell=tell,
+            )  # fmt: skip
+            entry = teacher_entry(record, weights=FILES[form])
+        content: dict[str, Any] = {
+            **told,
+            "parity": {what: parity.to_json() for what, parity in found.items()},
+            "tolerance": tolerance.model_dump(mode="json"),
+            "versions": _versions(),
+        }
+        if form != "onnx":  # no teacher is of that kind
+            content["teacher_entry"] = entry
+        content["files"] = {
+            path.relative_to(here).as_posix(): path.stat().st_size
+            for path in sorted(here.rglob("*"))
+            if path.is_file()
+        }
+        write_json(here / RECORD, content)
+    return found
+
+
+def is_written(folder: Path, made_from: str) -> bool:
+    """Whether a format is there, complete, from the same student, image and settings."""
+    try:
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        sizes: dict[str, int] = found["files"]
+        return found["digest"] == made_from and all(
+            (folder / name).stat().st_size == size for name, size in sizes.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _network(
+    folder: Path,
+    form: NetworkFormat,
+    record: StudentRecord,
+    network: nn.Module,
+    image: Path,
+    *,
+    overlap: float,
+    opset: int,
+    tolerance: Tolerance,
+    tell: TellWindows | None,
+) -> dict[str, Parity]:
+    file = FILES[form]
+    write_network(folder / file, network, record.patch, form, opset=opset)
+    write_json(folder / "student.json", describe(record, file=file, overlap=overlap))
+    parity = compare_networks(
+        network, open_network(folder / file, form), read_image(image).volume, record,
+        overlap=overlap, tell=tell,
+    )  # fmt: skip
+    parity.check(file, tolerance.max_differing_fraction, tolerance.max_logit_difference)
+    return {file: parity}
+
+
+def _bundle(
+    folder: Path,
+    record: StudentRecord,
+    network: nn.Module,
+    image: Path,
+    *,
+    name: str,
+    overlap: float,
+    tolerance: Tolerance,
+    tell: TellWindows | None,
+) -> dict[str, Parity]:
+    write_bundle(folder, record, network, name=name, overlap=overlap)
+    scripted = compare_networks(
+        network, all_channels(record, open_network(folder / SCRIPTED, "torchscript")),
+        read_image(image).volume, record, overlap=overlap, tell=tell,
+    )  # fmt: skip
+    scripted.check(
+        SCRIPTED.as_posix(), tolerance.max_differing_fraction, tolerance.max_logit_difference
+    )
+    run = compare_bundle(folder, image, record, network, overlap=overlap)
+    for what, parity in run.items():
+        same = what == ON_STUDENT_GRID
+        parity.check(
+            what,
+            tolerance.max_differing_fraction if same else tolerance.bundle_max_differing_fraction,
+            tolerance.max_logit_difference,
+        )
+    return {SCRIPTED.as_posix(): scripted, **run}
+
+
+@contextmanager
+def _in_one_go(folder: Path) -> Iterator[Path]:
+    """A temporary folder, which takes the place of `folder` at the end of the block."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}~*.tmp"):
+        if written_by_dead(left.name):
+            shutil.rmtree(left)
+    here = folder.with_name(temporary_name(folder.name))
+    here.mkdir()
+    try:
+        yield here
+        if folder.exists():
+            old = folder.with_name(temporary_name(folder.name))
+            folder.replace(old)
+            here.replace(folder)
+            shutil.rmtree(old)
+        else:
+            here.replace(folder)
+    finally:
+        shutil.rmtree(here, ignore_errors=True)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,126 @@
+"""A student as files for other programs: a MONAI bundle, TorchScript, torch.export, ONNX.
+
+Each format is a folder of its own, with all that is needed to use it and `export.json`, which says
+how far it was from `pipeline predict` on one case. It is written under a temporary name and appears
+only if that was within the tolerance.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from pipeline.cache.store import prepare_work_folder
+from pipeline.config import Config, digest, file_sha256
+from pipeline.errors import PipelineError
+from pipeline.exporting.check_image import CheckImage, open_check_image, student_file
+from pipeline.exporting.description import FORMAT_VERSION
+from pipeline.exporting.parity import Parity, Tolerance
+from pipeline.exporting.write import FORMATS, Format, is_written, write_format
+from pipeline.folder import Folder
+from pipeline.log import Log
+from pipeline.student.checkpoint import load_student
+from stages.report import StageReport
+
+__all__ = ["FORMATS", "ExportConfig", "Format", "run"]
+
+
+class ExportConfig(Config):
+    """How a student is exported; see export.yaml."""
+
+    name: str | None = Field(
+        default=None, min_length=1, description="of a bundle; left out: `student-<digits>`"
+    )
+    overlap: float = Field(default=0.5, ge=0, lt=1)
+    opset: int = Field(default=20, ge=18, description="of ONNX")
+    tolerance: Tolerance = Field(default_factory=Tolerance)
+
+
+def run(
+    config: ExportConfig,
+    student: Folder,
+    formats: Sequence[Format],
+    output: Path,
+    *,
+    log: Log,
+    check_on: Path | None = None,
+    case: str | None = None,
+    dry_run: bool = False,
+) -> StageReport:
+    """Writes `output/<format>/` for each format; what is there from the same student, image and
+    settings is skipped.
+
+    Args:
+        config: what changes what is written.
+        student: a run's folder, or its `student.pt`.
+        formats: which.
+        output: folder.
+        log: where progress goes.
+        check_on: NIfTI of a CT to hold them against the student on.
+        case: instead: `dataset/case` of the cache; with neither, the cache's first case.
+        dry_run: say what would be done, write nothing.
+
+    Raises:
+        CheckpointError: no student there.
+        ConfigError: nothing to check on.
+        GeometryError: the image cannot be used.
+        WorkFolderError: the output folder cannot be written.
+    """
+    began = time.monotonic()
+    report = StageReport("export")
+    path = student_file(student)
+    record, network = load_student(path)
+    identity = {
+        "student_sha256": file_sha256(path),
+        "config": config.model_dump(mode="json"),
+        "format_version": FORMAT_VERSION,
+    }
+    if not dry_run:
+        prepare_work_folder(output)
+    with open_check_image(path, check_on, case) as image:
+        checked_on = {"name": image.name, "sha256": file_sha256(image.path)}
+        for form in dict.fromkeys(formats):
+            made_from = digest({**identity, "format": form, "image": checked_on["sha256"]})
+            folder = output / form
+            if is_written(folder, made_from):
+                report.skipped.append(form)
+                continue
+            if dry_run:
+                report.done.append(form)
+                continue
+            told = {
+                "digest": made_from, "format": form, "checked_on": checked_on,
+                "student_sha256": identity["student_sha256"], "overlap": config.overlap,
+            }  # fmt: skip
+            try:
+                found = write_format(
+                    folder, form, record, network, image.path,
+                    name=config.name or f"student-{record.run_digest[:8]}",
+                    overlap=config.overlap, opset=config.opset, tolerance=config.tolerance,
+                    told=told,
+                )  # fmt: skip
+                _tell(log, form, image, found)
+                report.details[form] = {what: p.to_json() for what, p in found.items()}
+                report.done.append(form)
+                report.num_bytes += sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+            except PipelineError as error:
+                report.failed[form] = error
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def _tell(log: Log, form: Format, image: CheckImage, found: dict[str, Parity]) -> None:
+    for what, parity in found.items():
+        logits = parity.max_logit_difference
+        log.info(
+            f"{form}: {what}: {parity.differing_voxels} of {parity.organ_voxels} organ voxels of "
+            f"{image.name} differ" + ("" if logits is None else f", logits by up to {logits:.2g}")
+        )
+    if not any(parity.organ_voxels for parity in found.values()):
+        log.warn(
+            f"{form}: the student finds no organ in {image.name}, so equal label maps say little. "
+            "Check on an image that shows some."
+        )

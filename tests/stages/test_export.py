@@ -1,0 +1,435 @@
+"""Export: what is written says what the student says, and nothing else is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from torch import Tensor, nn
+
+from pipeline.cli_export import FormatName
+from pipeline.data.nifti import read_image
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.exporting import write
+from pipeline.exporting.parity import LabelCount, Tolerance
+from pipeline.intensity import Intensity
+from pipeline.log import Log
+from pipeline.network import NetworkConfig
+from pipeline.student.checkpoint import load_student, save_student
+from pipeline.student.inference import predict_logits
+from pipeline.student.network import build_student
+from pipeline.teacher_entry import TeacherEntry
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.sliding_window import WindowConfig
+from stages import export, predict
+from stages.export import ExportConfig
+from stages.report import StageReport
+from tests.stages.stage_contract import StageContract, snapshot
+from tests.stages.test_predict import record, write_ct
+from tests.tiny import GRID_MM, work_of
+
+CPU = torch.device("cpu")
+NETWORK = {"channels": [4, 8], "strides": [2], "num_res_units": 0, "norm": "instance"}
+COARSE = {"spacing_mm": (3.5, 2.5, 2.0)}
+LOOSE = ExportConfig(tolerance=Tolerance(bundle_max_differing_fraction=1.0))
+
+
+def write_spread_student(path: Path, *, head: str = "softmax", **changes: Any) -> Path:
+    """Weights large enough that all labels occur and logits lie far apart."""
+    network = NetworkConfig(name="UNet", args=NETWORK)
+    intensity = Intensity(window_hu=(-1000, 1000))
+    values = {"head": head, "network": network, "intensity": intensity, "trained_on": ("a/1",)}
+    found = record(**(values | changes))
+    torch.manual_seed(0)
+    made = build_student(found.network, len(found.organs), found.head)
+    for weights in made.parameters():
+        nn.init.normal_(weights, std=0.5)
+    save_student(path, found, made)
+    return path
+
+
+def run(
+    student: Path,
+    formats: Sequence[export.Format],
+    output: Path,
+    config: ExportConfig = LOOSE,
+    **options: Any,
+) -> StageReport:
+    return export.run(config, student, formats, output, log=Log(quiet=True), **options)
+
+
+def told(output: Path, form: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((output / form / "export.json").read_text())
+    return content
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    write_ct(tmp_path / "in" / "ct.nii.gz", "PIR", oblique=True)
+    return tmp_path / "in" / "ct.nii.gz"
+
+
+class TestExport(StageContract):
+    kill_at = "pipeline.exporting.write:write_json"
+    kill_nth = 3  # each of these formats writes two
+    timed: ClassVar[tuple[str, ...]] = ()
+    formats: ClassVar[tuple[export.Format, ...]] = ("torchscript", "onnx")
+
+    @pytest.fixture
+    def registry(self, tiny_cached: Path) -> Path:
+        folder = work_of(tiny_cached) / "students" / "mine"
+        folder.mkdir(parents=True)
+        write_spread_student(folder / "student.pt", spacing_mm=GRID_MM)
+        return tiny_cached
+
+    def run(self, registry: Path, *, dry_run: bool = False) -> StageReport:
+        student = work_of(registry) / "students" / "mine"
+        return run(student, self.formats, self.output(registry), ExportConfig(), dry_run=dry_run)
+
+    def command(self, registry: Path) -> list[str]:
+        formats = [word for form in self.formats for word in ("--format", form)]
+        student = work_of(registry) / "students" / "mine" / "student.pt"
+        return ["export", "-q", str(student), *formats, "-o", str(self.output(registry))]
+
+    def output(self, registry: Path) -> Path:
+        return registry.parent / "exported"
+
+    def units(self, registry: Path) -> set[str]:
+        return set(self.formats)
+
+    def remove_one(self, registry: Path) -> str:
+        (self.output(registry) / "onnx" / "student.onnx").unlink()
+        return "onnx"
+
+    def break_one(self, registry: Path) -> Mapping[str, str]:
+        """A network that MONAI's own inferers cannot use."""
+        self.formats: Any = ("bundle", "torchscript")
+        args = {"features": [4, 4, 4, 4, 4, 4], "norm": "batch"}
+        network = NetworkConfig(name="BasicUNetPlusPlus", args=args)
+        student = work_of(registry) / "students" / "mine" / "student.pt"
+        write_spread_student(student, spacing_mm=GRID_MM, network=network, patch=(16, 16, 16))
+        return {"bundle": "BasicUNetPlusPlus gives a list, not one tensor"}
+
+
+class TestWhatIsExported:
+    @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+    @pytest.mark.parametrize("form", ["torchscript", "torch-export", "onnx"])
+    def test_says_what_predict_says(
+        self, tmp_path: Path, image: Path, form: export.Format, head: str
+    ) -> None:
+        student = write_spread_student(tmp_path / "student.pt", head=head, **COARSE)
+        report = run(student, [form], tmp_path / "out", check_on=image)
+        assert (report.done, report.exit_code) == ([form], 0)
+        (parity,) = told(tmp_path / "out", form)["parity"].values()
+        assert parity["organ_voxels"] > 100
+        assert parity["differing_voxels"] == 0
+        assert 0 <= parity["max_logit_difference"] < 1e-4
+        assert parity == next(iter(report.details[form].values()))
+
+    @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+    def test_a_bundle_says_it_in_monais_own_hands(
+        self, tmp_path: Path, image: Path, head: str
+    ) -> None:
+        """The label map is read from what MONAI wrote: ids 3 and 7, the file's geometry."""
+        student = write_spread_student(tmp_path / "student.pt", head=head, **COARSE)
+        report = run(student, ["bundle"], tmp_path / "out", check_on=image)
+        assert report.done == ["bundle"], report.failed
+        found = told(tmp_path / "out", "bundle")["parity"]
+        assert set(found) == {
+            "models/model.ts", "run by MONAI on the student grid",
+            "run by MONAI on the image's own grid",
+        }  # fmt: skip
+        exact = found["run by MONAI on the student grid"]
+        assert exact["organ_voxels"] > 100
+        assert exact["differing_voxels"] == 0
+        assert all(dice == 1.0 for dice in exact["dice"].values())
+        own = found["run by MONAI on the image's own grid"]
+        assert own["voxels"] == read_image(image).volume.array.size
+        assert 0 < own["differing_fraction"] < 0.6
+        assert (tmp_path / "out" / "bundle" / "LICENSE").read_text().count("  - a\n") == 1
+
+    def test_the_json_beside_an_onnx_file_is_enough(self, tmp_path: Path, image: Path) -> None:
+        """A program that knows nothing else gets the label map of `pipeline predict`."""
+        student = write_spread_student(tmp_path / "student.pt", **COARSE)
+        run(student, ["onnx"], tmp_path / "out", check_on=image)
+        predicted = predict.run(
+            predict.PredictConfig(), student, predict.find_inputs(image), tmp_path / "labels",
+            log=Log(quiet=True), device="cpu",
+        )  # fmt: skip
+        assert predicted.done == ["ct"]
+        found = by_the_json(tmp_path / "out" / "onnx" / "student.json", image)
+        expected = nib.as_closest_canonical(nib.load(tmp_path / "labels" / "ct.nii.gz"))
+        labels = np.asarray(expected.dataobj).transpose(2, 1, 0)
+        assert set(np.unique(labels)) == {0, 3, 7}
+        assert np.array_equal(found, labels)
+
+
+def by_the_json(path: Path, image: Path) -> Any:
+    """Numpy, SciPy, nibabel and onnxruntime, at the description's word. (D, H, W) in RAS+."""
+    import onnxruntime
+
+    says = json.loads(path.read_text())
+    assert says["axes"]["axcodes"] == "SAR"
+    source = nib.as_closest_canonical(nib.load(image))
+    hu = np.asarray(source.dataobj).transpose(2, 1, 0).astype(np.float32)
+    old = np.linalg.norm(source.affine[:3, :3], axis=0)[::-1]
+    new = np.array(says["spacing_mm"])
+    shape = np.maximum(1, np.rint(np.array(hu.shape) * old / new)).astype(int)
+    step = new / old
+    first = (np.array(hu.shape) - 1) / 2 - step * (shape - 1) / 2
+
+    def linear(array: Any, factor: Any, offset: Any, shape: Any) -> Any:
+        return ndimage.affine_transform(
+            array, factor, offset=offset, output_shape=tuple(shape), order=1, mode="nearest"
+        )
+
+    hu = np.rint(linear(np.rint(hu), step, first, shape))
+    low, high = says["intensity"]["window_hu"]
+    begin, end = says["intensity"]["scaled_to"]
+    scaled = (np.clip(hu, low, high) - low) * ((end - begin) / (high - low)) + begin
+    window = says["windows"]["shape"]
+    lack = np.maximum(0, np.array(window) - shape)
+    pads = [(n // 2, n - n // 2) for n in lack]
+    padded = np.pad(scaled, pads, constant_values=says["intensity"]["air"]).astype(np.float32)
+    starts = []
+    for size, n in zip(padded.shape, window, strict=True):
+        every = max(1, int(n * (1 - says["windows"]["overlap"])))
+        starts.append([*range(0, size - n, every), size - n])
+    axes = [
+        np.exp(-((np.arange(n) - (n - 1) / 2) ** 2) / (2 * (says["windows"]["sigma"] * n) ** 2))
+        for n in window
+    ]
+    weight = axes[0][:, None, None] * axes[1][:, None] * axes[2]
+    weight = np.maximum(weight, max(weight.min(), 1e-3))
+    session = onnxruntime.InferenceSession(str(path.with_name(says["network_file"])))
+    num = len(says["output"]["channels"])
+    total, norm = np.zeros((num, *padded.shape)), np.zeros(padded.shape)
+    for z in starts[0]:
+        for y in starts[1]:
+            for x in starts[2]:
+                box = tuple(slice(a, a + n) for a, n in zip((z, y, x), window, strict=True))
+                fed = {says["input"]["name"]: padded[box][None, None]}
+                (out,) = session.run([says["output"]["name"]], fed)
+                total[(slice(None), *box)] += weight * out[0]
+                norm[box] += weight
+    inner = tuple(slice(a, a + n) for (a, _), n in zip(pads, shape, strict=True))
+    logits = (total / norm)[(slice(None), *inner)]
+    target = source.shape[::-1]
+    classes = np.argmax([linear(c, 1 / step, -first / step, target) for c in logits], axis=0)
+    ids = np.array([says["labels"][name] for name in says["output"]["channels"]])
+    return ids[classes]
+
+
+class TestAsATeacher:
+    """Of the next student: the entry in export.json is all that a registry needs."""
+
+    @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+    @pytest.mark.parametrize("form", ["torchscript", "torch-export", "bundle"])
+    def test_it_is_loaded_without_trust_and_says_the_same(
+        self, tmp_path: Path, form: export.Format, head: str
+    ) -> None:
+        image = tmp_path / "ct.nii.gz"
+        write_ct(image, "LPS")
+        student = write_spread_student(tmp_path / "student.pt", head=head)
+        assert run(student, [form], tmp_path / "out", check_on=image).done == [form]
+        entry = TeacherEntry.model_validate(told(tmp_path / "out", form)["teacher_entry"])
+        path = tmp_path / "out" / ("" if form == "bundle" else form) / entry.weights
+        found, network = load_student(student)
+        window = WindowConfig(shape=found.patch, overlap=0.5)
+        teacher = load_teacher("old", entry, path, window=window, batch_size=1, device=CPU)
+        volume = read_image(image).volume
+        said = teacher.predict(volume).logits.array
+        logits = predict_logits(
+            network, volume.array, found.intensity, found.patch, overlap=0.5, device=CPU
+        )
+        for number, organ in enumerate(found.label_space.organs, start=1):
+            (channel,) = entry.organs[organ]
+            assert logits[number].std() > 0.1
+            assert np.abs(said[channel] - logits[number]).max() < 1e-3
+
+
+class Wrong(nn.Module):
+    """The student, but for a little."""
+
+    def __init__(self, network: nn.Module, by: float) -> None:
+        super().__init__()
+        self.network, self.by = network, by
+
+    def forward(self, image: Tensor) -> Tensor:
+        out: Tensor = self.network(image)
+        return torch.cat([out[:, :1] + self.by, out[:, 1:]], dim=1)
+
+
+class TestParityIsDemanded:
+    @pytest.mark.parametrize("by", [0.5, float("nan")])
+    def test_what_is_worse_than_tolerated_is_not_written(
+        self, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, by: float
+    ) -> None:
+        student = write_spread_student(tmp_path / "student.pt", **COARSE)
+        out = tmp_path / "out"
+        assert run(student, ["torchscript"], out, check_on=image).exit_code == 0
+        before = snapshot(out)
+        opened = write.open_network
+        monkeypatch.setattr(write, "open_network", lambda *a: Wrong(opened(*a), by))
+        again = ExportConfig(overlap=0.25)
+        report = run(student, ["torchscript", "onnx"], out, again, check_on=image)
+        assert set(report.failed) == {"torchscript", "onnx"}
+        assert report.exit_code == 1
+        assert "logits differ by up to" in str(report.failed["onnx"])
+        assert "Nothing was written" in str(report.failed["onnx"])
+        assert snapshot(out) == before
+
+    def test_logits_alone_and_labels_alone_can_fail(
+        self, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        student = write_spread_student(tmp_path / "student.pt", **COARSE)
+        opened = write.open_network
+        monkeypatch.setattr(write, "open_network", lambda *a: Wrong(opened(*a), 0.5))
+        for tolerance, said in (
+            (Tolerance(max_differing_fraction=1.0), "logits differ by up to 0.5"),
+            (Tolerance(max_logit_difference=1.0), "organ voxels differ"),
+        ):
+            config = ExportConfig(tolerance=tolerance)
+            report = run(student, ["torchscript"], tmp_path / "out", config, check_on=image)
+            assert said in str(report.failed["torchscript"])
+            assert ";" not in str(report.failed["torchscript"]).split("Nothing")[0]
+        lax = ExportConfig(tolerance=Tolerance(max_differing_fraction=1, max_logit_difference=1))
+        report = run(student, ["torchscript"], tmp_path / "out", lax, check_on=image)
+        assert report.done == ["torchscript"]
+        assert told(tmp_path / "out", "torchscript")["parity"]["student.ts"]["differing_voxels"] > 0
+
+    def test_a_bundle_of_other_weights_is_refused(
+        self, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        student = write_spread_student(tmp_path / "student.pt", **COARSE)
+
+        def spoilt(folder: Path, *args: Any, **kwargs: Any) -> None:
+            whole(folder, *args, **kwargs)
+            config = json.loads((folder / "configs" / "inference.json").read_text())
+            transforms = config["preprocessing"]["transforms"]
+            transforms[2]["axcodes"] = "SPR"
+            (folder / "configs" / "inference.json").write_text(json.dumps(config))
+
+        whole = write.write_bundle
+        monkeypatch.setattr(write, "write_bundle", spoilt)
+        report = run(student, ["bundle"], tmp_path / "out", check_on=image)
+        assert "on the student grid: it does not say" in str(report.failed["bundle"])
+        assert list((tmp_path / "out").iterdir()) == []
+
+    def test_counts_against_numpy(self) -> None:
+        rng = np.random.default_rng(0)
+        ours, theirs = (rng.integers(0, 3, (5, 6, 7)).astype(np.uint8) for _ in range(2))
+        count = LabelCount(record())
+        for row in range(5):
+            count.add(ours[row], theirs[row])
+        parity = count.parity(0.5)
+        assert parity.num_voxels == ours.size
+        assert parity.organ_voxels == np.count_nonzero((ours > 0) | (theirs > 0))
+        assert parity.differing_voxels == np.count_nonzero(ours != theirs)
+        liver, other = ours == 1, theirs == 1
+        assert parity.dice["liver"] == 2 * (liver & other).sum() / (liver.sum() + other.sum())
+
+
+class TestInput:
+    def test_without_an_image_nothing_is_written(self, tmp_path: Path) -> None:
+        student = write_spread_student(tmp_path / "student.pt")
+        with pytest.raises(ConfigError, match="an export is not written unchecked"):
+            run(student, ["torchscript"], tmp_path / "out")
+
+    def test_a_case_of_the_cache_by_name(self, tiny_cached: Path) -> None:
+        folder = work_of(tiny_cached) / "students" / "a" / "b"
+        folder.mkdir(parents=True)
+        student = write_spread_student(folder / "student.pt", spacing_mm=GRID_MM)
+        out = tiny_cached.parent / "out"
+        run(student, ["torchscript"], out, case="multi-ct/case_001")
+        assert told(out, "torchscript")["checked_on"]["name"] == "multi-ct/case_001"
+        with pytest.raises(ConfigError, match="no case multi-ct/case_009 is cached"):
+            run(student, ["torchscript"], out, case="multi-ct/case_009")
+        with pytest.raises(ConfigError, match="--check-on and --case are given"):
+            run(student, ["torchscript"], out, case="a/b", check_on=Path("x.nii"))
+
+    def test_a_student_that_is_none(self, tmp_path: Path, image: Path) -> None:
+        (tmp_path / "run").mkdir()
+        with pytest.raises(CheckpointError, match=r"student\.pt"):
+            run(tmp_path / "run", ["onnx"], tmp_path / "out", check_on=image)
+        assert not (tmp_path / "out").exists()
+
+    def test_the_command_line_knows_the_formats(self) -> None:
+        assert tuple(form.value for form in FormatName) == export.FORMATS
+
+
+# What the bundle specification asks of metadata.json; MONAI's own schema is fetched from the web.
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "version": {"type": "string"},
+        "required_packages_version": {"type": "object"},
+        "network_data_format": {
+            "type": "object",
+            "properties": {
+                side: {
+                    "type": "object",
+                    "additionalProperties": {
+                        "type": "object",
+                        "properties": {
+                            "spatial_shape": {"type": "array", "items": {"type": "integer"}},
+                            "value_range": {"type": "array", "items": {"type": "number"}},
+                            "channel_def": {"type": "object"},
+                            "is_patch_data": {"type": "boolean"},
+                        },
+                        "required": [
+                            "type", "format", "num_channels", "spatial_shape", "dtype",
+                            "value_range", "is_patch_data", "channel_def",
+                        ],
+                    },
+                }
+                for side in ("inputs", "outputs")
+            },
+            "required": ["inputs", "outputs"],
+        },
+    },
+    "required": [
+        "schema", "version", "changelog", "monai_version", "pytorch_version", "numpy_version",
+        "required_packages_version", "task", "description", "authors", "copyright",
+        "network_data_format",
+    ],
+}  # fmt: skip
+
+
+def test_monais_own_commands_take_the_bundle(tmp_path: Path) -> None:
+    """`verify_metadata`, `verify_net_in_out`, `ckpt_export` and `run` of `monai.bundle`."""
+    from monai import bundle
+
+    image = tmp_path / "in" / "ct.nii.gz"
+    write_ct(image, "LPS")
+    student = write_spread_student(tmp_path / "student.pt")
+    run(student, ["bundle"], tmp_path / "out", check_on=image)
+    folder = tmp_path / "out" / "bundle"
+    meta, config = (str(folder / "configs" / f"{n}.json") for n in ("metadata", "inference"))
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    bundle.verify_metadata(meta_file=meta, filepath=str(tmp_path / "schema.json"))
+    bundle.verify_net_in_out(net_id="network_def", meta_file=meta, config_file=config, device="cpu")
+    bundle.ckpt_export(
+        net_id="network_def", filepath=str(tmp_path / "model.ts"), meta_file=meta,
+        ckpt_file=str(folder / "models" / "model.pt"), config_file=config,
+    )  # fmt: skip
+    assert (tmp_path / "model.ts").stat().st_size > 1000
+    bundle.run(
+        run_id="run", config_file=config, meta_file=meta, bundle_root=str(folder),
+        dataset_dir=str(image.parent), output_dir=str(tmp_path / "labels"),
+    )  # fmt: skip
+    predict.run(
+        predict.PredictConfig(), student, predict.find_inputs(image), tmp_path / "ours",
+        log=Log(quiet=True), device="cpu",
+    )  # fmt: skip
+    theirs, ours = (nib.load(tmp_path / f / "ct.nii.gz") for f in ("labels", "ours"))
+    assert np.array_equal(np.asarray(theirs.dataobj), np.asarray(ours.dataobj))
+    assert np.allclose(theirs.affine, ours.affine)
+    assert set(np.unique(np.asarray(ours.dataobj))) == {0, 3, 7}

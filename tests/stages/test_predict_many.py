@@ -1,0 +1,243 @@
+"""Predict: several devices, patterns of files, probabilities, and a case of any length."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+
+from pipeline.data.nifti import read_image
+from pipeline.errors import ConfigError
+from pipeline.log import Log
+from pipeline.predicting import case as case_module
+from pipeline.predicting.case import Probabilities
+from pipeline.student.checkpoint import load_student, save_student
+from pipeline.student.inference import predict_logits
+from pipeline.student.network import build_student
+from stages import predict
+from stages.predict import PredictConfig
+from stages.report import StageReport
+from tests.stages.stage_contract import ROOT, content, snapshot
+from tests.stages.test_predict import SPACING_XYZ, record, write_ct, write_student
+
+CPU = torch.device("cpu")
+
+
+def run(student: Path, images: Path, output: Path, **options: Any) -> StageReport:
+    return predict.run(
+        PredictConfig(), student, predict.find_inputs(images), output,
+        log=Log(quiet=True), **{"device": "cpu", **options},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    return write_student(tmp_path / "student.pt")
+
+
+@pytest.mark.slow  # each process imports torch and MONAI
+class TestSeveralDevices:
+    def test_the_same_files_come_out(self, student: Path, tmp_path: Path) -> None:
+        for number in range(5):
+            write_ct(tmp_path / "in" / f"{number}.nii.gz", seed=number)
+        kept = Probabilities("float16")
+        one = run(student, tmp_path / "in", tmp_path / "one", probabilities=kept)
+        two = run(student, tmp_path / "in", tmp_path / "two", probabilities=kept, device="cpu,cpu")
+        assert set(two.done) == set(one.done) == set("01234")
+        assert two.num_bytes == one.num_bytes
+        assert content(tmp_path / "two") == content(tmp_path / "one")
+        before = snapshot(tmp_path / "two")
+        again = run(student, tmp_path / "in", tmp_path / "two", probabilities=kept)
+        assert (again.done, set(again.skipped)) == ([], set("01234"))
+        assert snapshot(tmp_path / "two") == before
+
+    def test_a_bad_file_fails_alone(self, student: Path, tmp_path: Path) -> None:
+        for name in "abc":
+            write_ct(tmp_path / "in" / f"{name}.nii.gz")
+        (tmp_path / "in" / "b.nii.gz").write_bytes(b"no")
+        report = run(student, tmp_path / "in", tmp_path / "out", device="cpu,cpu")
+        assert (set(report.done), set(report.failed)) == ({"a", "c"}, {"b"})
+        assert "not a readable NIfTI" in str(report.failed["b"])
+        assert report.exit_code == 2
+
+    def test_an_unknown_device_stops_before_anything_is_written(
+        self, student: Path, tmp_path: Path
+    ) -> None:
+        write_ct(tmp_path / "in" / "a.nii.gz")
+        with pytest.raises(ConfigError, match="'gpu' is no device"):
+            run(student, tmp_path / "in", tmp_path / "out", device="cpu,gpu")
+        assert not (tmp_path / "out").exists()
+
+
+class TestPatterns:
+    def test_folders_from_the_first_wildcard_on_are_part_of_names(self, tmp_path: Path) -> None:
+        for name in ("p1/ct.nii.gz", "p2/ct.nii.gz", "p2/.hidden/ct.nii.gz", "p3/mr.nii"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        found = predict.find_inputs(tmp_path / "*" / "ct.nii.gz")
+        assert list(found) == ["p1/ct", "p2/ct"]
+        assert set(predict.find_inputs(tmp_path / "**" / "*.nii*")) == {"p1/ct", "p2/ct", "p3/mr"}
+        assert list(predict.find_inputs(tmp_path / "p?" / "m*.nii")) == ["p3/mr"]
+        with pytest.raises(ConfigError, match="no NIfTI file there"):
+            predict.find_inputs(tmp_path / "*" / "pet.nii.gz")
+
+    def test_what_a_shell_made_of_a_pattern(self, tmp_path: Path) -> None:
+        for name in ("p1/ct.nii.gz", "p2/ct.nii.gz", "p2/other.nii.gz"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        one, two, other = (
+            tmp_path / n for n in ("p1/ct.nii.gz", "p2/ct.nii.gz", "p2/other.nii.gz")
+        )
+        assert predict.find_inputs(one, other, one) == {"ct": one, "other": other}
+        with pytest.raises(ConfigError, match=r"p2/ct.nii.gz and .*p1/ct.nii.gz would give one"):
+            predict.find_inputs(one, two)
+
+    def test_a_name_with_brackets_is_a_file_if_it_is_there(self, tmp_path: Path) -> None:
+        (tmp_path / "ct[1].nii.gz").write_bytes(b"")
+        assert list(predict.find_inputs(tmp_path / "ct[1].nii.gz")) == ["ct[1]"]
+
+
+class TestProbabilities:
+    @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+    def test_each_organs_in_the_geometry_of_the_file(self, tmp_path: Path, head: str) -> None:
+        """Against the logits, made whole: on the student's own grid nothing is resampled."""
+        path = tmp_path / "student.pt"
+        found = record(head=head)
+        torch.manual_seed(0)
+        save_student(path, found, build_student(found.network, len(found.organs), found.head))
+        image = tmp_path / "in" / "ct.nii.gz"
+        write_ct(image, "PIR", oblique=True)
+        run(path, image, tmp_path / "out", probabilities=Probabilities("float32"))
+        whole = tmp_path / "whole"
+        run(path, image, whole, probabilities=Probabilities("float16", "4d"))
+        record_, network = load_student(path)
+        logits = predict_logits(
+            network, read_image(image).volume.array, record_.intensity, record_.patch, device=CPU
+        )
+        if head == "softmax":
+            expected = softmax(logits.astype(np.float64), axis=0)[1:]
+        else:
+            expected = 1 / (1 + np.exp(-logits[1:].astype(np.float64)))
+        fourth = nib.load(whole / "ct.probabilities.nii.gz")
+        source = nib.load(image)
+        assert fourth.shape == (*source.shape, 2)
+        for number, organ in enumerate(["liver", "spleen"]):
+            file = tmp_path / "out" / "ct.probabilities" / f"{organ}.nii.gz"
+            found_ = read_float(file)
+            assert np.allclose(found_, expected[number], atol=1e-6)
+            assert expected[number].std() > 1e-3
+            loaded = nib.load(file)
+            assert np.array_equal(loaded.affine, source.affine)
+            assert loaded.get_data_dtype() == np.float32
+            exact = np.asarray(loaded.dataobj)
+            rounded = np.asarray(fourth.dataobj)[..., number]
+            assert np.array_equal(rounded, exact.astype(np.float16).astype(np.float32))
+
+    def test_they_agree_with_the_label_map_on_another_grid(
+        self, student: Path, tmp_path: Path
+    ) -> None:
+        write_student(student, spacing_mm=(2.0, 2.5, 2.0))
+        image = tmp_path / "in" / "ct.nii.gz"
+        write_ct(image)
+        run(student, image, tmp_path / "out", probabilities=Probabilities("float32"))
+        labels = np.asarray(nib.load(tmp_path / "out" / "ct.nii.gz").dataobj)
+        liver, spleen = (
+            np.asarray(nib.load(tmp_path / f"out/ct.probabilities/{organ}.nii.gz").dataobj)
+            for organ in ("liver", "spleen")
+        )
+        background = 1 - liver - spleen
+        assert np.array_equal(labels == 3, (liver > background) & (liver >= spleen))
+        assert np.array_equal(labels == 7, (spleen > background) & (spleen > liver))
+
+    def test_asked_for_later_they_are_made_and_of_an_old_student_they_go(
+        self, student: Path, tmp_path: Path
+    ) -> None:
+        image, out = tmp_path / "in" / "ct.nii.gz", tmp_path / "out"
+        write_ct(image)
+        run(student, image, out)
+        kept = Probabilities("float16")
+        assert run(student, image, out, probabilities=kept).done == ["ct"]
+        assert run(student, image, out, probabilities=kept).skipped == ["ct"]
+        assert run(student, image, out).skipped == ["ct"]
+        (out / "ct.probabilities" / "liver.nii.gz").unlink()
+        assert run(student, image, out, probabilities=kept).done == ["ct"]
+        assert run(student, image, out, probabilities=Probabilities("float32")).done == ["ct"]
+        write_student(student, seed=1)
+        assert run(student, image, out).done == ["ct"]
+        assert sorted(p.name for p in out.iterdir()) == [
+            "ct.json", "ct.nii.gz", "labels.ctbl", "labels.itksnap.txt",
+        ]  # fmt: skip
+
+    def test_a_failure_leaves_no_scratch(
+        self, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(*args: Any, **kwargs: Any) -> None:
+            raise ConfigError("stopped")
+
+        write_ct(tmp_path / "in" / "ct.nii.gz")
+        monkeypatch.setattr(case_module, "write_like", fails)
+        report = run(
+            student, tmp_path / "in", tmp_path / "out", probabilities=Probabilities("float16")
+        )
+        assert set(report.failed) == {"ct"}
+        assert [p for p in (tmp_path / "out").rglob("*") if p.suffix != ".txt"] == [
+            tmp_path / "out" / "labels.ctbl"
+        ]
+
+
+def read_float(path: Path) -> Any:
+    """(D, H, W) in RAS+, unrounded."""
+    image = nib.as_closest_canonical(nib.load(path))
+    return np.asarray(image.dataobj).transpose(2, 1, 0)
+
+
+_PEAK = """
+import resource, sys
+from pathlib import Path
+from pipeline.log import Log
+from pipeline.predicting.inputs import find_inputs
+from stages import predict
+student, image, output = map(Path, sys.argv[1:])
+report = predict.run(predict.PredictConfig(overlap=0.25), student, find_inputs(image), output,
+                     log=Log(quiet=True), device="cpu")
+assert report.done == ["ct"], report.failed
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_a_case_ten_times_as_long_takes_little_more_memory(
+    tmp_path: Path, record_property: Any
+) -> None:
+    """38 classes: held whole, the logits of the long case alone would take 1.6 GB."""
+    organs = {f"organ {n}": n for n in range(1, 38)}
+    student = write_student(
+        tmp_path / "student.pt", organs=organs, patch=(16, 96, 96), spacing_mm=(3.0, 2.0, 1.5)
+    )
+    peaks = []
+    for times in (1, 10):
+        image = tmp_path / str(times) / "ct.nii.gz"
+        image.parent.mkdir()
+        array = np.random.default_rng(0).integers(-1000, 1000, (96, 96, 120 * times))
+        nib.save(nib.Nifti1Image(array.astype(np.int16), np.diag([*SPACING_XYZ, 1.0])), image)
+        done = subprocess.run(
+            [sys.executable, "-c", _PEAK, str(student), str(image), str(tmp_path / f"o{times}")],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout) / 1024)
+    voxels = 96 * 96 * 1200
+    logits_mib = 38 * 4 * voxels / 2**20
+    record_property("peaks and logits in MiB", (*peaks, logits_mib))
+    assert logits_mib > 1500
+    # The image (bytes, int16), its label map (uint8) and a compressed copy: some bytes per voxel.
+    assert peaks[1] - peaks[0] < 16 * voxels / 2**20
