@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli_complete import one_of
 from pipeline.cli_options import (
     REGISTRY,
     WORK,
@@ -16,19 +17,24 @@ from pipeline.cli_options import (
     open_log,
     open_registry,
 )
+from pipeline.cli_run import recorded
 from pipeline.errors import ConfigError
 from pipeline.folder import Folder, is_local
+
+STAGES = ("train-teachers", "cache-teachers", "train-student", "predict", "evaluate")
 
 if TYPE_CHECKING:
     from pipeline.submission.script import Target
     from pipeline.submission.settings import Stage
 
 
+@recorded
 def submit(
     stages: Annotated[
         list[str] | None,
         typer.Argument(
-            help="train-teachers, cache-teachers, train-student, predict, evaluate: one or several."
+            help=f"One or several of {', '.join(STAGES)}.",
+            autocompletion=one_of(*STAGES),
         ),
     ] = None,
     registry: RegistryOption = REGISTRY,
@@ -60,7 +66,10 @@ def submit(
         typer.Option(help="Only copy the built-in templates to this folder, to change them."),
     ] = None,
     print_: Annotated[
-        bool, typer.Option("--print", help="Only show the scripts; write and submit nothing.")
+        bool,
+        typer.Option(
+            "--print", "--dry-run", help="Only show the scripts; write and submit nothing."
+        ),
     ] = False,
     quiet: QuietOption = False,
 ) -> None:

@@ -46,30 +46,46 @@ _PATCH = [32, 40, 40]
 _STUDENT_TAP = "model.1.submodule.1.submodule.2"
 
 
-def generate_phantoms(registry: Registry, log: Log) -> None:
+def generate_phantoms(registry: Registry, log: Log, *, dry_run: bool = False) -> StageReport:
     """Writes the datasets of a registry that have a `phantom` entry; what is there is kept.
+
+    A unit is a dataset; `dry_run` says which would be looked at and, where need be, written.
 
     Raises:
         ConfigError: the registry has none.
     """
-    specs = [(registry.resolve(e.root), e.phantom) for e in registry.datasets.values() if e.phantom]
+    specs = {
+        name: (registry.resolve(entry.root), entry.phantom)
+        for name, entry in registry.datasets.items()
+        if entry.phantom
+    }
     if not specs:
         raise ConfigError(
             "no dataset in this registry has a `phantom` entry.",
             where=registry.path,
             fix="Only made-up datasets are generated; your own are already there.",
         )
+    report = StageReport("phantom")
+    if dry_run:
+        report.done = list(specs)
+        return report
     began = time.monotonic()
     processes = min(len(specs), os.cpu_count() or 1)
     with (
         log.progress("phantom datasets", len(specs)) as advance,
         ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool,
     ):
-        jobs = {pool.submit(_generate, root, spec): root for root, spec in specs}
+        jobs = {pool.submit(_generate, root, spec): name for name, (root, spec) in specs.items()}
         for job in as_completed(jobs):
-            job.result()
-            advance(jobs[job].name)
-    log.info(f"phantom: {sum(s.num_cases for _, s in specs)} cases, {_since(began)}")
+            name = jobs[job]
+            if error := job.exception():
+                log.warn(f"dataset {name} failed: {error}")
+                report.failed[name] = error if isinstance(error, Exception) else Exception(error)
+            else:
+                report.done.append(name)
+            advance(name)
+    report.seconds = time.monotonic() - began
+    return report
 
 
 def run_demo(folder: Path, *, quick: bool, log: Log) -> Mapping[str, float]:

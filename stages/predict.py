@@ -102,6 +102,7 @@ def run(
                     write_json(beside, content)
                     report.done.append(name)
                     report.num_bytes += target.stat().st_size
+                log.detail(f"{name}: {'was there' if name in report.skipped else target}")
             except PipelineError as error:
                 report.failed[name] = error
                 log.warn(f"{name} failed: {error}")

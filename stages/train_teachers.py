@@ -286,6 +286,6 @@ def _prepare(
                 found.append(indexed)
             except PipelineError as error:
                 report.failed[source.name] = error
-                log.warn(f"left out of training: {error}")
+                log.warn(f"{source.name} is left out of training: {error}")
             advance(source.name)
     return found

@@ -56,6 +56,17 @@ class Wishes:
 def begin(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = None) -> Registry:
     """Looks at folders, and writes a registry that has been loaded once.
 
+    Args and errors: as of `look`.
+
+    Raises:
+        WorkFolderError: the registry cannot be written.
+    """
+    return _write(path, look(path, wishes, force=force, ask=ask))
+
+
+def look(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = None) -> str:
+    """Looks at folders: the text of the registry that `begin` writes. Nothing is written.
+
     Args:
         path: of the registry.
         wishes: folders, and what the user says of them.
@@ -65,7 +76,6 @@ def begin(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = 
     Raises:
         ConfigError: something is not known, or contradicts the files.
         RegistryError, TeacherError: folders that cannot be used, or a registry that exists.
-        WorkFolderError: the registry cannot be written.
     """
     if path.exists() and not force:
         raise RegistryError(
@@ -103,8 +113,7 @@ def begin(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = 
             else f"{len(problems)} things are not known:\n" + "\n".join(f"  {p}" for p in problems)
         )
     note = _spacings_note(found)
-    text = registry_text(organs, wishes.spacing_mm, note, dataset_parts, teacher_parts)
-    return _write(path, text)
+    return registry_text(organs, wishes.spacing_mm, note, dataset_parts, teacher_parts)
 
 
 def _of_dataset(
