@@ -86,7 +86,11 @@ def submit(
         return
     names = submission.in_order(stages or [])
     if not names:
-        raise ConfigError("no stage.", fix="For example: pipeline submit train-student --print")
+        raise ConfigError(
+            "no stage is named.",
+            where="pipeline submit",
+            fix="For example: `pipeline submit train-student --print`.",
+        )
     settings = load_config(slurm_config, SubmitSettings) if slurm_config else SubmitSettings()
     if num_parts is not None:
         settings = settings.with_parts(num_parts)
@@ -147,6 +151,6 @@ def _files(configs: list[str]) -> dict[Stage, Path]:
         raise ConfigError(
             "--config takes STAGE=FILE, once for each stage.",
             where=" ".join(configs),
-            fix="For example: --config train-student=train_student.yaml",
+            fix="For example: `--config train-student=train_student.yaml`.",
         )
     return {stage: Path(pairs[stage]).absolute() for stage in in_order(list(pairs))}

@@ -79,15 +79,19 @@ def read_yaml(path: Path, *, error: type[PipelineError] = ConfigError) -> Docume
         if root is not None:
             _walk(root, (), lines, problems)
     except RecursionError as problem:
-        fix = "Write the values out instead."
-        raise error("a value contains itself (&, *).", where=path, fix=fix) from problem
+        raise error(
+            "a value contains itself (&, *).", where=path, fix="Write the values out instead."
+        ) from problem
     # ValueError: what looks like a date and is none, such as 2020-99-99.
     except (yaml.YAMLError, ValueError) as problem:
         mark = getattr(problem, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         what = getattr(problem, "problem", None) or str(problem)
-        fix = "Check indentation, quotes and colons on that line."
-        raise error(f"not valid YAML: {what}.", where=f"{path}{line}", fix=fix) from problem
+        raise error(
+            f"not valid YAML: {what}.",
+            where=f"{path}{line}",
+            fix="Check indentation, quotes and colons on that line.",
+        ) from problem
     return Document(path, {} if data is None else data, lines, tuple(problems))
 
 

@@ -124,7 +124,7 @@ def fill_demo_cache(folder: Path, *, quick: bool, log: Log) -> tuple[Registry, S
     """The demo up to the cache: phantom, teachers, stage one; returns what stage one reports."""
     registry_path = write_settings(folder, quick=quick)
     work = folder / "work"
-    generate_phantoms(load_registry(registry_path, files=False), log)
+    _done(generate_phantoms(load_registry(registry_path, files=False), log), log)
     registry = load_registry(registry_path)
     teach = load_config(folder / "train_teachers.yaml", train_teachers.TrainTeachersConfig)
     _done(train_teachers.run(teach, registry, work, log=log), log)
@@ -184,7 +184,11 @@ def reference_registry() -> Path:
     for path in (package.parent / "data_registry.yaml", package / "data" / "data_registry.yaml"):
         if path.is_file():
             return path
-    raise ConfigError("data_registry.yaml is not installed.", fix="Install organ-distill again.")
+    raise ConfigError(
+        "the reference registry is not installed.",
+        where="data_registry.yaml",
+        fix="Install organ-distill again.",
+    )
 
 
 def draw_overlay(registry: Registry, work: Path, predictions: Path, path: Path) -> None:
@@ -224,7 +228,12 @@ def _compare_students(folder: Path, registry: Registry, work: Path, log: Log) ->
     results = compare(plan, registry, work, log=log, workers=workers, window_batch=4)
     write_results(results, folder / _COMPARISON)
     if results.failed:
-        raise PipelineError(results.failed[0].error or "", where=results.failed[0].folder)
+        first = results.failed[0]
+        raise PipelineError(
+            f"a student of the demo failed: {first.error}",
+            where=first.folder,
+            fix="Run the same command again: it goes on from there.",
+        )
     return results
 
 
@@ -247,7 +256,11 @@ def _done(report: StageReport, log: Log) -> None:
         unit, error = next(iter(report.failed.items()))
         if isinstance(error, PipelineError):
             raise error
-        raise PipelineError(f"{report.stage} failed ({error}).", where=unit) from error
+        raise PipelineError(
+            f"{report.stage} failed ({error}).",
+            where=unit,
+            fix="This was not foreseen: please report it with what stands above.",
+        ) from error
 
 
 def _print_results(

@@ -177,7 +177,8 @@ def chosen_inputs(
     """
     if (images is None) == (registry is None) or (images is not None and splits):
         raise ConfigError(
-            "predict takes images, or a registry and splits of it.",
+            "it takes images, or a registry and splits of it.",
+            where="pipeline predict",
             fix="Give IMAGES alone, or --registry with --split.",
         )
     if registry is None:

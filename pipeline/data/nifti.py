@@ -162,6 +162,7 @@ def write_like(
             f"a volume of shape {array.shape} (x, y, z) cannot be written like one of "
             f"{source.shape[:3]}.",
             where=like,
+            fix="Did the file change while it was read? Run the command again.",
         )
     header = source.header.copy()
     header.set_data_dtype(array.dtype)

@@ -87,7 +87,9 @@ def look(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = N
     teachers = _named(wishes.teachers, "--teacher")
     if not datasets:
         raise ConfigError(
-            "no dataset is named.", fix="Give --dataset NAME=FOLDER, once for each dataset."
+            "no dataset is named.",
+            where="--dataset",
+            fix="Give --dataset NAME=FOLDER, once for each dataset.",
         )
     patterns = _patterns(wishes.files, datasets)
     found = {n: look_at_dataset(_expand(f.path), patterns.get(n)) for n, f in datasets.items()}
@@ -187,7 +189,7 @@ def _named(flags: Sequence[str], option: str) -> dict[str, Flag]:
     for flag in map(parse_flag, flags):
         if flag.name in found:
             raise ConfigError(
-                f"{option} {flag.name} is given twice.", fix="Give each another NAME=."
+                f"{flag.name} is given twice.", where=option, fix="Give each another NAME=."
             )
         found[flag.name] = flag
     return found

@@ -133,7 +133,8 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     unknown = sorted({name for name in _PLACE.findall(template) if name not in values})
     if unknown:
         raise ConfigError(
-            f"unknown in a template: {', '.join(f'{{{{{name}}}}}' for name in unknown)}.",
+            f"nothing is known of {', '.join(f'{{{{{name}}}}}' for name in unknown)}.",
+            where="a template of `pipeline submit`",
             fix=f"There are {', '.join(sorted(values))}.",
         )
     return _PLACE.sub(lambda match: values[match[1]], template)

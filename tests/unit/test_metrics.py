@@ -287,7 +287,7 @@ def test_arrays_that_are_not_three_dimensional_are_refused(array: Any) -> None:
 
 
 def test_probabilities_are_refused() -> None:
-    with pytest.raises(GeometryError, match=r"prediction must hold integer.*float32"):
+    with pytest.raises(GeometryError, match=r"prediction must hold whole numbers.*float32"):
         score(np.zeros((2, 3, 4), np.float32), np.zeros((2, 3, 4), int), (1, 1, 1))
 
 

@@ -1,0 +1,74 @@
+"""The places whose error no test raises: a list that only shrinks.
+
+`never_raised.txt` has a line for each, as `Site.key` spells it. One that begins with `? ` is raised
+by tests that need something not every machine has (Slurm, real CT), or by chance. The comparison
+is made when the whole suite has run and passed, see `whole_suite_ran`; RAISED=write rewrites the
+list then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Set
+from pathlib import Path
+
+import pytest
+
+from tests.messages.sites import all_sites, site_at
+
+LIST = Path(__file__).with_name("never_raised.txt")
+MAYBE = "? "
+# Options that leave tests out.
+_CHOOSING = ("keyword", "markexpr", "lf", "deselect", "ignore", "ignore_glob", "collectonly")
+
+
+def listed() -> frozenset[str]:
+    """The lines of the list."""
+    return frozenset(line for line in LIST.read_text(encoding="utf-8").splitlines() if line)
+
+
+def verdict(raised: Set[tuple[str, int]], known: Set[str]) -> list[str]:
+    """How what the tests raised differs from the list; nothing if all is well.
+
+    Args:
+        raised: file and line of each error that was made.
+        known: lines of the list.
+    """
+    found = raised_keys(raised)
+    keys = {site.key for site in all_sites()}
+    plain = {key.removeprefix(MAYBE) for key in known}
+    surely = {key for key in known if not key.startswith(MAYBE)}
+    return [
+        *(f"raised by no test: {key}" for key in sorted(keys - found - plain)),
+        *(f"raised by now: {key}" for key in sorted(surely & found)),
+        *(f"no longer in the code: {key}" for key in sorted(plain - keys)),
+    ]
+
+
+def raised_keys(raised: Set[tuple[str, int]]) -> set[str]:
+    """Keys of the places that lines belong to."""
+    sites = [site_at(file, line) for file, line in raised]
+    return {site.key for site in sites if site is not None}
+
+
+def whole_suite_ran(session: pytest.Session, exit_code: int) -> bool:
+    """Whether nothing was left out: pytest was started without paths and without options that
+    choose, and it ended well."""
+    options = session.config.option
+    chosen = any(getattr(options, name, None) for name in _CHOOSING)
+    asked = [str(text) for text in session.config.invocation_params.args]
+    paths = [text for text in asked if not text.startswith("-") and Path(text).exists()]
+    return exit_code == 0 and not chosen and not paths
+
+
+def rewrite(raised: Set[tuple[str, int]]) -> None:
+    """Writes the list as it would have to be; lines with `? ` stay while their place exists."""
+    keys = {site.key for site in all_sites()}
+    maybe = {key for key in listed() if key.startswith(MAYBE) and key.removeprefix(MAYBE) in keys}
+    never = keys - raised_keys(raised) - {key.removeprefix(MAYBE) for key in maybe}
+    LIST.write_text("".join(f"{key}\n" for key in sorted(never | maybe)), encoding="utf-8")
+
+
+def wants_rewriting() -> bool:
+    """Whether the user asked for it."""
+    return os.environ.get("RAISED") == "write"
