@@ -170,7 +170,7 @@ def _compare(registry: Registry, loaded: LoadedTeacher, path: Folder, unit: Reac
         raise GeometryError(
             "its files are no longer there.",
             where=f"{unit.case.name}, {registry.path}",
-            fix="Put them back, or run `pipeline cache-teachers`: it goes by the files that are there.",
+            fix="Put them back, or run `pipeline cache-teachers`, which goes by what is there.",
         )
     image = read_image(sources[unit.case.case].image)
     if image.sha256 != unit.case.image_sha256:
