@@ -127,7 +127,8 @@ def end(report: StageReport) -> None:
     """Says in a line what a stage did, then what failed, and exits with its code."""
     note_report(report)
     record = current()
-    typer.echo(report.summary(), err=True)
+    dry_run = record is not None and record.is_dry_run
+    typer.echo(report.plan() if dry_run else report.summary(), err=True)
     for unit, error in report.failed.items():
         typer.echo(f"failed: {unit}: {error}", err=True)
         if record is not None and record.verbose:

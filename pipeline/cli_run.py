@@ -93,12 +93,8 @@ def _terminated(number: int, frame: object) -> None:
 
 def exit_code_of(error: Any) -> int:
     """What the process ends with. An interrupted one, as shells count: 128 + SIGINT."""
-    match error:
-        case PipelineError() | typer.Exit():
-            return int(error.exit_code)
-        case KeyboardInterrupt():
-            return 130
-        case SystemExit():
-            return error.code if isinstance(error.code, int) else 1
-        case _:
-            return 1
+    if isinstance(error, (PipelineError, typer.Exit)):
+        return int(error.exit_code)
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    return 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -67,6 +67,11 @@ class RunRecord:
     _at: str = field(default_factory=lambda: _now())
     _inputs: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether nothing else is to be written."""
+        return any(bool(self.arguments.get(name)) for name in _DRY)
+
     def begin(self) -> None:
         """From here on the record is `current()`; files that are read are digested as they are now.
 
@@ -119,7 +124,7 @@ class RunRecord:
             "format_version": FORMAT_VERSION,
             "command": self.command,
             "arguments": {name: _plain(value) for name, value in self.arguments.items()},
-            "dry_run": any(bool(self.arguments.get(name)) for name in _DRY),
+            "dry_run": self.is_dry_run,
             "began": self._at,
             "ended": _now(),
             "seconds": seconds,

@@ -121,5 +121,7 @@ def test_its_report_says_what_would_be_done(
     arguments = ARGUMENTS[command].replace("{}", str(folder)).split(" ")
     report = folder.parent / "run.json"
     run = (command, *arguments, "--dry-run", "--report", str(report))
-    assert run_here(*run, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    code, _, said = run_here(*run, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0
     assert json.loads(report.read_text())["units"]["done"] == expected
+    assert f"{command}: dry run, nothing is written; {len(expected)} to do" in said
