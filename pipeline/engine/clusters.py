@@ -183,7 +183,8 @@ def _slurm(workers: int, settings: SlurmSettings, logs: Path) -> Opened:
     except ImportError as error:
         raise ConfigError(
             "--executor slurm needs dask-jobqueue.",
-            fix="pip install 'organ-distill[slurm]'; `sbatch --array` with --num-parts needs none.",
+            fix="Install it: pip install 'organ-distill[slurm]'; `sbatch --array` with --num-parts "
+            "needs none.",
         ) from error
     logs.mkdir(parents=True, exist_ok=True)
     gres = [f"--gres={settings.gres}"] if settings.gres else []

@@ -83,7 +83,9 @@ def submit(
             (target.work / settings.of(stage).logs).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WorkFolderError(
-            f"cannot be written ({error.strerror}).", where=target.work, fix="Check the path."
+            f"cannot be written ({error.strerror}).",
+            where=target.work,
+            fix="Check free space and permissions.",
         ) from error
     jobs: list[Job] = []
     for stage, text in texts.items():
@@ -123,7 +125,7 @@ def _kept(
         raise WorkFolderError(
             f"job {number} was submitted, but its script cannot be kept ({error.strerror}).",
             where=target.jobs,
-            fix="Make room.",
+            fix="The job is not affected. Make room; `pipeline submit --print` shows the script.",
         ) from error
     return job
 

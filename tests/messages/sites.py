@@ -144,12 +144,16 @@ def _name_of(node: ast.expr) -> str:
             return "kind"
         case ast.Attribute(attr="strerror"):
             return "reason"
+        case ast.Attribute(attr="stderr"):
+            return "its own words"
         case ast.Name(id=name) | ast.Attribute(attr=name):
             return name.strip("_").replace("_", " ").replace("num ", "number of ").lower()
         case ast.Call(func=ast.Attribute(attr="join"), args=[inner]):
             return _name_of(inner)
         case ast.Call(func=ast.Name(id="len"), args=[_]):
             return "number"
+        case ast.Call(func=ast.Name(id="map"), args=[_, inner]):
+            return _name_of(inner)
         case ast.Call(args=[inner, *_]) | ast.Subscript(value=inner):
             return _name_of(inner)
         case ast.Call(func=ast.Attribute(value=inner)):

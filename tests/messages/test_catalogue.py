@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pipeline.errors import ConfigError, PipelineError
 from tests.messages.ledger import JARGON, RAISED, ROOT, complaints_about
-from tests.messages.never_raised import listed, verdict
+from tests.messages.never_raised import listed, verdict, whole_suite_ran
 from tests.messages.sites import Site, all_sites, site_at
 from tests.messages.troubleshooting import PAGE, page
 
@@ -24,10 +26,6 @@ WHOLE_TEXTS = {
     "pipeline/layouts/begin.py: ‹problems›": "what is not known, each with its flag and remedy",
     "pipeline/layouts/begin.py: ‹temporary›": "the registry's own error, as it was raised",
 }
-
-
-def sites() -> list[pytest.param]:  # type: ignore[valid-type]
-    return [pytest.param(site, id=f"{site.file}:{site.first}") for site in all_sites()]
 
 
 def test_all_of_the_code_base_is_looked_at() -> None:
@@ -44,26 +42,44 @@ def test_all_of_the_code_base_is_looked_at() -> None:
     assert named == by_hand
 
 
-@pytest.mark.parametrize("site", sites())
-def test_a_message_says_what_where_and_what_to_do(site: Site) -> None:
-    if any(site.key.startswith(known) for known in WHOLE_TEXTS):
-        return
-    assert site.what
-    for text in site.what:
-        # ‹…› at the end is another text: what it is in the end is read when it is raised.
-        assert text.rstrip().endswith((".", "?", "›")), f"no sentence: {text}"
-    assert site.where or all("--" in text for text in site.what), "no place"
-    assert site.fix, "nothing to do"
-    for text in site.fix:
-        assert text.strip().endswith((".", "?", "›")), f"no sentence: {text}"
+def missing_parts(site: Site) -> list[str]:
+    """What a message lacks; nothing if it is whole."""
+    # ‹…› at the end is another text: what it is in the end is read when it is raised.
+    ends = (".", "?", "›")
+    found = [f"no sentence: {text}" for text in site.what if not text.rstrip().endswith(ends)]
+    found += [f"no sentence: {text}" for text in site.fix if not text.rstrip().endswith(ends)]
+    if not site.where and not all("--" in text for text in site.what):
+        found.append("it says no place")
+    if not site.fix:
+        found.append("it says nothing to do")
+    return [f"{site.file}:{site.first}: {text}" for text in found]
 
 
-@pytest.mark.parametrize("site", sites())
-def test_a_message_has_words_of_a_user(site: Site) -> None:
-    for text in (*site.what, *site.where, *site.fix):
-        plain = re.sub(r"‹[^›]*›|`[^`]*`", "", text)
-        found = JARGON.search(plain)
-        assert found is None, f"{found}: {text}"
+def strange_words(site: Site) -> list[str]:
+    """Words of programmers; what the code fills in, and code in backticks, is left out."""
+    texts = [re.sub(r"‹[^›]*›|`[^`]*`", "", t) for t in (*site.what, *site.where, *site.fix)]
+    found = [(text, word) for text in texts if (word := JARGON.search(text))]
+    return [f"{site.file}:{site.first}: {word.group()!r} in {text}" for text, word in found]
+
+
+def test_a_message_says_what_where_and_what_to_do() -> None:
+    asked = [site for site in all_sites() if not site.key.startswith(tuple(WHOLE_TEXTS))]
+    assert len(asked) > 300
+    assert [text for site in asked for text in missing_parts(site)] == []
+
+
+def test_a_message_has_words_of_a_user() -> None:
+    assert [text for site in all_sites() for text in strange_words(site)] == []
+
+
+def test_what_is_missing_is_found() -> None:
+    site = Site("k", "a.py", 3, 3, "ConfigError", ("a kwargs problem",), (), ())
+    assert missing_parts(site) == [
+        "a.py:3: no sentence: a kwargs problem",
+        "a.py:3: it says no place",
+        "a.py:3: it says nothing to do",
+    ]
+    assert strange_words(site) == ["a.py:3: 'kwargs' in a kwargs problem"]
 
 
 def test_reasons_are_of_places_that_exist() -> None:
@@ -125,6 +141,34 @@ class TestLedger:
             "no longer in the code: pipeline/a.py: gone."
         ]
         assert verdict(raised, frozenset({f"? {some.key}"})) == []
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({}, True),
+            ({"args": ["--numprocesses", "auto", "--dist", "loadfile"]}, True),
+            ({"args": [str(ROOT / "tests" / "unit")]}, False),
+            ({"keyword": "liver"}, False),
+            ({"markexpr": "not slow"}, False),
+            ({"lf": True}, False),
+            ({"exit_code": 1}, False),
+            ({"skipped": ["slurm"]}, False),
+            ({"skipped": ["realdata"]}, True),
+        ],
+    )
+    def test_it_is_asked_of_the_whole_suite_alone(
+        self, changes: dict[str, Any], expected: bool
+    ) -> None:
+        options = {"args": [], "exit_code": 0, "skipped": [], "keyword": "", "lf": False, **changes}
+        reports = [SimpleNamespace(keywords={mark: 1}) for mark in options["skipped"]]
+        reporter = SimpleNamespace(stats={"skipped": reports})
+        config = SimpleNamespace(
+            option=SimpleNamespace(**options),
+            invocation_params=SimpleNamespace(args=options["args"]),
+            pluginmanager=SimpleNamespace(get_plugin=lambda name: reporter),
+        )
+        session: Any = SimpleNamespace(config=config)
+        assert whole_suite_ran(session, options["exit_code"]) == expected
 
     def test_the_list_names_places_of_the_code(self) -> None:
         keys = {site.key for site in all_sites()}
