@@ -48,7 +48,8 @@ def recorded(command: Callable[P, None], *, group: str = "") -> Callable[..., No
         if verbose and bound.arguments.get("quiet"):
             raise ConfigError("--quiet and --verbose are opposites.", fix="Give one of them.")
         report = path if isinstance(path, Path) else None
-        record = RunRecord(name, bound.arguments, report, verbose)
+        given = {k: v for k, v in bound.arguments.items() if not isinstance(v, typer.Context)}
+        record = RunRecord(name, given, report, verbose)
         record.begin()
         if record.path is not None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _terminated)
