@@ -282,7 +282,7 @@ def test_spacing_that_is_not_three_positive_numbers_is_refused(spacing: Any) -> 
 
 @pytest.mark.parametrize("array", [np.zeros((2, 3), int), np.zeros((1, 2, 3, 4), int)])
 def test_arrays_that_are_not_three_dimensional_are_refused(array: Any) -> None:
-    with pytest.raises(GeometryError, match=r"\(D, H, W\)"):
+    with pytest.raises(GeometryError, match="must have three axes"):
         score(array, array, (1, 1, 1))
 
 
