@@ -244,7 +244,7 @@ def _problem(item: dict[str, Any], model: type[BaseModel]) -> Problem:
         return Problem(location, "required, but missing.", "Add it.")
     if kind == "value_error":
         text = message.removeprefix("Value error, ")
-        return Problem(location, text.rstrip(".") + ".")
+        return Problem(location, _lowered(text).rstrip(".") + ".")
     text = _PLAIN.get(kind) or message
     if kind == "string_pattern_mismatch":
         text = _PATTERNS.get(item.get("ctx", {}).get("pattern", ""), message)
@@ -255,8 +255,12 @@ def _problem(item: dict[str, Any], model: type[BaseModel]) -> Problem:
         text = f"must have at {which} {number} item{'' if number == 1 else 's'}"
     for said in ("Input should be ", "String should ", "Value should be "):
         text = text.replace(said, "must be " if said.endswith("be ") else "must ")
-    text = text[0].lower() + text[1:]
-    return Problem(location, f"{text}, not {_as_written(item.get('input'))}.")
+    return Problem(location, f"{_lowered(text)}, not {_as_written(item.get('input'))}.")
+
+
+def _lowered(text: str) -> str:
+    """As it stands behind a colon; names in capitals stay."""
+    return text[0].lower() + text[1:] if text[:2].istitle() else text
 
 
 def _as_written(value: Any) -> str:

@@ -285,7 +285,7 @@ def test_errors_say_where_and_what_to_do() -> None:
 class Everything(Config):
     number: int = 0
     share: float = 0
-    on: bool = False
+    gated: bool = False
     name: str = Field(default="x", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     two: tuple[int, int] = (1, 2)
     kind: Literal["a", "b"] = "a"
@@ -299,7 +299,7 @@ class Everything(Config):
         ("number: 1.5", "number: must be a whole number, not 1.5."),
         ("number:", "number: must be a whole number, not empty."),
         ("share: x", "share: must be a number, not 'x'."),
-        ("on: 3", "on: must be true or false, not 3."),
+        ("gated: 3", "gated: must be true or false, not 3."),
         ("name: true", "name: must be a text, not true."),
         ("name: a/b", "name: may have letters, digits, dots, dashes and underscores"),
         ("two: 3", "two: must be a list, not 3."),
