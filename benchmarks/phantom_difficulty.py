@@ -53,7 +53,7 @@ def one_seed(folder: Path, seed: int) -> dict[str, Any]:
         entry["annotated"] = {organ: k + 1 for k, organ in enumerate(ORGANS)}
         entry["phantom"] |= {"annotated": list(ORGANS), "seed": entry["phantom"]["seed"] + seed}
     path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-    generate_phantoms(load_registry(path, files=False), log)
+    assert not generate_phantoms(load_registry(path, files=False), log).failed
     registry = load_registry(path)
     work = folder / "work"
     cache_teachers.run(cache_teachers.CacheTeachersConfig(), registry, work, log=log, tables=False)

@@ -36,7 +36,7 @@ def cached_cohort(folder: Path, spacing_mm: Sequence[float] = DEMO_MM) -> Regist
         for entry in data["teachers"].values():
             entry["spacing_mm"] = list(spacing_mm)
         path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-    generate_phantoms(load_registry(path, files=False), log)
+    assert not generate_phantoms(load_registry(path, files=False), log).failed
     registry = load_registry(path)
     assert tuple(registry.grid.spacing_mm) == tuple(spacing_mm), "name another folder"
     teachers = train_teachers.run(

@@ -50,7 +50,7 @@ def check_same_grid(image: NiftiVolume, label: NiftiVolume, name: str) -> None:
         raise GeometryError(
             f"the label has shape {b.shape} (z, y, x), the image {a.shape}.",
             where=where,
-            fix="They must be of one scan; resample the label onto the image's grid.",
+            fix="They must be of one case; resample the label onto the image's grid.",
         )
     apart = a.largest_corner_distance_mm(b)
     if apart > GEOMETRY_TOLERANCE_MM:

@@ -73,7 +73,8 @@ def two_cases(sizes: Sequence[CaseSize]) -> list[CaseSize]:
     """
     if not sizes:
         raise RegistryError(
-            "no case whose header can be read.",
+            "there is no case whose header can be read.",
+            where="the registry's datasets",
             fix="Check `splits` and the dataset's files; a phantom is made by `pipeline phantom`.",
         )
     ordered = sorted(sizes, key=lambda c: (c.voxels, c.native_voxels, c.source.name))

@@ -14,7 +14,9 @@ from pipeline.cli_cache import cache_app
 from pipeline.cli_cache_teachers import cache_teachers
 from pipeline.cli_check import check
 from pipeline.cli_compare import compare
+from pipeline.cli_complete import teacher_names
 from pipeline.cli_export import export
+from pipeline.cli_info import info
 from pipeline.cli_init import init
 from pipeline.cli_inspect import inspect
 from pipeline.cli_options import (
@@ -38,10 +40,12 @@ from pipeline.cli_options import (
     end,
     open_log,
     open_registry,
+    open_settings,
 )
 from pipeline.cli_plan import plan
 from pipeline.cli_predict import predict
 from pipeline.cli_report import report
+from pipeline.cli_run import recorded
 from pipeline.cli_self_test import refuse_without_self_test, run_self_test
 from pipeline.cli_submit import submit
 from pipeline.cli_tune import tune
@@ -55,6 +59,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cache_app, name="cache")
+app.command()(info)
 app.command()(init)
 app.command("cache-teachers")(cache_teachers)
 app.command()(check)
@@ -69,19 +74,28 @@ cache_app.command()(tune)
 
 
 @app.command()
-def phantom(registry: RegistryOption = REGISTRY, quiet: QuietOption = False) -> None:
+@recorded
+def phantom(
+    registry: RegistryOption = REGISTRY,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
+) -> None:
     """Generate the made-up CT datasets that a registry describes."""
     from pipeline.demo import generate_phantoms
 
-    generate_phantoms(open_registry(registry, files=False), open_log(quiet))
+    known = open_registry(registry, files=False)
+    end(generate_phantoms(known, open_log(quiet), dry_run=dry_run))
 
 
 @app.command("train-teachers")
+@recorded
 def train_teachers(
     registry: RegistryOption = REGISTRY,
     config: ConfigOption = None,
     work: WorkOption = WORK,
-    only: Annotated[str | None, typer.Option(help="One teacher by name.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="One teacher by name.", autocompletion=teacher_names)
+    ] = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
     checkpoint_minutes: MinutesOption = 10.0,
@@ -93,13 +107,11 @@ def train_teachers(
     quiet: QuietOption = False,
 ) -> None:
     """Train one network per organ from its own dataset, for those who have none."""
-    from pipeline.config import load_config
     from pipeline.student.speed import SpeedFlags
     from stages import train_teachers as stage
 
-    settings = load_config(config, stage.TrainTeachersConfig) if config else None
     report = stage.run(
-        settings or stage.TrainTeachersConfig(),
+        open_settings(config, stage.TrainTeachersConfig),
         open_registry(registry),
         work,
         log=open_log(quiet, work, dry_run),
@@ -115,6 +127,7 @@ def train_teachers(
 
 
 @app.command("train-student")
+@recorded
 def train_student(
     registry: RegistryOption = REGISTRY,
     config: ConfigOption = None,
@@ -134,11 +147,13 @@ def train_student(
     quiet: QuietOption = False,
 ) -> None:
     """Stage two: train the multi-organ student from the cache alone."""
-    from pipeline.config import load_config
+    from pipeline.run_record import note_silence
     from pipeline.student.launch import launched
     from pipeline.student.speed import SpeedFlags
     from stages import train_student as stage
 
+    if not (is_first := launched().is_first):
+        note_silence()
     flags = SpeedFlags(precision, channels_last, compile_)
     if self_test:
         run_self_test(
@@ -147,9 +162,8 @@ def train_student(
         )  # fmt: skip
         return
     refuse_without_self_test(steps, seed)
-    settings = load_config(config, stage.TrainStudentConfig) if config else None
     report = stage.run(
-        settings or stage.TrainStudentConfig(),
+        open_settings(config, stage.TrainStudentConfig),
         open_registry(registry, files=False),
         work,
         log=open_log(quiet, work, dry_run),
@@ -161,12 +175,13 @@ def train_student(
         flags=flags,
         dry_run=dry_run,
     )
-    if not launched().is_first:
+    if not is_first:
         raise typer.Exit(report.exit_code)
     end(report)
 
 
 @app.command()
+@recorded
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder with <dataset>/<case>.nii.gz.")],
     registry: RegistryOption = REGISTRY,
@@ -175,12 +190,10 @@ def evaluate(
     quiet: QuietOption = False,
 ) -> None:
     """Dice, NSD and HD95 per case and organ, as summary.json and a table."""
-    from pipeline.config import load_config
     from stages import evaluate as stage
 
-    settings = load_config(config, stage.EvaluateConfig) if config else None
     report = stage.run(
-        settings or stage.EvaluateConfig(),
+        open_settings(config, stage.EvaluateConfig),
         open_registry(registry),
         predictions,
         log=open_log(quiet),
@@ -210,6 +223,7 @@ def status(
 
 
 @app.command()
+@recorded
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where everything goes.")] = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Tiny: under a minute.")] = False,

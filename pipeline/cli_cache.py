@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.cli_complete import case_names, teacher_names
 from pipeline.cli_options import (
     REGISTRY,
     WORK,
@@ -25,7 +27,9 @@ from pipeline.cli_options import (
     YesOption,
     open_log,
     open_registry,
+    open_settings,
 )
+from pipeline.cli_run import recorded
 from pipeline.errors import ConfigError
 from pipeline.folder import Folder, check_answers, parse_folder
 
@@ -39,7 +43,7 @@ cache_app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-CaseOption = Annotated[str, typer.Option("--case", help="dataset/case.")]
+CaseOption = Annotated[str, typer.Option("--case", help="dataset/case.", autocompletion=case_names)]
 
 
 class ExportFormat(StrEnum):
@@ -65,7 +69,7 @@ def list_(
 
 @cache_app.command()
 def why(
-    case: Annotated[str, typer.Argument(help="dataset/case.")],
+    case: Annotated[str, typer.Argument(help="dataset/case.", autocompletion=case_names)],
     registry: RegistryOption = REGISTRY,
     config: ConfigOption = None,
     work: WorkOption = WORK,
@@ -73,12 +77,11 @@ def why(
     as_json: JsonOption = False,
 ) -> None:
     """Would cache-teachers reuse the units of a case? If not: what differs, field by field."""
-    from pipeline.config import load_config
     from pipeline.inventory.why import print_reasons
     from pipeline.inventory.why import why as explain
     from stages.cache_teachers import CacheTeachersConfig
 
-    settings = load_config(config, CacheTeachersConfig) if config else CacheTeachersConfig()
+    settings = open_settings(config, CacheTeachersConfig)
     reasons = explain(
         work,
         open_registry(registry, files=False, trust=trust),
@@ -94,6 +97,7 @@ def why(
 
 
 @cache_app.command()
+@partial(recorded, group="cache")
 def verify(
     registry: RegistryOption = REGISTRY,
     work: WorkOption = WORK,
@@ -173,6 +177,7 @@ def diff(
 
 
 @cache_app.command()
+@partial(recorded, group="cache")
 def gc(
     registries: Annotated[
         list[Path], typer.Argument(help="All registries whose cached units are to stay.")
@@ -215,11 +220,13 @@ def gc(
 
 
 @cache_app.command()
+@partial(recorded, group="cache")
 def export(
     case: CaseOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")],
     teacher: Annotated[
-        list[str] | None, typer.Option(help="By name; may be repeated. Default: all.")
+        list[str] | None,
+        typer.Option(help="By name; may be repeated. Default: all.", autocompletion=teacher_names),
     ] = None,
     to: Annotated[ExportFormat, typer.Option(help="Format.")] = ExportFormat.nifti,
     regions: Annotated[

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli_complete import one_of, teacher_names
 from pipeline.cli_options import (
     REGISTRY,
     WORK,
@@ -22,11 +23,14 @@ from pipeline.cli_options import (
     end,
     open_log,
     open_registry,
+    open_settings,
 )
+from pipeline.cli_run import recorded
 
 _WHERE, _ARRAY = "Several workers", "Parts, for job arrays"
 
 
+@recorded
 def cache_teachers(
     registry: RegistryOption = REGISTRY,
     config: ConfigOption = None,
@@ -38,13 +42,18 @@ def cache_teachers(
     ] = False,
     accept: Annotated[
         list[str] | None,
-        typer.Option("--accept", help="Go on with this teacher although its Dice is too low."),
+        typer.Option(
+            "--accept",
+            help="Go on with this teacher although its Dice is too low.",
+            autocompletion=teacher_names,
+        ),
     ] = None,
     trust: TrustOption = None,
     executor: Annotated[
         str | None,
         typer.Option(
             help="local, slurm, or a Dask scheduler's tcp://HOST:PORT; default: this process.",
+            autocompletion=one_of("local", "slurm", "tcp://"),
             rich_help_panel=_WHERE,
         ),
     ] = None,
@@ -75,13 +84,12 @@ def cache_teachers(
     quiet: QuietOption = False,
 ) -> None:
     """Stage one: run every teacher over every case once, and cache what they say."""
-    from pipeline.config import load_config
     from pipeline.engine.choose import open_engine
     from pipeline.engine.parts import chosen_part
     from pipeline.folder import is_local
     from stages import cache_teachers as stage
 
-    settings = load_config(config, stage.CacheTeachersConfig) if config else None
+    settings = open_settings(config, stage.CacheTeachersConfig)
     part = chosen_part(num_parts, part_id, os.environ)
     if executor is not None:  # workers may stand in other folders
         registry, work = registry.absolute(), work.absolute() if is_local(work) else work
@@ -96,7 +104,7 @@ def cache_teachers(
         log=log,
     ) as engine:
         report = stage.run(
-            settings or stage.CacheTeachersConfig(),
+            settings,
             loaded,
             work,
             log=log,

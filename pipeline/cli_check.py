@@ -18,9 +18,12 @@ from pipeline.cli_options import (
     WindowBatchOption,
     open_log,
     open_registry,
+    open_settings,
 )
+from pipeline.cli_run import recorded
 
 
+@recorded
 def check(
     registry: RegistryOption = REGISTRY,
     config: ConfigOption = None,
@@ -36,10 +39,9 @@ def check(
 ) -> None:
     """Run every teacher on one small crop: channels, organs, spacing, taps, memory, time."""
     from pipeline.checking import check_teachers, print_check
-    from pipeline.config import load_config
     from stages.cache_teachers import CacheTeachersConfig
 
-    settings = load_config(config, CacheTeachersConfig) if config else CacheTeachersConfig()
+    settings = open_settings(config, CacheTeachersConfig)
     report = check_teachers(
         open_registry(registry, trust=trust),
         window=settings.window,

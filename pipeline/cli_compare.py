@@ -25,9 +25,11 @@ from pipeline.cli_options import (
     open_log,
     open_registry,
 )
+from pipeline.cli_run import recorded
 from pipeline.errors import ConfigError
 
 
+@recorded
 def compare(
     configs: Annotated[
         list[Path], typer.Argument(help="Settings of train-student, one file each.")

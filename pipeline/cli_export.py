@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_options import ConfigOption, DryRunOption, JsonOption, QuietOption, end, open_log
+from pipeline.cli_complete import case_names, student_files
+from pipeline.cli_options import (
+    ConfigOption,
+    DryRunOption,
+    JsonOption,
+    QuietOption,
+    end,
+    open_log,
+    open_settings,
+)
+from pipeline.cli_run import recorded
 from pipeline.folder import Folder, parse_folder
 
 
@@ -21,11 +31,15 @@ class FormatName(StrEnum):
     ONNX = "onnx"
 
 
+@recorded
 def export(
     run: Annotated[
         Folder,
         typer.Argument(
-            help="Folder of a finished run, or its student.pt.", parser=parse_folder, metavar="RUN"
+            help="Folder of a finished run, or its student.pt.",
+            parser=parse_folder,
+            metavar="RUN",
+            autocompletion=student_files,
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder per format in it.")],
@@ -39,7 +53,10 @@ def export(
     ] = None,
     case: Annotated[
         str | None,
-        typer.Option(help="DATASET/CASE of the cache to check on; default: the first one."),
+        typer.Option(
+            help="DATASET/CASE of the cache to check on; default: the first one.",
+            autocompletion=case_names,
+        ),
     ] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -50,12 +67,10 @@ def export(
     torch.export, ONNX."""
     import json
 
-    from pipeline.config import load_config
     from stages import export as stage
 
-    settings = load_config(config, stage.ExportConfig) if config else None
     report = stage.run(
-        settings or stage.ExportConfig(),
+        open_settings(config, stage.ExportConfig),
         run,
         [form.value for form in formats],
         output,

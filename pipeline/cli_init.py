@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_options import REGISTRY, YesOption
+from pipeline.cli_options import REGISTRY, DryRunOption, YesOption
+from pipeline.cli_run import recorded
 
 
+@recorded
 def init(
     dataset: Annotated[
         list[str] | None,
@@ -49,12 +51,16 @@ def init(
     ] = REGISTRY,
     force: Annotated[bool, typer.Option("--force", help="Replace a registry.")] = False,
     yes: YesOption = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Write a registry from folders: nnU-Net, Decathlon, MONAI datalists, plain files; teachers."""
-    from pipeline.layouts.begin import Wishes, begin, describe, next_command
+    from pipeline.layouts.begin import Wishes, begin, describe, look, next_command
 
     wishes = Wishes(dataset or [], teacher or [], files or [], organ or [], spacing_mm)
     ask = None if yes or not can_ask() else _ask
+    if dry_run:
+        typer.echo(look(registry, wishes, force=force, ask=ask), nl=False)
+        return
     written = begin(registry, wishes, force=force, ask=ask)
     for line in describe(written):
         typer.echo(line)

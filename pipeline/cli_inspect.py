@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.cli_complete import case_names
 from pipeline.cli_options import (
     REGISTRY,
     WORK,
@@ -19,7 +20,9 @@ from pipeline.cli_options import (
     WorkOption,
     open_log,
     open_registry,
+    open_settings,
 )
+from pipeline.cli_run import recorded
 
 if TYPE_CHECKING:
     from pipeline.data.registry import Registry
@@ -29,9 +32,13 @@ if TYPE_CHECKING:
     from pipeline.inspection.looks import View
 
 
+@recorded
 def inspect(
     case: Annotated[
-        str | None, typer.Argument(help="dataset/case; without it, a table of all cases.")
+        str | None,
+        typer.Argument(
+            help="dataset/case; without it, a table of all cases.", autocompletion=case_names
+        ),
     ] = None,
     registry: RegistryOption = REGISTRY,
     config: Annotated[
@@ -94,11 +101,10 @@ def _view(
 ) -> tuple[View, bool]:
     """Regions as the student's YAML asks for them, and whether it allows missing units."""
     from pipeline.admission.evidence import temperatures
-    from pipeline.config import load_config
     from pipeline.inspection.looks import View
     from stages.train_student import TrainStudentConfig
 
-    settings = load_config(config, TrainStudentConfig) if config else TrainStudentConfig()
+    settings = open_settings(config, TrainStudentConfig)
     supervision = settings.training.supervision
     given = {name: value for name, value in changes.items() if value is not None}
     chosen = supervision.model_copy(update=given)

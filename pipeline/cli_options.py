@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from pipeline.cli_complete import one_of, teacher_names
 from pipeline.folder import Folder, parse_folder
+from pipeline.run_record import current, note_config, note_report
 
 if TYPE_CHECKING:
+    from pipeline.config import ConfigT
     from pipeline.data.registry import Registry
     from pipeline.log import Log
     from stages.report import StageReport
@@ -46,7 +50,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="For machines.")]
 TrustOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--trust", help="A teacher whose own code or config may run; give it once for each."
+        "--trust",
+        help="A teacher whose own code or config may run; give it once for each.",
+        autocompletion=teacher_names,
     ),
 ]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
@@ -58,6 +64,7 @@ LoggerOption = Annotated[
     typer.Option(
         "--logger",
         help="tensorboard, mlflow or wandb beside metrics.jsonl; give it once for each.",
+        autocompletion=one_of("tensorboard", "mlflow", "wandb"),
     ),
 ]
 AllowMissingOption = Annotated[
@@ -85,6 +92,15 @@ def open_registry(
     return load_registry(path, files=files).trusting(trust or ())
 
 
+def open_settings(path: Path | None, model: type[ConfigT]) -> ConfigT:
+    """A stage's settings from its YAML; without one, the defaults."""
+    from pipeline.config import load_config
+
+    settings = model() if path is None else load_config(path, model)
+    note_config(settings)
+    return settings
+
+
 def open_log(
     quiet: bool, work: Folder | None = None, dry_run: bool = False, *, writer: str = ""
 ) -> Log:
@@ -96,13 +112,26 @@ def open_log(
     from pipeline.log import Log
 
     name = f"events.{writer}.jsonl" if writer else "events.jsonl"
-    return Log(quiet=quiet, events=work / name if work and not dry_run else None)
+    record = current()
+    log = Log(
+        quiet=quiet,
+        verbose=record is not None and record.verbose,
+        events=work / name if work and not dry_run else None,
+    )
+    if record is not None:
+        record.tell(log)
+    return log
 
 
 def end(report: StageReport) -> None:
     """Says in a line what a stage did, then what failed, and exits with its code."""
-    typer.echo(report.summary(), err=True)
+    note_report(report)
+    record = current()
+    dry_run = record is not None and record.is_dry_run
+    typer.echo(report.plan() if dry_run else report.summary(), err=True)
     for unit, error in report.failed.items():
         typer.echo(f"failed: {unit}: {error}", err=True)
+        if record is not None and record.verbose:
+            typer.echo("".join(traceback.format_exception(error)), err=True)
     if report.exit_code:
         raise typer.Exit(report.exit_code)

@@ -20,9 +20,12 @@ from pipeline.cli_options import (
     WorkOption,
     open_log,
     open_registry,
+    open_settings,
 )
+from pipeline.cli_run import recorded
 
 
+@recorded
 def plan(
     registry: RegistryOption = REGISTRY,
     config: ConfigOption = None,
@@ -37,13 +40,12 @@ def plan(
     quiet: QuietOption = False,
 ) -> None:
     """What stage one will take: units, bytes, files, time, memory. Tries two cases first."""
-    from pipeline.config import load_config
     from pipeline.errors import SpaceError
     from pipeline.planning.plan import make_plan, print_plan
     from pipeline.planning.space import parse_size
     from stages.cache_teachers import CacheTeachersConfig
 
-    settings = load_config(config, CacheTeachersConfig) if config else CacheTeachersConfig()
+    settings = open_settings(config, CacheTeachersConfig)
     found = make_plan(
         settings,
         open_registry(registry, trust=trust),

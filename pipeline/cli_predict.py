@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipeline.cli_complete import student_files
 from pipeline.cli_options import (
     ConfigOption,
     DryRunOption,
@@ -15,16 +16,22 @@ from pipeline.cli_options import (
     end,
     open_log,
     open_registry,
+    open_settings,
 )
+from pipeline.cli_run import recorded
 from pipeline.errors import ConfigError
 from pipeline.folder import Folder, parse_folder
 
 
+@recorded
 def predict(
     student: Annotated[
         Folder,
         typer.Argument(
-            help="student.pt of a finished run.", parser=parse_folder, metavar="STUDENT"
+            help="student.pt of a finished run.",
+            parser=parse_folder,
+            metavar="STUDENT",
+            autocompletion=student_files,
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of label maps.")],
@@ -58,7 +65,6 @@ def predict(
     quiet: QuietOption = False,
 ) -> None:
     """NIfTI in, multi-organ label map out, in the geometry of the input."""
-    from pipeline.config import load_config
     from pipeline.predicting.case import Probabilities
     from stages import predict as stage
 
@@ -67,10 +73,9 @@ def predict(
             "--probabilities-4d without --probabilities.", fix="Add --probabilities float16."
         )
     layout: Literal["4d", "per-organ"] = "4d" if probabilities_4d else "per-organ"
-    settings = load_config(config, stage.PredictConfig) if config else None
     known = open_registry(registry, files=False) if registry else None
     report = stage.run(
-        settings or stage.PredictConfig(),
+        open_settings(config, stage.PredictConfig),
         student,
         stage.chosen_inputs(images, known, split),
         output,

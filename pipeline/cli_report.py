@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli_complete import run_names
 from pipeline.cli_options import (
     REGISTRY,
     WORK,
@@ -18,10 +19,17 @@ from pipeline.cli_options import (
     open_log,
     open_registry,
 )
+from pipeline.cli_run import recorded
 
 
+@recorded
 def report(
-    run: Annotated[str, typer.Argument(help="A student's run: a folder of WORK/students.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A student's run: a folder of WORK/students.", autocompletion=run_names
+        ),
+    ],
     registry: RegistryOption = REGISTRY,
     work: WorkOption = WORK,
     output: Annotated[

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli_complete import one_of
 from pipeline.cli_options import (
     REGISTRY,
     WORK,
@@ -16,19 +17,24 @@ from pipeline.cli_options import (
     open_log,
     open_registry,
 )
+from pipeline.cli_run import recorded
 from pipeline.errors import ConfigError
 from pipeline.folder import Folder, is_local
+
+STAGES = ("train-teachers", "cache-teachers", "train-student", "predict", "evaluate")
 
 if TYPE_CHECKING:
     from pipeline.submission.script import Target
     from pipeline.submission.settings import Stage
 
 
+@recorded
 def submit(
     stages: Annotated[
         list[str] | None,
         typer.Argument(
-            help="train-teachers, cache-teachers, train-student, predict, evaluate: one or several."
+            help=f"One or several of {', '.join(STAGES)}.",
+            autocompletion=one_of(*STAGES),
         ),
     ] = None,
     registry: RegistryOption = REGISTRY,
@@ -60,7 +66,10 @@ def submit(
         typer.Option(help="Only copy the built-in templates to this folder, to change them."),
     ] = None,
     print_: Annotated[
-        bool, typer.Option("--print", help="Only show the scripts; write and submit nothing.")
+        bool,
+        typer.Option(
+            "--print", "--dry-run", help="Only show the scripts; write and submit nothing."
+        ),
     ] = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -77,7 +86,11 @@ def submit(
         return
     names = submission.in_order(stages or [])
     if not names:
-        raise ConfigError("no stage.", fix="For example: pipeline submit train-student --print")
+        raise ConfigError(
+            "no stage is named.",
+            where="pipeline submit",
+            fix="For example: `pipeline submit train-student --print`.",
+        )
     settings = load_config(slurm_config, SubmitSettings) if slurm_config else SubmitSettings()
     if num_parts is not None:
         settings = settings.with_parts(num_parts)
@@ -138,6 +151,6 @@ def _files(configs: list[str]) -> dict[Stage, Path]:
         raise ConfigError(
             "--config takes STAGE=FILE, once for each stage.",
             where=" ".join(configs),
-            fix="For example: --config train-student=train_student.yaml",
+            fix="For example: `--config train-student=train_student.yaml`.",
         )
     return {stage: Path(pairs[stage]).absolute() for stage in in_order(list(pairs))}

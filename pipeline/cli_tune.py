@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import typer
 
@@ -17,9 +18,12 @@ from pipeline.cli_options import (
     WindowBatchOption,
     open_log,
     open_registry,
+    open_settings,
 )
+from pipeline.cli_run import recorded
 
 
+@partial(recorded, group="cache")
 def tune(
     registry: RegistryOption = REGISTRY,
     config: ConfigOption = None,
@@ -30,12 +34,11 @@ def tune(
     quiet: QuietOption = False,
 ) -> None:
     """Bytes against error and speed of each way to store, on two of your cases; writes nothing."""
-    from pipeline.config import load_config
     from pipeline.tuning.table import print_tuning
     from pipeline.tuning.tune import tune as measure
     from stages.cache_teachers import CacheTeachersConfig
 
-    settings = load_config(config, CacheTeachersConfig) if config else CacheTeachersConfig()
+    settings = open_settings(config, CacheTeachersConfig)
     found = measure(
         open_registry(registry, trust=trust),
         splits=settings.splits,

@@ -18,6 +18,34 @@ from pipeline.folder import Folder, is_local, read_bytes
 
 Location = tuple[str | int, ...]
 
+# pydantic's kinds of mistakes in the words of a user; others keep its own text.
+_WHOLE, _MAPPING = "must be a whole number", "must be a mapping (name: value)"
+_PLAIN = {
+    "int_type": _WHOLE,
+    "int_parsing": _WHOLE,
+    "int_from_float": _WHOLE,
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be a text",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "dict_type": _MAPPING,
+    "mapping_type": _MAPPING,
+    "model_type": _MAPPING,
+    "model_attributes_type": _MAPPING,
+}
+_NAME = (
+    "may have letters, digits, dots, dashes and underscores, and begins with one of the first two"
+)
+_PATTERNS = {
+    r"^[A-Za-z0-9][A-Za-z0-9_.-]*$": _NAME,
+    r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?$": f"{_NAME}; one slash is allowed",
+    r"^[\w.]+:\w+$": "must be module:function",
+    r"^[\w.-]+\.pth$": "must be the name of a file that ends in .pth",
+}
+
 
 class Config(BaseModel):
     """Base of every configuration: immutable, and an unknown key is an error."""
@@ -79,15 +107,19 @@ def read_yaml(path: Path, *, error: type[PipelineError] = ConfigError) -> Docume
         if root is not None:
             _walk(root, (), lines, problems)
     except RecursionError as problem:
-        fix = "Write the values out instead."
-        raise error("a value contains itself (&, *).", where=path, fix=fix) from problem
+        raise error(
+            "a value contains itself (&, *).", where=path, fix="Write the values out instead."
+        ) from problem
     # ValueError: what looks like a date and is none, such as 2020-99-99.
     except (yaml.YAMLError, ValueError) as problem:
         mark = getattr(problem, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         what = getattr(problem, "problem", None) or str(problem)
-        fix = "Check indentation, quotes and colons on that line."
-        raise error(f"not valid YAML: {what}.", where=f"{path}{line}", fix=fix) from problem
+        raise error(
+            f"not valid YAML: {what}.",
+            where=f"{path}{line}",
+            fix="Check indentation, quotes and colons on that line.",
+        ) from problem
     return Document(path, {} if data is None else data, lines, tuple(problems))
 
 
@@ -210,11 +242,35 @@ def _problem(item: dict[str, Any], model: type[BaseModel]) -> Problem:
         return Problem(location, "unknown key.", fix)
     if kind == "missing":
         return Problem(location, "required, but missing.", "Add it.")
-    text = message.removeprefix("Value error, ")
-    text = text[0].lower() + text[1:] if text[:2].istitle() else text
-    if kind != "value_error":
-        text = f"{text}, not {item.get('input')!r}"
-    return Problem(location, text.rstrip(".") + ".")
+    if kind == "value_error":
+        text = message.removeprefix("Value error, ")
+        return Problem(location, _lowered(text).rstrip(".") + ".")
+    text = _PLAIN.get(kind) or message
+    if kind == "string_pattern_mismatch":
+        text = _PATTERNS.get(item.get("ctx", {}).get("pattern", ""), message)
+    if kind in ("too_long", "too_short"):
+        least, most = (item["ctx"].get(f"{which}_length") for which in ("min", "max"))
+        number = least if most is None else most
+        which = "least" if most is None else "most"
+        text = f"must have at {which} {number} item{'' if number == 1 else 's'}"
+    for said in ("Input should be ", "String should ", "Value should be "):
+        text = text.replace(said, "must be " if said.endswith("be ") else "must ")
+    return Problem(location, f"{_lowered(text)}, not {_as_written(item.get('input'))}.")
+
+
+def _lowered(text: str) -> str:
+    """As it stands behind a colon; names in capitals stay."""
+    return text[0].lower() + text[1:] if text[:2].istitle() else text
+
+
+def _as_written(value: Any) -> str:
+    """A value as YAML has it, as far as Python spells it otherwise."""
+    match value:
+        case None:
+            return "empty"
+        case bool():
+            return str(value).lower()
+    return repr(value)
 
 
 def _dotted(location: Location) -> str:

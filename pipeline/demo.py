@@ -46,30 +46,46 @@ _PATCH = [32, 40, 40]
 _STUDENT_TAP = "model.1.submodule.1.submodule.2"
 
 
-def generate_phantoms(registry: Registry, log: Log) -> None:
+def generate_phantoms(registry: Registry, log: Log, *, dry_run: bool = False) -> StageReport:
     """Writes the datasets of a registry that have a `phantom` entry; what is there is kept.
+
+    A unit is a dataset; `dry_run` says which would be looked at and, where need be, written.
 
     Raises:
         ConfigError: the registry has none.
     """
-    specs = [(registry.resolve(e.root), e.phantom) for e in registry.datasets.values() if e.phantom]
+    specs = {
+        name: (registry.resolve(entry.root), entry.phantom)
+        for name, entry in registry.datasets.items()
+        if entry.phantom
+    }
     if not specs:
         raise ConfigError(
             "no dataset in this registry has a `phantom` entry.",
             where=registry.path,
             fix="Only made-up datasets are generated; your own are already there.",
         )
+    report = StageReport("phantom")
+    if dry_run:
+        report.done = list(specs)
+        return report
     began = time.monotonic()
     processes = min(len(specs), os.cpu_count() or 1)
     with (
         log.progress("phantom datasets", len(specs)) as advance,
         ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool,
     ):
-        jobs = {pool.submit(_generate, root, spec): root for root, spec in specs}
+        jobs = {pool.submit(_generate, root, spec): name for name, (root, spec) in specs.items()}
         for job in as_completed(jobs):
-            job.result()
-            advance(jobs[job].name)
-    log.info(f"phantom: {sum(s.num_cases for _, s in specs)} cases, {_since(began)}")
+            name = jobs[job]
+            if error := job.exception():
+                log.warn(f"dataset {name} failed: {error}")
+                report.failed[name] = error if isinstance(error, Exception) else Exception(error)
+            else:
+                report.done.append(name)
+            advance(name)
+    report.seconds = time.monotonic() - began
+    return report
 
 
 def run_demo(folder: Path, *, quick: bool, log: Log) -> Mapping[str, float]:
@@ -108,7 +124,7 @@ def fill_demo_cache(folder: Path, *, quick: bool, log: Log) -> tuple[Registry, S
     """The demo up to the cache: phantom, teachers, stage one; returns what stage one reports."""
     registry_path = write_settings(folder, quick=quick)
     work = folder / "work"
-    generate_phantoms(load_registry(registry_path, files=False), log)
+    _done(generate_phantoms(load_registry(registry_path, files=False), log), log)
     registry = load_registry(registry_path)
     teach = load_config(folder / "train_teachers.yaml", train_teachers.TrainTeachersConfig)
     _done(train_teachers.run(teach, registry, work, log=log), log)
@@ -168,7 +184,11 @@ def reference_registry() -> Path:
     for path in (package.parent / "data_registry.yaml", package / "data" / "data_registry.yaml"):
         if path.is_file():
             return path
-    raise ConfigError("data_registry.yaml is not installed.", fix="Install organ-distill again.")
+    raise ConfigError(
+        "the reference registry is not installed.",
+        where="data_registry.yaml",
+        fix="Install organ-distill again.",
+    )
 
 
 def draw_overlay(registry: Registry, work: Path, predictions: Path, path: Path) -> None:
@@ -208,7 +228,12 @@ def _compare_students(folder: Path, registry: Registry, work: Path, log: Log) ->
     results = compare(plan, registry, work, log=log, workers=workers, window_batch=4)
     write_results(results, folder / _COMPARISON)
     if results.failed:
-        raise PipelineError(results.failed[0].error or "", where=results.failed[0].folder)
+        first = results.failed[0]
+        raise PipelineError(
+            f"a student of the demo failed: {first.error}",
+            where=first.folder,
+            fix="Run the same command again: it goes on from there.",
+        )
     return results
 
 
@@ -231,7 +256,11 @@ def _done(report: StageReport, log: Log) -> None:
         unit, error = next(iter(report.failed.items()))
         if isinstance(error, PipelineError):
             raise error
-        raise PipelineError(f"{report.stage} failed ({error}).", where=unit) from error
+        raise PipelineError(
+            f"{report.stage} failed ({error}).",
+            where=unit,
+            fix="This was not foreseen: please report it with what stands above.",
+        ) from error
 
 
 def _print_results(

@@ -5,6 +5,8 @@ A message says what happened, where (case, teacher, path, YAML line) and what to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -30,9 +32,26 @@ class PipelineError(Exception):
         """A worker process may raise it: it arrives whole."""
         return partial(type(self), where=self.where, fix=self.fix), (self.what,)
 
+    def at(self, place: str) -> None:
+        """Names a place, a case or a teacher, that is not named yet: a path alone does not say
+        whose it is."""
+        if place not in (self.where or self.what):
+            self.where = place if self.where is None else f"{place}, {self.where}"
+            self.args = (self.what, self.where, self.fix)
+
     def __str__(self) -> str:
         text = self.what if self.where is None else f"{self.where}: {self.what}"
         return f"{text} {self.fix}".strip()
+
+
+@contextmanager
+def named(place: str) -> Iterator[None]:
+    """Errors that leave the block name the place."""
+    try:
+        yield
+    except PipelineError as error:
+        error.at(place)
+        raise
 
 
 class Stopped(PipelineError):

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import log_expit, logsumexp
 
 from pipeline.errors import GeometryError, TeacherError
 
@@ -145,6 +144,8 @@ def log_odds(
     if activation == "sigmoid":
         if len(ours) == 1:
             return np.asarray(logits[ours[0]], dtype=np.float32)
+        from scipy.special import log_expit  # late: a registry is read without it, at once
+
         log_none = np.sum(log_expit(-logits[ours].astype(np.float64)), axis=0)
         # Clipped away from 0 so that a union of vanishing probabilities stays finite.
         log_any = np.log(-np.expm1(np.minimum(log_none, -1e-300)))
@@ -162,4 +163,6 @@ def log_odds(
 def _lse(logits: npt.NDArray[np.float32], channels: Sequence[int]) -> npt.NDArray[Any]:
     if len(channels) == 1:
         return np.asarray(logits[channels[0]])
+    from scipy.special import logsumexp
+
     return np.asarray(logsumexp(logits[list(channels)], axis=0))

@@ -31,6 +31,7 @@ from pipeline.folder import Folder, is_local, replace_file, writer_name
 
 SECONDS_BEFORE_THE_FIRST_LINE = 5.0
 SECONDS_BETWEEN_LINES = 60.0
+SECONDS_BETWEEN_LINES_IF_VERBOSE = 5.0
 SECONDS_BETWEEN_SENDS = 30.0
 
 
@@ -39,14 +40,19 @@ class Log:
 
     Args:
         quiet: only warnings and errors.
+        verbose: also details, and more lines of progress.
         events: file to append machine-readable events to; None writes none. In an object store,
             where nothing can be appended to, each process writes an object of its own,
             `events/<time>~<host>~<pid>~<digits>.jsonl`, and renews it every half minute.
     """
 
-    def __init__(self, *, quiet: bool = False, events: Folder | None = None) -> None:
+    def __init__(
+        self, *, quiet: bool = False, verbose: bool = False, events: Folder | None = None
+    ) -> None:
         self.quiet = quiet
+        self.verbose = verbose and not quiet
         self.events = events
+        self._first: dict[str, Any] | None = None
         self._unsent: list[str] = []
         self._sent_at = time.monotonic()
         if events is not None and not is_local(events):
@@ -66,6 +72,11 @@ class Log:
         if not self.quiet:
             self._line(text)
 
+    def detail(self, text: str) -> None:
+        """A line for people who want to see everything; dropped otherwise."""
+        if self.verbose:
+            self._line(text, style="dim")
+
     def warn(self, text: str) -> None:
         """A line that is shown even when quiet."""
         self._line(f"warning: {text}", style="yellow")
@@ -78,6 +89,9 @@ class Log:
         """
         if self.events is None:
             return
+        if self._first is not None:
+            first, self._first = self._first, None
+            self.event("begin", **first)
         known = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in fields.items()
@@ -89,6 +103,19 @@ class Log:
             lost, self.events = self.events, None
             reason = error.strerror or error
             self.warn(f"{lost} cannot be written ({reason}): no more events are kept.")
+
+    def begin(self, **fields: Any) -> None:
+        """What runs, as an event before the first other one: a command that does nothing, or whose
+        work folder is not there, leaves none."""
+        self._first = fields
+
+    def end(self, **fields: Any) -> None:
+        """How it ended, as an event, if there was a first one."""
+        if self.events is None or self._first is not None:
+            return
+        self.event("end", **fields)
+        if not is_local(self.events):
+            self._send_last()
 
     def _append(self, events: Folder, line: str) -> None:
         if is_local(events):
@@ -173,13 +200,14 @@ class _Told:
         self._before = self._done = done
         self._began = time.monotonic()
         self._due = self._began + SECONDS_BEFORE_THE_FIRST_LINE
+        self._pause = SECONDS_BETWEEN_LINES_IF_VERBOSE if log.verbose else SECONDS_BETWEEN_LINES
 
     def __call__(self, note: str = "", steps: int = 1) -> None:
         self._done += steps
         now = time.monotonic()
         if now < self._due and self._done < self._total:
             return
-        self._due = now + SECONDS_BETWEEN_LINES
+        self._due = now + self._pause
         spent = now - self._began
         left = spent / max(1, self._done - self._before) * (self._total - self._done)
         if not self._log.is_terminal:

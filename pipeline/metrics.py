@@ -265,22 +265,35 @@ def _both_ways(
 def _checked_spacing(spacing_mm: Sequence[float]) -> Spacing:
     values = [float(value) for value in spacing_mm]
     if len(values) != 3 or not all(math.isfinite(value) and value > 0 for value in values):
-        raise GeometryError(f"The spacing must be three positive numbers of mm, not {values}.")
+        raise GeometryError(
+            f"the spacing must be three positive numbers of mm, not {values}.",
+            where="spacing_mm",
+            fix="Give it as (z, y, x).",
+        )
     return values[0], values[1], values[2]
 
 
 def _check_labels(prediction: Array, reference: Array) -> None:
     if prediction.shape != reference.shape:
         raise GeometryError(
-            f"The prediction has shape {prediction.shape}, the reference {reference.shape}.",
+            f"the prediction has shape {prediction.shape}, the reference {reference.shape}.",
+            where="prediction and reference",
             fix="Both must be on the same grid: resample one onto the other first.",
         )
     if reference.ndim != 3:
-        raise GeometryError(f"Labels must have the axes (D, H, W), not shape {reference.shape}.")
+        raise GeometryError(
+            f"label maps must have three axes, not shape {reference.shape}.",
+            where="prediction and reference",
+            fix="Give one case at a time, as (z, y, x).",
+        )
     for name, labels in (("prediction", prediction), ("reference", reference)):
         # Probabilities would otherwise compare unequal to every label and score as empty.
         if labels.dtype.kind not in "biu":
-            raise GeometryError(f"The {name} must hold integer label values, not {labels.dtype}.")
+            raise GeometryError(
+                f"the {name} must hold whole numbers, not {labels.dtype}.",
+                where=name,
+                fix="Give a label map; probabilities have to be decided first.",
+            )
 
 
 def _mean(values: Sequence[float]) -> float:

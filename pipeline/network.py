@@ -96,7 +96,11 @@ def find_module(network: nn.Module, name: str) -> nn.Module:
     modules = dict(network.named_modules())
     if name not in modules or not name:
         some = ", ".join([m for m in modules if m][:40])
-        raise ConfigError(f"the network has no layer {name!r} to tap.", fix=f"It has: {some}.")
+        raise ConfigError(
+            f"the network has no layer {name!r} to tap.",
+            where=type(network).__name__,
+            fix=f"It has: {some}.",
+        )
     module: nn.Module = modules[name]
     return module
 
@@ -149,6 +153,7 @@ def tap_shapes(
         if len(size) != 3 or any(n % m for n, m in zip(patch, size, strict=True)):
             raise ConfigError(
                 f"layer {tap!r} gives {size} cells for a patch of {tuple(patch)} voxels.",
+                where=type(network).__name__,
                 fix="Tap a layer whose cells divide the patch evenly, or choose another patch.",
             )
         z, y, x = (n // m for n, m in zip(patch, size, strict=True))

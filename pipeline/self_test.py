@@ -268,9 +268,13 @@ def _live(live: Callable[[Life], None], life: Life, straight: Path) -> Row:
 def _failure(life: Life, code: int | None) -> PipelineError:
     told = life.folder / "error.json"
     if told.exists():
-        return PipelineError(json.loads(told.read_text(encoding="utf-8"))["what"])
+        what = json.loads(told.read_text(encoding="utf-8"))["what"]
+        return PipelineError(
+            what, where="self-test", fix="Correct that, then try again; nothing was written."
+        )
     return PipelineError(
         f"a process of the self-test ended with code {code}.",
+        where="self-test",
         fix="Its output is above. Code -9 may mean that the machine has too little memory.",
     )
 

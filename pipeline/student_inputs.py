@@ -78,7 +78,7 @@ def open_inputs(
     _check_stage_one(work)
     cohort = open_cohort(work, registry, teachers=teachers, splits=("train",))
     labelled = open_cohort(work, registry, splits=("validation",))
-    _check_complete({**cohort.problems, **labelled.problems}, allow_missing, log)
+    _check_complete({**cohort.problems, **labelled.problems}, work, allow_missing, log)
     space = registry.label_space
     training = list(cohort.cases)
     if teachers and training and not any(case.teachers for case in training):
@@ -205,7 +205,9 @@ def _check_stage_one(work: Folder) -> None:
         )
 
 
-def _check_complete(problems: Mapping[str, CacheError], allow_missing: bool, log: Log) -> None:
+def _check_complete(
+    problems: Mapping[str, CacheError], work: Folder, allow_missing: bool, log: Log
+) -> None:
     if not problems:
         return
     # `open_cohort` names a unit "teacher x case" and a case on the student grid by its name.
@@ -220,6 +222,7 @@ def _check_complete(problems: Mapping[str, CacheError], allow_missing: bool, log
     raise CacheMissing(
         f"{len(problems)} units are missing or damaged: {text}. "
         f"First reason: {next(iter(problems.values()))}",
+        where=work,
         fix="Run `pipeline cache-teachers`, or give --allow-missing (allow_missing: true in the "
         "settings) to train with the terms that exist.",
     )

@@ -274,6 +274,7 @@ def _note(this: _Run, told: Told) -> None:
         this.fail(told.unit, told.error)
         return
     (this.report.done if told.made else this.report.skipped).append(told.unit)
+    this.log.detail(f"{told.unit}: {'made' if told.made else 'was there'}")
     this.report.num_bytes += told.num_bytes
     if told.made and told.path and not this.dry_run:
         this.log.event("unit", unit=told.unit, path=told.path)

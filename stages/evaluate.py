@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def run(
             try:
                 scores[case.name] = _score(config, registry, predictions, case)
                 report.done.append(case.name)
+                log.detail(f"{case.name}: {_in_short(scores[case.name])}")
             except PipelineError as error:
                 report.failed[case.name] = error
                 log.warn(f"{case.name} failed: {error}")
@@ -154,6 +156,11 @@ def _check_grid(reference: Grid, predicted: Grid, where: str) -> None:
             where=where,
             fix=fix,
         )
+
+
+def _in_short(scores: tuple[OrganScore, ...]) -> str:
+    known = [score for score in scores if not math.isnan(score.dice)]
+    return ", ".join(f"{score.organ} Dice {score.dice:.3f}" for score in known) or "no organ"
 
 
 def _number(value: float | None, metric: str) -> str:

@@ -88,7 +88,7 @@ def run(
         prepare_work_folder(output)
         write_label_tables(output, record)
     with log.progress("predict", len(inputs)) as advance:
-        hears = _Hears(report, log, advance)
+        hears = _Hears(report, output, log, advance)
         if len(devices) > 1 and len(inputs) > 1 and not dry_run:
             shares = [Share(student, where, output, how) for where in devices]
             try:
@@ -123,12 +123,14 @@ def pick_devices(names: str) -> list[torch.device]:
 class _Hears:
     """Takes down what became of each case."""
 
-    def __init__(self, report: StageReport, log: Log, advance: Advance) -> None:
-        self._report, self._log, self._advance = report, log, advance
+    def __init__(self, report: StageReport, output: Path, log: Log, advance: Advance) -> None:
+        self._report, self._output, self._log, self._advance = report, output, log, advance
 
     def done(self, done: Done) -> None:
         (self._report.done if done.made else self._report.skipped).append(done.name)
         self._report.num_bytes += done.num_bytes
+        target = self._output / f"{done.name}.nii.gz"
+        self._log.detail(f"{done.name}: {target if done.made else 'was there'}")
         self._advance(done.name)
 
     def failed(self, name: str, error: Exception) -> None:

@@ -49,6 +49,13 @@ class StageReport:
             f"{len(self.failed)} failed, {self.num_bytes / 1e6:.1f} MB in {self.seconds:.1f} s"
         )
 
+    def plan(self) -> str:
+        """The same of a dry run."""
+        return (
+            f"{self.stage}: dry run, nothing is written; {len(self.done)} to do, "
+            f"{len(self.skipped)} already there, {len(self.failed)} would fail"
+        )
+
     def to_json(self) -> Mapping[str, Any]:
         """Plain values."""
         return {

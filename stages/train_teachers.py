@@ -19,7 +19,7 @@ from pipeline.cache.schema import StorageConfig
 from pipeline.cache.store import prepare_work_folder
 from pipeline.config import Config
 from pipeline.data.registry import Registry
-from pipeline.errors import ConfigError, PipelineError, RegistryError, Stopped, TeacherError
+from pipeline.errors import ConfigError, PipelineError, RegistryError, Stopped, TeacherError, named
 from pipeline.folder import Folder
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
@@ -207,7 +207,9 @@ def _train_one(
 def _is_there(name: str, weights: Path, digest: str) -> bool:
     if not weights.exists():
         return False
-    if read_teacher(weights)[0].training_digest != digest:
+    with named(f"teacher {name}"):
+        record, _ = read_teacher(weights)
+    if record.training_digest != digest:
         raise TeacherError(
             "there is a teacher already, trained with other settings or on other data.",
             where=f"teacher {name}, {weights}",
@@ -286,6 +288,6 @@ def _prepare(
                 found.append(indexed)
             except PipelineError as error:
                 report.failed[source.name] = error
-                log.warn(f"left out of training: {error}")
+                log.warn(f"{source.name} is left out of training: {error}")
             advance(source.name)
     return found

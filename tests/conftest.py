@@ -24,22 +24,38 @@ pytest.register_assert_rewrite("tests.stages.stage_contract")
 
 from pipeline.cache.pool import POOL  # noqa: E402
 from tests.faults.ledger import LEDGER, LONG  # noqa: E402
+from tests.messages import never_raised  # noqa: E402
+from tests.messages.ledger import RAISED, keep_with_earlier_runs  # noqa: E402
 from tests.nnunet_models import build_models  # noqa: E402
 from tests.object_store import BUCKET, folder, object_store  # noqa: E402
 from tests.tiny import build_cohort, copy_cohort, fill_cache  # noqa: E402
 
+RAISED.install()
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hands a test process's counts of faults to the process that prints."""
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Hands a test process's counts of faults, and of errors, to the process that prints."""
     if (output := getattr(session.config, "workeroutput", None)) is not None:
         output["faults"] = {kind: dict(row) for kind, row in LEDGER.rows.items()}
+        output["raised"] = sorted(RAISED.sites)
+        return
+    keep_with_earlier_runs(RAISED.sites)
+    if never_raised.whole_suite_ran(session, exitstatus):
+        if never_raised.wants_rewriting():
+            never_raised.rewrite(RAISED.sites)
+        RAISED.verdict = never_raised.verdict(RAISED.sites, never_raised.listed())
+        if RAISED.verdict:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """Adds the counts of a test process that ends."""
-    for kind, row in getattr(node, "workeroutput", {}).get("faults", {}).items():
+    output = getattr(node, "workeroutput", {})
+    for kind, row in output.get("faults", {}).items():
         LEDGER.add(kind, **row)
+    RAISED.sites |= {(file, line) for file, line in output.get("raised", [])}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -48,6 +64,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(f"faults, {'long' if LONG else 'short'} version")
         for line in LEDGER.table():
             terminalreporter.write_line(line)
+    if RAISED.verdict:
+        terminalreporter.section("errors and tests/messages/never_raised.txt differ", red=True)
+        for line in RAISED.verdict:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +75,14 @@ def no_pooled_chunks() -> Iterator[None]:
     """Training in this process makes the pool large; chunks of one test are none of the next's."""
     yield
     POOL.resize(0)
+
+
+@pytest.fixture(autouse=True)
+def every_error_reads_well() -> Iterator[None]:
+    """The text of each error of the code base that a test raises is read; see tests/messages."""
+    RAISED.complaints.clear()
+    yield
+    assert RAISED.complaints == []
 
 
 @pytest.fixture(scope="session")

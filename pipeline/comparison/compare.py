@@ -76,13 +76,18 @@ def compare(
                 raise Stopped(
                     f"stopped in {at}: {stopped}",
                     where=run.folder.parent,
+                    fix="The comparison goes on from there too.",
                 ) from stopped
             speed = clock.median_seconds()
             if speed is not None:
                 write_json(run.folder / "speed.json", {"seconds_per_step": round(speed, 6)})
     if len(failed) == len(plan.runs):
         first = next(iter(failed.values()))
-        raise PipelineError(f"all {len(failed)} runs failed. The first: {first}")
+        raise PipelineError(
+            f"all {len(failed)} runs failed. The first: {first}",
+            where=f"comparison {plan.settings.name}",
+            fix="Correct that, then run the same command again.",
+        )
     results = _score(plan, failed, log=log, device=device, window_batch=window_batch)
     group = work / "students" / plan.settings.name
     return Results(plan, registry.label_space.organs, results, scored_before(group, "test"))

@@ -40,7 +40,11 @@ def check_configurations(configs: Sequence[TrainStudentConfig], baseline: str) -
         ConfigError: fewer than one, equal names or contents, or no such baseline.
     """
     if not configs:
-        raise ConfigError("no configuration to compare.", fix="Name at least one YAML file.")
+        raise ConfigError(
+            "no configuration to compare is named.",
+            where="pipeline compare",
+            fix="Name at least one YAML file of train-student.",
+        )
     names = [config.run for config in configs]
     contents: dict[str, str] = {}
     for config in configs:

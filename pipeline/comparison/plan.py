@@ -251,6 +251,7 @@ def _scored_cases(
         raise CacheMissing(
             f"{len(cohort.problems)} {split} cases are not in the cache, {first} among them. "
             f"{error}",
+            where=work,
             fix="Run `pipeline cache-teachers`, or give --allow-missing.",
         )
     if not cohort.cases or not any(case.annotated for case in cohort.cases):

@@ -120,7 +120,11 @@ def _key(folder: Folder, cases: Sequence[CachedCase], settings: ScoringSettings)
     try:
         run = json.loads(read_text(folder / "finished.json"))["run_digest"]
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError("the run is not finished.", where=folder) from error
+        raise CheckpointError(
+            "the run is not finished.",
+            where=folder,
+            fix="Run `pipeline compare` again: it goes on with it.",
+        ) from error
     return digest(
         {
             "run": run,

@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeline.config import Config
 from pipeline.data.files import FoundPair, Pair, find_pairs
-from pipeline.data.phantom import PhantomSpec
+from pipeline.data.phantom_spec import PhantomSpec
 from pipeline.teacher_entry import OneOrMore
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import Field
 
 from pipeline.config import Config
-from pipeline.data.phantom import PhantomSpec, case_names
+from pipeline.data.phantom_spec import PhantomSpec, case_names
 
 _MANY = 8
 

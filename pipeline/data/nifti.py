@@ -168,6 +168,7 @@ def write_like(
         raise GeometryError(
             f"a volume of shape {array.shape[:3]} (x, y, z) cannot be written like one of {shape}.",
             where=like,
+            fix="Did the file change while it was read? Run the command again.",
         )
     header["scl_slope"], header["scl_inter"] = 1, 0
     header["cal_min"], header["cal_max"] = 0, 0

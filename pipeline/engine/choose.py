@@ -41,7 +41,10 @@ def open_engine(
     if executor is None and workers is not None:
         raise ConfigError("--workers without --executor.", fix="Add --executor local or slurm.")
     if executor != "slurm" and slurm_config is not None:
-        raise ConfigError("--slurm-config without --executor slurm.", fix="Add it, or leave both.")
+        raise ConfigError(
+            "--slurm-config without --executor slurm.",
+            fix="Add --executor slurm, or leave --slurm-config out.",
+        )
     if executor is None:
         yield HERE
         return
@@ -61,7 +64,7 @@ def open_engine(
     except ImportError as error:
         raise ConfigError(
             f"--executor needs a package that is not installed ({error.name}).",
-            fix="pip install 'organ-distill[cluster]', or [slurm] for --executor slurm.",
+            fix="Install it: pip install 'organ-distill[cluster]'; [slurm] for --executor slurm.",
         ) from error
     logs = (work if is_local(work) else Path.cwd()) / settings.logs
     with open_cluster(

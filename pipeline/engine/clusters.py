@@ -141,6 +141,7 @@ def check_nannies(cluster: Any) -> None:
     if all(nanny.status in ended for nanny in cluster.workers.values()):
         raise EngineError(
             "no worker of this machine can be started any more.",
+            where="--executor local",
             fix="The lines above may say why; without --executor there is one process only. Units "
             "that are done stay done.",
         )
@@ -182,7 +183,8 @@ def _slurm(workers: int, settings: SlurmSettings, logs: Path) -> Opened:
     except ImportError as error:
         raise ConfigError(
             "--executor slurm needs dask-jobqueue.",
-            fix="pip install 'organ-distill[slurm]'; `sbatch --array` with --num-parts needs none.",
+            fix="Install it: pip install 'organ-distill[slurm]'; `sbatch --array` with --num-parts "
+            "needs none.",
         ) from error
     logs.mkdir(parents=True, exist_ok=True)
     gres = [f"--gres={settings.gres}"] if settings.gres else []
@@ -232,6 +234,7 @@ class _Renewal:
             if not self._cluster.workers:
                 raise EngineError(
                     "the Slurm jobs of the workers ended again and again.",
+                    where="--executor slurm",
                     fix="Look at their output in the work folder's logs/slurm. Units that are "
                     "done stay done.",
                 )
@@ -256,10 +259,12 @@ def _ask_slurm(script: str) -> None:
         except OSError as error:
             raise ConfigError(
                 f"sbatch cannot be run ({error.strerror}).",
+                where="--executor slurm",
                 fix="--executor slurm must be started where jobs can be submitted.",
             ) from error
     if asked.returncode:
         raise ConfigError(
-            f"Slurm refuses the workers' jobs: {asked.stderr.strip()}",
+            f"Slurm refuses the workers' jobs ({asked.stderr.strip()}).",
+            where="--executor slurm",
             fix="Change the file that --slurm-config names.",
         )

@@ -68,7 +68,8 @@ def run_on_devices(
                     busy.remove(worker)
         for item in left:
             raise EngineError(
-                f"all {len(workers)} processes died; {name(item)} and what follows was not begun.",
+                f"all {len(workers)} processes died; this and what follows was not begun.",
+                where=name(item),
                 fix="What is done is kept: run the same command again, with fewer devices.",
             )
     finally:

@@ -100,6 +100,8 @@ def _place_in_array(num_parts: int, environment: Mapping[str, str]) -> int:
     place, rest = divmod(int(task) - first, step)
     if rest or place >= num_parts:
         raise ConfigError(
-            f"element {task} of this Slurm array is none of {num_parts} in a row.", fix=_HOW
+            f"element {task} of this Slurm array is none of {num_parts} in a row.",
+            where=f"--num-parts {num_parts}",
+            fix=_HOW,
         )
     return place

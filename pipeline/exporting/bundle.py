@@ -33,6 +33,9 @@ SCRIPTED = Path("models") / "model.ts"
 ON_STUDENT_GRID = "run by MONAI on the student grid"
 ON_OWN_GRID = "run by MONAI on the image's own grid"
 _SAME_PLACE_MM = 0.01
+_OTHER_MONAI = (
+    "Use another --format, or another version of MONAI: `pipeline info` says which is there."
+)
 
 
 def write_bundle(
@@ -103,7 +106,9 @@ def run_bundle(folder: Path, image: Path, output: Path) -> Path:
         parts["postprocessing"](data)
     written = sorted(output.glob("*.nii.gz"))
     if len(written) != 1:
-        raise ParityError(f"MONAI wrote {len(written)} label maps of one image.", where=folder)
+        raise ParityError(
+            f"MONAI wrote {len(written)} label maps of one image.", where=folder, fix=_OTHER_MONAI
+        )
     return written[0]
 
 
@@ -163,6 +168,7 @@ def _compare_on(
             f"MONAI's label map has {theirs.grid.shape} voxels and lies {apart:.3g} mm beside the "
             f"image's {volume.grid.shape}.",
             where=folder,
+            fix=_OTHER_MONAI,
         )
     count = LabelCount(record)
     count.add(ours, record.label_space.to_classes(theirs.array.astype(np.uint8)))

@@ -112,7 +112,11 @@ class _SideBySide(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         one, other = (first_output(n(image)).float() for n in (self.one, self.other))
         if one.shape != other.shape:
-            raise ParityError(f"it gives {tuple(other.shape)}, the student {tuple(one.shape)}.")
+            raise ParityError(
+                f"it gives {tuple(other.shape)}, the student {tuple(one.shape)}.",
+                where="the exported network",
+                fix="Use another --format.",
+            )
         difference = float((one - other).abs().max())
         # Python's max passes over a NaN that comes second.
         self.max_difference = float(np.maximum(self.max_difference, difference))

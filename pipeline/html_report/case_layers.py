@@ -151,7 +151,12 @@ class CaseSource:
         if own is not None:
             opened = self.lineage.open(own)
             if opened is None:
-                raise PipelineError(f"the case is {own.case.problem}.", where=name)
+                raise PipelineError(
+                    f"the case is {own.case.problem}.",
+                    where=name,
+                    fix="Run `pipeline cache why` to see why, and `pipeline cache-teachers` to "
+                    "make it again.",
+                )
             return opened, []
         teachers = [t for t in self.record.teachers if t in self.registry.teachers]
         found = open_case(self.work, self.registry, name, teachers, allow_missing=True)

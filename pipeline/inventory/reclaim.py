@@ -166,7 +166,11 @@ def print_garbage(garbage: Garbage) -> None:
 def _reached(work: Folder, registries: Sequence[Registry]) -> tuple[set[Folder], set[Folder]]:
     """Units and index entries of all registries."""
     if not registries:
-        raise ConfigError("no registry is named.", fix="Name all whose cached units are to stay.")
+        raise ConfigError(
+            "no registry is named.",
+            where="pipeline cache gc",
+            fix="Name all whose cached units are to stay.",
+        )
     units: set[Folder] = set()
     entries: set[Folder] = set()
     for registry in registries:

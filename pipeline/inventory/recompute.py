@@ -167,7 +167,11 @@ def _compare(registry: Registry, loaded: LoadedTeacher, path: Folder, unit: Reac
     stored = Unit.open(path, expect=unit.digest)
     sources = {source.case: source for source in registry.cases(unit.case.dataset)}
     if unit.case.case not in sources:
-        raise GeometryError("its files are no longer there.", where=unit.case.name)
+        raise GeometryError(
+            "its files are no longer there.",
+            where=f"{unit.case.name}, {registry.path}",
+            fix="Put them back, or run `pipeline cache-teachers`, which goes by what is there.",
+        )
     image = read_image(sources[unit.case.case].image)
     if image.sha256 != unit.case.image_sha256:
         raise GeometryError(

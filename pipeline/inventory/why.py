@@ -176,7 +176,7 @@ def _find(registry: Registry, case: str) -> CaseFiles:
         raise RegistryError(
             f"dataset {dataset} has no case {name!r} in any split.",
             where=registry.path,
-            fix=f"Its cases: {some}{' ...' if len(sources) > 8 else ''}.",
+            fix=f"Its cases: {some}{' and others' if len(sources) > 8 else ''}.",
         )
     return sources[name]
 

@@ -45,6 +45,7 @@ def ask_organs(found: Sequence[FoundDataset | FoundTeacher], ask: Ask | None) ->
     if ask is None:
         raise ConfigError(
             f"it is not said which organs the student is to know.{listed}",
+            where="--organ",
             fix="Give --organ NAME once for each, or say them in a flag, "
             "as in --dataset NAME=FOLDER:liver=1.",
         )
@@ -80,7 +81,9 @@ def name_organs(given: Sequence[str], flags: Sequence[Flag]) -> dict[str, int]:
     for index, name in enumerate(names):
         twin = next((n for n in names[:index] if same_name(n, name)), None)
         if twin:
-            raise ConfigError(f"{twin} and {name} are one name.", fix="Spell it one way.")
+            raise ConfigError(
+                f"{twin} and {name} are one name.", where="--organ", fix="Spell it one way."
+            )
     taken = {number for number in wanted.values() if number is not None}
     free = (number for number in range(1, 1000) if number not in taken)
     return {name: next(free) if number is None else number for name, number in wanted.items()}

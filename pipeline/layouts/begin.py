@@ -56,6 +56,17 @@ class Wishes:
 def begin(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = None) -> Registry:
     """Looks at folders, and writes a registry that has been loaded once.
 
+    Args and errors: as of `look`.
+
+    Raises:
+        WorkFolderError: the registry cannot be written.
+    """
+    return _write(path, look(path, wishes, force=force, ask=ask))
+
+
+def look(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = None) -> str:
+    """Looks at folders: the text of the registry that `begin` writes. Nothing is written.
+
     Args:
         path: of the registry.
         wishes: folders, and what the user says of them.
@@ -65,7 +76,6 @@ def begin(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = 
     Raises:
         ConfigError: something is not known, or contradicts the files.
         RegistryError, TeacherError: folders that cannot be used, or a registry that exists.
-        WorkFolderError: the registry cannot be written.
     """
     if path.exists() and not force:
         raise RegistryError(
@@ -77,7 +87,9 @@ def begin(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = 
     teachers = _named(wishes.teachers, "--teacher")
     if not datasets:
         raise ConfigError(
-            "no dataset is named.", fix="Give --dataset NAME=FOLDER, once for each dataset."
+            "no dataset is named.",
+            where="--dataset",
+            fix="Give --dataset NAME=FOLDER, once for each dataset.",
         )
     patterns = _patterns(wishes.files, datasets)
     found = {n: look_at_dataset(_expand(f.path), patterns.get(n)) for n, f in datasets.items()}
@@ -103,8 +115,7 @@ def begin(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = 
             else f"{len(problems)} things are not known:\n" + "\n".join(f"  {p}" for p in problems)
         )
     note = _spacings_note(found)
-    text = registry_text(organs, wishes.spacing_mm, note, dataset_parts, teacher_parts)
-    return _write(path, text)
+    return registry_text(organs, wishes.spacing_mm, note, dataset_parts, teacher_parts)
 
 
 def _of_dataset(
@@ -178,7 +189,7 @@ def _named(flags: Sequence[str], option: str) -> dict[str, Flag]:
     for flag in map(parse_flag, flags):
         if flag.name in found:
             raise ConfigError(
-                f"{option} {flag.name} is given twice.", fix="Give each another NAME=."
+                f"{flag.name} is given twice.", where=option, fix="Give each another NAME=."
             )
         found[flag.name] = flag
     return found

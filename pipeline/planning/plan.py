@@ -111,10 +111,11 @@ def make_plan(
     """
     sizes, unreadable = case_sizes(registry, settings.splits)
     if not sizes:
+        first = next((f" The first: {case}, {why}" for case, why in unreadable.items()), "")
         raise RegistryError(
-            f"no case of the splits {', '.join(settings.splits)} has a readable header.",
+            f"no case of the splits {', '.join(settings.splits)} has a readable header.{first}",
             where=registry.path,
-            fix=str(next(iter(unreadable.values()), "Check `splits` and the datasets' files.")),
+            fix="Check `splits` and the datasets' files; a phantom is made by `pipeline phantom`.",
         )
     for case, error in unreadable.items():
         log.warn(f"{case} is left out: {error}")

@@ -38,7 +38,7 @@ def find_inputs(*given: Path) -> dict[str, Path]:
                     f"{_told(file, found[name])} would give one label map.",
                     where=path,
                     fix="Rename one of them, move it elsewhere, or give a pattern in quotes: of "
-                    "'scans/*/ct.nii.gz' the folders are part of the names.",
+                    "'cases/*/ct.nii.gz' the folders are part of the names.",
                 )
             found[name] = file
     return found
@@ -59,7 +59,8 @@ def chosen_inputs(
     """
     if bool(images) == (registry is not None) or (images and splits):
         raise ConfigError(
-            "predict takes images, or a registry and splits of it.",
+            "it takes images, or a registry and splits of it.",
+            where="pipeline predict",
             fix="Give IMAGES alone, or --registry with --split.",
         )
     if registry is None:

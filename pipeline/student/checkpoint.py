@@ -121,5 +121,9 @@ def load_student(path: Folder) -> tuple[StudentRecord, nn.Module]:
 
 def _checked(content: Any, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format_version") != STATE_VERSION:
-        raise CheckpointError(f"is no checkpoint in format {STATE_VERSION}.", where=path)
+        raise CheckpointError(
+            f"it is no checkpoint in format {STATE_VERSION}.",
+            where=path,
+            fix="Go on with the version of organ-distill that wrote it, or begin anew.",
+        )
     return content

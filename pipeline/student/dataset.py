@@ -97,7 +97,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
                 fix=f"Choose a multiple of {world_size}, or another number of processes.",
             )
         if taps and augment.moves_voxels:
-            raise ConfigError(FEATURES_STAY, where="augment", fix="Set features.weight to 0.")
+            raise ConfigError(f"{FEATURES_STAY}.", where="augment", fix="Set features.weight to 0.")
         check_sides(augment, space)
         self.space, self.supervision, self.taps = space, supervision, dict(taps)
         self.patch, self.align, self.intensity = patch, align, intensity

@@ -38,7 +38,9 @@ def launched(environment: Mapping[str, str] = os.environ) -> Processes:
     if not 0 <= rank < size:
         told = ", ".join(f"{name}={environment.get(name)}" for name in names)
         raise ConfigError(
-            "the launcher's environment makes no sense.", where=told, fix="Use torchrun or srun."
+            "what the launcher says of this process cannot be.",
+            where=told,
+            fix="Start it by torchrun or srun, or unset these variables.",
         )
     return Processes(rank, size, local)
 
@@ -52,7 +54,8 @@ def refuse_several(command: str) -> None:
     size = launched().size
     if size > 1:
         raise ConfigError(
-            f"{command} runs in one process, and {size} were started.",
+            f"it runs in one process, and {size} were started.",
+            where=command,
             fix="Start it without torchrun, or with srun --ntasks 1.",
         )
 
@@ -86,7 +89,8 @@ def joined(*, patience: timedelta = PATIENCE) -> Iterator[Processes]:
             raise
         first = str(error).strip().split("\n")[0]
         raise PipelineError(
-            f"process {own.rank} of {own.size}: another process ended or did not answer ({first}).",
+            f"another process ended or did not answer ({first}).",
+            where=f"process {own.rank} of {own.size}",
             fix="The first error in the output of the others says why. The last checkpoint is "
             "intact: run the same command again.",
         ) from error
@@ -101,9 +105,10 @@ def _meeting_point(environment: Any) -> None:
     if "MASTER_ADDR" not in environment:
         if environment.get("SLURM_STEP_NUM_NODES") != "1":
             raise ConfigError(
-                "MASTER_ADDR is not set, and several machines take part.",
-                fix="In the batch script: export MASTER_ADDR="
-                '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+                "it is not set, and several machines take part.",
+                where="MASTER_ADDR",
+                fix="In the batch script: `export MASTER_ADDR="
+                '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)`.',
             )
         environment["MASTER_ADDR"] = "127.0.0.1"
     if "MASTER_PORT" not in environment:

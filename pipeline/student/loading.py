@@ -44,7 +44,7 @@ def patches_of(
         raise ConfigError(
             f"patch {config.patch} is not a whole number of feature cells of {align} voxels.",
             where="patch",
-            fix="Choose multiples.",
+            fix=f"Choose multiples of {align}.",
         )
     return PatchDataset(
         cases,

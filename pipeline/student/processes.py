@@ -124,7 +124,8 @@ class Processes:
         if len(set(others)) > 1:
             odd = next(rank for rank, other in enumerate(others) if other != others[0])
             raise ConfigError(
-                f"{what} that process {odd} of {self.size} reads is not that of process 0.",
+                f"{what} that it reads is not that of process 0.",
+                where=f"process {odd} of {self.size}",
                 fix="Let all machines read one folder, or copies of the same state of it.",
             )
         return value
@@ -223,7 +224,9 @@ def _portable(error: Exception | None) -> PipelineError | None:
     if error is None or isinstance(error, PipelineError):
         return error
     return PipelineError(
-        f"{type(error).__name__}: {error}", fix="Its own output has the traceback."
+        f"it failed ({type(error).__name__}: {error}).",
+        where="another process",
+        fix="Its own output says where.",
     )
 
 

@@ -133,7 +133,8 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     unknown = sorted({name for name in _PLACE.findall(template) if name not in values})
     if unknown:
         raise ConfigError(
-            f"unknown in a template: {', '.join(f'{{{{{name}}}}}' for name in unknown)}.",
+            f"nothing is known of {', '.join(f'{{{{{name}}}}}' for name in unknown)}.",
+            where="a template of `pipeline submit`",
             fix=f"There are {', '.join(sorted(values))}.",
         )
     return _PLACE.sub(lambda match: values[match[1]], template)
@@ -149,7 +150,7 @@ def copy_templates(folder: Path) -> Sequence[Path]:
     paths = [folder / f"{stage}.sh" for stage in STAGES]
     if there := [path.name for path in paths if path.exists()]:
         raise ConfigError(
-            f"there already: {', '.join(there)}.", where=folder, fix="Name another folder."
+            f"it holds {', '.join(there)} already.", where=folder, fix="Name another folder."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,5 +172,7 @@ def _template(stage: Stage, folder: Path | None) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise WorkFolderError(
-            f"the template cannot be read ({error}).", where=path, fix="Check the path."
+            f"the template cannot be read ({error}).",
+            where=path,
+            fix="It is a text file in UTF-8: check the path and its permissions.",
         ) from error

@@ -25,10 +25,14 @@ def in_order(stages: Sequence[str]) -> list[Stage]:
     for name in stages:
         if name not in STAGES:
             raise ConfigError(
-                f"no job can be made of {name!r}.", fix=f"There are {', '.join(STAGES)}."
+                f"no job can be made of {name!r}.",
+                where="pipeline submit",
+                fix=f"There are {', '.join(STAGES)}.",
             )
         if stages.count(name) > 1:
-            raise ConfigError(f"{name} is there twice.", fix="Name each stage once.")
+            raise ConfigError(
+                f"{name} is there twice.", where="pipeline submit", fix="Name each stage once."
+            )
     return [stage for stage in STAGES if stage in stages]
 
 
@@ -79,7 +83,9 @@ def submit(
             (target.work / settings.of(stage).logs).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WorkFolderError(
-            f"cannot be written ({error.strerror}).", where=target.work, fix="Check the path."
+            f"cannot be written ({error.strerror}).",
+            where=target.work,
+            fix="Check free space and permissions.",
         ) from error
     jobs: list[Job] = []
     for stage, text in texts.items():
@@ -89,7 +95,8 @@ def submit(
         if told.returncode or not number.isdecimal():
             before = ", ".join(f"{job.stage} is {job.job}" for job in jobs) or "nothing"
             raise EngineError(
-                f"Slurm refuses {stage}: {told.stderr.strip() or told.stdout.strip()}",
+                f"Slurm refuses it ({told.stderr.strip() or told.stdout.strip()}).",
+                where=f"the job of {stage}",
                 fix=f"Submitted before: {before}. Submit the rest with --after.",
             )
         jobs.append(_kept(number, stage, text, waits, target, settings))
@@ -118,7 +125,7 @@ def _kept(
         raise WorkFolderError(
             f"job {number} was submitted, but its script cannot be kept ({error.strerror}).",
             where=target.jobs,
-            fix="Make room.",
+            fix="The job is not affected. Make room; `pipeline submit --print` shows the script.",
         ) from error
     return job
 
@@ -133,7 +140,8 @@ def _try(stage: Stage, text: str) -> None:
     told = _sbatch(text, "--test-only")
     if told.returncode:
         raise ConfigError(
-            f"Slurm refuses {stage}: {told.stderr.strip()}",
+            f"Slurm refuses it ({told.stderr.strip()}).",
+            where=f"the job of {stage}",
             fix="Change the file that --slurm-config names; `--print` shows the script.",
         )
 
@@ -146,5 +154,6 @@ def _sbatch(text: str, *options: str) -> subprocess.CompletedProcess[str]:
     except OSError as error:
         raise ConfigError(
             f"sbatch cannot be run ({error.strerror}).",
+            where="pipeline submit",
             fix="Submit where Slurm's commands are, or use --print.",
         ) from error

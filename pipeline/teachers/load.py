@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.errors import named
 from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.checkpoint import load_checkpoint_teacher
 from pipeline.teachers.exported import load_exported_teacher
@@ -38,18 +39,19 @@ def load_teacher(
     Raises:
         TeacherError: see the kinds' own loaders.
     """
-    match entry.kind:
-        case "checkpoint":
-            return load_checkpoint_teacher(
-                name, entry, weights, window=window, batch_size=batch_size, device=device
-            )
-        case "exported":
-            return load_exported_teacher(
-                name, entry, weights, window=window, batch_size=batch_size, device=device
-            )
-        case "monai-bundle":
-            return load_bundle_teacher(name, entry, weights, device=device)
-        case "nnunet":
-            return load_nnunet_teacher(name, entry, weights, device=device)
-        case "factory":
-            return load_factory_teacher(name, entry, weights, device=device)
+    with named(f"teacher {name}"):
+        match entry.kind:
+            case "checkpoint":
+                return load_checkpoint_teacher(
+                    name, entry, weights, window=window, batch_size=batch_size, device=device
+                )
+            case "exported":
+                return load_exported_teacher(
+                    name, entry, weights, window=window, batch_size=batch_size, device=device
+                )
+            case "monai-bundle":
+                return load_bundle_teacher(name, entry, weights, device=device)
+            case "nnunet":
+                return load_nnunet_teacher(name, entry, weights, device=device)
+            case "factory":
+                return load_factory_teacher(name, entry, weights, device=device)

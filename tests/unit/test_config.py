@@ -6,7 +6,7 @@ import hashlib
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pydantic import Field, ValidationError, model_validator
@@ -21,6 +21,7 @@ from pipeline.config import (
     short,
 )
 from pipeline.errors import ConfigError, PipelineError, RegistryError
+from tests.messages.ledger import JARGON
 
 
 class Inner(Config):
@@ -102,19 +103,17 @@ name: b
         "a.yaml:14:",
         "a.yaml:15:",
     ]
-    assert "inner.size: input should be a valid integer" in lines[0]
+    assert "inner.size: must be a whole number" in lines[0]
     assert "'none'" in lines[0]
     assert "inner.colour: unknown key." in lines[1]
-    assert "items.1.size: input should be greater than or equal to 1, not 0." in lines[2]
+    assert "items.1.size: must be greater than or equal to 1, not 0." in lines[2]
     assert "named.x: low must be below high." in lines[3]
     assert "extra: unknown key. Known here: inner, items, name, named." in lines[4]
     assert "name: written twice. Keep one of the two." in lines[5]
 
 
 def test_one_mistake_is_one_line(tmp_path: Path) -> None:
-    assert complaint(tmp_path, "\n\nname: 3\n") == [
-        "a.yaml:3: name: input should be a valid string, not 3."
-    ]
+    assert complaint(tmp_path, "\n\nname: 3\n") == ["a.yaml:3: name: must be a text, not 3."]
 
 
 def test_a_missing_key_is_told_at_the_line_of_its_parent(tmp_path: Path) -> None:
@@ -169,7 +168,7 @@ def test_a_file_that_is_absent_or_no_text_is_told_by_its_path(tmp_path: Path) ->
 
 def test_a_list_in_place_of_the_whole_is_one_message(tmp_path: Path) -> None:
     (line,) = complaint(tmp_path, "- name: a\n")
-    assert line.startswith("a.yaml:1: input should be a valid dictionary")
+    assert line.startswith("a.yaml:1: must be a mapping (name: value)")
 
 
 def test_the_caller_names_the_kind_of_error(tmp_path: Path) -> None:
@@ -281,3 +280,40 @@ def test_errors_say_where_and_what_to_do() -> None:
     assert str(error) == "case a: is broken. Mend it."
     assert str(PipelineError("Broken.")) == "Broken."
     assert (PipelineError("x").exit_code, ConfigError("x").exit_code) == (1, 2)
+
+
+class Everything(Config):
+    number: int = 0
+    share: float = 0
+    gated: bool = False
+    name: str = Field(default="x", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    two: tuple[int, int] = (1, 2)
+    kind: Literal["a", "b"] = "a"
+    some: dict[str, int] = Field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("number: many", "number: must be a whole number, not 'many'."),
+        ("number: 1.5", "number: must be a whole number, not 1.5."),
+        ("number:", "number: must be a whole number, not empty."),
+        ("share: x", "share: must be a number, not 'x'."),
+        ("gated: 3", "gated: must be true or false, not 3."),
+        ("name: true", "name: must be a text, not true."),
+        ("name: a/b", "name: may have letters, digits, dots, dashes and underscores"),
+        ("two: 3", "two: must be a list, not 3."),
+        ("two: [1, 2, 3]", "two: must have at most 2 items, not [1, 2, 3]."),
+        ("kind: c", "kind: must be 'a' or 'b', not 'c'."),
+        ("some: [1]", "some: must be a mapping (name: value), not [1]."),
+    ],
+)
+def test_mistakes_are_told_without_words_of_programmers(
+    tmp_path: Path, text: str, says: str
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, Everything)
+    assert says in str(caught.value)
+    assert not JARGON.search(str(caught.value).partition(": ")[2])

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from pipeline.errors import CacheCorrupt, ConfigError, PipelineError
+from pipeline.errors import CacheCorrupt, ConfigError, PipelineError, named
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,19 @@ def test_an_error_of_a_worker_process_arrives_whole(error: PipelineError) -> Non
     assert type(arrived) is type(error)
     assert str(arrived) == str(error)
     assert (arrived.what, arrived.where, arrived.fix) == (error.what, error.where, error.fix)
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (None, "teacher liver"),
+        ("teachers/a.pt", "teacher liver, teachers/a.pt"),
+        ("teacher liver, teachers/a.pt", "teacher liver, teachers/a.pt"),
+    ],
+)
+def test_a_place_is_named_once(where: str | None, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught, named("teacher liver"):
+        raise ConfigError("it broke.", where=where, fix="Mend it.")
+    assert str(caught.value) == f"{expected}: it broke. Mend it."
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value)

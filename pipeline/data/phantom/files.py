@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.nifti import write_image
-from pipeline.data.phantom.case import FORMAT_VERSION, ORGANS, PhantomSpec, case_names, make_case
+from pipeline.data.phantom.case import FORMAT_VERSION, make_case
+from pipeline.data.phantom_spec import ORGANS, PhantomSpec, case_names
 from pipeline.errors import RegistryError
 from pipeline.volume import Grid, Volume
 

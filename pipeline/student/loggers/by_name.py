@@ -36,6 +36,6 @@ def open_loggers(names: Sequence[str]) -> list[RunLogger]:
             raise ConfigError(
                 f"logger {name} needs a package that is not installed.",
                 where="--logger",
-                fix=f"pip install 'organ-distill[{name}]'",
+                fix=f"Install it: pip install 'organ-distill[{name}]'.",
             )
     return [LOGGERS[name]() for name in wanted]

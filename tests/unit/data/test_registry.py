@@ -139,13 +139,13 @@ ONE_MISTAKE: dict[str, tuple[tuple[str, str], int, str, str]] = {
     "wrong type": (
         ("  liver: 1\n", "  liver: one\n"),
         3,
-        "organs.liver: input should be a valid integer",
+        "organs.liver: must be a whole number",
         "not 'one'",
     ),
     "a wrong type where a name is wanted": (
         ("    trained_on: liver-ct\n", "    trained_on: [liver-ct]\n"),
         31,
-        "teachers.liver.trained_on: input should be a valid string",
+        "teachers.liver.trained_on: must be a text",
         "not ['liver-ct']",
     ),
     "wrong number of values": (
@@ -163,7 +163,7 @@ ONE_MISTAKE: dict[str, tuple[tuple[str, str], int, str, str]] = {
     "another schema version": (
         ("schema_version: 1", "schema_version: 2"),
         1,
-        "schema_version: input should be 1, not 2.",
+        "schema_version: must be 1, not 2.",
         "",
     ),
     "missing key": (
@@ -202,7 +202,7 @@ ONE_MISTAKE: dict[str, tuple[tuple[str, str], int, str, str]] = {
     "id out of range": (
         ("  spleen: 2\n", "  spleen: 255\n"),
         4,
-        "organs.spleen: input should be less than or equal to 254, not 255.",
+        "organs.spleen: must be less than or equal to 254, not 255.",
         "",
     ),
     "channel out of range": (
@@ -214,7 +214,7 @@ ONE_MISTAKE: dict[str, tuple[tuple[str, str], int, str, str]] = {
     "negative channel": (
         ("    organs: {liver: 1}\n", "    organs: {liver: -1}\n"),
         29,
-        "teachers.liver.organs.liver.0: input should be greater than or equal to 0, not -1.",
+        "teachers.liver.organs.liver.0: must be greater than or equal to 0, not -1.",
         "",
     ),
     "label value with two meanings": (
@@ -256,13 +256,13 @@ ONE_MISTAKE: dict[str, tuple[tuple[str, str], int, str, str]] = {
     "fraction beyond one": (
         ("validation: 0.25", "validation: 1.5"),
         14,
-        "datasets.liver-ct.split.validation.fraction: input should be less than or equal to 1",
+        "datasets.liver-ct.split.validation.fraction: must be less than or equal to 1",
         "not 1.5",
     ),
     "case name that is a number": (
         ("train: [one]", "train: [1]"),
         22,
-        "datasets.spleen-ct.split.train.0: input should be a valid string, not 1.",
+        "datasets.spleen-ct.split.train.0: must be a text, not 1.",
         "",
     ),
     "trained on an unknown dataset": (
@@ -292,7 +292,7 @@ ONE_MISTAKE: dict[str, tuple[tuple[str, str], int, str, str]] = {
     "factory that is no function": (
         ("factory: mine:build", "factory: import os"),
         34,
-        "teachers.both.factory: string should match pattern",
+        "teachers.both.factory: must be module:function",
         "not 'import os'",
     ),
     "unknown kind": (
@@ -373,7 +373,7 @@ ONE_MISTAKE: dict[str, tuple[tuple[str, str], int, str, str]] = {
     "name that cannot name a folder": (
         ("  liver:\n    kind", "  a/b:\n    kind"),
         26,
-        "teachers.a/b.[key]: string should match pattern",
+        "teachers.a/b.[key]: may have letters, digits",
         "not 'a/b'",
     ),
 }
@@ -443,7 +443,7 @@ def test_all_mistakes_are_told_in_one_run(folder: Path) -> None:
         (4, "already used"),
         (8, "images without a label"),
         (13, "unknown key"),
-        (14, "valid number"),
+        (14, "must be a number"),
         (15, "files do not exist"),
         (24, "no case three"),
         (29, "out of range"),

@@ -61,5 +61,5 @@ def test_a_process_that_dies_loses_its_item_and_the_others_do_the_rest() -> None
 
 
 def test_with_nobody_left_the_first_item_that_was_not_begun_is_named() -> None:
-    with pytest.raises(EngineError, match="all 1 processes died; 3 and what follows"):
+    with pytest.raises(EngineError, match=r"3: all 1 processes died; this and what follows"):
         run([Squares(dies_at=(2,))], [1, 2, 3, 4])

@@ -164,7 +164,7 @@ class TestLaunched:
         refuse_several("train-teachers")
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(ConfigError, match="train-teachers runs in one process, and 2"):
+        with pytest.raises(ConfigError, match="train-teachers: it runs in one process, and 2"):
             refuse_several("train-teachers")
 
 

@@ -118,7 +118,7 @@ class TestTemplates:
 
     def test_changed_ones_are_not_overwritten(self, tmp_path: Path) -> None:
         (tmp_path / "predict.sh").write_text("ours")
-        with pytest.raises(ConfigError, match=r"there already: predict\.sh"):
+        with pytest.raises(ConfigError, match=r"it holds predict\.sh already"):
             copy_templates(tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == ["predict.sh"]
 

@@ -80,7 +80,7 @@ class TestSubmission:
 
     def test_if_one_is_refused_nothing_is_submitted(self, slurm: Path, tmp_path: Path) -> None:
         (slurm / "refused-when-tried").write_text("job-name=train-student")
-        with pytest.raises(ConfigError, match="Slurm refuses train-student: no: tried"):
+        with pytest.raises(ConfigError, match=r"train-student: Slurm refuses it \(no: tried"):
             chain(tmp_path, "cache-teachers", "train-student")
         assert not (slurm / "options").exists()
         assert not (tmp_path / "work").exists()

@@ -1,0 +1,275 @@
+"""What one call of a command was asked, did and took: the file that `--report` names.
+
+It is written when the command ends, also when it fails; docs/commands.md describes its keys.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import PipelineError, WorkFolderError
+from pipeline.folder import replace_file
+from pipeline.versions import versions
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.log import Log
+    from stages.report import StageReport
+
+FORMAT_VERSION = 1
+
+# Parameters of commands that name what is read and what is written, in their own words.
+INPUTS = (
+    "registry", "registries", "config", "configs", "slurm_config", "student", "images", "a", "b",
+    "run", "check_on",
+)  # fmt: skip
+OUTPUTS = ("work", "output", "predictions", "folder")
+_ONLY_READ = {"report": ("predictions",)}
+
+_DRY = ("dry_run", "print_")
+
+_CURRENT: ContextVar[RunRecord | None] = ContextVar("run record", default=None)
+
+
+@dataclass
+class RunRecord:
+    """One call of a command.
+
+    Attributes:
+        command: as it is typed, `cache-teachers`.
+        arguments: parameter -> value, defaults among them.
+        path: where the report goes; None: nowhere.
+        verbose: whether the user wants to see everything.
+        config_digest: of the settings that are in force, defaults among them.
+        reports: of the stages that ran, in their order.
+        log: what the command opened.
+    """
+
+    command: str
+    arguments: Mapping[str, Any]
+    path: Path | None = None
+    verbose: bool = False
+    config_digest: str | None = None
+    reports: list[StageReport] = field(default_factory=list)
+    log: Log | None = None
+    _began: float = field(default_factory=time.monotonic)
+    _at: str = field(default_factory=lambda: _now())
+    _inputs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether nothing else is to be written."""
+        return any(bool(self.arguments.get(name)) for name in _DRY)
+
+    def begin(self) -> None:
+        """From here on the record is `current()`; files that are read are digested as they are now.
+
+        Raises:
+            WorkFolderError: the report could not be written in the end: said before hours of work.
+        """
+        if self.path is not None:
+            _check_place(self.path)
+            read = (*INPUTS, *_ONLY_READ.get(self.command, ()))
+            self._inputs = {name: _described(self.arguments.get(name)) for name in read}
+        _CURRENT.set(self)
+
+    def tell(self, log: Log) -> None:
+        """The log that the command opened learns what runs; it keeps that for its first event."""
+        self.log = log
+        known = {name: text for name, text in versions().items() if text is not None}
+        arguments = {name: _plain(value) for name, value in self.arguments.items()}
+        log.begin(command=self.command, arguments=arguments, versions=known)
+        log.detail(", ".join(f"{name} {text}" for name, text in known.items()))
+        if self.config_digest is not None:
+            log.detail(f"digest of the settings: {self.config_digest}")
+
+    def end(self, exit_code: int, error: BaseException | None = None) -> None:
+        """Writes the report, and a last event.
+
+        Raises:
+            WorkFolderError: the report cannot be written.
+        """
+        _CURRENT.set(None)
+        seconds = round(time.monotonic() - self._began, 3)
+        if self.log is not None:
+            counts = self._units(short=True)
+            self.log.end(command=self.command, exit_code=exit_code, seconds=seconds, **counts)
+        if self.path is None:
+            return
+        text = json.dumps(self._to_json(exit_code, error, seconds), indent=1, default=str)
+        try:
+            replace_file(self.path, f"{text}\n".encode())
+        except OSError as problem:
+            raise WorkFolderError(
+                f"the report cannot be written ({problem.strerror or problem}).",
+                where=self.path,
+                fix="What the command did stays done: name another file with --report.",
+            ) from problem
+
+    def _to_json(
+        self, exit_code: int, error: BaseException | None, seconds: float
+    ) -> dict[str, Any]:
+        read = _ONLY_READ.get(self.command, ())
+        outputs = {name: self.arguments.get(name) for name in OUTPUTS if name not in read}
+        return {
+            "format_version": FORMAT_VERSION,
+            "command": self.command,
+            "arguments": {name: _plain(value) for name, value in self.arguments.items()},
+            "dry_run": self.is_dry_run,
+            "began": self._at,
+            "ended": _now(),
+            "seconds": seconds,
+            "exit_code": exit_code,
+            "error": None if error is None else _said(error),
+            "units": self._units(),
+            "stages": [dict(report.to_json()) for report in self.reports],
+            "config_digest": self.config_digest,
+            "inputs": {name: found for name, found in self._inputs.items() if found is not None},
+            "outputs": {name: _plain(v) for name, v in outputs.items() if v is not None},
+            "device": _device(self.arguments),
+            "memory": _memory(),
+            "machine": {
+                "host": socket.gethostname(),
+                "system": platform.platform(),
+                "cores": os.cpu_count(),
+            },
+            "versions": versions(),
+        }
+
+    def _units(self, *, short: bool = False) -> dict[str, Any]:
+        """Done, skipped and failed, of all stages; `short`: numbers instead of names."""
+        done = [unit for report in self.reports for unit in report.done]
+        skipped = [unit for report in self.reports for unit in report.skipped]
+        failed = {unit: error for report in self.reports for unit, error in report.failed.items()}
+        if short:
+            texts = {unit: str(error) for unit, error in failed.items()}
+            return {"done": len(done), "skipped": len(skipped), "failed": texts}
+        return {
+            "done": done,
+            "skipped": skipped,
+            "failed": {unit: _said(error) for unit, error in failed.items()},
+        }
+
+
+def current() -> RunRecord | None:
+    """The record of the command that runs; None where functions are called from elsewhere."""
+    return _CURRENT.get()
+
+
+def note_config(config: Config) -> None:
+    """Settings that are in force, for the record of the command that runs."""
+    from pipeline.config import digest
+
+    if (record := current()) is not None:
+        record.config_digest = digest(config)
+
+
+def note_report(report: StageReport) -> None:
+    """What a stage did, for the record of the command that runs."""
+    if (record := current()) is not None:
+        record.reports.append(report)
+
+
+def note_silence() -> None:
+    """Of several processes of one command only the first reports; the others call this."""
+    if (record := current()) is not None:
+        record.path = None
+
+
+def _check_place(path: Path) -> None:
+    """Nothing is written here: a dry run, too, may have a report."""
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "it is a folder" if path.is_dir() else "its folder cannot be written"
+        raise WorkFolderError(
+            f"the report cannot be written: {what}.",
+            where=f"--report {path}",
+            fix="Name a file, for example run.json.",
+        )
+
+
+def _described(value: Any) -> Any:
+    """A path with the SHA-256 of the file it leads to, None for a folder; lists one by one."""
+    from pipeline.config import file_sha256
+
+    if isinstance(value, (list, tuple)):
+        return [_described(one) for one in value]
+    if not isinstance(value, Path):
+        return None if value is None else {"path": str(value), "sha256": None}
+    found: dict[str, str | None] = {"path": str(value), "sha256": None}
+    with suppress(OSError):
+        if value.is_file():
+            found["sha256"] = file_sha256(value)
+    return found
+
+
+def _said(error: BaseException) -> dict[str, Any]:
+    if isinstance(error, PipelineError):
+        parts = {"what": error.what, "where": error.where, "fix": error.fix or None}
+        code = error.exit_code
+    else:
+        parts, code = {"what": str(error), "where": None, "fix": None}, 1
+    return {"kind": type(error).__name__, **parts, "message": str(error), "exit_code": code}
+
+
+def _device(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was asked for and what that meant here; with workers elsewhere only they know."""
+    asked = arguments.get("device")
+    if asked is None:
+        return None
+    found: dict[str, Any] = {"asked": asked, "used": None, "name": None}
+    if "torch" in sys.modules and arguments.get("executor") is None:
+        import torch
+
+        from pipeline.network import pick_device
+
+        with suppress(PipelineError, RuntimeError):
+            used = [pick_device(name.strip()) for name in str(asked).split(",")]
+            found["used"] = ",".join(map(str, used))
+            names = [torch.cuda.get_device_name(one) for one in used if one.type == "cuda"]
+            found["name"] = ", ".join(dict.fromkeys(names)) or None
+    return found
+
+
+def _memory() -> dict[str, int | None]:
+    """Peaks, in bytes: resident memory of this process, and of the largest of those it started and
+    that have ended; what torch held on the GPU that held most, None if it used none."""
+    own, others = (
+        resource.getrusage(who).ru_maxrss * 1024
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    gpu = None
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            gpu = max(torch.cuda.max_memory_reserved(n) for n in range(torch.cuda.device_count()))
+    return {"peak_rss_bytes": own, "peak_rss_of_a_child_bytes": others, "peak_gpu_bytes": gpu}
+
+
+def _plain(value: Any) -> Any:
+    """A value of a parameter as JSON knows it; paths and folders of stores as text."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Sequence):
+        return [_plain(one) for one in value]
+    return str(value)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,87 @@
+"""Writes docs/troubleshooting.md out of the catalogue: every message, by what it is about.
+
+python -m tests.messages.troubleshooting
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from tests.messages.sites import ROOT, Site, all_sites
+
+PAGE = ROOT / "docs" / "troubleshooting.md"
+
+# What a file below pipeline/ or stages/ begins with; the first that fits.
+GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "Images and label maps",
+        ("data/nifti", "data/files", "data/resample", "data/phantom", "case_checks", "prepare.",
+         "volume", "metrics", "case_sizes", "labels"),
+    ),
+    ("Settings and the registry", ("config", "data/", "intensity", "teacher_entry", "unit_steps")),
+    ("`pipeline init`", ("layouts/",)),
+    ("Teachers: nnU-Net", ("teachers/nnunet",)),
+    ("Teachers: MONAI bundles", ("teachers/monai_bundle", "teachers/bundle")),
+    ("Teachers: exported files", ("teachers/exported",)),
+    (
+        "Teachers: all kinds",
+        ("teachers/", "admission/", "checking", "units.", "unit_work", "train_teachers"),
+    ),
+    (
+        "The cache and the work folder",
+        ("cache/", "cohort", "folder", "mirror", "inventory/", "cli_cache", "planning/", "cli_plan",
+         "tuning/", "tables", "status"),
+    ),
+    ("Several workers, Slurm, job arrays", ("engine/", "submission/", "cli_submit")),
+    (
+        "Training a student",
+        ("student/", "student_inputs", "network", "self_test", "cli_self_test", "train_student"),
+    ),
+    (
+        "Predicting, evaluating, comparing, looking, exporting",
+        ("predict", "cli_predict", "evaluate", "comparison/", "cli_compare", "inspection/",
+         "cli_inspect", "html_report/", "export", "cli_export", "label_tables"),
+    ),
+    ("The command line", ("",)),
+)  # fmt: skip
+
+HEAD = Path(__file__).with_name("troubleshooting_head.md")
+
+
+def page() -> str:
+    """The text of the page."""
+    groups: dict[str, list[Site]] = defaultdict(list)
+    for site in all_sites():
+        if not site.fix:
+            continue  # a list of mistakes, each with a remedy of its own
+        file = site.file.partition("/")[2]
+        title = next(title for title, begins in GROUPS if file.startswith(begins))
+        groups[title].append(site)
+    parts = [HEAD.read_text(encoding="utf-8")]
+    for title, _ in GROUPS:
+        if groups[title]:
+            rows = [_row(site) for site in groups[title]]
+            lines = "\n".join(sorted(dict.fromkeys(rows), key=str.lower))
+            parts.append(f"## {title}\n\n| message | what to do |\n| --- | --- |\n{lines}\n")
+    return "\n".join(parts)
+
+
+def _row(site: Site) -> str:
+    return f"| {_cell(_shown(site.what))} | {_cell(_shown(site.fix))} |"
+
+
+def _shown(forms: tuple[str, ...]) -> str:
+    """One form, or several with "or" between them."""
+    known = [form.strip() for form in dict.fromkeys(forms) if form.strip()]
+    return " *or* ".join(known[:4])
+
+
+def _cell(text: str) -> str:
+    """A table's cell: bars and angle brackets would break it."""
+    plain = " ".join(text.split())
+    return plain.replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
