@@ -14,6 +14,7 @@ from pipeline.cli_cache import cache_app
 from pipeline.cli_cache_teachers import cache_teachers
 from pipeline.cli_check import check
 from pipeline.cli_compare import compare
+from pipeline.cli_evaluate import evaluate
 from pipeline.cli_init import init
 from pipeline.cli_inspect import inspect
 from pipeline.cli_options import (
@@ -60,6 +61,7 @@ app.command()(check)
 app.command()(inspect)
 app.command()(plan)
 app.command()(compare)
+app.command()(evaluate)
 app.command()(submit)
 cache_app.command()(tune)
 
@@ -199,30 +201,6 @@ def predict(
         log=open_log(quiet),
         device=device,
         window_batch=window_batch,
-        dry_run=dry_run,
-    )
-    end(report)
-
-
-@app.command()
-def evaluate(
-    predictions: Annotated[Path, typer.Argument(help="Folder with <dataset>/<case>.nii.gz.")],
-    registry: RegistryOption = REGISTRY,
-    config: ConfigOption = None,
-    dry_run: DryRunOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Dice, NSD and HD95 per case and organ, as summary.json and a table."""
-    from pipeline.config import load_config
-    from stages import evaluate as stage
-
-    settings = load_config(config, stage.EvaluateConfig) if config else None
-    report = stage.run(
-        settings or stage.EvaluateConfig(),
-        open_registry(registry),
-        predictions,
-        log=open_log(quiet),
-        table=not quiet,
         dry_run=dry_run,
     )
     end(report)
