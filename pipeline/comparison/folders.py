@@ -139,7 +139,8 @@ def side_by_side(
         )
     first = _read(predictions)
     assert first is not None
-    summaries, notices = [first], []
+    summaries = [first]
+    notices: list[str] = []
     for folder in folders[1:]:
         summaries.append(_usable(config, registry, folder, first, log, notices))
     names = _names(folders)

@@ -91,7 +91,8 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def _paired(apart: Floats, gap: Difference, first: float | None, other: float | None) -> Paired:
     differing = apart[np.abs(apart) > _EQUAL]
     higher = int((differing > 0).sum())
-    p, note = None, ""
+    p: float | None = None
+    note = ""
     if len(differing) < MIN_PAIRS:
         note = f"no test: {len(differing)} of {MIN_PAIRS} cases differ"
     else:
