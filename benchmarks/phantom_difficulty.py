@@ -22,6 +22,7 @@ from pipeline.data.phantom import ORGANS
 from pipeline.data.registry import load_registry
 from pipeline.demo import generate_phantoms, write_settings
 from pipeline.log import Log, print_table
+from pipeline.summary import organ_means
 from stages import cache_teachers, evaluate, predict, train_student
 
 
@@ -33,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = [one_seed(arguments.folder / f"seed{s}", s) for s in range(arguments.seeds)]
     rows = [
-        [f"seed {seed}", *(f"{r['mean'][o]['Dice']:.3f}" for o in ORGANS), f"{_mean(r):.3f}"]
+        [f"seed {seed}", *(f"{organ_means(r)[o]['Dice']:.3f}" for o in ORGANS), f"{_mean(r):.3f}"]
         for seed, r in enumerate(results)
     ]
     means = [_mean(r) for r in results]

@@ -15,6 +15,7 @@ from pipeline.cli_cache_teachers import cache_teachers
 from pipeline.cli_check import check
 from pipeline.cli_compare import compare
 from pipeline.cli_complete import teacher_names
+from pipeline.cli_evaluate import evaluate
 from pipeline.cli_export import export
 from pipeline.cli_info import info
 from pipeline.cli_init import init
@@ -68,6 +69,7 @@ app.command()(plan)
 app.command()(predict)
 app.command()(export)
 app.command()(compare)
+app.command()(evaluate)
 app.command()(submit)
 app.command()(report)
 cache_app.command()(tune)
@@ -177,29 +179,6 @@ def train_student(
     )
     if not is_first:
         raise typer.Exit(report.exit_code)
-    end(report)
-
-
-@app.command()
-@recorded
-def evaluate(
-    predictions: Annotated[Path, typer.Argument(help="Folder with <dataset>/<case>.nii.gz.")],
-    registry: RegistryOption = REGISTRY,
-    config: ConfigOption = None,
-    dry_run: DryRunOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Dice, NSD and HD95 per case and organ, as summary.json and a table."""
-    from stages import evaluate as stage
-
-    report = stage.run(
-        open_settings(config, stage.EvaluateConfig),
-        open_registry(registry),
-        predictions,
-        log=open_log(quiet),
-        table=not quiet,
-        dry_run=dry_run,
-    )
     end(report)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,34 +28,60 @@ from pipeline.cli_run import recorded
 def check(
     registry: RegistryOption = REGISTRY,
     config: ConfigOption = None,
-    case: Annotated[
-        str | None, typer.Option(help="dataset/case; default: the first that can be read.")
+    dataset: Annotated[str | None, typer.Option(help="One alone; default: all.")] = None,
+    student: Annotated[
+        Path | None,
+        typer.Option(help="Settings of train-student, for the patch; default: built in."),
     ] = None,
-    side_mm: Annotated[float, typer.Option(help="Side of the crop in mm.", min=1)] = 120.0,
+    jobs: Annotated[
+        int | None, typer.Option(help="Processes that read; default: one per core.", min=1)
+    ] = None,
+    no_teachers: Annotated[
+        bool, typer.Option("--no-teachers", help="Look at datasets alone.")
+    ] = False,
+    case: Annotated[
+        str | None,
+        typer.Option(help="dataset/case for the teachers; default: the first that can be read."),
+    ] = None,
+    side_mm: Annotated[
+        float, typer.Option(help="Side of the teachers' crop in mm.", min=1)
+    ] = 120.0,
     device: DeviceOption = "auto",
     window_batch: WindowBatchOption = 1,
     trust: TrustOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Run every teacher on one small crop: channels, organs, spacing, taps, memory, time."""
-    from pipeline.checking import check_teachers, print_check
+    """Everything that can be known before a GPU is used: files, labels, HU, doubles, teachers."""
+    from pipeline.checking.datasets import check_datasets
+    from pipeline.checking.report import Report, print_report
+    from pipeline.checking.teachers import check_teachers
+    from pipeline.config import load_config
     from stages.cache_teachers import CacheTeachersConfig
+    from stages.train_student import TrainStudentConfig
 
     settings = open_settings(config, CacheTeachersConfig)
-    report = check_teachers(
-        open_registry(registry, trust=trust),
-        window=settings.window,
-        storage=settings.storage,
-        log=open_log(quiet or as_json),
-        case=case,
-        side_mm=side_mm,
-        device=device,
-        window_batch=window_batch,
-    )
+    trained = load_config(student, TrainStudentConfig) if student else TrainStudentConfig()
+    opened = open_registry(registry, files=False, trust=trust)
+    log = open_log(quiet or as_json)
+    data = check_datasets(opened, patch=trained.training.patch, log=log, dataset=dataset, jobs=jobs)
+    teachers = None
+    if opened.teachers and not no_teachers and any(found.shape for found in data.cases):
+        teachers = check_teachers(
+            opened,
+            window=settings.window,
+            storage=settings.storage,
+            log=log,
+            case=case,
+            dataset=dataset,
+            side_mm=side_mm,
+            device=device,
+            window_batch=window_batch,
+        )
+    report = Report(opened, data, teachers)
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=1))
     else:
-        print_check(report)
-    if report.num_failed:
-        raise typer.Exit(2)
+        print_report(report)
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)

@@ -31,6 +31,7 @@ from pipeline.data.registry import Registry, load_registry
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.figures import save_overlay
 from pipeline.log import Log, print_table
+from pipeline.summary import organ_means, overall_means
 from stages import cache_teachers, evaluate, predict, train_teachers
 from stages.report import StageReport
 
@@ -275,8 +276,9 @@ def _print_results(
         ["teachers, validation cases of multi-organ-ct", *_row(shifted, organs)],
     ]
     for kind, summary in results.items():
-        dice = [summary["mean"][organ]["Dice"] for organ in organs]
-        overall = summary["foreground_mean"]["Dice"]
+        means = organ_means(summary)
+        dice = [means[organ]["Dice"] for organ in organs]
+        overall = overall_means(summary)["Dice"]
         rows.append([_TITLES[kind], *(_number(d) for d in dice), _number(overall)])
     print_table("Dice (students: test cases)", ["", *organs, "mean"], rows)
 

@@ -233,17 +233,23 @@ def duration(seconds: float) -> str:
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output; the first column is text, the others are right-aligned."""
-    _print_table(title, columns, rows, sys.stdout)
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_text: int = 1
+) -> None:
+    """A table on standard output; but for the first `num_text`, columns are right-aligned."""
+    _print_table(title, columns, rows, sys.stdout, num_text)
 
 
 def _print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], file: TextIO
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    file: TextIO,
+    num_text: int = 1,
 ) -> None:
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(name, justify="left" if index < num_text else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     width = None if file.isatty() else max(120, int(os.environ.get("COLUMNS", "0")))

@@ -3,7 +3,8 @@
 Arrays are (D, H, W) and spacing is along z, y, x, as everywhere (see `pipeline.volume`). Three
 rules make a score readable without a footnote:
 
-1. The reference lacks the organ: every value is NaN, with a reason; a summary counts it.
+1. The reference lacks the organ: every value is NaN, with a reason; a summary counts it (as nnU-Net
+   does it: `pipeline.summary`).
 2. The reference has the organ and the prediction is empty: Dice 0, NSD 0, HD95 the diagonal of the
    image. A miss is never NaN, or a mean over cases would reward it.
 3. Spacing is always asked for; there is no default under which a distance would be in voxels.
@@ -12,9 +13,8 @@ rules make a score readable without a footnote:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from operator import attrgetter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,8 @@ class OrganScore:
         num_predicted: voxels of the organ in the prediction, ignored voxels left out. Where the
             reference lacks the organ, this is the number of false positives.
         reason: why a value is NaN or the worst there is; empty if the values speak for themselves.
+        num_overlap: voxels of the organ in both, ignored voxels left out.
+        num_voxels: all voxels that were judged: those of the image without ignored ones.
     """
 
     organ: str
@@ -54,19 +56,19 @@ class OrganScore:
     num_reference: int
     num_predicted: int
     reason: str = ""
+    num_overlap: int = 0
+    num_voxels: int = 0
 
     @classmethod
-    def missing(cls, organ: str, reason: str, *, num_predicted: int = 0) -> OrganScore:
+    def missing(
+        cls, organ: str, reason: str, *, num_predicted: int = 0, num_voxels: int = 0
+    ) -> OrganScore:
         """A score without values: NaN throughout, and the reason in words."""
-        return cls(organ, math.nan, math.nan, math.nan, 0, num_predicted, reason)
+        nan = math.nan
+        return cls(organ, nan, nan, nan, 0, num_predicted, reason, num_voxels=num_voxels)
 
 
-# The names that summaries use, and what they stand for.
-_MEASURES: dict[str, Callable[[OrganScore], float]] = {
-    "Dice": attrgetter("dice"),
-    "NSD": attrgetter("nsd"),
-    "HD95_mm": attrgetter("hd95_mm"),
-}
+MEASURES = ("Dice", "NSD", "HD95_mm")
 
 
 def score_case(
@@ -125,63 +127,24 @@ def score_case(
         raise ValueError(f"label value {ignore_value} cannot be an organ's and ignored: {organs}")
 
     keep = None if ignore_value is None else reference != ignore_value
+    judged = reference.size if keep is None else int(keep.sum())
     scores = []
     for organ, value in organs.items():
         predicted: Mask = prediction == value
         if keep is not None:
             predicted &= keep
         expected: Mask = reference == value
-        scores.append(_score_organ(organ, predicted, expected, spacing, tolerance, surface))
+        scored = _score_organ(organ, predicted, expected, spacing, tolerance, surface)
+        scores.append(replace(scored, num_voxels=judged))
     return tuple(scores)
 
 
-def summarise(scores: Mapping[str, Sequence[OrganScore]]) -> dict[str, Any]:
-    """A JSON-ready summary of many cases, laid out like nnU-Net's `summary.json`.
-
-    Means leave NaN out. Every case counts once per organ, either in `num_cases` or in
-    `num_missing`, so the two always add up to the number of cases.
-
-    Args:
-        scores: the scores of each case, by case name.
-
-    Returns:
-        A dict of plain Python values, with None for NaN (JSON has no NaN):
-
-        `metric_per_case`: a list, in the order of `scores`, of `{"case": name, "metrics": {organ:
-        {"Dice", "NSD", "HD95_mm", "n_ref", "n_pred", "reason"}}}`; `n_` are voxels.
-
-        `mean`: `{organ: {"Dice", "NSD", "HD95_mm", "num_cases", "num_missing"}}`, in the order in
-        which organs first appear. `num_cases` counts cases with a Dice, `num_missing` the others:
-        the reference lacks the organ, or the case has no score for it at all.
-
-        `foreground_mean`: `{"Dice", "NSD", "HD95_mm"}`, the mean over organs of the organ means,
-        so that a rare organ weighs as much as a frequent one. Organs without a mean are left out.
-    """
-    per_case = [
-        {"case": case, "metrics": {score.organ: _to_json(score) for score in case_scores}}
-        for case, case_scores in scores.items()
-    ]
-    by_organ: dict[str, list[OrganScore]] = {}
-    for case_scores in scores.values():
-        for score in case_scores:
-            by_organ.setdefault(score.organ, []).append(score)
-
-    means = {
-        organ: {key: _mean([value(score) for score in found]) for key, value in _MEASURES.items()}
-        for organ, found in by_organ.items()
-    }
-    means_json: dict[str, dict[str, Any]] = {}
-    for organ, found in by_organ.items():
-        num_cases = sum(not math.isnan(score.dice) for score in found)
-        means_json[organ] = {key: _number(mean) for key, mean in means[organ].items()}
-        means_json[organ] |= {"num_cases": num_cases, "num_missing": len(scores) - num_cases}
-    return {
-        "metric_per_case": per_case,
-        "mean": means_json,
-        "foreground_mean": {
-            key: _number(_mean([mean[key] for mean in means.values()])) for key in _MEASURES
-        },
-    }
+def score_json(score: OrganScore) -> dict[str, Any]:
+    """`Dice`, `NSD`, `HD95_mm`, `n_ref`, `n_pred`, `reason`; None for NaN, which JSON has not."""
+    values = (score.dice, score.nsd, score.hd95_mm)
+    known = [None if math.isnan(value) else float(value) for value in values]
+    counts = {"n_ref": score.num_reference, "n_pred": score.num_predicted}
+    return dict(zip(MEASURES, known, strict=True)) | counts | {"reason": score.reason}
 
 
 def _score_organ(
@@ -197,14 +160,15 @@ def _score_organ(
     if num_reference == 0:
         return OrganScore.missing(organ, ABSENT, num_predicted=num_predicted)
     # The counts are reported anyway and make Dice exact; monai's compute_dice would sum float32.
-    dice = 2 * int((predicted & expected).sum()) / (num_predicted + num_reference)
+    overlap = int((predicted & expected).sum())
+    dice = 2 * overlap / (num_predicted + num_reference)
     nsd = hd95 = math.nan
     if surface and num_predicted == 0:
         nsd, hd95 = 0.0, math.hypot(*(np.array(expected.shape) * spacing))
     elif surface:
         nsd, hd95 = _surface_scores(*_crop(predicted, expected), spacing, tolerance)
     reason = "" if num_predicted else EMPTY_PREDICTION
-    return OrganScore(organ, dice, nsd, hd95, num_reference, num_predicted, reason)
+    return OrganScore(organ, dice, nsd, hd95, num_reference, num_predicted, reason, overlap)
 
 
 def _crop(predicted: Mask, expected: Mask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -294,19 +258,3 @@ def _check_labels(prediction: Array, reference: Array) -> None:
                 where=name,
                 fix="Give a label map; probabilities have to be decided first.",
             )
-
-
-def _mean(values: Sequence[float]) -> float:
-    """The mean without NaN; NaN if nothing is left, and no warning then."""
-    present = [value for value in values if not math.isnan(value)]
-    return math.fsum(present) / len(present) if present else math.nan
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
-
-
-def _to_json(score: OrganScore) -> dict[str, Any]:
-    values = {key: _number(value(score)) for key, value in _MEASURES.items()}
-    counts = {"n_ref": score.num_reference, "n_pred": score.num_predicted}
-    return values | counts | {"reason": score.reason}

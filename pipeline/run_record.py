@@ -34,7 +34,7 @@ FORMAT_VERSION = 1
 # Parameters of commands that name what is read and what is written, in their own words.
 INPUTS = (
     "registry", "registries", "config", "configs", "slurm_config", "student", "images", "a", "b",
-    "run", "check_on",
+    "run", "check_on", "against",
 )  # fmt: skip
 OUTPUTS = ("work", "output", "predictions", "folder")
 _ONLY_READ = {"report": ("predictions",)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ from pydantic import Field
 
 from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.case_checks import GEOMETRY_TOLERANCE_MM, organ_labels
-from pipeline.config import Config
+from pipeline.config import Config, digest
 from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError, GeometryError, PipelineError
+from pipeline.folder import replace_file
 from pipeline.log import Log, print_table
-from pipeline.metrics import NOT_ANNOTATED, OrganScore, score_case, summarise
+from pipeline.metrics import ABSENT, NOT_ANNOTATED, OrganScore, score_case
+from pipeline.summary import organ_means, overall_means, summarise, to_csv
 from pipeline.volume import Grid
 from stages.report import StageReport
 
 _METRICS = ("Dice", "NSD", "HD95_mm")
+_NAMED = 5
 
 
 class EvaluateConfig(Config):
@@ -30,6 +34,28 @@ class EvaluateConfig(Config):
     splits: tuple[str, ...] = ("test",)
     tolerance_mm: float = Field(default=3.0, gt=0)
     surface: bool = True
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Scores of a case, and the files that they are of."""
+
+    scores: tuple[OrganScore, ...]
+    files: dict[str, str]
+
+
+def settings_of(config: EvaluateConfig, registry: Registry) -> dict[str, Any]:
+    """What two summaries must have in common for their numbers to be comparable."""
+    meanings = {
+        name: [entry.annotated, entry.ignore_values, entry.background_values]
+        for name, entry in registry.datasets.items()
+    }
+    return {
+        "tolerance_mm": config.tolerance_mm,
+        "surface": config.surface,
+        "organs": dict(registry.label_space.ids),
+        "label_values": digest(meanings),
+    }
 
 
 def run(
@@ -41,10 +67,10 @@ def run(
     table: bool = True,
     dry_run: bool = False,
 ) -> StageReport:
-    """Scores `predictions/<dataset>/<case>.nii.gz` and writes `predictions/summary.json`.
+    """Scores `predictions/<dataset>/<case>.nii.gz`; writes `summary.json` and `scores.csv` there.
 
     A case without a prediction is a failed unit, not a silent gap. An organ that a dataset does not
-    annotate is NaN in its cases and counted as missing.
+    annotate is NaN in its cases and counted as missing. `pipeline.summary` says what is in them.
 
     Args:
         config: tolerance and splits.
@@ -71,24 +97,26 @@ def run(
         report.done = [case.name for case in cases]
         return report
     prepare_work_folder(predictions)
-    scores: dict[str, tuple[OrganScore, ...]] = {}
+    scored: dict[str, _Scored] = {}
     with log.progress("evaluate", len(cases)) as advance:
         for case in cases:
             try:
-                scores[case.name] = _score(config, registry, predictions, case)
+                scored[case.name] = _score(config, registry, predictions, case)
                 report.done.append(case.name)
-                log.detail(f"{case.name}: {_in_short(scores[case.name])}")
+                log.detail(f"{case.name}: {_in_short(scored[case.name].scores)}")
             except PipelineError as error:
                 report.failed[case.name] = error
                 log.warn(f"{case.name} failed: {error}")
             advance(case.name)
-    summary = {
-        "tolerance_mm": config.tolerance_mm,
-        "failed": {name: str(error) for name, error in report.failed.items()},
-        **summarise(scores),
-    }
+    found = {name: case.scores for name, case in scored.items()}
+    summary = summarise(found, registry.label_space.ids)
+    for row in summary["metric_per_case"]:
+        row |= scored[row["case"]].files
+    summary["settings"] = settings_of(config, registry)
+    summary["failed"] = {name: str(error) for name, error in report.failed.items()}
     write_json(predictions / "summary.json", summary)
-    report.details = {"mean": summary["mean"], "foreground_mean": summary["foreground_mean"]}
+    replace_file(predictions / "scores.csv", to_csv(summary).encode())
+    report.details = {"mean": organ_means(summary), "foreground_mean": overall_means(summary)}
     report.seconds = time.monotonic() - began
     if table:
         print_summary(summary, title=f"{predictions}, tolerance {config.tolerance_mm} mm")
@@ -104,16 +132,28 @@ def print_summary(summary: dict[str, Any], *, title: str) -> None:
             str(means["num_cases"]),
             str(means["num_missing"]),
         ]
-        for organ, means in summary["mean"].items()
+        for organ, means in organ_means(summary).items()
     ]
-    overall = summary["foreground_mean"]
+    overall = overall_means(summary)
     rows.append(["mean over organs", *(_number(overall[m], m) for m in _METRICS), "", ""])
     print_table(title, ["organ", "Dice", "NSD", "HD95 mm", "cases", "without"], rows)
+    spurious = [
+        f"{row['case']} ({organ})"
+        for row in summary["metric_per_case"]
+        for organ, label in summary["organs"].items()
+        if row["reasons"].get(str(label)) == ABSENT and row["metrics"][str(label)]["n_pred"]
+    ]
+    if spurious:
+        more = f" and {len(spurious) - _NAMED} more" if len(spurious) > _NAMED else ""
+        print(  # noqa: T201
+            f"Predicted although the reference lacks it; Dice 0, as nnU-Net counts it: "
+            f"{', '.join(spurious[:_NAMED])}{more}."
+        )
 
 
 def _score(
     config: EvaluateConfig, registry: Registry, predictions: Path, case: CaseFiles
-) -> tuple[OrganScore, ...]:
+) -> _Scored:
     entry = registry.datasets[case.dataset]
     path = predictions / case.dataset / f"{case.case}.nii.gz"
     if not path.exists():
@@ -133,10 +173,17 @@ def _score(
         surface=config.surface,
     )
     by_organ = {score.organ: score for score in found}
-    return tuple(
+    scores = tuple(
         by_organ.get(organ) or OrganScore.missing(organ, NOT_ANNOTATED)
         for organ in registry.label_space.organs
     )
+    files = {
+        "reference_file": str(case.label),
+        "prediction_file": str(path),
+        "reference_sha256": reference.sha256,
+        "prediction_sha256": predicted.sha256,
+    }
+    return _Scored(scores, files)
 
 
 def _check_grid(reference: Grid, predicted: Grid, where: str) -> None:

@@ -1,1 +1,1 @@
-"""`pipeline compare`: student configurations from one cache, on equal terms, in one table."""
+"""Students side by side: configurations trained on equal terms, or folders of predictions."""

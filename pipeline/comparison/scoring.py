@@ -16,7 +16,7 @@ from pipeline.errors import CheckpointError
 from pipeline.folder import Folder, matching, read_text
 from pipeline.labels import IGNORE, LabelSpace
 from pipeline.log import Advance
-from pipeline.metrics import OrganScore, score_case, summarise
+from pipeline.metrics import OrganScore, score_case, score_json
 from pipeline.student.checkpoint import load_student
 from pipeline.student.inference import predict_logits, running_argmax
 
@@ -58,7 +58,7 @@ def score_student(
         advance: hears of every case.
 
     Returns:
-        One row per case and annotated organ: `case`, `organ`, and what `metrics.summarise` gives.
+        One row per case and annotated organ: `case`, `organ`, and what `metrics.score_json` gives.
 
     Raises:
         CheckpointError: the run is not finished, or its student cannot be read.
@@ -112,8 +112,7 @@ def organs_without_cases(cases: Sequence[CachedCase], space: LabelSpace) -> list
 
 
 def _rows(case: str, scores: Sequence[OrganScore]) -> list[dict[str, Any]]:
-    (entry,) = summarise({case: scores})["metric_per_case"]
-    return [{"case": case, "organ": organ, **values} for organ, values in entry["metrics"].items()]
+    return [{"case": case, "organ": score.organ, **score_json(score)} for score in scores]
 
 
 def _key(folder: Folder, cases: Sequence[CachedCase], settings: ScoringSettings) -> str:

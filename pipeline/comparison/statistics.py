@@ -71,7 +71,9 @@ def estimates(scores: Floats) -> list[Estimate]:
     return [_estimate(values) for values in columns]
 
 
-def differences(scores: Floats, baseline: Floats, *, seed: int = 0) -> list[Difference]:
+def differences(
+    scores: Floats, baseline: Floats, *, seed: int = 0, min_seeds: int = MIN_SEEDS
+) -> list[Difference]:
     """One paired difference per organ, and one of their mean.
 
     The interval is a percentile interval of a bootstrap in which cases and seeds are drawn
@@ -84,6 +86,8 @@ def differences(scores: Floats, baseline: Floats, *, seed: int = 0) -> list[Diff
         scores: (S, N, K).
         baseline: (S, N, K), the same seeds, cases and organs.
         seed: of the draws.
+        min_seeds: seeds without which there is no interval; with 1, for what has no seeds, cases
+            alone are drawn.
 
     Returns:
         K + 1 differences; the last is of the mean over the organs that have a score.
@@ -104,7 +108,8 @@ def differences(scores: Floats, baseline: Floats, *, seed: int = 0) -> list[Diff
     draws = [*drawn.T, drawn[:, present].mean(axis=1)]
     num = [*counts, min((counts[k] for k in present), default=0)]
     return [
-        _difference(float(m), d, num_seeds, n) for m, d, n in zip(means, draws, num, strict=True)
+        _difference(float(m), d, num_seeds, n, min_seeds)
+        for m, d, n in zip(means, draws, num, strict=True)
     ]
 
 
@@ -123,12 +128,14 @@ def crossed_draws(apart: Floats, rng: np.random.Generator, num_draws: int) -> Fl
     return drawn
 
 
-def _difference(mean: float, drawn: Floats, num_seeds: int, num_cases: int) -> Difference:
+def _difference(
+    mean: float, drawn: Floats, num_seeds: int, num_cases: int, min_seeds: int
+) -> Difference:
     if np.isnan(mean):
         return Difference(None, None, None, num_seeds, num_cases, "no case has a score")
     few = []
-    if num_seeds < MIN_SEEDS:
-        few.append(f"{num_seeds} of {MIN_SEEDS} seeds")
+    if num_seeds < min_seeds:
+        few.append(f"{num_seeds} of {min_seeds} seeds")
     if num_cases < MIN_CASES:
         few.append(f"{num_cases} of {MIN_CASES} cases")
     if few:

@@ -22,6 +22,7 @@ from isal import igzip
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from nibabel.volumeutils import apply_read_scaling
 
+from pipeline.data.nifti_header import HeaderDoubt, header_doubts
 from pipeline.errors import GeometryError
 from pipeline.file_order import orientation_of
 from pipeline.label_tables import caret_xml
@@ -46,6 +47,7 @@ class NiftiVolume:
         sha256: of the file's bytes, the very bytes that `volume` was decoded from.
         file_shape: (x, y, z) sizes as stored.
         file_affine: 4 x 4 as stored, (x, y, z) voxels to RAS+ mm.
+        doubts: what its header makes doubtful.
     """
 
     volume: Volume
@@ -53,6 +55,7 @@ class NiftiVolume:
     sha256: str
     file_shape: tuple[int, ...]
     file_affine: npt.NDArray[np.float64]
+    doubts: tuple[HeaderDoubt, ...] = ()
 
 
 def read_image(path: Path) -> NiftiVolume:
@@ -298,8 +301,8 @@ def _wrap(image: Any, array: npt.NDArray[Any], path: Path, sha256: str) -> Nifti
     shape = _check_shape(image, path)
     affine = np.array(image.affine, dtype=np.float64)
     canonical = affine @ nib.orientations.inv_ornt_aff(io_orientation(affine), shape)
-    grid = _grid_from_file(array.shape[::-1], canonical)
-    return NiftiVolume(Volume(array, grid, orientation_of(affine)), path, sha256, shape, affine)
+    volume = Volume(array, _grid_from_file(array.shape[::-1], canonical), orientation_of(affine))
+    return NiftiVolume(volume, path, sha256, shape, affine, header_doubts(image))
 
 
 def _grid_from_file(shape_xyz: Any, affine_xyz: npt.NDArray[np.float64]) -> Grid:

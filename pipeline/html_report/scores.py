@@ -18,9 +18,10 @@ from pipeline.folder import read_text
 from pipeline.html_report.record import RunRecord
 from pipeline.labels import IGNORE, LabelSpace
 from pipeline.log import Log
-from pipeline.metrics import NOT_ANNOTATED, score_case, summarise
+from pipeline.metrics import NOT_ANNOTATED, score_case, score_json
 from pipeline.student.checkpoint import StudentRecord, load_student
 from pipeline.student.inference import predict_logits, running_argmax
+from pipeline.summary import known
 
 METRICS = ("Dice", "NSD", "HD95_mm")
 _KEPT = "scores_validation.json"
@@ -116,12 +117,13 @@ def scores_of_predictions(folder: Path) -> Scores:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = [
-            _row(entry["case"], organ, values)
+            _row(entry["case"], organ, {**values, "reason": entry["reasons"].get(str(label), "")})
             for entry in content["metric_per_case"]
-            for organ, values in entry["metrics"].items()
+            for organ, label in content["organs"].items()
+            if (values := entry["metrics"].get(str(label))) is not None
         ]
         failed = {str(case): str(why) for case, why in content.get("failed", {}).items()}
-        tolerance_mm = content.get("tolerance_mm")
+        tolerance_mm = content["settings"]["tolerance_mm"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"no scores of predictions can be read ({type(error).__name__}: {error}).",
@@ -177,12 +179,11 @@ def _scored(
     scores = score_case(
         predicted, case.label(), ids, case.grid.spacing_mm, ignore_value=IGNORE, surface=False
     )
-    (entry,) = summarise({case.name: scores})["metric_per_case"]
-    return [_row(case.name, organ, values) for organ, values in entry["metrics"].items()]
+    return [_row(case.name, score.organ, score_json(score)) for score in scores]
 
 
 def _row(case: str, organ: str, values: Mapping[str, Any]) -> OrganRow:
-    dice, nsd, hd95_mm = (None if values[m] is None else float(values[m]) for m in METRICS)
+    dice, nsd, hd95_mm = (None if values[m] is None else known(float(values[m])) for m in METRICS)
     return OrganRow(str(case), str(organ), dice, nsd, hd95_mm, str(values.get("reason", "")))
 
 

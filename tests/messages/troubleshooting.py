@@ -19,7 +19,10 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("data/nifti", "data/files", "data/resample", "data/phantom", "case_checks", "prepare.",
          "volume", "metrics", "case_sizes", "labels"),
     ),
-    ("Settings and the registry", ("config", "data/", "intensity", "teacher_entry", "unit_steps")),
+    (
+        "Settings and the registry",
+        ("config", "data/", "intensity", "teacher_entry", "unit_steps", "checking/datasets"),
+    ),
     ("`pipeline init`", ("layouts/",)),
     ("Teachers: nnU-Net", ("teachers/nnunet",)),
     ("Teachers: MONAI bundles", ("teachers/monai_bundle", "teachers/bundle")),
@@ -41,7 +44,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "Predicting, evaluating, comparing, looking, exporting",
         ("predict", "cli_predict", "evaluate", "comparison/", "cli_compare", "inspection/",
-         "cli_inspect", "html_report/", "export", "cli_export", "label_tables"),
+         "cli_inspect", "html_report/", "export", "cli_export", "label_tables", "summary"),
     ),
     ("The command line", ("",)),
 )  # fmt: skip

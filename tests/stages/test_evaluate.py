@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Callable
@@ -11,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from pipeline.config import file_sha256
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError
 from pipeline.log import Log
+from pipeline.summary import METRICS, known, organ_means, overall_means
 from stages import evaluate
 from stages.evaluate import EvaluateConfig
 from stages.report import StageReport
@@ -25,13 +28,15 @@ LIVER, SPLEEN = 1, 2
 Change = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
 
-def run(registry: Path, *, dry_run: bool = False, **config: Any) -> StageReport:
+def run(
+    registry: Path, *, dry_run: bool = False, table: bool = False, **config: Any
+) -> StageReport:
     return evaluate.run(
         EvaluateConfig(**config),
         load_registry(registry),
         registry.parent / "predictions",
         log=Log(quiet=True),
-        table=False,
+        table=table,
         dry_run=dry_run,
     )
 
@@ -61,9 +66,16 @@ def summary_of(registry: Path) -> dict[str, Any]:
 
 
 def metrics(registry: Path, case: str, organ: str) -> dict[str, Any]:
-    per_case = {row["case"]: row["metrics"] for row in summary_of(registry)["metric_per_case"]}
-    found: dict[str, Any] = per_case[case][organ]
-    return found
+    """Of one case and organ, by name; None for NaN."""
+    summary = summary_of(registry)
+    label = str(summary["organs"][organ])
+    row = next(row for row in summary["metric_per_case"] if row["case"] == case)
+    found: dict[str, Any] = {key: known(value) for key, value in row["metrics"][label].items()}
+    return found | {"reason": row["reasons"].get(label, "")}
+
+
+def means(registry: Path, organ: str) -> dict[str, Any]:
+    return dict(organ_means(summary_of(registry))[organ])
 
 
 def without(value: int) -> Change:
@@ -86,7 +98,8 @@ class TestScores:
             for organ in ("liver", "spleen"):
                 found = metrics(perfect, case, organ)
                 assert (found["Dice"], found["NSD"], found["HD95_mm"]) == (1.0, 1.0, 0.0)
-        assert summary_of(perfect)["foreground_mean"] == {"Dice": 1.0, "NSD": 1.0, "HD95_mm": 0.0}
+        overall = summary_of(perfect)["foreground_mean"]
+        assert (overall["Dice"], overall["NSD"], overall["HD95_mm"]) == (1.0, 1.0, 0.0)
 
     def test_an_empty_prediction_of_a_present_organ_is_zero(self, perfect: Path) -> None:
         write_prediction(perfect, CASES[0], without(SPLEEN))
@@ -95,18 +108,28 @@ class TestScores:
         assert (found["Dice"], found["NSD"]) == (0.0, 0.0)
         assert found["HD95_mm"] > 100
         assert found["reason"] == "prediction is empty"
-        assert summary_of(perfect)["mean"]["spleen"]["Dice"] == 0.5
-        assert summary_of(perfect)["mean"]["spleen"]["num_missing"] == 0
+        assert means(perfect, "spleen")["Dice"] == 0.5
+        assert means(perfect, "spleen")["num_missing"] == 0
 
-    def test_an_organ_that_the_reference_lacks_is_nan_and_counted(self, perfect: Path) -> None:
+    def test_an_organ_that_the_reference_lacks_is_as_nnunet_has_it(
+        self, perfect: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         path = reference(perfect, CASES[1])
         change_file(path, path, without(LIVER))
-        report = run(perfect)
+        report = run(perfect, table=True)
         assert report.exit_code == 0
+        assert f"the reference lacks it; Dice 0, as nnU-Net counts it: {CASES[1]} (liver)." in (
+            capsys.readouterr().out
+        )
         found = metrics(perfect, CASES[1], "liver")
-        assert (found["Dice"], found["NSD"], found["HD95_mm"]) == (None, None, None)
-        assert found["n_pred"] > 0
-        mean = summary_of(perfect)["mean"]["liver"]
+        assert (found["Dice"], found["NSD"], found["HD95_mm"]) == (0.0, None, None)
+        assert found["n_pred"] == found["FP"] > 0
+        mean = means(perfect, "liver")
+        assert (mean["Dice"], mean["num_cases"], mean["num_missing"]) == (0.5, 2, 0)
+        write_prediction(perfect, CASES[1])  # nor does the prediction have it
+        run(perfect)
+        assert metrics(perfect, CASES[1], "liver")["Dice"] is None
+        mean = means(perfect, "liver")
         assert (mean["Dice"], mean["num_cases"], mean["num_missing"]) == (1.0, 1, 1)
 
     def test_an_organ_that_the_dataset_does_not_annotate_is_counted_too(
@@ -123,7 +146,7 @@ class TestScores:
         found = metrics(perfect, cases[0], "spleen")
         assert found["Dice"] is None
         assert found["reason"] == "not annotated in this case"
-        mean = summary_of(perfect)["mean"]["spleen"]
+        mean = means(perfect, "spleen")
         assert (mean["num_cases"], mean["num_missing"]) == (2, len(cases))
 
     def test_swapped_organs_score_zero(self, perfect: Path) -> None:
@@ -162,6 +185,8 @@ class TestScores:
         run(perfect)
         found = metrics(perfect, CASES[0], "liver")
         assert (found["Dice"], found["n_pred"]) == (None, 0)
+        size = np.asarray(nib.load(reference(perfect, CASES[0])).dataobj)
+        assert found["TN"] == (size != 5).sum()
         assert metrics(perfect, CASES[0], "spleen")["Dice"] == 1.0
 
     def test_tolerance_is_in_mm_and_surfaces_may_be_left_out(self, perfect: Path) -> None:
@@ -171,7 +196,7 @@ class TestScores:
         run(perfect, tolerance_mm=50.0)
         assert metrics(perfect, CASES[0], "liver")["NSD"] == 1.0
         assert strict < 0.9
-        assert summary_of(perfect)["tolerance_mm"] == 50.0
+        assert summary_of(perfect)["settings"]["tolerance_mm"] == 50.0
         run(perfect, surface=False)
         found = metrics(perfect, CASES[0], "liver")
         assert (found["NSD"], found["HD95_mm"]) == (None, None)
@@ -224,7 +249,7 @@ class TestFailures:
         assert (report.done, report.exit_code) == ([], 2)
         summary = summary_of(tiny_registry)
         assert summary["metric_per_case"] == []
-        assert summary["foreground_mean"] == {"Dice": None, "NSD": None, "HD95_mm": None}
+        assert set(overall_means(summary).values()) == {None}
 
     def test_no_case_in_the_splits(self, perfect: Path) -> None:
         change_registry(
@@ -242,18 +267,38 @@ class TestSummary:
         report = run(perfect)
         summary = summary_of(perfect)
         assert set(summary) == {
-            "tolerance_mm",
+            "settings",
             "failed",
             "metric_per_case",
             "mean",
             "foreground_mean",
+            "organs",
         }
-        assert list(summary["mean"]) == ["liver", "spleen"]
-        keys = {"Dice", "NSD", "HD95_mm", "num_cases", "num_missing"}
-        assert all(set(mean) == keys for mean in summary["mean"].values())
-        row = summary["metric_per_case"][0]["metrics"]["liver"]
-        assert set(row) == {"Dice", "NSD", "HD95_mm", "n_ref", "n_pred", "reason"}
-        assert report.details["mean"] == summary["mean"]
+        assert list(summary["mean"]) == ["1", "2"]
+        assert all(
+            set(m) == {*METRICS, "num_cases", "num_missing"} for m in summary["mean"].values()
+        )
+        row = summary["metric_per_case"][0]
+        assert set(row["metrics"]["1"]) == set(METRICS)
+        assert row["reference_file"] == str(reference(perfect, CASES[0]))
+        assert row["prediction_sha256"] == file_sha256(Path(row["prediction_file"]))
+        assert report.details["mean"] == organ_means(summary)
+
+    def test_scores_as_csv(self, perfect: Path) -> None:
+        change_file(reference(perfect, CASES[0]), reference(perfect, CASES[0]), without(LIVER))
+        write_prediction(perfect, CASES[0])
+        run(perfect)
+        with (perfect.parent / "predictions" / "scores.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [(r["dataset"], r["case"], r["organ"], r["label"]) for r in rows] == [
+            ("multi-ct", case, organ, label)
+            for case in ("case_001", "case_002")
+            for organ, label in (("liver", "1"), ("spleen", "2"))
+        ]
+        assert (rows[0]["Dice"], rows[0]["reason"]) == ("", "organ absent from the reference")
+        for row in rows[1:]:
+            found = metrics(perfect, f"multi-ct/{row['case']}", row["organ"])
+            assert all(float(row[key]) == found[key] for key in METRICS)
 
     def test_other_splits(self, perfect: Path) -> None:
         write_prediction(perfect, "multi-ct/case_000")
@@ -283,14 +328,10 @@ class TestSummary:
         assert snapshot(perfect.parent) == before
 
 
-def test_a_nan_is_no_number_in_json(perfect: Path) -> None:
+def test_what_the_stage_reports_is_strict_json(perfect: Path) -> None:
+    """`summary.json` has NaN where nnU-Net has it; what goes into events has null."""
     path = reference(perfect, CASES[0])
     change_file(path, path, without(LIVER))
-    run(perfect)
-    text = (perfect.parent / "predictions" / "summary.json").read_text()
-    assert "NaN" not in text
-    assert not any(
-        isinstance(value, float) and math.isnan(value)
-        for mean in json.loads(text)["mean"].values()
-        for value in mean.values()
-    )
+    report = run(perfect)
+    assert math.isnan(summary_of(perfect)["metric_per_case"][0]["metrics"]["1"]["NSD"])
+    json.dumps(report.to_json(), allow_nan=False)

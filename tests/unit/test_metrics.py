@@ -22,10 +22,9 @@ from pipeline.errors import GeometryError
 from pipeline.metrics import (
     ABSENT,
     EMPTY_PREDICTION,
-    NOT_ANNOTATED,
     OrganScore,
     score_case,
-    summarise,
+    score_json,
 )
 
 Mask = npt.NDArray[np.bool_]
@@ -304,54 +303,23 @@ def test_an_organ_cannot_have_the_ignored_value() -> None:
         score_case(labels, labels, {"liver": 255}, (1, 1, 1))
 
 
-def test_summary_means_leave_nan_out_and_count_it() -> None:
-    scores = {
-        "case_1": [
-            OrganScore("liver", 0.9, 1.0, 2.0, 100, 90),
-            OrganScore.missing("spleen", ABSENT),
-        ],
-        "case_2": [
-            OrganScore("liver", 0.5, 0.4, 6.0, 80, 60),
-            OrganScore.missing("spleen", NOT_ANNOTATED, num_predicted=12),
-        ],
-        "case_3": [OrganScore("spleen", 0.1, 0.0, 10.0, 5, 5)],
-    }
-    summary = summarise(scores)
-    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert [entry["case"] for entry in summary["metric_per_case"]] == ["case_1", "case_2", "case_3"]
-    assert summary["metric_per_case"][1]["metrics"]["spleen"] == {
-        "Dice": None,
-        "NSD": None,
-        "HD95_mm": None,
-        "n_ref": 0,
-        "n_pred": 12,
-        "reason": NOT_ANNOTATED,
-    }
-    assert summary["mean"] == {
-        "liver": {
-            "Dice": pytest.approx(0.7),
-            "NSD": pytest.approx(0.7),
-            "HD95_mm": 4.0,
-            "num_cases": 2,
-            "num_missing": 1,
-        },
-        "spleen": {"Dice": 0.1, "NSD": 0.0, "HD95_mm": 10.0, "num_cases": 1, "num_missing": 2},
-    }
-    assert summary["foreground_mean"] == {
-        "Dice": pytest.approx(0.4),
-        "NSD": pytest.approx(0.35),
-        "HD95_mm": 7.0,
-    }
+def test_a_score_as_json_has_no_nan() -> None:
+    known = OrganScore("liver", 0.9, 1.0, 2.0, 100, 90)
+    assert score_json(known) == {
+        "Dice": 0.9, "NSD": 1.0, "HD95_mm": 2.0, "n_ref": 100, "n_pred": 90, "reason": "",
+    }  # fmt: skip
+    missing = score_json(OrganScore.missing("liver", ABSENT, num_predicted=3))
+    assert (missing["Dice"], missing["NSD"], missing["HD95_mm"]) == (None, None, None)
+    assert (missing["n_pred"], missing["reason"]) == (3, ABSENT)
+    json.dumps(missing, allow_nan=False)
 
 
-def test_summary_of_organs_without_any_value() -> None:
-    present = OrganScore("liver", 0.8, math.nan, math.nan, 10, 10)
-    summary = summarise({"case": [present, OrganScore.missing("spleen", ABSENT)]})
-    assert summary["mean"]["spleen"]["Dice"] is None
-    assert summary["mean"]["spleen"]["num_missing"] == 1
-    assert summary["foreground_mean"] == {"Dice": 0.8, "NSD": None, "HD95_mm": None}
-
-
-def test_summary_of_nothing() -> None:
-    nothing = {"Dice": None, "NSD": None, "HD95_mm": None}
-    assert summarise({}) == {"metric_per_case": [], "mean": {}, "foreground_mean": nothing}
+def test_voxels_are_counted_without_ignored_ones() -> None:
+    reference = np.zeros((2, 3, 4), int)
+    reference[0] = 1
+    reference[0, 0, 0] = 255
+    prediction = np.zeros((2, 3, 4), int)
+    prediction[:, 0] = 1
+    found = score(prediction, reference, (1, 1, 1), surface=False)
+    assert (found.num_reference, found.num_predicted) == (11, 7)
+    assert (found.num_overlap, found.num_voxels) == (3, 23)

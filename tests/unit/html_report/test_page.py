@@ -4,6 +4,7 @@ missing."""
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -22,6 +23,8 @@ from pipeline.errors import CheckpointError, ConfigError, PipelineError, WorkFol
 from pipeline.html_report import make
 from pipeline.inspection.run import inspect_cohort
 from pipeline.log import Log
+from pipeline.metrics import OrganScore
+from pipeline.summary import summarise
 from tests.stages.stage_contract import snapshot
 from tests.tiny import ORGANS, change_registry, work_of
 from tests.unit.html_report.pages import RUN, Element, call, folder_of, page, parse, recorded
@@ -185,15 +188,15 @@ def test_kept_scores_are_taken_before_the_cache(runs: Path, tmp_path: Path) -> N
 
 def predictions(folder: Path, registry: Path, reason: str = "") -> Path:
     """Scores of two test cases; the label map of the worse one alone is there, and is its label."""
-    values = {"NSD": None, "HD95_mm": None, "n_ref": 1, "n_pred": 1, "reason": reason}
-    scored = [
-        {"case": case, "metrics": {"liver": {"Dice": dice, **values}}}
-        for case, dice in (("multi-ct/case_001", 0.75), ("multi-ct/case_002", 0.25))
-    ]
+    nan = math.nan
+    scores = {
+        case: [OrganScore("liver", nan, nan, nan, 4, 4, reason, overlap, 64)]
+        for case, overlap in (("multi-ct/case_001", 3), ("multi-ct/case_002", 1))
+    }  # Dice 0.75 and 0.25
     (folder / "multi-ct").mkdir(parents=True)
     labels = registry.parent / "data" / "multi-ct" / "labels"
     shutil.copy(labels / "case_002.nii.gz", folder / "multi-ct")
-    summary = {"tolerance_mm": 2.0, "failed": {}, "metric_per_case": scored}
+    summary = summarise(scores, {"liver": 1}) | {"settings": {"tolerance_mm": 2.0}, "failed": {}}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 

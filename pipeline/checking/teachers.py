@@ -1,4 +1,4 @@
-"""`pipeline check`: every teacher on one small crop, to see what is wrong before stage one does."""
+"""Every teacher on one small crop, to see what is wrong before stage one does."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class TeacherCheck:
         kind: likewise.
         organs: organ -> the output channels that mean it, from the registry.
         problem: what is wrong; None if nothing is.
+        fix: what to do about it.
         num_channels: that the network emits.
         spacing_mm: z, y, x of the grid that its logits are on.
         shape: likewise, in voxels.
@@ -52,6 +53,7 @@ class TeacherCheck:
     kind: str
     organs: Mapping[str, Sequence[int]]
     problem: str | None = None
+    fix: str = ""
     num_channels: int | None = None
     spacing_mm: Sequence[float] = ()
     shape: Sequence[int] = ()
@@ -89,6 +91,7 @@ def check_teachers(
     storage: StorageConfig,
     log: Log,
     case: str | None = None,
+    dataset: str | None = None,
     side_mm: float = 120.0,
     device: str = "auto",
     window_batch: int = 1,
@@ -103,6 +106,7 @@ def check_teachers(
         storage: likewise.
         log: where progress goes.
         case: `dataset/case`; None takes the first that can be read.
+        dataset: to take it from; None for any.
         side_mm: of the crop, a cube where the image is that large.
         device: auto, cpu, cuda, cuda:1.
         window_batch: windows per forward pass.
@@ -112,7 +116,7 @@ def check_teachers(
     """
     if not registry.teachers:
         raise RegistryError("it has no teachers to check.", where=registry.path, fix="Add some.")
-    name, native = _one_case(registry, case)
+    name, native = _one_case(registry, case, dataset)
     crop = middle(native, side_mm)
     rows = []
     with log.progress("teachers", len(registry.teachers)) as advance:
@@ -138,7 +142,7 @@ def middle(image: Volume, side_mm: float) -> Volume:
 
 
 def print_check(report: CheckReport) -> None:
-    """A table, then what is wrong in full, for people."""
+    """A table for people; what is wrong is told with the other findings."""
     size = " x ".join(str(n) for n in report.crop_shape)
     spacing = " x ".join(f"{mm:g}" for mm in np.round(report.crop_spacing_mm, 2))
     title = f"Teachers on the middle of {report.case} ({size} voxels of {spacing} mm)"
@@ -147,9 +151,6 @@ def print_check(report: CheckReport) -> None:
         "tap: channels, cells", "memory", "seconds", "result",
     ]  # fmt: skip
     print_table(title, columns, [_cells(row) for row in report.teachers])
-    wrong = [[f"{row.teacher}: {row.problem}"] for row in report.teachers if row.problem]
-    if wrong:
-        print_table("", ["What is wrong"], wrong)
 
 
 def _cells(row: TeacherCheck) -> list[str]:
@@ -169,8 +170,9 @@ def _cells(row: TeacherCheck) -> list[str]:
     ]
 
 
-def _one_case(registry: Registry, case: str | None) -> tuple[str, Volume]:
-    sources = [source for dataset in registry.datasets for source in registry.cases(dataset)]
+def _one_case(registry: Registry, case: str | None, dataset: str | None) -> tuple[str, Volume]:
+    datasets = [name for name in registry.datasets if dataset in (None, name)]
+    sources = [source for name in datasets for source in registry.cases(name)]
     if case is not None:
         sources = [source for source in sources if source.name == case]
     unread: list[str] = []
@@ -213,9 +215,11 @@ def _check_one(
         prediction = teacher.predict(image)
         odds = organ_log_odds(prediction, entry, where=where)
     except PipelineError as error:
-        return replace(row, problem=str(error))
+        what = error.what if error.where is None else f"{error.where}: {error.what}"
+        return replace(row, problem=what, fix=error.fix)
     except Exception as error:  # nobody foresaw it: the other teachers are checked all the same
-        return replace(row, problem="".join(traceback.format_exception(error)))
+        what = "".join(traceback.format_exception(error)).rstrip()
+        return replace(row, problem=what, fix="Its code or its registry entry must be mended.")
     logits = prediction.logits
     return replace(
         row,

@@ -1,4 +1,4 @@
-"""`pipeline check`: one row per teacher; a bad one neither hides nor stops the others."""
+"""Teachers in `pipeline check`: a row each; a bad one neither hides nor stops the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.cache.schema import StorageConfig
-from pipeline.checking import CheckReport, check_teachers, middle
+from pipeline.checking.teachers import CheckReport, check_teachers, middle
 from pipeline.data.registry import load_registry
 from pipeline.errors import RegistryError
 from pipeline.log import Log
@@ -134,15 +134,19 @@ def test_on_the_command_line(
 ) -> None:
     config = mixed.parent / "stage.yaml"
     config.write_text(f"window: {{shape: {list(WINDOW)}, overlap: 0.25}}\n")
-    arguments = ["check", "-r", str(mixed), "-c", str(config), "--device", "cpu"]
+    arguments = ["check", "-r", str(mixed), "-c", str(config), "--device", "cpu", "--jobs", "1"]
     code, out, _ = run_cli(*arguments, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 2
     assert out.count("ok") >= 4
-    assert "What is wrong" in out
+    assert "Findings" in out
     assert "emits 3 channels" in out
     code, out, err = run_cli(*arguments, "--json", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 2
-    assert json.loads(out)["num_failed"] == 3
+    found = json.loads(out)
+    assert found["teachers"]["num_failed"] == 3
+    assert {f["where"] for f in found["findings"] if f["kind"] == "teacher"} == {
+        "teacher absent", "teacher wrong", "teacher broken",
+    }  # fmt: skip
     assert err == ""
     assert not work_of(mixed).exists()
 
@@ -155,13 +159,13 @@ def test_trust_on_the_command_line(
     config.write_text(
         config.read_text().replace('"norm": "instance"', '"norm": "$str(\'instance\')"')
     )
-    arguments = ["check", "-r", str(tiny_registry), "--device", "cpu"]
+    arguments = ["check", "-r", str(tiny_registry), "--device", "cpu", "--jobs", "1"]
     code, out, _ = run_cli(*arguments, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 2
     assert "--trust" in out
     code, out, _ = run_cli(*arguments, "--trust", "zoo", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0
-    assert "What is wrong" not in out
+    assert "0 errors" in out
     code, _, err = run_cli(*arguments, "--trust", "zo", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 2
     assert "there is no teacher 'zo' to trust" in err

@@ -1,0 +1,246 @@
+"""One case, each file read once: whether it can be used, and numbers to hold against the others.
+
+It runs in worker processes, so it loads no network library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.case_checks import check_same_grid
+from pipeline.checking.findings import Finding, Severity, of_case
+from pipeline.checking.hounsfield import Counts, Intensities, doubts, intensities, value_counts
+from pipeline.data.dataset_entry import DatasetEntry
+from pipeline.data.files import CaseFiles
+from pipeline.data.nifti import NiftiVolume, read_image, read_label
+from pipeline.errors import GeometryError, PipelineError
+from pipeline.volume import Grid, Index3, Spacing
+
+_BODY_HU = -500
+_MOST_SAMPLES = 96  # along each axis, for places
+
+
+@dataclass(frozen=True)
+class Task:
+    """A case to look at.
+
+    Attributes:
+        source: its files.
+        entry: of its dataset.
+        spacing_mm: of the student grid.
+        patch: of the student, in voxels of that grid.
+    """
+
+    source: CaseFiles
+    entry: DatasetEntry
+    spacing_mm: Spacing
+    patch: Index3
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """What one case showed; None and empty where its files did not let themselves be read.
+
+    Attributes:
+        case: `dataset/case`.
+        dataset: its dataset.
+        split: likewise.
+        shape: of the image in RAS+, z, y, x.
+        spacing_mm: likewise.
+        stored: letters of the order that the image's file keeps its axes in, as `LPS`.
+        image_key: SHA-256 of the image's voxels in RAS+, whatever file they were in.
+        label_key: likewise of the label; None if it is empty.
+        hu: how its values are spread.
+        organ_ml: organ -> volume of its label; 0 where it is absent.
+        organ_place: organ -> centre along z, y, x: -1 and 1 are the ends of the body.
+        organ_air: organ -> share of its voxels in air, below -500 HU.
+        findings: what is wrong with this case alone.
+    """
+
+    case: str
+    dataset: str
+    split: str
+    shape: Index3 | None = None
+    spacing_mm: Spacing | None = None
+    stored: str = ""
+    image_key: str | None = None
+    label_key: str | None = None
+    hu: Intensities | None = None
+    organ_ml: Mapping[str, float] = field(default_factory=dict)
+    organ_place: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    organ_air: Mapping[str, float] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+
+
+def look_at(task: Task) -> CaseFacts:
+    """Reads image and label of a case and says what they hold; never raises for a bad file."""
+    facts = CaseFacts(task.source.name, task.source.dataset, task.source.split)
+    try:
+        return _look(task, facts)
+    except Exception as error:  # nobody foresaw it: the other cases are looked at all the same
+        what = "".join(traceback.format_exception(error))
+        fix = "Export the case again; if it is fine, please report this."
+        return replace(facts, findings=(of_case("error", "file", facts.case, what, fix),))
+
+
+def _look(task: Task, facts: CaseFacts) -> CaseFacts:
+    name = facts.case
+    found: list[Finding] = []
+    image, label = _image(task, found), _label(task, found)
+    if image is not None:
+        facts = _image_facts(task, facts, image, found)
+    if label is None:
+        return replace(facts, findings=tuple(found))
+    counts = value_counts(label.volume.array)
+    found += _unknown_values(task, counts)
+    voxel_ml = label.volume.grid.voxel_ml
+    organ_ml = {
+        organ: round(sum(int(counts[v]) for v in values) * voxel_ml, 3)
+        for organ, values in task.entry.annotated.items()
+    }
+    label_key = _key(label.volume.array) if counts[1:].any() else None
+    facts = replace(facts, organ_ml=organ_ml, label_key=label_key)
+    if image is not None:
+        try:
+            check_same_grid(image, label, name)
+        except GeometryError as error:
+            apart = _apart(image, label)
+            found.append(of_case("error", "grid", name, f"{error.what} {apart}".strip(), error.fix))
+        else:
+            facts = _places(task, facts, image, label)
+    return replace(facts, findings=tuple(found))
+
+
+def _image(task: Task, found: list[Finding]) -> NiftiVolume | None:
+    try:
+        return read_image(task.source.image)
+    except PipelineError as error:
+        found.append(_unreadable(task, error))
+        return None
+
+
+def _label(task: Task, found: list[Finding]) -> NiftiVolume | None:
+    try:
+        return read_label(task.source.label)
+    except PipelineError as error:
+        found.append(_unreadable(task, error))
+        return None
+
+
+def _unreadable(task: Task, error: PipelineError) -> Finding:
+    what = error.what if error.where is None else f"{error.where}: {error.what}"
+    return of_case("error", "file", task.source.name, what, error.fix)
+
+
+def _image_facts(
+    task: Task, facts: CaseFacts, image: NiftiVolume, found: list[Finding]
+) -> CaseFacts:
+    name, volume = facts.case, image.volume
+    z, y, x = (round(mm, 4) for mm in volume.spacing_mm)
+    for doubt in image.doubts:
+        severity: Severity = "error" if doubt.certain else "warning"
+        found.append(of_case(severity, "header", name, doubt.what, doubt.fix))
+    counts = value_counts(volume.array)
+    seen = intensities(volume.array, counts)
+    found += [of_case(d.severity, "hu", name, d.what, d.fix) for d in doubts(counts, seen)]
+    found += _sizes(task, volume.grid)
+    return replace(
+        facts,
+        shape=volume.grid.shape,
+        spacing_mm=(z, y, x),
+        stored=volume.stored.code,
+        image_key=_key(volume.array),
+        hu=seen,
+    )
+
+
+def _sizes(task: Task, grid: Grid) -> list[Finding]:
+    shape, patch = grid.with_spacing(task.spacing_mm).shape, task.patch
+    if all(n >= p for n, p in zip(shape, patch, strict=True)):
+        return []
+    filled = math.prod(min(n, p) / p for n, p in zip(shape, patch, strict=True))
+    return [
+        of_case(
+            "warning",
+            "patch",
+            task.source.name,
+            f"on the student grid it has {_by(shape)} voxels, less than the student's patch of "
+            f"{_by(patch)}: at most {filled:.0%} of a patch is image, the rest padding.",
+            "Choose a smaller `patch` or a finer `grid.spacing_mm`, or leave such cases out.",
+        )
+    ]
+
+
+def _unknown_values(task: Task, counts: Counts) -> list[Finding]:
+    entry = task.entry
+    known = {0, *entry.ignore_values, *entry.background_values}
+    known |= {value for values in entry.annotated.values() for value in values}
+    unknown = [int(value) for value in np.flatnonzero(counts) if int(value) not in known]
+    if not unknown:
+        return []
+    each = ", ".join(f"{value} ({counts[value]:,} voxels)" for value in unknown)
+    return [
+        of_case(
+            "error",
+            "values",
+            task.source.name,
+            f"label values that the registry does not name: {each}.",
+            "Name them under the dataset's `annotated`, or list them in `background_values` "
+            "(other structures) or `ignore_values` (unknown).",
+        )
+    ]
+
+
+def _apart(image: NiftiVolume, label: NiftiVolume) -> str:
+    """What two grids differ in, in words."""
+    a, b = image.volume.grid, label.volume.grid
+    said = []
+    if not np.allclose(a.spacing_mm, b.spacing_mm, rtol=1e-3):
+        said.append(f"spacing {_by(b.spacing_mm)} mm against {_by(a.spacing_mm)} mm")
+    turned = a.matrix[:3, :3] / a.spacing_mm - b.matrix[:3, :3] / b.spacing_mm
+    if np.abs(turned).max() > 1e-3:
+        said.append("other directions of the axes")
+    moved = float(np.linalg.norm(a.matrix[:3, 3] - b.matrix[:3, 3]))
+    if moved > 0.05:
+        said.append(f"first voxels {moved:.1f} mm apart")
+    stored = image.volume.stored.code, label.volume.stored.code
+    if stored[0] != stored[1]:
+        said.append(f"stored as {stored[1]} against {stored[0]}")
+    return f"Label against image: {', '.join(said)}." if said else ""
+
+
+def _places(task: Task, facts: CaseFacts, image: NiftiVolume, label: NiftiVolume) -> CaseFacts:
+    """Where organs lie in the body and how much of them is in air, on every n-th voxel."""
+    step = tuple(slice(None, None, -(-n // _MOST_SAMPLES)) for n in label.volume.grid.shape)
+    hu, values = image.volume.array[step], label.volume.array[step]
+    body = np.nonzero(hu > _BODY_HU)
+    if not body[0].size:
+        return facts
+    ends = np.array([np.percentile(axis, (2, 98)) for axis in body])
+    middle, half = ends.mean(axis=1), np.maximum(np.diff(ends, axis=1)[:, 0] / 2, 1.0)
+    place, air = {}, {}
+    for organ, meanings in task.entry.annotated.items():
+        inside = np.isin(values, meanings)
+        if inside.any():
+            centre = np.array([axis.mean() for axis in np.nonzero(inside)])
+            z, y, x = ((centre - middle) / half).round(3).tolist()
+            place[organ] = (z, y, x)
+            air[organ] = round(float((hu[inside] <= _BODY_HU).mean()), 3)
+    return replace(facts, organ_place=place, organ_air=air)
+
+
+def _key(array: npt.NDArray[np.generic]) -> str:
+    found = hashlib.sha256(str((array.shape, array.dtype.str)).encode())
+    found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
+
+
+def _by(numbers: tuple[float, ...] | tuple[int, ...]) -> str:
+    return " x ".join(f"{number:.4g}" for number in numbers)

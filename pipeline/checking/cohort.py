@@ -1,0 +1,173 @@
+"""Cases held against each other: duplicates, organs that are missing, odd in size, or misplaced.
+
+Sizes are compared with those of other cases only. No anatomical limits are built in: names of
+organs are the user's own, and children, cut fields of view and tumours are in real datasets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from pipeline.admission.verdict import VOLUME_FACTOR
+from pipeline.checking.case import CaseFacts
+from pipeline.checking.findings import Finding, of_case, of_dataset
+from pipeline.data.dataset_entry import DatasetEntry
+from pipeline.tables import in_ml
+
+MIN_CASES: Final = 6
+# Iglewicz and Hoaglin (1993), How to Detect and Handle Outliers: 0.6745 |x - median| / MAD > 3.5.
+_MAD_TO_SIGMA: Final = 0.6745
+_MOST_DEVIATION: Final = 3.5
+# How far off the body's middle an organ must lie, in half widths, for its side to mean anything.
+_SIDED: Final = 0.15
+_MOST_AIR: Final = 0.2
+_SIDES: Final = {1: ("behind", "in front of"), 2: ("left of", "right of")}
+_NAMED: Final = 5
+
+
+def compare_cases(
+    facts: Sequence[CaseFacts], datasets: Mapping[str, DatasetEntry]
+) -> list[Finding]:
+    """All findings that need more than one case.
+
+    Args:
+        facts: of all cases that are checked.
+        datasets: their entries.
+    """
+    found = same_voxels(facts)
+    for dataset, entry in datasets.items():
+        own = [case for case in facts if case.dataset == dataset and case.organ_ml]
+        for organ in entry.annotated:
+            found += missing_organ(dataset, organ, entry.annotated[organ], own)
+    for organ in dict.fromkeys(organ for entry in datasets.values() for organ in entry.annotated):
+        found += odd_volumes(organ, facts) + misplaced(organ, facts) + in_air(organ, facts)
+    return found
+
+
+def same_voxels(facts: Sequence[CaseFacts]) -> list[Finding]:
+    """Images that are one scan, and label maps that are one although their images are not."""
+    found = []
+    for cases in _groups(facts, "image_key"):
+        first, *others = cases
+        train = [case for case in cases if case.split == "train"]
+        held_out = [case for case in cases if case.split != "train"]
+        what = f"it ({first.split}) holds the same voxels as {_named(others)}"
+        if train and held_out:
+            worst = "test" if any(case.split == "test" for case in held_out) else "validation"
+            what += f": a student would be trained on a scan of its own {worst} cases."
+            fix = "Put all of them into one split (by lists), or take all but one out."
+            found.append(of_case("error", "duplicate", first.case, what, fix))
+        else:
+            fix = "Keep one, unless they carry labels of different organs on purpose."
+            what += ": the scan counts more than once."
+            found.append(of_case("warning", "duplicate", first.case, what, fix))
+    for cases in _groups(facts, "label_key"):
+        if len({case.image_key for case in cases}) > 1:
+            first, *others = cases
+            what = f"its label map is that of {_named(others)}, the images are not the same."
+            fix = "One of the labels is in the wrong place: find out which."
+            found.append(of_case("warning", "duplicate", first.case, what, fix))
+    return found
+
+
+def missing_organ(
+    dataset: str, organ: str, values: Sequence[int], own: Sequence[CaseFacts]
+) -> list[Finding]:
+    """An organ that the dataset annotates: absent in all of its cases, or in some."""
+    without = [case for case in own if not case.organ_ml.get(organ)]
+    if own and len(without) == len(own):
+        what = f"{organ} is empty in all {len(own)} labels that could be read."
+        fix = f"Is {list(values)} really the label value of {organ} in these files?"
+        return [of_dataset("error", "organ", dataset, what, fix)]
+    fix = "Removed, or outside the image? If nobody annotated it there, take the case out."
+    what = f"{organ} has no voxel in the label."
+    return [of_case("warning", "organ", case.case, what, fix) for case in without]
+
+
+def odd_volumes(organ: str, facts: Sequence[CaseFacts]) -> list[Finding]:
+    """Labels of a size far from those of the dataset's other cases, or of all where it has few."""
+    everywhere = [case for case in facts if case.organ_ml.get(organ)]
+    found = []
+    for dataset in dict.fromkeys(case.dataset for case in everywhere):
+        own = [case for case in everywhere if case.dataset == dataset]
+        enough = len(own) > MIN_CASES
+        against = own if enough else everywhere
+        for case in own:
+            others = [other.organ_ml[organ] for other in against if other is not case]
+            if len(others) >= MIN_CASES and is_outlier(case.organ_ml[organ], others):
+                low, middle, high = np.quantile(others, (0.05, 0.5, 0.95))
+                what = (
+                    f"{organ} has {in_ml(case.organ_ml[organ])} ml; {len(others)} other cases of "
+                    f"{dataset if enough else 'all datasets'} have {in_ml(middle)} ml at the "
+                    f"median, most {in_ml(low)} to {in_ml(high)} ml."
+                )
+                fix = "Look at the label: cut off, another structure, wrong spacing? Or ill."
+                found.append(of_case("warning", "volume", case.case, what, fix))
+    return found
+
+
+def is_outlier(ml: float, others: Sequence[float]) -> bool:
+    """Whether a volume is far from others: by the modified z-score of logarithms, which is robust
+    against other outliers, and at least by the factor that the admission gate calls odd."""
+    logs = np.log(np.asarray(others, dtype=np.float64))
+    middle = float(np.median(logs))
+    apart = abs(float(np.log(ml)) - middle)
+    spread = float(np.median(np.abs(logs - middle)))
+    return apart > np.log(VOLUME_FACTOR) and _MAD_TO_SIGMA * apart > _MOST_DEVIATION * spread
+
+
+def misplaced(organ: str, facts: Sequence[CaseFacts]) -> list[Finding]:
+    """Labels on the other side of the body than in most cases: a mirrored image, or its header."""
+    seen = [case for case in facts if organ in case.organ_place]
+    found = []
+    for axis, (minus, plus) in _SIDES.items():
+        places = np.array([case.organ_place[organ][axis] for case in seen])
+        if len(seen) < MIN_CASES or abs(usual := float(np.median(places))) < _SIDED:
+            continue
+        for case, place in zip(seen, places.tolist(), strict=True):
+            if place * usual < 0 and abs(place) > _SIDED:
+                sides = (plus, minus) if place > 0 else (minus, plus)
+                what = (
+                    f"{organ} lies {sides[0]} the body's middle, and {sides[1]} it in most of "
+                    f"{len(seen)} cases."
+                )
+                fix = "Is the image mirrored, or its affine wrong? Look at it in a viewer."
+                found.append(of_case("warning", "place", case.case, what, fix))
+    return found
+
+
+def in_air(organ: str, facts: Sequence[CaseFacts]) -> list[Finding]:
+    """Labels that lie in air although those of other cases do not: label and image do not fit."""
+    seen = [case for case in facts if organ in case.organ_air]
+    if len(seen) < MIN_CASES or np.median([c.organ_air[organ] for c in seen]) > _MOST_AIR / 4:
+        return []
+    fix = "Label and image do not fit: flipped, shifted, or of another scan?"
+    return [
+        of_case(
+            "warning",
+            "air",
+            case.case,
+            f"{case.organ_air[organ]:.0%} of the label of {organ} lies in air; in most of "
+            f"{len(seen)} cases next to nothing does.",
+            fix,
+        )
+        for case in seen
+        if case.organ_air[organ] > _MOST_AIR
+    ]
+
+
+def _groups(facts: Sequence[CaseFacts], key: str) -> list[list[CaseFacts]]:
+    by_key: dict[str, list[CaseFacts]] = {}
+    for case in facts:
+        if getattr(case, key) is not None:
+            by_key.setdefault(getattr(case, key), []).append(case)
+    return [cases for cases in by_key.values() if len(cases) > 1]
+
+
+def _named(cases: Sequence[CaseFacts]) -> str:
+    shown = ", ".join(f"{case.case} ({case.split})" for case in cases[:_NAMED])
+    more = len(cases) - _NAMED
+    return f"{shown} and {more} more" if more > 0 else shown

@@ -1,0 +1,187 @@
+"""Whether an image can be CT in Hounsfield units: pure functions of how often each value occurs.
+
+By definition water is 0 HU and air -1000. Fat lies near -100, other soft tissue at 0 to 100, and
+only dense bone, contrast medium and metal above 800. So wherever a body is, values between -200 and
+300 are common and values above 850 are rare. The limits below are coarse on purpose: thin patients,
+metal, contrast medium and lungs must pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.checking.findings import Severity
+
+OFFSET = 32768  # bin 0 is -32768 HU
+Counts = npt.NDArray[np.int64]
+
+_SLAB_VOXELS = 4_000_000
+_SMOOTH_HU = 21
+_HEAP = 0.03
+
+
+@dataclass(frozen=True)
+class Intensities:
+    """How an image's values are spread.
+
+    Attributes:
+        low: smallest, in HU.
+        high: largest.
+        soft_tissue: where the peak between -300 and 400 HU lies; None where nothing is there.
+        corners: median of the eight corners.
+    """
+
+    low: int
+    high: int
+    soft_tissue: int | None
+    corners: int
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Why these may be no Hounsfield units, and what to do."""
+
+    severity: Severity
+    what: str
+    fix: str
+
+
+def value_counts(array: npt.NDArray[np.int16] | npt.NDArray[np.uint16]) -> Counts:
+    """How often each of the 65536 values of int16 or uint16 occurs, int64; bin 0 is the least."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint16)
+    counts = np.zeros(65536, dtype=np.int64)
+    # Slab by slab: bincount makes int64 of all that it is given.
+    for begin in range(0, flat.size, _SLAB_VOXELS):
+        counts += np.bincount(flat[begin : begin + _SLAB_VOXELS], minlength=65536)
+    return np.roll(counts, OFFSET) if array.dtype.kind == "i" else counts
+
+
+def intensities(array: npt.NDArray[np.int16], counts: Counts) -> Intensities:
+    """The spread of an image (D, H, W).
+
+    Args:
+        array: HU.
+        counts: its `value_counts`.
+    """
+    present = np.flatnonzero(counts)
+    low, high = int(present[0]) - OFFSET, int(present[-1]) - OFFSET
+    sides = [max(1, n // 20) for n in array.shape]
+    ends = [(slice(None, side), slice(-side, None)) for side in sides]
+    blocks = [array[z, y, x].ravel() for z in ends[0] for y in ends[1] for x in ends[2]]
+    corners = int(np.median(np.concatenate(blocks)))
+    return Intensities(low, high, _peak(counts, low, high), corners)
+
+
+def doubts(counts: Counts, seen: Intensities) -> list[Doubt]:
+    """Why an image may be no CT in HU; the first certain reason alone, or all improbable ones.
+
+    Args:
+        counts: `value_counts` of it.
+        seen: `intensities` of it.
+    """
+    certain = _scaled(seen) or _shifted(counts, seen)
+    if certain is not None:
+        return [certain]
+    return [doubt for doubt in (_clipped(counts, seen), _peak_doubt(seen), _air(seen)) if doubt]
+
+
+def _scaled(seen: Intensities) -> Doubt | None:
+    span = f"values run from {seen.low} to {seen.high}"
+    again = "Export the CT itself again, in HU."
+    if seen.low == seen.high:
+        return Doubt("error", f"every voxel is {seen.low}.", again)
+    if seen.low >= -1 and seen.high <= 1:
+        what = f"{span}: an image that was normalised, or a mask."
+        return Doubt("error", what, again)
+    if seen.low >= 0 and seen.high <= 255:
+        what = f"{span}: a picture in grey levels, or a label map, not HU."
+        return Doubt("error", what, again)
+    return None
+
+
+def _shifted(counts: Counts, seen: Intensities) -> Doubt | None:
+    tissue, above = _share(counts, -200, 300), _share(counts, 850, 1200)
+    air = _share(counts, -1150, -850)
+    if above > 0.1 and air < 0.005:
+        return Doubt(
+            "error",
+            f"values lie about 1000 too high: {above:.0%} of the voxels are between 850 and 1200, "
+            "where only dense bone is, and next to none is air (-1000).",
+            "It was stored with an offset: subtract 1024 (or set the rescale intercept) and save "
+            "again.",
+        )
+    if tissue < 0.02 and air > 0.1 and seen.low < -1700:
+        return Doubt(
+            "error",
+            f"values lie about 1000 too low: {air:.0%} of the voxels are near -1000, only "
+            f"{tissue:.1%} between -200 and 300.",
+            "The rescale intercept was applied twice: add 1024 and save again.",
+        )
+    if seen.low >= 0:
+        return Doubt(
+            "error",
+            f"no value is below 0 (0 to {seen.high}): fat (-100) and air (-1000) are missing.",
+            "Unsigned storage without the rescale intercept, a window, or no CT at all: export "
+            "the CT again, in HU.",
+        )
+    if tissue < 0.01:
+        return Doubt(
+            "error",
+            f"only {tissue:.1%} of the voxels lie between -200 and 300 HU, where soft tissue is "
+            f"(values run from {seen.low} to {seen.high}).",
+            "Is it a CT, and were rescale slope and intercept applied? Export it again.",
+        )
+    return None
+
+
+def _clipped(counts: Counts, seen: Intensities) -> Doubt | None:
+    total = int(counts.sum())
+    bottom = int(counts[seen.low + OFFSET]) / total
+    if seen.low <= -900 or bottom < _HEAP:
+        return None
+    top = int(counts[seen.high + OFFSET]) / total
+    upper = f" and {top:.1%} exactly {seen.high}" if top > 0.001 else ""
+    return Doubt(
+        "warning",
+        f"the image was windowed: {bottom:.0%} of the voxels are exactly {seen.low}{upper}.",
+        "Teachers that were trained on whole HU see another air; use the CT before windowing, "
+        "unless all teachers clip to a narrower window.",
+    )
+
+
+def _peak_doubt(seen: Intensities) -> Doubt | None:
+    if seen.soft_tissue is None or -150 <= seen.soft_tissue <= 150:
+        return None
+    return Doubt(
+        "warning",
+        f"the peak of soft tissue lies at {seen.soft_tissue} HU; 0 to 100 is usual, and -100 "
+        "for fat.",
+        "Check rescale slope and intercept.",
+    )
+
+
+def _air(seen: Intensities) -> Doubt | None:
+    if not -850 < seen.corners < -300:
+        return None
+    return Doubt(
+        "warning",
+        f"the corners of the image are at {seen.corners} HU: air would be near -1000.",
+        "Check rescale slope and intercept.",
+    )
+
+
+def _peak(counts: Counts, low: int, high: int) -> int | None:
+    """The most frequent value between -300 and 400 HU, smoothed; heaps at both ends left out."""
+    inner = counts.astype(np.float64)
+    inner[[low + OFFSET, high + OFFSET]] = 0
+    smooth = np.convolve(inner[OFFSET - 400 : OFFSET + 500], np.ones(_SMOOTH_HU), mode="same")
+    smooth = smooth[100:801]
+    return int(np.argmax(smooth)) - 300 if smooth.any() else None
+
+
+def _share(counts: Counts, low: int, high: int) -> float:
+    """Of the voxels from `low` to `high` HU, both included."""
+    return float(counts[low + OFFSET : high + OFFSET + 1].sum() / counts.sum())

@@ -1,0 +1,158 @@
+"""All that `pipeline check` found: for people, for machines, and as an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from pipeline.checking.case import CaseFacts
+from pipeline.checking.datasets import DataReport
+from pipeline.checking.findings import Finding, count, in_order
+from pipeline.checking.teachers import CheckReport, print_check
+from pipeline.data.dataset_entry import SPLITS
+from pipeline.data.registry import Registry
+from pipeline.log import print_table
+from pipeline.tables import in_ml
+
+FORMAT_VERSION = 1
+_SHOWN = 3
+_MOST_ROWS = 40
+
+
+@dataclass(frozen=True)
+class Report:
+    """Datasets and teachers.
+
+    Attributes:
+        registry: that was checked.
+        data: of its datasets.
+        teachers: of its teachers; None if they were not run.
+    """
+
+    registry: Registry
+    data: DataReport
+    teachers: CheckReport | None
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Of datasets and teachers, errors first."""
+        rows = self.teachers.teachers if self.teachers else ()
+        failed = [
+            Finding("error", "teacher", f"teacher {row.teacher}", row.problem, row.fix)
+            for row in rows
+            if row.problem is not None
+        ]
+        return in_order([*self.data.findings, *failed])
+
+    @property
+    def exit_code(self) -> int:
+        """2 if there is an error; warnings alone are none."""
+        return 2 if count(self.findings, "error") else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines: every finding, every case, every teacher."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "registry": str(self.registry.path),
+            "num_errors": count(self.findings, "error"),
+            "num_warnings": count(self.findings, "warning"),
+            "findings": [asdict(finding) for finding in self.findings],
+            **self.data.to_json(),
+            "teachers": self.teachers.to_json() if self.teachers else None,
+        }
+
+
+def print_report(report: Report) -> None:
+    """Tables of datasets, teachers and findings, and a last line that counts."""
+    _print_datasets(report)
+    if report.teachers is not None:
+        print_check(report.teachers)
+    rows = _grouped(report.findings)
+    if rows:
+        more = f", first {_MOST_ROWS} of {len(rows)} rows" if len(rows) > _MOST_ROWS else ""
+        columns = ["", "where", "what was found", "what to do"]
+        print_table(f"Findings{more}", columns, rows[:_MOST_ROWS], num_text=4)
+    errors, warnings = (count(report.findings, s) for s in ("error", "warning"))
+    teachers = f", {len(report.teachers.teachers)} teachers" if report.teachers else ""
+    read = len(report.data.cases)
+    print(  # noqa: T201
+        f"{_number(errors, 'error')}, {_number(warnings, 'warning')} in "
+        f"{_number(read, 'case')}{teachers}."
+        + (" All of them: --json." if len(rows) < errors + warnings else "")
+    )
+
+
+def _print_datasets(report: Report) -> None:
+    rows = []
+    for name in report.data.datasets:
+        cases = [case for case in report.data.cases if case.dataset == name]
+        organs = report.registry.datasets[name].annotated
+        rows.append(
+            [
+                name,
+                " / ".join(str(sum(case.split == split for case in cases)) for split in SPLITS),
+                _range([case.spacing_mm for case in cases if case.spacing_mm]),
+                _range([case.shape for case in cases if case.shape]),
+                _range(
+                    [(case.hu.soft_tissue,) for case in cases if case.hu and case.hu.soft_tissue]
+                ),
+                "\n".join(organs),
+                "\n".join(_volumes(cases, organ) for organ in organs),
+            ]
+        )
+    splits = " / ".join(SPLITS)
+    columns = [
+        "dataset", splits, "spacing z, y, x in mm", "voxels z, y, x", "HU peak", "organ",
+        "ml: median (range)",
+    ]  # fmt: skip
+    print_table(f"Datasets of {report.registry.path}", columns, rows)
+
+
+def _volumes(cases: Sequence[CaseFacts], organ: str) -> str:
+    sizes = [case.organ_ml[organ] for case in cases if case.organ_ml.get(organ)]
+    if not sizes:
+        return "–"
+    return f"{in_ml(median(sizes))} ({in_ml(min(sizes))} to {in_ml(max(sizes))})"
+
+
+def _range(values: Sequence[Sequence[float]]) -> str:
+    """Smallest and largest along each axis, a line each."""
+    lines = []
+    for axis in zip(*values, strict=True):
+        low, high = min(axis), max(axis)
+        lines.append(f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}")
+    return "\n".join(lines)
+
+
+def _grouped(findings: Sequence[Finding]) -> list[list[str]]:
+    """A row per finding; findings of one kind in one dataset share a row where they are many."""
+    groups: dict[tuple[object, ...], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault(_alike(finding), []).append(finding)
+    rows = []
+    for alike in groups.values():
+        first, *others = alike
+        where, what = first.where, first.what
+        if others:
+            names = ", ".join(finding.where for finding in others[:_SHOWN])
+            more = len(others) - _SHOWN
+            where += f", {names}" + (f" and {more} more" if more > 0 else "")
+            if any(finding.what != what for finding in others):
+                what += " (This is the first; the others are alike.)"
+        rows.append([first.severity, where, what, first.fix])
+    return rows
+
+
+def _alike(finding: Finding) -> tuple[object, ...]:
+    """What findings in one row share. Organs have rows of their own: they lead the sentence."""
+    organ = finding.what.split(" ")[0] if finding.kind in ("organ", "volume", "place") else ""
+    if finding.case is None or finding.kind in ("file", "duplicate"):
+        return (finding.kind, finding.where, finding.what)
+    dataset = None if finding.kind == "patch" else finding.dataset
+    return (finding.severity, finding.kind, dataset, finding.fix, organ)
+
+
+def _number(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

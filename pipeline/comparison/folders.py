@@ -1,0 +1,281 @@
+"""`pipeline evaluate --against`: folders of predictions scored on the same cases, side by side.
+
+A folder's `summary.json` is used again if it was made with the same settings, of the same
+references and of the predictions that are there now; a folder without one is evaluated first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.comparison.paired import Paired, holm, paired
+from pipeline.comparison.statistics import OVER_ORGANS, Floats
+from pipeline.config import file_sha256
+from pipeline.data.registry import Registry
+from pipeline.errors import ConfigError
+from pipeline.log import Log
+from pipeline.summary import known
+from stages import evaluate
+from stages.evaluate import EvaluateConfig
+
+HIGHER_IS_BETTER = {"Dice": True, "NSD": True, "HD95_mm": False}
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A case and organ in which the first folder is worse than another, and by how much in Dice."""
+
+    case: str
+    organ: str
+    first: float
+    other: float
+
+
+@dataclass(frozen=True, eq=False)
+class SideBySide:
+    """Folders on the cases that all of them have.
+
+    Attributes:
+        names: of the folders, the first being the one that others are held against.
+        folders: likewise.
+        organs: organ -> label.
+        cases: `dataset/case`, in all folders.
+        summaries: of the folders.
+        notices: what a reader has to know.
+    """
+
+    names: Sequence[str]
+    folders: Sequence[Path]
+    organs: Mapping[str, int]
+    cases: Sequence[str]
+    summaries: Sequence[Mapping[str, Any]]
+    notices: Sequence[str]
+
+    @cached_property
+    def metrics(self) -> tuple[str, ...]:
+        """Measured ones."""
+        surface = self.summaries[0]["settings"]["surface"]
+        return tuple(HIGHER_IS_BETTER) if surface else ("Dice",)
+
+    def scores(self, number: int, metric: str) -> Floats:
+        """(N, K) of a folder; NaN where the reference lacks the organ or nobody annotated it.
+
+        Whether a score counts depends on the reference alone, so that scores are always pairs.
+        """
+        rows = {row["case"]: row["metrics"] for row in self.summaries[number]["metric_per_case"]}
+        found = np.full((len(self.cases), len(self.organs)), np.nan)
+        for n, case in enumerate(self.cases):
+            for k, label in enumerate(self.organs.values()):
+                values = rows[case][str(label)]
+                if known(values["n_ref"]):
+                    found[n, k] = values[metric]
+        return found
+
+    @cached_property
+    def results(self) -> dict[str, list[dict[str, Paired]]]:
+        """Metric -> for each other folder: organ, or `mean`, -> the paired result."""
+        rows = [*self.organs, OVER_ORGANS]
+        return {
+            metric: [
+                dict(zip(rows, paired(self.scores(0, metric), self.scores(n, metric)), strict=True))
+                for n in range(1, len(self.names))
+            ]
+            for metric in self.metrics
+        }
+
+    def adjusted(self, metric: str) -> list[dict[str, float | None]]:
+        """p after Holm's correction; the family is all tests of one metric: organs, their mean,
+        and folders."""
+        found = self.results[metric]
+        flat = iter(holm([result.p for row in found for result in row.values()]))
+        return [{organ: next(flat) for organ in row} for row in found]
+
+    def losses(self, number: int, most: int = 5) -> list[Loss]:
+        """Where the first folder lost most Dice against another; fewer if it lost less often."""
+        first, other = self.scores(0, "Dice"), self.scores(number, "Dice")
+        apart = np.nan_to_num(first - other, nan=0.0)
+        organs = list(self.organs)
+        worst = np.argsort(apart, axis=None, kind="stable")[:most]
+        places = [np.unravel_index(place, apart.shape) for place in worst]
+        return [
+            Loss(self.cases[n], organs[k], float(first[n, k]), float(other[n, k]))
+            for n, k in places
+            if apart[n, k] < 0
+        ]
+
+
+def side_by_side(
+    config: EvaluateConfig,
+    registry: Registry,
+    predictions: Path,
+    others: Sequence[Path],
+    *,
+    log: Log,
+) -> SideBySide:
+    """Holds a folder that has just been evaluated against others.
+
+    Args:
+        config: that it was evaluated with.
+        registry: likewise.
+        predictions: the folder.
+        others: folders of predictions, or of runs whose predictions are in `WORK/predictions`.
+        log: where progress and notices go.
+
+    Raises:
+        ConfigError: the folders were judged by other settings or references, or share no case.
+    """
+    folders = [predictions, *map(predictions_of, others)]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ConfigError(
+            "a folder cannot be compared with itself.", where="--against", fix="Name another one."
+        )
+    first = _read(predictions)
+    assert first is not None
+    summaries = [first]
+    notices: list[str] = []
+    for folder in folders[1:]:
+        summaries.append(_usable(config, registry, folder, first, log, notices))
+    names = _names(folders)
+    cases = [row["case"] for row in first["metric_per_case"]]
+    for summary in summaries[1:]:
+        there = {row["case"] for row in summary["metric_per_case"]}
+        cases = [case for case in cases if case in there]
+    notices += _left_out(names, summaries, cases)
+    if not cases:
+        counts = ", ".join(
+            f"{name} {len(summary['metric_per_case'])}"
+            for name, summary in zip(names, summaries, strict=True)
+        )
+        raise ConfigError(
+            f"no case was scored in all folders ({counts}).",
+            where="--against",
+            fix="Predict the same cases; `splits` of the settings says which are scored.",
+        )
+    for notice in notices:
+        log.warn(notice)
+    return SideBySide(names, folders, first["organs"], cases, summaries, notices)
+
+
+def predictions_of(path: Path) -> Path:
+    """A folder of predictions as it is; of a run in WORK/students, that of its predictions.
+
+    Raises:
+        ConfigError: there is no such folder, or nothing has been predicted with the run.
+    """
+    if not path.is_dir():
+        raise ConfigError("there is no such folder.", where=path, fix="Check the path.")
+    student = path / "student.pt"
+    if not student.exists():
+        return path
+    parts = path.resolve().parts
+    at = len(parts) - 1 - parts[::-1].index("students") if "students" in parts else len(parts) - 2
+    found = Path(*parts[:at]) / "predictions" / Path(*parts[at + 1 :])
+    if not found.is_dir():
+        raise ConfigError(
+            f"it is a run, and {found} is not there.",
+            where=path,
+            fix=f"`pipeline predict {student} -r data_registry.yaml -o {found}`, then this again.",
+        )
+    return found
+
+
+def _usable(
+    config: EvaluateConfig,
+    registry: Registry,
+    folder: Path,
+    first: Mapping[str, Any],
+    log: Log,
+    notices: list[str],
+) -> Mapping[str, Any]:
+    """The summary of another folder, made now where there is none or where it is out of date."""
+    summary = _read(folder)
+    if summary is not None:
+        _check_settings(folder, summary, first)
+    why = "it has no summary.json yet" if summary is None else _outdated(summary, first)
+    if why:
+        log.info(f"{folder}: {why}; it is evaluated now")
+        evaluate.run(config, registry, folder, log=log, table=False)
+        summary = _read(folder)
+    assert summary is not None
+    if summary["failed"]:
+        names = list(summary["failed"])
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        notices.append(f"{folder} could not be scored in {', '.join(names[:_NAMED])}{more}.")
+    return summary
+
+
+def _check_settings(folder: Path, summary: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    path = folder / "summary.json"
+    ours, theirs = first["settings"], summary.get("settings")
+    if theirs is None:
+        raise ConfigError(
+            "it was not written by this `pipeline evaluate`, so its settings are unknown.",
+            where=path,
+            fix="Move it away to have the folder evaluated here.",
+        )
+    differing = [key for key in ours if ours[key] != theirs.get(key)]
+    if differing:
+        said = ", ".join(
+            "label values of the datasets"
+            if key == "label_values"
+            else f"{key} {theirs.get(key)} instead of {ours[key]}"
+            for key in differing
+        )
+        raise ConfigError(
+            f"it was evaluated with other settings: {said}.",
+            where=path,
+            fix="Evaluate both folders with the same registry and settings.",
+        )
+
+
+def _outdated(summary: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """Why a summary is not of what is there now; empty if it is."""
+    references = {r["case"]: r["reference_sha256"] for r in first["metric_per_case"]}
+    for row in summary["metric_per_case"]:
+        if references.get(row["case"], row["reference_sha256"]) != row["reference_sha256"]:
+            return f"the reference of {row['case']} has changed since it was evaluated"
+        path = Path(row["prediction_file"])
+        if not path.exists() or file_sha256(path) != row["prediction_sha256"]:
+            return f"the prediction of {row['case']} has changed since it was evaluated"
+    return ""
+
+
+def _left_out(
+    names: Sequence[str], summaries: Sequence[Mapping[str, Any]], cases: Sequence[str]
+) -> list[str]:
+    found = []
+    for name, summary in zip(names, summaries, strict=True):
+        extra = [r["case"] for r in summary["metric_per_case"] if r["case"] not in set(cases)]
+        if extra:
+            more = f" and {len(extra) - _NAMED} more" if len(extra) > _NAMED else ""
+            found.append(
+                f"left out, since not scored in all folders, of {name}: "
+                f"{', '.join(extra[:_NAMED])}{more}."
+            )
+    return found
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _read(folder: Path) -> Mapping[str, Any] | None:
+    path = folder / "summary.json"
+    try:
+        found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot be read ({error}).", where=path, fix="Remove it to evaluate anew."
+        ) from error
+    return found

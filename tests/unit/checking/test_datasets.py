@@ -1,0 +1,225 @@
+"""Datasets in `pipeline check`: one damaged cohort, every damage named with its case."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from pipeline.checking import datasets
+from pipeline.checking.case import CaseFacts, Task, look_at
+from pipeline.checking.datasets import DataReport, check_datasets
+from pipeline.checking.findings import Finding
+from pipeline.checking.report import Report, print_report
+from pipeline.data.registry import load_registry
+from pipeline.errors import RegistryError
+from pipeline.log import Log
+from tests.tiny import ORGANS, WINDOW, change_registry
+from tests.unit.checking.test_teachers import run_cli
+
+
+def check(registry: Path, **options: Any) -> DataReport:
+    known = {"patch": WINDOW, "jobs": 1, "log": Log(quiet=True)}
+    return check_datasets(load_registry(registry, files=False), **(known | options))
+
+
+def file_of(registry: Path, case: str, kind: str = "image") -> Path:
+    dataset, name = case.split("/")
+    return registry.parent / "data" / dataset / f"{kind}s" / f"{name}.nii.gz"
+
+
+def rewrite(path: Path, change: Callable[[Any], Any], **header: Any) -> None:
+    source = nib.load(path)
+    affine = header.get("affine", source.affine)
+    image = nib.Nifti1Image(np.ascontiguousarray(change(np.asarray(source.dataobj))), affine)
+    if "code" in header:
+        image.set_sform(affine, header["code"])
+        image.set_qform(affine, header["code"])
+    if "qform" in header:
+        image.set_sform(affine, 1)
+        image.set_qform(header["qform"], 1)
+    if "unit" in header:
+        image.header.set_xyzt_units(header["unit"])
+    nib.save(image, path)
+
+
+def of(report: DataReport, where: str) -> list[Finding]:
+    return [finding for finding in report.findings if finding.where == where]
+
+
+def only(report: DataReport, where: str) -> Finding:
+    (found,) = of(report, where)
+    return found
+
+
+def test_a_sound_cohort_has_no_finding(tiny_registry: Path) -> None:
+    report = check(tiny_registry)
+    assert report.findings == []
+    assert report.num_cases == len(report.cases) == 9
+    for case in report.cases:
+        label = nib.load(file_of(tiny_registry, case.case, "label"))
+        image = nib.load(file_of(tiny_registry, case.case))
+        voxel_ml = abs(np.linalg.det(label.affine[:3, :3])) / 1000
+        values = dict(enumerate(ORGANS, 1)) if case.dataset == "multi-ct" else {
+            1: case.dataset.removesuffix("-ct")
+        }  # fmt: skip
+        for value, organ in values.items():
+            voxels = int((np.asarray(label.dataobj) == value).sum())
+            assert case.organ_ml[organ] == pytest.approx(voxels * voxel_ml, abs=1e-3)
+        assert sorted(case.shape or ()) == sorted(image.shape)
+        assert case.stored == "".join(nib.aff2axcodes(image.affine))
+        assert case.hu is not None
+        assert case.hu.low == np.asarray(image.dataobj).min()
+    # Liver and spleen lie on their own sides, whatever the files' orders.
+    sides = {
+        organ: {np.sign(c.organ_place[organ][2]) for c in report.cases if organ in c.organ_place}
+        for organ in ORGANS
+    }
+    assert sides == {"liver": {1.0}, "spleen": {-1.0}}
+
+
+def test_every_damage_is_named(tiny_registry: Path) -> None:
+    files = {
+        name: (file_of(tiny_registry, name), file_of(tiny_registry, name, "label"))
+        for name in (f"{d}-ct/case_00{n}" for d in ("liver", "spleen", "multi") for n in range(3))
+    }
+    rewrite(files["liver-ct/case_000"][1], lambda a: np.where(a == 0, 0, 77).astype(np.uint8))
+    rewrite(files["liver-ct/case_001"][0], lambda a: a + 1024)
+    files["liver-ct/case_002"][0].write_bytes(files["liver-ct/case_002"][0].read_bytes()[:200])
+    moved = nib.load(files["spleen-ct/case_000"][1]).affine.copy()
+    moved[:3, 3] += 7
+    rewrite(files["spleen-ct/case_000"][1], lambda a: a, affine=moved)
+    rewrite(files["spleen-ct/case_001"][1], lambda a: a[:-1])
+    nan = np.float32("nan")
+    rewrite(files["spleen-ct/case_002"][0], lambda a: np.where(a > 50, nan, a).astype(np.float32))
+    rewrite(files["multi-ct/case_000"][0], lambda a: a, code=0)
+    rewrite(files["multi-ct/case_001"][0], lambda a: a, unit="micron")
+    rewrite(files["multi-ct/case_002"][1], lambda a: np.where(a == 2, 0, a))
+    turned = nib.load(files["multi-ct/case_002"][0]).affine.copy()
+    turned[:3, 3] += 30
+    rewrite(files["multi-ct/case_002"][0], lambda a: a, qform=turned)
+    report = check(tiny_registry)
+    found = {(f.severity, f.kind, f.where): f.what for f in report.findings}
+    multi = {f.kind: f.what for f in of(report, "multi-ct/case_002")}
+    assert "77 (" in found["error", "values", "liver-ct/case_000"]
+    assert "too high" in found["error", "hu", "liver-ct/case_001"]
+    assert "not a readable NIfTI" in found["error", "file", "liver-ct/case_002"]
+    grid = found["error", "grid", "spleen-ct/case_000"]
+    assert "12.12 mm away" in grid
+    assert "first voxels 12.1 mm apart" in grid
+    assert "spacing" not in grid
+    assert "the label has shape" in found["error", "grid", "spleen-ct/case_001"]
+    assert "voxels are NaN or infinite" in found["error", "file", "spleen-ct/case_002"]
+    assert "which side is left" in found["warning", "header", "multi-ct/case_000"]
+    assert "in microns" in found["error", "header", "multi-ct/case_001"]
+    assert multi["organ"] == "spleen has no voxel in the label."
+    assert "52.0 mm apart" in multi["header"]
+    assert all(finding.fix for finding in report.findings)
+    severities = [finding.severity for finding in report.findings]
+    assert severities == sorted(severities)  # errors come first
+    # Of the damaged file nothing is known, of its label everything.
+    facts = {case.case: case for case in report.cases}
+    assert facts["liver-ct/case_002"].shape is None
+    assert facts["liver-ct/case_002"].organ_ml["liver"] > 0
+
+
+def test_one_scan_in_two_orders_of_axes_is_found(tiny_registry: Path) -> None:
+    """In a training dataset and among test cases, stored the other way round."""
+    source = nib.load(file_of(tiny_registry, "liver-ct/case_000"))
+    turned = source.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]]))
+    nib.save(turned, file_of(tiny_registry, "multi-ct/case_001"))
+    facts = {c.case: c for c in check(tiny_registry).cases}
+    split = facts["liver-ct/case_000"].split
+    (found,) = [f for f in check(tiny_registry).findings if f.kind == "duplicate"]
+    assert found.where == "liver-ct/case_000"
+    assert "multi-ct/case_001 (test)" in found.what
+    assert found.severity == ("error" if split == "train" else "warning")
+    assert facts["liver-ct/case_000"].stored != facts["multi-ct/case_001"].stored
+
+
+def test_files_and_patterns_are_findings_too(tiny_registry: Path) -> None:
+    file_of(tiny_registry, "liver-ct/case_000", "label").unlink()
+    change_registry(
+        tiny_registry,
+        lambda data: data["datasets"]["multi-ct"]["split"].update(train=["case_009"]),
+    )
+    report = check(tiny_registry)
+    assert "images without a label" in only(report, "liver-ct").what
+    assert "there is no case case_009" in only(report, "multi-ct").what
+    assert {case.case for case in report.cases} >= {"liver-ct/case_001", "multi-ct/case_002"}
+
+
+def test_a_phantom_that_was_not_made(tiny_registry: Path) -> None:
+    for folder in ("images", "labels"):
+        for path in (tiny_registry.parent / "data" / "liver-ct" / folder).iterdir():
+            path.unlink()
+    spec = {"num_cases": 3, "seed": 1, "annotated": ["liver"]}
+    change_registry(tiny_registry, lambda data: data["datasets"]["liver-ct"].update(phantom=spec))
+    assert only(check(tiny_registry), "liver-ct").fix == "Run `pipeline phantom`."
+
+
+def test_a_case_that_is_smaller_than_the_patch(tiny_registry: Path) -> None:
+    report = check(tiny_registry, patch=(64, 8, 8), dataset="liver-ct")
+    assert len(report.findings) == len(report.cases) == 3
+    assert {f.severity for f in report.findings} == {"warning"}
+    assert "the student's patch of 64 x 8 x 8" in report.findings[0].what
+    with pytest.raises(RegistryError, match=r"no dataset 'lung'.*liver-ct"):
+        check(tiny_registry, dataset="lung")
+
+
+def test_processes_find_the_same(tiny_registry: Path) -> None:
+    rewrite(file_of(tiny_registry, "liver-ct/case_001"), lambda a: a * 0)
+    assert check(tiny_registry, jobs=2) == check(tiny_registry)
+
+
+def dies(task: Task) -> CaseFacts:
+    if task.source.case == "case_001":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return look_at(task)
+
+
+def test_a_case_that_kills_its_process_costs_no_other(
+    tiny_registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "look_at", dies)
+    report = check(tiny_registry, jobs=2, dataset="liver-ct")
+    assert "was killed, twice" in only(report, "liver-ct/case_001").what
+    assert [case.shape is None for case in report.cases] == [False, True, False]
+
+
+def test_people_see_rows_and_machines_see_all(
+    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        path = file_of(tiny_registry, f"multi-ct/case_00{number}", "label")
+        rewrite(path, lambda a: np.where(a == 1, 9, a))
+    arguments = ["check", "-r", str(tiny_registry), "--jobs", "1", "--no-teachers"]
+    code, out, err = run_cli(*arguments, "--json", capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, err) == (2, "")
+    found = json.loads(out)
+    assert (found["num_errors"], found["teachers"]) == (4, None)
+    assert {f["kind"] for f in found["findings"]} == {"values", "organ", "patch"}
+    assert len(found["cases"]) == 9
+    registry = load_registry(tiny_registry)
+    monkeypatch.setenv("COLUMNS", "200")
+    print_report(Report(registry, check(tiny_registry), None))
+    out = capsys.readouterr().out
+    assert "multi-ct/case_000, multi-ct/case_001, multi-ct/case_002" in out
+    assert "liver is empty in all 3 labels" in out
+    assert "4 errors, 0 warnings in 9 cases" in out
+
+
+def test_warnings_alone_end_well(
+    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["check", "-r", str(tiny_registry), "--no-teachers", "--dataset", "liver-ct"]
+    code, out, _ = run_cli(*arguments, "--jobs", "1", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0
+    assert "0 errors, 3 warnings in 3 cases" in out  # the default patch is larger than these
