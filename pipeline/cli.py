@@ -32,6 +32,7 @@ from pipeline.cli_options import (
     QuietOption,
     RegistryOption,
     SelfTestOption,
+    StageToOption,
     WindowBatchOption,
     WorkersOption,
     WorkOption,
@@ -120,6 +121,7 @@ def train_student(
     checkpoint_minutes: MinutesOption = 10.0,
     logger: LoggerOption = None,
     allow_missing: AllowMissingOption = False,
+    stage_to: StageToOption = None,
     precision: PrecisionOption = "fp32",
     channels_last: ChannelsLastOption = False,
     compile_: CompileOption = False,
@@ -155,6 +157,7 @@ def train_student(
         loggers=logger or [],
         allow_missing=allow_missing,
         flags=flags,
+        stage_to=stage_to,
         dry_run=dry_run,
     )
     if not launched().is_first:
