@@ -33,6 +33,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hands a test process's counts of faults to the process that prints."""
     if (output := getattr(session.config, "workeroutput", None)) is not None:
         output["faults"] = {kind: dict(row) for kind, row in LEDGER.rows.items()}
+        output["seconds"] = dict(LEDGER.seconds)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -40,13 +41,15 @@ def pytest_testnodedown(node: Any, error: object) -> None:
     """Adds the counts of a test process that ends."""
     for kind, row in getattr(node, "workeroutput", {}).get("faults", {}).items():
         LEDGER.add(kind, **row)
+    for kind, seconds in getattr(node, "workeroutput", {}).get("seconds", {}).items():
+        LEDGER.took(kind, *seconds)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Prints what was tried."""
     if LEDGER.rows:
         terminalreporter.section(f"faults, {'long' if LONG else 'short'} version")
-        for line in LEDGER.table():
+        for line in (*LEDGER.table(), *LEDGER.times()):
             terminalreporter.write_line(line)
 
 
