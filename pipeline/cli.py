@@ -36,6 +36,7 @@ from pipeline.cli_options import (
     QuietOption,
     RegistryOption,
     SelfTestOption,
+    StageToOption,
     WorkersOption,
     WorkOption,
     end,
@@ -139,6 +140,7 @@ def train_student(
     checkpoint_minutes: MinutesOption = 10.0,
     logger: LoggerOption = None,
     allow_missing: AllowMissingOption = False,
+    stage_to: StageToOption = None,
     precision: PrecisionOption = "fp32",
     channels_last: ChannelsLastOption = False,
     compile_: CompileOption = False,
@@ -175,6 +177,7 @@ def train_student(
         loggers=logger or [],
         allow_missing=allow_missing,
         flags=flags,
+        stage_to=stage_to,
         dry_run=dry_run,
     )
     if not is_first:

@@ -19,6 +19,7 @@ from pipeline.cli_options import (
     PrecisionOption,
     QuietOption,
     RegistryOption,
+    StageToOption,
     WindowBatchOption,
     WorkersOption,
     WorkOption,
@@ -52,6 +53,7 @@ def compare(
         bool, typer.Option("--test", help="Score the test cases: once, when choices are made.")
     ] = False,
     allow_missing: AllowMissingOption = False,
+    stage_to: StageToOption = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
     window_batch: WindowBatchOption = 1,
@@ -86,6 +88,7 @@ def compare(
     plan = plan_comparison(
         load_configurations(configs), opened, work, settings,
         log=log, device=device, workers=workers, flags=flags, measure=not dry_run,
+        stage_to=stage_to,
     )  # fmt: skip
     if dry_run:
         for one in plan.runs:
@@ -93,7 +96,7 @@ def compare(
         return
     results = run(
         plan, opened, work, log=log, device=device, workers=workers, window_batch=window_batch,
-        checkpoint_minutes=checkpoint_minutes, flags=flags,
+        checkpoint_minutes=checkpoint_minutes, flags=flags, stage_to=stage_to,
     )  # fmt: skip
     written = write_results(results, output)
     if not quiet:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.cli_complete import one_of, teacher_names
+from pipeline.errors import ConfigError
 from pipeline.folder import Folder, parse_folder
 from pipeline.run_record import current, note_config, note_report
 
@@ -65,6 +66,36 @@ LoggerOption = Annotated[
         "--logger",
         help="tensorboard, mlflow or wandb beside metrics.jsonl; give it once for each.",
         autocompletion=one_of("tensorboard", "mlflow", "wandb"),
+    ),
+]
+
+
+def parse_stage_to(text: str) -> Path:
+    """The folder of `--stage-to`, as the shell left it.
+
+    Raises:
+        ConfigError: it is empty, or a variable stands in it: one is not set, or was quoted; or it
+            is in an object store.
+    """
+    if not text.strip() or "$" in text or "://" in text:
+        why = "is no folder of this machine" if "://" in text else (
+            "is no folder: a variable is not set, or the shell did not put it in"
+        )  # fmt: skip
+        raise ConfigError(
+            f"{text!r} {why}.",
+            where="--stage-to",
+            fix='Name a folder on the node\'s own disk; a variable in double quotes: "$TMPDIR".',
+        )
+    return Path(text)
+
+
+StageToOption = Annotated[
+    Path | None,
+    typer.Option(
+        parser=parse_stage_to,
+        metavar="FOLDER",
+        help="On this machine's own disk: what the training reads is copied there first. "
+        "Speed only.",
     ),
 ]
 AllowMissingOption = Annotated[

@@ -36,7 +36,7 @@ INPUTS = (
     "registry", "registries", "config", "configs", "slurm_config", "student", "images", "a", "b",
     "run", "check_on", "against",
 )  # fmt: skip
-OUTPUTS = ("work", "output", "predictions", "folder")
+OUTPUTS = ("work", "output", "predictions", "folder", "stage_to")
 _ONLY_READ = {"report": ("predictions",)}
 
 _DRY = ("dry_run", "print_")

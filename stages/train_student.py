@@ -19,6 +19,7 @@ from pipeline.folder import Folder, read_text
 from pipeline.log import Log
 from pipeline.mirror import mirrored
 from pipeline.network import pick_device
+from pipeline.staging import staged_inputs
 from pipeline.student.augment import check_sides
 from pipeline.student.checkpoint import StudentRecord, save_student
 from pipeline.student.launch import joined
@@ -55,6 +56,7 @@ def run(
     loggers: Sequence[str] = (),
     allow_missing: bool = False,
     flags: SpeedFlags | None = None,
+    stage_to: Path | None = None,
     dry_run: bool = False,
 ) -> StageReport:
     """Trains the student, or goes on training it; a finished run does nothing.
@@ -73,6 +75,8 @@ def run(
         loggers: names of loggers that are told beside metrics.jsonl.
         allow_missing: train with the cases and units that exist, as `config.allow_missing` does.
         flags: precision, memory format, compiling.
+        stage_to: folder on the machine's own disk that is read from instead of the cache; see
+            `pipeline.staging`.
         dry_run: say what would be done, write nothing.
 
     Raises:
@@ -91,8 +95,8 @@ def run(
             config, registry, work,
             log=processes.log(log), device=device, workers=workers,
             checkpoint_minutes=checkpoint_minutes, loggers=others,
-            allow_missing=allow_missing or config.allow_missing, flags=flags, dry_run=dry_run,
-            processes=processes,
+            allow_missing=allow_missing or config.allow_missing, flags=flags, stage_to=stage_to,
+            dry_run=dry_run, processes=processes,
         )  # fmt: skip
     report.seconds = time.monotonic() - began
     return report
@@ -110,6 +114,7 @@ def _run(
     loggers: Sequence[RunLogger],
     allow_missing: bool,
     flags: SpeedFlags | None,
+    stage_to: Path | None,
     dry_run: bool,
     processes: Processes,
 ) -> StageReport:
@@ -137,6 +142,7 @@ def _run(
         report.done.append(config.run)
         return report
     processes.from_first(lambda: prepare_work_folder(work))
+    found = staged_inputs(found, stage_to, log=log, processes=processes)
 
     def student(step: int, scores: Mapping[str, float | None]) -> StudentRecord:
         return _record(config, registry, inputs, digest, step, scores)

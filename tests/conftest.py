@@ -38,6 +38,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Hands a test process's counts of faults, and of errors, to the process that prints."""
     if (output := getattr(session.config, "workeroutput", None)) is not None:
         output["faults"] = {kind: dict(row) for kind, row in LEDGER.rows.items()}
+        output["seconds"] = dict(LEDGER.seconds)
         output["raised"] = sorted(RAISED.sites)
         return
     keep_with_earlier_runs(RAISED.sites)
@@ -55,6 +56,8 @@ def pytest_testnodedown(node: Any, error: object) -> None:
     output = getattr(node, "workeroutput", {})
     for kind, row in output.get("faults", {}).items():
         LEDGER.add(kind, **row)
+    for kind, seconds in output.get("seconds", {}).items():
+        LEDGER.took(kind, *seconds)
     RAISED.sites |= {(file, line) for file, line in output.get("raised", [])}
 
 
@@ -62,7 +65,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Prints what was tried."""
     if LEDGER.rows:
         terminalreporter.section(f"faults, {'long' if LONG else 'short'} version")
-        for line in LEDGER.table():
+        for line in (*LEDGER.table(), *LEDGER.times()):
             terminalreporter.write_line(line)
     if RAISED.verdict:
         terminalreporter.section("errors and tests/messages/never_raised.txt differ", red=True)

@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError
 from pipeline.folder import Folder, read_text
 from pipeline.labels import LabelSpace
 from pipeline.log import Advance, Log
+from pipeline.staging import staged_inputs
 from pipeline.student.speed import SpeedFlags
 from pipeline.student.training import train
 from pipeline.student_inputs import StudentInputs
@@ -94,6 +95,7 @@ def steps_for_seconds(
     device: torch.device,
     workers: int,
     flags: SpeedFlags | None,
+    stage_to: Path | None = None,
 ) -> dict[str, int]:
     """Steps that fit in `seconds` of training, measured once and then read from `record`.
 
@@ -123,10 +125,11 @@ def steps_for_seconds(
             where=record,
             fix="Add configurations where the others were measured, or begin anew: another --name.",
         )
+    staged = {c.run: staged_inputs(inputs[c.run], stage_to, log=log) for c in new}
     rounds: dict[str, list[float]] = {config.run: [] for config in new}
     for number in range(ROUNDS if new else 0):
         for config in new:
-            found = _probe(config, inputs[config.run], space, log, device, workers, flags)
+            found = _probe(config, staged[config.run], space, log, device, workers, flags)
             rounds[config.run].append(found)
             log.info(f"{config.run}: {found:.3f} s a step (round {number + 1} of {ROUNDS})")
     measured = {keys[run]: min(times) for run, times in rounds.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def compare(
     window_batch: int = 1,
     checkpoint_minutes: float = 10.0,
     flags: SpeedFlags | None = None,
+    stage_to: Path | None = None,
 ) -> Results:
     """Makes what a plan lacks and returns all results; a second call trains and scores nothing.
 
@@ -49,6 +51,7 @@ def compare(
         window_batch: windows per forward pass when cases are scored.
         checkpoint_minutes: at most so much work is lost to a kill.
         flags: precision, memory format, compiling, of all runs.
+        stage_to: see `train_student.run`.
 
     Raises:
         Stopped: a signal ended a training; the same call goes on from there.
@@ -65,7 +68,7 @@ def compare(
             try:
                 report = train_student.run(
                     run.config, registry, work, log=clock, device=device, workers=workers,
-                    checkpoint_minutes=checkpoint_minutes, flags=flags,
+                    checkpoint_minutes=checkpoint_minutes, flags=flags, stage_to=stage_to,
                 )  # fmt: skip
             except (PipelineError, torch.OutOfMemoryError) as error:
                 failed[run.config.run] = error

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.cache.reader import CachedCase
@@ -116,6 +117,7 @@ def plan_comparison(
     workers: int = 0,
     flags: SpeedFlags | None = None,
     measure: bool = True,
+    stage_to: Path | None = None,
 ) -> Plan:
     """Checks everything before the first step; with `seconds`, measures unless that was done.
 
@@ -130,6 +132,7 @@ def plan_comparison(
         flags: precision, memory format, compiling; for measuring.
         measure: False takes what was measured before; a configuration that was not is as if its
             runs were new. For a look.
+        stage_to: for measuring; see `train_student.run`.
 
     Raises:
         ConfigError: configurations that cannot stand in one table, or nothing to score them on.
@@ -161,6 +164,7 @@ def plan_comparison(
         steps = steps_for_seconds(
             configs, inputs, space, settings.seconds, group / "budget.json",
             log=log, device=pick_device(device), workers=workers, flags=flags,
+            stage_to=stage_to,
         )  # fmt: skip
     identities = {name: found.identity for name, found in inputs.items()}
     runs = _runs(configs, settings, steps, identities, group)

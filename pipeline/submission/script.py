@@ -98,7 +98,7 @@ def script(
             "num_restarts": str(settings.num_restarts),
             "num_parts": str(settings.num_parts),
             "prologue": "\n".join(settings.prologue),
-            "command": shlex.join(target.words(stage, settings)),
+            "command": shlex.join(target.words(stage, settings)) + _stage_to(settings),
             "teachers": shlex.join(target.teachers),
             "run_folder": shlex.quote(str(target.work / "students" / target.run)),
             "training_folder": shlex.quote(str(target.work / "teachers-in-training")),
@@ -161,6 +161,11 @@ def copy_templates(folder: Path) -> Sequence[Path]:
             f"templates cannot be written ({error.strerror}).", where=folder, fix="Check the path."
         ) from error
     return paths
+
+
+def _stage_to(settings: JobSettings) -> str:
+    """In double quotes: the job's shell, on the node, is to put variables in."""
+    return "" if settings.stage_to is None else f' --stage-to "{settings.stage_to}"'
 
 
 def _template(stage: Stage, folder: Path | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -26,6 +26,8 @@ class JobSettings(SlurmSettings):
         num_restarts: how often a job may be put back into the queue.
         signal_seconds: SIGUSR1 comes so long before the time limit.
         arguments: more words for the stage's command, for example ["--workers", "3"].
+        stage_to: train-student's --stage-to, for example "$SLURM_TMPDIR". The job's shell puts
+            variables in.
     """
 
     nodes: int = Field(default=1, ge=1)
@@ -34,6 +36,7 @@ class JobSettings(SlurmSettings):
     num_restarts: int = Field(default=20, ge=0)
     signal_seconds: int = Field(default=120, ge=1, le=65535)
     arguments: tuple[Line, ...] = ()
+    stage_to: Annotated[str, Field(pattern=r'^[^\n"`\\]+$')] | None = None
 
 
 class SubmitSettings(JobSettings):
@@ -45,14 +48,16 @@ class SubmitSettings(JobSettings):
         """What a stage's job asks for.
 
         Raises:
-            ConfigError: several nodes, tasks or parts for a stage that knows none.
+            ConfigError: several nodes, tasks or parts, or a folder for copies, for a stage that
+                knows none.
         """
         values: dict[str, Any] = self.model_dump(exclude={"stages"})
         if stage in self.stages:
             values |= self.stages[stage].model_dump(exclude_unset=True)
         settings = JobSettings.model_validate(values)
         for name, only in _ONLY.items():
-            if stage != only and getattr(settings, name) != 1:
+            ordinary = JobSettings.model_fields[name].default
+            if stage != only and getattr(settings, name) != ordinary:
                 raise ConfigError(
                     f"{stage} has no use for `{name}: {getattr(settings, name)}`.",
                     where="the settings of Slurm",
@@ -71,4 +76,5 @@ _ONLY: dict[str, Stage] = {
     "nodes": "train-student",
     "tasks_per_node": "train-student",
     "num_parts": "cache-teachers",
+    "stage_to": "train-student",
 }

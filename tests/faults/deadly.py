@@ -1,5 +1,6 @@
-"""A teacher that kills its own process on a marked case, as often as it is told to, and one that
-takes its time. Neither says so in its description: the numbers are those of a threshold."""
+"""A teacher that kills its own process on a marked case, as often as it is told to, or takes its
+time, or stops at a case until it is let go. It says none of this in its description: the numbers
+are those of a threshold."""
 
 from __future__ import annotations
 
@@ -37,6 +38,11 @@ class Deadly(Threshold):
             (self.grave / f"{number}.{os.getpid()}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(orders["seconds"])
+        if orders["hold"]:
+            held = self.grave.with_name(f"held.{os.getpid()}")
+            held.touch()
+            while held.exists():
+                time.sleep(0.05)
         return super().predict(image)
 
 
@@ -62,12 +68,23 @@ def build_deadly(folder: Path, *, num_cases: int, marked: int) -> Path:
     return registry
 
 
-def arm(registry: Path, *, times: int = 0, seconds: float = 0.0) -> None:
-    """Orders the first teacher to kill so often, and to take so long for each case."""
-    orders = {"times": times, "seconds": seconds}
+def arm(registry: Path, *, times: int = 0, seconds: float = 0.0, hold: bool = False) -> None:
+    """Orders the first teacher to kill so often, to take so long for each case, and to stop at one
+    until its `held` file is gone."""
+    orders = {"times": times, "seconds": seconds, "hold": hold}
     (registry.parent / "grave" / _ORDERS).write_text(json.dumps(orders))
 
 
 def deaths(grave: Path) -> list[Path]:
     """One file each, `<number>.<pid>`."""
     return sorted(path for path in grave.iterdir() if path.name != _ORDERS)
+
+
+def held(registry: Path) -> list[int]:
+    """Processes that were stopped at a case; `let_go` lets one of them go on."""
+    return [int(path.suffix[1:]) for path in registry.parent.glob("held.*")]
+
+
+def let_go(registry: Path, pid: int) -> None:
+    """Lets a held process go on, if it lives."""
+    (registry.parent / f"held.{pid}").unlink()

@@ -18,11 +18,16 @@ class Ledger:
 
     def __init__(self) -> None:
         self.rows: dict[str, Counter[str]] = {}
+        self.seconds: dict[str, list[float]] = {}
 
     def add(self, kind: str, *, tried: int = 1, detected: int = 1, lost: int = 0) -> None:
         """Counts trials of one kind."""
         row = self.rows.setdefault(kind, Counter())
         row.update({"tried": tried, "detected": detected, "lost": lost})
+
+    def took(self, kind: str, *seconds: float) -> None:
+        """From a fault of this kind until work was further than before."""
+        self.seconds.setdefault(kind, []).extend(round(one, 1) for one in seconds)
 
     def table(self) -> list[str]:
         """Markdown."""
@@ -30,6 +35,16 @@ class Ledger:
         for kind, row in self.rows.items():
             lines.append(f"| {kind} | {' | '.join(str(row[column]) for column in COLUMNS)} |")
         return lines
+
+    def times(self) -> list[str]:
+        """Markdown; empty if nothing was measured."""
+        rows = [
+            f"| {kind} | {', '.join(f'{one:g}' for one in found)} |"
+            for kind, found in self.seconds.items()
+        ]
+        return (
+            ["| fault | seconds until work was further |", "| --- | ---: |", *rows] if rows else []
+        )
 
 
 LEDGER = Ledger()

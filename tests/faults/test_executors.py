@@ -18,7 +18,7 @@ from pipeline.engine.here import Engine
 from pipeline.errors import EngineError, WorkerDied
 from tests.faults.deadly import arm, build_deadly, deaths
 from tests.faults.engines import PATIENCE_S, assert_whole, engine_on, num_units, wait_until
-from tests.faults.ledger import LEDGER, how_many
+from tests.faults.ledger import LEDGER
 from tests.faults.small import DATASET, run_stage, unit_names
 from tests.tiny import copy_cohort
 
@@ -26,6 +26,7 @@ pytest.importorskip("distributed", reason="Dask's distributed is not installed")
 from pipeline.engine import clusters, dask_engine
 
 ROOT = Path(__file__).resolve().parents[2]
+NUM_CASES = 24
 MARKED = 3
 POISON = f"{DATASET}/case_{MARKED:03}"
 
@@ -39,7 +40,7 @@ def two_workers() -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deadly") / "cohort"
-    return build_deadly(folder, num_cases=how_many(8, 24), marked=MARKED)
+    return build_deadly(folder, num_cases=NUM_CASES, marked=MARKED)
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +102,12 @@ def test_a_case_that_kills_its_workers_is_named_and_no_other_fails(
         assert "SIGKILL" in str(error)
     others = {name for name in unit_names(cohort) if not name.endswith(f"x {POISON}")}
     assert set(report.done) == others
+    assert len(others) == NUM_CASES + 2 * (NUM_CASES - 1)  # cases, and units of two teachers
     assert len(deaths(cohort.parent / "grave")) == 3
     arm(cohort)
     assert run_stage(cohort).failed == {}
     assert_whole(cohort, undisturbed)
-    LEDGER.add("poison case among many")
+    LEDGER.add(f"poison case among {NUM_CASES}")
 
 
 def test_workers_join_and_leave_and_the_scheduler_is_lost_and_restarted(

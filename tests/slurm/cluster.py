@@ -43,7 +43,6 @@ SchedulerParameters=sched_interval=2,bf_interval=2
 MpiDefault=none
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=30
 KillWait=5
 MinJobAge=3600
 MailProg=/bin/true
@@ -90,6 +89,16 @@ class Slurm:
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
+    def start_node(self, name: str) -> None:
+        """Starts a node's slurmd, for the first time or after it was lost."""
+        self.call("slurmd", "-N", name, "-f", str(self.conf))
+
+    def lose_node(self, name: str) -> None:
+        """Kills a node's slurmd; what runs on the node lives on."""
+        file = self.base / f"slurmd.{name}.pid"
+        os.kill(int(file.read_text()), signal.SIGKILL)
+        file.unlink()
+
     def submit(self, script: Path, *options: str) -> str:
         """Returns the job's id."""
         return self.call("sbatch", "--parsable", *options, str(script), cwd=script.parent)
@@ -97,13 +106,27 @@ class Slurm:
     def states(self, job: str) -> dict[str, str]:
         """Job, or element of an array as `<array>_<task>` -> its state."""
         found = {}
-        for line in self.call("scontrol", "--oneliner", "show", "job", job).splitlines():
-            fields = dict(f.split("=", 1) for f in line.split() if "=" in f)
+        for fields in self._fields(job):
             name = fields["JobId"]
             if "ArrayTaskId" in fields:
                 name = f"{fields['ArrayJobId']}_{fields['ArrayTaskId']}"
             found[name] = fields["JobState"]
         return found
+
+    def _fields(self, job: str) -> list[dict[str, str]]:
+        """What is known of a job, or of each element of an array."""
+        lines = self.call("scontrol", "--oneliner", "show", "job", job).splitlines()
+        return [dict(f.split("=", 1) for f in line.split() if "=" in f) for line in lines]
+
+    def times(self, job: str) -> tuple[str, str]:
+        """When a job, or the first and the last element of an array, began and ended, as Slurm
+        writes it."""
+        fields = self._fields(job)
+        return min(f["StartTime"] for f in fields), max(f["EndTime"] for f in fields)
+
+    def node_of(self, job: str) -> str:
+        """Where a job of one node runs, or ran at last."""
+        return self._fields(job)[0]["NodeList"]
 
     def wait(self, job: str, *, until: Sequence[str] = ("COMPLETED", "FAILED")) -> dict[str, str]:
         """Waits until a job, or each element of an array, is in one of these states."""
@@ -120,8 +143,12 @@ def wait_until(condition: Callable[[], bool], patience_s: float = _PATIENCE_S) -
 
 
 @contextmanager
-def slurm_cluster(num_nodes: int = 2, *, cpus: int = 2, memory_mb: int = 4000) -> Iterator[Slurm]:
-    """Starts one, waits until its nodes are idle, and stops it at the end of the block."""
+def slurm_cluster(
+    num_nodes: int = 2, *, cpus: int = 2, memory_mb: int = 4000, lost_after_s: int = 30
+) -> Iterator[Slurm]:
+    """Starts one, waits until its nodes are idle, and stops it at the end of the block.
+
+    `lost_after_s`: a node whose slurmd does not answer so long is down."""
     base = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: it holds sockets
     slurm = Slurm(base, base / "slurm.conf")
     with ExitStack() as stack:
@@ -133,7 +160,7 @@ def slurm_cluster(num_nodes: int = 2, *, cpus: int = 2, memory_mb: int = 4000) -
         key = base / "munge" / "key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        _configure(slurm, num_nodes, cpus, memory_mb)
+        _configure(slurm, num_nodes, cpus, memory_mb, lost_after_s)
         stack.callback(_stop, slurm)
         munge = base / "munge"
         slurm.call(
@@ -143,12 +170,12 @@ def slurm_cluster(num_nodes: int = 2, *, cpus: int = 2, memory_mb: int = 4000) -
         )  # fmt: skip
         slurm.call("slurmctld", "-c", "-f", str(slurm.conf))
         for number in range(num_nodes):
-            slurm.call("slurmd", "-N", f"n{number}", "-f", str(slurm.conf))
+            slurm.start_node(f"n{number}")
         wait_until(lambda: _idle(slurm) == num_nodes)
         yield slurm
 
 
-def _configure(slurm: Slurm, num_nodes: int, cpus: int, memory_mb: int) -> None:
+def _configure(slurm: Slurm, num_nodes: int, cpus: int, memory_mb: int, lost_after_s: int) -> None:
     base = slurm.base
     control, *ports = _free_ports(1 + num_nodes)
     nodes = [
@@ -158,6 +185,7 @@ def _configure(slurm: Slurm, num_nodes: int, cpus: int, memory_mb: int) -> None:
     ]
     here = f"""\
 SlurmctldPort={control}
+SlurmdTimeout={lost_after_s}
 AuthInfo=socket={base}/munge/sock,cred_expire=5
 StateSaveLocation={base}/state
 SlurmdSpoolDir={base}/spool.%n

@@ -5,7 +5,6 @@ What the jobs run is what a user's would; every test ends with a deep look at th
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -18,11 +17,11 @@ from tests.faults.engines import assert_whole, engine_on, wait_until
 from tests.faults.ledger import LEDGER
 from tests.faults.small import DATASET, run_stage
 from tests.slurm.cluster import Slurm
+from tests.slurm.submitting import ROOT, use
 from tests.tiny import copy_cohort, work_of
 
 pytestmark = pytest.mark.slurm
 
-ROOT = Path(__file__).resolve().parents[2]
 POISON = f"{DATASET}/case_003"
 SCRIPT = """\
 #!/bin/bash
@@ -112,11 +111,3 @@ def test_what_slurm_would_not_take_is_said_before_anything_waits_for_it(
         engine_on("slurm", workers=1, slurm_config=config, work=tmp_path),
     ):
         pass
-
-
-def use(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands of Slurm that this process starts talk to it."""
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))

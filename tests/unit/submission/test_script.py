@@ -45,6 +45,15 @@ class TestSettings:
         with pytest.raises(ConfigError, match=f"predict has no use for `{name}: 2`"):
             SubmitSettings.model_validate({name: 2}).of("predict")
 
+    def test_copies_on_the_node_are_the_students_alone(self) -> None:
+        with pytest.raises(ConfigError, match=r"predict has no use for `stage_to: \$TMPDIR`"):
+            SubmitSettings.model_validate({"stage_to": "$TMPDIR"}).of("predict")
+
+    @pytest.mark.parametrize("text", ['a"; rm b', "`c`", "d\\", "e\nf", ""])
+    def test_a_folder_for_copies_that_would_end_its_quotes(self, text: str) -> None:
+        with pytest.raises(ValueError, match="stage_to"):
+            JobSettings(stage_to=text)
+
     def test_unknown_stages_and_fields_are_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "slurm.yaml"
         path.write_text("stages:\n  student: {}\nwalltimes: 3\n")
@@ -81,6 +90,16 @@ class TestScripts:
         assert "\nmodule load cuda\n" in text
         assert '[ "${SLURM_RESTART_COUNT:-0}" -lt 7 ]' in text
         assert "--workers 3\ncode=$?" in text
+
+    def test_the_jobs_shell_puts_in_the_folder_for_copies(self, tmp_path: Path) -> None:
+        text = script("train-student", JobSettings(stage_to="$NODE/a b"), target(tmp_path))
+        (line,) = (line for line in text.splitlines() if "--stage-to" in line)
+        told = subprocess.run(
+            ["bash", "-c", f'NODE=/scratch; printf "%s\n" {line}'],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert told.stdout.splitlines()[-2:] == ["--stage-to", "/scratch/a b"]
+        assert "--stage-to" not in script("train-student", ORDINARY, target(tmp_path))
 
     def test_stage_one_is_an_array_of_parts(self, tmp_path: Path) -> None:
         text = script("cache-teachers", JobSettings(num_parts=16), target(tmp_path))
