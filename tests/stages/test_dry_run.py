@@ -27,6 +27,8 @@ ARGUMENTS = {
     "cache-teachers": "-r {}/data_registry.yaml -c {}/cache.yaml -w {}/new --device cpu",
     "train-student": "-r {}/data_registry.yaml -c {}/student.yaml -w {}/work --device cpu",
     "predict": "{}/student.pt -r {}/data_registry.yaml -o {}/predictions --device cpu",
+    "export": "{}/student.pt -f torchscript -f onnx -o {}/exported "
+    "--check-on {}/data/multi-ct/images/case_001.nii.gz",
     "evaluate": "{}/predictions -r {}/data_registry.yaml",
     "compare": "{}/student.yaml {}/other.yaml -r {}/data_registry.yaml -w {}/work -o {}/compared "
     "--seeds 0 --device cpu",
@@ -107,6 +109,7 @@ def test_it_writes_nothing(
         ("train-student", ["student"]),
         ("evaluate", ["multi-ct/case_001", "multi-ct/case_002"]),
         ("predict", ["multi-ct/case_001", "multi-ct/case_002"]),
+        ("export", ["torchscript", "onnx"]),
         ("phantom", ["liver-ct"]),
     ],
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +20,7 @@ from pipeline.cli_options import end, open_log, open_settings
 from pipeline.cli_run import recorded
 from pipeline.config import digest, file_sha256
 from pipeline.errors import ConfigError, GeometryError, PipelineError
-from pipeline.run_record import current
+from pipeline.run_record import RunRecord, current
 from stages.evaluate import EvaluateConfig
 from stages.report import StageReport
 from tests.unit.test_cli import ROOT, run_here
@@ -151,6 +153,43 @@ def test_a_signal_that_ends_a_job_leaves_a_report(tmp_path: Path) -> None:
     found = json.loads(path.read_text())
     assert (found["command"], found["exit_code"]) == ("sleeper", 143)
     assert found["error"]["kind"] == "SystemExit"
+
+
+def commands(app: typer.Typer = cli.app, prefix: str = "") -> Iterator[tuple[str, set[str]]]:
+    """Each command as it is typed, with its parameters."""
+    for command in app.registered_commands:
+        assert command.callback is not None
+        name = command.name or command.callback.__name__.replace("_", "-")
+        yield f"{prefix}{name}", set(inspect.signature(command.callback).parameters)
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        yield from commands(group.typer_instance, f"{group.name} ")
+
+
+def test_all_that_work_for_longer_than_a_moment_have_the_options() -> None:
+    lacking = {name for name, known in commands() if not {"report", "verbose"} <= known}
+    assert lacking == {"info", "status", "cache ls", "cache why", "cache diff"}
+    assert {name for name, known in commands() if "quiet" not in known} - lacking == {
+        "init",  # it has no progress to show
+        "cache export",
+    }
+
+
+def test_several_devices_are_all_named(tmp_path: Path) -> None:
+    found, _ = report_of(tmp_path, lambda *a: None, "--device", "cpu, cpu")
+    assert found["device"] == {"asked": "cpu, cpu", "used": "cpu,cpu", "name": None}
+
+
+def test_predictions_are_written_by_evaluate_and_read_by_report(tmp_path: Path) -> None:
+    for command, output in (("evaluate", True), ("report", False)):
+        path = tmp_path / "run.json"
+        record = RunRecord(command, {"predictions": tmp_path, "work": tmp_path}, path)
+        record.begin()
+        record.end(0)
+        found = json.loads(path.read_text())
+        assert ("predictions" in found["outputs"]) == output
+        assert ("predictions" in found["inputs"]) == (not output)
+        assert found["outputs"]["work"] == str(tmp_path)
 
 
 class TestPlaces:
