@@ -10,20 +10,14 @@ import dask.array as da
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
-from scipy import ndimage
 
 from pipeline.cache.reader import CachedCase
 from pipeline.cohort import compute
+from pipeline.components import coarse, large_components
 from pipeline.config import Config
 from pipeline.inspection.looks import CaseLook, View, look_at
 from pipeline.inspection.voxels import Count
 from pipeline.labels import LabelSpace
-
-# Components are counted on voxels so far apart: a whole mask at full size is not kept for it.
-COMPONENT_MM = 6.0
-# A component is large if it has this share of all of the region.
-LARGE_SHARE = 0.1
-_TOUCHING = np.ones((3, 3, 3), dtype=np.bool_)
 
 
 class TeacherNumbers(Config):
@@ -134,9 +128,8 @@ def lazy_numbers(case: CachedCase, look: CaseLook) -> LazyNumbers:
     """To be computed together, and with whatever else is made of the same look."""
     names, counts = look.counts()
     pairs, conflicts = look.pairs()
-    z, y, x = (max(1, round(COMPONENT_MM / mm)) for mm in case.grid.spacing_mm)
-    coarse = slice(None, None, z), slice(None, None, y), slice(None, None, x)
-    organ, classes = look.regions.organ[(slice(None), *coarse)], look.votes.classes[coarse]
+    few = coarse(case.grid.spacing_mm)
+    organ, classes = look.regions.organ[(slice(None), *few)], look.votes.classes[few]
     return LazyNumbers(names, pairs, (counts, conflicts, organ, classes))
 
 
@@ -195,10 +188,3 @@ def numbers_of(
             for pair, count in zip(lazy.pairs, conflicts, strict=True)
         ),
     )
-
-
-def large_components(mask: npt.NDArray[np.bool_]) -> int:
-    """How many connected parts (26 neighbours) have a tenth of the mask or more."""
-    parts: Any = ndimage.label(mask, structure=_TOUCHING)[0]
-    sizes = np.bincount(parts.ravel())[1:]
-    return int(np.count_nonzero(sizes >= LARGE_SHARE * max(1, sizes.sum())))
