@@ -36,6 +36,24 @@ class TeacherNumbers(Config):
     unseen: float
 
 
+class DoubtNumbers(Config):
+    """A teacher that is not fully believed about an organ in a case that does not annotate it.
+
+    Attributes:
+        teacher: its name.
+        organ: in which.
+        here: whether its "here" counts.
+        not_here: whether its "not here" counts.
+        why: in words.
+    """
+
+    teacher: str
+    organ: str
+    here: bool
+    not_here: bool
+    why: str
+
+
 class PairNumbers(Config):
     """Two teachers that claim the same voxels for different organs; after labels have won."""
 
@@ -68,7 +86,7 @@ class OrganNumbers(Config):
 
 
 class CaseNumbers(Config):
-    """One case. A teacher's reliability, once there is one, belongs into `TeacherNumbers`.
+    """One case.
 
     Attributes:
         case: `dataset/case`.
@@ -76,11 +94,14 @@ class CaseNumbers(Config):
         volume_ml: of the whole case.
         organs: organ -> its numbers, of organs that somebody speaks of.
         agreed_background: share of the case.
+        unclaimed: share of the case that is background as far as anybody speaks: the agreed
+            background, and what lies beside an organ whose teachers are silent.
         conflict_ml: in two or more organ regions.
         abstained_ml: in no region at all.
         unseen: share of voxels that some organ's experts all did not see (NaN).
         teachers: each teacher and organ.
         pairs: each pair of teachers.
+        doubts: each teacher and organ that is not fully believed here.
         flags: why the case is improbable, in words.
     """
 
@@ -89,11 +110,13 @@ class CaseNumbers(Config):
     volume_ml: float
     organs: dict[str, OrganNumbers]
     agreed_background: float
+    unclaimed: float
     conflict_ml: float
     abstained_ml: float
     unseen: float
     teachers: tuple[TeacherNumbers, ...]
     pairs: tuple[PairNumbers, ...]
+    doubts: tuple[DoubtNumbers, ...] = Field(default=())
     flags: tuple[str, ...] = Field(default=())
 
 
@@ -179,6 +202,7 @@ def numbers_of(
         volume_ml=round(total * voxel_ml, 3),
         organs=organs,
         agreed_background=share("background"),
+        unclaimed=share("unclaimed"),
         conflict_ml=ml("conflict") or 0.0,
         abstained_ml=ml("abstained") or 0.0,
         unseen=share("unseen"),
@@ -186,5 +210,9 @@ def numbers_of(
         pairs=tuple(
             PairNumbers(teachers=pair, conflict_ml=round(float(count) * voxel_ml, 3))
             for pair, count in zip(lazy.pairs, conflicts, strict=True)
+        ),
+        doubts=tuple(
+            DoubtNumbers(teacher=who, organ=organ, **trust._asdict())
+            for (who, organ), trust in case.trust.items()
         ),
     )

@@ -20,6 +20,7 @@ SHAPE = (12, 12, 12)
 def numbers(name: str, split: str = "train", **organs: OrganNumbers) -> CaseNumbers:
     return CaseNumbers(
         case=name, split=split, volume_ml=1000, organs=organs, agreed_background=0.9,
+        unclaimed=0.9,
         conflict_ml=0, abstained_ml=0, unseen=0, teachers=(), pairs=(),
     )  # fmt: skip
 
