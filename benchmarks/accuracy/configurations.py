@@ -1,0 +1,118 @@
+"""What is compared: settings of `train-student` that differ in `supervision` alone, and screened
+ones that may differ in anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.cohort import network_settings
+from benchmarks.accuracy.size import Size
+from pipeline.config import digest, read_yaml
+from pipeline.errors import ConfigError
+from pipeline.student.settings import TrainingConfig
+from pipeline.student.supervision import LABELS_ALONE
+
+KINDS_OF_BUDGET: Mapping[str, tuple[str, ...]] = {
+    "short": (
+        "naive", "marginal_exclusion", "masked_bce", "marginal", "pseudo_label", "ms_kd", "full",
+    ),
+    "long": ("marginal", "pseudo_label", "ms_kd", "full"),
+}  # fmt: skip
+KINDS = KINDS_OF_BUDGET["short"]
+METHOD = "ms_kd"
+BASELINES = ("marginal", "pseudo_label")
+UPPER = "full"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A name, and all that a training of that name is, but for seed and steps.
+
+    Attributes:
+        name: a kind's, or of the file that it was read from.
+        training: with seed and steps of no meaning.
+    """
+
+    name: str
+    training: TrainingConfig
+
+    @property
+    def registry(self) -> str:
+        """Which registry of a job it is trained with."""
+        return "full" if self.training.supervision.kind == "full" else "student"
+
+
+def named(size: Size, kinds: Sequence[str]) -> list[Configuration]:
+    """The kinds of supervision with their defaults; ms_kd with the demo's one tap."""
+    return [_configuration(kind, size, {"supervision": {"kind": kind}}) for kind in kinds]
+
+
+def screened(size: Size, folder: Path) -> list[Configuration]:
+    """One configuration per YAML file of a folder, named by it: what it says of `training`
+    replaces what ms_kd has there.
+
+    Raises:
+        ConfigError: no file, a mistake in one, or a name that is a kind's.
+    """
+    files = sorted(folder.glob("*.yaml"))
+    if not files:
+        raise ConfigError("there is no .yaml file.", where=folder, fix="Name another --configs.")
+    found = []
+    for path in files:
+        if path.stem in KINDS:
+            fix = "Name the file otherwise."
+            raise ConfigError(f"{path.stem} is a kind of supervision.", where=path, fix=fix)
+        changes = read_yaml(path).data
+        try:
+            found.append(_configuration(path.stem, size, changes))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                str(error), where=path, fix="See stages/train_student.yaml."
+            ) from error
+    return found
+
+
+def identity(training: TrainingConfig) -> str:
+    """What a configuration is apart from seed and steps, as a digest.
+
+    Of supervision by labels alone only what is read counts: new settings of the other kinds make
+    no other marginal training of it.
+    """
+    content = training.model_dump(mode="json", exclude={"seed", "steps", "validate_every"})
+    kind = training.supervision.kind
+    if kind in LABELS_ALONE:
+        known = {"kind": kind}
+        if kind == "marginal_exclusion":
+            known["exclusion"] = content["supervision"]["exclusion"]
+        content["supervision"] = known
+    return digest(content)
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, those of `changes` laid over those of `base`."""
+    found = dict(base)
+    for key, value in changes.items():
+        below = found.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        found[key] = merged(below, value) if both else value  # type: ignore[arg-type]
+    return found
+
+
+def _configuration(name: str, size: Size, changes: Mapping[str, Any]) -> Configuration:
+    base: dict[str, Any] = {
+        "network": network_settings(size),
+        "patch": list(size.patch),
+        "batch_size": size.batch_size,
+        "optimiser": {"lr": size.lr},
+        # The same patches for all: kinds that read teachers would else draw others.
+        "sampling": {"organs_from": "labels"},
+        "supervision": {"kind": METHOD},
+    }
+    wanted = merged(base, changes)
+    if wanted["supervision"]["kind"] == METHOD:
+        taps = {"supervision": {"features": {"student_taps": [size.tap]}}}
+        wanted = merged(merged(base, taps), changes)
+    return Configuration(name, TrainingConfig.model_validate(wanted))
