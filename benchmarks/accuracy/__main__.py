@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from benchmarks.accuracy.configurations import BASELINES, KINDS, METHOD, screened
@@ -47,9 +47,12 @@ def run(arguments: argparse.Namespace, log: Log) -> int:
     kinds = _listed(arguments.kinds, KINDS, "--kinds") if arguments.kinds is not None else None
     others = screened(size, arguments.configs) if arguments.configs else []
     configurations = choose(size, budgets, kinds, others)
+    if arguments.seeds < 1 or arguments.first_seed < 0:
+        raise ConfigError("at least one seed, from 0 on.", where="--seeds", fix="Say 5.")
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     extra: dict[tuple[str, str], int] = {}
     failed: list[str] = []
+    folder.mkdir(parents=True, exist_ok=True)
     if arguments.equal_time:
         first = plan_jobs(folder, regimes[:1], seeds[:1], size, {})[0]
         if not arguments.report_only:
@@ -102,7 +105,7 @@ def _make(
     return list(run_tasks(tasks, num, log=log, tick=tick))
 
 
-def _listed(text: str, known: Sequence[str] | dict[str, object], option: str) -> list[str]:
+def _listed(text: str, known: Collection[str], option: str) -> list[str]:
     wanted = list(dict.fromkeys(text.split(",")))
     for name in wanted:
         if name not in known:

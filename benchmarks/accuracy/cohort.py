@@ -24,6 +24,7 @@ from stages.report import StageReport
 
 COHORT = "cohort.json"  # written last
 _TAUGHT = "teachers.json"
+_OF_STUDENTS = ("short_steps", "long_steps", "draws")
 
 
 def network_settings(size: Size) -> dict[str, Any]:
@@ -89,7 +90,9 @@ def _settle(folder: Path, regime: Regime, size: Size, seed: int) -> None:
     }
     plain = json.loads(json.dumps(identity))
     path = folder / "job.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != plain:
+    if path.exists() and _of_cohort(json.loads(path.read_text(encoding="utf-8"))) != _of_cohort(
+        plain
+    ):
         raise ConfigError(
             "this folder was made with other numbers of the regime or of sizes.",
             where=path,
@@ -100,6 +103,13 @@ def _settle(folder: Path, regime: Regime, size: Size, seed: int) -> None:
         text = yaml.safe_dump(content, sort_keys=False)
         (folder / f"{name}_registry.yaml").write_text(text, encoding="utf-8")
     write_json(path, plain)
+
+
+def _of_cohort(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what no phantom, teacher or unit depends on."""
+    size = {k: v for k, v in identity["size"].items() if k not in _OF_STUDENTS}
+    regime = {k: v for k, v in identity["regime"].items() if k != "title"}
+    return {**identity, "size": size, "regime": regime}
 
 
 def _train_teachers(folder: Path, regime: Regime, size: Size, seed: int, log: Log) -> None:

@@ -3,6 +3,7 @@ ones that may differ in anything."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipeline.config import digest, read_yaml
 from pipeline.errors import ConfigError
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.supervision import LABELS_ALONE
+from stages.train_student import RUN_NAME
 
 KINDS_OF_BUDGET: Mapping[str, tuple[str, ...]] = {
     "short": (
@@ -55,24 +57,47 @@ def screened(size: Size, folder: Path) -> list[Configuration]:
     replaces what ms_kd has there.
 
     Raises:
-        ConfigError: no file, a mistake in one, or a name that is a kind's.
+        ConfigError: no file, a mistake in one, a name that is a kind's, or nothing new in it.
     """
     files = sorted(folder.glob("*.yaml"))
     if not files:
         raise ConfigError("there is no .yaml file.", where=folder, fix="Name another --configs.")
-    found = []
+    found: list[Configuration] = []
     for path in files:
-        if path.stem in KINDS:
-            fix = "Name the file otherwise."
-            raise ConfigError(f"{path.stem} is a kind of supervision.", where=path, fix=fix)
+        _check_name(path)
         changes = read_yaml(path).data
+        fix = "See stages/train_student.yaml, below `training`."
+        if not isinstance(changes, dict):
+            raise ConfigError("not a mapping of settings.", where=path, fix=fix)
+        if {"seed", "steps"} & set(changes):
+            raise ConfigError(
+                "seed and steps are set by the bench.", where=path, fix="Remove them."
+            )
         try:
             found.append(_configuration(path.stem, size, changes))
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
+            raise ConfigError(str(error), where=path, fix=fix) from error
+    known = {identity(c.training): c.name for c in named(size, KINDS)}
+    for path, new in zip(files, found, strict=True):
+        same = known.setdefault(identity(new.training), new.name)
+        if same != new.name:
             raise ConfigError(
-                str(error), where=path, fix="See stages/train_student.yaml."
-            ) from error
+                f"it is the same as {same}.", where=path, fix="Remove it, or change something."
+            )
     return found
+
+
+def _check_name(path: Path) -> None:
+    if path.stem in KINDS:
+        raise ConfigError(
+            f"{path.stem} is a kind of supervision.", where=path, fix="Name the file otherwise."
+        )
+    if not re.fullmatch(RUN_NAME, path.stem):
+        raise ConfigError(
+            f"{path.stem!r} cannot name a run.",
+            where=path,
+            fix="Use letters, digits, dots, dashes and underscores.",
+        )
 
 
 def identity(training: TrainingConfig) -> str:

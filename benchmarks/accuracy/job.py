@@ -23,7 +23,7 @@ from pipeline.cache.store import write_json
 from pipeline.cohort import open_cohort
 from pipeline.comparison.scoring import ScoringSettings, score_student
 from pipeline.data.registry import Registry, load_registry
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, Stopped
 from pipeline.log import Log
 from stages import train_student
 from stages.train_student import TrainStudentConfig
@@ -55,7 +55,8 @@ def main(path: Path) -> int:
 
 
 def make_students(folder: Path, runs: Sequence[Mapping[str, Any]], split: str, log: Log) -> int:
-    """Trains what is not trained and scores what is not scored; a failure leaves the others."""
+    """Trains what is not trained and scores what is not scored; a failure leaves the others, a
+    signal does not."""
     if not runs:
         return 0
     work = folder / "work"
@@ -74,6 +75,9 @@ def make_students(folder: Path, runs: Sequence[Mapping[str, Any]], split: str, l
                     place, cases, ScoringSettings(split=split, surface=False),
                     device=torch.device("cpu"), window_batch=4, advance=advance,
                 )  # fmt: skip
+        except Stopped as error:
+            log.warn(str(error))
+            return FAILED
         except PipelineError as error:
             failed.append(str(run["folder"]))
             log.warn(f"{run['folder']} failed, the others go on: {error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -97,8 +98,6 @@ def _costs(jobs: Sequence[Job]) -> dict[str, float]:
 
 
 def _cost(path: Path) -> float | None:
-    import json
-
     try:
         return float(json.loads(path.read_text(encoding="utf-8"))["cpu_seconds"])
     except FileNotFoundError:

@@ -56,7 +56,9 @@ def run_tasks(
     Raises:
         StoppedBySignal: after the processes have been told to end, and have ended.
     """
-    waiting, running, failed = list(tasks), [], {}
+    waiting = list(tasks)
+    running: list[_Running] = []
+    failed: dict[str, str] = {}
     with _signals() as stopping:
         try:
             while (waiting or running) and not stopping():

@@ -28,7 +28,8 @@ def page(content: Mapping[str, Any], picture: str) -> str:
     """The page: what was done, a picture, tables, and what to know of them."""
     body = "\n".join(table.to_markdown() for table in all_tables(content))
     notes = "".join(f"- {note}\n" for note in content["notes"])
-    return f"# Accuracy of supervisions, {content['split']} cases\n\n![Dice]({picture})\n\n{body}\n{notes}"
+    title = f"# Accuracy of supervisions, {content['split']} cases"
+    return f"{title}\n\n![Mean Dice by regime]({picture})\n\n{body}\n{notes}"
 
 
 def _overview(content: Mapping[str, Any]) -> Table:
