@@ -32,12 +32,6 @@ class TrainingConfig(Config):
         default=None,
         description="train all outputs of the network; null: where it has several; true: it must",
     )
-    average: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="decay of a running mean of the weights, which is then the student; 0: none",
-    )
     optimiser: OptimiserConfig = Field(default_factory=OptimiserConfig)
     validate_every: int = Field(default=1000, ge=1, description="steps")
 

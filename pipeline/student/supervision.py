@@ -18,7 +18,6 @@ from pipeline.labels import IGNORE
 from pipeline.student import distillation, losses
 from pipeline.student.deep_supervision import over_outputs
 from pipeline.student.network import Head, StudentNetwork, TapKey
-from pipeline.student.ranks import over_ranks
 from pipeline.trust import ReliabilityConfig
 
 Kind = Literal[
@@ -61,10 +60,6 @@ class LogitsConfig(WeightConfig):
         default="voxel", description="over all regions together, or per region and then over them"
     )
     soft_dice: bool = True
-    dice_organs: Literal["known", "claimed"] = Field(
-        default="known",
-        description="in the soft Dice: all known organs, or those with a region in the batch",
-    )
     hard: bool = Field(default=False, description="targets of 0 and 1 instead of probabilities")
     temperature: float = Field(default=1.0, gt=0)
     agreed_background: bool = Field(default=True, description="False: organ regions alone")
@@ -280,11 +275,8 @@ def logits_term(config: LogitsConfig, log_p: Tensor, p: Tensor, batch: Batch) ->
         per_region=config.mean == "region",
     )
     if config.soft_dice:
-        inside, known = organ.any(dim=1) | background, batch.known
-        if config.dice_organs == "claimed":
-            present = over_ranks(organ.flatten(2).any(dim=2).any(dim=0).float()) > 0
-            known = known & present
-        term = term + distillation.soft_dice(p[:, 1:], odds, inside, known)
+        inside = organ.any(dim=1) | background
+        term = term + distillation.soft_dice(p[:, 1:], odds, inside, batch.known)
     return term
 
 

@@ -18,7 +18,6 @@ from pipeline.cohort import Temperatures
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
-from pipeline.student.averaging import Averaged
 from pipeline.student.dataset import PatchDataset, to_batch
 from pipeline.student.loading import loaded_batches, patches_of
 from pipeline.student.loggers.run_logger import RunLogger
@@ -142,10 +141,6 @@ def train(
     parts: dict[str, Stateful] = {
         "network": network, "optimiser": optimiser, "speed": speed, "best": best,
     }  # fmt: skip
-    averaged = Averaged(network, config.average) if config.average else None
-    if averaged is not None:
-        parts["averaged"] = averaged
-    student = network if averaged is None else averaged.network
     identity = {"config": config.model_dump(mode="json"), "inputs": dict(inputs)}
     step = start = restore_state(
         folder, identity, parts,
@@ -159,8 +154,8 @@ def train(
 
     def validated() -> None:
         if best.beaten_by(mean_dice(scores)) and keep_best is not None:
-            check_finite(student.state_dict(), folder, step)
-            keep_best(student.network, step, scores)
+            check_finite(network.state_dict(), folder, step)
+            keep_best(network.network, step, scores)
         metrics.add_validation(step, scores)
         if pictures and metrics.picture_is_old:
             draw_progress(folder / "progress.png", metrics)
@@ -195,14 +190,12 @@ def train(
                 line = make_step(config, network, optimiser, batch, speed, processes, step)
             except FloatingPointError as error:
                 raise _not_finite(error, step + 1, collated["case"], folder, processes) from error
-            if averaged is not None:
-                averaged.update(network, step)
             metrics.add(step + 1, **line)
             step += 1
             advance(metrics.note)
             if step % config.validate_every == 0 or step == config.steps:
                 with speed.autocast():
-                    scores = validate(student.network, validation, space, config, device, processes)
+                    scores = validate(network.network, validation, space, config, device, processes)
                 processes.from_first(validated)
                 network.train()
             due = processes.is_first and time.monotonic() - last_save > checkpoint_minutes * 60
@@ -216,7 +209,7 @@ def train(
                 log.info(f"stopped by a signal after step {step}; the checkpoint is written")
                 break
     seconds = time.monotonic() - began
-    return Trained(student.cpu().eval(), scores, step, step == config.steps, seconds)
+    return Trained(network.cpu().eval(), scores, step, step == config.steps, seconds)
 
 
 def _network(
