@@ -36,10 +36,12 @@ class Configuration:
     Attributes:
         name: a kind's, or of the file that it was read from.
         training: with seed and steps of no meaning.
+        online: whether teachers are asked in the loop instead of the cache; see `online`.
     """
 
     name: str
     training: TrainingConfig
+    online: bool = False
 
     @property
     def registry(self) -> str:
@@ -48,7 +50,7 @@ class Configuration:
 
 
 def named(size: Size, kinds: Sequence[str]) -> list[Configuration]:
-    """The kinds of supervision with their defaults; ms_kd with the demo's one tap."""
+    """The kinds of supervision with their defaults."""
     return [_configuration(kind, size, {"supervision": {"kind": kind}}) for kind in kinds]
 
 
@@ -69,17 +71,18 @@ def screened(size: Size, folder: Path) -> list[Configuration]:
         fix = "See stages/train_student.yaml, below `training`."
         if not isinstance(changes, dict):
             raise ConfigError("not a mapping of settings.", where=path, fix=fix)
+        online = bool(changes.pop("online", False))
         if {"seed", "steps"} & set(changes):
             raise ConfigError(
                 "seed and steps are set by the bench.", where=path, fix="Remove them."
             )
         try:
-            found.append(_configuration(path.stem, size, changes))
+            found.append(_configuration(path.stem, size, changes, online=online))
         except ValueError as error:
             raise ConfigError(str(error), where=path, fix=fix) from error
-    known = {identity(c.training): c.name for c in named(size, KINDS)}
+    known = {(identity(c.training), False): c.name for c in named(size, KINDS)}
     for path, new in zip(files, found, strict=True):
-        same = known.setdefault(identity(new.training), new.name)
+        same = known.setdefault((identity(new.training), new.online), new.name)
         if same != new.name:
             raise ConfigError(
                 f"it is the same as {same}.", where=path, fix="Remove it, or change something."
@@ -126,7 +129,9 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return found
 
 
-def _configuration(name: str, size: Size, changes: Mapping[str, Any]) -> Configuration:
+def _configuration(
+    name: str, size: Size, changes: Mapping[str, Any], *, online: bool = False
+) -> Configuration:
     base: dict[str, Any] = {
         "network": network_settings(size),
         "patch": list(size.patch),
@@ -137,7 +142,4 @@ def _configuration(name: str, size: Size, changes: Mapping[str, Any]) -> Configu
         "supervision": {"kind": METHOD},
     }
     wanted = merged(base, changes)
-    if wanted["supervision"]["kind"] == METHOD:
-        taps = {"supervision": {"features": {"student_taps": [size.tap]}}}
-        wanted = merged(merged(base, taps), changes)
-    return Configuration(name, TrainingConfig.model_validate(wanted))
+    return Configuration(name, TrainingConfig.model_validate(wanted), online)

@@ -10,12 +10,14 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.accuracy.cohort import make_cohort
+from benchmarks.accuracy.online import teachers_in_the_loop
 from benchmarks.accuracy.regimes import REGIMES
 from benchmarks.accuracy.size import SIZES
 from pipeline.cache.reader import CachedCase
@@ -100,7 +102,8 @@ def _train(run: Mapping[str, Any], registry: Registry, work: Path, place: Path, 
         return
     config = TrainStudentConfig.model_validate({"run": run["folder"], "training": run["training"]})
     began = time.process_time()
-    report = train_student.run(config, registry, work, log=log, device="cpu")
+    with teachers_in_the_loop(registry) if run["online"] else nullcontext():
+        report = train_student.run(config, registry, work, log=log, device="cpu")
     for error in report.failed.values():
         raise error
     if report.done:

@@ -34,6 +34,7 @@ class Run:
         folder: below `work/students` of the job; its digits are of the configuration and steps.
         labels_alone: whether no teacher is read.
         training: settings, plain values.
+        online: see `Configuration`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Run:
     folder: str
     labels_alone: bool
     training: Mapping[str, Any]
+    online: bool = False
 
     @property
     def steps(self) -> int:
@@ -169,7 +171,7 @@ def _run(configuration: Configuration, budget: str, steps: int, seed: int) -> Ru
     # The one validation of a training is its last step.
     changes = {"steps": steps, "seed": seed, "validate_every": steps}
     training = configuration.training.model_copy(update=changes)
-    digits = identity(configuration.training)[:10]
+    digits = identity(configuration.training)[:10] + ("-online" if configuration.online else "")
     return Run(
         name=configuration.name,
         budget=budget,
@@ -177,4 +179,5 @@ def _run(configuration: Configuration, budget: str, steps: int, seed: int) -> Ru
         folder=f"{budget.split(',')[0]}/{configuration.name}-{steps}-{digits}",
         labels_alone=not configuration.training.supervision.uses_teachers,
         training=training.model_dump(mode="json"),
+        online=configuration.online,
     )

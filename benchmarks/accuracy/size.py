@@ -41,8 +41,8 @@ class Size:
     batch_size: int = 2
     lr: float = 0.003
     teacher_steps: int = 300
-    short_steps: int = 300
-    long_steps: int = 900
+    short_steps: int = 150
+    long_steps: int = 600
     validation_cases: int = 2
     test_cases: int = 3
     multi_validation_cases: int = 3
