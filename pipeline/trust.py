@@ -16,7 +16,7 @@ class ReliabilityConfig(Config):
     """
 
     least_found: float = Field(
-        default=0.5,
+        default=0.4,
         ge=0,
         le=1,
         description='"not here" counts if the teacher finds this share of its organ',
