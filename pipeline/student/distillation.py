@@ -103,9 +103,11 @@ def kl(
             continue
         here = experts[:, i, organs][:, :, None, None, None] & spoken[:, organs]
         student, d = _merged(log_p, organs), log_odds[:, organs]
-        if not bool(here.all()):  # not the same organs in every sample, or somebody is silent
+        d = d.masked_fill(~here, torch.nan)
+        # Not the same organs in every sample, or somebody is silent. Where all are (as outside of a
+        # case, so in many patches) nothing has a weight, and nothing has to be merged.
+        if bool((here.any(dim=1, keepdim=True) & ~here).any()):
             student = merge_into_background(student, here)
-            d = d.masked_fill(~here, torch.nan)
         if temperature != 1:
             student = torch.log_softmax(student / temperature, dim=1)
         own = organ[:, organs] & here
