@@ -42,7 +42,7 @@ class Size:
     lr: float = 0.003
     teacher_steps: int = 300
     short_steps: int = 300
-    long_steps: int = 1200
+    long_steps: int = 900
     validation_cases: int = 2
     test_cases: int = 3
     multi_validation_cases: int = 3
