@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from stages.report import StageReport
 
 COHORT = "cohort.json"  # written last
 _TAUGHT = "teachers.json"
+_SECONDS = "seconds.json"
 _OF_STUDENTS = ("short_steps", "long_steps", "draws")
 
 
@@ -41,18 +43,20 @@ def make_cohort(folder: Path, regime: Regime, size: Size, seed: int, log: Log) -
         ConfigError: the folder holds a job of other numbers.
         PipelineError: a stage failed; the message says what.
     """
-    seconds: dict[str, float] = {}
     _settle(folder, regime, size, seed)
-    began = time.process_time()
-    with log.progress("phantoms", len(phantoms(regime, size, seed))) as advance:
-        for name, spec in phantoms(regime, size, seed).items():
+    made = phantoms(regime, size, seed)
+    with _timed(folder, "phantoms"), log.progress("phantoms", len(made)) as advance:
+        for name, spec in made.items():
             write_dataset(folder / "phantom" / name, spec)
             advance(name)
-    seconds["phantoms"] = time.process_time() - began
-    began = time.process_time()
-    _train_teachers(folder, regime, size, seed, log)
-    seconds["teachers"] = time.process_time() - began
-    began = time.process_time()
+    with _timed(folder, "teachers"):
+        _train_teachers(folder, regime, size, seed, log)
+    with _timed(folder, "cache"):
+        _fill_cache(folder, size, log)
+    write_json(folder / COHORT, {"teachers": measure_teachers(folder), "seconds": _seconds(folder)})
+
+
+def _fill_cache(folder: Path, size: Size, log: Log) -> None:
     window = {"shape": list(size.patch), "overlap": 0.5}
     store = cache_teachers.CacheTeachersConfig.model_validate({"window": window})
     for name in ("student", "full", "test"):
@@ -63,12 +67,28 @@ def make_cohort(folder: Path, regime: Regime, size: Size, seed: int, log: Log) -
                 log=log, device="cpu", window_batch=4, tables=False, overlap=False,
             )
         )  # fmt: skip
-    seconds["cache"] = time.process_time() - began
-    teachers = measure_teachers(folder)
-    before = read_cohort(folder)
-    if before is not None:  # seconds of a call that found everything there say nothing
-        seconds = before["seconds"]
-    write_json(folder / COHORT, {"teachers": teachers, "seconds": seconds})
+
+
+@contextmanager
+def _timed(folder: Path, part: str) -> Iterator[None]:
+    """Adds CPU seconds to those of the part in earlier calls that were stopped, not to those of a
+    cohort that is whole."""
+    began = time.process_time()
+    try:
+        yield
+    finally:
+        if read_cohort(folder) is None:
+            spent = _seconds(folder)
+            spent[part] = round(spent.get(part, 0.0) + time.process_time() - began, 2)
+            write_json(folder / _SECONDS, spent)
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    try:
+        found: dict[str, float] = json.loads((folder / _SECONDS).read_text(encoding="utf-8"))
+    except FileNotFoundError:  # a cohort of an earlier version has them in its record
+        return dict((read_cohort(folder) or {"seconds": {}})["seconds"])
+    return found
 
 
 def read_cohort(folder: Path) -> dict[str, Any] | None:

@@ -63,8 +63,12 @@ def draws(apart: Floats, rng: np.random.Generator, num: int) -> Floats:
     values = np.where(known, apart, 0.0)
     drawn = rng.integers(seeds, size=(num, seeds))
     counts = rng.multinomial(cases, np.full(cases, 1 / cases), size=(num, seeds))
-    total = np.einsum("dsn,dsnk->dsk", counts, values[drawn])
-    weight = np.einsum("dsn,dsnk->dsk", counts, known[drawn].astype(np.float64))
+    total = np.zeros((num, seeds, apart.shape[2]))
+    weight = np.zeros_like(total)
+    for seed in range(seeds):  # matrix products, which are quick
+        slots = drawn == seed
+        total[slots] = counts[slots] @ values[seed]
+        weight[slots] = counts[slots] @ known[seed].astype(np.float64)
     means = np.where(weight > 0, total / np.maximum(weight, 1), np.nan)
     return _mean(_with_mean(means), axis=1)
 

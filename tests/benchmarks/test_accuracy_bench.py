@@ -149,7 +149,7 @@ def test_kinds_differ_in_supervision_alone() -> None:
     assert {field.split(".")[0] for field in differing_fields(configs)} == {"supervision"}
     assert {c.training.sampling.organs_from for c in configs} == {"labels"}
     (method,) = named(FULL, ["ms_kd"])
-    assert method.training.supervision.uses_features
+    assert not method.training.supervision.uses_features
 
 
 def test_identity_is_of_what_counts() -> None:
@@ -217,7 +217,7 @@ def test_plan_of_jobs(tmp_path: Path) -> None:
     extra = equal_time_steps(
         FULL, ["short", "long"], {"ms_kd": 0.03, "marginal": 0.02, "pseudo_label": 0.04}
     )
-    assert extra == {("short", "marginal"): 450, ("long", "marginal"): 1800}
+    assert extra == {("short", "marginal"): 450, ("long", "marginal"): 1350}
     jobs = plan_jobs(tmp_path, regimes, [5, 6], FULL, chosen, extra)
     assert [job.name for job in jobs] == ["a/seed5", "d/seed5", "a/seed6", "d/seed6"]
     for job in jobs:
@@ -232,7 +232,7 @@ def test_plan_of_jobs(tmp_path: Path) -> None:
         assert {run.training["seed"] for run in job.runs} == {
             drawn_seed(job.regime, job.seed, "students")
         }
-    assert [run.steps for run in jobs[0].runs[-2:]] == [450, 1800]
+    assert [run.steps for run in jobs[0].runs[-2:]] == [450, 1350]
 
 
 def test_what_is_done_is_read_from_the_disk(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_what_was_tried_stays_on_record(tmp_path: Path) -> None:
     tried = note_tried(tmp_path)
     digits = identity(changed)[:10]
     assert tried["validation"][digits] == {
-        "names": ["other"], "steps": [300, 1200], "jobs": ["a/seed0"],
+        "names": ["other"], "steps": [300, 900], "jobs": ["a/seed0"],
     }  # fmt: skip
     assert (len(tried["validation"]), len(tried["test"])) == (2, 1)
     for run in job.runs:

@@ -139,7 +139,7 @@ def test_from_nothing_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[st
         cwd=ROOT, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     job = folder / "d" / "seed3"
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not (job / "teachers").exists() and time.monotonic() < until:
         time.sleep(0.1)
     began.send_signal(signal.SIGTERM)
