@@ -217,7 +217,7 @@ def test_plan_of_jobs(tmp_path: Path) -> None:
     extra = equal_time_steps(
         FULL, ["short", "long"], {"ms_kd": 0.03, "marginal": 0.02, "pseudo_label": 0.04}
     )
-    assert extra == {("short", "marginal"): 450, ("long", "marginal"): 1350}
+    assert extra == {("short", "marginal"): 225, ("long", "marginal"): 675}
     jobs = plan_jobs(tmp_path, regimes, [5, 6], FULL, chosen, extra)
     assert [job.name for job in jobs] == ["a/seed5", "d/seed5", "a/seed6", "d/seed6"]
     for job in jobs:
@@ -232,19 +232,19 @@ def test_plan_of_jobs(tmp_path: Path) -> None:
         assert {run.training["seed"] for run in job.runs} == {
             drawn_seed(job.regime, job.seed, "students")
         }
-    assert [run.steps for run in jobs[0].runs[-2:]] == [450, 1350]
+    assert [run.steps for run in jobs[0].runs[-2:]] == [225, 675]
 
 
 def test_what_is_done_is_read_from_the_disk(tmp_path: Path) -> None:
     chosen = choose(FULL, ["short"], ["marginal", "full"], [])
     (job,) = plan_jobs(tmp_path, [REGIMES["b"]], [0], FULL, chosen)
     cohort = 8 * FULL.teacher_steps
-    assert work_done(job, FULL, "validation", False) == (0, cohort + 600)
+    assert work_done(job, FULL, "validation", False) == (0, cohort + 300)
     job.folder.mkdir(parents=True)
     (job.folder / "cohort.json").write_text("{}")
     write_scores(job.run_folder(job.runs[0]), "validation", 0.5)
-    assert work_done(job, FULL, "validation", False) == (cohort + 300, cohort + 600)
-    assert work_done(job, FULL, "test", False) == (cohort, cohort + 600)
+    assert work_done(job, FULL, "validation", False) == (cohort + 150, cohort + 300)
+    assert work_done(job, FULL, "test", False) == (cohort, cohort + 300)
     assert work_done(job, FULL, "test", True) == (cohort, cohort)
 
 
