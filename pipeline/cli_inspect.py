@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,6 +63,10 @@ def inspect(
         bool | None,
         typer.Option("--calibrated/--no-calibrated", help="Instead of the YAML's."),
     ] = None,
+    reliability: Annotated[
+        bool,
+        typer.Option("--reliability/--no-reliability", help="Whether teachers may be doubted."),
+    ] = True,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Leave out teachers that a case lacks.")
     ] = False,
@@ -78,6 +83,8 @@ def inspect(
     known = open_registry(registry, files=False)
     changes = {"margin": margin, "labels_win": labels_win, "calibrated": calibrated}
     view, allowed = _view(config, known, work, changes)
+    if not reliability:
+        view = replace(view, reliability=None)
     allowed = allowed or allow_missing
     if case is not None:
         numbers, written = inspect_case(known, work, case, view, output, allow_missing=allowed)
@@ -112,7 +119,8 @@ def _view(
     if chosen.calibrated:
         measured = temperatures(work, registry, list(registry.teachers))
         heat = {who: t for who, t in measured.items() if t is not None}
-    view = View(chosen.margin, chosen.labels_win, chosen.confidence, heat)
+    reliability = chosen.reliability if chosen.uses_reliability else None
+    view = View(chosen.margin, chosen.labels_win, chosen.confidence, heat, reliability)
     return view, settings.allow_missing
 
 

@@ -30,6 +30,7 @@ from pipeline.consensus import (
     DEFAULT_CONFIDENCE,
     Consensus,
     average_experts,
+    believed,
     consensus,
     stack_organs,
 )
@@ -38,6 +39,7 @@ from pipeline.errors import CacheError, CacheMissing, RegistryError
 from pipeline.folder import Folder
 from pipeline.labels import IGNORE, LabelSpace
 from pipeline.patches import Patch
+from pipeline.trust import FULL
 
 # (teacher, organ) -> T
 Temperatures = Mapping[tuple[str, str], float]
@@ -272,6 +274,8 @@ def _experts(
     found = {}
     for teacher in case.experts.get(organ, ()):
         odds = lazy_array(case.teachers[teacher], log_odds_name(organ), patch, np.nan, as_stored)
+        trust = case.trust.get((teacher, organ), FULL)
+        odds = believed(odds, here=trust.here, not_here=trust.not_here)
         if (teacher, organ) in temperatures:
             odds = odds.astype("float32") / np.float32(temperatures[teacher, organ])
         found[teacher] = odds

@@ -53,6 +53,16 @@ class Consensus:
         return in_blocks(_all_below, "zyx", np.bool_, (self.log_odds, "kzyx"), margin=self.margin)
 
     @cached_property
+    def unclaimed(self) -> da.Array:
+        """bool (D, H, W), background as far as anybody speaks: some d_k < -m, and every other d_k
+        < -m or NaN. Where nobody is silent it is the agreed background; elsewhere it may be an
+        organ whose teachers are silent.
+        """
+        return in_blocks(
+            _spoken_below, "zyx", np.bool_, (self.log_odds, "kzyx"), margin=self.margin
+        )
+
+    @cached_property
     def conflict(self) -> da.Array:
         """bool (D, H, W), voxels in two or more organ regions."""
         return in_blocks(_in_several, "zyx", np.bool_, (self.organ, "kzyx"))
@@ -68,6 +78,23 @@ def stack_organs(log_odds: Sequence[da.Array]) -> da.Array:
     """One (D, H, W) array per organ -> float32 (K, D, H, W), all organs of a voxel in one chunk."""
     arrays = [(d, "zyx") for d in log_odds]
     return in_blocks(_stack, "kzyx", np.float32, *arrays, new_axes={"k": len(log_odds)})
+
+
+def believed(log_odds: da.Array, *, here: bool, not_here: bool) -> da.Array:
+    """One teacher's log-odds of one organ where its word counts, NaN elsewhere: a silent teacher.
+
+    Args:
+        log_odds: (D, H, W), NaN where it did not see.
+        here: whether "the organ is here" (d > 0) counts.
+        not_here: whether "it is not here" (d <= 0) counts.
+
+    Returns:
+        float32 (D, H, W).
+    """
+    if here and not_here:
+        return log_odds
+    options: dict[str, Any] = {"here": here, "not_here": not_here}
+    return in_blocks(_believed, "zyx", np.float32, (log_odds, "zyx"), **options)
 
 
 def average_experts(
@@ -231,6 +258,16 @@ def _above(d: FloatArray, margin: float) -> BoolArray:
 
 def _all_below(d: FloatArray, margin: float) -> BoolArray:
     return np.asarray((d < -margin).all(axis=0))
+
+
+def _spoken_below(d: FloatArray, margin: float) -> BoolArray:
+    below = d < -margin
+    return np.asarray((below | np.isnan(d)).all(axis=0) & below.any(axis=0))
+
+
+def _believed(d: npt.NDArray[Any], here: bool, not_here: bool) -> FloatArray:
+    counts = np.where(d > 0, here, not_here)
+    return np.where(counts, d, np.nan).astype(np.float32)
 
 
 def _in_several(organ: BoolArray) -> BoolArray:

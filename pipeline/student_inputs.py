@@ -20,6 +20,7 @@ from pipeline.errors import CacheError, CacheMissing, CheckpointError, ConfigErr
 from pipeline.folder import Folder, matching, read_text
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
+from pipeline.reliability import believed_cases, doubted
 from pipeline.student.network import CachedTap, TapKey
 from pipeline.student.supervision import SupervisionConfig
 
@@ -98,6 +99,12 @@ def open_inputs(
     taps = cached_taps(training, space) if supervision.uses_features else {}
     heat = _temperatures(work, registry, teachers, log) if supervision.uses_temperatures else {}
     identity = _identity(cohort, training, labelled.cases, space)
+    if supervision.uses_reliability and supervision.reliability is not None:
+        training = believed_cases(
+            training, labelled.cases, registry, work, supervision.reliability, log
+        )
+        if doubts := doubted(training):
+            identity["doubted"] = doubts
     if heat:
         identity["temperatures"] = {
             f"{teacher}: {organ}": t for (teacher, organ), t in heat.items()

@@ -15,6 +15,7 @@ from pipeline.cache.index import IndexedCase, IndexedTeacher
 from pipeline.cache.provenance import teacher_inputs, unit_inputs
 from pipeline.cache.schema import ArraySpec, StorageConfig, features_spec, log_odds_spec
 from pipeline.cache.store import write_unit
+from pipeline.components import coarse, large_components
 from pipeline.config import digest
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
@@ -186,10 +187,8 @@ def store_unit(
     """
     began = time.monotonic()
     specs = unit_arrays(said, storage)
-    found = {
-        organ: centres(values > 0, seed=case.image_sha256)
-        for organ, values in said.log_odds.items()
-    }
+    claimed = {organ: values > 0 for organ, values in said.log_odds.items()}
+    few = coarse(said.grid.spacing_mm)
     taps = {
         tap: {"stride": list(said.strides[tap]), "channels": int(values.shape[0])}
         for tap, values in said.features.items()
@@ -198,7 +197,11 @@ def store_unit(
         "case": case.name,
         "teacher": loaded.indexed.teacher,
         "grid": said.grid.to_json(),
-        "centres": found,
+        "centres": {o: centres(mask, seed=case.image_sha256) for o, mask in claimed.items()},
+        "regions": {
+            organ: {"voxels": int(np.count_nonzero(m)), "parts": large_components(m[few])}
+            for organ, m in claimed.items()
+        },
         "taps": taps,
     }
     inputs = unit_inputs(teacher_digest=loaded.indexed.digest, image_sha256=case.image_sha256)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from pipeline.cache.schema import IMAGE, LABEL, features_name, log_odds_name
 from pipeline.errors import CacheCorrupt, CacheIncomplete, StoreUnreachable
 from pipeline.folder import Folder, is_local, unreachable
 from pipeline.patches import Patch
+from pipeline.trust import Trust
 from pipeline.volume import Grid
 
 
@@ -143,6 +144,7 @@ class CachedCase:
         case: the unit with image and label.
         teachers: teacher -> its unit; teachers without one are absent.
         experts: organ -> teachers that are expert in it.
+        trust: (teacher, organ) -> how far it is believed here; those that are absent fully.
     """
 
     name: str
@@ -151,6 +153,7 @@ class CachedCase:
     case: Unit
     teachers: Mapping[str, Unit]
     experts: Mapping[str, Sequence[str]]
+    trust: Mapping[tuple[str, str], Trust] = field(default_factory=dict)
 
     @property
     def grid(self) -> Grid:

@@ -17,13 +17,14 @@ from pipeline.cache.reader import CachedCase
 from pipeline.errors import PipelineError
 from pipeline.inspection.improbable import Usual, flagged, usual_of
 from pipeline.inspection.looks import View
-from pipeline.inspection.measure import CaseNumbers, measure_case
+from pipeline.inspection.measure import CaseNumbers, OrganNumbers, measure_case
 from pipeline.labels import LabelSpace
 from pipeline.log import Log, print_table
 from pipeline.tables import in_ml
 
 _MOST_ROWS = 60
 _MOST_PAIRS = 20
+_NOBODY = OrganNumbers(region_ml=0.0, components=0)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class CohortNumbers:
                 for organ, usual in self.usual.items()
             },
             "pairs": pair_rows(self.cases),
+            "doubts": doubt_rows(self.cases),
             "failed": {name: str(error) for name, error in self.failed.items()},
         }
 
@@ -115,6 +117,26 @@ def pair_rows(cases: Sequence[CaseNumbers]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-row["conflict_ml"], row["teachers"]))
 
 
+def doubt_rows(cases: Sequence[CaseNumbers]) -> list[dict[str, Any]]:
+    """Each teacher and organ that is doubted anywhere: in how many of the cases that do not
+    annotate the organ, on which side, and why in one of them."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for case in cases:
+        for doubt in case.doubts:
+            row = rows.setdefault(
+                (doubt.teacher, doubt.organ),
+                {"teacher": doubt.teacher, "organ": doubt.organ, "num_cases": 0, "no_here": 0,
+                 "no_not_here": 0, "silent": 0, "why": doubt.why},
+            )  # fmt: skip
+            side = "no_not_here" if doubt.here else "no_here" if doubt.not_here else "silent"
+            row[side] += 1
+    for row in rows.values():
+        row["num_cases"] = sum(
+            case.organs.get(row["organ"], _NOBODY).label_ml is None for case in cases
+        )
+    return list(rows.values())
+
+
 def print_cohort(found: CohortNumbers) -> None:
     """Cases, pairs of teachers, and the reasons, for people."""
     cases = found.cases[:_MOST_ROWS]
@@ -125,6 +147,21 @@ def print_cohort(found: CohortNumbers) -> None:
     print_table(
         f"Regions in ml, agreed background in %, improbable cases first{more}", columns, rows
     )
+    doubts = doubt_rows(found.cases)
+    if doubts:
+        cells = [
+            [
+                row["teacher"],
+                row["organ"],
+                str(row["num_cases"]),
+                *(str(row[side] or "") for side in ("no_here", "no_not_here", "silent")),
+                row["why"],
+            ]
+            for row in doubts
+        ]
+        title = "Teachers that are not believed everywhere: cases in which"
+        columns = ["teacher", "organ", "asked", 'no "here"', 'no "not here"', "silent", "such as"]
+        print_table(title, columns, cells)
     pairs = [row for row in pair_rows(found.cases) if row["conflict_ml"]]
     if pairs:
         cells = [
@@ -156,14 +193,17 @@ def to_csv(found: CohortNumbers) -> str:
 
 def _flat(case: CaseNumbers) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case.case, "split": case.split}
-    row |= {"agreed_background": case.agreed_background, "conflict_ml": case.conflict_ml}
-    row |= {"abstained_ml": case.abstained_ml, "unseen": case.unseen}
+    row |= {"agreed_background": case.agreed_background, "unclaimed": case.unclaimed}
+    row |= {"conflict_ml": case.conflict_ml, "abstained_ml": case.abstained_ml}
+    row |= {"unseen": case.unseen}
     for organ, numbers in case.organs.items():
         known = numbers.model_dump(exclude_none=True)
         row |= {f"{organ}: {name}": value for name, value in known.items()}
     for one in case.teachers:
         row[f"{one.teacher} on {one.organ}: claimed_ml"] = one.claimed_ml
         row[f"{one.teacher} on {one.organ}: unseen"] = one.unseen
+    for doubt in case.doubts:
+        row[f"{doubt.teacher} on {doubt.organ}: doubted"] = doubt.why
     for pair in case.pairs:
         row[f"{' and '.join(pair.teachers)}: conflict_ml"] = pair.conflict_ml
     return row | {"improbable": "; ".join(case.flags)}

@@ -38,6 +38,7 @@ from pipeline.consensus import (
 from pipeline.errors import CacheMissing
 from pipeline.inspection import voxels
 from pipeline.labels import LabelSpace
+from pipeline.trust import ReliabilityConfig
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class View:
         labels_win: whether labels correct the teachers first.
         confidence: c of labels that win.
         temperatures: (teacher, organ) -> T; empty for log-odds as they are.
+        reliability: when the word of a teacher counts; None: always.
     """
 
     margin: float = 0.0
     labels_win: bool = True
     confidence: float = DEFAULT_CONFIDENCE
     temperatures: Temperatures = field(default_factory=dict)
+    reliability: ReliabilityConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,14 @@ class CaseLook:
         organs: names of the known organs, in the order of axis K.
         ids: their ids in label maps.
         view: how regions are formed.
+        is_doubted: whether some teacher is not fully believed here.
     """
 
     votes: Votes
     organs: Sequence[str]
     ids: Sequence[int]
     view: View
+    is_doubted: bool = False
 
     @cached_property
     def alone(self) -> Consensus:
@@ -131,6 +136,7 @@ class CaseLook:
             (self.excluded, "kzyx"),
             (self.regions.organ, "kzyx"),
             (self.regions.background, "zyx"),
+            (self.regions.unclaimed, "zyx"),
             (self.regions.conflict, "zyx"),
             (self.regions.abstained, "zyx"),
         ]
@@ -195,4 +201,5 @@ def look_at(case: CachedCase, space: LabelSpace, view: View) -> CaseLook:
         case, space, use_labels=view.labels_win, temperatures=view.temperatures or None
     )
     organs = [space.organs[k] for k in votes.known]
-    return CaseLook(votes, organs, [space.ids[organ] for organ in organs], view)
+    ids = [space.ids[organ] for organ in organs]
+    return CaseLook(votes, organs, ids, view, is_doubted=bool(case.trust))

@@ -42,6 +42,7 @@ def lazy_maps(look: CaseLook) -> Mapping[str, da.Array]:
 
     - `regions`: organ ids; in a conflict the organ with the larger log-odds; 0 elsewhere.
     - `agreed_background`, `abstained`: 0 or 1.
+    - `unclaimed`: 0 or 1, background as far as anybody speaks; only where a teacher is doubted.
     - `conflicts`: in how many organ regions, where that is two or more.
     - `against_label`: 1 false positive, 2 miss, 3 both (`pipeline.inspection.looks`).
     - `split_experts`: of how many organs the experts decide differently.
@@ -54,6 +55,8 @@ def lazy_maps(look: CaseLook) -> Mapping[str, da.Array]:
         "abstained": look.regions.abstained.view(np.uint8),
         "against_label": look.against_label(),
     }
+    if look.is_doubted:
+        maps["unclaimed"] = look.regions.unclaimed.view(np.uint8)
     if look.has_rivals:
         maps |= {"split_experts": look.num_split(), "spread": look.spread()}
     return maps

@@ -10,20 +10,14 @@ import dask.array as da
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
-from scipy import ndimage
 
 from pipeline.cache.reader import CachedCase
 from pipeline.cohort import compute
+from pipeline.components import coarse, large_components
 from pipeline.config import Config
 from pipeline.inspection.looks import CaseLook, View, look_at
 from pipeline.inspection.voxels import Count
 from pipeline.labels import LabelSpace
-
-# Components are counted on voxels so far apart: a whole mask at full size is not kept for it.
-COMPONENT_MM = 6.0
-# A component is large if it has this share of all of the region.
-LARGE_SHARE = 0.1
-_TOUCHING = np.ones((3, 3, 3), dtype=np.bool_)
 
 
 class TeacherNumbers(Config):
@@ -40,6 +34,24 @@ class TeacherNumbers(Config):
     organ: str
     claimed_ml: float
     unseen: float
+
+
+class DoubtNumbers(Config):
+    """A teacher that is not fully believed about an organ in a case that does not annotate it.
+
+    Attributes:
+        teacher: its name.
+        organ: in which.
+        here: whether its "here" counts.
+        not_here: whether its "not here" counts.
+        why: in words.
+    """
+
+    teacher: str
+    organ: str
+    here: bool
+    not_here: bool
+    why: str
 
 
 class PairNumbers(Config):
@@ -74,7 +86,7 @@ class OrganNumbers(Config):
 
 
 class CaseNumbers(Config):
-    """One case. A teacher's reliability, once there is one, belongs into `TeacherNumbers`.
+    """One case.
 
     Attributes:
         case: `dataset/case`.
@@ -82,11 +94,14 @@ class CaseNumbers(Config):
         volume_ml: of the whole case.
         organs: organ -> its numbers, of organs that somebody speaks of.
         agreed_background: share of the case.
+        unclaimed: share of the case that is background as far as anybody speaks: the agreed
+            background, and what lies beside an organ whose teachers are silent.
         conflict_ml: in two or more organ regions.
         abstained_ml: in no region at all.
         unseen: share of voxels that some organ's experts all did not see (NaN).
         teachers: each teacher and organ.
         pairs: each pair of teachers.
+        doubts: each teacher and organ that is not fully believed here.
         flags: why the case is improbable, in words.
     """
 
@@ -95,11 +110,13 @@ class CaseNumbers(Config):
     volume_ml: float
     organs: dict[str, OrganNumbers]
     agreed_background: float
+    unclaimed: float
     conflict_ml: float
     abstained_ml: float
     unseen: float
     teachers: tuple[TeacherNumbers, ...]
     pairs: tuple[PairNumbers, ...]
+    doubts: tuple[DoubtNumbers, ...] = Field(default=())
     flags: tuple[str, ...] = Field(default=())
 
 
@@ -134,9 +151,8 @@ def lazy_numbers(case: CachedCase, look: CaseLook) -> LazyNumbers:
     """To be computed together, and with whatever else is made of the same look."""
     names, counts = look.counts()
     pairs, conflicts = look.pairs()
-    z, y, x = (max(1, round(COMPONENT_MM / mm)) for mm in case.grid.spacing_mm)
-    coarse = slice(None, None, z), slice(None, None, y), slice(None, None, x)
-    organ, classes = look.regions.organ[(slice(None), *coarse)], look.votes.classes[coarse]
+    few = coarse(case.grid.spacing_mm)
+    organ, classes = look.regions.organ[(slice(None), *few)], look.votes.classes[few]
     return LazyNumbers(names, pairs, (counts, conflicts, organ, classes))
 
 
@@ -186,6 +202,7 @@ def numbers_of(
         volume_ml=round(total * voxel_ml, 3),
         organs=organs,
         agreed_background=share("background"),
+        unclaimed=share("unclaimed"),
         conflict_ml=ml("conflict") or 0.0,
         abstained_ml=ml("abstained") or 0.0,
         unseen=share("unseen"),
@@ -194,11 +211,8 @@ def numbers_of(
             PairNumbers(teachers=pair, conflict_ml=round(float(count) * voxel_ml, 3))
             for pair, count in zip(lazy.pairs, conflicts, strict=True)
         ),
+        doubts=tuple(
+            DoubtNumbers(teacher=who, organ=organ, **trust._asdict())
+            for (who, organ), trust in case.trust.items()
+        ),
     )
-
-
-def large_components(mask: npt.NDArray[np.bool_]) -> int:
-    """How many connected parts (26 neighbours) have a tenth of the mask or more."""
-    parts: Any = ndimage.label(mask, structure=_TOUCHING)[0]
-    sizes = np.bincount(parts.ravel())[1:]
-    return int(np.count_nonzero(sizes >= LARGE_SHARE * max(1, sizes.sum())))

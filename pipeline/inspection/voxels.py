@@ -35,6 +35,7 @@ def masks_of(
     excluded: Array,
     organ: Array,
     background: Array,
+    unclaimed: Array,
     conflict: Array,
     abstained: Array,
     *,
@@ -48,6 +49,7 @@ def masks_of(
     judged = [k for k, who in enumerate(experts) if who]
     masks: dict[Count, Any] = {
         ("background", ""): background,
+        ("unclaimed", ""): unclaimed,
         ("conflict", ""): conflict,
         ("abstained", ""): abstained,
         ("unseen", ""): np.isnan(alone[judged]).any(axis=0),

@@ -18,7 +18,6 @@ from pipeline.student.losses import (
     mean_of_means,
     merge_into_background,
     one_minus_mean,
-    over_voxels,
 )
 from pipeline.student.ranks import over_ranks
 
@@ -39,6 +38,19 @@ def joint_target(log_odds: Tensor, temperature: float) -> Tensor:
     d = (at_least_float32(log_odds) / temperature).clamp(-_SURE, _SURE)
     d = torch.nan_to_num(d, nan=NEVER)
     return torch.cat([torch.zeros_like(d[:, :1]), d], dim=1)
+
+
+def hard(log_odds: Tensor) -> Tensor:
+    """The organ that a voxel is most likely, or none, for sure: argmax over [0, d_1 .. d_K] as
+    log-odds. NaN stays.
+
+    Args:
+        log_odds: (N, K, D, H, W).
+    """
+    d = torch.nan_to_num(log_odds, nan=NEVER)
+    best = (d > 0) & (d == d.max(dim=1, keepdim=True).values)
+    sure = torch.where(best, _SURE, -_SURE)
+    return torch.where(torch.isnan(log_odds), log_odds, sure.to(log_odds.dtype))
 
 
 def kl(
@@ -67,9 +79,10 @@ def kl(
 
     Args:
         log_p: student's log softmax (N, C, D, H, W).
-        log_odds: (N, K, D, H, W).
+        log_odds: (N, K, D, H, W); where it is NaN, whoever speaks of k is silent: there k is not
+            in O_i, and w_i is 0 where all of O_i are silent.
         organ: bool (N, K, D, H, W), R_k.
-        background: bool (N, D, H, W), B.
+        background: bool (N, D, H, W), B, and what is B as far as anybody speaks.
         experts: bool (N, I, K), whether teacher i speaks of organ k in a sample. A sample in which
             it speaks of no organ takes no part in its mean; a teacher without any voxel is left
             out.
@@ -77,23 +90,28 @@ def kl(
         per_region: see above.
     """
     log_p = at_least_float32(log_p)
-    some, every = experts.any(dim=0).tolist(), experts.all(dim=0).tolist()
-    regions = _region_sizes(organ, background, experts).to(log_p.dtype) if per_region else None
+    some = experts.any(dim=0).tolist()
+    spoken = ~torch.isnan(log_odds)
+    regions = None
+    if per_region:
+        regions = _region_sizes(organ, background, spoken, experts).to(log_p.dtype)
     # Part of the graph though empty: every process goes back through the same sums.
     totals, sizes = [log_p[:0].sum()] * len(some), [log_p.new_zeros(())] * len(some)
     for i, flags in enumerate(some):
         organs = [k for k, speaks in enumerate(flags) if speaks]
         if not organs:
             continue
-        here = experts[:, i, organs]
+        here = experts[:, i, organs][:, :, None, None, None] & spoken[:, organs]
         student, d = _merged(log_p, organs), log_odds[:, organs]
-        if flags != every[i]:  # not the same organs in every sample
+        d = d.masked_fill(~here, torch.nan)
+        # Not the same organs in every sample, or somebody is silent. Where all are (as outside of a
+        # case, so in many patches) nothing has a weight, and nothing has to be merged.
+        if bool((here.any(dim=1, keepdim=True) & ~here).any()):
             student = merge_into_background(student, here)
-            d = d.masked_fill(~here[:, :, None, None, None], torch.nan)
         if temperature != 1:
             student = torch.log_softmax(student / temperature, dim=1)
-        own = organ[:, organs] & here[:, :, None, None, None]
-        agreed = background & here.any(dim=1)[:, None, None, None]
+        own = organ[:, organs] & here
+        agreed = background & here.any(dim=1)
         if regions is None:
             weight = (own.any(dim=1) | agreed).to(log_p.dtype)
         else:
@@ -108,7 +126,8 @@ def kl(
 
 
 def soft_dice(p: Tensor, log_odds: Tensor, inside: Tensor, known: Tensor) -> Tensor:
-    """1 - mean over known organs of 2 sum(p q) / (sum(p^2) + sum(q^2)), sums over the regions.
+    """1 - mean over known organs of 2 sum(p q) / (sum(p^2) + sum(q^2)), sums over the voxels of the
+    regions where somebody speaks of the organ.
 
     q is the joint target at T = 1. The squares make p = q the optimum for soft targets (Milletari
     et al. 2016); with plain sums it would be a hard one.
@@ -121,10 +140,12 @@ def soft_dice(p: Tensor, log_odds: Tensor, inside: Tensor, known: Tensor) -> Ten
     """
     p = at_least_float32(p).flatten(2)
     q = torch.softmax(joint_target(log_odds, 1.0), dim=1)[:, 1:].flatten(2)
+    spoken = ~torch.isnan(log_odds).flatten(2) & inside.flatten(1)[:, None]
+    known = known & spoken.any(dim=2)
     counted = known.to(p.dtype)
-    q = q * inside.flatten(1)[:, None]
+    q = q * spoken
     both = ((p * q).sum(dim=2) * counted).sum(dim=0)
-    size = ((over_voxels(p.square(), inside) + q.square().sum(dim=2)) * counted).sum(dim=0)
+    size = (((p.square() * spoken).sum(dim=2) + q.square().sum(dim=2)) * counted).sum(dim=0)
     return one_minus_mean(2 * both, size, known)
 
 
@@ -169,8 +190,11 @@ def _merged(log_p: Tensor, organs: list[int]) -> Tensor:
     return torch.cat([logsumexp(log_p[:, rest]), log_p[:, [k + 1 for k in organs]]], dim=1)
 
 
-def _region_sizes(organ: Tensor, background: Tensor, experts: Tensor) -> Tensor:
+def _region_sizes(organ: Tensor, background: Tensor, spoken: Tensor, experts: Tensor) -> Tensor:
     """Voxels of R_1 .. R_K and B where teacher i speaks, over all processes: float32 (I, C)."""
-    voxels = torch.cat([organ.flatten(2).sum(dim=2), background.flatten(1).sum(dim=1)[:, None]], 1)
-    speaks = torch.cat([experts, experts.any(dim=2, keepdim=True)], dim=2)
-    return over_ranks((speaks * voxels[:, None]).sum(dim=0).float())
+    own = (organ & spoken).flatten(2).sum(dim=2)[:, None] * experts
+    agreed = [
+        (background & (speaks[:, :, None, None, None] & spoken).any(dim=1)).flatten(1).sum(dim=1)
+        for speaks in experts.unbind(dim=1)
+    ]
+    return over_ranks(torch.cat([own, torch.stack(agreed, dim=1)[:, :, None]], 2).sum(0).float())

@@ -38,7 +38,7 @@ def merge_into_background(logits: Tensor, organs: Tensor) -> Tensor:
 
     Args:
         logits: (N, C, D, H, W); of log-probabilities the result is log-probabilities again.
-        organs: bool (N, K), the organs of A, per sample.
+        organs: bool, the organs of A, per sample (N, K) or per voxel (N, K, D, H, W).
 
     Returns:
         (N, C, D, H, W) in which merged classes have probability 0.
@@ -46,7 +46,7 @@ def merge_into_background(logits: Tensor, organs: Tensor) -> Tensor:
     s = at_least_float32(logits)
     if bool(organs.all()):
         return s
-    kept = organs[:, :, None, None, None]
+    kept = organs if organs.ndim == s.ndim else organs[:, :, None, None, None]
     background = logsumexp(torch.cat([s[:, :1], s[:, 1:].masked_fill(kept, NEVER)], dim=1))
     return torch.cat([background, s[:, 1:].masked_fill(~kept, NEVER)], dim=1)
 

@@ -30,7 +30,7 @@ def read_regions(
 
     Returns:
         log_odds: float32 (K, D, H, W), NaN where nobody knows; organ: bool (K, D, H, W), the organ
-        regions; background: bool (D, H, W), the agreed background.
+        regions; background: bool (D, H, W), background as far as anybody speaks.
     """
     if not known_organs(case, space, use_labels=supervision.labels_win):
         return _nobody_knows(space, patch.shape)
@@ -95,7 +95,7 @@ def resampled_regions(
 
 
 def _over_all_organs(regions: Consensus, known: list[int], space: LabelSpace) -> Arrays:
-    log_odds, organ, background = compute(regions.log_odds, regions.organ, regions.background)
+    log_odds, organ, background = compute(regions.log_odds, regions.organ, regions.unclaimed)
     found = _nobody_knows(space, background.shape)
     found["log_odds"][known], found["organ"][known] = log_odds, organ
     return {**found, "background": background}

@@ -16,6 +16,7 @@ from pydantic import Field
 from pipeline.cache.reader import CachedCase, Unit
 from pipeline.config import Config
 from pipeline.patches import Index3
+from pipeline.trust import FULL
 
 Choice = TypeVar("Choice")
 
@@ -117,6 +118,7 @@ class Sampler:
         return [
             point
             for teacher in case.experts.get(organ, ())
+            if case.trust.get((teacher, organ), FULL).here
             for point in _stored(case.teachers[teacher])[organ]
         ]
 

@@ -6,7 +6,7 @@ Every kind sees the same cache, network and budget; what is read and the loss di
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from pipeline.labels import IGNORE
 from pipeline.student import distillation, losses
 from pipeline.student.deep_supervision import over_outputs
 from pipeline.student.network import Head, StudentNetwork, TapKey
+from pipeline.trust import ReliabilityConfig
 
 Kind = Literal[
     "naive", "marginal", "marginal_exclusion", "pseudo_label", "masked_bce", "ms_kd", "full"
@@ -59,6 +60,7 @@ class LogitsConfig(WeightConfig):
         default="voxel", description="over all regions together, or per region and then over them"
     )
     soft_dice: bool = True
+    hard: bool = Field(default=False, description="targets of 0 and 1 instead of probabilities")
     temperature: float = Field(default=1.0, gt=0)
     agreed_background: bool = Field(default=True, description="False: organ regions alone")
 
@@ -94,6 +96,10 @@ class SupervisionConfig(Config):
     )
     logits: LogitsConfig = Field(default_factory=LogitsConfig)
     features: FeaturesConfig = Field(default_factory=FeaturesConfig)
+    reliability: ReliabilityConfig | None = Field(
+        default_factory=ReliabilityConfig,
+        description="when a teacher's word counts in ms_kd; null: always",
+    )
     exclusion: WeightConfig = Field(
         default_factory=WeightConfig, description="both exclusion terms of marginal_exclusion"
     )
@@ -131,6 +137,11 @@ class SupervisionConfig(Config):
         return self.uses_teachers and self.calibrated
 
     @property
+    def uses_reliability(self) -> bool:
+        """Whether what teachers say is weighed at all."""
+        return self.kind == "ms_kd" and self.reliability is not None
+
+    @property
     def uses_features(self) -> bool:
         """Whether features are read at all."""
         return (
@@ -154,7 +165,8 @@ class Batch:
         known: bool (N, K), organs that a teacher or the label speaks of.
         log_odds: float32 (N, K, D, H, W), NaN where nobody knows; absent for labels alone.
         organ: bool (N, K, D, H, W), organ regions.
-        background: bool (N, D, H, W), agreed background.
+        background: bool (N, D, H, W), background as far as anybody speaks: the agreed background,
+            and what lies beside an organ whose teachers are silent.
         experts: bool (N, I, K), whether teacher i speaks of organ k in a sample, where
             `uses_experts`; organs that the label alone speaks of have a teacher of their own.
         features: (teacher, tap) -> (N, F, d, h, w).
@@ -227,6 +239,8 @@ def terms_of_logits(
         entropy = losses.exclusion_cross_entropy(p[:, 1:], classes, organs)
         terms["exclusion_cross_entropy"] = weight * entropy
     if config.kind == "ms_kd" and (weight := config.logits.at(fraction)) > 0:
+        if config.reliability is not None and config.reliability.doubt is not None:
+            batch = with_doubt(batch, p, config.reliability.doubt)
         terms["logits"] = weight * logits_term(config.logits, log_p, p, batch)
     return terms
 
@@ -246,15 +260,14 @@ def logits_term(config: LogitsConfig, log_p: Tensor, p: Tensor, batch: Batch) ->
     assert batch.log_odds is not None
     assert batch.organ is not None
     assert batch.background is not None
-    # Where an expert did not see, what all of them say together is unknown.
-    unseen = (torch.isnan(batch.log_odds) & batch.known[:, :, None, None, None]).any(dim=1)
-    organ = batch.organ & ~unseen[:, None]
-    background = batch.background & ~unseen
+    organ, background, odds = batch.organ, batch.background, batch.log_odds
+    if config.hard:
+        odds = distillation.hard(odds)
     if not config.agreed_background:
         background = torch.zeros_like(background)
     term = distillation.kl(
         log_p,
-        batch.log_odds,
+        odds,
         organ,
         background,
         _experts(config, batch),
@@ -263,8 +276,25 @@ def logits_term(config: LogitsConfig, log_p: Tensor, p: Tensor, batch: Batch) ->
     )
     if config.soft_dice:
         inside = organ.any(dim=1) | background
-        term = term + distillation.soft_dice(p[:, 1:], batch.log_odds, inside, batch.known)
+        term = term + distillation.soft_dice(p[:, 1:], odds, inside, batch.known)
     return term
+
+
+def with_doubt(batch: Batch, p: Tensor, doubt: float) -> Batch:
+    """Teachers are silent where the student is surer of their organ than `doubt` and they say that
+    it is not here, unless a label says so.
+
+    Args:
+        batch: see there.
+        p: student's softmax (N, C, D, H, W).
+        doubt: in 0 .. 1.
+    """
+    assert batch.log_odds is not None
+    d, classes = batch.log_odds, batch.classes[:, None]
+    annotated = batch.annotated[:, :, None, None, None]
+    labelled = (annotated | (classes > 0)) & (classes != IGNORE)
+    overruled = (p.detach()[:, 1:] > doubt) & (d < 0) & ~labelled
+    return replace(batch, log_odds=d.masked_fill(overruled, torch.nan))
 
 
 def _experts(config: LogitsConfig, batch: Batch) -> Tensor:
@@ -281,6 +311,7 @@ def _experts(config: LogitsConfig, batch: Batch) -> Tensor:
 
 def _features_term(network: StudentNetwork, student: Mapping[str, Tensor], batch: Batch) -> Tensor:
     """Per teacher and tap: cosine over the teacher's organ regions plus over B; mean over them."""
+    assert batch.log_odds is not None
     assert batch.organ is not None
     assert batch.background is not None
     terms = []
@@ -288,7 +319,9 @@ def _features_term(network: StudentNetwork, student: Mapping[str, Tensor], batch
         stride = network.cached[key].stride
         organs = list(network.cached[key].organs)
         region = distillation.touched_cells(batch.organ[:, organs].any(dim=1), stride)
-        background = distillation.filled_cells(batch.background, stride)
+        # Beside its organ a teacher may be silent: its features say nothing of the others there.
+        speaks = ~torch.isnan(batch.log_odds[:, organs]).all(dim=1)
+        background = distillation.filled_cells(batch.background & speaks, stride)
         adapted = network.adapt(key, student)
         terms.append(distillation.feature_cosine(adapted, cached, region, background))
     return torch.stack(terms).mean()

@@ -64,13 +64,17 @@ def settings(
 
 
 def run(
-    registry: Path, config: TrainStudentConfig | None = None, *, dry_run: bool = False
+    registry: Path,
+    config: TrainStudentConfig | None = None,
+    *,
+    dry_run: bool = False,
+    log: Log | None = None,
 ) -> StageReport:
     return train_student.run(
         config or settings(),
         load_registry(registry, files=False),
         work_of(registry),
-        log=Log(quiet=True),
+        log=log or Log(quiet=True),
         device="cpu",
         dry_run=dry_run,
     )
@@ -481,7 +485,7 @@ class TestCalibrated:
         with pytest.raises(CheckpointError, match="temperatures"):
             run(tiny_cached, self.settings())
 
-    @pytest.mark.parametrize(("kind", "calibrated"), [("ms_kd", False), ("marginal", True)])
+    @pytest.mark.parametrize(("kind", "calibrated"), [("pseudo_label", False), ("marginal", True)])
     def test_who_does_not_use_them_does_not_depend_on_them(
         self, tiny_cached: Path, kind: str, calibrated: bool
     ) -> None:
@@ -500,6 +504,37 @@ class TestCalibrated:
         assert not run_folder(tiny_cached).exists()
         fill_cache(tiny_cached)
         assert run(tiny_cached, self.settings()).exit_code == 0
+
+
+class TestReliability:
+    """After eight steps no teacher finds its organ, so each is doubted."""
+
+    def doubted(self, registry: Path) -> Any:
+        return json.loads((run_folder(registry) / "config.json").read_text())["inputs"]["doubted"]
+
+    def test_who_is_doubted_is_told_recorded_and_part_of_the_run(
+        self, tiny_cached: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run(tiny_cached, settings(steps=1), log=Log())
+        assert "adds nothing here" in capsys.readouterr().err
+        doubted = self.doubted(tiny_cached)
+        (work_of(tiny_cached) / "index" / "evidence").rename(tiny_cached.parent / "elsewhere")
+        with pytest.raises(CheckpointError, match="doubted"):
+            run(tiny_cached, settings(steps=1))
+        # Without labels' witness plausibility is left.
+        run(tiny_cached, settings(steps=1).model_copy(update={"run": "other"}), log=Log())
+        assert "believed wherever it is plausible" in capsys.readouterr().err
+        assert doubted
+
+    @pytest.mark.parametrize(
+        "supervision", [{"kind": "pseudo_label"}, {"kind": "ms_kd", "reliability": None}]
+    )
+    def test_who_does_not_ask_does_not_doubt(
+        self, tiny_cached: Path, supervision: dict[str, Any]
+    ) -> None:
+        run(tiny_cached, settings(steps=1, supervision=supervision))
+        found = json.loads((run_folder(tiny_cached) / "config.json").read_text())["inputs"]
+        assert "doubted" not in found
 
 
 @pytest.mark.slow

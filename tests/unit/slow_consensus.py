@@ -34,17 +34,20 @@ def slow_regions(log_odds: Array, margin: float) -> dict[str, Array]:
     """Boolean arrays by name; `organ` has the axis of organs first."""
     num_organs, *shape = log_odds.shape
     organ = np.zeros(log_odds.shape, bool)
-    background, conflict, abstained = (np.zeros(shape, bool) for _ in range(3))
+    background, unclaimed, conflict, abstained = (np.zeros(shape, bool) for _ in range(4))
     for voxel in np.ndindex(*shape):
         votes = [float(log_odds[(k, *voxel)]) for k in range(num_organs)]
         inside = [vote > margin for vote in votes]
         organ[(slice(None), *voxel)] = inside
         background[voxel] = all(vote < -margin for vote in votes)
+        spoken = [vote for vote in votes if not np.isnan(vote)]
+        unclaimed[voxel] = bool(spoken) and all(vote < -margin for vote in spoken)
         conflict[voxel] = sum(inside) >= 2
         abstained[voxel] = not any(inside) and not background[voxel]
     return {
         "organ": organ,
         "background": background,
+        "unclaimed": unclaimed,
         "conflict": conflict,
         "abstained": abstained,
     }

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipeline.consensus import average_experts, consensus, labels_win, region_voxels
+from pipeline.consensus import average_experts, believed, consensus, labels_win, region_voxels
 from tests.unit.slow_consensus import slow_average, slow_labels_win, slow_regions
 
 NAN = float("nan")
@@ -122,6 +122,17 @@ def test_a_volume_against_the_obvious_version(margin: float, annotated: list[int
     np.testing.assert_array_equal(np.asarray(found.log_odds), corrected)
     for name, region in slow_regions(corrected, margin).items():
         np.testing.assert_array_equal(np.asarray(getattr(found, name)), region, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("here", "not_here", "wanted"),
+    [(True, True, [3, 0, -2]), (True, False, [3, NAN, NAN]), (False, True, [NAN, 0, -2]),
+     (False, False, [NAN, NAN, NAN])],
+)  # fmt: skip
+def test_a_teacher_is_believed_on_one_side(here: bool, not_here: bool, wanted: list[float]) -> None:
+    said = da.from_array(np.array([3, 0, -2, NAN], np.float16).reshape(1, 1, 4))
+    found = np.asarray(believed(said, here=here, not_here=not_here)).ravel().tolist()
+    assert found == pytest.approx([*wanted, NAN], nan_ok=True)
 
 
 def test_several_experts_are_averaged_over_those_that_saw() -> None:

@@ -52,7 +52,7 @@ def error_of(registry: Path, output: Path, *arguments: str) -> PipelineError:
 
 
 def test_files_of_a_case_lie_where_the_case_lies(built_cache: Path, tmp_path: Path) -> None:
-    result = call(built_cache, tmp_path, CASE)
+    result = call(built_cache, tmp_path, CASE, "--no-reliability")
     assert result.exit_code == 0, result.output
     folder = tmp_path / CASE
     written = {Path(line).name for line in result.stdout.splitlines()}
@@ -101,6 +101,28 @@ def test_calibrated_regions_are_those_of_a_calibrated_training(
     assert plain != heat
 
 
+def test_who_is_not_believed_is_told_with_the_reason(built_cache: Path, tmp_path: Path) -> None:
+    """After eight steps no teacher finds its organ."""
+    plain = inspected(built_cache, tmp_path, "--no-reliability")
+    assert plain["doubts"] == []
+    found = inspected(built_cache, tmp_path)
+    (spleen,) = (row for row in found["doubts"] if row["organ"] == "spleen")
+    assert spleen["teacher"] == "spleen"
+    asked = [case for case in found["cases"] if not case["case"].startswith("spleen-ct/")]
+    sides = ("no_here", "no_not_here", "silent")
+    assert 0 < sum(spleen[side] for side in sides) <= spleen["num_cases"] <= len(asked)
+    (case,) = (c for c in found["cases"] if c["case"] == CASE)
+    (doubt,) = (d for d in case["doubts"] if d["organ"] == "spleen")
+    assert not (doubt["here"] and doubt["not_here"])
+    assert doubt["why"]
+    settings = {"training": training_settings(supervision={"reliability": None})}
+    student = tmp_path / "student.yaml"
+    student.write_text(yaml.safe_dump(settings))
+    assert inspected(built_cache, tmp_path, "-c", str(student)) == plain
+    result = call(built_cache, tmp_path)
+    assert "Teachers that are not believed everywhere" in result.stdout
+
+
 def test_the_table_of_all_cases(built_cache: Path, tmp_path: Path) -> None:
     before = snapshot(work_of(built_cache))
     result = call(built_cache, tmp_path)
@@ -115,7 +137,8 @@ def test_the_table_of_all_cases(built_cache: Path, tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["case"] for row in rows] == [case["case"] for case in found["cases"]]
     for row, case in zip(rows, found["cases"], strict=True):
-        assert float(row["liver: region_ml"]) == case["organs"]["liver"]["region_ml"]
+        liver = case["organs"].get("liver", {"region_ml": ""})  # "": nobody is believed of it
+        assert row["liver: region_ml"] == str(liver["region_ml"])
     again = inspected(built_cache, tmp_path)
     assert again == found
 

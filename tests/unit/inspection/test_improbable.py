@@ -9,12 +9,7 @@ import pytest
 from pipeline.inspection.cohort_table import CohortNumbers, measure_cohort, pair_rows, to_csv
 from pipeline.inspection.improbable import flagged, usual_of
 from pipeline.inspection.looks import View
-from pipeline.inspection.measure import (
-    CaseNumbers,
-    OrganNumbers,
-    PairNumbers,
-    large_components,
-)
+from pipeline.inspection.measure import CaseNumbers, OrganNumbers, PairNumbers
 from pipeline.log import Log
 from tests.unit.inspection.made_cases import SPACE, made_case
 
@@ -25,6 +20,7 @@ SHAPE = (12, 12, 12)
 def numbers(name: str, split: str = "train", **organs: OrganNumbers) -> CaseNumbers:
     return CaseNumbers(
         case=name, split=split, volume_ml=1000, organs=organs, agreed_background=0.9,
+        unclaimed=0.9,
         conflict_ml=0, abstained_ml=0, unseen=0, teachers=(), pairs=(),
     )  # fmt: skip
 
@@ -76,16 +72,6 @@ def test_test_cases_say_nothing_of_what_is_usual() -> None:
 def test_without_any_label_only_the_case_itself_speaks() -> None:
     assert not flagged(numbers("b/c", liver=unlabelled(1e6, 2)), {}).flags
     assert "3 large" in flagged(numbers("b/c", liver=unlabelled(100, 3)), {}).flags[0]
-
-
-def test_large_components() -> None:
-    mask = np.zeros(SHAPE, bool)
-    assert large_components(mask) == 0
-    mask[:4, :4, :4] = mask[8:, 8:, 8:] = True
-    mask[0, 11, 0] = True  # a speck
-    assert large_components(mask) == 2
-    mask[4, 4, 4] = mask[5, 5, 5] = mask[6, 6, 6] = mask[7, 7, 7] = True  # corners touch
-    assert large_components(mask) == 1
 
 
 # --- a planted bad teacher ------------------------------------------------------------------------

@@ -58,6 +58,8 @@ def test_every_number_and_map_is_what_numpy_says(
     assert liver.swallowed_ml == swallowed.sum() > 0
     assert numbers.organs["spleen"].label_ml is None
     assert numbers.agreed_background == pytest.approx(regions["background"].mean(), abs=1e-6)
+    assert numbers.unclaimed == pytest.approx(regions["unclaimed"].mean(), abs=1e-6)
+    assert numbers.unclaimed > numbers.agreed_background
     assert numbers.conflict_ml == regions["conflict"].sum()
     assert numbers.abstained_ml == regions["abstained"].sum()
     assert numbers.unseen == pytest.approx(np.isnan(alone).any(axis=0).mean(), abs=1e-6)

@@ -64,7 +64,7 @@ def make_batch(**changes: Any) -> Batch:
         "known": torch.tensor([[True, True]]),
         "log_odds": log_odds,
         "organ": log_odds > 0,
-        "background": (log_odds < 0).all(dim=1),
+        "background": ((log_odds < 0) | log_odds.isnan()).all(dim=1),
         "experts": torch.tensor([[[True, False], [False, True]]]),
     }
     return Batch(**(values | changes))

@@ -110,7 +110,8 @@ def kl(
         regions: dict[object, list[float]] = {}
         voxels = []
         for n, *v in product(*(range(size) for size in background.shape)):
-            own = [k for k in range(experts.shape[2]) if experts[n, i, k]]
+            spoken = [k for k in range(experts.shape[2]) if not math.isnan(d[(n, k, *v)])]
+            own = [k for k in spoken if experts[n, i, k]]
             where = [k for k in own if organ[(n, k, *v)]]
             names = [*where, "background"] if background[(n, *v)] and own else where
             if not names:
@@ -130,15 +131,17 @@ def kl(
 
 
 def soft_dice(p: Floats, d: Floats, inside: Array, known: Array) -> float:
-    q = softmax(np.concatenate([np.zeros_like(d[:, :1]), d], axis=1))[:, 1:]
+    sure = np.nan_to_num(d, nan=-1e4)
+    q = softmax(np.concatenate([np.zeros_like(d[:, :1]), sure], axis=1))[:, 1:]
     scores = []
     for k in range(known.shape[1]):
-        if not known[:, k].any():
-            continue
         both = size = 0.0
+        spoken = False
         for n, *v in product(*(range(size_) for size_ in inside.shape)):
-            if inside[(n, *v)] and known[n, k]:
+            if inside[(n, *v)] and known[n, k] and not math.isnan(d[(n, k, *v)]):
                 a, b = p[(n, k, *v)], q[(n, k, *v)]
                 both, size = both + a * b, size + a * a + b * b
-        scores.append(1 - (2 * both + SMOOTH) / (size + SMOOTH))
+                spoken = True
+        if spoken:
+            scores.append(1 - (2 * both + SMOOTH) / (size + SMOOTH))
     return mean(scores)

@@ -18,9 +18,14 @@ Term = Callable[[Tensor], Tensor]
 
 
 class RandomBatch:
-    """Random tensors of one batch in float64; what is drawn follows from the seed alone."""
+    """Random tensors of one batch in float64; what is drawn follows from the arguments alone.
 
-    def __init__(self, seed: int) -> None:
+    Args:
+        seed: of all that is drawn.
+        silent: share of log-odds that are NaN.
+    """
+
+    def __init__(self, seed: int, *, silent: float = 0.0) -> None:
         rng = np.random.default_rng(seed)
         self.logits = torch.tensor(rng.normal(0, 2, (N, K + 1, *SHAPE)))
         self.log_odds = torch.tensor(rng.normal(0, 3, (N, K, *SHAPE)))
@@ -34,6 +39,9 @@ class RandomBatch:
         self.organ = torch.tensor(rng.random((N, K, *SHAPE)) < 0.4)
         self.background = torch.tensor(rng.random((N, *SHAPE)) < 0.4) & ~self.organ.any(dim=1)
         self.experts = torch.tensor(rng.random((N, NUM_TEACHERS, K)) < 0.5)
+        nobody = torch.tensor(rng.random((N, K, *SHAPE)) < silent)
+        self.log_odds[nobody] = torch.nan
+        self.organ &= ~nobody
 
     @property
     def log_p(self) -> Tensor:

@@ -41,6 +41,22 @@ class TestJointTarget:
         assert q.tolist() == pytest.approx([0, 0.5, 0.5])
 
 
+class TestHard:
+    def test_the_best_organ_or_none_for_sure(self) -> None:
+        d = torch.tensor([[3.0, 1.0], [-1.0, -2.0], [math.nan, 2.0], [math.nan, -2.0]])
+        found = distillation.hard(d.T.reshape(1, 2, 4, 1, 1))
+        q = torch.softmax(distillation.joint_target(found, 1.0), dim=1).reshape(3, 4).T
+        assert q.tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 0, 0]]
+        assert found.isnan().flatten().tolist() == d.T.isnan().flatten().tolist()
+
+    def test_a_network_that_agrees_has_no_loss(self) -> None:
+        batch = everywhere(16)
+        batch.log_odds = distillation.hard(batch.log_odds)
+        sure = 200 * distillation.joint_target(batch.log_odds, 1e30)
+        assert float(kl_of(batch, batch.everyone)(sure)) == pytest.approx(0, abs=1e-9)
+        assert float(kl_of(batch, batch.everyone)(batch.logits)) > 0.1
+
+
 class TestKlJoint:
     @pytest.mark.parametrize("temperature", [1.0, 3.0])
     def test_zero_with_zero_gradient_at_its_target(self, temperature: float) -> None:

@@ -17,10 +17,10 @@ every_term = pytest.mark.parametrize("name", TERMS)
 
 
 @every_term
-@given(seed=st.integers(0, 10_000))
+@given(seed=st.integers(0, 10_000), silent=st.sampled_from([0.0, 0.3]))
 @settings(max_examples=10, deadline=None)
-def test_against_loops_over_voxels(name: str, seed: int) -> None:
-    batch = RandomBatch(seed)
+def test_against_loops_over_voxels(name: str, seed: int, silent: float) -> None:
+    batch = RandomBatch(seed, silent=silent)
     found = float(all_terms(batch)[name](batch.logits))
     assert found == pytest.approx(slow_terms(batch)[name](), rel=1e-7, abs=1e-9)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline.cache.store import write_unit
 from pipeline.errors import CacheCorrupt
 from pipeline.student.dataset import PatchDataset
 from pipeline.student.sampling import Sampler, SamplingConfig
+from pipeline.trust import Trust
 from pipeline.volume import Grid
 from tests.unit.student.coded import place
 from tests.unit.student.samples import dataset
@@ -131,6 +133,12 @@ class TestBalance:
     def test_organs_of_the_student_alone_count(self, uneven: list[CachedCase]) -> None:
         found = draws(uneven, organs=("pancreas",))
         assert {name for name, _ in found} == {"multi-ct/0"}
+
+    def test_no_patch_is_centred_on_a_claim_that_does_not_count(self, tmp_path: Path) -> None:
+        case = held(tmp_path, "liver-ct/0", {"liver": [[1, 1, 1]]}, {"spleen": [[2, 2, 2]]})
+        assert {centre for _, centre in draws([case])} == {(1, 1, 1), (2, 2, 2)}
+        doubted = replace(case, trust={("t", "spleen"): Trust(here=False)})
+        assert {centre for _, centre in draws([doubted])} == {(1, 1, 1)}
 
 
 class TestWithoutReadingVolumes:

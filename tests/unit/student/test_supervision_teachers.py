@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.student import distillation
-from pipeline.student.supervision import Batch
+from pipeline.student.supervision import Batch, with_doubt
 from tests.unit.student.fixed import (
     NAN,
     SHAPE,
@@ -27,9 +27,9 @@ from tests.unit.student.fixed import (
 
 
 class TestLogitsTerm:
-    # Voxels 5 and 7 are unseen by an expert: what all say together is unknown there, although the
-    # other one has a region at 5.
-    INSIDE = grid(1, 1, 1, 1, 1, 0, 1, 0).bool()
+    # At voxels 5 and 7 the expert of organ 1 is silent: there the other one alone teaches.
+    INSIDE = grid(1, 1, 1, 1, 1, 1, 1, 1).bool()
+    SILENT = grid(0, 0, 0, 0, 0, 1, 0, 1).bool()
 
     def _target(self) -> Tensor:
         d = make_batch().log_odds
@@ -38,7 +38,7 @@ class TestLogitsTerm:
 
     def _kl(self) -> Tensor:
         q, p = self._target(), p_of(some_logits())
-        return (q * (q / p).log()).sum(dim=1)
+        return torch.where(self.SILENT, self._bernoulli()[:, 0], (q * (q / p).log()).sum(dim=1))
 
     def _term(self, **changes: Any) -> float:
         logits = {"soft_dice": False, "schedule": "constant", **changes}
@@ -55,15 +55,15 @@ class TestLogitsTerm:
     def test_joint_by_region_is_the_mean_of_the_regions_means(self) -> None:
         kl = self._kl()
         regions = (
-            grid(1, 1, 0, 0, 0, 0, 0, 0).bool(),
+            grid(1, 1, 0, 0, 0, 1, 0, 0).bool(),
             grid(0, 0, 1, 1, 0, 0, 0, 0).bool(),
-            grid(0, 0, 0, 0, 1, 0, 1, 0).bool(),
+            grid(0, 0, 0, 0, 1, 0, 1, 1).bool(),
         )
         expected = np.mean([float(kl[region].mean()) for region in regions])
         assert self._term(mean="region") == pytest.approx(expected)
 
     def test_without_the_agreed_background_only_organs_teach(self) -> None:
-        organs = grid(1, 1, 1, 1, 0, 0, 0, 0).bool()
+        organs = grid(1, 1, 1, 1, 0, 1, 0, 0).bool()
         expected = float(self._kl()[organs].mean())
         assert self._term(agreed_background=False) == pytest.approx(expected)
         settings = config(logits={"agreed_background": False})
@@ -83,7 +83,7 @@ class TestLogitsTerm:
         assert batch.background is not None
         expected = np.mean(
             [
-                float(kl[:, k][(batch.organ[:, k] | batch.background) & self.INSIDE].mean())
+                float(kl[:, k][(batch.organ[:, k] | batch.background) & ~kl[:, k].isnan()].mean())
                 for k in range(K)
             ]
         )
@@ -96,8 +96,8 @@ class TestLogitsTerm:
         expected = np.mean(
             [
                 (
-                    float(kl[:, k][batch.organ[:, k] & self.INSIDE].mean())
-                    + float(kl[:, k][batch.background & self.INSIDE].mean())
+                    float(kl[:, k][batch.organ[:, k]].mean())
+                    + float(kl[:, k][batch.background & ~kl[:, k].isnan()].mean())
                 )
                 / 2
                 for k in range(K)
@@ -122,6 +122,14 @@ class TestLogitsTerm:
         assert batch.log_odds is not None
         dice = distillation.soft_dice(p[:, 1:], batch.log_odds, self.INSIDE, batch.known)
         assert self._term(soft_dice=True) == pytest.approx(self._term() + float(dice))
+
+    def test_hard_targets_are_those_of_hard_log_odds(self) -> None:
+        odds = make_batch().log_odds
+        assert odds is not None
+        found = terms_of(config(logits={"hard": True, "soft_dice": True}))["logits"]
+        batch = make_batch(log_odds=distillation.hard(odds))
+        assert found == pytest.approx(terms_of(config(logits={"soft_dice": True}), batch)["logits"])
+        assert found != pytest.approx(self._term(soft_dice=True))
 
     def test_the_weight_multiplies(self) -> None:
         assert self._term(weight=0.25) == pytest.approx(self._term() / 4)
@@ -205,3 +213,30 @@ class TestFeaturesTerm:
         features[0] = NAN
         batch = self._batch(features={("one", "a"): features})
         assert self._term(batch) == pytest.approx(1 - math.sqrt(0.5), rel=1e-6)
+
+
+class TestDoubt:
+    """Where the student is sure of an organ, a teacher that says no is silent."""
+
+    def test_teachers_are_overruled_but_labels_are_not(self) -> None:
+        batch = make_batch()
+        p = torch.full((1, K + 1, *SHAPE), 0.05, dtype=torch.float64)
+        p[:, 2] = 0.9  # organ 1 everywhere
+        found = with_doubt(batch, p, 0.8).log_odds
+        assert found is not None
+        assert batch.log_odds is not None
+        changed = (found.isnan() & ~batch.log_odds.isnan())[0]
+        # Voxels 0 and 1 are organ 0 by the label; at 2 and 3 the teacher says yes; 5 is not seen.
+        assert changed[1].flatten().tolist() == [False] * 4 + [True, False, True, False]
+        assert not changed[0].any()
+        kept = with_doubt(batch, p, 0.95).log_odds
+        assert kept is not None
+        assert torch.equal(kept.isnan(), batch.log_odds.isnan())
+
+    def test_the_terms_see_it(self) -> None:
+        logits = {"soft_dice": False}
+        without = terms_of(config(logits=logits))["logits"]
+        sure = config(logits=logits, reliability={"doubt": 0.2})
+        assert terms_of(sure)["logits"] != pytest.approx(without)
+        never = config(logits=logits, reliability={"doubt": 0.999})
+        assert terms_of(never)["logits"] == pytest.approx(without)

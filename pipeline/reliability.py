@@ -1,0 +1,267 @@
+"""Which word of which teacher counts in which case: pure functions of what stage one measured.
+
+Two kinds of witnesses. **Labels**: on labelled validation cases a teacher finds a share of its
+organ (sensitivity), and a share of what it claims is the organ (precision); the worst dataset
+counts, since a teacher is best where it was trained. **Plausibility**, where no label speaks: the
+size of its region against what labels show, and the number of its parts.
+
+Ours, not the paper's; see docs/method.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Final
+
+import numpy as np
+
+from pipeline.admission.evidence import OrganEvidence, Score, read_evidence
+from pipeline.cache.index import read_teacher_index
+from pipeline.cache.reader import CachedCase, Unit
+from pipeline.cache.schema import log_odds_name
+from pipeline.components import coarse, large_components
+from pipeline.data.registry import Registry
+from pipeline.errors import CacheMissing
+from pipeline.folder import Folder
+from pipeline.log import Log
+from pipeline.trust import FULL, ReliabilityConfig, Trust
+from pipeline.volume import Grid
+
+# Ends of the labelled sizes that count as usual; one label that was cut or slipped does not.
+_QUANTILES: Final = (0.05, 0.95)
+SIZE_FACTOR: Final = 2.0
+_MOST_PARTS: Final = 2  # paired organs
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What labels say of a teacher in one organ, on the dataset where it is worst.
+
+    Attributes:
+        found: mean sensitivity; None where no labelled case shows the organ.
+        right: mean precision; None where it claimed nothing in any of them.
+        found_on: the dataset of `found`.
+        right_on: the dataset of `right`.
+        num_cases: labelled cases that show the organ, of all datasets.
+    """
+
+    found: float | None
+    right: float | None
+    found_on: str = ""
+    right_on: str = ""
+    num_cases: int = 0
+
+
+UNKNOWN: Final = Witness(None, None)
+
+
+def witness(evidence: OrganEvidence) -> Witness:
+    """The worst of each side over datasets."""
+    shown = [score for score in evidence.scored if score.dice is not None]
+    by_dataset: dict[str, list[Score]] = {}
+    for score in shown:
+        by_dataset.setdefault(score.case.split("/")[0], []).append(score)
+    found = {d: fmean(s.sensitivity or 0.0 for s in scores) for d, scores in by_dataset.items()}
+    precisions = {d: [p for s in scores if (p := precision(s)) is not None]
+                  for d, scores in by_dataset.items()}  # fmt: skip
+    right = {d: fmean(values) for d, values in precisions.items() if values}
+    found_on = min(found, key=lambda d: found[d], default="")
+    right_on = min(right, key=lambda d: right[d], default="")
+    return Witness(found.get(found_on), right.get(right_on), found_on, right_on, len(shown))
+
+
+def precision(score: Score) -> float | None:
+    """Share of the region that is the organ: P = D S / (2 S - D), from Dice D and sensitivity S;
+    None for an empty region."""
+    if score.dice is None or score.sensitivity is None or score.region_ml == 0:
+        return None
+    if score.sensitivity == 0:
+        return 0.0
+    return min(1.0, score.dice * score.sensitivity / (2 * score.sensitivity - score.dice))
+
+
+@dataclass(frozen=True)
+class Region:
+    """What a teacher claims of a case: ml, and large connected parts."""
+
+    ml: float
+    parts: int
+
+
+def region_of(unit: Unit, organ: str) -> Region:
+    """As stage one noted it; of a unit that was written before it did, counted now."""
+    grid = Grid.from_json(unit.attributes["grid"])
+    noted = unit.attributes.get("regions")
+    if noted is None:
+        mask = unit.read(log_odds_name(organ)) > 0
+        few = mask[coarse(grid.spacing_mm)]
+        noted = {organ: {"voxels": int(np.count_nonzero(mask)), "parts": large_components(few)}}
+    return Region(noted[organ]["voxels"] * grid.voxel_ml, noted[organ]["parts"])
+
+
+def usual_ml(cases: Sequence[CachedCase], organ: str) -> tuple[float, float] | None:
+    """5 % and 95 % quantile of an organ's size in the labels; None without a label of it."""
+    sizes = []
+    for case in cases:
+        if organ in case.annotated:
+            attributes = case.case.attributes
+            voxels = attributes["organ_voxels"].get(organ, 0)
+            if voxels:
+                sizes.append(voxels * Grid.from_json(attributes["grid"]).voxel_ml)
+    if not sizes:
+        return None
+    low, high = np.quantile(sizes, _QUANTILES)
+    return float(low), float(high)
+
+
+def trust_of(
+    seen: Witness, region: Region, usual: tuple[float, float] | None, config: ReliabilityConfig
+) -> Trust:
+    """What counts of a teacher's word in one organ of one case without a label of it."""
+    here, not_here, why = True, True, []
+    if seen.found is not None and seen.found < config.least_found:
+        not_here = False
+        why.append(f"finds {seen.found:.0%} of it on {seen.found_on}")
+    if seen.right is not None and seen.right < config.least_right:
+        here = False
+        why.append(f"{seen.right:.0%} of its claims are right on {seen.right_on}")
+    if config.plausible and usual is not None:
+        low, high = usual
+        if region.ml < low / SIZE_FACTOR:
+            not_here = False
+            why.append(f"claims {region.ml:.0f} ml, labels show {low:.0f} to {high:.0f}")
+        if region.ml > high * SIZE_FACTOR:
+            here = False
+            why.append(f"claims {region.ml:.0f} ml, labels show {low:.0f} to {high:.0f}")
+    if config.plausible and region.parts > _MOST_PARTS:
+        here = False
+        why.append(f"falls apart into {region.parts} parts")
+    return Trust(here, not_here, "; ".join(why)) if why else FULL
+
+
+def read_witnesses(work: Folder, registry: Registry, log: Log) -> Mapping[tuple[str, str], Witness]:
+    """(teacher, organ) -> what labels say of it; of teachers that stage one has measured."""
+    found = {}
+    for name in registry.teachers:
+        try:
+            indexed = read_teacher_index(work, name, registry.teacher_key(name))
+            evidence = read_evidence(work, registry, indexed)
+        except CacheMissing as error:
+            log.warn(f"teacher {name} is believed wherever it is plausible: {error}")
+            continue
+        for organ, seen in evidence.organs.items():
+            found[name, organ] = witness(seen)
+    return found
+
+
+def believed_cases(
+    training: Sequence[CachedCase],
+    validation: Sequence[CachedCase],
+    registry: Registry,
+    work: Folder,
+    config: ReliabilityConfig,
+    log: Log,
+) -> list[CachedCase]:
+    """Training cases in which teachers are believed as far as they can be; says what is not.
+
+    Args:
+        training: with the units of their teachers.
+        validation: their labels say, with those of training cases, how large an organ is.
+        registry: names the teachers.
+        work: the work folder.
+        config: when a word counts.
+        log: hears in which cases a teacher is silent, and why.
+    """
+    witnesses = read_witnesses(work, registry, log)
+    cases = trusting(training, [*training, *validation], witnesses, config)
+    for remark in remarks(cases, witnesses):
+        log.warn(remark)
+    return cases
+
+
+def doubted(cases: Sequence[CachedCase]) -> dict[str, list[bool]]:
+    """`teacher x case: organ` -> whether "here" and "not here" count, where one does not."""
+    return {
+        f"{teacher} x {case.name}: {organ}": [trust.here, trust.not_here]
+        for case in cases
+        for (teacher, organ), trust in case.trust.items()
+    }
+
+
+def remarks(cases: Sequence[CachedCase], witnesses: Mapping[tuple[str, str], Witness]) -> list[str]:
+    """What a user should hear of teachers that are not believed everywhere, a sentence each."""
+    found = []
+    for (teacher, organ), seen in witnesses.items():
+        asked = [c for c in cases if teacher in c.teachers and organ not in c.annotated]
+        trusts = [c.trust.get((teacher, organ), FULL) for c in asked]
+        silent, no_here, no_not_here = (
+            sum(t.silent for t in trusts),
+            sum(not t.here and t.not_here for t in trusts),
+            sum(t.here and not t.not_here for t in trusts),
+        )
+        if not asked or not (silent or no_here or no_not_here):
+            continue
+        what = f"teacher {teacher}, {organ}"
+        measured = "" if seen.found is None else f" (finds {seen.found:.0%} on {seen.found_on})"
+        if silent == len(asked):
+            found.append(
+                f"{what}: adds nothing here{measured}; trained without it wherever no label "
+                "speaks of the organ."
+            )
+            continue
+        parts = [
+            f"{count} {words}"
+            for count, words in (
+                (silent, "without it"),
+                (no_not_here, 'without its "not here"'),
+                (no_here, 'without its "here"'),
+            )
+            if count
+        ]
+        found.append(f"{what}{measured}: of {len(asked)} cases, {', '.join(parts)}.")
+    return found
+
+
+def trusting(
+    cases: Sequence[CachedCase],
+    labelled: Sequence[CachedCase],
+    witnesses: Mapping[tuple[str, str], Witness],
+    config: ReliabilityConfig,
+) -> list[CachedCase]:
+    """The same cases, in which teachers are believed as far as they can be.
+
+    An organ that a case annotates is left alone: there labels win.
+
+    Args:
+        cases: to train on, with the units of their teachers.
+        labelled: training and validation cases: how large is an organ?
+        witnesses: of `read_witnesses`.
+        config: when a word counts.
+    """
+    organs = {organ for case in cases for organ in case.experts}
+    usual = {organ: usual_ml(labelled, organ) for organ in organs}
+    return [_believing(case, usual, witnesses, config) for case in cases]
+
+
+def _believing(
+    case: CachedCase,
+    usual: Mapping[str, tuple[float, float] | None],
+    witnesses: Mapping[tuple[str, str], Witness],
+    config: ReliabilityConfig,
+) -> CachedCase:
+    trust: dict[tuple[str, str], Trust] = {}
+    experts: dict[str, Sequence[str]] = {}
+    for organ, who in case.experts.items():
+        believed = list(who)
+        for teacher in who if organ not in case.annotated else ():
+            region = region_of(replace(case.teachers[teacher]), organ)
+            seen = witnesses.get((teacher, organ), UNKNOWN)
+            found = trust_of(seen, region, usual[organ], config)
+            if found != FULL:
+                trust[teacher, organ] = found
+            if found.silent:
+                believed.remove(teacher)
+        experts[organ] = believed
+    return replace(case, experts=experts, trust=trust)
