@@ -250,7 +250,7 @@ class TestAsATeacher:
         student = write_spread_student(tmp_path / "student.pt", head=head)
         assert run(student, [form], tmp_path / "out", check_on=image).done == [form]
         entry = TeacherEntry.model_validate(told(tmp_path / "out", form)["teacher_entry"])
-        path = tmp_path / "out" / ("" if form == "bundle" else form) / entry.weights
+        path = tmp_path / "out" / entry.weights
         found, network = load_student(student)
         window = WindowConfig(shape=found.patch, overlap=0.5)
         teacher = load_teacher("old", entry, path, window=window, batch_size=1, device=CPU)
