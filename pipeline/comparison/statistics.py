@@ -72,7 +72,7 @@ def estimates(scores: Floats) -> list[Estimate]:
 
 
 def differences(
-    scores: Floats, baseline: Floats, *, seed: int = 0, min_seeds: int = MIN_SEEDS
+    scores: Floats, baseline: Floats, *, seed: int = 0, min_seeds: int | None = None
 ) -> list[Difference]:
     """One paired difference per organ, and one of their mean.
 
@@ -86,8 +86,8 @@ def differences(
         scores: (S, N, K).
         baseline: (S, N, K), the same seeds, cases and organs.
         seed: of the draws.
-        min_seeds: seeds without which there is no interval; with 1, for what has no seeds, cases
-            alone are drawn.
+        min_seeds: seeds without which there is no interval, `MIN_SEEDS` by default; with 1, for
+            what has no seeds, cases alone are drawn.
 
     Returns:
         K + 1 differences; the last is of the mean over the organs that have a score.
@@ -108,7 +108,7 @@ def differences(
     draws = [*drawn.T, drawn[:, present].mean(axis=1)]
     num = [*counts, min((counts[k] for k in present), default=0)]
     return [
-        _difference(float(m), d, num_seeds, n, min_seeds)
+        _difference(float(m), d, num_seeds, n, MIN_SEEDS if min_seeds is None else min_seeds)
         for m, d, n in zip(means, draws, num, strict=True)
     ]
 

@@ -83,7 +83,7 @@ def write_format(
                 here, form, record, network, image,
                 overlap=overlap, opset=opset, tolerance=tolerance, tell=tell,
             )  # fmt: skip
-            entry = teacher_entry(record, weights=FILES[form])
+            entry = teacher_entry(record, weights=f"{folder.name}/{FILES[form]}")
         content: dict[str, Any] = {
             **told,
             "parity": {what: parity.to_json() for what, parity in found.items()},

@@ -214,16 +214,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @pytest.mark.slow
-def test_a_case_ten_times_as_long_takes_little_more_memory(
+def test_a_case_five_times_as_long_takes_little_more_memory(
     tmp_path: Path, record_property: Any
 ) -> None:
-    """38 classes: held whole, the logits of the long case alone would take 1.6 GB."""
+    """38 classes: held whole, the logits of the long case alone would take 0.8 GB."""
     organs = {f"organ {n}": n for n in range(1, 38)}
     student = write_student(
         tmp_path / "student.pt", organs=organs, patch=(16, 96, 96), spacing_mm=(3.0, 2.0, 1.5)
     )
     peaks = []
-    for times in (1, 10):
+    for times in (1, 5):
         image = tmp_path / str(times) / "ct.nii.gz"
         image.parent.mkdir()
         array = np.random.default_rng(0).integers(-1000, 1000, (96, 96, 120 * times))
@@ -235,9 +235,9 @@ def test_a_case_ten_times_as_long_takes_little_more_memory(
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) / 1024)
-    voxels = 96 * 96 * 1200
+    voxels = 96 * 96 * 600
     logits_mib = 38 * 4 * voxels / 2**20
     record_property("peaks and logits in MiB", (*peaks, logits_mib))
-    assert logits_mib > 1500
+    assert logits_mib > 750
     # The image (bytes, int16), its label map (uint8) and a compressed copy: some bytes per voxel.
     assert peaks[1] - peaks[0] < 16 * voxels / 2**20

@@ -185,6 +185,7 @@ def dies(task: Task) -> CaseFacts:
     return look_at(task)
 
 
+@pytest.mark.slow  # processes that import the readers, twice
 def test_a_case_that_kills_its_process_costs_no_other(
     tiny_registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
