@@ -142,7 +142,11 @@ THINGS: dict[str, Callable[[], object]] = {
 }
 
 
-@pytest.mark.parametrize(("says", "raises"), {**FLAGS, **THINGS}.items(), ids=str)
+EACH = {**FLAGS, **THINGS}
+
+
+# The text alone names a test: an address in memory would differ between processes.
+@pytest.mark.parametrize(("says", "raises"), EACH.items(), ids=list(EACH))
 def test_it_is_raised_and_says_so(says: str, raises: Callable[[], object]) -> None:
     with pytest.raises(PipelineError) as caught:
         raises()
