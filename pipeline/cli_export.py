@@ -63,8 +63,7 @@ def export(
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """The student for other programs, held against `pipeline predict`: MONAI bundle, TorchScript,
-    torch.export, ONNX."""
+    """The student as MONAI bundle, TorchScript, torch.export or ONNX, held against `predict`."""
     import json
 
     from stages import export as stage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -334,6 +335,48 @@ class TestParityIsDemanded:
         assert "on the student grid: it does not say" in str(report.failed["bundle"])
         assert list((tmp_path / "out").iterdir()) == []
 
+    def test_a_network_of_fewer_channels_is_refused(
+        self, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Fewer(nn.Module):
+            def forward(self, image: Tensor) -> Tensor:
+                return image
+
+        student = write_spread_student(tmp_path / "student.pt", **COARSE)
+        monkeypatch.setattr(write, "open_network", lambda *a: Fewer())
+        report = run(student, ["torchscript"], tmp_path / "out", check_on=image)
+        assert "it gives (1, 1, " in str(report.failed["torchscript"])
+        assert list((tmp_path / "out").iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("number", "said"), [(0, "MONAI wrote 0 label maps"), (1, "has (2, 2, 2) voxels and lies")]
+    )
+    def test_what_monai_writes_must_be_of_the_image(
+        self,
+        tmp_path: Path,
+        image: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        number: int,
+        said: str,
+    ) -> None:
+        from monai.bundle import ConfigParser
+
+        real = ConfigParser.get_parsed_content
+
+        def parsed(parser: Any, name: str, **options: Any) -> Any:
+            def save(data: Any) -> None:
+                for n in range(number):
+                    labels = nib.Nifti1Image(np.zeros((2, 2, 2), dtype=np.uint8), np.eye(4))
+                    nib.save(labels, Path(parser["output_dir"]) / f"{n}.nii.gz")
+
+            return save if name == "postprocessing" else real(parser, name, **options)
+
+        student = write_spread_student(tmp_path / "student.pt", **COARSE)
+        monkeypatch.setattr(ConfigParser, "get_parsed_content", parsed)
+        report = run(student, ["bundle"], tmp_path / "out", check_on=image)
+        assert said in str(report.failed["bundle"])
+        assert list((tmp_path / "out").iterdir()) == []
+
     def test_counts_against_numpy(self) -> None:
         rng = np.random.default_rng(0)
         ours, theirs = (rng.integers(0, 3, (5, 6, 7)).astype(np.uint8) for _ in range(2))
@@ -353,6 +396,32 @@ class TestInput:
         student = write_spread_student(tmp_path / "student.pt")
         with pytest.raises(ConfigError, match="an export is not written unchecked"):
             run(student, ["torchscript"], tmp_path / "out")
+        with pytest.raises(ConfigError, match=r"nowhere\.nii: no such file"):
+            run(student, ["torchscript"], tmp_path / "out", check_on=tmp_path / "nowhere.nii")
+
+    def test_without_the_packages_of_onnx_the_others_are_written(
+        self, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        student = write_spread_student(tmp_path / "student.pt", **COARSE)
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        report = run(student, ["onnx", "torchscript"], tmp_path / "out", check_on=image)
+        assert report.done == ["torchscript"]
+        assert "not installed (onnxruntime)" in str(report.failed["onnx"])
+        assert report.exit_code == 2
+
+    def test_a_compiler_that_fails_is_told_in_a_line(
+        self, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(*_: Any, **__: Any) -> None:
+            raise RuntimeError("no such operator\nand a page of C++")
+
+        student = write_spread_student(tmp_path / "student.pt", **COARSE)
+        monkeypatch.setattr(torch.jit, "trace", fails)
+        report = run(student, ["torchscript"], tmp_path / "out", check_on=image)
+        told = str(report.failed["torchscript"])
+        assert "cannot be written as torchscript (RuntimeError: no such operator)." in told
+        assert "C++" not in told
+        assert report.exit_code == 1
 
     def test_a_case_of_the_cache_by_name(self, tiny_cached: Path) -> None:
         folder = work_of(tiny_cached) / "students" / "a" / "b"

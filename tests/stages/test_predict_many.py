@@ -27,6 +27,7 @@ from stages.predict import PredictConfig
 from stages.report import StageReport
 from tests.stages.stage_contract import ROOT, content, snapshot
 from tests.stages.test_predict import SPACING_XYZ, record, write_ct, write_student
+from tests.unit.test_cli import run_here
 
 CPU = torch.device("cpu")
 
@@ -75,6 +76,15 @@ class TestSeveralDevices:
         with pytest.raises(ConfigError, match="'gpu' is no device"):
             run(student, tmp_path / "in", tmp_path / "out", device="cpu,gpu")
         assert not (tmp_path / "out").exists()
+
+
+def test_one_file_of_probabilities_is_none_without_probabilities(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("predict", "s.pt", "ct.nii.gz", "-o", str(tmp_path), "--probabilities-4d")
+    code, _, said = run_here(*asked, capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, list(tmp_path.iterdir())) == (2, [])
+    assert "Add --probabilities float16." in said
 
 
 class TestPatterns:
