@@ -97,7 +97,13 @@ def test_a_stopped_training_ends_the_job_and_a_failed_one_does_not(
         copy = tiny_cached.with_name(f"{name}_registry.yaml")
         copy.write_text(tiny_cached.read_text())
     wanted = [
-        {"folder": f"short/{n}", "registry": "student", "labels_alone": True, "training": {}}
+        {
+            "folder": f"short/{n}",
+            "registry": "student",
+            "labels_alone": True,
+            "online": False,
+            "training": {},
+        }
         for n in "ab"
     ]
     log = Log(quiet=True)
