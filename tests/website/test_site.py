@@ -38,7 +38,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
+        timeout=550,
     )
     assert done.returncode == 0, done.stderr
     return folder
