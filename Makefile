@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check faults clean
+.PHONY: demo test check faults docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.run-installed
@@ -16,6 +16,9 @@ test: $(VENV)/.test-installed check
 
 faults: $(VENV)/.test-installed
 	FAULTS=long $(BIN)/python -m pytest tests/faults --timeout 0
+
+docs: $(VENV)/.test-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 check: $(VENV)/.test-installed
 	$(BIN)/ruff check .
@@ -36,4 +39,4 @@ $(VENV)/.test-installed: $(VENV)/.run-installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) demo site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

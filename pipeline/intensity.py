@@ -19,7 +19,9 @@ class Intensity(Config):
     kind `raw`: Hounsfield units as they are.
     """
 
-    kind: Literal["window", "zscore", "raw"] = "window"
+    kind: Literal["window", "zscore", "raw"] = Field(
+        default="window", description="how Hounsfield units are scaled"
+    )
     window_hu: tuple[float, float] = Field(default=(-160.0, 240.0), description="low, high")
     # Left out of dumps at its default: what was digested before it existed keeps its digest.
     scaled_to: tuple[float, float] = Field(
@@ -27,8 +29,8 @@ class Intensity(Config):
         description="what window_hu becomes, for kind window",
         exclude_if=lambda value: value == (-1.0, 1.0),
     )
-    mean_hu: float = 0.0
-    std_hu: float = Field(default=1.0, gt=0)
+    mean_hu: float = Field(default=0.0, description="for kind zscore")
+    std_hu: float = Field(default=1.0, gt=0, description="for kind zscore")
 
     @model_validator(mode="after")
     def _ordered(self) -> Intensity:

@@ -15,8 +15,11 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+_Number = Annotated[int, Field(ge=0)]
 OneOrMore = Annotated[
-    tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple), Field(min_length=1)
+    tuple[_Number, ...],
+    BeforeValidator(_as_tuple, json_schema_input_type=_Number | tuple[_Number, ...]),
+    Field(min_length=1),
 ]
 
 
@@ -68,7 +71,9 @@ class NnunetOptions(Config):
     folds: tuple[Fold, ...] | None = Field(
         default=None, min_length=1, description="averaged; left out: all that have the checkpoint"
     )
-    checkpoint: str = Field(default="checkpoint_final.pth", pattern=r"^[\w.-]+\.pth$")
+    checkpoint: str = Field(
+        default="checkpoint_final.pth", pattern=r"^[\w.-]+\.pth$", description="in each `fold_X`"
+    )
     mirroring: bool = Field(default=True, description="as the trainer allows, as nnU-Net does")
     tile_step: float = Field(default=0.5, gt=0, le=1, description="step between windows")
     orientation: Annotated[str, AfterValidator(_is_orientation)] | None = Field(
@@ -93,7 +98,9 @@ class TeacherEntry(Config):
     num_channels: int | None = Field(
         default=None, ge=1, description="output channels; checked here and against the network"
     )
-    activation: Literal["softmax", "sigmoid"] = "softmax"
+    activation: Literal["softmax", "sigmoid"] = Field(
+        default="softmax", description="what the network was trained with"
+    )
     spacing_mm: tuple[float, float, float] | None = Field(
         default=None,
         description="z, y, x; what the network was trained at. Left out: the student grid for a "
@@ -119,8 +126,8 @@ class TeacherEntry(Config):
         default=None, description="dataset that `pipeline train-teachers` trains it on"
     )
     admission: TeacherAdmission = Field(default_factory=TeacherAdmission)
-    licence: str = ""
-    source: str = ""
+    licence: str = Field(default="", description="for people; never part of a digest")
+    source: str = Field(default="", description="for people; never part of a digest")
     _trusted: bool = PrivateAttr(default=False)
 
     @property

@@ -61,7 +61,9 @@ from stages.report import StageReport
 class CacheTeachersConfig(Config):
     """How stage one computes; see cache_teachers.yaml."""
 
-    splits: tuple[str, ...] = ("train", "validation", "test")
+    splits: tuple[str, ...] = Field(
+        default=("train", "validation", "test"), description="cases of others are left out"
+    )
     window: WindowConfig = Field(default_factory=WindowConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
 

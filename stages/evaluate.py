@@ -31,9 +31,11 @@ _NAMED = 5
 class EvaluateConfig(Config):
     """How predictions are judged; see evaluate.yaml."""
 
-    splits: tuple[str, ...] = ("test",)
-    tolerance_mm: float = Field(default=3.0, gt=0)
-    surface: bool = True
+    splits: tuple[str, ...] = Field(default=("test",), description="whose cases are scored")
+    tolerance_mm: float = Field(
+        default=3.0, gt=0, description="of the normalised surface Dice (NSD)"
+    )
+    surface: bool = Field(default=True, description="whether NSD and HD95 are measured")
 
 
 @dataclass(frozen=True)

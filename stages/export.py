@@ -34,7 +34,9 @@ class ExportConfig(Config):
     name: str | None = Field(
         default=None, min_length=1, description="of a bundle; left out: `student-<digits>`"
     )
-    overlap: float = Field(default=0.5, ge=0, lt=1)
+    overlap: float = Field(
+        default=0.5, ge=0, lt=1, description="fraction that neighbouring windows share"
+    )
     opset: int = Field(default=20, ge=18, description="of ONNX")
     tolerance: Tolerance = Field(default_factory=Tolerance)
 

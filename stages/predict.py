@@ -43,7 +43,9 @@ __all__ = ["PredictConfig", "chosen_inputs", "find_inputs", "pick_devices", "run
 class PredictConfig(Config):
     """How a student is run; see predict.yaml."""
 
-    overlap: float = Field(default=0.5, ge=0, lt=1)
+    overlap: float = Field(
+        default=0.5, ge=0, lt=1, description="fraction that neighbouring windows share"
+    )
 
 
 def run(

@@ -39,8 +39,14 @@ RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 class TrainStudentConfig(Config):
     """How stage two trains; see train_student.yaml."""
 
-    run: str = Field(default="student", pattern=rf"^{RUN_NAME}(/{RUN_NAME})?$")
-    allow_missing: bool = False
+    run: str = Field(
+        default="student",
+        pattern=rf"^{RUN_NAME}(/{RUN_NAME})?$",
+        description="folder below WORK/students",
+    )
+    allow_missing: bool = Field(
+        default=False, description="train with the cases and units that exist"
+    )
     training: TrainingConfig = Field(default_factory=TrainingConfig)
 
 

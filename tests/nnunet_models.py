@@ -35,6 +35,7 @@ class Recipe:
 
     Attributes:
         number: of the dataset.
+        name: of the dataset, behind its number.
         spacing: of its images along (i, j, k) of the file.
         code: where the axes i, j, k of its files point to.
         labels: as in dataset.json.
@@ -44,6 +45,7 @@ class Recipe:
     """
 
     number: int
+    name: str = "Blobs"
     spacing: tuple[float, float, float] = (2.0, 2.0, 2.0)
     code: str = "LPS"
     labels: Mapping[str, Any] = field(default_factory=lambda: dict(LABELS))
@@ -101,7 +103,7 @@ def build_model(recipe: Recipe, folder: Path) -> list[Path]:
         recipe: see there.
         folder: nnUNet_raw, nnUNet_preprocessed and nnUNet_results come into it.
     """
-    name = f"Dataset{recipe.number:03d}_Blobs"
+    name = f"Dataset{recipe.number:03d}_{recipe.name}"
     raw = folder / "nnUNet_raw" / name
     dataset = {
         "channel_names": {"0": "CT"},
@@ -114,6 +116,7 @@ def build_model(recipe: Recipe, folder: Path) -> list[Path]:
     for case in range(2):
         image = raw / "imagesTr" / f"case_{case}_0000.nii.gz"
         label = write_blobs(image, spacing=recipe.spacing, code=recipe.code, seed=case)
+        label[label >= len(recipe.labels)] = 0
         target = raw / "labelsTr" / f"case_{case}.nii.gz"
         target.parent.mkdir(parents=True, exist_ok=True)
         nib.save(nib.Nifti1Image(label, nib.load(image).affine), target)
@@ -220,7 +223,7 @@ def _fit(
             )
             loss = F.binary_cross_entropy_with_logits(out, target.float())
         else:
-            loss = F.cross_entropy(out, y, torch.tensor([1.0, 2.0, 4.0]))
+            loss = F.cross_entropy(out, y, torch.tensor([1.0, 2.0, 4.0])[: out.shape[1]])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

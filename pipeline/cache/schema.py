@@ -35,7 +35,7 @@ class StorageConfig(Config):
     chunk: int = Field(default=64, ge=8, description="inner chunk side in voxels; a read unit")
     log_odds_bits: int = Field(default=5, ge=1, le=10, description="mantissa bits kept of 10")
     feature_bits: int = Field(default=5, ge=1, le=10, description="mantissa bits kept of 10")
-    zstd_level: int = Field(default=1, ge=1, le=19)
+    zstd_level: int = Field(default=1, ge=1, le=19, description="of every array")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class GridEntry(Config):
     """The student grid: one spacing for all; each case keeps its own field of view."""
 
     spacing_mm: tuple[float, float, float] = Field(description="z, y, x")
-    orientation: Literal["RAS"] = "RAS"
+    orientation: Literal["RAS"] = Field(default="RAS", description="fixed")
 
     @model_validator(mode="after")
     def _positive(self) -> GridEntry:
@@ -52,10 +52,12 @@ class SplitEntry(Config):
     By list: `train`, `validation` and `test` name their cases; a case in none is left out.
     """
 
-    train: tuple[str, ...] | None = None
-    validation: FractionOrCases = 0.2
-    test: FractionOrCases = 0.0
-    seed: int = 0
+    train: tuple[str, ...] | None = Field(
+        default=None, description="cases; left out: what the fractions leave"
+    )
+    validation: FractionOrCases = Field(default=0.2, description="fraction, or cases")
+    test: FractionOrCases = Field(default=0.0, description="fraction, or cases")
+    seed: int = Field(default=0, description="of the draw by fractions")
 
     @model_validator(mode="after")
     def _one_way(self) -> SplitEntry:
@@ -123,8 +125,8 @@ class DatasetEntry(FilesEntry):
         default=(), description="label values of structures that are none of the organs"
     )
     split: SplitEntry = Field(default_factory=SplitEntry)
-    licence: str = ""
-    source: str = ""
+    licence: str = Field(default="", description="for people; never part of a digest")
+    source: str = Field(default="", description="for people; never part of a digest")
 
 
 def _check_pattern(pattern: str) -> None:

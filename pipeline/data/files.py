@@ -18,8 +18,8 @@ _MANY = 8
 class Pair(Config):
     """One case by its files, relative to the dataset's root."""
 
-    image: str = Field(min_length=1)
-    label: str = Field(min_length=1)
+    image: str = Field(min_length=1, description="the CT")
+    label: str = Field(min_length=1, description="its label map")
 
 
 @dataclass(frozen=True)

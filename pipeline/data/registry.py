@@ -24,11 +24,15 @@ from pipeline.teacher_entry import AdmissionEntry, TeacherEntry
 class Registry(Config):
     """The whole registry; paths in it are relative to the file's folder."""
 
-    schema_version: Literal[1]
-    organs: dict[Name, Annotated[int, Field(ge=1, le=MAX_ORGAN_ID)]] = Field(min_length=1)
+    schema_version: Literal[1] = Field(description="version of this schema")
+    organs: dict[Name, Annotated[int, Field(ge=1, le=MAX_ORGAN_ID)]] = Field(
+        min_length=1, description="organ -> id in stored labels and predicted label maps, each once"
+    )
     grid: GridEntry
-    datasets: dict[Name, DatasetEntry] = Field(min_length=1)
-    teachers: dict[Name, TeacherEntry] = Field(default_factory=dict)
+    datasets: dict[Name, DatasetEntry] = Field(min_length=1, description="name -> entry")
+    teachers: dict[Name, TeacherEntry] = Field(
+        default_factory=dict, description="name -> entry; none for supervision by labels alone"
+    )
     admission: AdmissionEntry = Field(default_factory=AdmissionEntry)
     _path: Path = PrivateAttr(default=Path("data_registry.yaml"))
 

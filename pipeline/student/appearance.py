@@ -31,7 +31,7 @@ def ordered(values: tuple[float, float]) -> tuple[float, float]:
     return values
 
 
-Probability = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1, description="how often, per patch")]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -42,28 +42,36 @@ class NoiseConfig(Config):
     """Gaussian noise, in units of the network's input."""
 
     probability: Probability = 0.1
-    std: Annotated[tuple[_NotNegative, _NotNegative], AfterValidator(ordered)] = (0.0, 0.1)
+    std: Annotated[tuple[_NotNegative, _NotNegative], AfterValidator(ordered)] = Field(
+        default=(0.0, 0.1), description="of the noise; drawn from least to largest"
+    )
 
 
 class BlurConfig(Config):
     """Gaussian blur, a ball in mm: sigma in voxels of the finest axis, fewer along coarser ones."""
 
     probability: Probability = 0.1
-    sigma: Annotated[tuple[_NotNegative, _NotNegative], AfterValidator(ordered)] = (0.5, 1.0)
+    sigma: Annotated[tuple[_NotNegative, _NotNegative], AfterValidator(ordered)] = Field(
+        default=(0.5, 1.0), description="voxels of the finest axis; drawn from least to largest"
+    )
 
 
 class BrightnessConfig(Config):
     """A shift, in units of the network's input."""
 
     probability: Probability = 0.15
-    shift: Annotated[tuple[_Finite, _Finite], AfterValidator(ordered)] = (-0.15, 0.15)
+    shift: Annotated[tuple[_Finite, _Finite], AfterValidator(ordered)] = Field(
+        default=(-0.15, 0.15), description="added to all voxels; drawn from least to largest"
+    )
 
 
 class ContrastConfig(Config):
     """Distances to the patch's mean times a factor."""
 
     probability: Probability = 0.15
-    factor: Annotated[tuple[_Positive, _Positive], AfterValidator(ordered)] = (0.75, 1.25)
+    factor: Annotated[tuple[_Positive, _Positive], AfterValidator(ordered)] = Field(
+        default=(0.75, 1.25), description="drawn from least to largest"
+    )
 
 
 class LowResolutionConfig(Config):
@@ -73,14 +81,18 @@ class LowResolutionConfig(Config):
     """
 
     probability: Probability = 0.125
-    zoom: Annotated[tuple[_Fraction, _Fraction], AfterValidator(ordered)] = (0.5, 1.0)
+    zoom: Annotated[tuple[_Fraction, _Fraction], AfterValidator(ordered)] = Field(
+        default=(0.5, 1.0), description="share of voxels kept; drawn from least to largest"
+    )
 
 
 class GammaConfig(Config):
     """Values between the patch's least and largest, as 0 .. 1, to the power of an exponent."""
 
     probability: Probability = 0.3
-    exponent: Annotated[tuple[_Positive, _Positive], AfterValidator(ordered)] = (0.7, 1.5)
+    exponent: Annotated[tuple[_Positive, _Positive], AfterValidator(ordered)] = Field(
+        default=(0.7, 1.5), description="drawn from least to largest"
+    )
 
 
 class AppearanceConfig(Config):

@@ -15,12 +15,16 @@ from pipeline.config import Config
 class OptimiserConfig(Config):
     """Which optimiser. lr(step) depends on the absolute step alone, so resuming cannot bend it."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(default=2e-3, gt=0)
-    weight_decay: float = Field(default=1e-2, ge=0)
+    name: Literal["adamw", "sgd"] = Field(default="adamw", description="AdamW, or SGD")
+    lr: float = Field(default=2e-3, gt=0, description="largest learning rate")
+    weight_decay: float = Field(default=1e-2, ge=0, description="of the optimiser")
     momentum: float = Field(default=0.99, ge=0, lt=1, description="sgd, with Nesterov")
-    schedule: Literal["cosine", "poly"] = "cosine"
-    warmup: float = Field(default=0.02, ge=0, lt=1, description="share of the steps")
+    schedule: Literal["cosine", "poly"] = Field(
+        default="cosine", description="half a cosine, or (1 - t)^0.9 as nnU-Net's poly"
+    )
+    warmup: float = Field(
+        default=0.02, ge=0, lt=1, description="share of the steps with a rising rate"
+    )
     clip_norm: float = Field(default=12.0, gt=0, description="largest gradient norm")
 
     def lr_at(self, step: int, steps: int) -> float:

@@ -23,9 +23,9 @@ class TrainingConfig(Config):
     network: NetworkConfig = Field(default_factory=NetworkConfig)
     intensity: Intensity = Field(default_factory=Intensity)
     patch: tuple[int, int, int] = Field(default=(96, 96, 96), description="voxels z, y, x")
-    batch_size: int = Field(default=2, ge=1)
-    steps: int = Field(default=20_000, ge=1)
-    seed: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=2, ge=1, description="patches a step, of all processes")
+    steps: int = Field(default=20_000, ge=1, description="of the whole training")
+    seed: int = Field(default=0, ge=0, description="of weights, patches and augmentation")
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     deep_supervision: bool | None = Field(
@@ -33,7 +33,7 @@ class TrainingConfig(Config):
         description="train all outputs of the network; null: where it has several; true: it must",
     )
     optimiser: OptimiserConfig = Field(default_factory=OptimiserConfig)
-    validate_every: int = Field(default=1000, ge=1, description="steps")
+    validate_every: int = Field(default=1000, ge=1, description="steps between validations")
 
     @model_validator(mode="after")
     def _legal(self) -> TrainingConfig:

@@ -32,9 +32,13 @@ class WeightConfig(Config):
     constant: w. ramp_up: w * min(1, t / until). decay: w * max(0, 1 - t / until).
     """
 
-    weight: float = Field(default=1.0, ge=0)
-    schedule: Literal["constant", "ramp_up", "decay"] = "constant"
-    until: float = Field(default=1.0, gt=0, le=1)
+    weight: float = Field(default=1.0, ge=0, description="w, beside the other terms")
+    schedule: Literal["constant", "ramp_up", "decay"] = Field(
+        default="constant", description="how the weight runs over time"
+    )
+    until: float = Field(
+        default=1.0, gt=0, le=1, description="share of the training at which the schedule ends"
+    )
 
     def at(self, fraction: float) -> float:
         """The weight at t in 0 .. 1."""
@@ -50,7 +54,9 @@ class WeightConfig(Config):
 class LogitsConfig(WeightConfig):
     """The logits-wise term."""
 
-    schedule: Literal["constant", "ramp_up", "decay"] = "decay"
+    schedule: Literal["constant", "ramp_up", "decay"] = Field(
+        default="decay", description="how the weight runs over time"
+    )
     target: Literal["joint", "per_teacher", "marginal"] = Field(
         default="joint",
         description="of the KL: all experts together, each organ by itself, or each teacher's "
@@ -59,17 +65,19 @@ class LogitsConfig(WeightConfig):
     mean: Literal["voxel", "region"] = Field(
         default="voxel", description="over all regions together, or per region and then over them"
     )
-    soft_dice: bool = True
+    soft_dice: bool = Field(default=True, description="added to the KL")
     hard: bool = Field(default=False, description="targets of 0 and 1 instead of probabilities")
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, description="T of the KL, which is times T^2")
     agreed_background: bool = Field(default=True, description="False: organ regions alone")
 
 
 class FeaturesConfig(WeightConfig):
     """The feature-wise term: cached taps against layers of the student."""
 
-    weight: float = Field(default=0.1, ge=0)
-    schedule: Literal["constant", "ramp_up", "decay"] = "decay"
+    weight: float = Field(default=0.1, ge=0, description="w, beside the other terms")
+    schedule: Literal["constant", "ramp_up", "decay"] = Field(
+        default="decay", description="how the weight runs over time"
+    )
     student_taps: dict[str, str] | tuple[str, ...] = Field(
         default=(),
         description="layers of the student, each for all cached taps of its stride, or {cached "
@@ -87,10 +95,17 @@ class FeaturesConfig(WeightConfig):
 class SupervisionConfig(Config):
     """Which supervision, and each of its choices."""
 
-    kind: Kind = "ms_kd"
-    margin: float = Field(default=0.0, ge=0, description="log-odds")
-    labels_win: bool = True
-    confidence: float = Field(default=6.0, gt=0, description="log-odds of a label that wins")
+    kind: Kind = Field(default="ms_kd", description="what the student is taught by")
+    margin: float = Field(
+        default=0.0, ge=0,
+        description="log-odds m; organ region where d > m, agreed background where all d < -m",
+    )  # fmt: skip
+    labels_win: bool = Field(
+        default=True, description="the case's own labels correct the teachers first"
+    )
+    confidence: float = Field(
+        default=6.0, gt=0, description="log-odds that a label that wins is given at least"
+    )
     calibrated: bool = Field(
         default=False, description="divide log-odds by the temperatures that stage one measured"
     )
