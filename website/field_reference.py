@@ -149,7 +149,7 @@ def _words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
             of = _words(inner, definitions) if isinstance(inner, dict) else "anything"
             return f"mapping of names to {of}"
         case "number" | "integer" | "string" | "boolean" as kind:
-            return _WORDS.get(kind, kind) + _bounds(schema)
+            return str(_WORDS.get(kind, kind)) + _bounds(schema)
     return "anything"
 
 
