@@ -126,13 +126,13 @@ def _of_dataset(
     if not found.names and said.rest_is_background:
         problems.append(
             f"{where}: nothing names its label values, so that {BACKGROUND}=rest means none. "
-            f"List them: {BACKGROUND}=2+3"
+            f"List them: {BACKGROUND}=2+3."
         )
     if not found.names and not said.organs:
         if ask is None:
             problems.append(
                 f"{where}: nothing names its label values. Add to the flag, for example, "
-                f":{organs[0]}=1,{BACKGROUND}=2+3"
+                f":{organs[0]}=1,{BACKGROUND}=2+3."
             )
             return said
         said = ask_meanings(f"{flag.name}: label values by organ", organs, ask, where)
@@ -168,7 +168,7 @@ def _of_teacher(
         if ask is None:
             problems.append(
                 f"{where}: nothing names its output channels. Add to the flag, for example, "
-                f":{organs[0]}=1"
+                f":{organs[0]}=1."
             )
         else:
             said = ask_meanings(f"{flag.name}: output channels by organ", organs, ask, where)

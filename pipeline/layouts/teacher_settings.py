@@ -68,7 +68,7 @@ def settings_of(
     flag = ",".join(f"{key}={_EXAMPLES[key].split(',')[0].split(' ')[0]}" for key in lacking)
     return settings, [
         f"{where}: its files do not say {', '.join(lacking)} ({examples}). Add to the flag, as it "
-        f"was trained, for example {flag}"
+        f"was trained, for example {flag}."
     ]
 
 

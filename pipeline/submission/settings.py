@@ -36,7 +36,9 @@ class JobSettings(SlurmSettings):
     num_restarts: int = Field(default=20, ge=0)
     signal_seconds: int = Field(default=120, ge=1, le=65535)
     arguments: tuple[Line, ...] = ()
-    stage_to: Annotated[str, Field(pattern=r'^[^\n"`\\]+$')] | None = None
+    stage_to: Annotated[str, Field(pattern=r'^[^\n"`\\]+$')] | None = Field(
+        default=None, description="train-student's --stage-to; the job's shell puts variables in"
+    )
 
 
 class SubmitSettings(JobSettings):

@@ -266,7 +266,7 @@ def _first(out: Any) -> Any:
 
 
 def _first_lines(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).strip().split("\n")[:3])[:300]
+    return " ".join(" ".join(str(error).strip().split("\n")[:3]).split())[:300]
 
 
 def _last_line(error: Exception) -> str:

@@ -423,7 +423,7 @@ def test_a_stages_flags_are_its_settings_or_speed() -> None:
     caching = set(inspect.signature(cache_teachers.run).parameters) - OF_THE_RUN - ELSEWHERE
     assert caching == {"device", "window_batch", "overlap"}
     training = set(inspect.signature(train_student.run).parameters) - OF_THE_RUN - ELSEWHERE
-    assert training == {"device", "workers", "checkpoint_minutes"}
+    assert training == {"device", "workers", "checkpoint_minutes", "stage_to"}
     # A run's digest is of the configuration and of the digests of what it reads.
     assert set(inspect.signature(run_digest).parameters) == {"config", "inputs"}
     assert {*training, "pool_mb"}.isdisjoint(TrainingConfig.model_fields)

@@ -474,7 +474,7 @@ def test_a_wrong_type_brings_no_other_complaint_with_it(
     change: tuple[str, str], folder: Path
 ) -> None:
     assert len({m.split(" ")[0] for m in complaints(write(folder, GOOD, change))}) <= 2
-    assert any("should" in message for message in complaints(write(folder, GOOD, change)))
+    assert any("must" in message for message in complaints(write(folder, GOOD, change)))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "7", "datasets: {}", "datasets: [1]", "teachers: 3"])

@@ -177,7 +177,7 @@ def test_registries_that_agree(tmp_path: Path) -> None:
         ({"nnunet": {"orientation": "LPX"}}, "one letter of each"),
         ({"nnunet": {"tile_step": 0}}, "greater than 0"),
         ({"nnunet": {"folds": []}}, "at least 1 item"),
-        ({"nnunet": {"checkpoint": "../other.pth"}}, "a file that ends in .pth"),
+        ({"nnunet": {"checkpoint": "../other.pth"}}, r"match pattern .*\.pth"),
         ({"nnunet": {"stride": 1}}, "Extra inputs"),
     ],
 )
