@@ -156,6 +156,7 @@ def _words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
 def _bounds(schema: Mapping[str, Any]) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     found = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema]
-    if "pattern" in schema and len(schema["pattern"]) < 40:
-        found.append(f"like `{schema['pattern']}`")
+    pattern = schema.get("pattern", "")
+    if pattern and len(pattern) < 40 and "`" not in pattern:  # it would end the code around it
+        found.append(f"like `{pattern}`")
     return f" {', '.join(found)}" if found else ""
