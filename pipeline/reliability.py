@@ -18,6 +18,7 @@ from typing import Final
 import numpy as np
 
 from pipeline.admission.evidence import OrganEvidence, Score, read_evidence
+from pipeline.admission.verdict import VOLUME_FACTOR
 from pipeline.cache.index import read_teacher_index
 from pipeline.cache.reader import CachedCase, Unit
 from pipeline.cache.schema import log_odds_name
@@ -30,9 +31,8 @@ from pipeline.trust import FULL, ReliabilityConfig, Trust
 from pipeline.volume import Grid
 
 # Ends of the labelled sizes that count as usual; one label that was cut or slipped does not.
-_QUANTILES: Final = (0.05, 0.95)
-SIZE_FACTOR: Final = 2.0
-_MOST_PARTS: Final = 2  # paired organs
+QUANTILES: Final = (0.05, 0.95)
+MOST_PARTS: Final = 2  # where no label tells: paired organs
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,14 @@ def usual_ml(cases: Sequence[CachedCase], organ: str) -> tuple[float, float] | N
     sizes = []
     for case in cases:
         if organ in case.annotated:
-            attributes = case.case.attributes
+            # Through a unit of its own: what is read here for all cases is not kept in memory.
+            attributes = replace(case.case).attributes
             voxels = attributes["organ_voxels"].get(organ, 0)
             if voxels:
                 sizes.append(voxels * Grid.from_json(attributes["grid"]).voxel_ml)
     if not sizes:
         return None
-    low, high = np.quantile(sizes, _QUANTILES)
+    low, high = np.quantile(sizes, QUANTILES)
     return float(low), float(high)
 
 
@@ -129,13 +130,13 @@ def trust_of(
         why.append(f"{seen.right:.0%} of its claims are right on {seen.right_on}")
     if config.plausible and usual is not None:
         low, high = usual
-        if region.ml < low / SIZE_FACTOR:
+        if region.ml < low / VOLUME_FACTOR:
             not_here = False
             why.append(f"claims {region.ml:.0f} ml, labels show {low:.0f} to {high:.0f}")
-        if region.ml > high * SIZE_FACTOR:
+        if region.ml > high * VOLUME_FACTOR:
             here = False
             why.append(f"claims {region.ml:.0f} ml, labels show {low:.0f} to {high:.0f}")
-    if config.plausible and region.parts > _MOST_PARTS:
+    if config.plausible and region.parts > MOST_PARTS:
         here = False
         why.append(f"falls apart into {region.parts} parts")
     return Trust(here, not_here, "; ".join(why)) if why else FULL

@@ -15,15 +15,12 @@ import numpy as np
 
 from pipeline.admission.verdict import is_odd_volume
 from pipeline.inspection.measure import CaseNumbers, OrganNumbers
+from pipeline.reliability import MOST_PARTS, QUANTILES
 from pipeline.tables import in_ml
 
 # The share of a labelled organ that teachers may miss, and that their agreed background may hold.
 MOST_MISSED: Final = 0.5
 MOST_SWALLOWED: Final = 1 / 3
-# Ends of the labelled sizes that count as normal; one label that was cut or slipped does not.
-_QUANTILES: Final = (0.05, 0.95)
-# Where no label tells: two, for paired organs.
-_MOST_COMPONENTS: Final = 2
 
 
 @dataclass(frozen=True)
@@ -51,9 +48,9 @@ def usual_of(cases: Sequence[CaseNumbers]) -> Mapping[str, Usual]:
         sizes = [numbers.label_ml or 0.0 for numbers in labelled]
         ends = None
         if sizes:
-            low, high = np.quantile(sizes, _QUANTILES)
+            low, high = np.quantile(sizes, QUANTILES)
             ends = (round(float(low), 3), round(float(high), 3))
-        most = max((n.label_components or 0 for n in labelled), default=_MOST_COMPONENTS)
+        most = max((n.label_components or 0 for n in labelled), default=MOST_PARTS)
         found[organ] = Usual(ends, most, len(sizes))
     return found
 
@@ -95,7 +92,7 @@ def _region(organ: str, numbers: OrganNumbers, usual: Usual | None) -> list[str]
             f"{organ}: {in_ml(numbers.region_ml)} ml, while {usual.num_cases} "
             f"label{'s' if usual.num_cases > 1 else ''} show {in_ml(low)} to {in_ml(high)} ml"
         )
-    most = _MOST_COMPONENTS if usual is None else usual.components
+    most = MOST_PARTS if usual is None else usual.components
     if numbers.components > most:
         where = "than any label has" if usual is not None and usual.num_cases else "than expected"
         reasons.append(f"{organ}: {numbers.components} large separate parts, more {where} ({most})")

@@ -120,21 +120,15 @@ def case_of(folder: Path, name: str, spleen: int, *, annotated: str = "liver") -
     return made_case(folder, name, votes, label, [annotated])
 
 
-def with_sizes(case: CachedCase) -> CachedCase:
-    """As stage one notes them: 30 ml of what is annotated."""
-    case.case.attributes["organ_voxels"] = dict.fromkeys(case.annotated, 30)
-    return case
-
-
 WITNESSES = {("one", "liver"): GOOD, ("two", "spleen"): GOOD}
 
 
 class TestCases:
     def cases(self, folder: Path) -> list[CachedCase]:
         return [
-            with_sizes(case_of(folder, "livers/fine", 30)),
-            with_sizes(case_of(folder, "livers/missed", 3)),
-            with_sizes(case_of(folder, "spleens/own", 3, annotated="spleen")),
+            case_of(folder, "livers/fine", 30),
+            case_of(folder, "livers/missed", 3),
+            case_of(folder, "spleens/own", 3, annotated="spleen"),
         ]
 
     def test_a_missed_organ_is_no_background_that_anybody_agrees_on(self, tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def made_case(
     """Writes and opens a case; `votes` are (teacher, organ) -> log-odds (D, H, W)."""
     shape = label.shape
     grid = Grid.axis_aligned(shape, SPACING_MM, (-30.0, 40.0, 5.0))
-    attributes = {"grid": grid.to_json(), "centres": {}, "taps": {}}
+    sizes = {organ: int((label == SPACE.ids[organ]).sum()) for organ in annotated}
+    attributes = {"grid": grid.to_json(), "centres": {}, "taps": {}, "organ_voxels": sizes}
 
     def write(path: Path, specs: Any) -> Unit:
         write_unit(path, specs, attributes, {"path": str(path)}, storage=EXACT, seconds=0.0)
