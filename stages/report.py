@@ -20,6 +20,7 @@ class StageReport:
         failed: unit -> the error that stopped it.
         seconds: wall time.
         num_bytes: written in this run.
+        signalled: a signal to stop came, though all may be done: the caller begins nothing else.
         details: what else this stage has to tell, as plain JSON values.
     """
 
@@ -29,6 +30,7 @@ class StageReport:
     failed: dict[str, Exception] = field(default_factory=dict)
     seconds: float = 0.0
     num_bytes: int = 0
+    signalled: bool = False
     details: dict[str, Any] = field(default_factory=dict)
 
     @property

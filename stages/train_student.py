@@ -189,6 +189,7 @@ def _run(
 
         if trained.finished:
             processes.from_first(finish)
+    report.signalled = trained.signalled
     if trained.finished:
         report.done.append(config.run)
     else:

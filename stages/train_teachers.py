@@ -113,6 +113,13 @@ def run(
     if not dry_run:
         prepare_work_folder(work)
     for name in names:
+        if report.signalled:
+            report.failed[name] = Stopped(
+                "not begun: a signal to stop came while the teacher before it was finished.",
+                where=f"teacher {name}",
+                fix="Run the same command again: it goes on from there.",
+            )
+            break
         try:
             if _train_one(
                 name, config, registry, work,
@@ -192,6 +199,7 @@ def _train_one(
         )
         if trained.finished:
             tell_validations(log, local / "metrics.jsonl", work / "teachers-in-training" / name)
+    report.signalled = trained.signalled
     if not trained.finished:
         raise Stopped(
             f"stopped at step {trained.step} of {training.steps}.",

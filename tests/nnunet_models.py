@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import multiprocessing.dummy
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,8 +123,13 @@ def build_model(recipe: Recipe, folder: Path) -> list[Path]:
         nib.save(nib.Nifti1Image(label, nib.load(image).affine), target)
     (raw / "dataset.json").write_text(json.dumps(dataset), encoding="utf-8")
     with nnunet_folders(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fork", _no_fork)
         _plan(recipe, patch)
         return [_train(recipe, folder, name, dataset, c) for c in recipe.configurations]
+
+
+def _no_fork() -> int:
+    raise AssertionError("making models forks: see `_plan`")
 
 
 def _plan(recipe: Recipe, patch: pytest.MonkeyPatch) -> None:
@@ -132,10 +138,13 @@ def _plan(recipe: Recipe, patch: pytest.MonkeyPatch) -> None:
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
         ExperimentPlanner,
     )
+    from nnunetv2.utilities import utils
 
-    # The fingerprint of two tiny images is not worth a new process.
+    # Threads for its processes: two tiny images are not worth one, and a fork of a process in which
+    # Dask or fsspec have threads may wait for ever for a lock that one of them held.
     threads = SimpleNamespace(get_context=lambda kind: multiprocessing.dummy)
     patch.setattr(fingerprint_extractor, "multiprocessing", threads)
+    patch.setattr(utils, "Pool", multiprocessing.dummy.Pool)
     fingerprint_extractor.DatasetFingerprintExtractor(recipe.number, 1).run()
     planner = ExperimentPlanner(recipe.number, gpu_memory_target_in_gb=0.01)
     planner.UNet_base_num_features, planner.UNet_max_features_3d = 4, 8

@@ -109,6 +109,10 @@ def _train(run: Mapping[str, Any], registry: Registry, work: Path, place: Path, 
     if report.done:
         cost = {"cpu_seconds": round(time.process_time() - began, 2)}
         write_json(place / "cost.json", cost)
+    if report.signalled:
+        raise Stopped(
+            "stopped after its last step.", where=place, fix="The same command goes on from there."
+        )
 
 
 if __name__ == "__main__":

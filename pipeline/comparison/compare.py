@@ -75,15 +75,15 @@ def compare(
                 log.warn(f"{run.folder.name} failed, the others go on: {error}")
                 continue
             stopped = next(iter(report.failed.values()), None)
-            if stopped is not None:
-                raise Stopped(
-                    f"stopped in {at}: {stopped}",
-                    where=run.folder.parent,
-                    fix="The comparison goes on from there too.",
-                ) from stopped
             speed = clock.median_seconds()
-            if speed is not None:
+            if stopped is None and speed is not None:
                 write_json(run.folder / "speed.json", {"seconds_per_step": round(speed, 6)})
+            if stopped is not None or report.signalled:
+                raise Stopped(
+                    f"stopped in {at}: {stopped or 'a signal came in its last step.'}",
+                    where=run.folder.parent,
+                    fix="The same command goes on from there.",
+                ) from stopped
     if len(failed) == len(plan.runs):
         first = next(iter(failed.values()))
         raise PipelineError(

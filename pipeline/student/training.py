@@ -53,6 +53,7 @@ class Trained:
         step: steps that were made in all; fewer than asked for if it was stopped.
         finished: whether all steps were made.
         seconds: of this run of the program.
+        signalled: a signal to stop came, be it in the last step: who has more to do shall not.
     """
 
     network: StudentNetwork
@@ -60,6 +61,7 @@ class Trained:
     step: int
     finished: bool
     seconds: float
+    signalled: bool
 
 
 def train(
@@ -205,11 +207,13 @@ def train(
                 states = processes.gathered(lambda: random_state(device))
                 processes.from_first(partial(save, states))
                 last_save = time.monotonic()
-            if stop:
+            if stop and step < config.steps:
                 log.info(f"stopped by a signal after step {step}; the checkpoint is written")
                 break
     seconds = time.monotonic() - began
-    return Trained(network.cpu().eval(), scores, step, step == config.steps, seconds)
+    return Trained(
+        network.cpu().eval(), scores, step, step == config.steps, seconds, signalled=stopping()
+    )
 
 
 def _network(

@@ -82,15 +82,27 @@ def test_two_processes_never_work_on_one_job(tmp_path: Path) -> None:
         assert job_main(request) == BUSY
 
 
-@pytest.mark.parametrize(("error", "tried"), [(Stopped("stopped."), 1), (PipelineError("bad."), 2)])
+@pytest.mark.parametrize(
+    ("error", "signalled", "tried"),
+    [
+        (Stopped("stopped."), True, 1),
+        (None, True, 1),  # in its last step
+        (PipelineError("bad."), False, 2),
+    ],
+)
 def test_a_stopped_training_ends_the_job_and_a_failed_one_does_not(
-    monkeypatch: pytest.MonkeyPatch, tiny_cached: Path, error: PipelineError, tried: int
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_cached: Path,
+    error: PipelineError | None,
+    signalled: bool,
+    tried: int,
 ) -> None:
     runs: list[str] = []
 
     def run(config: TrainStudentConfig, *_: object, **__: object) -> StageReport:
         runs.append(config.run)
-        return StageReport("train-student", failed={config.run: error})
+        failed: dict[str, Exception] = {} if error is None else {config.run: error}
+        return StageReport("train-student", failed=failed, signalled=signalled)
 
     monkeypatch.setattr(train_student, "run", run)
     for name in ("student", "full", "test"):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ import torch
 import yaml
 
 from pipeline.data.registry import load_registry
-from pipeline.errors import ConfigError, RegistryError, TeacherError
+from pipeline.errors import ConfigError, RegistryError, Stopped, TeacherError
 from pipeline.intensity import Intensity
 from pipeline.log import Log
+from pipeline.student import training
 from pipeline.teachers.checkpoint import read_teacher
 from stages import train_teachers
 from stages.report import StageReport
@@ -120,6 +123,29 @@ def test_training_moves_the_weights_and_the_seed_moves_them_elsewhere(untrained:
     assert torch.equal(trained(), first)
     assert not torch.equal(trained(steps=5), first)
     assert not torch.equal(trained(seed=1), first)
+
+
+def test_a_signal_in_a_teachers_last_step_begins_no_other(
+    untrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = training.make_step, []
+
+    def signalled(*rest: Any) -> dict[str, Any]:
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*rest)
+
+    with monkeypatch.context() as context:
+        context.setattr(training, "make_step", signalled)
+        report = run(untrained)
+    assert report.done == ["liver"]
+    assert isinstance(report.failed["spleen"], Stopped)
+    assert "not begun" in str(report.failed["spleen"])
+    assert report.exit_code == 1
+    assert not (work_of(untrained) / "teachers-in-training" / "spleen").exists()
+    again = run(untrained)
+    assert (again.skipped, again.done) == (["liver"], ["spleen"])
 
 
 def test_one_teacher_alone(untrained: Path) -> None:

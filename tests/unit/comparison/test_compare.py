@@ -289,6 +289,23 @@ class TestInterruptions:
         theirs = weights(compared[0], "hard-seed0")
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
+    def test_a_signal_in_a_runs_last_step_begins_no_other(
+        self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real, calls = training.make_step, []
+
+        def signalled(*rest: Any) -> dict[str, Any]:
+            calls.append(1)
+            if len(calls) == STEPS:  # the last step of the first run
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*rest)
+
+        with monkeypatch.context() as context:
+            context.setattr(training, "make_step", signalled)
+            with pytest.raises(Stopped, match="run 1 of 4, labels-seed0: a signal came"):
+                run(tiny_cached)
+        assert [r.finished for r in plan(tiny_cached).runs] == [True, False, False, False]
+
     def test_a_run_that_fails_is_marked_and_the_others_go_on(
         self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
