@@ -12,7 +12,7 @@ demo: $(VENV)/.run-installed
 	$(BIN)/pipeline demo demo
 
 test: $(VENV)/.test-installed check
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 faults: $(VENV)/.test-installed
 	FAULTS=long $(BIN)/python -m pytest tests/faults --timeout 0

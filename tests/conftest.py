@@ -23,6 +23,7 @@ settings.load_profile("no deadline")
 pytest.register_assert_rewrite("tests.stages.stage_contract")
 
 from pipeline.cache.pool import POOL  # noqa: E402
+from tests.distribution import Dealt, num_processes, rank  # noqa: E402
 from tests.faults.ledger import LEDGER, LONG  # noqa: E402
 from tests.messages import never_raised  # noqa: E402
 from tests.messages.ledger import RAISED, keep_with_earlier_runs  # noqa: E402
@@ -31,6 +32,23 @@ from tests.object_store import BUCKET, folder, object_store  # noqa: E402
 from tests.tiny import build_cohort, copy_cohort, fill_cache  # noqa: E402
 
 RAISED.install()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first."""
+    items.sort(key=lambda item: rank(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Dealt:
+    """However files are to be dealt, see `tests/distribution.py`."""
+    return Dealt(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `--numprocesses auto`."""
+    return num_processes()
 
 
 @pytest.hookimpl(trylast=True)
