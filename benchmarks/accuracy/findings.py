@@ -80,7 +80,7 @@ def _differences(scores: Scores, budget: str, terms: str, num: int) -> dict[str,
         return {}
     found: dict[str, Any] = {}
     for name in candidates(scores, budget):
-        for versus in (*BASELINES, BETTER):
+        for versus in (*BASELINES, BETTER, *([METHOD] if name != METHOD else [])):
             parts: dict[str, tuple[Floats, Floats]] = {}
             rows: dict[str, Any] = {}
             for number, regime in enumerate(scores.regimes):
@@ -104,6 +104,7 @@ def _pair(
 ) -> tuple[Floats, str] | None:
     """Differences (S, N, K) of the seeds that are finished in both, and what was compared with."""
     ours = scores.arrays.get((regime, budget, name))
+    method = scores.arrays.get((regime, budget, METHOD))
     both = [baseline_of(scores, regime, budget, b, terms) for b in BASELINES]
     if ours is None:
         return None
@@ -114,7 +115,8 @@ def _pair(
         number = better(first, second)
         theirs, against = (first, second)[number], BASELINES[number]
     else:
-        found, against = both[BASELINES.index(versus)], versus
+        others = {**dict(zip(BASELINES, both, strict=True)), METHOD: method}
+        found, against = others[versus], versus
         if found is None:
             return None
         theirs = found

@@ -413,6 +413,15 @@ def test_the_better_baseline_is_chosen_by_regime() -> None:
     assert 0.1 < found["gap_closed"]["short"]["ms_kd"]["a"] < 0.4
 
 
+def test_what_was_screened_is_held_against_the_method_too() -> None:
+    scores, found = made_findings()
+    by_name = found["differences"]["equal steps"]["short"]
+    assert "ms_kd" not in by_name["ms_kd"]
+    apart = scores.arrays["a", "short", "mine"] - scores.arrays["a", "short", "ms_kd"]
+    assert by_name["mine"]["ms_kd"]["a"]["mean"]["mean"] == pytest.approx(over_seeds(apart)[-1])
+    assert by_name["mine"]["ms_kd"]["b"]["num_seeds"] == 3
+
+
 def test_equal_time_takes_the_longer_training_of_a_baseline() -> None:
     scores, found = made_findings()
     rows = found["differences"]["equal time"]["short"]["ms_kd"]
