@@ -11,7 +11,7 @@ from pathlib import Path
 
 _FENCE = re.compile(r"^\s*```")
 _CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
-_START = re.compile(r"^(?:\$ |[A-Z_]+=\S+ |srun )*(?:pipeline|torchrun .*-m pipeline\.cli)(?= )")
+_START = re.compile(r"^(?:\$ |[A-Z_]+=\S+ )*(?:pipeline|torchrun .*-m pipeline\.cli)(?= )")
 _ASSIGNMENT = re.compile(r"^([A-Z]+)=\"([^\"]*)\"$")
 
 
