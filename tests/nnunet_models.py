@@ -43,6 +43,8 @@ class Recipe:
         regions_class_order: for overlapping regions.
         num_folds: folds to train.
         configurations: of the plans, one model folder each.
+        values: label value of soft tissue, of the bright and of the dark organ.
+        num_steps: of training, per fold.
     """
 
     number: int
@@ -53,6 +55,8 @@ class Recipe:
     regions_class_order: Sequence[int] | None = None
     num_folds: int = 1
     configurations: tuple[str, ...] = ("3d_fullres",)
+    values: tuple[int, int, int] = (0, 1, 2)
+    num_steps: int = 40
 
 
 RECIPES = {
@@ -117,7 +121,7 @@ def build_model(recipe: Recipe, folder: Path) -> list[Path]:
     for case in range(2):
         image = raw / "imagesTr" / f"case_{case}_0000.nii.gz"
         label = write_blobs(image, spacing=recipe.spacing, code=recipe.code, seed=case)
-        label[label >= len(recipe.labels)] = 0
+        label = np.array(recipe.values, np.uint8)[label]
         target = raw / "labelsTr" / f"case_{case}.nii.gz"
         target.parent.mkdir(parents=True, exist_ok=True)
         nib.save(nib.Nifti1Image(label, nib.load(image).affine), target)
@@ -171,7 +175,7 @@ def _train(
         images = _prepare(folder, name, trainer)
         trainer.initialize()
         trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        _fit(trainer, images)
+        _fit(trainer, images, recipe.num_steps)
         # Its log of scores is of numpy numbers, and so is what it saves.
         trainer._best_ema = np.float64(0.5)
         trainer.logger.log("ema_fg_dice", np.float32(0.5), 0)
@@ -202,9 +206,7 @@ def _prepare(folder: Path, name: str, trainer: Any) -> list[tuple[torch.Tensor, 
     return pairs
 
 
-def _fit(
-    trainer: Any, images: Sequence[tuple[torch.Tensor, torch.Tensor]], steps: int = 40
-) -> None:
+def _fit(trainer: Any, images: Sequence[tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
     network, labels = trainer.network, trainer.label_manager
     trainer.set_deep_supervision_enabled(False)
     patch = tuple(trainer.configuration_manager.patch_size)

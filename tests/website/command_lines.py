@@ -1,9 +1,10 @@
-"""The `pipeline` commands that stand in pages: in fences, in indented blocks, between backticks."""
+"""The commands that stand in pages: in fences, in indented blocks, between backticks."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,37 @@ class CommandLine:
     line: int
     words: tuple[str, ...]
     whole: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fence of shell commands.
+
+    Attributes:
+        line: of its first command, from 1.
+        text: all between the fences, as somebody would paste it.
+    """
+
+    line: int
+    text: str
+
+    @property
+    def commands(self) -> list[tuple[str, ...]]:
+        """The words behind each `pipeline`."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [_words(line.strip(), {}) for line in lines if _START.match(line.strip())]
+
+
+def shell_blocks(page: Path) -> Iterator[Block]:
+    """All ```sh fences of a page, in order."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    began: int | None = None
+    for number, line in enumerate(lines, 1):
+        if began is None and line.strip() == "```sh":
+            began = number + 1
+        elif began is not None and _FENCE.match(line):
+            yield Block(began, textwrap.dedent("\n".join(lines[began - 1 : number - 1])) + "\n")
+            began = None
 
 
 def command_lines(page: Path) -> Iterator[CommandLine]:
