@@ -280,6 +280,9 @@ def logits_term(config: LogitsConfig, log_p: Tensor, p: Tensor, batch: Batch) ->
         odds = distillation.hard(odds)
     if not config.agreed_background:
         background = torch.zeros_like(background)
+    # The KL of all experts together is of the very target that soft Dice has: made once for both.
+    same = config.soft_dice and config.target == "joint" and config.temperature == 1
+    joint = distillation.joint_log_q_and_q(odds) if same else None
     term = distillation.kl(
         log_p,
         odds,
@@ -288,10 +291,11 @@ def logits_term(config: LogitsConfig, log_p: Tensor, p: Tensor, batch: Batch) ->
         _experts(config, batch),
         temperature=config.temperature,
         per_region=config.mean == "region",
+        joint=joint,
     )
     if config.soft_dice:
         inside = organ.any(dim=1) | background
-        term = term + distillation.soft_dice(p[:, 1:], odds, inside, batch.known)
+        term = term + distillation.soft_dice(p[:, 1:], odds, inside, batch.known, joint=joint)
     return term
 
 
