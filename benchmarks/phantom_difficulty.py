@@ -20,7 +20,8 @@ import yaml
 from pipeline.config import load_config
 from pipeline.data.phantom import ORGANS
 from pipeline.data.registry import load_registry
-from pipeline.demo import generate_phantoms, write_settings
+from pipeline.demo import generate_phantoms
+from pipeline.demo_settings import write_settings
 from pipeline.log import Log, print_table
 from pipeline.summary import organ_means
 from stages import cache_teachers, evaluate, predict, train_student

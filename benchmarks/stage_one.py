@@ -22,50 +22,30 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.stage_one_cohort import dynunet, make_cohort
-from pipeline.data.registry import Registry, load_registry
+from benchmarks.stage_one_cohort import cohort_of, settings_of, stage_one_options
+from pipeline.data.registry import Registry
 from pipeline.log import Log, print_table
 from pipeline.network import pick_device
 from pipeline.teachers import window_passes
 from pipeline.teachers.checkpoint import read_teacher
-from pipeline.teachers.sliding_window import WindowConfig
 from stages import cache_teachers
-from stages.cache_teachers import CacheTeachersConfig
 
-ORGANS = ("liver", "spleen", "pancreas")
 WAYS = ("bare forward passes", "stage one", "stage one, plain loop")
-NATIVE_MM, TEACHER_MM, STUDENT_MM = (1.5, 0.8, 0.8), (2.0, 1.6, 1.6), (3.0, 1.5, 1.5)
 
 
 def main() -> None:
     """Prints seconds per way and their ratio to the bare passes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--cases", type=int, default=3)
-    parser.add_argument("--shape", type=int, nargs=3, default=[128, 224, 224], help="native voxels")
-    parser.add_argument("--teachers", type=int, default=2, choices=range(1, 4))
-    parser.add_argument("--filters", type=int, nargs="+", default=[16, 32, 64, 128, 256])
-    parser.add_argument("--window", type=int, nargs=3, default=[96, 96, 96])
+    parser = stage_one_options(__doc__, num_cases=3)
     parser.add_argument("--window-batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    registry = load_registry(
-        make_cohort(
-            arguments.folder, num_cases=arguments.cases, shape=arguments.shape,
-            native_mm=NATIVE_MM, teacher_mm=TEACHER_MM, student_mm=STUDENT_MM,
-            networks={o: dynunet(arguments.filters) for o in ORGANS[: arguments.teachers]},
-            taps=["bottleneck"],
-        )
-    )  # fmt: skip
+    registry = cohort_of(arguments)
     bench = Bench(registry, arguments)
     windows = bench.record_windows()
     rows: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
@@ -88,11 +68,10 @@ class Bench:
     def stage(self, *, overlap: bool) -> None:
         """All of stage one, into an empty work folder."""
         shutil.rmtree(self.work, ignore_errors=True)
-        z, y, x = self.arguments.window
-        config = CacheTeachersConfig(window=WindowConfig(shape=(z, y, x)))
         report = cache_teachers.run(
-            config, self.registry, self.work, log=Log(quiet=True), device=str(self.device),
-            window_batch=self.arguments.window_batch, overlap=overlap, tables=False, force=True,
+            settings_of(self.arguments), self.registry, self.work, log=Log(quiet=True),
+            device=str(self.device), window_batch=self.arguments.window_batch, overlap=overlap,
+            tables=False, force=True,
         )  # fmt: skip
         assert report.exit_code == 0, report.failed
 

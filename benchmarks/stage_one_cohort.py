@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,49 @@ import yaml
 from scipy import ndimage
 
 from pipeline.data.nifti import write_image
+from pipeline.data.registry import Registry, load_registry
 from pipeline.intensity import Intensity
 from pipeline.network import NetworkConfig, build_network
 from pipeline.teachers.checkpoint import TeacherRecord, save_teacher
+from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.volume import Grid, Volume
+from stages.cache_teachers import CacheTeachersConfig
 
 DATASET = "made-up"
+ORGANS = ("liver", "spleen", "pancreas")
+NATIVE_MM, TEACHER_MM, STUDENT_MM = (1.5, 0.8, 0.8), (2.0, 1.6, 1.6), (3.0, 1.5, 1.5)
+
+
+def stage_one_options(doc: str | None, *, num_cases: int) -> argparse.ArgumentParser:
+    """Arguments of a benchmark of stage one: of its cohort, its teachers and its rounds."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--cases", type=int, default=num_cases)
+    parser.add_argument("--shape", type=int, nargs=3, default=[128, 224, 224], help="native voxels")
+    parser.add_argument("--teachers", type=int, default=2, choices=range(1, 4))
+    parser.add_argument("--filters", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--window", type=int, nargs=3, default=[96, 96, 96])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def cohort_of(arguments: argparse.Namespace) -> Registry:
+    """Makes the cohort that these arguments are of."""
+    return load_registry(
+        make_cohort(
+            arguments.folder, num_cases=arguments.cases, shape=arguments.shape,
+            native_mm=NATIVE_MM, teacher_mm=TEACHER_MM, student_mm=STUDENT_MM,
+            networks={o: dynunet(arguments.filters) for o in ORGANS[: arguments.teachers]},
+            taps=["bottleneck"],
+        )
+    )  # fmt: skip
+
+
+def settings_of(arguments: argparse.Namespace) -> CacheTeachersConfig:
+    """How stage one computes: the window that these arguments name."""
+    z, y, x = arguments.window
+    return CacheTeachersConfig(window=WindowConfig(shape=(z, y, x)))
 
 
 def dynunet(filters: Sequence[int]) -> NetworkConfig:

@@ -4,7 +4,7 @@ Four things alternate in one run: plain processes that run the same networks on 
 without this project's engine, Dask or files, once one and once two of them (the ceiling: two cores
 share caches, memory and clock); and stage one with `--executor local`, on one worker and on two.
 Efficiency is T1 / (2 T2). Engines are open before the clock starts; loading the teachers, reading,
-the gate and writing are within.
+the gate and writing are within. Let --cases be even, so that two workers share them.
 
     OMP_NUM_THREADS=1 python -m benchmarks.stage_one_scaling FOLDER [--rounds 3] [--json]
 """
@@ -26,16 +26,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.stage_one import NATIVE_MM, ORGANS, STUDENT_MM, TEACHER_MM
-from benchmarks.stage_one_cohort import dynunet, make_cohort
-from pipeline.data.registry import Registry, load_registry
+from benchmarks.stage_one_cohort import cohort_of, dynunet, settings_of, stage_one_options
+from pipeline.data.registry import Registry
 from pipeline.engine.choose import open_engine
 from pipeline.engine.here import Engine
 from pipeline.log import Log, print_table
 from pipeline.network import build_network
-from pipeline.teachers.sliding_window import WindowConfig
 from stages import cache_teachers
-from stages.cache_teachers import CacheTeachersConfig
 
 PLAIN, STAGE = "plain processes", "stage one"
 NUMBERS = (1, 2)
@@ -43,27 +40,12 @@ NUMBERS = (1, 2)
 
 def main() -> None:
     """Prints seconds of each way, and the two efficiencies."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--cases", type=int, default=4, help="even, so that two workers share them")
-    parser.add_argument("--shape", type=int, nargs=3, default=[128, 224, 224], help="native voxels")
-    parser.add_argument("--teachers", type=int, default=2, choices=range(1, 4))
-    parser.add_argument("--filters", type=int, nargs="+", default=[16, 32, 64, 128, 256])
-    parser.add_argument("--window", type=int, nargs=3, default=[96, 96, 96])
+    parser = stage_one_options(__doc__, num_cases=4)
     parser.add_argument("--plain-windows", type=int, default=16, help="of all plain processes")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if os.environ.get("OMP_NUM_THREADS") != "1":
         parser.error("set OMP_NUM_THREADS=1: one worker would use both cores.")
-    registry = load_registry(
-        make_cohort(
-            arguments.folder, num_cases=arguments.cases, shape=arguments.shape,
-            native_mm=NATIVE_MM, teacher_mm=TEACHER_MM, student_mm=STUDENT_MM,
-            networks={o: dynunet(arguments.filters) for o in ORGANS[: arguments.teachers]},
-            taps=["bottleneck"],
-        )
-    )  # fmt: skip
+    registry = cohort_of(arguments)
     ways = [(what, number) for number in NUMBERS for what in (PLAIN, STAGE)]
     seconds: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
     for round_ in range(arguments.rounds):
@@ -114,13 +96,11 @@ def stage(registry: Registry, arguments: argparse.Namespace, number: int) -> flo
     """Seconds of stage one into an empty work folder, on so many workers."""
     work = arguments.folder / "work"
     shutil.rmtree(work, ignore_errors=True)
-    z, y, x = arguments.window
-    config = CacheTeachersConfig(window=WindowConfig(shape=(z, y, x)))
     with _engine(number, work) as engine:
         began = time.monotonic()
         report = cache_teachers.run(
-            config, registry, work, log=Log(quiet=True), engine=engine, device="cpu",
-            tables=False, force=True,
+            settings_of(arguments), registry, work, log=Log(quiet=True), engine=engine,
+            device="cpu", tables=False, force=True,
         )  # fmt: skip
         took = time.monotonic() - began
     assert report.exit_code == 0, report.failed

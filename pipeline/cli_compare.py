@@ -67,7 +67,8 @@ def compare(
     """Train several students from one cache on equal terms; one table and one figure."""
     from pipeline.comparison.compare import compare as run
     from pipeline.comparison.configurations import load_configurations
-    from pipeline.comparison.plan import Settings, plan_comparison
+    from pipeline.comparison.plan import plan_comparison
+    from pipeline.comparison.settings import Settings
     from pipeline.comparison.tables import print_results, write_results
     from pipeline.student.launch import refuse_several
     from pipeline.student.speed import SpeedFlags

@@ -17,17 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from pipeline.cohort import compute, lazy_consensus, open_cohort
 from pipeline.comparison.compare import compare
 from pipeline.comparison.configurations import load_configurations
-from pipeline.comparison.plan import Settings, plan_comparison
+from pipeline.comparison.plan import plan_comparison
 from pipeline.comparison.results import Results
+from pipeline.comparison.settings import Settings
 from pipeline.comparison.tables import print_results, write_results
 from pipeline.config import load_config
 from pipeline.data.phantom import PhantomSpec, write_dataset
 from pipeline.data.registry import Registry, load_registry
+from pipeline.demo_settings import STUDENTS, write_settings
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.figures import save_overlay
 from pipeline.log import Log, print_table
@@ -35,7 +36,6 @@ from pipeline.summary import organ_means, overall_means
 from stages import cache_teachers, evaluate, predict, train_teachers
 from stages.report import StageReport
 
-STUDENTS = ("ms_kd", "pseudo_label", "marginal")
 _TITLES = {
     "ms_kd": "student: ms_kd (teachers' log-odds and features)",
     "pseudo_label": "student: pseudo_label (hard labels of the teachers)",
@@ -43,8 +43,6 @@ _TITLES = {
 }
 _COMPARISON = "kinds"
 _BASELINE = "marginal"  # the method never to lose to
-_PATCH = [32, 40, 40]
-_STUDENT_TAP = "model.1.submodule.1.submodule.2"
 
 
 def generate_phantoms(registry: Registry, log: Log, *, dry_run: bool = False) -> StageReport:
@@ -133,63 +131,6 @@ def fill_demo_cache(folder: Path, *, quick: bool, log: Log) -> tuple[Registry, S
     cached = cache_teachers.run(store, registry, work, log=log, window_batch=4, tables=False)
     _done(cached, log)
     return registry, cached
-
-
-def write_settings(folder: Path, *, quick: bool) -> Path:
-    """Writes registry and configurations of the demo; returns the registry's path.
-
-    Raises:
-        ConfigError: the folder holds another demo.
-    """
-    data = yaml.safe_load(reference_registry().read_text(encoding="utf-8"))
-    if quick:
-        _shrink(data)
-    registry = folder / "data_registry.yaml"
-    if registry.exists() and yaml.safe_load(registry.read_text(encoding="utf-8")) != data:
-        raise ConfigError(
-            "there is a demo of another size or version in this folder.",
-            where=folder,
-            fix="Name another folder, or remove this one.",
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_yaml(registry, data)
-    steps = 8 if quick else 300
-    training = {"patch": _PATCH, "batch_size": 2, "validate_every": 100}
-    _write_yaml(
-        folder / "train_teachers.yaml",
-        {"training": {**training, "steps": steps, "optimiser": {"lr": 0.003}}},
-    )
-    window = {"shape": _PATCH, "overlap": 0.5}
-    _write_yaml(folder / "cache_teachers.yaml", {"window": window})
-    for kind in STUDENTS:
-        supervision: dict[str, Any] = {"kind": kind}
-        if kind == "ms_kd":
-            supervision["features"] = {"student_taps": [_STUDENT_TAP]}
-        student = {
-            **training,
-            "steps": 8 if quick else 450,
-            "optimiser": {"lr": 0.003},
-            "supervision": supervision,
-        }
-        _write_yaml(folder / f"train_student_{kind}.yaml", {"run": kind, "training": student})
-    return registry
-
-
-def reference_registry() -> Path:
-    """The annotated reference registry: beside the packages in a checkout, within them in a wheel.
-
-    Raises:
-        ConfigError: the installation lacks it.
-    """
-    package = Path(__file__).parent
-    for path in (package.parent / "data_registry.yaml", package / "data" / "data_registry.yaml"):
-        if path.is_file():
-            return path
-    raise ConfigError(
-        "the reference registry is not installed.",
-        where="data_registry.yaml",
-        fix="Install organ-distill again.",
-    )
 
 
 def draw_overlay(registry: Registry, work: Path, predictions: Path, path: Path) -> None:
@@ -311,23 +252,8 @@ def _say_where(folder: Path, figure: Path, quick: bool, began: float) -> None:
     )
 
 
-def _shrink(data: dict[str, Any]) -> None:
-    # After eight steps no teacher finds its organ: any threshold of the gate would stop the demo.
-    data["admission"]["dice"] = 0.0
-    for entry in data["datasets"].values():
-        entry["phantom"] |= {"num_cases": 3, "shape": [24, 28, 32]}
-        if "train" in entry["split"]:
-            entry["split"] = {"train": [], "validation": ["case_000"], "test": ["case_001"]}
-    data["grid"]["spacing_mm"] = [12.0, 12.0, 12.0]
-    data["teachers"]["liver"]["spacing_mm"] = [12.0, 12.0, 12.0]
-
-
 def _generate(root: Path, spec: PhantomSpec) -> None:
     write_dataset(root, spec)
-
-
-def _write_yaml(path: Path, data: Any) -> None:
-    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
 
 
 def _since(began: float) -> str:

@@ -53,6 +53,7 @@ class Log:
         self.verbose = verbose and not quiet
         self.events = events
         self._first: dict[str, Any] | None = None
+        self._remarks: set[str] = set()
         self._unsent: list[str] = []
         self._sent_at = time.monotonic()
         if events is not None and not is_local(events):
@@ -81,6 +82,12 @@ class Log:
         """A line that is shown even when quiet."""
         self._line(f"warning: {text}", style="yellow")
         self.event("warning", text=text)
+
+    def remark(self, text: str) -> None:
+        """A warning of what is read, said once however often it is read."""
+        if text not in self._remarks:
+            self._remarks.add(text)
+            self.warn(text)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Appends one JSON line with the time (seconds since the epoch) and the kind.

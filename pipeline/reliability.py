@@ -92,13 +92,14 @@ class Region:
 
 def region_of(unit: Unit, organ: str) -> Region:
     """As stage one noted it; of a unit that was written before it did, counted now."""
-    grid = Grid.from_json(unit.attributes["grid"])
-    noted = unit.attributes.get("regions")
-    if noted is None:
-        mask = unit.read(log_odds_name(organ)) > 0
+    grid = Grid.from_json(unit.noted["grid"])
+    regions = unit.noted.get("regions")
+    if regions is None:
+        # Through a unit of its own: what is opened here for all cases is not kept open.
+        mask = replace(unit).read(log_odds_name(organ)) > 0
         few = mask[coarse(grid.spacing_mm)]
-        noted = {organ: {"voxels": int(np.count_nonzero(mask)), "parts": large_components(few)}}
-    return Region(noted[organ]["voxels"] * grid.voxel_ml, noted[organ]["parts"])
+        regions = {organ: {"voxels": int(np.count_nonzero(mask)), "parts": large_components(few)}}
+    return Region(regions[organ]["voxels"] * grid.voxel_ml, regions[organ]["parts"])
 
 
 def usual_ml(cases: Sequence[CachedCase], organ: str) -> tuple[float, float] | None:
@@ -106,11 +107,10 @@ def usual_ml(cases: Sequence[CachedCase], organ: str) -> tuple[float, float] | N
     sizes = []
     for case in cases:
         if organ in case.annotated:
-            # Through a unit of its own: what is read here for all cases is not kept in memory.
-            attributes = replace(case.case).attributes
-            voxels = attributes["organ_voxels"].get(organ, 0)
+            noted = case.case.noted
+            voxels = noted["organ_voxels"].get(organ, 0)
             if voxels:
-                sizes.append(voxels * Grid.from_json(attributes["grid"]).voxel_ml)
+                sizes.append(voxels * Grid.from_json(noted["grid"]).voxel_ml)
     if not sizes:
         return None
     low, high = np.quantile(sizes, QUANTILES)
@@ -150,7 +150,7 @@ def read_witnesses(work: Folder, registry: Registry, log: Log) -> Mapping[tuple[
             indexed = read_teacher_index(work, name, registry.teacher_key(name))
             evidence = read_evidence(work, registry, indexed)
         except CacheMissing as error:
-            log.warn(f"teacher {name} is believed wherever it is plausible: {error}")
+            log.remark(f"teacher {name} is believed wherever it is plausible: {error}")
             continue
         for organ, seen in evidence.organs.items():
             found[name, organ] = witness(seen)
@@ -178,7 +178,7 @@ def believed_cases(
     witnesses = read_witnesses(work, registry, log)
     cases = trusting(training, [*training, *validation], witnesses, config)
     for remark in remarks(cases, witnesses):
-        log.warn(remark)
+        log.remark(remark)
     return cases
 
 
@@ -257,7 +257,7 @@ def _believing(
     for organ, who in case.experts.items():
         believed = list(who)
         for teacher in who if organ not in case.annotated else ():
-            region = region_of(replace(case.teachers[teacher]), organ)
+            region = region_of(case.teachers[teacher], organ)
             seen = witnesses.get((teacher, organ), UNKNOWN)
             found = trust_of(seen, region, usual[organ], config)
             if found != FULL:

@@ -7,24 +7,17 @@ tensor of their checkpoints. Both write to a temporary folder; the user's runs a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
 import signal
-import statistics
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from pipeline.cache.store import write_json
 from pipeline.data.registry import load_registry
@@ -35,8 +28,15 @@ from pipeline.network import pick_device
 from pipeline.student.checkpoint import training_checkpoints
 from pipeline.student.loading import forks_of_a_server
 from pipeline.student.processes import Silent
-from pipeline.student.sealed_file import load_sealed
 from pipeline.student.speed import SpeedFlags
+from pipeline.student.step_notes import (
+    first_difference,
+    metrics_difference,
+    note_step,
+    notes_of,
+    seconds_per_step,
+    steps_of_checkpoints,
+)
 from pipeline.student.training import train
 from pipeline.student_inputs import open_inputs
 from stages.train_student import TrainStudentConfig
@@ -44,7 +44,6 @@ from stages.train_student import TrainStudentConfig
 # Building a network imports the latter, too, once in each process.
 PRELOADED = (__name__, "torch._dynamo")
 WORKERS = (0, 1, 2)
-WALL_CLOCK = "timing"  # the key of a line of metrics.jsonl that may differ
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def self_test(
         straight, killed = Path(scratch, "straight"), Path(scratch, "killed")
         log.info(f"self-test: {steps} steps undisturbed")
         rows = [_live(live, Life(setup, straight, setup.workers), straight)]
-        pace = _seconds_per_step(straight)
+        pace = seconds_per_step(straight)
         at = sorted(drawn.sample(range(1, steps - 1), min(kills, steps - 2)))
         workers = setup.workers
         for kill_after in (*at, None):
@@ -163,22 +162,6 @@ def train_until_killed(life: Life) -> None:
         raise SystemExit(1) from None
 
 
-def state_digests(state: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Name and SHA-256 of every tensor, however deep; of other values name and text."""
-    if isinstance(state, torch.Tensor):
-        flat = state.detach().cpu().contiguous().reshape(-1)
-        digest = hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
-        yield name, f"{state.dtype} {tuple(state.shape)} {digest}"
-    elif isinstance(state, Mapping):
-        for key, value in state.items():
-            yield from state_digests(value, f"{name}.{key}".lstrip("."))
-    elif isinstance(state, (list, tuple)):
-        for number, value in enumerate(state):
-            yield from state_digests(value, f"{name}[{number}]")
-    else:
-        yield name, repr(state)
-
-
 @contextmanager
 def _no_word_of_leaks() -> Iterator[None]:
     """multiprocessing warns of what killed processes left behind, which it clears away itself."""
@@ -204,7 +187,7 @@ def _train(life: Life) -> None:
     timers: list[threading.Timer] = []
 
     def saved() -> None:
-        reached = _note(life.folder)
+        reached = note_step(life.folder)
         if life.kill_after is None or reached < life.kill_after:
             return
         kill = partial(os.kill, os.getpid(), signal.SIGKILL)
@@ -215,7 +198,7 @@ def _train(life: Life) -> None:
             timers[0].start()
 
     if training_checkpoints(life.folder / "checkpoints"):
-        _note(life.folder)  # killed between a checkpoint and its note
+        note_step(life.folder)  # killed between a checkpoint and its note
     train(
         config.training,
         registry.label_space,
@@ -237,31 +220,23 @@ def _train(life: Life) -> None:
         timer.cancel()
 
 
-def _note(folder: Path) -> int:
-    """Digests of the newest checkpoint, beside it; returns its step."""
-    state = load_sealed(training_checkpoints(folder / "checkpoints")[-1])
-    note = {"time": time.time(), "digests": dict(state_digests(state))}
-    write_json(folder / "notes" / f"{state['step']:08d}.json", note)
-    return int(state["step"])
-
-
 def _live(live: Callable[[Life], None], life: Life, straight: Path) -> Row:
-    before = _notes(life.folder)
-    began = max(_steps_of_checkpoints(life.folder), default=0)
+    before = notes_of(life.folder)
+    began = max(steps_of_checkpoints(life.folder), default=0)
     process = forks_of_a_server(*PRELOADED).Process(target=live, args=(life,))
     process.start()
     process.join()
     code = process.exitcode
     if code not in (0, -signal.SIGKILL) or (code and life.kill_after is None):
         raise _failure(life, code)
-    notes = _notes(life.folder)
-    reached = max(_steps_of_checkpoints(life.folder), default=0)
+    notes = notes_of(life.folder)
+    reached = max(steps_of_checkpoints(life.folder), default=0)
     difference = ""
     if life.folder != straight:
         new = {step: note for step, note in notes.items() if step not in before}
-        difference = _first_difference(straight, new)
+        difference = first_difference(straight, new)
         if not difference and code == 0:
-            difference = _metrics_difference(straight, life.folder)
+            difference = metrics_difference(straight, life.folder)
     return Row(life.workers, began, reached, code != 0, difference)
 
 
@@ -277,46 +252,6 @@ def _failure(life: Life, code: int | None) -> PipelineError:
         where="self-test",
         fix="Its output is above. Code -9 may mean that the machine has too little memory.",
     )
-
-
-def _steps_of_checkpoints(folder: Path) -> list[int]:
-    paths = training_checkpoints(folder / "checkpoints")
-    return [int(path.stem.removeprefix("step_")) for path in paths]
-
-
-def _notes(folder: Path) -> dict[int, Mapping[str, Any]]:
-    paths = sorted(folder.glob("notes/*.json"))
-    return {int(path.stem): json.loads(path.read_text(encoding="utf-8")) for path in paths}
-
-
-def _first_difference(straight: Path, notes: Mapping[int, Mapping[str, Any]]) -> str:
-    """The first step, and the first tensor there; empty if all is equal."""
-    expected = _notes(straight)
-    for step, note in sorted(notes.items()):
-        ours, theirs = note["digests"], expected[step]["digests"]
-        for name in {**theirs, **ours}:
-            if ours.get(name) != theirs.get(name):
-                return f"{name} after step {step}"
-    return ""
-
-
-def _metrics_difference(straight: Path, killed: Path) -> str:
-    ours, theirs = _lines(killed), _lines(straight)
-    for number, (one, other) in enumerate(zip(ours, theirs, strict=False), start=1):
-        if one != other:
-            return f"metrics.jsonl, line {number}"
-    return "" if len(ours) == len(theirs) else "the number of lines in metrics.jsonl"
-
-
-def _lines(folder: Path) -> list[Mapping[str, Any]]:
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
-    return [{key: line[key] for key in line if key != WALL_CLOCK} for line in lines]
-
-
-def _seconds_per_step(straight: Path) -> float:
-    times = [note["time"] for _, note in sorted(_notes(straight).items())]
-    return float(statistics.median(b - a for a, b in pairwise(times)))
 
 
 def _repeats(live: Callable[[Life], None], life: Life) -> bool:

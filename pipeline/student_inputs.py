@@ -163,7 +163,7 @@ def cached_taps(cases: Sequence[CachedCase], space: LabelSpace) -> Mapping[TapKe
             organs = tuple(
                 k for k, organ in enumerate(space.organs) if teacher in case.experts[organ]
             )
-            for tap, entry in unit.attributes["taps"].items():
+            for tap, entry in unit.noted["taps"].items():
                 z, y, x = entry["stride"]
                 cached = CachedTap(entry["channels"], (z, y, x), organs)
                 if found.setdefault((teacher, tap), cached) != cached:
@@ -221,7 +221,7 @@ def _check_complete(
     parts = [name.rpartition(" x ") for name in problems]
     text = _grouped({(teacher, case) for teacher, _, case in parts})
     if allow_missing:
-        log.warn(
+        log.remark(
             f"not usable and left out: {text}. Where a teacher is missing, its organ is unknown in "
             "that case unless the label annotates it."
         )
@@ -256,7 +256,7 @@ def _temperatures(
     found = temperatures(work, registry, teachers)
     for (teacher, organ), value in found.items():
         if value is None:
-            log.warn(
+            log.remark(
                 f"teacher {teacher}: no case in the registry has a label of {organ} to calibrate "
                 "it by; its log-odds stay as they are."
             )

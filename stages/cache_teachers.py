@@ -10,40 +10,27 @@ from __future__ import annotations
 
 import secrets
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pydantic import Field
 
-from pipeline.admission.gate import NOT_JUDGED, Verdict, check_accepted, run_gate
-from pipeline.admission.looks import Look, plan_looks, units_of
-from pipeline.cache.index import IndexedCase, IndexedTeacher, write_teacher_index
+from pipeline.admission.gate import NOT_JUDGED, Verdict, check_accepted
+from pipeline.admission.looks import plan_looks, units_of
+from pipeline.cache.index import IndexedCase
 from pipeline.cache.leftovers import clean_temporaries
 from pipeline.cache.schema import StorageConfig
-from pipeline.cache.store import prepare_work_folder, write_json
-from pipeline.case_checks import check_organs
-from pipeline.case_parts import (
-    Everyone,
-    begin_part,
-    forget_dataset,
-    index_cases,
-    look_at_everyone,
-    own_cases,
-    record_cases,
-    report_file,
-    run_digest,
-)
+from pipeline.cache.store import prepare_work_folder
+from pipeline.cache_run import CacheRun
+from pipeline.case_parts import begin_part, own_cases
 from pipeline.config import Config
 from pipeline.data.files import CaseFiles
 from pipeline.data.registry import Registry
 from pipeline.engine.here import HERE, Engine, first_told
 from pipeline.engine.parts import Part
-from pipeline.errors import CacheError, PipelineError, WorkFolderError
 from pipeline.folder import Folder
 from pipeline.log import Log
 from pipeline.planning.record import check_space
-from pipeline.tables import print_regions, region_rows
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.unit_steps import CaseJob
 from pipeline.unit_work import (
@@ -68,40 +55,14 @@ class CacheTeachersConfig(Config):
     storage: StorageConfig = Field(default_factory=StorageConfig)
 
 
-@dataclass
-class _Run:
-    """What every step of a run needs to know."""
+@dataclass(kw_only=True)
+class _Run(CacheRun):
+    """And how units are made."""
 
     config: CacheTeachersConfig
-    registry: Registry
-    work: Folder
-    log: Log
     engine: Engine
-    part: Part | None
     overlap: bool
     dry_run: bool
-    accept: Sequence[str]
-    show: bool
-    report: StageReport = field(default_factory=lambda: StageReport("cache-teachers"))
-    known: Mapping[str, IndexedTeacher] = field(default_factory=dict)
-    files: Sequence[CaseFiles] = ()
-
-    def usable(self) -> list[str]:
-        """Datasets that nothing is wrong with as a whole."""
-        return [d for d in self.registry.datasets if f"dataset {d}" not in self.report.failed]
-
-    def fail(self, unit: str, error: Exception) -> None:
-        """One unit's failure does not stop the others; what nobody foresaw keeps its traceback."""
-        self.report.failed[unit] = error
-        known = isinstance(error, PipelineError)
-        text = str(error) if known else "".join(traceback.format_exception(error))
-        self.log.warn(f"{unit} failed: {text}")
-
-    def everyone(self) -> Everyone:
-        """What all parts have done; without parts this run is all there is."""
-        assert self.part is not None
-        tag = run_digest(self.registry, self.known, self.config, self.part)
-        return look_at_everyone(self.registry, self.work, self.files, self.part, tag)
 
 
 def run(
@@ -149,7 +110,10 @@ def run(
             What concerns one case is in the report instead, and the other cases are done.
     """
     began = time.monotonic()
-    this = _Run(config, registry, work, log, engine, part, overlap, dry_run, accept, tables)
+    this = _Run(
+        config=config, registry=registry, work=work, log=log, part=part, accept=accept,
+        show=tables, engine=engine, overlap=overlap, dry_run=dry_run,
+    )  # fmt: skip
     check_accepted(registry, accept)
     if not dry_run:
         prepare_work_folder(work)
@@ -171,7 +135,7 @@ def run(
     )  # fmt: skip
     prepared = _prepare_cases(this, own)
     if not dry_run:
-        _check_and_index(this, own, list(prepared.values()))
+        this.index(own, list(prepared.values()), config.splits)
     sources = {source.name: source for source in own}
     jobs = {
         name: CaseJob(case, sources[name], tuple(this.known))
@@ -182,7 +146,7 @@ def run(
     looks = plan_looks(registry, cases)
     asked = frozenset(unit for unit in units_of(looks) if unit[1] in jobs)
     _make(this, open_teachers, jobs, asked, "units of the admission gate")
-    verdict = NOT_JUDGED if dry_run else _judge(this, looks)
+    verdict = NOT_JUDGED if dry_run else this.judge(looks)
     others = {(name, case) for name in this.known for case in jobs} - asked
     if verdict.refused:
         log.warn(f"stopped at the admission gate: {len(others)} units are not looked at")
@@ -190,7 +154,7 @@ def run(
         _make(this, open_teachers, jobs, others, "teachers", verdict)
     this.report.seconds = time.monotonic() - began
     if not dry_run:
-        _finish(this, verdict)
+        this.finish(verdict)
     return this.report
 
 
@@ -220,7 +184,7 @@ def _prepare_cases(this: _Run, own: Sequence[CaseFiles]) -> dict[str, IndexedCas
         def tell(told: Told) -> None:
             if told.indexed is not None:
                 found[told.case] = told.indexed
-            _note(this, told)
+            _tell(this, told)
             advance(told.case)
 
         def lost(source: CaseFiles, error: Exception) -> None:
@@ -253,7 +217,7 @@ def _make(
     with this.log.progress(what, len(units)) as advance:
 
         def tell(told: Told) -> None:
-            _note(this, told)
+            _tell(this, told)
             advance(told.case)
 
         def lost(job: CaseJob, error: Exception) -> None:
@@ -269,7 +233,7 @@ def _make(
         this.engine.run(work, left, tell=tell, lost=lost, name=lambda job: job.case.name)
 
 
-def _note(this: _Run, told: Told) -> None:
+def _tell(this: _Run, told: Told) -> None:
     if told.damage:
         this.log.warn(f"{told.damage} It is made again.")
     if told.error is not None:
@@ -280,86 +244,3 @@ def _note(this: _Run, told: Told) -> None:
     this.report.num_bytes += told.num_bytes
     if told.made and told.path and not this.dry_run:
         this.log.event("unit", unit=told.unit, path=told.path)
-
-
-def _check_and_index(this: _Run, own: Sequence[CaseFiles], prepared: Sequence[IndexedCase]) -> None:
-    """What is wrong with a dataset as a whole only shows in all its cases: parts leave that to the
-    one that comes last."""
-    registry, work = this.registry, this.work
-    for what, wrong in check_organs(registry, work, prepared).items():
-        if this.part is None or not what.startswith("dataset "):
-            this.fail(what, wrong)
-    for name, teacher in this.known.items():
-        write_teacher_index(work, registry.teacher_key(name), teacher)
-    failed = [source for source in own if source.name in this.report.failed]
-    if this.part is not None:
-        record_cases(registry, work, prepared, failed)
-    else:
-        index_cases(registry, work, prepared, this.usable(), this.config.splits)
-
-
-def _judge(this: _Run, looks: Sequence[Look]) -> Verdict:
-    """The gate's verdict; in a part, NOT_JUDGED while units of others may still come."""
-    if this.part is not None:
-        everyone = this.everyone()
-        cases = [case for case in everyone.cases if case.dataset in this.usable()]
-        looks = plan_looks(this.registry, cases)
-        by_name = {case.name: case for case in cases}
-        absent = sum(
-            not is_there(this.work, this.known[teacher], by_name[case])
-            for teacher, case in units_of(looks)
-        )
-        if not everyone.all_finished and (absent or not everyone.all_prepared):
-            this.log.info(
-                "the admission gate has not judged: units that it looks at are still with other "
-                "parts. Whichever part finds them all there judges."
-            )
-            return NOT_JUDGED
-    verdict = run_gate(
-        this.registry, this.work, this.known, looks,
-        accept=this.accept, log=this.log, show=this.show,
-    )  # fmt: skip
-    for what, error in verdict.failed.items():
-        if what not in this.report.failed:
-            this.fail(what, error)
-    return verdict
-
-
-def _finish(this: _Run, verdict: Verdict) -> None:
-    """The report, tables, and what only the last of several parts can tell."""
-    regions = []
-    whole = this.part is None
-    if this.part is not None:
-        # First say that this part has ended, then look: of two that end at once, one sees both.
-        tag = run_digest(this.registry, this.known, this.config, this.part)
-        this.report.details = {"run": tag, "part": this.part.number, "num_parts": this.part.of}
-        _write_report(this)
-        whole = this.everyone().all_finished
-        if whole:
-            _check_datasets(this)
-        if verdict is NOT_JUDGED:
-            verdict = _judge(this, [])
-    try:
-        if whole and not verdict.refused:  # else most units are missing, and so are most regions
-            regions = region_rows(this.registry, this.work, this.usable())
-    except CacheError as error:  # damage that only reading finds
-        this.fail("table of regions", error)
-    this.report.details |= {"regions_ml": regions, **verdict.to_json()}
-    _write_report(this)
-    if this.show:
-        print_regions(regions)
-
-
-def _check_datasets(this: _Run) -> None:
-    for what, wrong in check_organs(this.registry, this.work, this.everyone().cases).items():
-        if what.startswith("dataset "):
-            this.fail(what, wrong)
-            forget_dataset(this.registry, this.work, what.removeprefix("dataset "))
-
-
-def _write_report(this: _Run) -> None:
-    path = report_file(this.work, this.part)
-    try:
-        write_json(path, this.report.to_json())
-    except WorkFolderError as error:
-        this.fail(path.name, error)

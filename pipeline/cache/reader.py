@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -65,6 +65,15 @@ class Unit:
         """Grid, source, sampling centres."""
         attributes: dict[str, Any] = self.group.attrs.asdict()
         return attributes
+
+    @cached_property
+    def noted(self) -> Mapping[str, Any]:
+        """The attributes without the centres, whose organs are in `held`: little enough to be kept
+        for every unit of a training. Read once, through a unit of its own that is not kept open.
+        """
+        attributes = dict(replace(self).attributes)
+        centres = attributes.pop("centres", {})
+        return {**attributes, "held": frozenset(o for o, points in centres.items() if points)}
 
     @cached_property
     def _arrays(self) -> dict[str, zarr.Array[Any]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from pipeline.comparison.configurations import (
     unequal_compute,
 )
 from pipeline.comparison.scoring import organs_without_cases
+from pipeline.comparison.settings import Settings, check_settings
 from pipeline.config import canonical_json
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheMissing, CheckpointError, ConfigError
@@ -31,32 +30,7 @@ from pipeline.student.network import build_student
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.speed import SpeedFlags
 from pipeline.student_inputs import StudentInputs, check_same_units, open_inputs
-from stages.train_student import RUN_NAME, TrainStudentConfig, is_finished
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a comparison is of, beside its configurations.
-
-    Attributes:
-        name: its folder below WORK/students.
-        seeds: each configuration is trained with each.
-        steps: of every run; None: those of the configurations, which must then agree.
-        seconds: of training of every run, instead of steps.
-        baseline: the configuration that others are compared with; None: the first.
-        test: score the test cases instead of the validation cases.
-        surface: also measure NSD and HD95.
-        allow_missing: train and score with the cases and units that the cache has.
-    """
-
-    name: str
-    seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int | None = None
-    seconds: float | None = None
-    baseline: str | None = None
-    test: bool = False
-    surface: bool = True
-    allow_missing: bool = False
+from stages.train_student import TrainStudentConfig, is_finished
 
 
 @dataclass(frozen=True)
@@ -141,7 +115,7 @@ def plan_comparison(
     """
     baseline = settings.baseline or (configs[0].run if configs else "")
     check_configurations(configs, baseline)
-    _check_settings(settings)
+    check_settings(settings)
     cases = _scored_cases(registry, work, settings, log)
     space = registry.label_space
     inputs: dict[str, StudentInputs] = {}
@@ -220,29 +194,6 @@ def _check_same_settings(
             where=folder,
             fix="Use the same settings to go on, or name another comparison (--name).",
         )
-
-
-def _check_settings(settings: Settings) -> None:
-    if not re.fullmatch(RUN_NAME, settings.name):
-        raise ConfigError(
-            f"{settings.name!r} cannot name a comparison.",
-            where="--name",
-            fix="Use letters, digits, dots, dashes and underscores.",
-        )
-    if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
-        raise ConfigError(
-            "seeds must be at least one, and each another.", where="--seeds", fix="Say 0,1,2."
-        )
-    if min(settings.seeds) < 0:
-        raise ConfigError("a seed is negative.", where="--seeds", fix="Say 0,1,2.")
-    if settings.steps is not None and settings.seconds is not None:
-        raise ConfigError(
-            "--steps and --seconds are two budgets.", where="--seconds", fix="Give one of them."
-        )
-    if settings.steps is not None and settings.steps < 1:
-        raise ConfigError("there must be at least one step.", where="--steps", fix="Give more.")
-    if settings.seconds is not None and not 0 < settings.seconds < math.inf:
-        raise ConfigError("must be more than 0.", where="--seconds", fix="Give more.")
 
 
 def _scored_cases(

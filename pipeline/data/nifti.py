@@ -6,11 +6,7 @@ oblique affine is kept as it is, never straightened by interpolation.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +14,22 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from isal import igzip
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from nibabel.volumeutils import apply_read_scaling
 
+from pipeline.data.nifti_file import (
+    name_extensions,
+    read_file,
+    read_header,
+    unreadable,
+    write_file,
+)
 from pipeline.data.nifti_header import HeaderDoubt, header_doubts
 from pipeline.errors import GeometryError
 from pipeline.file_order import orientation_of
-from pipeline.label_tables import caret_xml
 from pipeline.volume import Grid, Volume
 
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=np.float64)
-_GZIP_MAGIC = b"\x1f\x8b"
-_NIFTI2_HEADER_SIZE = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
-_UNKNOWN_EXTENSION = 0
-_COMMENT_EXTENSION = 6
 _INT16 = np.iinfo(np.int16)
 _SLAB_VOXELS = 4_000_000
 
@@ -64,7 +61,7 @@ def read_image(path: Path) -> NiftiVolume:
     Raises:
         GeometryError: not a readable 3D NIfTI, NaN or infinite voxels, or values outside int16.
     """
-    image, sha256 = _load(path)
+    image, sha256 = read_file(path)
     stored = _canonical(image, _stored_voxels(image, path))
     array = np.empty(stored.shape, dtype=np.int16)
     low, high, bad = np.inf, -np.inf, 0
@@ -100,7 +97,7 @@ def read_label(path: Path) -> NiftiVolume:
     Raises:
         GeometryError: not a readable 3D NIfTI, or values that are no labels.
     """
-    image, sha256 = _load(path)
+    image, sha256 = read_file(path)
     array = _canonical_array(image, path)
     whole = array.dtype.kind in "iu" or bool(np.all(np.isfinite(array) & (array == np.rint(array))))
     if not whole or array.min() < 0 or array.max() > np.iinfo(np.uint16).max:
@@ -121,7 +118,7 @@ def read_grid(path: Path) -> Grid:
     try:
         image: Any = nib.load(path)
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     shape = _check_shape(image, path)
     orientation = io_orientation(image.affine)
     order = np.argsort(orientation[:, 0])
@@ -143,7 +140,7 @@ def write_image(path: Path, volume: Volume, *, affine_xyz: npt.ArrayLike | None 
     if affine_xyz is not None:
         affine = np.asarray(affine_xyz, dtype=np.float64)
         array = apply_orientation(array, ornt_transform(_RAS, io_orientation(affine)))
-    _save(nib.Nifti1Image(np.ascontiguousarray(array), affine), path)
+    write_file(nib.Nifti1Image(np.ascontiguousarray(array), affine), path)
 
 
 def write_like(
@@ -162,7 +159,7 @@ def write_like(
     Raises:
         GeometryError: `like` cannot be read, or the volume has another shape.
     """
-    kind, header = _read_header(like)
+    kind, header = read_header(like)
     affine = header.get_best_affine()
     back = ornt_transform(_RAS, io_orientation(affine))
     array = apply_orientation(_to_file_order(volume.array), back)
@@ -180,63 +177,8 @@ def write_like(
     out = kind(array, affine, header)
     out.header.set_data_dtype(array.dtype)
     if names is not None:
-        text = json.dumps({"labels": {str(k): v for k, v in names.items()}}, sort_keys=True)
-        # TotalSegmentator reads the first extension, whatever its code, and gives it this one.
-        for code, content in ((_UNKNOWN_EXTENSION, caret_xml(names)), (_COMMENT_EXTENSION, text)):
-            out.header.extensions.append(nib.nifti1.Nifti1Extension(code, _padded(content)))
-    _save(out, path)
-
-
-def _read_header(path: Path) -> tuple[Any, Any]:
-    """The kind of image that a file holds, and its header; voxels are not read."""
-    try:
-        with path.open("rb") as file:
-            begin = file.read(4)
-            packed = path.name.endswith(".gz") or begin[:2] == _GZIP_MAGIC
-            file.seek(0)
-            with igzip.open(file) if packed else nullcontext(file) as stream:
-                first = stream.read(4)
-                kind = nib.Nifti2Image if first in _NIFTI2_HEADER_SIZE else nib.Nifti1Image
-                # What nibabel keeps of a header is at its beginning; extensions go anyway.
-                size = kind.header_class.sizeof_hdr
-                return kind, kind.header_class(first + stream.read(size - 4))
-    except Exception as error:  # a damaged header makes nibabel raise almost anything
-        raise _unreadable(path, error) from error
-
-
-def _padded(text: str) -> bytes:
-    """As long as the header wants it, in blanks: XML readers refuse the zeros that would come."""
-    content = text.encode()
-    return content + b" " * (-(len(content) + 8) % 16)
-
-
-def _load(path: Path) -> tuple[Any, str]:
-    """Decodes the bytes that were hashed, so that a file changing meanwhile cannot mix the two."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise GeometryError(
-            f"the file cannot be read ({error.strerror}).",
-            where=path,
-            fix="Check the path and its permissions.",
-        ) from error
-    digest = hashlib.sha256(data).hexdigest()
-    try:
-        if path.name.endswith(".gz") or data[:2] == _GZIP_MAGIC:
-            # Of the well-kept readers the fastest, and it checks lengths and CRCs (decision 0023).
-            data = igzip.decompress(data)
-        kind = nib.Nifti2Image if data[:4] in _NIFTI2_HEADER_SIZE else nib.Nifti1Image
-        return kind.from_bytes(data), digest
-    except Exception as error:  # a damaged header makes nibabel raise almost anything
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> GeometryError:
-    return GeometryError(
-        f"not a readable NIfTI file ({type(error).__name__}: {error}).",
-        where=path,
-        fix="It may be truncated, or not gzip: fetch or export it again.",
-    )
+        out.header.extensions.extend(name_extensions(names))
+    write_file(out, path)
 
 
 def _check_shape(image: Any, path: Path) -> tuple[int, int, int]:
@@ -275,7 +217,7 @@ def _stored_voxels(image: Any, path: Path) -> npt.NDArray[Any]:
     try:
         array: npt.NDArray[Any] = np.asanyarray(image.dataobj.get_unscaled()).reshape(shape)
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if array.dtype.kind not in "iuf":
         raise GeometryError(
             f"voxels are of type {array.dtype}, not one real number each.",
@@ -319,14 +261,3 @@ def _to_file_order(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """(..., D, H, W) -> (x, y, z, ...)."""
     stored = array.astype(np.uint8) if array.dtype == np.bool_ else array
     return stored.T if stored.ndim == 3 else stored.transpose(3, 2, 1, 0)
-
-
-def _save(image: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
-    try:
-        nib.save(image, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from pipeline.student.losses import (
     mean_of_means,
     merge_into_background,
     one_minus_mean,
+    softmax_both,
 )
 from pipeline.student.ranks import over_ranks
 
@@ -38,6 +39,15 @@ def joint_target(log_odds: Tensor, temperature: float) -> Tensor:
     d = (at_least_float32(log_odds) / temperature).clamp(-_SURE, _SURE)
     d = torch.nan_to_num(d, nan=NEVER)
     return torch.cat([torch.zeros_like(d[:, :1]), d], dim=1)
+
+
+def joint_log_q_and_q(log_odds: Tensor) -> tuple[Tensor, Tensor]:
+    """log q and q of the joint target at T = 1, (N, C, D, H, W) each, for the terms that share it.
+
+    Args:
+        log_odds: (N, K, D, H, W), NaN where nobody knows.
+    """
+    return softmax_both(joint_target(log_odds, 1.0))
 
 
 def hard(log_odds: Tensor) -> Tensor:
@@ -62,6 +72,7 @@ def kl(
     *,
     temperature: float = 1.0,
     per_region: bool = False,
+    joint: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Mean over teachers i of T^2 sum(w_i KL(q_i || p_i)) / sum(w_i).
 
@@ -88,9 +99,12 @@ def kl(
             out.
         temperature: T > 0.
         per_region: see above.
+        joint: log q and q of `joint_log_q_and_q`, where they are at hand; only for T = 1 and one
+            teacher who speaks of all organs that have log-odds.
     """
     log_p = at_least_float32(log_p)
     some = experts.any(dim=0).tolist()
+    assert joint is None or (len(some) == 1 and temperature == 1)
     spoken = ~torch.isnan(log_odds)
     regions = None
     if per_region:
@@ -117,15 +131,25 @@ def kl(
         else:
             shares = 1 / regions[i].clamp(min=1)
             weight = (own * shares[organs][:, None, None, None]).sum(dim=1) + agreed * shares[-1]
-        target = joint_target(d, temperature)
-        log_q, wq = torch.log_softmax(target, dim=1), torch.softmax(target, dim=1) * weight[:, None]
+        if joint is None:
+            log_q, q = softmax_both(joint_target(d, temperature))
+        else:
+            log_q, q = (_without_silent(x, organs) for x in joint)
+        wq = q * weight[:, None]
         # One product with log p: all else is constant and needs no gradient.
         totals[i] = (wq * log_q).sum() - (wq * student).sum()
         sizes[i] = weight.sum()
     return temperature**2 * mean_of_means(torch.stack(totals), torch.stack(sizes))
 
 
-def soft_dice(p: Tensor, log_odds: Tensor, inside: Tensor, known: Tensor) -> Tensor:
+def soft_dice(
+    p: Tensor,
+    log_odds: Tensor,
+    inside: Tensor,
+    known: Tensor,
+    *,
+    joint: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """1 - mean over known organs of 2 sum(p q) / (sum(p^2) + sum(q^2)), sums over the voxels of the
     regions where somebody speaks of the organ.
 
@@ -137,9 +161,11 @@ def soft_dice(p: Tensor, log_odds: Tensor, inside: Tensor, known: Tensor) -> Ten
         log_odds: (N, K, D, H, W).
         inside: bool (N, D, H, W), the regions together.
         known: bool (N, K).
+        joint: log q and q of `joint_log_q_and_q`, where they are at hand.
     """
     p = at_least_float32(p).flatten(2)
-    q = torch.softmax(joint_target(log_odds, 1.0), dim=1)[:, 1:].flatten(2)
+    q = torch.softmax(joint_target(log_odds, 1.0), dim=1) if joint is None else joint[1]
+    q = q[:, 1:].flatten(2)
     spoken = ~torch.isnan(log_odds).flatten(2) & inside.flatten(1)[:, None]
     known = known & spoken.any(dim=2)
     counted = known.to(p.dtype)
@@ -188,6 +214,11 @@ def _merged(log_p: Tensor, organs: list[int]) -> Tensor:
     if len(rest) == 1:
         return log_p
     return torch.cat([logsumexp(log_p[:, rest]), log_p[:, [k + 1 for k in organs]]], dim=1)
+
+
+def _without_silent(x: Tensor, organs: list[int]) -> Tensor:
+    """Background and `organs` of (N, C, D, H, W): nobody speaks of the others, so their q is 0."""
+    return x if len(organs) == x.shape[1] - 1 else x[:, [0, *(k + 1 for k in organs)]]
 
 
 def _region_sizes(organ: Tensor, background: Tensor, spoken: Tensor, experts: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def restore_state(
         part.load_state_dict(state[name])
     torch.manual_seed(_stream(seed, step, processes.rank))
     if len(state["rng"]) == processes.size:
-        _set_random_state(state["rng"][processes.rank], device)
+        set_random_state(state["rng"][processes.rank], device)
     else:
         log.warn(
             f"the checkpoint is of {len(state['rng'])} processes, now there are {processes.size}: "
@@ -179,7 +179,8 @@ def _on_cpu(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu() for name, tensor in state.items()}
 
 
-def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Takes a `random_state` back."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -6,9 +6,8 @@ teacher's organ region into the teacher's unit; here it is only looked up who ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -17,6 +16,7 @@ from pipeline.cache.reader import CachedCase, Unit
 from pipeline.config import Config
 from pipeline.patches import Index3
 from pipeline.trust import FULL
+from pipeline.volume import Grid
 
 Choice = TypeVar("Choice")
 
@@ -66,15 +66,9 @@ class Sampler:
         for case in cases:
             dataset = case.name.split("/")[0]
             self._by_dataset.setdefault(dataset, []).append(case)
-            # Through units of their own: what is read here for all cases is not kept in memory.
-            fresh = replace(
-                case,
-                case=replace(case.case),
-                teachers={name: replace(unit) for name, unit in case.teachers.items()},
-            )
-            self._shapes[case.name] = fresh.grid.shape
+            self._shapes[case.name] = Grid.from_json(case.case.noted["grid"]).shape
             for organ in organs:
-                if self._centres(fresh, organ):
+                if any(organ in unit.noted["held"] for unit in self._telling(case, organ)):
                     self._holders[organ].setdefault(dataset, []).append(case)
 
     def draw(self, rng: np.random.Generator) -> tuple[CachedCase, Sequence[int]]:
@@ -109,23 +103,24 @@ class Sampler:
         return found
 
     def _centres(self, case: CachedCase, organ: str) -> Sequence[Sequence[int]]:
-        """Voxels of an organ: by the label where it is annotated, else by its teachers."""
+        """Voxels of an organ, by the units that tell."""
+        return [
+            point
+            for unit in self._telling(case, organ)
+            for point in unit.attributes["centres"].get(organ, ())
+        ]
+
+    def _telling(self, case: CachedCase, organ: str) -> Sequence[Unit]:
+        """Who tells where an organ is: the label where it is annotated, else its teachers."""
         if organ in case.annotated:
-            labelled: Sequence[Sequence[int]] = _stored(case.case).get(organ, [])
-            return labelled
+            return [case.case]
         if not self._with_teachers:
             return []
         return [
-            point
+            case.teachers[teacher]
             for teacher in case.experts.get(organ, ())
             if case.trust.get((teacher, organ), FULL).here
-            for point in _stored(case.teachers[teacher])[organ]
         ]
-
-
-def _stored(unit: Unit) -> Mapping[str, Any]:
-    centres: Mapping[str, Any] = unit.attributes["centres"]
-    return centres
 
 
 def _pick(among: Sequence[Choice], rng: np.random.Generator) -> Choice:

@@ -106,17 +106,15 @@ class Speed:
 
         Args:
             optimiser: its gradients are unscaled and clipped.
-            norm: of the gradient before clipping.
-
-        Raises:
-            FloatingPointError: the gradient is not finite, and that is not fp16's overflow.
+            norm: of the gradient before clipping; one that `is_lost` is not stepped with.
         """
-        finite = math.isfinite(norm)
-        if not finite and self._scale() <= _SMALLEST_SCALE:
-            raise FloatingPointError("the gradient became NaN, although the loss is finite.")
         self.scaler.step(optimiser)
         self.scaler.update()
-        return finite
+        return math.isfinite(norm)
+
+    def is_lost(self, norm: float) -> bool:
+        """Whether a gradient is not finite, and that is not fp16's overflow."""
+        return not math.isfinite(norm) and self._scale() <= _SMALLEST_SCALE
 
     def state_dict(self) -> dict[str, Any]:
         """What the steps to come depend on: the scaler's state, empty without fp16; and flags."""

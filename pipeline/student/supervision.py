@@ -212,13 +212,21 @@ def batch_loss(
         batch: on the network's device.
         fraction: t = step / steps, for the schedules.
     """
+    terms = terms_of_batch(config, network, batch, fraction)
+    loss = torch.stack(list(terms.values())).sum()
+    return loss, {name: float(value.detach()) for name, value in terms.items()}
+
+
+def terms_of_batch(
+    config: SupervisionConfig, network: StudentNetwork, batch: Batch, fraction: float
+) -> dict[str, Tensor]:
+    """Each weighted term of the loss of a batch; see `batch_loss`, which is their sum."""
     outputs, features = network(batch.image)
     terms = over_outputs(outputs, lambda logits: terms_of_logits(config, logits, batch, fraction))
     weight = config.features.at(fraction) if config.uses_features else 0.0
     if weight > 0:
         terms["features"] = weight * _features_term(network, features, batch)
-    loss = torch.stack(list(terms.values())).sum()
-    return loss, {name: float(value.detach()) for name, value in terms.items()}
+    return terms
 
 
 def terms_of_logits(
@@ -280,6 +288,9 @@ def logits_term(config: LogitsConfig, log_p: Tensor, p: Tensor, batch: Batch) ->
         odds = distillation.hard(odds)
     if not config.agreed_background:
         background = torch.zeros_like(background)
+    # The KL of all experts together is of the very target that soft Dice has: made once for both.
+    same = config.soft_dice and config.target == "joint" and config.temperature == 1
+    joint = distillation.joint_log_q_and_q(odds) if same else None
     term = distillation.kl(
         log_p,
         odds,
@@ -288,10 +299,11 @@ def logits_term(config: LogitsConfig, log_p: Tensor, p: Tensor, batch: Batch) ->
         _experts(config, batch),
         temperature=config.temperature,
         per_region=config.mean == "region",
+        joint=joint,
     )
     if config.soft_dice:
         inside = organ.any(dim=1) | background
-        term = term + distillation.soft_dice(p[:, 1:], odds, inside, batch.known)
+        term = term + distillation.soft_dice(p[:, 1:], odds, inside, batch.known, joint=joint)
     return term
 
 

@@ -22,8 +22,9 @@ from pipeline import demo, metrics
 from pipeline.case_sizes import two_cases
 from pipeline.cli_compare import _numbers
 from pipeline.cli_submit import _files, _target
-from pipeline.comparison import budget, plan, scoring
+from pipeline.comparison import budget, scoring
 from pipeline.comparison.configurations import check_configurations
+from pipeline.comparison.settings import Settings, check_settings
 from pipeline.config import Config, load_config
 from pipeline.data.nifti import write_like
 from pipeline.data.registry import load_registry
@@ -59,8 +60,8 @@ class OneNumber(Config):
     number: int = 0
 
 
-def settings(**changes: Any) -> plan.Settings:
-    return replace(plan.Settings("named"), **changes)
+def settings(**changes: Any) -> Settings:
+    return replace(Settings("named"), **changes)
 
 
 def engine(executor: str | None = None, **changes: Any) -> None:
@@ -86,12 +87,12 @@ def student(run: str) -> TrainStudentConfig:
 FLAGS: dict[str, Callable[[], object]] = {
     "--seeds: 'one' are no whole numbers. Write them as 0,1,2.": lambda: _numbers("one"),
     "--config takes STAGE=FILE, once for each stage.": lambda: _files(["student.yaml"]),
-    "'a b' cannot name a comparison": lambda: plan._check_settings(settings(name="a b")),
-    "seeds must be at least one": lambda: plan._check_settings(settings(seeds=())),
-    "a seed is negative": lambda: plan._check_settings(settings(seeds=(1, -1))),
-    "are two budgets": lambda: plan._check_settings(settings(steps=1, seconds=1)),
-    "at least one step": lambda: plan._check_settings(settings(steps=0)),
-    "--seconds: must be more than 0": lambda: plan._check_settings(settings(seconds=0)),
+    "'a b' cannot name a comparison": lambda: check_settings(settings(name="a b")),
+    "seeds must be at least one": lambda: check_settings(settings(seeds=())),
+    "a seed is negative": lambda: check_settings(settings(seeds=(1, -1))),
+    "are two budgets": lambda: check_settings(settings(steps=1, seconds=1)),
+    "at least one step": lambda: check_settings(settings(steps=0)),
+    "--seconds: must be more than 0": lambda: check_settings(settings(seconds=0)),
     "no configuration to compare is named": lambda: check_configurations([], "a"),
     "there is no configuration 'b' to compare with": lambda: check_configurations(
         [student("a")], "b"

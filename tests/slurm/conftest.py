@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.small import run_stage
 from tests.slurm.cluster import Slurm, slurm_cluster, why_not
 from tests.slurm.submitting import ENDS, submitted, use
 from tests.tiny import copy_cohort
@@ -34,3 +35,17 @@ def undisturbed_student(
         (student,) = job.values()
         assert slurm.wait(student, until=ENDS) == {student: "COMPLETED"}
     return registry
+
+
+@pytest.fixture(scope="module")
+def undisturbed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the cohort that a module of tests has `built`, cached by this process alone."""
+    registry = copy_cohort(built, tmp_path_factory.mktemp("slurm") / "undisturbed")
+    assert run_stage(registry).exit_code == 0
+    return registry
+
+
+@pytest.fixture
+def cohort(built: Path, tmp_path: Path) -> Path:
+    """A copy of it with nothing cached."""
+    return copy_cohort(built, tmp_path / "cohort")

@@ -18,7 +18,7 @@ from tests.faults.ledger import LEDGER
 from tests.faults.small import DATASET, run_stage
 from tests.slurm.cluster import Slurm
 from tests.slurm.submitting import ROOT, use
-from tests.tiny import copy_cohort, work_of
+from tests.tiny import work_of
 
 pytestmark = pytest.mark.slurm
 
@@ -35,18 +35,6 @@ exec {python} -m pipeline.cli cache-teachers -r data_registry.yaml -w work -c st
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_deadly(tmp_path_factory.mktemp("slurm") / "cohort", num_cases=6, marked=3)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    registry = copy_cohort(built, tmp_path_factory.mktemp("slurm") / "undisturbed")
-    assert run_stage(registry).exit_code == 0
-    return registry
-
-
-@pytest.fixture
-def cohort(built: Path, tmp_path: Path) -> Path:
-    return copy_cohort(built, tmp_path / "cohort")
 
 
 def test_an_array_with_one_element_put_back_while_it_runs(

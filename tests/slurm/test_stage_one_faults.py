@@ -17,7 +17,6 @@ from tests.faults.ledger import LEDGER, LONG
 from tests.faults.small import TEACHERS, run_stage
 from tests.slurm.cluster import Slurm, slurm_cluster, wait_until, why_not
 from tests.slurm.submitting import ENDS, ROOT, logs, submitted, use
-from tests.tiny import copy_cohort
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -35,18 +34,6 @@ exec {sys.executable} -m pipeline.cli cache-teachers -r data_registry.yaml -w wo
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_deadly(tmp_path_factory.mktemp("slurm") / "cohort", num_cases=NUM_CASES, marked=1)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    registry = copy_cohort(built, tmp_path_factory.mktemp("slurm") / "undisturbed")
-    assert run_stage(registry).exit_code == 0
-    return registry
-
-
-@pytest.fixture
-def cohort(built: Path, tmp_path: Path) -> Path:
-    return copy_cohort(built, tmp_path / "cohort")
 
 
 @pytest.fixture

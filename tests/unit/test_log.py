@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pipeline.comparison.budget import StepClock
 from pipeline.folder import read_text, sizes
 from pipeline.log import Log, print_table
 
@@ -69,6 +70,20 @@ def test_quiet_shows_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:
         advance("a", 1)
     log.warn("shown")
     assert lines(capsys) == ["warning: shown"]
+
+
+def test_a_remark_is_said_once_also_by_who_goes_on_with_the_log(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log = Log(quiet=True)
+    clock = StepClock(log)  # what a comparison gives each of its trainings
+    for each in (log, clock, clock, log):
+        each.remark("teacher two adds nothing here")
+    clock.remark("another")
+    log.warn("each time")
+    log.warn("each time")
+    said = ["teacher two adds nothing here", "another", "each time", "each time"]
+    assert lines(capsys) == [f"warning: {text}" for text in said]
 
 
 def test_progress_is_a_line_soon_then_every_minute_and_at_the_end(

@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import reliability
 from pipeline.admission.evidence import OrganEvidence, Score
 from pipeline.cache.reader import CachedCase
 from pipeline.cohort import compute, known_organs, lazy_consensus
+from pipeline.data.registry import Registry
+from pipeline.log import Log
 from pipeline.reliability import (
     UNKNOWN,
     Region,
     Witness,
+    believed_cases,
     doubted,
     precision,
     region_of,
@@ -171,13 +175,25 @@ class TestCases:
         ]
         assert remarks(cases, WITNESSES) == []
 
+    def test_who_reads_the_cases_twice_hears_of_a_doubt_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """As `pipeline compare` does: its plan, then each of its trainings."""
+        cases, log = self.cases(tmp_path), Log(quiet=True)
+        monkeypatch.setattr(reliability, "read_witnesses", lambda *_: WITNESSES)
+        for _ in range(2):
+            registry = Registry.model_construct()
+            believed_cases(cases, [], registry, tmp_path, ReliabilityConfig(), log)
+        assert capsys.readouterr().err.count("warning: teacher two, spleen") == 1
+
     def test_sizes_of_labels_and_claims(self, tmp_path: Path) -> None:
         cases = self.cases(tmp_path)
         assert usual_ml(cases, "liver") == pytest.approx((30, 30))
         assert usual_ml(cases, "kidneys") is None
         unit = cases[1].teachers["two"]
         assert region_of(unit, "spleen") == Region(pytest.approx(3), 1)
-        unit.attributes["regions"] = {"spleen": {"voxels": 7, "parts": 2}}
+        noted = {**unit.noted, "regions": {"spleen": {"voxels": 7, "parts": 2}}}
+        vars(unit)["noted"] = noted
         assert region_of(unit, "spleen") == Region(pytest.approx(7), 2)
 
 

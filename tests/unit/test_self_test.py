@@ -16,8 +16,9 @@ from pipeline import cli, cli_self_test
 from pipeline import self_test as tested
 from pipeline.errors import CacheMissing, PipelineError
 from pipeline.log import Log
-from pipeline.self_test import Life, Setup, self_test, state_digests, train_until_killed
+from pipeline.self_test import Life, Setup, self_test, train_until_killed
 from pipeline.student import resume, training
+from pipeline.student.step_notes import metrics_difference, state_digests
 from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import snapshot
 from tests.tiny import NETWORK, TAP, training_settings, work_of
@@ -40,7 +41,7 @@ def setup(built_cache: Path) -> Setup:
 
 
 def without_random_state(life: Life) -> None:
-    resume._set_random_state = lambda *args: None
+    resume.set_random_state = lambda *args: None
     train_until_killed(life)
 
 
@@ -200,6 +201,6 @@ def test_wall_clock_fields_may_differ(tmp_path: Path) -> None:
         line = {"step": 1, "loss": 0.5, "timing": {"seconds": seconds}}
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    assert tested._metrics_difference(tmp_path / "a", tmp_path / "b") == ""
+    assert metrics_difference(tmp_path / "a", tmp_path / "b") == ""
     (tmp_path / "b" / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.6}) + "\n")
-    assert tested._metrics_difference(tmp_path / "a", tmp_path / "b") == "metrics.jsonl, line 1"
+    assert metrics_difference(tmp_path / "a", tmp_path / "b") == "metrics.jsonl, line 1"

@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
+from pipeline.cache.reader import Unit
+from pipeline.data.registry import load_registry
 from pipeline.errors import CheckpointError
-from pipeline.student_inputs import cached_taps, check_same_units
+from pipeline.log import Log
+from pipeline.student.sampling import Sampler, SamplingConfig
+from pipeline.student.supervision import SupervisionConfig
+from pipeline.student_inputs import cached_taps, check_same_units, open_inputs
+from tests.tiny import work_of
 from tests.unit.student.coded import SPACE, write_case
 
 FULL: dict[str, Any] = {"cases": {"a/b": "1"}, "teachers": {"one": "2"}}
@@ -25,6 +31,34 @@ def test_the_order_of_teachers_in_the_registry_is_not_that_of_adapters(tmp_path:
     there, here = (list(cached_taps([one], SPACE)) for one in (case, turned))
     assert there == here
     assert len(here) == 2
+
+
+def test_every_unit_says_what_it_holds_once_and_is_not_kept_open(
+    built_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taps, reliability and the sampler ask the same units, of several organs each."""
+    asked: list[Path] = []
+
+    def counted(self: Unit, name: str) -> None:
+        assert name == "zarr.json", "an array was opened"
+        asked.append(Path(str(self.path)))
+
+    monkeypatch.setattr(Unit, "_verify", counted)
+    registry = load_registry(built_cache, files=False)
+    supervision = SupervisionConfig.model_validate({"features": {"student_taps": "bottleneck"}})
+    found = open_inputs(
+        supervision, registry, work_of(built_cache), allow_missing=False, log=Log(quiet=True)
+    )
+    organs = registry.label_space.organs
+    sampler = Sampler(found.training, organs, SamplingConfig(), use_teachers=True)
+    assert sampler.remarks((2, 2, 2)) == []
+    assert found.taps
+    units = {unit.path for case in found.training for unit in (case.case, *case.teachers.values())}
+    labels = {case.case.path for case in found.validation}
+    assert len(units) > 6
+    assert sorted(asked) == sorted(units | labels)
+    kept = [unit for case in found.training for unit in (case.case, *case.teachers.values())]
+    assert not any("group" in vars(unit) or "centres" in unit.noted for unit in kept)
 
 
 class TestSameUnits:

@@ -21,8 +21,9 @@ from pipeline import cli
 from pipeline.comparison import budget, scoring, statistics
 from pipeline.comparison.compare import compare
 from pipeline.comparison.configurations import load_configurations
-from pipeline.comparison.plan import Plan, Settings, plan_comparison
+from pipeline.comparison.plan import Plan, plan_comparison
 from pipeline.comparison.results import Results
+from pipeline.comparison.settings import Settings
 from pipeline.comparison.tables import print_results, to_markdown, write_results
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheMissing, CheckpointError, ConfigError, PipelineError, Stopped

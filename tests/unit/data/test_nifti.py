@@ -468,7 +468,7 @@ def test_a_write_that_fails_leaves_nothing(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipeline.data.nifti.nib.save", half)
+    monkeypatch.setattr("pipeline.data.nifti_file.nib.save", half)
     with pytest.raises(OSError, match="No space"):
         write_like_file(target, volume, source)
     with pytest.raises(OSError, match="No space"):
@@ -486,7 +486,7 @@ def test_a_write_that_fails_keeps_what_was_there(
     def fail(_: object, path: Path) -> None:
         raise OSError("no")
 
-    monkeypatch.setattr("pipeline.data.nifti.nib.save", fail)
+    monkeypatch.setattr("pipeline.data.nifti_file.nib.save", fail)
     with pytest.raises(OSError, match="no"):
         write_like_file(source, volume, source)
     assert source.read_bytes() == before

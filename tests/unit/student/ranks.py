@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.errors import PipelineError
 from pipeline.log import Log
 from pipeline.network import NetworkConfig
+from pipeline.student import losses, training
 from pipeline.student import step as one_step
-from pipeline.student import training
 from pipeline.student.dataset import PatchDataset
 from pipeline.student.launch import joined
 from pipeline.student.loading import forks_of_a_server
@@ -53,6 +54,7 @@ class Scenario:
         signal: (rank, step): that process gets SIGUSR1 in that step.
         kill: (rank, step): likewise SIGKILL.
         nan: (rank, step): that process's image is NaN in that step.
+        steep: (rank, step): the gradient of its Dice is NaN in that step.
         error: (rank, item): that sample cannot be read.
     """
 
@@ -64,6 +66,7 @@ class Scenario:
     signal: tuple[int, int] | None = None
     kill: tuple[int, int] | None = None
     nan: tuple[int, int] | None = None
+    steep: tuple[int, int] | None = None
     error: tuple[int, int] | None = None
 
 
@@ -127,6 +130,11 @@ def start(scenario: Scenario, processes: Processes = ALONE) -> Trained:
     )
 
 
+def steep(x: Tensor) -> Tensor:
+    """0, with a gradient of NaN: the root's slope at 0 is infinite."""
+    return (0 * x.sum()).sqrt()
+
+
 def together(scenario: Scenario) -> list[Told]:
     """Runs a scenario in two processes."""
     with socket.socket() as found:
@@ -187,8 +195,8 @@ def _watch_writes(folder: str) -> set[str]:
 
 
 def _arrange(scenario: Scenario, rank: int) -> None:
-    real_step, real_loss, real_item = (
-        training.make_step, one_step.batch_loss, PatchDataset.__getitem__,
+    real_step, real_loss, real_dice, real_item = (
+        training.make_step, one_step.batch_loss, losses.dice, PatchDataset.__getitem__,
     )  # fmt: skip
 
     def make_step(*args: Any) -> Any:
@@ -207,6 +215,11 @@ def _arrange(scenario: Scenario, rank: int) -> None:
             batch.image.mul_(math.nan)
         return real_loss(config, network, batch, fraction)
 
+    def dice(p: Tensor, classes: Tensor, organs: Tensor) -> Tensor:
+        term = real_dice(p, classes, organs)
+        later = scenario.steep is not None and scenario.steep[1] <= len(calls)
+        return term + steep(p) if later and scenario.steep[0] == rank else term
+
     def item(data: PatchDataset, number: int) -> Any:
         if scenario.error == (rank, number):
             raise PipelineError("a chunk cannot be decoded.", where="liver-ct/a")
@@ -215,6 +228,7 @@ def _arrange(scenario: Scenario, rank: int) -> None:
     replace: list[tuple[Any, str, Callable[..., Any]]] = [
         (training, "make_step", make_step),
         (one_step, "batch_loss", batch_loss),
+        (losses, "dice", dice),
         (PatchDataset, "__getitem__", item),
     ]
     for owner, name, function in replace:

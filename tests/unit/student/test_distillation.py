@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from pipeline.student import distillation
+from tests.unit.student import slow_losses as slow
 from tests.unit.student.terms import (
     SHAPE,
     K,
@@ -185,3 +187,60 @@ class TestSoftDice:
         assert float(term(100 * target)) > 0.01
         reached = torch.softmax(descend(term, batch.logits), dim=1)
         assert torch.allclose(reached, torch.softmax(target, dim=1), atol=5e-3)
+
+
+class TestJointMadeOnce:
+    """log q and q handed on, against each term making its own and against loops over voxels."""
+
+    def _batch(self, seed: int, silent: float, known: list[bool] | None = None) -> RandomBatch:
+        batch = RandomBatch(seed, silent=silent)
+        if known is not None:
+            batch.organs[:] = torch.tensor(known)
+        # As in every batch: what nobody knows of has no log-odds and no region.
+        unknown = ~batch.organs[:, :, None, None, None].expand_as(batch.log_odds)
+        batch.log_odds[unknown] = math.nan
+        batch.organ &= ~unknown
+        return batch
+
+    @pytest.mark.parametrize("known", [[True, True, True], [True, False, True], [False] * 3, None])
+    @pytest.mark.parametrize("silent", [0.0, 0.3])
+    @pytest.mark.parametrize("per_region", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_bit_for_bit_what_each_makes_itself(
+        self, known: list[bool] | None, silent: float, per_region: bool, dtype: torch.dtype
+    ) -> None:
+        batch = self._batch(31, silent, known)
+        odds, logits = batch.log_odds.to(dtype), batch.logits.to(dtype)
+        joint = distillation.joint_log_q_and_q(odds)
+
+        def kl(s: Tensor, made: tuple[Tensor, Tensor] | None) -> Tensor:
+            where = batch.organ, batch.background, batch.everyone
+            log_p = torch.log_softmax(s, 1)
+            return distillation.kl(log_p, odds, *where, per_region=per_region, joint=made)
+
+        def dice(s: Tensor, made: tuple[Tensor, Tensor] | None) -> Tensor:
+            p = torch.softmax(s, 1)[:, 1:]
+            return distillation.soft_dice(p, odds, batch.inside, batch.organs, joint=made)
+
+        for term in (kl, dice):
+            own, handed = partial(term, made=None), partial(term, made=joint)
+            assert float(handed(logits)) == float(own(logits))
+            assert torch.equal(gradient(handed, logits), gradient(own, logits))
+
+    @pytest.mark.parametrize("per_region", [False, True])
+    @pytest.mark.parametrize("seed", range(4))
+    def test_against_loops_over_voxels(self, seed: int, per_region: bool) -> None:
+        batch = self._batch(seed, 0.3)
+        joint = distillation.joint_log_q_and_q(batch.log_odds)
+        where = batch.organ, batch.background, batch.everyone
+        found = distillation.kl(
+            batch.log_p, batch.log_odds, *where, per_region=per_region, joint=joint
+        )
+        arrays = (batch.logits, batch.log_odds, *where)
+        plain = slow.kl(*(x.numpy() for x in arrays), per_region=per_region)
+        assert float(found) == pytest.approx(plain, rel=1e-9)
+        dice = distillation.soft_dice(
+            batch.p[:, 1:], batch.log_odds, batch.inside, batch.organs, joint=joint
+        )
+        others = batch.p[:, 1:], batch.log_odds, batch.inside, batch.organs
+        assert float(dice) == pytest.approx(slow.soft_dice(*(x.numpy() for x in others)), rel=1e-9)

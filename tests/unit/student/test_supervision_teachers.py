@@ -123,6 +123,25 @@ class TestLogitsTerm:
         dice = distillation.soft_dice(p[:, 1:], batch.log_odds, self.INSIDE, batch.known)
         assert self._term(soft_dice=True) == pytest.approx(self._term() + float(dice))
 
+    @pytest.mark.parametrize(
+        ("changes", "times"),
+        [({}, 1), ({"hard": True}, 1), ({"temperature": 2.0}, 2), ({"target": "per_teacher"}, 3)],
+    )
+    def test_a_target_that_both_terms_share_is_made_once(
+        self, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], times: int
+    ) -> None:
+        made: list[Tensor] = []
+        target = distillation.joint_target
+
+        def counted(log_odds: Tensor, temperature: float) -> Tensor:
+            made.append(log_odds)
+            return target(log_odds, temperature)
+
+        expected = self._term(soft_dice=True, **changes)
+        monkeypatch.setattr(distillation, "joint_target", counted)
+        assert self._term(soft_dice=True, **changes) == expected
+        assert len(made) == times
+
     def test_hard_targets_are_those_of_hard_log_odds(self) -> None:
         odds = make_batch().log_odds
         assert odds is not None

@@ -20,8 +20,8 @@ import torch
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
+from pipeline.student import losses, training
 from pipeline.student import step as one_step
-from pipeline.student import training
 from pipeline.student.checkpoint import training_checkpoints
 from pipeline.student.loading import forks_of_a_server
 from pipeline.student.metrics_file import without_timing
@@ -33,6 +33,7 @@ from pipeline.student.speed import SpeedFlags
 from pipeline.student.training import KeepBest, Trained, train
 from tests.tiny import NETWORK
 from tests.unit.student.coded import CHANNELS, SPACE, STRIDE, TAP, write_case
+from tests.unit.student.ranks import steep
 from tests.unit.student.same import assert_same
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -390,13 +391,46 @@ class TestNotFinite:
                 return loss, terms
             if how == "loss":
                 return loss * math.nan, {**terms, "dice": math.nan}
-            # Finite, but the root's slope at 0 is infinite.
-            return loss + (0 * next(network.parameters()).sum()).sqrt(), terms
+            # In no term.
+            return loss + steep(next(network.parameters())), terms
 
         monkeypatch.setattr(one_step, "batch_loss", poisoned)
 
+    def _poison_term(self, monkeypatch: pytest.MonkeyPatch, drawn: list[float]) -> None:
+        """Dice, from the third time on that it is asked for."""
+        real = losses.dice
+
+        def poisoned(p: torch.Tensor, *rest: Any) -> torch.Tensor:
+            drawn.append(float(torch.rand(())))
+            term = real(p, *rest)
+            return term if len(drawn) < 3 else term + steep(p)
+
+        monkeypatch.setattr(losses, "dice", poisoned)
+
+    def test_a_gradient_that_is_not_finite_names_its_term_by_the_same_random_numbers(
+        self, cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        drawn: list[float] = []
+        self._poison_term(monkeypatch, drawn)
+        with pytest.raises(PipelineError) as caught:
+            start(cases, tmp_path, minutes=0.0)
+        assert re.search(
+            r"step 3, with cases \S+, \S+: the gradient became NaN in dice, although the loss is "
+            r"finite\.",
+            str(caught.value),
+        )
+        assert newest(tmp_path)["step"] == 2
+        # Steps 1 to 3, then one pass for each term of the third.
+        assert len(drawn) == 3 + 3
+        assert len(set(drawn)) == 3
+        assert set(drawn[3:]) == {drawn[2]}
+
     @pytest.mark.parametrize(
-        ("how", "says"), [("loss", "the loss became NaN in dice"), ("gradient", "the gradient")]
+        ("how", "says"),
+        [
+            ("loss", "the loss became NaN in dice"),
+            ("gradient", "the gradient became NaN in the sum, although the loss is finite"),
+        ],
     )
     def test_it_stops_naming_step_cases_and_term_and_keeps_what_was_good(
         self,
