@@ -253,7 +253,8 @@ def test_what_is_done_is_read_from_the_disk(tmp_path: Path) -> None:
 
 def write_scores(folder: Path, split: str, dice: float) -> None:
     """As `score_student` writes them: one case, all organs."""
-    rows = [{"case": "multi-ct/case_000", "organ": organ, "Dice": dice} for organ in ORGANS]
+    place = {"case": "multi-ct/case_000", "n_ref": 9}
+    rows = [{**place, "organ": organ, "Dice": dice} for organ in ORGANS]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"scores_{split}.json").write_text(json.dumps({"key": "", "rows": rows}))
 
@@ -261,10 +262,11 @@ def write_scores(folder: Path, split: str, dice: float) -> None:
 def test_rows_become_arrays() -> None:
     rows = {
         7: [
-            {"case": "b/1", "organ": "spleen", "Dice": 0.5},
-            {"case": "a/1", "organ": "liver", "Dice": None},
+            {"case": "b/1", "organ": "spleen", "Dice": 0.5, "n_ref": 4},
+            {"case": "a/1", "organ": "liver", "Dice": None, "n_ref": 0},
+            {"case": "a/1", "organ": "spleen", "Dice": 0.0, "n_ref": 0},  # invented: has no pair
         ],
-        9: [{"case": "b/1", "organ": "liver", "Dice": 0.25}],
+        9: [{"case": "b/1", "organ": "liver", "Dice": 0.25, "n_ref": 4}],
     }
     found = as_array(rows, [9, 8, 7])
     expected = np.full((3, 2, 4), np.nan)
