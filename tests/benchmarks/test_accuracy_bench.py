@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.transforms import Bbox
 
+from benchmarks.accuracy import figure
 from benchmarks.accuracy.collect import Scores, as_array, collect, note_tried
 from benchmarks.accuracy.configurations import KINDS, Configuration, identity, named, screened
 from benchmarks.accuracy.findings import BETTER, find
@@ -32,6 +36,7 @@ from pipeline.comparison.configurations import differing_fields
 from pipeline.data.phantom import ORGANS
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError
+from pipeline.figures import open_figure
 from stages.train_student import TrainStudentConfig
 
 SEEDS, CASES = 4, 6
@@ -426,3 +431,32 @@ def test_equal_time_takes_the_longer_training_of_a_baseline() -> None:
     # One that is as slow as the method has no longer training.
     assert rows["pseudo_label"]["a"]["mean"] == equal["pseudo_label"]["a"]["mean"]
     assert rows[BETTER]["a"]["against"] == "marginal"
+
+
+# --- picture -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [KINDS[3:], KINDS])
+def test_no_title_of_a_panel_reaches_into_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: Sequence[str]
+) -> None:
+    boxes: list[Bbox] = []
+
+    @contextmanager
+    def watched(*arguments: Any, **options: Any) -> Iterator[Any]:
+        with open_figure(*arguments, **options) as (drawn, axes):
+            yield drawn, axes
+            drawn.canvas.draw()
+            texts = [*(ax.title for ax in axes[0]), drawn.texts[0]]
+            boxes.extend(text.get_window_extent() for text in texts)
+
+    monkeypatch.setattr(figure, "open_figure", watched)
+    one = {"mean": {"mean": 0.5, "per_seed": [0.4, 0.6]}}
+    by_regime = {regime: dict.fromkeys(names, one) for regime in REGIMES}
+    content = {
+        "findings": {"dice": {"short": by_regime, "long": by_regime}},
+        "regimes": list(REGIMES), "seeds": [0, 1], "split": "test",
+    }  # fmt: skip
+    figure.draw(content, tmp_path / "accuracy.png")
+    assert len(boxes) == len(REGIMES) + 1
+    assert not [(a, b) for a, b in combinations(boxes, 2) if a.overlaps(b)]
