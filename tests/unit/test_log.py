@@ -208,21 +208,20 @@ def test_a_table_goes_to_standard_output_unwrapped(
     assert "[b]" in out
 
 
-@pytest.mark.parametrize(("columns", "broken"), [(44, False), (30, True)])
+@pytest.mark.parametrize(("width", "broken"), [(48, False), (40, True)])
 def test_a_table_on_a_terminal_breaks_words_only_where_they_do_not_fit(
-    columns: int, broken: bool
+    width: int, broken: bool
 ) -> None:
     """What a person sees: a terminal is narrow, and a word cut in two is hard to read."""
-    rows = [["liver", "checkpoint", "a sentence that says what was found there"]]
-    command = (
-        f"from pipeline.log import print_table\nprint_table('T', ['', 'kind', 'what'], {rows})"
-    )
-    lines, code = run([sys.executable, "-c", command], ROOT, columns, dict(os.environ))
+    columns = ["teacher", "kind", "organ: its channels", "tap: channels, cells"]
+    row = ["kidneys", "checkpoint", "kidneys: 1", "body: 8"]
+    command = f"from pipeline.log import print_table\nprint_table('T', {columns}, [{row}])"
+    lines, code = run([sys.executable, "-c", command], ROOT, width, dict(os.environ))
     assert code == 0
     text = [Text.from_ansi(line).plain for line in lines]
-    assert max(map(len, text)) <= columns
+    assert max(map(len, text)) <= width
     words = set(re.findall(r"[a-z]+", "\n".join(text)))
-    assert (not set(re.findall(r"[a-z]+", " ".join(rows[0]))) <= words) == broken
+    assert (not set(re.findall(r"[a-z]+", " ".join(columns + row))) <= words) == broken
 
 
 def test_a_table_without_a_head_has_none(capsys: pytest.CaptureFixture[str]) -> None:
