@@ -236,6 +236,7 @@ def _number(value: float | None) -> str:
 
 def _say_where(folder: Path, figure: Path, quick: bool, began: float) -> None:
     note = "\n(--quick: too little training for these numbers to mean anything)" if quick else ""
+    students = folder / "train_student_*.yaml"
     print(  # noqa: T201
         f"{note}\n"
         f"picture       {figure}\n"
@@ -245,9 +246,9 @@ def _say_where(folder: Path, figure: Path, quick: bool, began: float) -> None:
         "metrics.jsonl, student.pt)\n"
         f"comparison    {folder / _COMPARISON} (validation.md, .png, .json, .csv)\n"
         f"predictions   {folder / 'predictions'} (summary.json beside the label maps)\n"
-        f"again by hand pipeline compare {folder / 'train_student_*.yaml'} --seeds 0,1,2 "
-        f"--baseline {_BASELINE} -r {folder / 'data_registry.yaml'} -w {folder / 'work'} "
-        f"-o {folder / _COMPARISON}\n"
+        f"again by hand, with three seeds:\n"
+        f"pipeline compare {students} --seeds 0,1,2 --baseline {_BASELINE} \\\n"
+        f"  -r {folder / 'data_registry.yaml'} -w {folder / 'work'} -o {folder / _COMPARISON}\n"
         f"took {_since(began)}"
     )
 

@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -254,10 +255,35 @@ def _print_table(
     file: TextIO,
     num_text: int = 1,
 ) -> None:
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index < num_text else "right", overflow="fold")
+    width = None if file.isatty() else max(120, int(os.environ.get("COLUMNS", "0")))
+    console = Console(file=file, width=width, highlight=False, markup=False)
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    room = console.width - 3 * len(columns) - 1
+    for index, (name, wide) in enumerate(zip(columns, _widths(columns, rows, room), strict=True)):
+        justify: Literal["left", "right"] = "left" if index < num_text else "right"
+        table.add_column(name, justify=justify, overflow="fold", width=wide)
     for row in rows:
         table.add_row(*row)
-    width = None if file.isatty() else max(120, int(os.environ.get("COLUMNS", "0")))
-    Console(file=file, width=width, highlight=False, markup=False).print(table)
+    console.print(table)
+
+
+def _widths(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], room: int
+) -> list[int] | list[None]:
+    """Characters for each column so that no word is broken; None, and rich decides, where all fits
+    as it is or where not even the words do. Names of columns give way first, then the widest."""
+    cells = [[row[n] for row in rows] for n in range(len(columns))]
+    inner = [_longest(column, "\n") for column in cells]
+    least = [_longest([name, *column], None) for name, column in zip(columns, cells, strict=True)]
+    whole = [max(wide, cell_len(name)) for wide, name in zip(inner, columns, strict=True)]
+    if sum(whole) <= room or sum(least) > room:
+        return [None] * len(columns)
+    widths = [min(room, wide) for wide in whole]
+    while sum(widths) > room:
+        gives = [(w > m, w > n, w) for w, m, n in zip(widths, least, inner, strict=True)]
+        widths[gives.index(max(gives))] -= 1
+    return widths
+
+
+def _longest(cells: Sequence[str], separator: str | None) -> int:
+    return max((cell_len(part) for cell in cells for part in cell.split(separator)), default=0)

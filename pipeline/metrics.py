@@ -3,8 +3,9 @@
 Arrays are (D, H, W) and spacing is along z, y, x, as everywhere (see `pipeline.volume`). Three
 rules make a score readable without a footnote:
 
-1. The reference lacks the organ: every value is NaN, with a reason; a summary counts it (as nnU-Net
-   does it: `pipeline.summary`).
+1. The reference lacks the organ, and so does the prediction: every value is NaN, with a reason. The
+   prediction alone has it: Dice 0, as nnU-Net counts it; NSD and HD95 are NaN, for there is no
+   surface to be near to.
 2. The reference has the organ and the prediction is empty: Dice 0, NSD 0, HD95 the diagonal of the
    image. A miss is never NaN, or a mean over cases would reward it.
 3. Spacing is always asked for; there is no default under which a distance would be in voxels.
@@ -25,6 +26,8 @@ from monai.metrics import get_mask_edges, get_surface_distance
 from pipeline.errors import GeometryError
 from pipeline.volume import Array, Spacing
 
+# Of the rules above: raised with them, so that scores kept in files are not mixed.
+RULES = 2
 ABSENT = "organ absent from the reference"
 NOT_ANNOTATED = "not annotated in this case"
 EMPTY_PREDICTION = "prediction is empty"
@@ -38,8 +41,9 @@ class OrganScore:
 
     Attributes:
         organ: the name of the organ.
-        dice: overlap, 0 to 1; NaN if the reference lacks the organ.
-        nsd: normalised surface Dice, 0 to 1; NaN likewise, or if surfaces were not asked for.
+        dice: overlap, 0 to 1; NaN if neither side has the organ.
+        nsd: normalised surface Dice, 0 to 1; NaN if the reference lacks the organ, or if surfaces
+            were not asked for.
         hd95_mm: 95 % Hausdorff distance in mm; NaN likewise.
         num_reference: voxels of the organ in the reference, ignored voxels left out.
         num_predicted: voxels of the organ in the prediction, ignored voxels left out. Where the
@@ -63,9 +67,10 @@ class OrganScore:
     def missing(
         cls, organ: str, reason: str, *, num_predicted: int = 0, num_voxels: int = 0
     ) -> OrganScore:
-        """A score without values: NaN throughout, and the reason in words."""
-        nan = math.nan
-        return cls(organ, nan, nan, nan, 0, num_predicted, reason, num_voxels=num_voxels)
+        """A score where there is nothing to find: Dice 0 of what was predicted all the same, NaN
+        for the rest; and the reason in words."""
+        nan, dice = math.nan, dice_of(0, num_predicted, 0)
+        return cls(organ, dice, nan, nan, 0, num_predicted, reason, num_voxels=num_voxels)
 
 
 MEASURES = ("Dice", "NSD", "HD95_mm")
@@ -139,6 +144,12 @@ def score_case(
     return tuple(scores)
 
 
+def dice_of(num_overlap: int, num_predicted: int, num_reference: int) -> float:
+    """Dice of counted voxels, as nnU-Net has it; NaN if neither side has any."""
+    either = num_predicted + num_reference
+    return 2 * num_overlap / either if either else math.nan
+
+
 def score_json(score: OrganScore) -> dict[str, Any]:
     """`Dice`, `NSD`, `HD95_mm`, `n_ref`, `n_pred`, `reason`; None for NaN, which JSON has not."""
     values = (score.dice, score.nsd, score.hd95_mm)
@@ -161,7 +172,7 @@ def _score_organ(
         return OrganScore.missing(organ, ABSENT, num_predicted=num_predicted)
     # The counts are reported anyway and make Dice exact; monai's compute_dice would sum float32.
     overlap = int((predicted & expected).sum())
-    dice = 2 * overlap / (num_predicted + num_reference)
+    dice = dice_of(overlap, num_predicted, num_reference)
     nsd = hd95 = math.nan
     if surface and num_predicted == 0:
         nsd, hd95 = 0.0, math.hypot(*(np.array(expected.shape) * spacing))

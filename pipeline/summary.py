@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from pipeline.metrics import NOT_ANNOTATED, OrganScore
+from pipeline.metrics import NOT_ANNOTATED, OrganScore, dice_of
 
 # In nnU-Net's order, then ours.
 METRICS: Final = (
@@ -109,7 +109,7 @@ def _metrics(score: OrganScore) -> dict[str, float]:
     only_predicted, only_reference = score.num_predicted - both, score.num_reference - both
     either = both + only_predicted + only_reference
     return {
-        "Dice": 2 * both / (both + either) if either else math.nan,
+        "Dice": dice_of(both, score.num_predicted, score.num_reference),
         "IoU": both / either if either else math.nan,
         "FP": only_predicted,
         "TP": both,

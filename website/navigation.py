@@ -7,7 +7,7 @@ from typing import Any
 
 # A page that does not exist is left out; one that is named nowhere comes under "More".
 _SECTIONS: Mapping[str, tuple[str, ...]] = {
-    "Begin": ("index.md", "quickstart.md", "from-nnunet.md", "info.md", "commands.md"),
+    "Begin": ("index.md", "quickstart.md", "from-nnunet.md", "info.md", "commands.md", "peers.md"),
     "Data and teachers": ("registry.md", "datasets.md", "check.md", "teachers.md"),
     "Stage one": ("planning.md", "admission.md", "cache.md", "inspect.md"),
     "Stage two": (

@@ -70,12 +70,13 @@ def collect(jobs: Sequence[Job], split: str) -> Scores:
 
 
 def as_array(rows: Mapping[int, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> Floats:
-    """Seed -> rows (`case`, `organ`, `Dice`) -> (S, N, K), cases by name; NaN where no row is."""
+    """Seed -> rows (`case`, `organ`, `Dice`, `n_ref`) -> (S, N, K), cases by name; NaN where no row
+    is or the reference lacks the organ, so that all students have scores in the same places."""
     cases = sorted({row["case"] for found in rows.values() for row in found})
     array = np.full((len(seeds), len(cases), len(ORGANS)), np.nan)
     for s, seed in enumerate(seeds):
         for row in rows.get(seed, ()):
-            if row["Dice"] is not None:
+            if row["n_ref"]:
                 at = cases.index(row["case"]), ORGANS.index(row["organ"])
                 array[(s, *at)] = row["Dice"]
     return array

@@ -27,6 +27,7 @@ from pipeline.comparison.statistics import (
 from pipeline.folder import Folder
 
 FORMAT_VERSION = 1
+_NAMED = 5  # places, of each configuration
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,21 @@ class Results:
         known = [r.seconds_per_step for r in self.of(config) if r.seconds_per_step is not None]
         return median(known) if known else None
 
-    def scores(self, config: str, metric: str) -> Floats:
-        """(S, N, K): seeds, cases, organs; NaN where there is no score."""
+    def scores(self, config: str, metric: str, *, paired: bool = False) -> Floats:
+        """(S, N, K): seeds, cases, organs; NaN where there is no score.
+
+        Args:
+            config: its name.
+            metric: one of `metrics`.
+            paired: leave out the Dice of 0 of organs that are predicted where the reference lacks
+                them. Then scores lie in the same places for every configuration and seed: which
+                case counts depends on the reference alone, and each score has its pair.
+        """
         cases = {case.name: n for n, case in enumerate(self.plan.cases)}
         found = np.full((len(self.of(config)), len(cases), len(self.organs)), np.nan)
         for s, run in enumerate(self.of(config)):
             for row in run.rows:
-                if row[metric] is not None:
+                if row[metric] is not None and (row["n_ref"] or not paired):
                     found[s, cases[row["case"]], self.organs.index(row["organ"])] = row[metric]
         return found
 
@@ -124,9 +133,9 @@ class Results:
     def _differences(self) -> dict[tuple[str, str], Mapping[str, Difference]]:
         found: dict[tuple[str, str], Mapping[str, Difference]] = {}
         for metric in self.metrics:
-            baseline = self.scores(self.plan.baseline, metric)
+            baseline = self.scores(self.plan.baseline, metric, paired=True)
             for config in self.configs:
-                apart = differences(self.scores(config, metric), baseline)
+                apart = differences(self.scores(config, metric, paired=True), baseline)
                 by_organ = dict(zip([*self.organs, OVER_ORGANS], apart, strict=True))
                 found[config, metric] = by_organ
         return found
@@ -141,6 +150,11 @@ class Results:
                 if config != self.plan.baseline and d.mean is not None and d.note:
                     few.setdefault(d.note, {})[organ] = None
         found += [f"{note}: {', '.join(organs)}." for note, organs in few.items()]
+        if spurious := self._spurious():
+            found.append(
+                "Predicted although the reference lacks it, which is a Dice of 0 in the scores, as "
+                f"nnU-Net counts it, and no part of the differences: {'; '.join(spurious)}."
+            )
         found += [
             f"{run.config}, seed {run.seed} failed and is in no number: {run.error}"
             for run in self.failed
@@ -150,6 +164,17 @@ class Results:
                 f"{len(self.configs)} configurations were scored on the test cases. A choice that "
                 "is made by this table is no longer tested by it."
             )
+        return found
+
+    def _spurious(self) -> list[str]:
+        """What a configuration predicted where there is nothing, in words."""
+        found = []
+        for config in self.configs:
+            rows = [row for run in self.of(config) for row in run.rows]
+            seen = {f"{r['case']} ({r['organ']})" for r in rows if r["n_pred"] and not r["n_ref"]}
+            if seen:
+                more = f" and {len(seen) - _NAMED} more" if len(seen) > _NAMED else ""
+                found.append(f"{config}, {', '.join(sorted(seen)[:_NAMED])}{more}")
         return found
 
     def to_json(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pipeline.errors import CheckpointError
 from pipeline.folder import Folder, matching, read_text
 from pipeline.labels import IGNORE, LabelSpace
 from pipeline.log import Advance
-from pipeline.metrics import OrganScore, score_case, score_json
+from pipeline.metrics import RULES, OrganScore, score_case, score_json
 from pipeline.student.checkpoint import load_student
 from pipeline.student.inference import predict_logits, running_argmax
 
@@ -96,7 +96,7 @@ def score_student(
         )
         rows += _rows(case.name, scores)
         advance(f"{folder.name}: {case.name}")
-    write_json(path, {"key": key, "rows": rows})
+    write_json(path, {"key": key, "rules": RULES, "rows": rows})
     return rows
 
 
@@ -129,6 +129,7 @@ def _key(folder: Folder, cases: Sequence[CachedCase], settings: ScoringSettings)
             "run": run,
             "cases": {case.name: case.case.receipt.digest for case in cases},
             "settings": vars(settings),
+            "rules": RULES,
         }
     )
 

@@ -1,8 +1,8 @@
 """Means, spreads and paired differences of scores: pure functions of arrays.
 
 Letters: S seeds, N cases, K organs. A score is NaN where a case has none for that organ (it is not
-annotated there, or absent) and where a seed has no finished run. Which cases have a score depends
-on the reference alone, so it is the same for every configuration.
+annotated there, or absent) and where a seed has no finished run. Differences are of scores whose
+places depend on the reference alone, so that they are the same for every configuration and seed.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pipeline.folder import read_text
 from pipeline.html_report.record import RunRecord
 from pipeline.labels import IGNORE, LabelSpace
 from pipeline.log import Log
-from pipeline.metrics import NOT_ANNOTATED, score_case, score_json
+from pipeline.metrics import NOT_ANNOTATED, RULES, score_case, score_json
 from pipeline.student.checkpoint import StudentRecord, load_student
 from pipeline.student.inference import predict_logits, running_argmax
 from pipeline.summary import known
@@ -135,10 +135,13 @@ def scores_of_predictions(folder: Path) -> Scores:
 
 
 def kept_scores(record: RunRecord) -> Scores | None:
-    """What `pipeline compare` wrote into the run; None if there is nothing of these very cases."""
+    """What `pipeline compare` wrote into the run; None if there is nothing of these very cases, or
+    if it was scored by other rules."""
     try:
         content = json.loads(read_text(record.folder / _KEPT))
         rows = [_row(row["case"], row["organ"], row) for row in content["rows"]]
+        if content["rules"] != RULES:
+            return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not rows or not {row.case for row in rows} <= set(record.validation):

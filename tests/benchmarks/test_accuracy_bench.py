@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.transforms import Bbox
 
+from benchmarks.accuracy import figure
 from benchmarks.accuracy.collect import Scores, as_array, collect, note_tried
 from benchmarks.accuracy.configurations import KINDS, Configuration, identity, named, screened
 from benchmarks.accuracy.findings import BETTER, find
@@ -32,6 +36,7 @@ from pipeline.comparison.configurations import differing_fields
 from pipeline.data.phantom import ORGANS
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError
+from pipeline.figures import open_figure
 from stages.train_student import TrainStudentConfig
 
 SEEDS, CASES = 4, 6
@@ -253,7 +258,8 @@ def test_what_is_done_is_read_from_the_disk(tmp_path: Path) -> None:
 
 def write_scores(folder: Path, split: str, dice: float) -> None:
     """As `score_student` writes them: one case, all organs."""
-    rows = [{"case": "multi-ct/case_000", "organ": organ, "Dice": dice} for organ in ORGANS]
+    place = {"case": "multi-ct/case_000", "n_ref": 9}
+    rows = [{**place, "organ": organ, "Dice": dice} for organ in ORGANS]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"scores_{split}.json").write_text(json.dumps({"key": "", "rows": rows}))
 
@@ -261,10 +267,11 @@ def write_scores(folder: Path, split: str, dice: float) -> None:
 def test_rows_become_arrays() -> None:
     rows = {
         7: [
-            {"case": "b/1", "organ": "spleen", "Dice": 0.5},
-            {"case": "a/1", "organ": "liver", "Dice": None},
+            {"case": "b/1", "organ": "spleen", "Dice": 0.5, "n_ref": 4},
+            {"case": "a/1", "organ": "liver", "Dice": None, "n_ref": 0},
+            {"case": "a/1", "organ": "spleen", "Dice": 0.0, "n_ref": 0},  # invented: has no pair
         ],
-        9: [{"case": "b/1", "organ": "liver", "Dice": 0.25}],
+        9: [{"case": "b/1", "organ": "liver", "Dice": 0.25, "n_ref": 4}],
     }
     found = as_array(rows, [9, 8, 7])
     expected = np.full((3, 2, 4), np.nan)
@@ -433,3 +440,32 @@ def test_equal_time_takes_the_longer_training_of_a_baseline() -> None:
     # One that is as slow as the method has no longer training.
     assert rows["pseudo_label"]["a"]["mean"] == equal["pseudo_label"]["a"]["mean"]
     assert rows[BETTER]["a"]["against"] == "marginal"
+
+
+# --- picture -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [KINDS[3:], KINDS])
+def test_no_title_of_a_panel_reaches_into_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: Sequence[str]
+) -> None:
+    boxes: list[Bbox] = []
+
+    @contextmanager
+    def watched(*arguments: Any, **options: Any) -> Iterator[Any]:
+        with open_figure(*arguments, **options) as (drawn, axes):
+            yield drawn, axes
+            drawn.canvas.draw()
+            texts = [*(ax.title for ax in axes[0]), drawn.texts[0]]
+            boxes.extend(text.get_window_extent() for text in texts)
+
+    monkeypatch.setattr(figure, "open_figure", watched)
+    one = {"mean": {"mean": 0.5, "per_seed": [0.4, 0.6]}}
+    by_regime = {regime: dict.fromkeys(names, one) for regime in REGIMES}
+    content = {
+        "findings": {"dice": {"short": by_regime, "long": by_regime}},
+        "regimes": list(REGIMES), "seeds": [0, 1], "split": "test",
+    }  # fmt: skip
+    figure.draw(content, tmp_path / "accuracy.png")
+    assert len(boxes) == len(REGIMES) + 1
+    assert not [(a, b) for a, b in combinations(boxes, 2) if a.overlaps(b)]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.text import Text
 
 from pipeline.comparison.budget import StepClock
 from pipeline.folder import read_text, sizes
 from pipeline.log import Log, print_table
+from website.screens import ROOT
+from website.terminal import run
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -216,6 +221,29 @@ def test_a_table_goes_to_standard_output_unwrapped(
     (row,) = [line for line in out.splitlines() if name in line]
     assert "0.91" in row
     assert "[b]" in out
+
+
+@pytest.mark.parametrize(("width", "broken"), [(48, False), (40, True)])
+def test_a_table_on_a_terminal_breaks_words_only_where_they_do_not_fit(
+    width: int, broken: bool
+) -> None:
+    """What a person sees: a terminal is narrow, and a word cut in two is hard to read."""
+    columns = ["teacher", "kind", "organ: its channels", "tap: channels, cells"]
+    row = ["kidneys", "checkpoint", "kidneys: 1", "body: 8"]
+    command = f"from pipeline.log import print_table\nprint_table('T', {columns}, [{row}])"
+    lines, code = run([sys.executable, "-c", command], ROOT, width, dict(os.environ))
+    assert code == 0
+    text = [Text.from_ansi(line).plain for line in lines]
+    assert max(map(len, text)) <= width
+    words = set(re.findall(r"[a-z]+", "\n".join(text)))
+    assert (not set(re.findall(r"[a-z]+", " ".join(columns + row))) <= words) == broken
+
+
+def test_a_table_without_a_head_has_none(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("Space", ["", ""], [["free", "3 GB"]])
+    assert "┡" not in capsys.readouterr().out
+    print_table("Space", ["", "size"], [["free", "3 GB"]])
+    assert "┡" in capsys.readouterr().out
 
 
 def test_events_in_an_object_store_are_an_object_of_this_process(

@@ -216,11 +216,13 @@ def test_missed_organ_gets_the_worst_values_and_never_nan() -> None:
 
 
 @pytest.mark.parametrize("num_false_positives", [0, 8])
-def test_organ_absent_from_the_reference_is_nan_with_its_reason(num_false_positives: int) -> None:
+def test_organ_absent_from_the_reference_has_its_reason(num_false_positives: int) -> None:
     prediction = np.zeros((5, 6, 7), dtype=np.uint8)
     prediction.flat[:num_false_positives] = 1
     result = score(prediction, np.zeros_like(prediction), ANISOTROPIC)
-    assert all(math.isnan(value) for value in (result.dice, result.nsd, result.hd95_mm))
+    assert all(math.isnan(value) for value in (result.nsd, result.hd95_mm))
+    # What is predicted where there is nothing counts, as in nnU-Net; nothing on both sides is none.
+    assert result.dice == 0 if num_false_positives else math.isnan(result.dice)
     assert (result.num_reference, result.num_predicted) == (0, num_false_positives)
     assert result.reason == ABSENT
 
@@ -311,10 +313,12 @@ def test_a_score_as_json_has_no_nan() -> None:
     assert score_json(known) == {
         "Dice": 0.9, "NSD": 1.0, "HD95_mm": 2.0, "n_ref": 100, "n_pred": 90, "reason": "",
     }  # fmt: skip
-    missing = score_json(OrganScore.missing("liver", ABSENT, num_predicted=3))
+    spurious = score_json(OrganScore.missing("liver", ABSENT, num_predicted=3))
+    assert (spurious["Dice"], spurious["NSD"], spurious["HD95_mm"]) == (0.0, None, None)
+    assert (spurious["n_pred"], spurious["reason"]) == (3, ABSENT)
+    missing = score_json(OrganScore.missing("liver", ABSENT))
     assert (missing["Dice"], missing["NSD"], missing["HD95_mm"]) == (None, None, None)
-    assert (missing["n_pred"], missing["reason"]) == (3, ABSENT)
-    json.dumps(missing, allow_nan=False)
+    json.dumps([spurious, missing], allow_nan=False)
 
 
 def test_voxels_are_counted_without_ignored_ones() -> None:

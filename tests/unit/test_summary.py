@@ -15,8 +15,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from pipeline.metrics import ABSENT, NOT_ANNOTATED, OrganScore, score_case
-from pipeline.summary import METRICS, organ_means, overall_means, summarise, to_csv
+from pipeline.metrics import ABSENT, NOT_ANNOTATED, OrganScore, score_case, score_json
+from pipeline.summary import METRICS, known, organ_means, overall_means, summarise, to_csv
 
 NAN = math.nan
 IDS = {"liver": 1, "spleen": 4}
@@ -65,6 +65,17 @@ def test_an_organ_without_any_value_spoils_no_mean() -> None:
     nothing = summarise({}, IDS)
     assert set(overall_means(nothing).values()) == {None}
     assert organ_means(nothing)["liver"]["num_missing"] == 0
+
+
+@pytest.mark.parametrize("in_reference", [0, 12])
+@pytest.mark.parametrize("in_prediction", [0, 9])
+def test_evaluate_and_compare_count_dice_alike(in_prediction: int, in_reference: int) -> None:
+    """A summary is what the one writes, `score_json` what the other does."""
+    prediction, reference = np.zeros((2, 3, 4, 5), dtype=np.uint8)
+    prediction.flat[:in_prediction] = reference.flat[:in_reference] = 4
+    found = score_case(prediction, reference, {"spleen": 4}, (3, 1, 2))
+    (row,) = summarise({"a/1": found}, {"spleen": 4})["metric_per_case"]
+    assert known(row["metrics"]["4"]["Dice"]) == score_json(found[0])["Dice"]
 
 
 def test_csv_has_empty_cells_for_nan() -> None:

@@ -22,7 +22,7 @@ from pipeline.comparison import budget, scoring, statistics
 from pipeline.comparison.compare import compare
 from pipeline.comparison.configurations import load_configurations
 from pipeline.comparison.plan import Plan, plan_comparison
-from pipeline.comparison.results import Results
+from pipeline.comparison.results import Results, RunResult
 from pipeline.comparison.settings import Settings
 from pipeline.comparison.tables import print_results, to_markdown, write_results
 from pipeline.data.registry import load_registry
@@ -173,6 +173,40 @@ class TestResults:
             content["configurations"][1]["difference_to_baseline"]["NSD"]["liver"]["mean"]
         )
 
+    def test_what_is_predicted_where_nothing_is_counts_in_scores_alone(
+        self, compared: tuple[Path, Results, Path]
+    ) -> None:
+        """Dice 0, as nnU-Net has it; but a difference needs a pair, whatever a student predicts."""
+        _, results, _ = compared
+        place = {"case": "multi-ct/case_000", "organ": "spleen"}
+
+        def without(result: RunResult, num_predicted: int) -> RunResult:
+            lacks = {"n_ref": 0, "n_pred": num_predicted, "NSD": None, "HD95_mm": None}
+            lacks["Dice"] = 0.0 if num_predicted else None
+            rows = [r | lacks if r.items() >= place.items() else r for r in result.rows]
+            assert rows != list(result.rows)
+            return dataclasses.replace(result, rows=rows)
+
+        # One seed of one configuration invents a spleen.
+        runs = [without(r, 7 if (r.config, r.seed) == ("hard", 1) else 0) for r in results.runs]
+        changed = dataclasses.replace(results, runs=runs)
+        k = ORGANS.index("spleen")
+        before, after = results.scores("hard", "Dice"), changed.scores("hard", "Dice")
+        n = [case.name for case in results.plan.cases].index(place["case"])
+        assert np.isnan(after[0, n, k])
+        assert after[1, n, k] == 0 < before[1, n, k]
+        assert changed.estimates("hard", "Dice")["spleen"].per_seed[1] == pytest.approx(
+            np.nansum(after[1, :, k]) / 2
+        )
+        others = [m for m in range(len(results.plan.cases)) if m != n]
+        apart = before[:, others, k] - results.scores("labels", "Dice")[:, others, k]
+        found = changed.differences("hard", "Dice")["spleen"]
+        assert found.mean == pytest.approx(np.nanmean(apart))
+        assert found.num_cases == 1
+        said = "no part of the differences: hard, multi-ct/case_000 (spleen)."
+        assert said in to_markdown(changed)
+        assert said not in to_markdown(results)
+
     def test_the_page_says_what_differs_and_what_it_does_not_show(
         self, compared: tuple[Path, Results, Path]
     ) -> None:
@@ -229,6 +263,18 @@ class TestResults:
         path = students(finished) / "hard-seed0" / "scores_validation.json"
         kept = path.read_text()
         path.write_text(kept.replace('"key": "', '"key": "0'))
+        run(finished)
+        assert path.read_text() == kept
+
+    def test_scores_by_other_rules_are_made_anew(
+        self, finished: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = students(finished) / "hard-seed0" / "scores_validation.json"
+        kept = path.read_text()
+        monkeypatch.setattr(scoring, "RULES", 1)
+        run(finished)
+        assert path.read_text() != kept
+        monkeypatch.undo()
         run(finished)
         assert path.read_text() == kept
 

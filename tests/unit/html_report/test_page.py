@@ -23,7 +23,7 @@ from pipeline.errors import CheckpointError, ConfigError, PipelineError, WorkFol
 from pipeline.html_report import make
 from pipeline.inspection.run import inspect_cohort
 from pipeline.log import Log
-from pipeline.metrics import OrganScore
+from pipeline.metrics import RULES, OrganScore
 from pipeline.summary import summarise
 from tests.stages.stage_contract import snapshot
 from tests.tiny import ORGANS, change_registry, work_of
@@ -177,13 +177,14 @@ def test_kept_scores_are_taken_before_the_cache(runs: Path, tmp_path: Path) -> N
     case = next(iter(recorded(runs)["inputs"]["validation"]))
     row = {"case": case, "organ": "liver", "Dice": 0.123, "NSD": 0.5, "HD95_mm": 7.0}
     path = folder_of(runs) / "scores_validation.json"
-    path.write_text(json.dumps({"key": "", "rows": [{**row, "reason": ""}]}))
+    path.write_text(json.dumps({"key": "", "rules": RULES, "rows": [{**row, "reason": ""}]}))
     scores = page(runs, tmp_path / "r.html").one(id="scores")
     assert "scores_validation.json of this run" in scores.text
     assert "0.123" in scores.text
-    # Of other cases they are none of this run's.
-    path.write_text(json.dumps({"key": "", "rows": [{**row, "case": "a/b", "reason": ""}]}))
-    assert "predicted for this page" in page(runs, tmp_path / "r.html").one(id="scores").text
+    # Of other cases they are none of this run's, and by other rules they mean something else.
+    for other in ({"rules": RULES, "rows": [{**row, "case": "a/b"}]}, {"rules": 1, "rows": [row]}):
+        path.write_text(json.dumps({"key": "", **other}))
+        assert "predicted for this page" in page(runs, tmp_path / "r.html").one(id="scores").text
 
 
 def predictions(folder: Path, registry: Path, reason: str = "") -> Path:
@@ -246,7 +247,7 @@ def test_a_removed_cache_is_told_of_and_kept_scores_stay(runs: Path, tmp_path: P
         {"case": case, "organ": "liver", "Dice": 0.5, "NSD": None, "HD95_mm": None, "reason": ""}
         for case in inputs["validation"]
     ]
-    kept = {"key": "", "rows": rows}
+    kept = {"key": "", "rules": RULES, "rows": rows}
     (folder_of(runs) / "scores_validation.json").write_text(json.dumps(kept))
     for name in ("cases", "teachers", "index"):
         shutil.rmtree(work_of(runs) / name)
