@@ -289,7 +289,8 @@ def test_collected_scores_and_what_is_missing(tmp_path: Path) -> None:
 def test_what_was_tried_stays_on_record(tmp_path: Path) -> None:
     changed = named(FULL, ["ms_kd"])[0].training
     changed = changed.model_copy(update={"batch_size": 3})
-    chosen = choose(FULL, ["short", "long"], ["ms_kd"], [Configuration("other", changed)])
+    others = [Configuration("other", changed), Configuration("in-the-loop", changed, online=True)]
+    chosen = choose(FULL, ["short", "long"], ["ms_kd"], others)
     (job,) = plan_jobs(tmp_path, [REGIMES["a"]], [0], FULL, chosen)
     for run in job.runs:
         write_scores(job.run_folder(run), "validation", 0.5)
@@ -299,7 +300,8 @@ def test_what_was_tried_stays_on_record(tmp_path: Path) -> None:
     assert tried["validation"][digits] == {
         "names": ["other"], "steps": [150, 450], "jobs": ["a/seed0"],
     }  # fmt: skip
-    assert (len(tried["validation"]), len(tried["test"])) == (2, 1)
+    assert tried["validation"][f"{digits}-online"]["names"] == ["in-the-loop"]
+    assert (len(tried["validation"]), len(tried["test"])) == (3, 1)
     for run in job.runs:
         (job.run_folder(run) / "scores_validation.json").unlink()
     assert note_tried(tmp_path) == tried
