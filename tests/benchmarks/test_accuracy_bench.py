@@ -449,6 +449,8 @@ def test_no_title_of_a_panel_reaches_into_another(
             drawn.canvas.draw()
             texts = [*(ax.title for ax in axes[0]), drawn.texts[0]]
             boxes.extend(text.get_window_extent() for text in texts)
+            for ax in axes[0]:  # not even near to it
+                assert ax.title.get_window_extent().width <= ax.get_window_extent().width
 
     monkeypatch.setattr(figure, "open_figure", watched)
     one = {"mean": {"mean": 0.5, "per_seed": [0.4, 0.6]}}
