@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.plan import EQUAL_TIME, Job, read_rows
+from benchmarks.accuracy.plan import EQUAL_TIME, Job, parts_of_folder, read_rows
 from benchmarks.accuracy.statistics import Floats
 from pipeline.cache.store import write_json
 from pipeline.data.phantom import ORGANS
@@ -97,7 +97,7 @@ def note_tried(folder: Path) -> dict[str, Any]:
         tried = json.loads(path.read_text(encoding="utf-8"))
     for split in ("validation", "test"):
         for scored in sorted(folder.glob(f"*/seed*/work/students/*/*/scores_{split}.json")):
-            name, steps, digits = scored.parent.name.rsplit("-", 2)
+            name, steps, digits = parts_of_folder(scored.parent.name)
             entry = tried[split].setdefault(digits, {"names": [], "steps": [], "jobs": []})
             job = f"{scored.parents[5].name}/{scored.parents[4].name}"
             for known, value in (("names", name), ("steps", int(steps)), ("jobs", job)):

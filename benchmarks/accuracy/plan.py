@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -165,6 +166,13 @@ def read_rows(job: Job, run: Run, split: str) -> list[dict[str, Any]] | None:
     except FileNotFoundError:
         return None
     return rows
+
+
+def parts_of_folder(name: str) -> tuple[str, str, str]:
+    """Configuration, steps and digits of the name of a run's folder, as `_run` makes it."""
+    found = re.fullmatch(r"(.+)-(\d+)-([0-9a-f]+(?:-online)?)", name)
+    assert found is not None, name
+    return found[1], found[2], found[3]
 
 
 def _run(configuration: Configuration, budget: str, steps: int, seed: int) -> Run:

@@ -296,7 +296,8 @@ def test_collected_scores_and_what_is_missing(tmp_path: Path) -> None:
 def test_what_was_tried_stays_on_record(tmp_path: Path) -> None:
     changed = named(FULL, ["ms_kd"])[0].training
     changed = changed.model_copy(update={"batch_size": 3})
-    chosen = choose(FULL, ["short", "long"], ["ms_kd"], [Configuration("other", changed)])
+    others = [Configuration("other", changed), Configuration("in-the-loop", changed, online=True)]
+    chosen = choose(FULL, ["short", "long"], ["ms_kd"], others)
     (job,) = plan_jobs(tmp_path, [REGIMES["a"]], [0], FULL, chosen)
     for run in job.runs:
         write_scores(job.run_folder(run), "validation", 0.5)
@@ -306,7 +307,8 @@ def test_what_was_tried_stays_on_record(tmp_path: Path) -> None:
     assert tried["validation"][digits] == {
         "names": ["other"], "steps": [150, 450], "jobs": ["a/seed0"],
     }  # fmt: skip
-    assert (len(tried["validation"]), len(tried["test"])) == (2, 1)
+    assert tried["validation"][f"{digits}-online"]["names"] == ["in-the-loop"]
+    assert (len(tried["validation"]), len(tried["test"])) == (3, 1)
     for run in job.runs:
         (job.run_folder(run) / "scores_validation.json").unlink()
     assert note_tried(tmp_path) == tried
@@ -458,6 +460,8 @@ def test_no_title_of_a_panel_reaches_into_another(
             drawn.canvas.draw()
             texts = [*(ax.title for ax in axes[0]), drawn.texts[0]]
             boxes.extend(text.get_window_extent() for text in texts)
+            for ax in axes[0]:  # not even near to it
+                assert ax.title.get_window_extent().width <= ax.get_window_extent().width
 
     monkeypatch.setattr(figure, "open_figure", watched)
     one = {"mean": {"mean": 0.5, "per_seed": [0.4, 0.6]}}

@@ -187,8 +187,8 @@ class TestResults:
             assert rows != list(result.rows)
             return dataclasses.replace(result, rows=rows)
 
-        # One seed of one configuration invents a spleen.
-        runs = [without(r, 7 if (r.config, r.seed) == ("hard", 1) else 0) for r in results.runs]
+        # One seed of each configuration invents a spleen, the other none.
+        runs = [without(r, 7 if r.seed == 1 else 0) for r in results.runs]
         changed = dataclasses.replace(results, runs=runs)
         k = ORGANS.index("spleen")
         before, after = results.scores("hard", "Dice"), changed.scores("hard", "Dice")
@@ -203,7 +203,7 @@ class TestResults:
         found = changed.differences("hard", "Dice")["spleen"]
         assert found.mean == pytest.approx(np.nanmean(apart))
         assert found.num_cases == 1
-        said = "no part of the differences: hard, multi-ct/case_000 (spleen)."
+        said = "; hard, multi-ct/case_000 (spleen)."
         assert said in to_markdown(changed)
         assert said not in to_markdown(results)
 
