@@ -184,6 +184,9 @@ def _finished(estimate: Estimate) -> int:
 
 
 def _value(value: Any) -> str:
+    """Of a setting; lists without brackets and quotes."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "–"
     return "–" if value is None else str(value) if value != "" else '""'
 
 

@@ -20,8 +20,8 @@ from pipeline.intensity import Intensity
 from pipeline.labels import log_odds
 from pipeline.network import build_network
 from pipeline.placement import feature_stride
+from pipeline.tables import print_regions
 from pipeline.teachers.checkpoint import read_teacher
-from stages import cache_teachers
 from stages.report import StageReport
 from tests.stages.stage_contract import snapshot
 from tests.stages.test_cache_teachers import quiet_run, run
@@ -341,7 +341,7 @@ def test_the_table_of_teachers_is_read_back_from_the_cache(built_cache: Path) ->
 
 
 def test_the_table_is_printed(built_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cache_teachers.print_regions(report_of(built_cache)["regions_ml"])
+    print_regions(report_of(built_cache)["regions_ml"])
     shown = capsys.readouterr().out
     assert "agreed background" in shown
     assert "spleen-ct/case_002" in shown

@@ -18,7 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline import cli
-from pipeline.comparison import budget, scoring, statistics
+from pipeline.comparison import budget, scoring, statistics, tables
 from pipeline.comparison.compare import compare
 from pipeline.comparison.configurations import load_configurations
 from pipeline.comparison.plan import Plan, plan_comparison
@@ -216,6 +216,10 @@ class TestResults:
         assert "too few for an interval: 2 of 3 seeds and 2 of 5 cases: liver, spleen, mean" in page
         assert "difference to labels" in page
         assert "not an equal budget" not in page
+
+    def test_lists_among_the_settings_read_as_words(self) -> None:
+        assert tables._value(["model.1", "model.2"]) == "model.1, model.2"
+        assert (tables._value([]), tables._value(None), tables._value("")) == ("–", "–", '""')
 
     def test_the_figure_shows_both(self, compared: tuple[Path, Results, Path]) -> None:
         image = matplotlib.image.imread(compared[2] / "validation.png")[..., :3]
