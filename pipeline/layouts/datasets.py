@@ -136,8 +136,8 @@ def _listed(root: Path, content: Mapping[str, Any], file: Path) -> FoundDataset:
             where=file,
             fix="Name the files yourself with --files NAME=IMAGES,LABELS.",
         )
-    channel, notes = _ct_channel(content, file)
-    if channel:
+    _, notes = _ct_channel(content, file)
+    if len(_channel_names(content)) > 1:  # a file holds them all, and is 4D
         raise RegistryError(
             "images of several channels.", where=file, fix="Save the CT alone as 3D files."
         )
@@ -192,13 +192,16 @@ def _label_names(labels: Any, file: Path) -> tuple[tuple[Named, ...], tuple[int,
     return names, ignore
 
 
-def _ct_channel(content: Mapping[str, Any], file: Path) -> tuple[int, tuple[str, ...]]:
-    """Which input channel is the CT, and what to tell the user of it."""
+def _channel_names(content: Mapping[str, Any]) -> list[str]:
     said = content.get("channel_names") or content.get("modality") or {}
     if isinstance(said, str):
         said = {"0": said}
-    names = list(said.values()) if isinstance(said, dict) else list(said)
-    names = [str(name) for name in names]
+    return [str(name) for name in (said.values() if isinstance(said, dict) else said)]
+
+
+def _ct_channel(content: Mapping[str, Any], file: Path) -> tuple[int, tuple[str, ...]]:
+    """Which input channel is the CT, and what to tell the user of it."""
+    names = _channel_names(content)
     cts = [index for index, name in enumerate(names) if same_name(name, "CT")]
     if len(cts) == 1:
         return cts[0], (f"only channel {cts[0]} (CT) is used",) if len(names) > 1 else ()
