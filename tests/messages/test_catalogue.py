@@ -152,15 +152,15 @@ class TestLedger:
             ({"markexpr": "not slow"}, False),
             ({"lf": True}, False),
             ({"exit_code": 1}, False),
-            ({"skipped": ["slurm"]}, False),
-            ({"skipped": ["realdata"]}, True),
+            ({"skipped": ["no Slurm can be started: no slurmctld"]}, False),
+            ({"skipped": ["root may write anywhere"]}, True),
         ],
     )
     def test_it_is_asked_of_the_whole_suite_alone(
         self, changes: dict[str, Any], expected: bool
     ) -> None:
         options = {"args": [], "exit_code": 0, "skipped": [], "keyword": "", "lf": False, **changes}
-        reports = [SimpleNamespace(keywords={mark: 1}) for mark in options["skipped"]]
+        reports = [SimpleNamespace(longrepr=("a.py", 1, why)) for why in options["skipped"]]
         reporter = SimpleNamespace(stats={"skipped": reports})
         config = SimpleNamespace(
             option=SimpleNamespace(**options),
