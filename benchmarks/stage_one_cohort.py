@@ -95,7 +95,7 @@ def make_cohort(
                 "schema_version": 1,
                 "organs": ids,
                 "grid": {"spacing_mm": list(student_mm), "orientation": "RAS"},
-                "admission": {"dice": 0.0},  # random weights find no organ
+                "admission": {"dice": 0.0, "cases": 2},  # random weights find no organ
                 "datasets": {
                     DATASET: {
                         "root": ".",

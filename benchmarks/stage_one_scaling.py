@@ -3,8 +3,10 @@
 Four things alternate in one run: plain processes that run the same networks on windows in memory,
 without this project's engine, Dask or files, once one and once two of them (the ceiling: two cores
 share caches, memory and clock); and stage one with `--executor local`, on one worker and on two.
-Efficiency is T1 / (2 T2). Engines are open before the clock starts; loading the teachers, reading,
-the gate and writing are within. Let --cases be even, so that two workers share them.
+One of either has one core of the machine, two have two: a worker alone would use both, for its
+network, and for reading and writing beside it. Efficiency is T1 / (2 T2). Engines are open before
+the clock starts; loading the teachers, reading, the gate and writing are within. The gate looks at
+two cases and nothing else begins before it has: let --cases be even, so that two workers share them.
 
     OMP_NUM_THREADS=1 python -m benchmarks.stage_one_scaling FOLDER [--rounds 3] [--json]
 """
@@ -20,6 +22,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,7 @@ NUMBERS = (1, 2)
 
 def main() -> None:
     """Prints seconds of each way, and the two efficiencies."""
-    parser = stage_one_options(__doc__, num_cases=4)
+    parser = stage_one_options(__doc__, num_cases=8)
     parser.add_argument("--plain-windows", type=int, default=16, help="of all plain processes")
     arguments = parser.parse_args()
     if os.environ.get("OMP_NUM_THREADS") != "1":
@@ -50,10 +53,22 @@ def main() -> None:
     seconds: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
     for round_ in range(arguments.rounds):
         for what, number in ways if round_ % 2 == 0 else ways[::-1]:  # drifts cancel
-            took = plain(arguments, number) if what == PLAIN else stage(registry, arguments, number)
+            with _cores(number):
+                took = (plain if what == PLAIN else partial(stage, registry))(arguments, number)
             seconds[what, number].append(took)
             print(f"round {round_ + 1}, {what}, {number}: {took:.1f} s", flush=True)
     report(seconds, arguments)
+
+
+@contextmanager
+def _cores(number: int) -> Iterator[None]:
+    """So many cores for this process and all that it starts."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:number])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def plain(arguments: argparse.Namespace, number: int) -> float:
