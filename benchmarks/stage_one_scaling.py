@@ -6,7 +6,7 @@ share caches, memory and clock); and stage one with `--executor local`, on one w
 One of either has one core of the machine, two have two: a worker alone would use both, for its
 network, and for reading and writing beside it. Efficiency is T1 / (2 T2). Engines are open before
 the clock starts; loading the teachers, reading, the gate and writing are within. The gate looks at
-two cases and nothing else begins before it has: let --cases be even, so that two workers share them.
+two cases, and nothing else begins before it has: let --cases be even, so that two workers share.
 
     OMP_NUM_THREADS=1 python -m benchmarks.stage_one_scaling FOLDER [--rounds 3] [--json]
 """
