@@ -68,7 +68,7 @@ def candidates(scores: Scores, budget: str) -> list[str]:
 
 
 def baseline_of(scores: Scores, regime: str, budget: str, name: str, terms: str) -> Floats | None:
-    """A baseline's scores; on equal time with its longer training, if it has one."""
+    """What is compared with; on equal time its longer training, if it has one."""
     longer = (regime, f"{budget}, {EQUAL_TIME}", name)
     if terms == EQUAL_TIME and longer in scores.arrays:
         return scores.arrays[longer]
@@ -104,19 +104,16 @@ def _pair(
 ) -> tuple[Floats, str] | None:
     """Differences (S, N, K) of the seeds that are finished in both, and what was compared with."""
     ours = scores.arrays.get((regime, budget, name))
-    method = scores.arrays.get((regime, budget, METHOD))
-    both = [baseline_of(scores, regime, budget, b, terms) for b in BASELINES]
     if ours is None:
         return None
     if versus == BETTER:
-        first, second = both
+        first, second = (baseline_of(scores, regime, budget, b, terms) for b in BASELINES)
         if first is None or second is None:
             return None
         number = better(first, second)
         theirs, against = (first, second)[number], BASELINES[number]
     else:
-        others = {**dict(zip(BASELINES, both, strict=True)), METHOD: method}
-        found, against = others[versus], versus
+        found, against = baseline_of(scores, regime, budget, versus, terms), versus
         if found is None:
             return None
         theirs = found

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.nursery import Job, Nursery
-from tests.faults.small import build_small, run_stage
+from tests.faults.small import build_small, cached_copy
 from tests.tiny import copy_cohort
 
 
@@ -21,9 +21,7 @@ def small_built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(small_built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The original with a cache that nothing has disturbed; only to be read."""
-    registry = copy_cohort(small_built, tmp_path_factory.mktemp("small") / "undisturbed")
-    assert run_stage(registry).exit_code == 0
-    return registry
+    return cached_copy(small_built, tmp_path_factory.mktemp("small") / "undisturbed")
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from pipeline.log import Log
 from pipeline.volume import Grid, Volume
 from stages import cache_teachers
 from stages.report import StageReport
-from tests.tiny import work_of
+from tests.tiny import copy_cohort, work_of
 
 SPACING_MM = (6.0, 6.0, 6.0)
 SHAPE = (12, 14, 16)
@@ -107,6 +107,13 @@ def run_stage(
         settings(bits), load_registry(registry), work, log=log,
         device="cpu", tables=False, **options,
     )  # fmt: skip
+
+
+def cached_copy(original: Path, folder: Path) -> Path:
+    """The registry of a copy of a cohort that this process alone has cached; nothing failed."""
+    registry = copy_cohort(original, folder)
+    assert run_stage(registry).exit_code == 0
+    return registry
 
 
 def unit_names(registry: Path) -> set[str]:

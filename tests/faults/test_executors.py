@@ -19,7 +19,7 @@ from pipeline.errors import EngineError, WorkerDied
 from tests.faults.deadly import arm, build_deadly, deaths
 from tests.faults.engines import PATIENCE_S, assert_whole, engine_on, num_units, wait_until
 from tests.faults.ledger import LEDGER
-from tests.faults.small import DATASET, run_stage, unit_names
+from tests.faults.small import DATASET, cached_copy, run_stage, unit_names
 from tests.tiny import copy_cohort
 
 pytest.importorskip("distributed", reason="Dask's distributed is not installed")
@@ -45,9 +45,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    registry = copy_cohort(built, tmp_path_factory.mktemp("deadly") / "undisturbed")
-    assert run_stage(registry).exit_code == 0
-    return registry
+    return cached_copy(built, tmp_path_factory.mktemp("deadly") / "undisturbed")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.small import run_stage
+from tests.faults.small import cached_copy
 from tests.slurm.cluster import Slurm, slurm_cluster, why_not
 from tests.slurm.submitting import ENDS, submitted, use
 from tests.tiny import copy_cohort
@@ -40,9 +40,7 @@ def undisturbed_student(
 @pytest.fixture(scope="module")
 def undisturbed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the cohort that a module of tests has `built`, cached by this process alone."""
-    registry = copy_cohort(built, tmp_path_factory.mktemp("slurm") / "undisturbed")
-    assert run_stage(registry).exit_code == 0
-    return registry
+    return cached_copy(built, tmp_path_factory.mktemp("slurm") / "undisturbed")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pipeline.inventory.verify import verify
 from pipeline.log import Log
 from pipeline.status import status
 from pipeline.volume import Volume
-from tests.faults.small import DATASET, build_small, content, run_stage, unit_names
+from tests.faults.small import DATASET, build_small, cached_copy, content, run_stage, unit_names
 from tests.tiny import change_registry, copy_cohort, work_of
 
 NUM_CASES = 6
@@ -32,9 +32,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cached by one run."""
-    registry = copy_cohort(built, tmp_path_factory.mktemp("parts") / "whole")
-    assert run_stage(registry).exit_code == 0
-    return registry
+    return cached_copy(built, tmp_path_factory.mktemp("parts") / "whole")
 
 
 @pytest.fixture
