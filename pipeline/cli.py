@@ -50,7 +50,6 @@ from pipeline.cli_report import report
 from pipeline.cli_run import recorded
 from pipeline.cli_self_test import refuse_without_self_test, run_self_test
 from pipeline.cli_submit import submit
-from pipeline.cli_tune import tune
 from pipeline.errors import PipelineError
 
 app = typer.Typer(
@@ -73,7 +72,6 @@ app.command()(compare)
 app.command()(evaluate)
 app.command()(submit)
 app.command()(report)
-cache_app.command()(tune)
 
 
 @app.command()

@@ -148,7 +148,7 @@ def least(todo: Todo, organs: Mapping[str, int]) -> dict[str, Estimate]:
 
 
 # Bytes per voxel and bytes per unit: a little below the least that was seen, on real CT and on the
-# phantom (`pipeline cache tune`): this is to refuse what cannot fit, not to foretell.
+# phantom (`benchmarks/tune`): this is to refuse what cannot fit, not to foretell.
 _LEAST_IMAGE = 0.5
 _LEAST_LOG_ODDS = 0.1
 _LEAST_METADATA = 4000

@@ -43,11 +43,10 @@ from pipeline.student.loggers.by_name import open_loggers
 from pipeline.student.processes import Processes, _portable
 from pipeline.submission import script, submit
 from pipeline.submission.settings import SubmitSettings
-from pipeline.tuning.tune import tune
 from pipeline.volume import Grid, Volume
 from stages.report import StageReport
 from stages.train_student import TrainStudentConfig
-from tests.tiny import NETWORK, cache_config, change_registry
+from tests.tiny import NETWORK, change_registry
 from tests.unit.test_cli import run_here
 
 LOG = Log(quiet=True)
@@ -218,12 +217,6 @@ class TestOfARegistry:
         registry = load_registry(tiny_registry)
         with pytest.raises(ConfigError, match="no teachers, so there are no regions to look at"):
             inspection._check_teachers(registry)
-        config = cache_config()
-        with pytest.raises(PipelineError, match="so there is nothing to store"):
-            tune(
-                registry, splits=config.splits, window=config.window, storage=config.storage,
-                log=LOG, device="cpu", window_batch=1,
-            )  # fmt: skip
 
     def test_jobs_need_a_disk(self) -> None:
         store: Any = SimpleNamespace()  # anything that is no local path

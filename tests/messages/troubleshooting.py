@@ -34,7 +34,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "The cache and the work folder",
         ("cache/", "cohort", "folder", "mirror", "inventory/", "cli_cache", "planning/", "cli_plan",
-         "tuning/", "tables", "status"),
+         "tables", "status"),
     ),
     ("Several workers, Slurm, job arrays", ("engine/", "submission/", "cli_submit")),
     (

@@ -1,13 +1,13 @@
-"""The tables of `pipeline cache tune`."""
+"""The tables of `python -m benchmarks.tune`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.tune.loss import TEMPERATURES
+from benchmarks.tune.measure import Tuning
 from pipeline.log import print_table
-from pipeline.tuning.loss import TEMPERATURES
-from pipeline.tuning.tune import Tuning
 
 
 def print_tuning(found: Tuning) -> None:
@@ -44,7 +44,7 @@ def print_tuning(found: Tuning) -> None:
     columns = ["stored as", "chunk", "zstd", "B/value", "B/voxel", "RMS error"]
     if rows:
         print_table("Features, per tap", [*columns, "largest", "1 - cos", "enc", "dec"], rows)
-    print("enc, dec: millions of values encoded and decoded per CPU second")  # noqa: T201
+    print("enc, dec: millions of values encoded and decoded per CPU second")
 
 
 def _named(row: Mapping[str, Any]) -> list[str]:

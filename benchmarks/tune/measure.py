@@ -1,4 +1,4 @@
-"""`pipeline cache tune`: bytes against error and speed, for the storage settings on offer."""
+"""Bytes against error and speed, for the storage settings on offer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ import zarr
 from zarr.abc.buffer import Buffer
 from zarr.storage import MemoryStore
 
+from benchmarks.tune.encodings import (
+    Encoding,
+    FloatArray,
+    feature_encodings,
+    log_odds_encodings,
+    rounded,
+)
+from benchmarks.tune.loss import KL, TEMPERATURES, FeatureError, flips
 from pipeline.cache.schema import SPATIAL, ArraySpec, StorageConfig, create_array
 from pipeline.case_sizes import case_sizes, two_cases
 from pipeline.data.nifti import read_image
@@ -20,14 +28,6 @@ from pipeline.data.registry import Registry
 from pipeline.errors import RegistryError
 from pipeline.log import Log
 from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.tuning.encodings import (
-    Encoding,
-    FloatArray,
-    feature_encodings,
-    log_odds_encodings,
-    rounded,
-)
-from pipeline.tuning.loss import KL, TEMPERATURES, FeatureError, flips
 from pipeline.units import Outputs, open_teacher, run_teacher
 
 _CHUNKS = (32, 64, 128)

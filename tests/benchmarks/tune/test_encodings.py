@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.tuning.encodings import (
+from benchmarks.tune.encodings import (
     Encoding,
     arcsine_code,
     arcsine_value,

@@ -1,12 +1,16 @@
-"""`pipeline cache tune`."""
+"""Bytes against error and speed of each way to store, on two of your cases; writes nothing.
+
+python -m benchmarks.tune -r data_registry.yaml -c cache_teachers.yaml
+"""
 
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import typer
 
+from benchmarks.tune.measure import tune
+from benchmarks.tune.table import print_tuning
 from pipeline.cli_options import (
     REGISTRY,
     ConfigOption,
@@ -20,11 +24,10 @@ from pipeline.cli_options import (
     open_registry,
     open_settings,
 )
-from pipeline.cli_run import recorded
+from stages.cache_teachers import CacheTeachersConfig
 
 
-@partial(recorded, group="cache")
-def tune(
+def main(
     registry: RegistryOption = REGISTRY,
     config: ConfigOption = None,
     device: DeviceOption = "auto",
@@ -34,12 +37,8 @@ def tune(
     quiet: QuietOption = False,
 ) -> None:
     """Bytes against error and speed of each way to store, on two of your cases; writes nothing."""
-    from pipeline.tuning.table import print_tuning
-    from pipeline.tuning.tune import tune as measure
-    from stages.cache_teachers import CacheTeachersConfig
-
     settings = open_settings(config, CacheTeachersConfig)
-    found = measure(
+    found = tune(
         open_registry(registry, trust=trust),
         splits=settings.splits,
         window=settings.window,
@@ -49,6 +48,10 @@ def tune(
         window_batch=window_batch,
     )
     if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=1))
+        print(json.dumps(found.to_json(), indent=1))
     else:
         print_tuning(found)
+
+
+if __name__ == "__main__":
+    typer.run(main)

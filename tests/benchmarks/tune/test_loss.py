@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import entropy
 
-from pipeline.tuning.loss import KL, FeatureError, binary_kl, flips
+from benchmarks.tune.loss import KL, FeatureError, binary_kl, flips
 
 F = npt.NDArray[np.float32]
 
