@@ -170,7 +170,7 @@ def _score(
         predicted.volume.array,
         truth,
         ids,
-        reference.volume.spacing_mm,
+        reference.volume.grid,
         tolerance_mm=config.tolerance_mm,
         surface=config.surface,
     )

@@ -179,9 +179,7 @@ def _scored(
     case: CachedCase, predicted: npt.NDArray[np.uint8], space: LabelSpace
 ) -> list[OrganRow]:
     ids = {organ: i for organ, i in space.ids.items() if organ in case.annotated}
-    scores = score_case(
-        predicted, case.label(), ids, case.grid.spacing_mm, ignore_value=IGNORE, surface=False
-    )
+    scores = score_case(predicted, case.label(), ids, case.grid, ignore_value=IGNORE, surface=False)
     return [_row(case.name, score.organ, score_json(score)) for score in scores]
 
 

@@ -25,6 +25,7 @@ from tests.tiny import change_registry
 
 CASES = ("multi-ct/case_001", "multi-ct/case_002")
 LIVER, SPLEEN = 1, 2
+IN_PLACE = np.eye(4)
 Change = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
 
@@ -46,9 +47,11 @@ def reference(registry: Path, case: str) -> Path:
     return registry.parent / "data" / dataset / "labels" / f"{name}.nii.gz"
 
 
-def change_file(path: Path, target: Path, change: Change, *, shift_mm: float = 0.0) -> None:
+def change_file(
+    path: Path, target: Path, change: Change, *, shift_mm: float = 0.0, turn: Any = IN_PLACE
+) -> None:
     source = nib.load(path)
-    affine = source.affine.copy()
+    affine = turn @ source.affine
     affine[0, 3] += shift_mm
     target.parent.mkdir(parents=True, exist_ok=True)
     array = np.ascontiguousarray(change(np.asarray(source.dataobj))).astype(np.uint8)
@@ -76,6 +79,12 @@ def metrics(registry: Path, case: str, organ: str) -> dict[str, Any]:
 
 def means(registry: Path, organ: str) -> dict[str, Any]:
     return dict(organ_means(summary_of(registry))[organ])
+
+
+def one_voxel(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    out = np.zeros_like(array)
+    out[tuple(n // 2 for n in array.shape)] = LIVER
+    return out
 
 
 def without(value: int) -> Change:
@@ -188,6 +197,17 @@ class TestScores:
         size = np.asarray(nib.load(reference(perfect, CASES[0])).dataobj)
         assert found["TN"] == (size != 5).sum()
         assert metrics(perfect, CASES[0], "spleen")["Dice"] == 1.0
+
+    def test_distances_of_a_tilted_gantry_are_those_in_mm(self, perfect: Path) -> None:
+        path = reference(perfect, CASES[0])
+        lean = np.eye(4)
+        lean[1:3, 2] = np.sin(np.radians(25)), np.cos(np.radians(25))
+        change_file(path, path, one_voxel, turn=lean)
+        write_prediction(perfect, CASES[0], lambda a: np.roll(a, (2, 3), axis=(1, 2)))
+        run(perfect)
+        apart = nib.load(path).affine[:3, :3] @ (0, 2, 3)
+        found = metrics(perfect, CASES[0], "liver")
+        assert found["HD95_mm"] == pytest.approx(np.linalg.norm(apart), rel=1e-5)
 
     def test_tolerance_is_in_mm_and_surfaces_may_be_left_out(self, perfect: Path) -> None:
         write_prediction(perfect, CASES[0], lambda a: np.roll(a, 1, axis=0))
