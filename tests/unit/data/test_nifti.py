@@ -213,7 +213,10 @@ def test_organ_names_stand_in_the_header_extension(name: str, tmp_path: Path) ->
     text = extension.get_content()
     content = json.loads(text if isinstance(text, str) else text.decode())
     assert content == {"labels": {"1": "liver", "12": "left kidney"}}
-    np.testing.assert_array_equal(read_image(tmp_path / name).volume.array, volume.array)
+    again = read_image(tmp_path / name)
+    np.testing.assert_array_equal(again.volume.array, volume.array)
+    assert again.names == (names, names)
+    assert read_image(path).names == ()
 
 
 def test_a_trailing_axis_of_one_is_no_fourth_dimension(tmp_path: Path) -> None:

@@ -357,6 +357,12 @@ def test_predictions_without_scores_stop(built_runs: Path, tmp_path: Path) -> No
     error = error_of(built_runs, tmp_path / "r.html", "-p", str(tmp_path))
     assert isinstance(error, ConfigError)
     assert "pipeline evaluate" in error.fix
+    given = predictions(tmp_path / "predicted", built_runs)
+    summary = given / "summary.json"
+    summary.write_text(summary.read_text().replace(f'"rules": {RULES}', '"rules": 2'))
+    error = error_of(built_runs, tmp_path / "r.html", "-p", str(given))
+    assert isinstance(error, ConfigError)
+    assert "scored by an earlier version" in error.what
 
 
 def test_only_an_html_file_is_written(built_runs: Path, tmp_path: Path) -> None:
