@@ -266,7 +266,8 @@ def _sheared_areas(mask: torch.Tensor, grid: Grid) -> torch.Tensor:
     vectors = _get_neighbour_code_to_normals_table().double() @ cofactors.T
     kernel = torch.tensor(ENCODING_KERNEL[3], dtype=torch.float32)[None, None]
     codes = torch.nn.functional.conv3d(mask[None, None].float(), kernel)[0, 0].long()
-    return torch.linalg.norm(vectors, dim=-1).sum(-1)[codes]
+    areas: torch.Tensor = torch.linalg.norm(vectors, dim=-1).sum(-1)
+    return areas[codes]
 
 
 def _check_grid(grid: Grid, reference: Array) -> None:

@@ -208,9 +208,9 @@ def _score(
 
 def _check_folder(predictions: Path, cases: Sequence[CaseFiles]) -> None:
     if not predictions.is_dir():
-        is_file = "it is a file, not a folder." if predictions.exists() else ""
+        what = "it is a file, not a folder." if predictions.exists() else "there is no such folder."
         raise ConfigError(
-            is_file or "there is no such folder.",
+            what,
             where=predictions,
             fix="Name the folder that `pipeline predict --registry` filled.",
         )

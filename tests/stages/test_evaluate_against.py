@@ -219,6 +219,7 @@ def test_on_the_command_line(
     assert code == 0
     assert "Dice: good against poor, 9 cases" in out
     assert (cohort.parent / "good" / "against.json").exists()
+    (Path(good) / "summary.json").unlink()
     before = snapshot(cohort.parent)
     missing = [*arguments, "--against", f"{poor}er"]
     code, _, err = run_cli(*missing, capsys=capsys, monkeypatch=monkeypatch)
