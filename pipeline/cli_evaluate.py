@@ -41,17 +41,17 @@ def evaluate(
     from stages import evaluate as stage
 
     settings = open_settings(config, stage.EvaluateConfig)
-    if (predictions / "student.pt").exists():
+    if against or (predictions / "student.pt").exists():
         from pipeline.comparison.folders import predictions_of
 
-        predictions = predictions_of(predictions)
+        predictions, *others = [predictions_of(path) for path in (predictions, *(against or []))]
     opened, log = open_registry(registry), open_log(quiet)
     report = stage.run(settings, opened, predictions, log=log, table=not quiet, dry_run=dry_run)
     if against and not dry_run:
         from pipeline.comparison.folders import side_by_side
         from pipeline.comparison.paired_tables import print_side_by_side, write_side_by_side
 
-        found = side_by_side(settings, opened, predictions, against, log=log)
+        found = side_by_side(settings, opened, predictions, others, log=log)
         written = write_side_by_side(found, predictions)
         if not quiet:
             print_side_by_side(found)

@@ -199,6 +199,26 @@ def remove(path: Folder) -> None:
         path.fs.rm(path.path, recursive=True)
 
 
+def check_writable(path: Path) -> None:
+    """Asks, and writes nothing, whether a folder can be made or written at a path: what takes hours
+    asks before it begins.
+
+    Raises:
+        WorkFolderError: a file stands in its way, or permissions do.
+    """
+    folder = path.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+        return
+    why = "nobody may write into" if folder.is_dir() else "a file is in the way,"
+    raise WorkFolderError(
+        f"this folder cannot be written: {why} {folder}.",
+        where=path,
+        fix="Name another folder, or correct its permissions.",
+    )
+
+
 def check_answers(folder: Folder) -> None:
     """Makes sure that an object store can be asked; a local folder is not looked at.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 
 Colour = tuple[int, int, int]
@@ -96,3 +97,12 @@ def caret_xml(names: Mapping[int, str]) -> str:
             "</VolumeInformation></CaretExtension>",
         ]
     )
+
+
+def caret_names(text: bytes) -> dict[int, str]:
+    """The inverse of `caret_xml`: label value -> name; empty for what is no such table."""
+    try:
+        labels = list(ET.fromstring(text.strip(b"\0 \n")).iter("Label"))
+        return {int(label.attrib["Key"]): (label.text or "").strip() for label in labels}
+    except (ET.ParseError, KeyError, ValueError):
+        return {}

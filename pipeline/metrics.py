@@ -1,33 +1,36 @@
 """Dice, normalised surface Dice and HD95 of one organ at a time, in millimetres.
 
-Arrays are (D, H, W) and spacing is along z, y, x, as everywhere (see `pipeline.volume`). Three
-rules make a score readable without a footnote:
+Arrays are (D, H, W), as everywhere (see `pipeline.volume`), on a grid whose axes need not be at
+right angles: distances are between places in mm. Three rules make a score readable without a
+footnote:
 
 1. The reference lacks the organ, and so does the prediction: every value is NaN, with a reason. The
    prediction alone has it: Dice 0, as nnU-Net counts it; NSD and HD95 are NaN, for there is no
    surface to be near to.
 2. The reference has the organ and the prediction is empty: Dice 0, NSD 0, HD95 the diagonal of the
    image. A miss is never NaN, or a mean over cases would reward it.
-3. Spacing is always asked for; there is no default under which a distance would be in voxels.
+3. The grid is always asked for; there is no default under which a distance would be in voxels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from monai.metrics import get_mask_edges, get_surface_distance
+from scipy.spatial import KDTree
 
 from pipeline.errors import GeometryError
-from pipeline.volume import Array, Spacing
+from pipeline.volume import Array, Grid
 
 # Of the rules above: raised with them, so that scores kept in files are not mixed.
-RULES = 2
+RULES = 3
 ABSENT = "organ absent from the reference"
 NOT_ANNOTATED = "not annotated in this case"
 EMPTY_PREDICTION = "prediction is empty"
@@ -80,7 +83,7 @@ def score_case(
     prediction: Array,
     reference: Array,
     organs: Mapping[str, int],
-    spacing_mm: Sequence[float],
+    grid: Grid,
     *,
     tolerance_mm: float = 3.0,
     ignore_value: int | None = 255,
@@ -106,7 +109,7 @@ def score_case(
         prediction: label values, shape (D, H, W), integer or bool.
         reference: label values, shape (D, H, W), integer or bool.
         organs: label value of each organ, by name.
-        spacing_mm: distance between voxel centres along z, y, x, in mm.
+        grid: where both lie.
         tolerance_mm: the t of NSD, in mm.
         ignore_value: the reference value of voxels nobody has judged; None if there is no such
             value.
@@ -115,16 +118,16 @@ def score_case(
 
     Returns:
         One score per organ, in the order of `organs`. If the prediction of an organ is empty,
-        `hd95_mm` is the diagonal of the image, voxel edge to voxel edge: an upper bound that no
-        prediction with at least one voxel can reach.
+        `hd95_mm` is the longest diagonal of the image, voxel edge to voxel edge: an upper bound
+        that no prediction with at least one voxel can reach.
 
     Raises:
         GeometryError: the shapes differ or are not three-dimensional, the labels are not integers,
-            or the spacing is not three positive, finite numbers.
+            the grid is another one, or its spacing is not three positive, finite numbers.
         ValueError: the tolerance is negative or not finite, or an organ has the ignored value.
     """
-    spacing = _checked_spacing(spacing_mm)
     _check_labels(prediction, reference)
+    _check_grid(grid, reference)
     tolerance = float(tolerance_mm)
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance_mm must be finite and not negative, not {tolerance_mm}")
@@ -139,7 +142,7 @@ def score_case(
         if keep is not None:
             predicted &= keep
         expected: Mask = reference == value
-        scored = _score_organ(organ, predicted, expected, spacing, tolerance, surface)
+        scored = _score_organ(organ, predicted, expected, grid, tolerance, surface)
         scores.append(replace(scored, num_voxels=judged))
     return tuple(scores)
 
@@ -162,7 +165,7 @@ def _score_organ(
     organ: str,
     predicted: Mask,
     expected: Mask,
-    spacing: Spacing,
+    grid: Grid,
     tolerance: float,
     surface: bool,
 ) -> OrganScore:
@@ -175,11 +178,19 @@ def _score_organ(
     dice = dice_of(overlap, num_predicted, num_reference)
     nsd = hd95 = math.nan
     if surface and num_predicted == 0:
-        nsd, hd95 = 0.0, math.hypot(*(np.array(expected.shape) * spacing))
+        nsd, hd95 = 0.0, _diagonal_mm(grid)
     elif surface:
-        nsd, hd95 = _surface_scores(*_crop(predicted, expected), spacing, tolerance)
+        nsd, hd95 = _surface_scores(*_crop(predicted, expected), grid, tolerance)
     reason = "" if num_predicted else EMPTY_PREDICTION
     return OrganScore(organ, dice, nsd, hd95, num_reference, num_predicted, reason, overlap)
+
+
+def _diagonal_mm(grid: Grid) -> float:
+    """The longest one, voxel edge to voxel edge; only on a sheared grid do they differ."""
+    if not grid.is_sheared:
+        return math.hypot(*(np.array(grid.shape) * grid.spacing_mm))
+    edges = grid.matrix[:3, :3] * grid.shape
+    return max(float(np.linalg.norm(edges @ (1, *signs))) for signs in product((1, -1), repeat=2))
 
 
 def _crop(predicted: Mask, expected: Mask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,7 +213,7 @@ def _crop(predicted: Mask, expected: Mask) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _surface_scores(
-    predicted: torch.Tensor, expected: torch.Tensor, spacing: Spacing, tolerance: float
+    predicted: torch.Tensor, expected: torch.Tensor, grid: Grid, tolerance: float
 ) -> tuple[float, float]:
     """NSD and HD95 in mm of two masks, neither empty, with background all around.
 
@@ -213,39 +224,65 @@ def _surface_scores(
     # With spacing, monai puts surface elements on voxel corners and weighs them by area, which is
     # Nikolov's definition. Without, it counts border voxels alike: a 5 x 1 mm face as a 1 x 1 mm.
     edges_p, edges_e, areas_p, areas_e = get_mask_edges(
-        predicted, expected, crop=False, spacing=spacing
+        predicted, expected, crop=False, spacing=grid.spacing_mm
     )
+    if grid.is_sheared:
+        areas_p, areas_e = _sheared_areas(predicted, grid), _sheared_areas(expected, grid)
     # monai's distances are float32 and numpy compares them to a Python float in float32: 3 x 0.1
     # mm is within 0.3 mm, although it is not in float64.
-    near_p, near_e = (near <= tolerance for near in _both_ways(edges_p, edges_e, spacing))
+    near_p, near_e = (near <= tolerance for near in _both_ways(edges_p, edges_e, grid))
     area_p, area_e = areas_p[edges_p].double().numpy(), areas_e[edges_e].double().numpy()
     nsd = (area_p[near_p].sum() + area_e[near_e].sum()) / (area_p.sum() + area_e.sum())
 
     borders_p, borders_e = get_mask_edges(predicted, expected, crop=False)
-    apart = _both_ways(borders_p, borders_e, spacing)
+    apart = _both_ways(borders_p, borders_e, grid)
     hd95 = max(float(np.percentile(mm.astype(np.float64), 95)) for mm in apart)
     return float(nsd), hd95
 
 
 def _both_ways(
-    one: torch.Tensor, other: torch.Tensor, spacing: Spacing
+    one: torch.Tensor, other: torch.Tensor, grid: Grid
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Distance in mm from each element of one edge to the nearest of the other, and back."""
-    return (
-        get_surface_distance(one, other, spacing=spacing).numpy(),
-        get_surface_distance(other, one, spacing=spacing).numpy(),
-    )
-
-
-def _checked_spacing(spacing_mm: Sequence[float]) -> Spacing:
-    values = [float(value) for value in spacing_mm]
-    if len(values) != 3 or not all(math.isfinite(value) and value > 0 for value in values):
-        raise GeometryError(
-            f"the spacing must be three positive numbers of mm, not {values}.",
-            where="spacing_mm",
-            fix="Give it as (z, y, x).",
+    if not grid.is_sheared:
+        return (
+            get_surface_distance(one, other, spacing=grid.spacing_mm).numpy(),
+            get_surface_distance(other, one, spacing=grid.spacing_mm).numpy(),
         )
-    return values[0], values[1], values[2]
+    # What monai does, with places in mm for indices times spacing.
+    a, b = (np.argwhere(edge.numpy()) @ grid.matrix[:3, :3].T for edge in (one, other))
+    there, back = KDTree(b, leafsize=32).query(a)[0], KDTree(a, leafsize=32).query(b)[0]
+    return there.astype(np.float32), back.astype(np.float32)
+
+
+def _sheared_areas(mask: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Area in mm² of the surface element on each voxel corner, as `get_mask_edges` has it for
+    upright axes: vectors along the normals of the triangles, as long as these are large, are mapped
+    by the cofactors of the axes."""
+    from monai.metrics.utils import ENCODING_KERNEL, _get_neighbour_code_to_normals_table
+
+    axes = torch.from_numpy(grid.matrix[:3, :3])
+    cofactors = torch.linalg.det(axes) * torch.linalg.inv(axes).T
+    vectors = _get_neighbour_code_to_normals_table().double() @ cofactors.T
+    kernel = torch.tensor(ENCODING_KERNEL[3], dtype=torch.float32)[None, None]
+    codes = torch.nn.functional.conv3d(mask[None, None].float(), kernel)[0, 0].long()
+    areas: torch.Tensor = torch.linalg.norm(vectors, dim=-1).sum(-1)
+    return areas[codes]
+
+
+def _check_grid(grid: Grid, reference: Array) -> None:
+    if grid.shape != reference.shape:
+        raise GeometryError(
+            f"the label maps have shape {reference.shape}, their grid {grid.shape}.",
+            where="prediction and reference",
+            fix="Give the grid that they were read with.",
+        )
+    if not all(math.isfinite(mm) and mm > 0 for mm in grid.spacing_mm):
+        raise GeometryError(
+            f"the spacing must be three positive numbers of mm, not {list(grid.spacing_mm)}.",
+            where="prediction and reference",
+            fix="Write the file again with its spacing and orientation.",
+        )
 
 
 def _check_labels(prediction: Array, reference: Array) -> None:

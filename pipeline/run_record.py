@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError, WorkFolderError
-from pipeline.folder import replace_file
+from pipeline.folder import check_writable, replace_file
 from pipeline.versions import versions
 
 if TYPE_CHECKING:
@@ -38,6 +38,20 @@ INPUTS = (
 )  # fmt: skip
 OUTPUTS = ("work", "output", "predictions", "folder", "stage_to")
 _ONLY_READ = {"report": ("predictions",)}
+
+# Folders that a command fills after long work: whether they can be written is asked first. Other
+# commands ask so soon themselves that nothing was done before.
+WRITES = {
+    "cache export": ("output",),
+    "cache-teachers": ("work",),
+    "compare": ("output", "work"),
+    "demo": ("folder",),
+    "export": ("output",),
+    "inspect": ("output",),
+    "predict": ("output",),
+    "train-student": ("work",),
+    "train-teachers": ("work",),
+}
 
 _DRY = ("dry_run", "print_")
 
@@ -78,8 +92,12 @@ class RunRecord:
         """From here on the record is `current()`; files that are read are digested as they are now.
 
         Raises:
-            WorkFolderError: the report could not be written in the end: said before hours of work.
+            WorkFolderError: the report, or the folder that the command fills, could not be written
+                in the end: said before hours of work.
         """
+        for name in () if self.is_dry_run else WRITES.get(self.command, ()):
+            if isinstance(folder := self.arguments.get(name), Path):
+                check_writable(folder)
         if self.path is not None:
             _check_place(self.path)
             read = (*INPUTS, *_ONLY_READ.get(self.command, ()))

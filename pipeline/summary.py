@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from pipeline.metrics import NOT_ANNOTATED, OrganScore, dice_of
+from pipeline.metrics import NOT_ANNOTATED, RULES, OrganScore, dice_of
 
 # In nnU-Net's order, then ours.
 METRICS: Final = (
@@ -43,7 +43,7 @@ def summarise(scores: Mapping[str, Sequence[OrganScore]], ids: Mapping[str, int]
 
         `foreground_mean`: `{METRICS}`, the mean over organs of the organ means.
 
-        `organs`: organ -> label.
+        `organs`: organ -> label. `rules`: of scoring, by number.
     """
     rows: list[dict[str, Any]] = [
         {
@@ -64,6 +64,7 @@ def summarise(scores: Mapping[str, Sequence[OrganScore]], ids: Mapping[str, int]
         "mean": mean,
         "foreground_mean": {key: _mean([m[key] for m in mean.values()]) for key in METRICS},
         "organs": dict(ids),
+        "rules": RULES,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,16 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.cache.store import prepare_work_folder, write_json
-from pipeline.case_checks import GEOMETRY_TOLERANCE_MM, organ_labels
-from pipeline.config import Config, digest
+from pipeline.case_checks import (
+    GEOMETRY_TOLERANCE_MM,
+    SUFFIXES,
+    ReadAs,
+    json_beside,
+    organ_labels,
+    predicted_labels,
+    prediction_file,
+)
+from pipeline.config import Config, digest, file_sha256
 from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry
@@ -40,10 +49,11 @@ class EvaluateConfig(Config):
 
 @dataclass(frozen=True)
 class _Scored:
-    """Scores of a case, and the files that they are of."""
+    """Scores of a case, the files that they are of, and how its prediction was read."""
 
     scores: tuple[OrganScore, ...]
-    files: dict[str, str]
+    files: dict[str, str | None]
+    read_as: ReadAs
 
 
 def settings_of(config: EvaluateConfig, registry: Registry) -> dict[str, Any]:
@@ -69,7 +79,8 @@ def run(
     table: bool = True,
     dry_run: bool = False,
 ) -> StageReport:
-    """Scores `predictions/<dataset>/<case>.nii.gz`; writes `summary.json` and `scores.csv` there.
+    """Scores `predictions/<dataset>/<case>.nii.gz`, or `.nii`; writes `summary.json` and
+    `scores.csv` there.
 
     A case without a prediction is a failed unit, not a silent gap. An organ that a dataset does not
     annotate is NaN in its cases and counted as missing. `pipeline.summary` says what is in them.
@@ -83,7 +94,8 @@ def run(
         dry_run: say what would be done, write nothing.
 
     Raises:
-        ConfigError: the registry has no case in these splits.
+        ConfigError: the registry has no case in these splits, there is no such folder, or its label
+            maps lie where no case is looked for.
         WorkFolderError: the folder cannot be written.
     """
     began = time.monotonic()
@@ -95,6 +107,7 @@ def run(
             where=registry.path,
             fix="Set `split` in the registry, or `splits` in evaluate.yaml.",
         )
+    _check_folder(predictions, cases)
     if dry_run:
         report.done = [case.name for case in cases]
         return report
@@ -110,6 +123,7 @@ def run(
                 report.failed[case.name] = error
                 log.warn(f"{case.name} failed: {error}")
             advance(case.name)
+    _say_organs({name: case.read_as for name, case in scored.items()}, log)
     found = {name: case.scores for name, case in scored.items()}
     summary = summarise(found, registry.label_space.ids)
     for row in summary["metric_per_case"]:
@@ -157,20 +171,22 @@ def _score(
     config: EvaluateConfig, registry: Registry, predictions: Path, case: CaseFiles
 ) -> _Scored:
     entry = registry.datasets[case.dataset]
-    path = predictions / case.dataset / f"{case.case}.nii.gz"
+    path = prediction_file(predictions, case.name)
     if not path.exists():
         raise GeometryError(
             "there is no prediction.", where=f"{case.name}, {path}", fix="Run `pipeline predict`."
         )
+    where = f"{case.name}, {path}"
     predicted, reference = read_label(path), read_label(case.label)
-    _check_grid(reference.volume.grid, predicted.volume.grid, f"{case.name}, {path}")
+    _check_grid(reference.volume.grid, predicted.volume.grid, where)
+    labels, read_as = predicted_labels(predicted, registry.organs, entry.annotated, where=where)
     ids = {organ: registry.organs[organ] for organ in entry.annotated}
     truth = organ_labels(registry, case, reference)
     found = score_case(
-        predicted.volume.array,
+        labels,
         truth,
         ids,
-        reference.volume.spacing_mm,
+        reference.volume.grid,
         tolerance_mm=config.tolerance_mm,
         surface=config.surface,
     )
@@ -179,13 +195,58 @@ def _score(
         by_organ.get(organ) or OrganScore.missing(organ, NOT_ANNOTATED)
         for organ in registry.label_space.organs
     )
+    beside = json_beside(path)
     files = {
         "reference_file": str(case.label),
         "prediction_file": str(path),
         "reference_sha256": reference.sha256,
         "prediction_sha256": predicted.sha256,
+        "prediction_json_sha256": file_sha256(beside) if beside.exists() else None,
     }
-    return _Scored(scores, files)
+    return _Scored(scores, files, read_as)
+
+
+def _check_folder(predictions: Path, cases: Sequence[CaseFiles]) -> None:
+    if not predictions.is_dir():
+        what = "it is a file, not a folder." if predictions.exists() else "there is no such folder."
+        raise ConfigError(
+            what,
+            where=predictions,
+            fix="Name the folder that `pipeline predict --registry` filled.",
+        )
+    if any((predictions / f"{case.name}{s}").exists() for case in cases for s in SUFFIXES):
+        return
+    loose = sorted(f.name for f in predictions.iterdir() if f.name.endswith(SUFFIXES))
+    if not loose:
+        return
+    if predictions.resolve().name in {case.dataset for case in cases}:
+        fix = f"Name the folder above, {predictions.resolve().parent}."
+    else:
+        datasets = {c.dataset for c in cases if {f"{c.case}{s}" for s in SUFFIXES} & {*loose}}
+        into = predictions / (datasets.pop() if len(datasets) == 1 else "<dataset>")
+        fix = f"Move them to {into}, with the JSON beside each, or predict with --registry."
+    raise ConfigError(
+        f"label maps lie in the folder itself ({len(loose)}, such as {loose[0]}), but they are "
+        f"looked for as <dataset>/<case>.nii.gz, such as {cases[0].name}.nii.gz.",
+        where=predictions,
+        fix=fix,
+    )
+
+
+def _say_organs(found: Mapping[str, ReadAs], log: Log) -> None:
+    """Once for all cases."""
+    mapped = [name for name, read_as in found.items() if read_as.mapped]
+    if mapped:
+        log.warn(
+            f"ids of the predictions differ from the registry's; mapped by name "
+            f"({len(mapped)} of {len(found)} cases, such as {mapped[0]})"
+        )
+    others = {organ for read_as in found.values() for organ in read_as.others}
+    if others:
+        log.warn(
+            f"organs of the predictions that the registry does not have count as background: "
+            f"{', '.join(sorted(others))}"
+        )
 
 
 def _check_grid(reference: Grid, predicted: Grid, where: str) -> None:

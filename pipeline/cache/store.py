@@ -140,9 +140,9 @@ def prepare_work_folder(work: Folder) -> None:
         remove(probe)
     except OSError as error:
         raise WorkFolderError(
-            f"the work folder cannot be written ({error.strerror or error}).",
+            f"this folder cannot be written ({error.strerror or error}).",
             where=work,
-            fix="Choose another folder with --work, or correct its permissions.",
+            fix="Name another folder, or correct its permissions.",
         ) from error
 
 

@@ -150,7 +150,7 @@ def _image_facts(
     counts = value_counts(volume.array)
     seen = intensities(volume.array, counts)
     found += [of_case(d.severity, "hu", name, d.what, d.fix) for d in doubts(counts, seen)]
-    found += _sizes(task, volume.grid)
+    found += _sizes(task, volume.grid) + _shear(task, volume.grid)
     return replace(
         facts,
         shape=volume.grid.shape,
@@ -174,6 +174,23 @@ def _sizes(task: Task, grid: Grid) -> list[Finding]:
             f"on the student grid it has {_by(shape)} voxels, less than the student's patch of "
             f"{_by(patch)}: at most {filled:.0%} of a patch is image, the rest padding.",
             "Choose a smaller `patch` or a finer `grid.spacing_mm`, or leave such cases out.",
+        )
+    ]
+
+
+def _shear(task: Task, grid: Grid) -> list[Finding]:
+    if not grid.is_sheared:
+        return []
+    return [
+        of_case(
+            "warning",
+            "grid",
+            task.source.name,
+            f"its grid is sheared by {grid.shear_degrees:.1f} degrees, as by a tilted gantry: its "
+            "axes are not at right angles. Places, volumes and distances are right, but teachers "
+            "and student see the body leaning by that angle.",
+            "If the teachers were trained on upright scans, resample image and label onto upright "
+            "axes together; else leave it.",
         )
     ]
 

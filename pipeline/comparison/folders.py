@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.case_checks import json_beside
 from pipeline.comparison.paired import Paired, holm, paired
 from pipeline.comparison.statistics import OVER_ORGANS, Floats
 from pipeline.config import file_sha256
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError
 from pipeline.log import Log
+from pipeline.metrics import RULES
 from pipeline.summary import known
 from stages import evaluate
 from stages.evaluate import EvaluateConfig
@@ -238,14 +240,22 @@ def _check_settings(folder: Path, summary: Mapping[str, Any], first: Mapping[str
 
 def _outdated(summary: Mapping[str, Any], first: Mapping[str, Any]) -> str:
     """Why a summary is not of what is there now; empty if it is."""
+    if summary.get("rules") != RULES:
+        return "it was scored by an earlier version"
     references = {r["case"]: r["reference_sha256"] for r in first["metric_per_case"]}
     for row in summary["metric_per_case"]:
         if references.get(row["case"], row["reference_sha256"]) != row["reference_sha256"]:
             return f"the reference of {row['case']} has changed since it was evaluated"
         path = Path(row["prediction_file"])
-        if not path.exists() or file_sha256(path) != row["prediction_sha256"]:
+        if _sha256(path) != row["prediction_sha256"]:
             return f"the prediction of {row['case']} has changed since it was evaluated"
+        if _sha256(json_beside(path)) != row["prediction_json_sha256"]:
+            return f"the JSON beside {row['case']} has changed since it was evaluated"
     return ""
+
+
+def _sha256(path: Path) -> str | None:
+    return file_sha256(path) if path.exists() else None
 
 
 def _left_out(

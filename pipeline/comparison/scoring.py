@@ -89,7 +89,7 @@ def score_student(
             predicted,
             case.label(),
             ids,
-            case.grid.spacing_mm,
+            case.grid,
             tolerance_mm=settings.tolerance_mm,
             ignore_value=IGNORE,
             surface=settings.surface,

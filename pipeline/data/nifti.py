@@ -19,6 +19,7 @@ from nibabel.volumeutils import apply_read_scaling
 
 from pipeline.data.nifti_file import (
     name_extensions,
+    names_in,
     read_file,
     read_header,
     unreadable,
@@ -45,6 +46,7 @@ class NiftiVolume:
         file_shape: (x, y, z) sizes as stored.
         file_affine: 4 x 4 as stored, (x, y, z) voxels to RAS+ mm.
         doubts: what its header makes doubtful.
+        names: label value -> organ, of each header extension that says it.
     """
 
     volume: Volume
@@ -53,6 +55,7 @@ class NiftiVolume:
     file_shape: tuple[int, ...]
     file_affine: npt.NDArray[np.float64]
     doubts: tuple[HeaderDoubt, ...] = ()
+    names: tuple[Mapping[int, str], ...] = ()
 
 
 def read_image(path: Path) -> NiftiVolume:
@@ -244,7 +247,8 @@ def _wrap(image: Any, array: npt.NDArray[Any], path: Path, sha256: str) -> Nifti
     affine = np.array(image.affine, dtype=np.float64)
     canonical = affine @ nib.orientations.inv_ornt_aff(io_orientation(affine), shape)
     volume = Volume(array, _grid_from_file(array.shape[::-1], canonical), orientation_of(affine))
-    return NiftiVolume(volume, path, sha256, shape, affine, header_doubts(image))
+    doubts, names = header_doubts(image), names_in(image.header)
+    return NiftiVolume(volume, path, sha256, shape, affine, doubts, names)
 
 
 def _grid_from_file(shape_xyz: Any, affine_xyz: npt.NDArray[np.float64]) -> Grid:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import nibabel as nib
 from isal import igzip
 
 from pipeline.errors import GeometryError
-from pipeline.label_tables import caret_xml
+from pipeline.label_tables import caret_names, caret_xml
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _NIFTI2_HEADER_SIZE = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
@@ -90,6 +90,21 @@ def name_extensions(names: Mapping[int, str]) -> list[Any]:
     # TotalSegmentator reads the first extension, whatever its code, and gives it this one.
     contents = ((_UNKNOWN_EXTENSION, caret_xml(names)), (_COMMENT_EXTENSION, text))
     return [nib.nifti1.Nifti1Extension(code, _padded(content)) for code, content in contents]
+
+
+def names_in(header: Any) -> tuple[dict[int, str], ...]:
+    """What header extensions call the label values, as `name_extensions` writes them or
+    TotalSegmentator does; one mapping for each that says something, without 0."""
+    found = []
+    for extension in header.extensions:
+        content = extension.get_content()
+        text = content if isinstance(content, bytes) else str(content).encode()
+        names = caret_names(text)
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # somebody's own comment
+            names = names or {int(k): str(v) for k, v in json.loads(text)["labels"].items()}
+        named = {value: name for value, name in names.items() if value != 0}
+        found += [named] if named else []
+    return tuple(found)
 
 
 def _padded(text: str) -> bytes:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.cache.reader import CachedCase
+from pipeline.case_checks import json_beside, predicted_labels, prediction_file
 from pipeline.cohort import compute, open_case
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry
@@ -26,6 +27,7 @@ from pipeline.inspection.looks import View, look_at
 from pipeline.inspection.picture import BACKGROUND_COLOUR, CONFLICT_COLOUR
 from pipeline.labels import IGNORE, LabelSpace
 from pipeline.predicting.case import prediction_digest, student_identity
+from pipeline.volume import Volume
 from stages.predict import PredictConfig
 
 Array = npt.NDArray[Any]
@@ -158,6 +160,13 @@ class CaseSource:
                     "make it again.",
                 )
             return opened, []
+        ids = self.record.space.ids
+        if any(self.registry.organs.get(organ) != organ_id for organ, organ_id in ids.items()):
+            raise PipelineError(
+                f"the registry's ids are {dict(self.registry.organs)}, the run's {dict(ids)}.",
+                where=name,
+                fix="Give the registry that the run was trained with.",
+            )
         teachers = [t for t in self.record.teachers if t in self.registry.teachers]
         found = open_case(self.work, self.registry, name, teachers, allow_missing=True)
         other = [
@@ -174,15 +183,16 @@ class CaseSource:
 
     def _label_map(self, case: CachedCase, notes: list[str]) -> tuple[Array | None, str]:
         if self.predictions is not None:
-            dataset, _, name = case.name.partition("/")
-            path = self.predictions / dataset / f"{name}.nii.gz"
             try:
-                found = read_label(path).volume
+                path = prediction_file(self.predictions, case.name)
+                found, ids = read_label(path), self.record.space.ids
+                labels, _ = predicted_labels(found, ids, (), where=f"{case.name}, {path}")
             except (PipelineError, OSError) as error:
                 return None, str(error)
-            if not self._is_of_this_run(case, path.with_name(f"{name}.json")):
+            if not self._is_of_this_run(case, json_beside(path)):
                 notes.append(NOT_OF_THIS_RUN)
-            return resample(found, case.grid, order=0, outside=0).array.astype(np.uint8), ""
+            volume = Volume(labels, found.volume.grid)
+            return resample(volume, case.grid, order=0, outside=0).array, ""
         if self.student is None:
             return None, "the run has no readable student.pt or best.pt."
         return self.student.label_map(case), ""

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.data.registry import Registry
 from pipeline.errors import CheckpointError, ConfigError, PipelineError, WorkFolderError
-from pipeline.folder import Folder, replace_file
+from pipeline.folder import Folder, check_writable, is_local, replace_file
 from pipeline.html_report.case_layers import CaseSource
 from pipeline.html_report.charts import strip_charts
 from pipeline.html_report.content import (
@@ -93,6 +93,8 @@ def write_report(
     path = record.folder / "report.html" if output is None else output
     if path.suffix not in (".html", ".htm"):
         raise ConfigError("the page is an HTML file.", where=path, fix="Name it report.html.")
+    if is_local(path):
+        check_writable(path.parent)
     content = gather(registry, work, record, settings, device=device, log=log)
     try:
         replace_file(path, render(content).encode("utf-8"))

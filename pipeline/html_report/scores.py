@@ -123,13 +123,19 @@ def scores_of_predictions(folder: Path) -> Scores:
             if (values := entry["metrics"].get(str(label))) is not None
         ]
         failed = {str(case): str(why) for case, why in content.get("failed", {}).items()}
-        tolerance_mm = content["settings"]["tolerance_mm"]
+        tolerance_mm, rules = content["settings"]["tolerance_mm"], content.get("rules")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"no scores of predictions can be read ({type(error).__name__}: {error}).",
             where=path,
             fix="Run `pipeline evaluate FOLDER` first, or leave --predictions out.",
         ) from error
+    if rules != RULES:
+        raise ConfigError(
+            "the predictions were scored by an earlier version, which may have mixed up organs.",
+            where=path,
+            fix="Run `pipeline evaluate FOLDER` again.",
+        )
     source = f"predictions in {folder}, scored on the images' own grids"
     return Scores(_judged(rows), "predictions", source, failed, tolerance_mm)
 
@@ -179,9 +185,7 @@ def _scored(
     case: CachedCase, predicted: npt.NDArray[np.uint8], space: LabelSpace
 ) -> list[OrganRow]:
     ids = {organ: i for organ, i in space.ids.items() if organ in case.annotated}
-    scores = score_case(
-        predicted, case.label(), ids, case.grid.spacing_mm, ignore_value=IGNORE, surface=False
-    )
+    scores = score_case(predicted, case.label(), ids, case.grid, ignore_value=IGNORE, surface=False)
     return [_row(case.name, score.organ, score_json(score)) for score in scores]
 
 

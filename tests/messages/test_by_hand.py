@@ -76,7 +76,8 @@ def part(number: int | None, of: int | None, **environment: str) -> parts.Part |
 
 
 def score(prediction: Any, reference: Any, spacing_mm: Any = (1, 1, 1)) -> object:
-    return metrics.score_case(prediction, reference, {"liver": 1}, spacing_mm)
+    grid = Grid.axis_aligned((*reference.shape, 1, 1, 1)[:3], spacing_mm)
+    return metrics.score_case(prediction, reference, {"liver": 1}, grid)
 
 
 def student(run: str) -> TrainStudentConfig:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pipeline.metrics import OrganScore, score_case
+from pipeline.volume import Grid
 
 Mask = npt.NDArray[np.bool_]
 Spacing = tuple[float, float, float]
@@ -36,9 +37,8 @@ def pairs(draw: st.DrawFn) -> Pair:
 def score(
     prediction: Mask, reference: Mask, spacing_mm: Spacing, tolerance_mm: float = 3.0
 ) -> OrganScore:
-    (result,) = score_case(
-        prediction, reference, {"liver": 1}, spacing_mm, tolerance_mm=tolerance_mm
-    )
+    grid = Grid.axis_aligned(reference.shape, spacing_mm)
+    (result,) = score_case(prediction, reference, {"liver": 1}, grid, tolerance_mm=tolerance_mm)
     return result
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from pipeline.config import file_sha256
+from pipeline.data.nifti_file import name_extensions
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError
 from pipeline.log import Log
@@ -25,6 +27,7 @@ from tests.tiny import change_registry
 
 CASES = ("multi-ct/case_001", "multi-ct/case_002")
 LIVER, SPLEEN = 1, 2
+IN_PLACE = np.eye(4)
 Change = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
 
@@ -46,9 +49,11 @@ def reference(registry: Path, case: str) -> Path:
     return registry.parent / "data" / dataset / "labels" / f"{name}.nii.gz"
 
 
-def change_file(path: Path, target: Path, change: Change, *, shift_mm: float = 0.0) -> None:
+def change_file(
+    path: Path, target: Path, change: Change, *, shift_mm: float = 0.0, turn: Any = IN_PLACE
+) -> None:
     source = nib.load(path)
-    affine = source.affine.copy()
+    affine = turn @ source.affine
     affine[0, 3] += shift_mm
     target.parent.mkdir(parents=True, exist_ok=True)
     array = np.ascontiguousarray(change(np.asarray(source.dataobj))).astype(np.uint8)
@@ -76,6 +81,31 @@ def metrics(registry: Path, case: str, organ: str) -> dict[str, Any]:
 
 def means(registry: Path, organ: str) -> dict[str, Any]:
     return dict(organ_means(summary_of(registry))[organ])
+
+
+def one_voxel(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    out = np.zeros_like(array)
+    out[tuple(n // 2 for n in array.shape)] = LIVER
+    return out
+
+
+def swapped(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.where(array > 0, 3 - array.astype(int), 0)
+
+
+def say(registry: Path, case: str, organs: dict[str, int]) -> None:
+    """As `predict` does, beside the label map."""
+    path = registry.parent / "predictions" / f"{case}.json"
+    path.write_text(json.dumps({"digest": "0", "organs": organs}))
+
+
+def say_in_header(
+    registry: Path, case: str, names: dict[int, str], which: tuple[int, ...] = (0, 1)
+) -> None:
+    path = registry.parent / "predictions" / f"{case}.nii.gz"
+    image = nib.load(path)
+    image.header.extensions.extend(name_extensions(names)[n] for n in which)
+    path.write_bytes(gzip.compress(image.to_bytes()))
 
 
 def without(value: int) -> Change:
@@ -150,7 +180,7 @@ class TestScores:
         assert (mean["num_cases"], mean["num_missing"]) == (2, len(cases))
 
     def test_swapped_organs_score_zero(self, perfect: Path) -> None:
-        write_prediction(perfect, CASES[0], lambda a: np.where(a > 0, 3 - a.astype(int), 0))
+        write_prediction(perfect, CASES[0], swapped)
         run(perfect)
         assert metrics(perfect, CASES[0], "liver")["Dice"] == 0.0
 
@@ -188,6 +218,17 @@ class TestScores:
         size = np.asarray(nib.load(reference(perfect, CASES[0])).dataobj)
         assert found["TN"] == (size != 5).sum()
         assert metrics(perfect, CASES[0], "spleen")["Dice"] == 1.0
+
+    def test_distances_of_a_tilted_gantry_are_those_in_mm(self, perfect: Path) -> None:
+        path = reference(perfect, CASES[0])
+        lean = np.eye(4)
+        lean[1:3, 2] = np.sin(np.radians(25)), np.cos(np.radians(25))
+        change_file(path, path, one_voxel, turn=lean)
+        write_prediction(perfect, CASES[0], lambda a: np.roll(a, (2, 3), axis=(1, 2)))
+        run(perfect)
+        apart = nib.load(path).affine[:3, :3] @ (0, 2, 3)
+        found = metrics(perfect, CASES[0], "liver")
+        assert found["HD95_mm"] == pytest.approx(np.linalg.norm(apart), rel=1e-5)
 
     def test_tolerance_is_in_mm_and_surfaces_may_be_left_out(self, perfect: Path) -> None:
         write_prediction(perfect, CASES[0], lambda a: np.roll(a, 1, axis=0))
@@ -245,6 +286,7 @@ class TestFailures:
         assert "label values [77]" in str(report.failed[CASES[0]])
 
     def test_all_missing_still_writes_a_summary(self, tiny_registry: Path) -> None:
+        (tiny_registry.parent / "predictions").mkdir()
         report = run(tiny_registry)
         assert (report.done, report.exit_code) == ([], 2)
         summary = summary_of(tiny_registry)
@@ -262,6 +304,147 @@ class TestFailures:
             run(perfect)
 
 
+class TestWhatValuesMean:
+    """Of predictions: by the JSON beside them, by their header, else by the registry."""
+
+    def test_other_ids_are_mapped_by_name(
+        self, perfect: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for case in CASES:
+            write_prediction(perfect, case, swapped)
+            say(perfect, case, {"liver": SPLEEN, "spleen": LIVER})
+        assert run(perfect).exit_code == 0
+        assert [metrics(perfect, case, "liver")["Dice"] for case in CASES] == [1.0, 1.0]
+        told = "ids of the predictions differ from the registry's; mapped by name (2 of 2 cases"
+        assert capsys.readouterr().err.count(told) == 1
+        say(perfect, CASES[0], {"liver": LIVER, "spleen": SPLEEN})
+        run(perfect)
+        assert metrics(perfect, CASES[0], "liver")["Dice"] == 0.0
+        assert "mapped by name (1 of 2 cases, such as " + CASES[1] in capsys.readouterr().err
+
+    @pytest.mark.parametrize("which", [(0, 1), (0,), (1,)], ids=["both", "as others", "as JSON"])
+    def test_the_header_says_it_too(self, perfect: Path, which: tuple[int, ...]) -> None:
+        write_prediction(perfect, CASES[0], swapped)
+        say_in_header(perfect, CASES[0], {SPLEEN: "liver", LIVER: "spleen"}, which)
+        run(perfect)
+        assert metrics(perfect, CASES[0], "spleen")["Dice"] == 1.0
+
+    def test_json_and_header_that_disagree_are_refused(self, perfect: Path) -> None:
+        say_in_header(perfect, CASES[0], {LIVER: "liver", SPLEEN: "spleen"})
+        say(perfect, CASES[0], {"liver": SPLEEN, "spleen": LIVER})
+        report = run(perfect)
+        assert (report.done, report.exit_code) == ([CASES[1]], 2)
+        text = str(report.failed[CASES[0]])
+        assert "case_001.json says that its values are spleen 1, liver 2, its header" in text
+        assert "they are liver 1, spleen 2" in text
+
+    def test_an_organ_that_the_student_does_not_know_is_no_empty_one(
+        self, perfect: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write_prediction(perfect, CASES[0], without(SPLEEN))
+        say(perfect, CASES[0], {"liver": LIVER, "kidney": 7})
+        report = run(perfect)
+        assert "are liver 1, kidney 7; not among them: spleen." in str(report.failed[CASES[0]])
+        assert report.exit_code == 2
+        # What a dataset does not annotate need not be known.
+        change_registry(
+            perfect, lambda data: data["datasets"]["multi-ct"].update(
+                annotated={"liver": LIVER}, background_values=[SPLEEN]
+            )
+        )  # fmt: skip
+        assert run(perfect).exit_code == 0
+        assert "does not have count as background: kidney" in capsys.readouterr().err
+
+    def test_organs_that_the_registry_lacks_are_background(self, perfect: Path) -> None:
+        write_prediction(perfect, CASES[0], lambda a: np.where(a == 0, 9, a))
+        say(perfect, CASES[0], {"liver": LIVER, "spleen": SPLEEN, "body": 9})
+        run(perfect)
+        assert metrics(perfect, CASES[0], "liver")["Dice"] == 1.0
+
+    @pytest.mark.parametrize("value", [7, 255])
+    def test_a_value_that_no_organ_has_is_an_error(self, perfect: Path, value: int) -> None:
+        write_prediction(perfect, CASES[0], lambda a: np.where(a == SPLEEN, value, a))
+        text = str(run(perfect).failed[CASES[0]])
+        assert f"label values that are no organ's: {value} (" in text
+        assert "nothing says what its values mean, and the registry has liver 1, spleen 2" in text
+        assert 'into case_001.json, as {"organs": {"liver": 1}}' in text
+        say(perfect, CASES[0], {"liver": LIVER, "spleen": SPLEEN})
+        assert "it says liver 1, spleen 2" in str(run(perfect).failed[CASES[0]])
+        say(perfect, CASES[0], {"liver": LIVER, "spleen": value})
+        assert run(perfect).exit_code == 0
+        assert metrics(perfect, CASES[0], "spleen")["Dice"] == 1.0
+
+    @pytest.mark.parametrize(
+        "text", ["{", '{"organs": [1]}', '{"organs": {"liver": 1, "spleen": 1}}',
+                 '{"organs": {"liver": 0, "spleen": 1}}', '{"organs": {"liver": "one"}}'],
+    )  # fmt: skip
+    def test_a_json_that_does_not_say_it_is_an_error(self, perfect: Path, text: str) -> None:
+        (perfect.parent / "predictions" / f"{CASES[0]}.json").write_text(text)
+        report = run(perfect)
+        assert "case_001.json does not say which organs" in str(report.failed[CASES[0]])
+        assert report.done == [CASES[1]]
+
+    def test_files_of_other_programs_say_nothing(self, perfect: Path) -> None:
+        beside = perfect.parent / "predictions" / f"{CASES[0]}.json"
+        beside.write_text('{"Modality": "CT"}')
+        path = beside.with_suffix(".nii.gz")
+        image = nib.load(path)
+        for code, text in (
+            (6, b"somebody's words"),
+            (6, b'{"labels": 3}'),
+            (0, b"<a><Label/></a>"),
+        ):
+            image.header.extensions.append(nib.nifti1.Nifti1Extension(code, text))
+        path.write_bytes(gzip.compress(image.to_bytes()))
+        assert run(perfect).exit_code == 0
+        assert metrics(perfect, CASES[0], "liver")["Dice"] == 1.0
+
+
+class TestWhereFilesLie:
+    def test_a_folder_that_is_not_there_is_not_made(self, tiny_registry: Path) -> None:
+        before = snapshot(tiny_registry.parent)
+        for dry_run in (False, True):
+            with pytest.raises(ConfigError, match="there is no such folder"):
+                run(tiny_registry, dry_run=dry_run)
+        assert snapshot(tiny_registry.parent) == before
+        (tiny_registry.parent / "predictions").write_text("")
+        with pytest.raises(ConfigError, match="it is a file, not a folder"):
+            run(tiny_registry)
+
+    def test_unpacked_predictions_are_scored(self, perfect: Path) -> None:
+        packed = perfect.parent / "predictions" / f"{CASES[0]}.nii.gz"
+        unpacked = packed.with_suffix("")
+        nib.save(nib.load(packed), unpacked)
+        report = run(perfect)
+        assert "case_001.nii.gz and case_001.nii are both there" in str(report.failed[CASES[0]])
+        packed.unlink()
+        say(perfect, CASES[0], {"liver": LIVER, "spleen": SPLEEN})
+        assert run(perfect).exit_code == 0
+        row = summary_of(perfect)["metric_per_case"][0]
+        assert row["prediction_file"] == str(unpacked)
+        assert row["prediction_json_sha256"] == file_sha256(unpacked.with_suffix(".json"))
+
+    def test_label_maps_outside_of_their_datasets_folder_are_counted(self, perfect: Path) -> None:
+        folder = perfect.parent / "predictions"
+        for case in CASES:
+            path = folder / f"{case}.nii.gz"
+            path.rename(folder / path.name)
+        before = snapshot(perfect.parent)
+        with pytest.raises(ConfigError) as refused:
+            run(perfect)
+        assert "lie in the folder itself (2, such as case_001.nii.gz)" in refused.value.what
+        assert f"such as {CASES[0]}.nii.gz" in refused.value.what
+        assert f"Move them to {folder / 'multi-ct'}" in refused.value.fix
+        assert snapshot(perfect.parent) == before
+
+    def test_the_folder_of_a_dataset_is_one_too_deep(self, perfect: Path) -> None:
+        folder = perfect.parent / "predictions"
+        with pytest.raises(ConfigError, match=f"Name the folder above, {folder}"):
+            evaluate.run(
+                EvaluateConfig(), load_registry(perfect), folder / "multi-ct", log=Log(quiet=True)
+            )
+
+
 class TestSummary:
     def test_its_shape(self, perfect: Path) -> None:
         report = run(perfect)
@@ -273,6 +456,7 @@ class TestSummary:
             "mean",
             "foreground_mean",
             "organs",
+            "rules",
         }
         assert list(summary["mean"]) == ["1", "2"]
         assert all(

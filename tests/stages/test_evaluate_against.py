@@ -17,8 +17,10 @@ from pipeline.comparison.paired_tables import print_side_by_side, write_side_by_
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError
 from pipeline.log import Log
+from pipeline.metrics import RULES
 from stages import evaluate
 from stages.evaluate import EvaluateConfig
+from tests.stages.stage_contract import snapshot
 from tests.stages.test_evaluate import CASES, LIVER, change_file, reference, without
 from tests.tiny import change_registry
 from tests.unit.checking.test_teachers import run_cli
@@ -130,6 +132,36 @@ def test_a_summary_is_used_again_unless_it_is_out_of_date(cohort: Path) -> None:
     assert rows[CASES[1]]["n_ref"] == 0
 
 
+def test_scores_of_an_earlier_version_are_made_anew(cohort: Path) -> None:
+    """It did not ask what the values of predictions mean."""
+    compare(cohort, "poor")
+    path = cohort.parent / "poor" / "summary.json"
+    content = json.loads(path.read_text())
+    del content["rules"]
+    for row in content["metric_per_case"]:
+        del row["prediction_json_sha256"]
+        row["metrics"]["1"]["Dice"] = 0.5
+    path.write_text(json.dumps(content))
+    compare(cohort, "poor")
+    assert summary_of(path.parent)["rules"] == RULES
+
+
+def test_other_words_about_a_prediction_make_its_scores_anew(cohort: Path) -> None:
+    """Names decide in every folder, whatever ids each was written with."""
+    equal = compare(cohort, "good", first="poor")
+    for case in ALL:
+        target = cohort.parent / "good" / f"{case}.nii.gz"
+        change_file(target, target, lambda a: np.where(a > 0, 3 - a.astype(int), 0))
+        target.with_name(f"{case.split('/')[1]}.json").write_text(
+            json.dumps({"organs": {"liver": 2, "spleen": 1}})
+        )
+    found = compare(cohort, "good", first="poor")
+    assert np.array_equal(found.scores(1, "Dice"), equal.scores(1, "Dice"), equal_nan=True)
+    (cohort.parent / "good" / f"{CASES[0]}.json").write_text("{}")  # nothing says it any more
+    found = compare(cohort, "good", first="poor")
+    assert found.scores(1, "Dice")[found.cases.index(CASES[0])].tolist() == [0.0, 0.0]
+
+
 def test_other_cases_are_left_out_with_a_notice(cohort: Path) -> None:
     for case in ALL[:4]:
         (cohort.parent / "poor" / f"{case}.nii.gz").unlink()
@@ -187,6 +219,13 @@ def test_on_the_command_line(
     assert code == 0
     assert "Dice: good against poor, 9 cases" in out
     assert (cohort.parent / "good" / "against.json").exists()
+    (Path(good) / "summary.json").unlink()
+    before = snapshot(cohort.parent)
+    missing = [*arguments, "--against", f"{poor}er"]
+    code, _, err = run_cli(*missing, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2
+    assert f"{poor}er: there is no such folder." in err
+    assert snapshot(cohort.parent) == before  # it is asked before anything is scored
     nib.load(Path(poor) / f"{ALL[0]}.nii.gz")
     (Path(good) / f"{ALL[0]}.nii.gz").unlink()
     code, _, err = run_cli(*arguments, capsys=capsys, monkeypatch=monkeypatch)

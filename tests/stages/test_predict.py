@@ -69,10 +69,11 @@ def write_student(path: Path, *, seed: int = 0, **changes: Any) -> Path:
     return path
 
 
-def oriented(codes: str, *, oblique: bool = False) -> npt.NDArray[np.float64]:
+def oriented(codes: str, *, oblique: bool = False, shear: float = 0.0) -> npt.NDArray[np.float64]:
     """4 x 4 affine (x, y, z) of a file stored in an orientation, with an odd origin."""
     affine = np.diag([*SPACING_XYZ, 1.0])
     affine[:3, 3] = (-31.5, 12.25, 400.0)
+    affine[1:3, 2] = SPACING_XYZ[2] * np.array([np.sin(shear), np.cos(shear)])
     if oblique:
         a, b = np.deg2rad(12), np.deg2rad(-7)
         about_x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
@@ -92,13 +93,13 @@ def _from_ras(codes: str) -> npt.NDArray[np.float64]:
 
 
 def write_ct(
-    path: Path, codes: str = "RAS", *, seed: int = 0, oblique: bool = False, dtype: str = "int16"
+    path: Path, codes: str = "RAS", *, seed: int = 0, dtype: str = "int16", **how: Any
 ) -> npt.NDArray[Any]:
     """Noise in HU, stored in an orientation; returns the array in file order."""
     rng = np.random.default_rng(seed)
     array = rng.integers(-1000, 1000, file_shape(codes)).astype(dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(array, oriented(codes, oblique=oblique)), path)
+    nib.save(nib.Nifti1Image(array, oriented(codes, **how)), path)
     return array
 
 
@@ -187,13 +188,17 @@ class TestPredict(StageContract):
 
 class TestGeometry:
     @pytest.mark.usefixtures("threshold")
-    @pytest.mark.parametrize("oblique", [False, True], ids=["straight", "oblique"])
+    @pytest.mark.parametrize(
+        "how",
+        [{}, {"oblique": True}, {"shear": 0.44}, {"oblique": True, "shear": -0.3}],
+        ids=["straight", "oblique", "sheared", "oblique and sheared"],
+    )
     @pytest.mark.parametrize("codes", ["RAS", "LPS", "LAS", "PIR", "ASL", "IRP", "SAR", "LIA"])
     def test_every_voxel_stays_where_the_file_has_it(
-        self, student: Path, tmp_path: Path, codes: str, oblique: bool
+        self, student: Path, tmp_path: Path, codes: str, how: dict[str, Any]
     ) -> None:
         image = tmp_path / "in" / "ct.nii.gz"
-        array = write_ct(image, codes, oblique=oblique)
+        array = write_ct(image, codes, **how)
         assert run(student, image, tmp_path / "out").done == ["ct"]
         found = nib.load(tmp_path / "out" / "ct.nii.gz")
         expected = np.where(array > THRESHOLD_HU, ORGANS["liver"], 0)
@@ -218,14 +223,20 @@ class TestGeometry:
         found = np.asarray(nib.load(tmp_path / "out" / "ct.nii.gz").dataobj)
         assert np.array_equal(found > 0, array > THRESHOLD_HU)
 
+    @pytest.mark.parametrize("shear", [0.0, 0.44])
     @pytest.mark.parametrize("codes", ["RAS", "PIR"])
     def test_another_grid_moves_no_organ(
-        self, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: str
+        self,
+        student: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        codes: str,
+        shear: float,
     ) -> None:
         coarse = record(spacing_mm=(2.0, 2.5, 2.0))
         monkeypatch.setattr(predict, "load_student", lambda path: (coarse, Threshold()))
         image = tmp_path / "in" / "ct.nii.gz"
-        write_ct(image, codes)
+        write_ct(image, codes, shear=shear)
         source = nib.load(image)
         array = np.full(source.shape, -500, dtype=np.int16)
         block = tuple(slice(1, n // 2 + 1) for n in array.shape)

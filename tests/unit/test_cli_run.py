@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from pipeline import cli
 from pipeline.cli_options import end, open_log, open_settings
 from pipeline.cli_run import recorded
 from pipeline.config import digest, file_sha256
-from pipeline.errors import ConfigError, GeometryError, PipelineError
-from pipeline.run_record import RunRecord, current
+from pipeline.errors import ConfigError, GeometryError, PipelineError, WorkFolderError
+from pipeline.run_record import OUTPUTS, WRITES, RunRecord, current
 from stages.evaluate import EvaluateConfig
 from stages.report import StageReport
 from tests.unit.test_cli import ROOT, run_here
@@ -202,6 +203,52 @@ class TestPlaces:
             assert f"--report {path}: the report cannot be written" in str(result.exception)
             assert result.exception.exit_code == 2
         assert ran == []
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["cache", "export", "--case", "a/b", "-o"],
+            ["cache-teachers", "-w"],
+            ["compare", "a.yaml", "-o", "out", "-w"],
+            ["compare", "a.yaml", "-o"],
+            ["demo"],
+            ["export", "run", "-f", "onnx", "-o"],
+            ["inspect", "-o"],
+            ["predict", "student.pt", "ct.nii", "-o"],
+            ["train-student", "-w"],
+            ["train-teachers", "-w"],
+        ],
+        ids=" ".join,
+    )
+    def test_a_folder_that_cannot_be_filled_is_refused_first(
+        self, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nothing else that these commands lack is looked at before, nor anything made."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "file").touch()
+        wanted = tmp_path / "file" / "out"
+        error = CliRunner().invoke(cli.app, [*arguments, str(wanted)]).exception
+        assert isinstance(error, WorkFolderError)
+        assert str(error).startswith(f"{wanted}: this folder cannot be written: a file is in the")
+        assert error.exit_code == 2
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+        error = CliRunner().invoke(cli.app, [*arguments, str(tmp_path / "out")]).exception
+        assert isinstance(error, WorkFolderError)
+        assert f"nobody may write into {tmp_path}." in str(error)
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def test_no_command_that_fills_a_folder_is_forgotten(self) -> None:
+        only_read_or_ask_at_once = {
+            "cache gc", "cache verify", "evaluate", "plan", "report", "submit",
+        }  # fmt: skip
+        found = set()
+        root = typer.main.get_command(cli.app)
+        for name, one in root.commands.items():  # type: ignore[attr-defined]
+            for below, command in getattr(one, "commands", {"": one}).items():
+                names = {option.name for option in command.params}
+                if "report" in names and names & set(OUTPUTS):
+                    found.add(f"{name} {below}".strip())
+        assert found == set(WRITES) | only_read_or_ask_at_once
 
     def test_a_disk_that_fills_up_meanwhile_is_told(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from dataclasses import replace
+from itertools import permutations, product
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from monai.metrics import (
     compute_hausdorff_distance,
     compute_surface_dice,
     get_mask_edges,
+    get_surface_distance,
 )
 
 from pipeline.errors import GeometryError
@@ -27,14 +29,30 @@ from pipeline.metrics import (
     score_case,
     score_json,
 )
+from pipeline.volume import Grid
 
 Mask = npt.NDArray[np.bool_]
 ANISOTROPIC = (5.0, 1.0, 2.0)
+# Columns: the steps along z, y and x in mm. No two of them are at a right angle.
+SHEARED = np.array([[4.5, 0.0, 0.2], [2.1, 1.0, 0.0], [0.3, -0.4, 2.0]])
 
 
 def score(prediction: Any, reference: Any, spacing_mm: Any, **options: Any) -> OrganScore:
-    (result,) = score_case(prediction, reference, {"liver": 1}, spacing_mm, **options)
+    """On upright axes of that spacing, or on a grid."""
+    shape = (*reference.shape, 1, 1, 1)[:3]
+    grid = spacing_mm if isinstance(spacing_mm, Grid) else Grid.axis_aligned(shape, spacing_mm)
+    (result,) = score_case(prediction, reference, {"liver": 1}, grid, **options)
     return result
+
+
+def upright(labels: npt.NDArray[Any]) -> Grid:
+    return Grid.axis_aligned(labels.shape, (1, 1, 1))
+
+
+def grid_on(shape: tuple[int, ...], axes: npt.NDArray[np.float64]) -> Grid:
+    matrix = np.eye(4)
+    matrix[:3, :3] = axes
+    return Grid.from_matrix(shape, matrix)
 
 
 def box(shape: tuple[int, int, int], start: tuple[int, ...], size: tuple[int, ...]) -> Mask:
@@ -50,13 +68,19 @@ def ball(shape: tuple[int, int, int], spacing_mm: Any, radius_mm: float) -> Mask
     return np.asarray(sum(squares) <= radius_mm**2)
 
 
-def box_surface_mm2(size: tuple[int, ...], spacing_mm: tuple[float, ...]) -> float:
+def box_surface_mm2(size: tuple[int, ...], axes: npt.NDArray[np.float64]) -> float:
     """Area of the marching-cubes surface of a box: faces, 12 bevelled edges, 8 cut corners."""
-    a, b, c = spacing_mm
-    u, v, w = ((n - 1) * s for n, s in zip(size, spacing_mm, strict=True))
-    faces = 2 * (u * v + v * w + w * u)
-    edges = 2 * (u * math.hypot(b, c) + v * math.hypot(a, c) + w * math.hypot(a, b))
-    return faces + edges + math.hypot(a * b, b * c, c * a)
+    area = 0.0
+    for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
+        along, one, other = axes[:, i], axes[:, j], axes[:, k]
+        num_along, num_one, num_other = size[i] - 1, size[j] - 1, size[k] - 1
+        area += 2 * num_one * num_other * np.linalg.norm(np.cross(one, other))
+        for bevel in (one + other, one - other):
+            area += num_along * np.linalg.norm(np.cross(along, bevel))
+    for signs in product((1, -1), repeat=3):
+        a, b, c = (axes * signs / 2).T
+        area += np.linalg.norm(np.cross(b - a, c - a)) / 2
+    return float(area)
 
 
 def border_voxels(mask: Mask) -> Mask:
@@ -83,7 +107,8 @@ def corners(mask: Mask) -> Mask:
 
 def nearest_mm(here: Mask, there: Mask, spacing_mm: Any) -> npt.NDArray[np.float64]:
     """All pairs: from each voxel of `here` to the nearest of `there`."""
-    one, other = np.argwhere(here) * spacing_mm, np.argwhere(there) * spacing_mm
+    axes = np.asarray(spacing_mm) if np.ndim(spacing_mm) == 2 else np.diag(spacing_mm)
+    one, other = np.argwhere(here) @ axes.T, np.argwhere(there) @ axes.T
     distances = np.linalg.norm(one[:, None] - other[None], axis=-1).min(axis=1)
     return np.asarray(distances, dtype=np.float64)
 
@@ -163,9 +188,74 @@ def test_nsd_weighs_surface_by_its_area_in_mm2() -> None:
     shape, size = (14, 30, 30), (6, 7, 8)
     reference = box(shape, (1, 2, 3), size)
     prediction = reference | box(shape, (12, 25, 25), (1, 1, 1))
-    good = 2 * box_surface_mm2(size, ANISOTROPIC)
-    expected = good / (good + box_surface_mm2((1, 1, 1), ANISOTROPIC))
-    assert score(prediction, reference, ANISOTROPIC).nsd == pytest.approx(expected, rel=1e-6)
+    for axes in (np.diag(ANISOTROPIC), SHEARED):
+        good = 2 * box_surface_mm2(size, axes)
+        expected = good / (good + box_surface_mm2((1, 1, 1), axes))
+        found = score(prediction, reference, grid_on(shape, axes)).nsd
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_distances_on_a_sheared_grid_are_those_in_mm(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shape = (7, 9, 8)
+    p, r = speckle(rng, shape, 0.02), speckle(rng, shape, 0.05)
+    both = [(border_voxels(p), border_voxels(r)), (border_voxels(r), border_voxels(p))]
+    expected = max(np.percentile(nearest_mm(a, b, SHEARED), 95) for a, b in both)
+    result = score(p, r, grid_on(shape, SHEARED), tolerance_mm=0.0)
+    assert result.hd95_mm == pytest.approx(expected, rel=1e-6)
+    # Areas are held against boxes; what lies within the tolerance is counted here.
+    far = max(nearest_mm(corners(a), corners(b), SHEARED).max() for a, b in ((p, r), (r, p)))
+    assert score(p, r, grid_on(shape, SHEARED), tolerance_mm=far + 1e-4).nsd == 1.0
+    assert score(p, r, grid_on(shape, SHEARED), tolerance_mm=far - 1e-4).nsd < 1.0
+
+
+def test_order_and_direction_of_sheared_axes_do_not_matter() -> None:
+    shape = (12, 14, 13)
+    z, y, x = np.indices(shape)
+    # Prisms with a slanted face: its area tells the directions of the axes apart.
+    p, r = ((z > n) & (y > 2) & (x > 2) & (x < 9) & (z + y < 12 + 2 * n) for n in (1, 2))
+    straight = score(p, r, grid_on(shape, SHEARED), tolerance_mm=1.6)
+    assert 0.3 < straight.nsd < 0.95
+    for order in permutations(range(3)):
+        for signs in product((1, -1), repeat=3):
+            turn = tuple(slice(None, None, sign) for sign in signs)
+            axes = (SHEARED * signs)[:, order]
+            one, other = (mask[turn].transpose(order) for mask in (p, r))
+            turned = score(one, other, grid_on(one.shape, axes), tolerance_mm=1.6)
+            assert turned.hd95_mm == pytest.approx(straight.hd95_mm, rel=1e-6)
+            assert turned.nsd == pytest.approx(straight.nsd, rel=1e-6)
+
+
+def test_upright_axes_are_scored_by_their_spacing_bit_for_bit() -> None:
+    """Turned in space or rounded as in a file, they give what monai gives for the spacing."""
+    rng = np.random.default_rng(5)
+    shape, spacing = (9, 10, 11), (2.5, 0.9765625, 0.7)
+    p, r = speckle(rng, shape, 0.1), speckle(rng, shape, 0.2)
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    for axes in (np.diag(spacing), turn @ np.diag(spacing), (turn * spacing).round(4)):
+        grid = grid_on(shape, axes)
+        assert grid.shear_degrees < 0.02
+        mm = grid.spacing_mm
+        one, other = (torch.from_numpy(np.pad(mask, 1)) for mask in (p, r))
+        edges = get_mask_edges(one, other, crop=False)
+        apart = (
+            get_surface_distance(*edges, spacing=mm),
+            get_surface_distance(*edges[::-1], spacing=mm),
+        )
+        hd95 = max(np.percentile(d.double().numpy(), 95) for d in apart)
+        *surfaces, areas_p, areas_r = get_mask_edges(one, other, crop=False, spacing=mm)
+        near = [
+            (d <= 1.5).numpy()
+            for d in (
+                get_surface_distance(*surfaces, spacing=mm),
+                get_surface_distance(*surfaces[::-1], spacing=mm),
+            )
+        ]
+        areas = [a[s].double().numpy() for a, s in zip((areas_p, areas_r), surfaces, strict=True)]
+        good = areas[0][near[0]].sum() + areas[1][near[1]].sum()
+        found = score(p, r, grid, tolerance_mm=1.5)
+        assert (found.hd95_mm, found.nsd) == (hd95, good / (areas[0].sum() + areas[1].sum()))
 
 
 def test_agrees_with_the_functions_of_monai_on_the_uncropped_image() -> None:
@@ -215,6 +305,15 @@ def test_missed_organ_gets_the_worst_values_and_never_nan() -> None:
     assert corner_to_corner.hd95_mm < result.hd95_mm
 
 
+def test_a_missed_organ_on_a_sheared_grid_is_a_longest_diagonal_away() -> None:
+    shape = (4, 5, 6)
+    reference = box(shape, (0, 0, 0), (1, 1, 1))
+    result = score(np.zeros_like(reference), reference, grid_on(shape, SHEARED))
+    ends = np.array(list(product(*((0, n) for n in shape)))) @ SHEARED.T
+    longest = np.linalg.norm(ends[:, None] - ends[None], axis=-1).max()
+    assert result.hd95_mm == pytest.approx(longest)
+
+
 @pytest.mark.parametrize("num_false_positives", [0, 8])
 def test_organ_absent_from_the_reference_has_its_reason(num_false_positives: int) -> None:
     prediction = np.zeros((5, 6, 7), dtype=np.uint8)
@@ -257,7 +356,7 @@ def test_organs_are_scored_apart_and_in_the_order_asked_for() -> None:
     reference = np.zeros((6, 10, 10), dtype=np.int16)
     reference[1:4, 1:5, 1:5], reference[1:4, 5:9, 5:9] = 7, 300
     prediction = np.where(reference == 300, 300, 0)
-    scores = score_case(prediction, reference, {"spleen": 300, "liver": 7}, (1, 1, 1))
+    scores = score_case(prediction, reference, {"spleen": 300, "liver": 7}, upright(reference))
     assert [(s.organ, s.dice) for s in scores] == [("spleen", 1.0), ("liver", 0.0)]
 
 
@@ -276,9 +375,13 @@ def test_shapes_that_differ_are_refused_with_both_shapes() -> None:
         score(np.zeros((2, 3, 4), int), np.zeros((2, 3, 5), int), (1, 1, 1))
 
 
-@pytest.mark.parametrize(
-    "spacing", [(1, 0, 1), (1, -1, 1), (1, 1), (1, math.nan, 1), (1, math.inf, 1), (1, 1, 1, 1)]
-)
+def test_a_grid_of_another_shape_is_refused() -> None:
+    labels = np.zeros((2, 3, 4), int)
+    with pytest.raises(GeometryError, match=r"shape \(2, 3, 4\), their grid \(2, 3, 5\)"):
+        score(labels, labels, Grid.axis_aligned((2, 3, 5), (1, 1, 1)))
+
+
+@pytest.mark.parametrize("spacing", [(1, 0, 1), (1, math.nan, 1), (1, math.inf, 1)])
 def test_spacing_that_is_not_three_positive_numbers_is_refused(spacing: Any) -> None:
     with pytest.raises(GeometryError, match="three positive"):
         score(np.zeros((2, 3, 4), int), np.zeros((2, 3, 4), int), spacing)
@@ -305,7 +408,7 @@ def test_a_tolerance_that_is_no_distance_is_refused(tolerance_mm: float) -> None
 def test_an_organ_cannot_have_the_ignored_value() -> None:
     labels = np.zeros((2, 3, 4), int)
     with pytest.raises(ValueError, match="255"):
-        score_case(labels, labels, {"liver": 255}, (1, 1, 1))
+        score_case(labels, labels, {"liver": 255}, upright(labels))
 
 
 def test_a_score_as_json_has_no_nan() -> None:

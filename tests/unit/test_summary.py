@@ -17,6 +17,7 @@ import pytest
 
 from pipeline.metrics import ABSENT, NOT_ANNOTATED, OrganScore, score_case, score_json
 from pipeline.summary import METRICS, known, organ_means, overall_means, summarise, to_csv
+from pipeline.volume import Grid
 
 NAN = math.nan
 IDS = {"liver": 1, "spleen": 4}
@@ -67,13 +68,17 @@ def test_an_organ_without_any_value_spoils_no_mean() -> None:
     assert organ_means(nothing)["liver"]["num_missing"] == 0
 
 
+def grid_of(labels: Any) -> Grid:
+    return Grid.axis_aligned(labels.shape, (3, 1, 2))
+
+
 @pytest.mark.parametrize("in_reference", [0, 12])
 @pytest.mark.parametrize("in_prediction", [0, 9])
 def test_evaluate_and_compare_count_dice_alike(in_prediction: int, in_reference: int) -> None:
     """A summary is what the one writes, `score_json` what the other does."""
     prediction, reference = np.zeros((2, 3, 4, 5), dtype=np.uint8)
     prediction.flat[:in_prediction] = reference.flat[:in_reference] = 4
-    found = score_case(prediction, reference, {"spleen": 4}, (3, 1, 2))
+    found = score_case(prediction, reference, {"spleen": 4}, grid_of(reference))
     (row,) = summarise({"a/1": found}, {"spleen": 4})["metric_per_case"]
     assert known(row["metrics"]["4"]["Dice"]) == score_json(found[0])["Dice"]
 
@@ -140,7 +145,7 @@ def test_nnunet_reads_it_and_computes_the_same(
             np.asarray(nib.load(folder / path.name).dataobj)
             for folder in (label_maps / "pred", label_maps / "gt")
         )
-        found[path.name] = score_case(guess, truth, IDS, (3, 1, 2), ignore_value=9)
+        found[path.name] = score_case(guess, truth, IDS, grid_of(truth), ignore_value=9)
     (label_maps / "ours.json").write_text(json.dumps(summarise(found, IDS)))
     ours = theirs.load_summary_json(str(label_maps / "ours.json"))
     read = theirs.load_summary_json(str(label_maps / "theirs.json"))

@@ -41,6 +41,20 @@ def test_spacing_and_voxel_volume_of_a_turned_grid() -> None:
     assert turned().voxel_ml == pytest.approx(3.0 * 2.0 * 1.5 / 1000)
 
 
+def test_shear_is_the_angle_that_axes_miss_a_right_one_by() -> None:
+    assert turned().shear_degrees == pytest.approx(0, abs=1e-6)
+    assert not turned().is_sheared
+    matrix = np.diag([5.0, 2, 2, 1])
+    matrix[1, 0] = 5 * math.tan(math.radians(-20))
+    grid = Grid.from_matrix((4, 5, 6), matrix)
+    assert (grid.shear_degrees, grid.is_sheared) == (pytest.approx(20), True)
+    assert grid.voxel_ml == pytest.approx(5 * 2 * 2 / 1000)
+    # Directions that were rounded to four digits are still upright.
+    rounded = Grid.from_matrix((4, 5, 6), turned().matrix.round(4))
+    assert 0 < rounded.shear_degrees < 0.05
+    assert not rounded.is_sheared
+
+
 def test_axis_aligned() -> None:
     grid = Grid.axis_aligned((2, 3, 4), (3, 2, 1), (10, 20, 30))
     np.testing.assert_array_equal(grid.matrix @ [1, 1, 1, 1], [13, 22, 31, 1])

@@ -18,6 +18,7 @@ from pipeline.checking.case import CaseFacts, Task, look_at
 from pipeline.checking.datasets import DataReport, check_datasets
 from pipeline.checking.findings import Finding
 from pipeline.checking.report import Report, print_report
+from pipeline.data.nifti import read_grid
 from pipeline.data.registry import load_registry
 from pipeline.errors import RegistryError
 from pipeline.log import Log
@@ -128,6 +129,21 @@ def test_every_damage_is_named(tiny_registry: Path) -> None:
     facts = {case.case: case for case in report.cases}
     assert facts["liver-ct/case_002"].shape is None
     assert facts["liver-ct/case_002"].organ_ml["liver"] > 0
+
+
+def test_a_tilted_gantry_is_named(tiny_registry: Path) -> None:
+    name = "multi-ct/case_001"
+    lean = np.eye(4)
+    lean[1:3, 2] = np.sin(np.radians(25)), np.cos(np.radians(25))
+    for kind in ("image", "label"):
+        path = file_of(tiny_registry, name, kind)
+        rewrite(path, lambda a: a, affine=lean @ nib.load(path).affine)
+    found = only(check(tiny_registry), name)
+    assert (found.severity, found.kind) == ("warning", "grid")
+    degrees = read_grid(file_of(tiny_registry, name)).shear_degrees
+    assert 20 < degrees < 30  # it was turned a little before
+    assert f"sheared by {degrees:.1f} degrees, as by a tilted gantry" in found.what
+    assert "resample image and label onto upright axes together" in found.fix
 
 
 def test_one_scan_in_two_orders_of_axes_is_found(tiny_registry: Path) -> None:

@@ -22,6 +22,13 @@ def rotation(seed: int) -> Array:
     return np.asarray(q * np.sign(np.linalg.det(q)))
 
 
+def tilt(degrees: float) -> Array:
+    """Directions of axes of which the first, z, leans towards y."""
+    turn = np.eye(3)
+    turn[:2, 0] = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return turn
+
+
 def grid_of(
     shape: tuple[int, int, int],
     spacing: tuple[float, float, float],
@@ -52,6 +59,9 @@ TARGETS = {
     "turned": grid_of((12, 13, 14), (2.0, 2.0, 1.6), (6, -4, 8), rotation(1)),
     "permuted": grid_of((12, 13, 14), (1.7, 2.0, 1.6), (6, -4, 8), np.eye(3)[[1, 2, 0]]),
     "far away": grid_of((3, 3, 3), (1, 1, 1), (500, 0, 0)),
+    # A gantry tilted by 25 degrees, and one that leans along all axes.
+    "sheared": grid_of((12, 13, 14), (2.0, 1.6, 1.3), (5, -3, 8), tilt(25)),
+    "leaning": grid_of((12, 13, 14), (2.0, 1.6, 1.3), (6, -4, 8), rotation(2) @ tilt(-30).T),
 }
 EACH_TARGET = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 
@@ -98,6 +108,25 @@ def test_nearest_is_the_nearest_voxel(target: Grid) -> None:
     # Halfway between two voxels, either may be taken.
     clear = (np.abs(index - np.floor(index) - 0.5) > 1e-6).all(axis=0)
     np.testing.assert_array_equal(found[clear], array[tuple(nearest)][clear])
+
+
+@pytest.mark.parametrize("target", [*TARGETS, "its own spacing"])
+def test_a_sheared_source_is_resampled_by_places_in_mm(target: str) -> None:
+    source = grid_of(SOURCE.shape, (3.0, 2.0, 1.5), (5, -3, 8), tilt(25))
+    assert source.shear_degrees == pytest.approx(25)
+    onto = TARGETS.get(target, source.with_spacing((2.0, 1.7, 1.9)))
+    array = noise(SOURCE.shape)
+    index = source_indices(source, onto)
+    found = resample(Volume(array, source), onto, order=1, outside=float("nan")).array
+    expected = ndimage.map_coordinates(array.astype(np.float64), index, order=1, mode="nearest")
+    limits = np.array(SOURCE.shape).reshape(3, 1, 1, 1) - 0.5
+    beyond = np.any((index < -0.5 - 1e-5) | (index > limits + 1e-5), axis=0)
+    inside = np.all((index > -0.5 + 1e-5) & (index < limits - 1e-5), axis=0)
+    assert np.isnan(found[beyond]).all()
+    np.testing.assert_allclose(found[inside], expected[inside], rtol=1e-4, atol=1e-3)
+    if target == "its own spacing":
+        assert onto.shear_degrees == pytest.approx(25)
+        assert not np.isnan(found).any()
 
 
 @EACH_TARGET

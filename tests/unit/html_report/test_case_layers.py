@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from pipeline.cache.reader import CachedCase
 from pipeline.cohort import open_case
 from pipeline.data.nifti import write_image
 from pipeline.data.registry import load_registry
+from pipeline.errors import PipelineError
 from pipeline.html_report.case_layers import NOT_OF_THIS_RUN, CaseLayers, CaseSource
 from pipeline.html_report.lineage import trace
 from pipeline.html_report.record import RunRecord, read_run
 from pipeline.log import Log
 from pipeline.volume import Volume
 from stages import predict
-from tests.tiny import ORGANS, work_of
+from tests.tiny import ORGANS, change_registry, work_of
 from tests.unit.html_report.pages import RUN, folder_of
 
 VALIDATION, TEST, PARTIAL = "multi-ct/case_000", "multi-ct/case_001", "liver-ct/case_002"
@@ -102,6 +104,29 @@ def test_a_label_map_that_covers_less_is_background_beyond(
     expected = np.zeros(case.grid.shape, dtype=np.uint8)
     expected[4:12] = 1
     assert np.array_equal(student, expected)
+
+
+def test_label_maps_with_other_ids_are_read_by_name(built_runs: Path, tmp_path: Path) -> None:
+    case = cached(built_runs, VALIDATION)
+    label = case.label()
+    folder = predicted(tmp_path, case, np.where(label > 0, 3 - label.astype(int), 0).astype("u1"))
+    beside = folder / f"{VALIDATION}.json"
+    beside.write_text(json.dumps({"organs": {"liver": 2, "spleen": 1}}))
+    found = source(built_runs, folder).layers(VALIDATION)
+    assert np.array_equal(values(found)["student"], label)
+    assert not found.wrong.any()
+    beside.write_text(json.dumps({"organs": {"liver": 2}}))
+    notes = source(built_runs, folder).layers(VALIDATION).notes
+    assert any("label values that are no organ's: 1 (" in note for note in notes)
+
+
+def test_a_registry_with_other_ids_is_refused(built_runs: Path) -> None:
+    change_registry(built_runs, lambda data: data.update(organs={"liver": 2, "spleen": 1}))
+    try:
+        with pytest.raises(PipelineError, match="the registry's ids are"):
+            source(built_runs).layers(TEST)
+    finally:
+        change_registry(built_runs, lambda data: data.update(organs={"liver": 1, "spleen": 2}))
 
 
 def test_label_maps_of_another_student_are_called_so(built_runs: Path, tmp_path: Path) -> None:

@@ -357,13 +357,24 @@ def test_predictions_without_scores_stop(built_runs: Path, tmp_path: Path) -> No
     error = error_of(built_runs, tmp_path / "r.html", "-p", str(tmp_path))
     assert isinstance(error, ConfigError)
     assert "pipeline evaluate" in error.fix
+    given = predictions(tmp_path / "predicted", built_runs)
+    summary = given / "summary.json"
+    summary.write_text(summary.read_text().replace(f'"rules": {RULES}', '"rules": 2'))
+    error = error_of(built_runs, tmp_path / "r.html", "-p", str(given))
+    assert isinstance(error, ConfigError)
+    assert "scored by an earlier version" in error.what
 
 
-def test_only_an_html_file_is_written(built_runs: Path, tmp_path: Path) -> None:
+def test_only_an_html_file_is_written(
+    built_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert isinstance(error_of(built_runs, tmp_path / "report.txt"), ConfigError)
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert isinstance(error_of(built_runs, blocked / "r.html"), WorkFolderError)
+    monkeypatch.setattr(make, "gather", lambda *a, **k: pytest.fail("it asks first"))
+    error = error_of(built_runs, blocked / "r.html")
+    assert isinstance(error, WorkFolderError)
+    assert f"a file is in the way, {blocked}" in error.what
 
 
 def test_a_run_in_an_object_store_keeps_its_page_there(
