@@ -11,8 +11,8 @@ from pipeline.checking.case import CaseFacts
 from pipeline.checking.datasets import DataReport
 from pipeline.checking.findings import Finding, count, in_order
 from pipeline.checking.teachers import CheckReport, print_check
-from pipeline.data.dataset_entry import SPLITS
 from pipeline.data.registry import Registry
+from pipeline.data.split_entry import SPLITS
 from pipeline.log import print_table
 from pipeline.tables import in_ml
 
