@@ -133,9 +133,9 @@ def run(
     if seen := held_out_since(registry, work, files):
         more = f" and {len(seen) - _NAMED} more" if len(seen) > _NAMED else ""
         log.remark(
-            f"{len(seen)} cases that validate or test by this registry trained by the one that "
-            f"filled this work folder before: {', '.join(seen[:_NAMED])}{more}. What was trained "
-            "then has seen them: train it again, or keep those splits (docs/registry.md, Splits)."
+            "these validation and test cases were training cases when this work folder was filled "
+            f"before: {', '.join(seen[:_NAMED])}{more}. What was trained then has seen them: train "
+            "it again, or keep the splits of then (docs/registry.md, Splits)."
         )
     if part is not None:
         own = own_cases(registry, files, config.splits, part)

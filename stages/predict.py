@@ -91,8 +91,8 @@ def run(
     if seen:
         more = f" and {len(seen) - _NAMED} more" if len(seen) > _NAMED else ""
         log.remark(
-            f"{len(seen)} of {len(inputs)} cases trained this student: "
-            f"{', '.join(seen[:_NAMED])}{more}. Their scores say nothing of new patients."
+            f"this student was trained on {', '.join(seen[:_NAMED])}{more}: scores of them say "
+            "nothing about new patients."
         )
     if not dry_run:
         prepare_work_folder(output)

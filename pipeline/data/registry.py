@@ -89,7 +89,8 @@ class Registry(Config):
         seed = fitting_seed(split, [patients or names])
         tried = "" if seed is None else f" (`seed: {seed}` has some in each)"
         asked = " or ".join(f"{name} ({split.fractions[name]:g})" for name in empty)
-        what = f"none of its {len(cases)} cases falls into {asked}."
+        number = f"none of its {len(cases)} cases falls"
+        what = f"{number if len(cases) > 1 else 'its one case does not fall'} into {asked}."
         return what, f"Choose another `seed`{tried} or fraction, or name the cases by lists."
 
     def empty_splits(self, among: Collection[str] = SPLITS) -> list[str]:

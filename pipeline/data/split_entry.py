@@ -17,6 +17,7 @@ from pipeline.errors import RegistryError
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 _SEEDS: Final = 100  # that are tried for a split in which no part is empty
+_CLOSE: Final = 0.02
 _SHOWN: Final = 5
 
 
@@ -218,17 +219,18 @@ def check_patients(split: SplitEntry, cases: Iterable[str], patients: Mapping[st
 
 
 def fitting_seed(split: SplitEntry, datasets: Iterable[Collection[str]]) -> int | None:
-    """The first of 100 seeds by which no wanted split of any dataset is empty, and of these the one
-    whose parts are closest to the fractions; None if there is none.
+    """The first of 100 seeds by which no wanted split of any dataset is empty and each is within
+    2 % of the cases of its fraction, or else comes closest; None if all leave one empty.
 
     Args:
         split: by fraction.
         datasets: the cases, or patients, of each; all are drawn by one seed, so that a name in two
-            of them is in one split.
+            of them is in one split. Those with fewer cases than splits cannot be helped.
     """
-    names = [list(cases) for cases in datasets if cases]
+    wanted = sum(part > 0 for part in split.fractions.values())
+    names = [list(cases) for cases in datasets if len(cases) >= wanted]
     best: tuple[float, int] | None = None
-    for seed in range(_SEEDS):
+    for seed in range(_SEEDS if names else 0):
         other = split.model_copy(update={"seed": seed, "group": None})
         drawn = [other.assign(cases) for cases in names]
         if any(other.empty(assigned.values()) for assigned in drawn):
@@ -239,4 +241,6 @@ def fitting_seed(split: SplitEntry, datasets: Iterable[Collection[str]]) -> int 
             for name, part in other.fractions.items()
         )
         best = min(best or (off, seed), (off, seed))
+        if off <= _CLOSE:
+            break
     return None if best is None else best[1]
