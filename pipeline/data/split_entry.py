@@ -74,8 +74,8 @@ class PatientColumn(Config):
         return found
 
 
-def _regex_or_column(value: Any) -> str:
-    return "regex" if isinstance(value, str) else "column"
+def _regex_or_table(value: Any) -> str:
+    return "regex" if isinstance(value, str) else "table"
 
 
 def _compiles(text: str) -> str:
@@ -86,10 +86,10 @@ def _compiles(text: str) -> str:
     return text
 
 
-RegexOrColumn = Annotated[
+RegexOrTable = Annotated[
     Annotated[str, Field(min_length=1), AfterValidator(_compiles), Tag("regex")]
-    | Annotated[PatientColumn, Tag("column")],
-    Discriminator(_regex_or_column),
+    | Annotated[PatientColumn, Tag("table")],
+    Discriminator(_regex_or_table),
 ]
 
 
@@ -107,7 +107,7 @@ class SplitEntry(Config):
     validation: FractionOrCases = Field(default=0.2, description="fraction, or cases")
     test: FractionOrCases = Field(default=0.0, description="fraction, or cases")
     seed: int = Field(default=0, description="of the hash, for fractions")
-    group: RegexOrColumn | None = Field(
+    group: RegexOrTable | None = Field(
         default=None, description="a case's patient, who is in one split: regex, or CSV's column"
     )
 
