@@ -92,7 +92,8 @@ def complaints(path: Path, **options: Any) -> list[str]:
     head, *rest = str(caught.value).replace(f"{path.parent}/", "").splitlines()
     if not rest:
         return [head]
-    assert head == f"{len(rest)} mistakes:"
+    more = sum(map(int, re.findall(r" And (\d+) more like it", str(caught.value))))
+    assert head == f"{len(rest) + more} mistakes:"
     return [line.strip() for line in rest]
 
 
@@ -708,6 +709,23 @@ def test_a_patient_in_two_lists_or_two_datasets_is_an_error(folder: Path) -> Non
         in found
     )
     assert "train (and 1 more)." in found
+
+
+def test_many_mistakes_alike_are_told_in_one_line(folder: Path) -> None:
+    """One mistake, made a thousand times by a program that wrote the file."""
+    names = [f"x{n}" for n in range(1000)]
+    split = f"split: {{train: {names}, validation: {list(range(500))}, test: [y, z]}}"
+    first = ("split: {validation: 0.25, seed: 3}", split)
+    pairs = "".join(f"      c{n}: {{image: a.nii, labels: b.nii}}\n" for n in range(50))
+    found = complaints(write(folder, GOOD, first, ("    pairs:\n", f"    pairs:\n{pairs}")))
+    assert len(found) == 6
+    assert found[0].startswith("registry.yaml:14: datasets.liver-ct.split.")
+    assert "must be a text, not 0. And 499 more like it." in found[0]
+    assert "there is no case x0. Correct the name, or remove it. And 999 more like" in found[1]
+    assert "there is no case y" in found[2]
+    assert "there is no case z" in found[3]
+    assert "pairs.c0.label: required, but missing. Add it. And 49 more like it." in found[4]
+    assert "pairs.c0.labels: unknown key." in found[5]
 
 
 def test_an_empty_split_is_told_and_not_mended(folder: Path) -> None:
