@@ -135,7 +135,7 @@ def run(
         log.remark(
             "these validation and test cases were training cases when this work folder was filled "
             f"before: {', '.join(seen[:_NAMED])}{more}. What was trained then has seen them: train "
-            "it again, or keep the splits of then (docs/registry.md, Splits)."
+            "it again, or keep the splits of then (docs/registry.md, Registries from before)."
         )
     if part is not None:
         own = own_cases(registry, files, config.splits, part)

@@ -80,7 +80,7 @@ def test_validation_cases_that_trained_before_are_told_once(
     assert said[8:].startswith(
         " warning: these validation and test cases were training cases when this work folder was "
         "filled before: liver-ct/case_001, liver-ct/case_002. What was trained then has seen them: "
-        "train it again, or keep the splits of then (docs/registry.md, Splits)."
+        "train it again, or keep the splits of then (docs/registry.md, Registries from before)."
     )
     run(tiny_cached)
     assert "were training cases" not in capfd.readouterr().err

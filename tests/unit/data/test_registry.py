@@ -743,6 +743,32 @@ def test_an_empty_split_is_told_and_not_mended(folder: Path) -> None:
     assert one == {"train", "validation"}
 
 
+def test_what_fractions_used_to_mean_can_be_written_down_as_lists(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program of docs/registry.md; numbers are those of the older rule's own test."""
+    names = [f"case_{n:03}" for n in range(30)]
+    touch(folder / "many", [f"{part}/{c}.nii.gz" for part in ("images", "labels") for c in names])
+    changes = (
+        ("    root: data\n    images", "    root: many\n    images"),
+        ("{validation: 0.25, seed: 3}", "{validation: 0.2, test: 0.2, seed: 1}"),
+    )
+    path = write(folder, GOOD, *changes)
+    page = (REPOSITORY / "docs" / "registry.md").read_text()
+    (program,) = [b.split("```")[0] for b in page.split("```python\n") if "old_splits.py" in b]
+    monkeypatch.setattr("sys.argv", ["old_splits.py", str(path)])
+    exec(program, {})
+    name, line = capsys.readouterr().out.splitlines()
+    assert name == "liver-ct:"
+    old = "split: {validation: 0.2, test: 0.2, seed: 1}"
+    path.write_text(path.read_text().replace(old, line.strip()))
+    registry = load_registry(path)
+    found = {case.case: case.split for case in registry.cases("liver-ct")}
+    assert sorted(found) == names
+    assert [int(c[-2:]) for c in names if found[c] == "validation"] == [0, 4, 12, 13, 14, 16]
+    assert list(found.values()).count("test") == 6
+
+
 def test_a_key_changes_where_the_cases_may_have_moved(folder: Path) -> None:
     """What an older version wrote into an index by fractions is not found; lists are."""
     registry = load_registry(write(folder, GOOD), files=False)

@@ -292,7 +292,7 @@ def test_the_files_own_spacings_stand_beside_the_grid(tiny_registry: Path, tmp_p
 
 
 def test_one_seed_by_which_every_dataset_validates(tmp_path: Path) -> None:
-    """By seed 0, neither a nor d is below 0.2; a name in two datasets is in one split."""
+    """By seed 0 none of a to d is below 0.2; a name in two datasets is in one split."""
     for name, cases in (("one", "abcd"), ("two", "cdef")):
         put(
             tmp_path / name, *(f"{part}/{c}.nii.gz" for part in ("images", "labels") for c in cases)
