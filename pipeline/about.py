@@ -73,6 +73,7 @@ def _dataset(registry: Registry, name: str) -> dict[str, Any]:
     return {
         "cases": counts.total(),
         **{split: counts[split] for split in SPLITS},
+        "note": " ".join(registry.empty_split(name) or ()) or None,
         "annotated": list(entry.annotated),
         "root": str(registry.resolve(entry.root)),
         "made_up": entry.phantom is not None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +13,20 @@ from pipeline.cache.index import (
     IndexedCase,
     IndexedTeacher,
     case_records,
+    dataset_file,
     read_dataset_index,
     remove_case_record,
     write_case_record,
     write_dataset_index,
 )
+from pipeline.cache.sealed import read_sealed
 from pipeline.case_sizes import case_sizes
 from pipeline.config import digest
 from pipeline.data.files import CaseFiles
 from pipeline.data.registry import Registry
 from pipeline.engine.parts import Part, share
 from pipeline.errors import CacheStale
-from pipeline.folder import Folder, read_text, remove
+from pipeline.folder import Folder, matching, read_text, remove
 
 
 def own_cases(
@@ -63,6 +66,32 @@ def index_cases(
             earlier = []
         cases = [case for case in indexed if case.dataset == dataset]
         write_dataset_index(work, dataset, key, [*cases, *earlier])
+
+
+def held_out_since(registry: Registry, work: Folder, files: Sequence[CaseFiles]) -> list[str]:
+    """Validation and test cases that trained when another registry filled this work folder: what
+    was trained then has seen them. Once this registry is in the index, nothing more is said.
+
+    Raises:
+        WorkFolderError: the index cannot be listed.
+    """
+    new = {
+        dataset
+        for dataset in registry.datasets
+        for key in [registry.dataset_key(dataset)]
+        if not dataset_file(work, dataset, key).exists() and not case_records(work, dataset, key)
+    }
+    trained = set()
+    for pattern in ("datasets/[!.]*.json", "datasets/*/[!.]*.json") if new else ():
+        for path in matching(work / "index", pattern):
+            with suppress(OSError, ValueError, KeyError, TypeError):  # which others report
+                content = read_sealed(path)
+                trained |= {
+                    f"{content['dataset']}/{case['case']}"
+                    for case in content["cases"]
+                    if case["split"] == "train"
+                }
+    return [c.name for c in files if c.dataset in new and c.split != "train" and c.name in trained]
 
 
 def record_cases(

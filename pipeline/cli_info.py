@@ -96,6 +96,9 @@ def _print_registry(found: dict[str, Any] | None, path: Path) -> None:
         for name, one in found["datasets"].items()
     ]
     print_table("Datasets", ["dataset", "annotated", *SPLITS, "cases"], rows)
+    for name, one in found["datasets"].items():
+        if one["note"]:
+            typer.echo(f"{name}: {one['note']}")
     rows = [
         [
             name,

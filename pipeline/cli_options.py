@@ -160,7 +160,7 @@ def end(report: StageReport) -> None:
     record = current()
     dry_run = record is not None and record.is_dry_run
     typer.echo(report.plan() if dry_run else report.summary(), err=True)
-    for unit, error in report.failed.items():
+    for unit, error in report.failures():
         typer.echo(f"failed: {unit}: {error}", err=True)
         if record is not None and record.verbose:
             typer.echo("".join(traceback.format_exception(error)), err=True)

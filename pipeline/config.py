@@ -7,17 +7,19 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, kind_of
 from pipeline.folder import Folder, is_local, read_bytes
 
 Location = tuple[str | int, ...]
 
+_APART = 3  # mistakes alike that are told one by one
 # pydantic's kinds of mistakes in the words of a user; others keep its own text.
 _WHOLE, _MAPPING = "must be a whole number", "must be a mapping (name: value)"
 _PLAIN = {
@@ -159,14 +161,19 @@ def raise_problems(
     listed = sorted(problems, key=lambda p: document.line_of(p.location))
     if not listed:
         return
-    places = [f"{document.path}:{document.line_of(p.location)}" for p in listed]
-    texts = [
-        f"{place}: {_dotted(p.location)}{p.what} {p.fix}".rstrip()
-        for place, p in zip(places, listed, strict=True)
-    ]
-    if len(texts) == 1:
+    alike: dict[object, list[Problem]] = {}
+    for p in listed:
+        alike.setdefault(_alike(p), []).append(p)
+    texts = []
+    for group in alike.values():
+        many = len(group) > _APART
+        for p in group[:1] if many else group:
+            place = f"{document.path}:{document.line_of(p.location)}"
+            more = f" And {len(group) - 1} more like it." if many else ""
+            texts.append(f"{place}: {_dotted(p.location)}{f'{p.what} {p.fix}'.rstrip()}{more}")
+    if len(listed) == 1:
         raise error(texts[0])
-    raise error(f"{len(texts)} mistakes:\n" + "\n".join(f"  {text}" for text in texts))
+    raise error(f"{len(listed)} mistakes:\n" + "\n".join(f"  {text}" for text in texts))
 
 
 def schema_problems(failure: ValidationError, model: type[BaseModel]) -> list[Problem]:
@@ -271,6 +278,18 @@ def _as_written(value: Any) -> str:
         case bool():
             return str(value).lower()
     return repr(value)
+
+
+def _alike(problem: Problem) -> object:
+    """What mistakes share that are told in one line: those of the items of one list with one
+    remedy, and those of cases that are written out."""
+    *where, last = problem.location or ("",)
+    if isinstance(last, int):
+        return (*where, problem.fix or kind_of(problem.what))
+    place = tuple(
+        "…" if before == "pairs" else here for before, here in pairwise(["", *where, last])
+    )
+    return (*place, problem.what, problem.fix)
 
 
 def _dotted(location: Location) -> str:

@@ -31,6 +31,7 @@ from pipeline.data.registry import Registry, load_registry
 from pipeline.demo_settings import STUDENTS, write_settings
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.figures import save_overlay
+from pipeline.label_tables import hex_colour
 from pipeline.log import Log, print_table
 from pipeline.summary import organ_means, overall_means
 from stages import cache_teachers, evaluate, predict, train_teachers
@@ -157,7 +158,8 @@ def draw_overlay(registry: Registry, work: Path, predictions: Path, path: Path) 
         panels[f"teacher: {space.organs[k]}"] = {space.organs[k]: organ[number]}
     panels["agreed background"] = {"agreed background": background}
     title = f"{case.name}: student and teachers on a test case (made-up CT)"
-    save_overlay(path, case.image(), panels, case.grid.spacing_mm, title=title)
+    colours = {organ: hex_colour(organ_id) for organ, organ_id in space.ids.items()}
+    save_overlay(path, case.image(), panels, case.grid.spacing_mm, title=title, colours=colours)
 
 
 def _compare_students(folder: Path, registry: Registry, work: Path, log: Log) -> Results:

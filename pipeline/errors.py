@@ -5,6 +5,7 @@ A message says what happened, where (case, teacher, path, YAML line) and what to
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -42,6 +43,15 @@ class PipelineError(Exception):
     def __str__(self) -> str:
         text = self.what if self.where is None else f"{self.where}: {self.what}"
         return f"{text} {self.fix}".strip()
+
+
+def kind_of(text: str, name: str = "") -> str:
+    """What a message shares with those of its kind: paths, numbers and lists are taken out, and the
+    parts of the name (`dataset/case`, `teacher x dataset/case`) that it is of."""
+    text = re.sub(r"\S*/\S*|\[[^]]*\]", "…", text)
+    for part in re.split(r"/| x ", name):
+        text = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", "…", text)
+    return re.sub(r"\d+", "…", text)
 
 
 @contextmanager

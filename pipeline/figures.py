@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-ORGAN_COLOURS = ("#e6550d", "#3182bd", "#31a354", "#fdd835", "#8e44ad", "#00acc1", "#d81b60")
-_BACKGROUND_COLOUR = "#4dd0e1"
+BACKGROUND_COLOUR = "#4dd0e1"
 WINDOW_HU = (-160, 240)
 
 
@@ -24,7 +23,7 @@ def save_overlay(
     spacing_mm: tuple[float, float, float],
     *,
     title: str,
-    colours: Mapping[str, str] | None = None,
+    colours: Mapping[str, str],
 ) -> None:
     """One row of slices per plane, one column per panel.
 
@@ -35,11 +34,10 @@ def save_overlay(
             shows the CT alone.
         spacing_mm: z, y, x.
         title: above everything.
-        colours: region name -> colour; others take theirs in order of appearance.
+        colours: region name -> colour, of every name but "agreed background".
     """
     names = list(dict.fromkeys(n for regions in panels.values() for n in regions))
-    palette = {n: ORGAN_COLOURS[i % len(ORGAN_COLOURS)] for i, n in enumerate(names)}
-    palette |= {"agreed background": _BACKGROUND_COLOUR, **(colours or {})}
+    palette = {"agreed background": BACKGROUND_COLOUR, **colours}
     centre = _busiest_voxel([m for n, m in _all(panels) if n != "agreed background"], image_hu)
     aspects = (spacing_mm[1] / spacing_mm[2], spacing_mm[0] / spacing_mm[2])
     with open_figure(path, 2, len(panels), size=(2.6 * len(panels), 5.4)) as (figure, axes):

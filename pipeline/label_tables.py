@@ -10,17 +10,42 @@ Colour = tuple[int, int, int]
 
 _GOLDEN_RATIO = 0.618033988749895
 _RULE = "#" * 48
+# Of the first ids; all are as far from white paper as from the page's dark one and black air.
+_FIRST = (
+    "e6550d", "3182bd", "31a354", "b8860b", "8e44ad", "0097a7", "d81b60", "827717", "5c6bc0",
+    "8d6e63",
+)  # fmt: skip
+_LIGHTEST, _DARKEST = 0.3, 0.125  # relative luminance (WCAG): 3:1 against white and the dark page
+_WHITER = 0.2
 
 
 def colour_of(organ_id: int) -> Colour:
-    """Red, green and blue, 0 .. 255, of an organ id: the same in every file and every run.
+    """Red, green and blue, 0 .. 255, of an organ id: the same in every file, picture, page and run.
 
-    Hues a golden ratio apart are never close for ids that are, however many there are.
+    Behind the first ids, hues a golden ratio apart are never close for ids that are.
     """
+    if organ_id <= len(_FIRST):
+        red, green, blue = bytes.fromhex(_FIRST[organ_id - 1])
+        return red, green, blue
     hue = (0.02 + (organ_id - 1) * _GOLDEN_RATIO) % 1.0
     value = (0.95, 0.75)[(organ_id // 7) % 2]
-    red, green, blue = (round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.72, value))
+    rgb = colorsys.hsv_to_rgb(hue, 0.72, value)
+    bright = luminance(rgb)
+    too_light = max(1.0, bright / _LIGHTEST) ** (1 / 2.2)
+    white = _WHITER if bright < _DARKEST else 0.0
+    red, green, blue = (round(255 * (white + (1 - white) * c / too_light)) for c in rgb)
     return red, green, blue
+
+
+def hex_colour(organ_id: int) -> str:
+    """`colour_of` as `#rrggbb`."""
+    return "#" + bytes(colour_of(organ_id)).hex()
+
+
+def luminance(rgb: tuple[float, float, float]) -> float:
+    """Relative luminance (WCAG) of red, green and blue, 0 .. 1, in sRGB."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def itksnap_text(names: Mapping[int, str]) -> str:

@@ -16,6 +16,7 @@ from pipeline.errors import GeometryError, TeacherError
 
 IGNORE = 255
 MAX_ORGAN_ID = 254
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,21 @@ def map_labels(
     out = table[label]
     if out.min() < 0:
         unknown = sorted(int(v) for v in np.unique(label[out < 0]))
+        shown, more = some_values(unknown)
         raise GeometryError(
-            f"label values {unknown} are not named in the registry.",
+            f"label values {shown}{more} are not named in the registry.",
             where=where,
             fix="Name them under the dataset's `annotated`, or list them in `background_values` "
             "(other structures) or `ignore_values` (unknown).",
         )
     return np.asarray(out, dtype=np.uint8)
+
+
+def some_values(values: list[int]) -> tuple[list[int], str]:
+    """All that a label map may hold; of what must be an image, a few, and words for the others."""
+    if len(values) <= MAX_ORGAN_ID:
+        return values, ""
+    return values[:_SHOWN], f" and {len(values) - _SHOWN} more (is it an image, not a label map?)"
 
 
 def log_odds(

@@ -22,7 +22,7 @@ from pipeline.cache.leftovers import clean_temporaries
 from pipeline.cache.schema import StorageConfig
 from pipeline.cache.store import prepare_work_folder
 from pipeline.cache_run import CacheRun
-from pipeline.case_parts import begin_part, own_cases
+from pipeline.case_parts import begin_part, held_out_since, own_cases
 from pipeline.config import Config
 from pipeline.data.files import CaseFiles
 from pipeline.data.registry import Registry
@@ -53,6 +53,9 @@ class CacheTeachersConfig(Config):
     )
     window: WindowConfig = Field(default_factory=WindowConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
+
+
+_NAMED = 5
 
 
 @dataclass(kw_only=True)
@@ -125,6 +128,15 @@ def run(
     open_teachers = _teachers(this, device, window_batch)
     files = [c for d in registry.datasets for c in registry.cases(d) if c.split in config.splits]
     own = this.files = files
+    for note in registry.empty_splits(config.splits):
+        log.remark(note)
+    if seen := held_out_since(registry, work, files):
+        more = f" and {len(seen) - _NAMED} more" if len(seen) > _NAMED else ""
+        log.remark(
+            "these validation and test cases were training cases when this work folder was filled "
+            f"before: {', '.join(seen[:_NAMED])}{more}. What was trained then has seen them: train "
+            "it again, or keep the splits of then (docs/registry.md, Registries from before)."
+        )
     if part is not None:
         own = own_cases(registry, files, config.splits, part)
         log.info(f"{part}: {len(own)} of {len(files)} cases")

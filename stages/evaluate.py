@@ -102,12 +102,15 @@ def run(
     report = StageReport("evaluate")
     cases = [c for d in registry.datasets for c in registry.cases(d) if c.split in config.splits]
     if not cases:
+        notes = "".join(f"; {note}" for note in registry.empty_splits(config.splits))
         raise ConfigError(
             f"no case is in {' or '.join(config.splits)}.",
             where=registry.path,
-            fix="Set `split` in the registry, or `splits` in evaluate.yaml.",
+            fix=f"Set `split` in the registry, or `splits` in evaluate.yaml{notes or '.'}",
         )
     _check_folder(predictions, cases)
+    for note in registry.empty_splits(config.splits):
+        log.remark(note)
     if dry_run:
         report.done = [case.name for case in cases]
         return report

@@ -37,6 +37,7 @@ from pipeline.student.checkpoint import load_student
 from pipeline.student.inference import TellWindows
 from stages.report import StageReport
 
+_NAMED = 5
 __all__ = ["PredictConfig", "chosen_inputs", "find_inputs", "pick_devices", "run"]
 
 
@@ -86,6 +87,13 @@ def run(
     devices = pick_devices(device)
     identity = student_identity(student, config.model_dump(mode="json"))
     how = How(config.overlap, window_batch, probabilities, identity)
+    seen = sorted(set(inputs) & set(record.trained_on))
+    if seen:
+        more = f" and {len(seen) - _NAMED} more" if len(seen) > _NAMED else ""
+        log.remark(
+            f"this student was trained on {', '.join(seen[:_NAMED])}{more}: scores of them say "
+            "nothing about new patients."
+        )
     if not dry_run:
         prepare_work_folder(output)
         write_label_tables(output, record)

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, kind_of
+
+_APART = 3  # failures alike that are named one by one
 
 
 @dataclass
@@ -43,6 +45,20 @@ class StageReport:
         if not codes:
             return 0
         return 2 if codes == {2} else 1
+
+    def failures(self) -> list[tuple[str, Exception]]:
+        """Which units failed, and why; many that failed alike are named together."""
+        alike: dict[str, list[str]] = {}
+        for unit, error in self.failed.items():
+            alike.setdefault(f"{type(error)} {kind_of(str(error), unit)}", []).append(unit)
+        found = []
+        for units in alike.values():
+            if len(units) > _APART:
+                names = f"{', '.join(units[:_APART])} and {len(units) - _APART} more alike"
+                found.append((names, self.failed[units[0]]))
+            else:
+                found += [(unit, self.failed[unit]) for unit in units]
+        return found
 
     def summary(self) -> str:
         """One line."""

@@ -179,6 +179,8 @@ def _train_one(
     annotated = tuple(registry.datasets[entry.trained_on].annotated)
     cases = [_open(work, indexed, annotated) for indexed in files]
     log.info(f"teacher {name}: {len(cases)} cases of {entry.trained_on}, {training.steps} steps")
+    if note := registry.empty_split(entry.trained_on):
+        log.remark(f"dataset {entry.trained_on}: {' '.join(note)}")
     with mirrored(work / "teachers-in-training" / name) as (local, keep):
         trained = train(
             training,

@@ -21,6 +21,7 @@ from pipeline.data.dataset_entry import DatasetEntry
 from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import NiftiVolume, read_image, read_label
 from pipeline.errors import GeometryError, PipelineError
+from pipeline.labels import some_values
 from pipeline.volume import Grid, Index3, Spacing
 
 _BODY_HU = -500
@@ -202,13 +203,14 @@ def _unknown_values(task: Task, counts: Counts) -> list[Finding]:
     unknown = [int(value) for value in np.flatnonzero(counts) if int(value) not in known]
     if not unknown:
         return []
-    each = ", ".join(f"{value} ({counts[value]:,} voxels)" for value in unknown)
+    shown, more = some_values(unknown)
+    each = ", ".join(f"{value} ({counts[value]:,} voxels)" for value in shown)
     return [
         of_case(
             "error",
             "values",
             task.source.name,
-            f"label values that the registry does not name: {each}.",
+            f"label values that the registry does not name: {each}{more}.",
             "Name them under the dataset's `annotated`, or list them in `background_values` "
             "(other structures) or `ignore_values` (unknown).",
         )

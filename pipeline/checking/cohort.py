@@ -1,4 +1,5 @@
-"""Cases held against each other: duplicates, organs that are missing, odd in size, or misplaced.
+"""Cases held against each other: duplicates, patients in two splits, organs that are missing, odd
+in size, or misplaced.
 
 Sizes are compared with those of other cases only. No anatomical limits are built in: names of
 organs are the user's own, and children, cut fields of view and tumours are in real datasets.
@@ -6,7 +7,9 @@ organs are the user's own, and children, cut fields of view and tumours are in r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations_with_replacement
 from typing import Final
 
 import numpy as np
@@ -15,6 +18,7 @@ from pipeline.admission.verdict import VOLUME_FACTOR
 from pipeline.checking.case import CaseFacts
 from pipeline.checking.findings import Finding, of_case, of_dataset
 from pipeline.data.dataset_entry import DatasetEntry
+from pipeline.data.split_entry import SplitEntry, fitting_seed
 from pipeline.tables import in_ml
 
 MIN_CASES: Final = 6
@@ -26,6 +30,18 @@ _SIDED: Final = 0.15
 _MOST_AIR: Final = 0.2
 _SIDES: Final = {1: ("behind", "in front of"), 2: ("left of", "right of")}
 _NAMED: Final = 5
+# A name that may end in a count or date of visits, behind all that names the patient.
+_VISIT: Final = re.compile(
+    r"(?P<patient>.+?)(?:[-_. ]+|(?<=\d)(?=[a-z]))"
+    r"(?:\d{1,8}|[a-h]|baseline|bl|pre|post|(?:session|ses|visit|scan|run|timepoint|time|tp|followup|"
+    r"fu|study|series|exam|day|week|month|year|phase|[tvs])[-_.]?\d{0,4})",
+    re.IGNORECASE,
+)
+# Regular expressions that may find the patient in a name, the plainest first.
+_GROUPS: Final = (
+    ".+", r"(.+)_", r"(\D*\d+)", r"(\D*\d+\D+\d+)", r"(.+)-", r"(.+)\.", r"([^_]+)_", r"([^-]+)-",
+)  # fmt: skip
+_TELLING: Final = 6  # digits, without leading zeros, by which a name does not just count cases
 
 
 def compare_cases(
@@ -37,7 +53,7 @@ def compare_cases(
         facts: of all cases that are checked.
         datasets: their entries.
     """
-    found = same_voxels(facts)
+    found = same_voxels(facts) + torn_patients(facts, datasets)
     for dataset, entry in datasets.items():
         own = [case for case in facts if case.dataset == dataset and case.organ_ml]
         for organ in entry.annotated:
@@ -71,6 +87,97 @@ def same_voxels(facts: Sequence[CaseFacts]) -> list[Finding]:
             fix = "One of the labels is in the wrong place: find out which."
             found.append(of_case("warning", "duplicate", first.case, what, fix))
     return found
+
+
+def torn_patients(
+    facts: Sequence[CaseFacts], datasets: Mapping[str, DatasetEntry]
+) -> list[Finding]:
+    """Cases in two splits whose names look like visits of one patient, or like one scan in two
+    datasets. Where `group` says whose the cases are, nobody guesses."""
+    split_of = {case.case: case.split for case in facts}
+    names = {d: {c.case.removeprefix(f"{d}/") for c in facts if c.dataset == d} for d in datasets}
+    found = []
+    for pair in combinations_with_replacement(datasets, 2):
+        if all(datasets[d].split.group is not None for d in pair):
+            continue
+        one, other = pair
+        families = visits(names[one] | names[other])
+        if one != other:
+            same = {c: {c} for c in names[one] & names[other] if _num_digits(c) >= _TELLING}
+            families = {p: f for p, f in families.items() if f & names[one] and f & names[other]}
+            families = same | families
+        torn = []
+        for family in families.values():
+            cases = [f"{d}/{c}" for d in dict.fromkeys(pair) for c in sorted(family & names[d])]
+            first = {split_of[case]: case for case in reversed(cases)}
+            if len(first) > 1:
+                torn.append(" and ".join(f"{c} ({s})" for s, c in reversed(first.items())))
+        if torn:
+            more = f"; {len(torn)} patients in all" if len(torn) > 1 else ""
+            what = f"names look like scans of one patient in two splits: {torn[0]}{more}."
+            splits = [datasets[d].split for d in dict.fromkeys(pair)]
+            where, dataset = (one, one) if one == other else (f"{one}, {other}", None)
+            fix = _group_fix(splits, names[one] | names[other])
+            found.append(Finding("warning", "split", where, what, fix, dataset))
+    return found
+
+
+def visits(names: Collection[str]) -> dict[str, set[str]]:
+    """Patient -> two or more names that look like visits of theirs, if most names look so.
+
+    Names that only count cases have one beginning: `case_000`, `case_001` are no visits, nor are
+    the cases of a few organs or sites, `liver_000`, `spleen_000`.
+    """
+    endings = {m[0] if (m := re.search(r"[-_. ][a-zA-Z]+$", name)) else "" for name in names}
+    ends = endings.pop() if len(endings) == 1 else ""
+    matches = {name: _VISIT.fullmatch(name.removesuffix(ends)) for name in names}
+    patients = {match["patient"] for match in matches.values() if match}
+    families: dict[str, set[str]] = {}
+    for name, match in matches.items():
+        short = name.removesuffix(ends)
+        patient = match["patient"] if match and short not in patients else short
+        families.setdefault(patient, set()).add(name)
+    # The patient of `case_001_2019` is not `case`, whatever a lone `case_003` looks like.
+    within = {match["patient"] for p in families if (match := _VISIT.fullmatch(p))}
+    many = {p: f for p, f in families.items() if len(f) > 1 and p not in within}
+    num_cases = sum(map(len, many.values()))
+    if 2 * num_cases < len(names) or num_cases > len(many) ** 2 or len(many) < 2:
+        return {}
+    return many
+
+
+def _group_fix(splits: Sequence[SplitEntry], names: Collection[str]) -> str:
+    """What to do, with a `group` that was tried on the names."""
+    families = visits(names)
+    patient = {name: p for p, family in families.items() for name in family}
+    wanted = {frozenset(f) for f in families.values()} | {
+        frozenset([name]) for name in names if name not in patient
+    }
+    for group in _GROUPS:
+        keys = SplitEntry(group=group).patients(names)
+        found: dict[str, set[str]] = {}
+        for name, key in keys.items():
+            found.setdefault(key, set()).add(name)
+        if len(keys) == len(names) and set(map(frozenset, found.values())) == wanted:
+            break
+    else:
+        group = ""
+    line = f"`group: '{group}'`" if group else "`group: {csv: .., case: .., column: ..}`"
+    fix = f"If they are, add {line} to `split`"
+    if group and len(splits) == 1:
+        mended = splits[0].model_copy(update={"group": group})
+        if mended.empty(mended.assign(names).values()):
+            seed = fitting_seed(mended, [set(mended.patients(names).values())])
+            fix += "" if seed is None else f", with `seed: {seed}` lest a split be empty"
+    if len(splits) > 1:
+        fix += " of both, and give both the same `seed` and fractions"
+    if any(split.train is not None for split in splits):
+        fix += ", and move each patient's cases into one list"
+    return f"{fix}."
+
+
+def _num_digits(name: str) -> int:
+    return sum(len(number.lstrip("0")) for number in re.findall(r"\d+", name))
 
 
 def missing_organ(

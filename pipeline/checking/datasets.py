@@ -79,6 +79,8 @@ def check_datasets(
     tasks, num_cases = [], 0
     for name, entry in entries.items():
         sources = registry.cases(name)
+        if empty := registry.empty_split(name):
+            findings.append(of_dataset("warning", "split", name, *empty))
         num_cases += len(sources)
         absent = [s for s in sources if not (s.image.is_file() and s.label.is_file())]
         if entry.phantom is not None and absent and len(absent) == len(sources):

@@ -11,8 +11,9 @@ from pipeline.checking.case import CaseFacts
 from pipeline.checking.datasets import DataReport
 from pipeline.checking.findings import Finding, count, in_order
 from pipeline.checking.teachers import CheckReport, print_check
-from pipeline.data.dataset_entry import SPLITS
 from pipeline.data.registry import Registry
+from pipeline.data.split_entry import SPLITS
+from pipeline.errors import kind_of
 from pipeline.log import print_table
 from pipeline.tables import in_ml
 
@@ -148,10 +149,14 @@ def _grouped(findings: Sequence[Finding]) -> list[list[str]]:
 def _alike(finding: Finding) -> tuple[object, ...]:
     """What findings in one row share. Organs have rows of their own: they lead the sentence."""
     organ = finding.what.split(" ")[0] if finding.kind in ("organ", "volume", "place") else ""
-    if finding.case is None or finding.kind in ("file", "duplicate"):
+    if finding.case is None or finding.kind == "duplicate":
         return (finding.kind, finding.where, finding.what)
     dataset = None if finding.kind == "patch" else finding.dataset
-    return (finding.severity, finding.kind, dataset, finding.fix, organ)
+    # Much can be wrong with a file, and the remedy is the same.
+    what = kind_of(finding.what, finding.case) if finding.kind == "file" else ""
+    return (
+        finding.severity, finding.kind, dataset, kind_of(finding.fix, finding.case), organ, what,
+    )  # fmt: skip
 
 
 def _number(number: int, what: str) -> str:

@@ -6,7 +6,7 @@ executed by reading it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,8 +15,9 @@ from pydantic import Field, PrivateAttr, ValidationError
 from pipeline.config import Config, digest, raise_problems, read_yaml, schema_problems
 from pipeline.data.dataset_entry import DatasetEntry, GridEntry, Name
 from pipeline.data.files import CaseFiles
-from pipeline.data.registry_checks import check_files, check_names
-from pipeline.errors import RegistryError
+from pipeline.data.registry_checks import check_files, check_names, read_tables
+from pipeline.data.split_entry import SPLITS, fitting_seed
+from pipeline.errors import RegistryError, named
 from pipeline.labels import MAX_ORGAN_ID, LabelSpace
 from pipeline.teacher_entry import AdmissionEntry, TeacherEntry
 
@@ -35,6 +36,8 @@ class Registry(Config):
     )
     admission: AdmissionEntry = Field(default_factory=AdmissionEntry)
     _path: Path = PrivateAttr(default=Path("data_registry.yaml"))
+    # Dataset -> case -> patient, where a CSV says so.
+    _patients: Mapping[str, Mapping[str, str]] = PrivateAttr(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -54,9 +57,13 @@ class Registry(Config):
         """The cases of a dataset with files and split, by name; cases in no split are left out.
 
         A phantom's cases follow from its spec, whether it has been generated yet or not.
+
+        Raises:
+            RegistryError: `split.group` does not say whose a case is.
         """
         pairs, _ = self.datasets[dataset].find(self._path.parent)
-        splits = self.datasets[dataset].split.assign(sorted(pairs))
+        with named(f"{self._path}, dataset {dataset}"):
+            splits = self.datasets[dataset].split.assign(sorted(pairs), self._patients.get(dataset))
         return [
             CaseFiles(dataset, case, pair.image_path, pair.label_path, splits[case])
             for case, pair in sorted(pairs.items())
@@ -66,8 +73,30 @@ class Registry(Config):
     def dataset_key(self, dataset: str) -> str:
         """Digest of what this registry says of a dataset and the grid; no file is read."""
         entry = self.datasets[dataset].model_dump(mode="json", exclude={"licence", "source"})
+        entry["split"] = self.datasets[dataset].split.digested(self._patients.get(dataset))
         ids = {organ: self.organs[organ] for organ in self.datasets[dataset].annotated}
         return digest({"dataset": entry, "ids": ids, "grid": self.grid})
+
+    def empty_split(self, dataset: str, among: Collection[str] = SPLITS) -> tuple[str, str] | None:
+        """What is wrong and what to do, where a fraction of the cases is to validate or test and
+        none of them falls there, as may be with few; no case is moved to mend it."""
+        split, cases = self.datasets[dataset].split, self.cases(dataset)
+        empty = split.empty([case.split for case in cases], among)
+        if not cases or not empty:
+            return None
+        names = [case.case for case in cases]
+        patients = set(split.patients(names, self._patients.get(dataset)).values())
+        seed = fitting_seed(split, [patients or names])
+        tried = "" if seed is None else f" (`seed: {seed}` has some in each)"
+        asked = " or ".join(f"{name} ({split.fractions[name]:g})" for name in empty)
+        number = f"none of its {len(cases)} cases falls"
+        what = f"{number if len(cases) > 1 else 'its one case does not fall'} into {asked}."
+        return what, f"Choose another `seed`{tried} or fraction, or name the cases by lists."
+
+    def empty_splits(self, among: Collection[str] = SPLITS) -> list[str]:
+        """A line for each dataset that has an empty split."""
+        found = {dataset: self.empty_split(dataset, among) for dataset in self.datasets}
+        return [f"dataset {dataset}: {' '.join(told)}" for dataset, told in found.items() if told]
 
     def teacher_key(self, teacher: str) -> str:
         """Digest of what this registry says of a teacher and the grid; no file is read."""
@@ -128,4 +157,5 @@ def load_registry(path: Path, *, files: bool = True) -> Registry:
     raise_problems(document, problems, error=RegistryError)
     assert registry is not None
     registry._path = path
+    registry._patients, _ = read_tables(document)
     return registry

@@ -7,12 +7,15 @@ the file are wrong: all mistakes are told in one run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
 
 from pipeline.config import Document, Problem
-from pipeline.data.dataset_entry import SPLITS, FilesEntry
+from pipeline.data.dataset_entry import FilesEntry
+from pipeline.data.split_entry import SPLITS, PatientColumn, SplitEntry, check_patients
+from pipeline.errors import RegistryError
 
 
 def check_names(document: Document) -> list[Problem]:
@@ -28,6 +31,7 @@ def check_names(document: Document) -> list[Problem]:
         problems += _check_values(name, _mapping(entry), annotated)
         problems += _unknown_organs(("datasets", name, "annotated"), annotated, organs)
         problems += _check_split(name, _mapping(entry))
+    problems += read_tables(document)[1]
     for name, entry in teachers.items():
         expert = _mapping(_mapping(entry).get("organs"))
         known |= set(expert)
@@ -43,8 +47,10 @@ def check_names(document: Document) -> list[Problem]:
 
 
 def check_files(document: Document) -> list[Problem]:
-    """Patterns that match nothing, images without a label, cases that do not exist."""
+    """Patterns that match nothing, images without a label, cases that do not exist, patients who
+    are in two splits."""
     problems = []
+    found: dict[str, list[str]] = {}
     for name, entry in _mapping(_mapping(document.data).get("datasets")).items():
         part = {k: v for k, v in _mapping(entry).items() if k in FilesEntry.model_fields}
         try:
@@ -52,13 +58,73 @@ def check_files(document: Document) -> list[Problem]:
         except ValidationError:
             continue  # reported with the schema
         pairs, findings = files.find(document.path.parent)
+        found[name] = sorted(pairs)
         problems += [Problem(("datasets", name), finding) for finding in findings]
         for split, index, case in _split_cases(_mapping(entry)):
             if pairs and case not in pairs:
                 where = ("datasets", name, "split", split, index)
                 fix = "Correct the name, or remove it."
                 problems.append(Problem(where, f"there is no case {case}.", fix))
+    return problems + _check_groups(document, found)
+
+
+def read_tables(document: Document) -> tuple[dict[str, dict[str, str]], list[Problem]]:
+    """Dataset -> case -> patient, by the CSVs that `split.group` names, and what is wrong there."""
+    tables: dict[str, dict[str, str]] = {}
+    problems = []
+    for name, split in _splits(document).items():
+        if isinstance(split.group, PatientColumn):
+            try:
+                tables[name] = split.group.read(document.path.parent)
+            except RegistryError as error:
+                here = ("datasets", name, "split", "group")
+                problems.append(Problem(here, f"{error.where}: {error.what}", error.fix))
+    return tables, problems
+
+
+def _check_groups(document: Document, found: Mapping[str, list[str]]) -> list[Problem]:
+    """Cases of no patient, and patients who are in two splits, of a dataset or of several."""
+    problems = []
+    tables, unread = read_tables(document)
+    first: dict[str, tuple[str, str, str]] = {}
+    for name, split in _splits(document).items():
+        here = ("datasets", name, "split", "group")
+        if split.group is None or any(problem.location == here for problem in unread):
+            continue
+        listed = split.lists
+        cases = [case for case in found.get(name, []) if split.train is None or case in listed]
+        patients = split.patients(cases, tables.get(name))
+        try:
+            check_patients(split, cases, patients)
+        except RegistryError as error:
+            problems.append(Problem(here, error.what, error.fix))
+            continue
+        drawn = split.assign(cases, tables.get(name))
+        torn = []
+        for case, patient in patients.items():
+            other = first.setdefault(patient, (name, case, drawn[case]))
+            if other[2] != drawn[case]:
+                torn.append((patient, case, other))
+        if torn:
+            patient, case, (dataset, twin, where) = torn[0]
+            what = (
+                f"patient {patient} is in two splits: {case} in {drawn[case]}, "
+                f"{twin} of {dataset} in {where}"
+            )
+            what += f" (and {len(torn) - 1} more)." if len(torn) > 1 else "."
+            fix = "A patient belongs to one split, in all datasets: with fractions, give all the "
+            fix += "same `seed` and fractions; in lists, move the case."
+            problems.append(Problem(here, what, fix))
     return problems
+
+
+def _splits(document: Document) -> dict[str, SplitEntry]:
+    """Dataset -> its split, where it can be read; what is wrong is reported with the schema."""
+    found = {}
+    for name, entry in _mapping(_mapping(document.data).get("datasets")).items():
+        with suppress(ValidationError):
+            found[name] = SplitEntry.model_validate(_mapping(entry).get("split") or {})
+    return found
 
 
 def _check_ids(organs: Mapping[str, Any]) -> list[Problem]:

@@ -18,13 +18,14 @@ from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
 from pipeline.errors import PipelineError
-from pipeline.figures import ORGAN_COLOURS
+from pipeline.figures import BACKGROUND_COLOUR
 from pipeline.folder import Folder
 from pipeline.html_report.lineage import Lineage
 from pipeline.html_report.record import RunRecord
 from pipeline.html_report.scores import Student
 from pipeline.inspection.looks import View, look_at
-from pipeline.inspection.picture import BACKGROUND_COLOUR, CONFLICT_COLOUR
+from pipeline.inspection.picture import CONFLICT_COLOUR
+from pipeline.label_tables import hex_colour
 from pipeline.labels import IGNORE, LabelSpace
 from pipeline.predicting.case import prediction_digest, student_identity
 from pipeline.volume import Volume
@@ -236,4 +237,4 @@ class CaseSource:
 
 def organ_colours(space: LabelSpace) -> dict[int, str]:
     """Organ id -> its colour, the same in all pictures."""
-    return {i: ORGAN_COLOURS[k % len(ORGAN_COLOURS)] for k, i in enumerate(space.ids.values())}
+    return {organ_id: hex_colour(organ_id) for organ_id in space.ids.values()}

@@ -114,6 +114,11 @@ class Content:
         return organ_colours(self.record.space)
 
     @property
+    def colour_by_organ(self) -> Mapping[str, str]:
+        """The same by the organ's name, for charts."""
+        return {organ: self.organ_colours[i] for organ, i in self.record.space.ids.items()}
+
+    @property
     def cache_bytes(self) -> int:
         """Of the cases and units that the run used."""
         return sum(row.num_bytes for row in self.stored if not row.what.startswith("run: "))

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from pipeline.cache.reader import CachedCase
 from pipeline.data.nifti import write_image
 from pipeline.errors import WorkFolderError
-from pipeline.figures import ORGAN_COLOURS
 from pipeline.inspection.looks import CaseLook
+from pipeline.label_tables import colour_of, hex_colour
 from pipeline.volume import Volume
 
 Array = npt.NDArray[Any]
@@ -113,14 +113,14 @@ def write_maps(folder: Path, case: CachedCase, look: CaseLook, found: CaseMaps) 
 
 def organ_colours(look: CaseLook) -> dict[str, str]:
     """Organ -> its colour, in files and in the figure."""
-    return {o: ORGAN_COLOURS[k % len(ORGAN_COLOURS)] for k, o in enumerate(look.organs)}
+    return {o: hex_colour(i) for o, i in zip(look.organs, look.ids, strict=True)}
 
 
 def snap_labels(look: CaseLook) -> str:
     """ITK-SNAP's label description: id, R, G, B, opacity, visibility, mesh visibility, name."""
     rows = ['0 0 0 0 0 0 0 "background"']
     for organ, organ_id in zip(look.organs, look.ids, strict=True):
-        red, green, blue = _rgb(organ_colours(look)[organ])
+        red, green, blue = colour_of(organ_id)
         rows.append(f'{organ_id} {red} {green} {blue} 1 1 1 "{organ}"')
     rows.append('255 128 128 128 1 1 0 "ignored"')
     return "\n".join(rows) + "\n"
@@ -130,12 +130,7 @@ def slicer_colours(look: CaseLook) -> str:
     """3D Slicer's colour table: id, name, R, G, B, A."""
     rows = ["# Color table of organ ids", "0 background 0 0 0 0"]
     for organ, organ_id in zip(look.organs, look.ids, strict=True):
-        red, green, blue = _rgb(organ_colours(look)[organ])
+        red, green, blue = colour_of(organ_id)
         rows.append(f"{organ_id} {organ} {red} {green} {blue} 255")
     rows.append("255 ignored 128 128 128 255")
     return "\n".join(rows) + "\n"
-
-
-def _rgb(colour: str) -> tuple[int, int, int]:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return red, green, blue

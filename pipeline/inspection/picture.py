@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.cache.reader import CachedCase
-from pipeline.figures import Marked, Panel, save_planes
+from pipeline.figures import BACKGROUND_COLOUR, Marked, Panel, save_planes
 from pipeline.inspection.looks import CaseLook
 from pipeline.inspection.maps import CaseMaps, organ_colours
 from pipeline.inspection.measure import CaseNumbers
 from pipeline.inspection.voxels import BOTH, FALSE_POSITIVE, MISS
 
 _ONE_OR_MORE = tuple(range(1, 256))
-BACKGROUND_COLOUR = "#4dd0e1"
 CONFLICT_COLOUR = "#d50000"
 ABSTAINED_COLOUR = "#ffffff"
 FALSE_POSITIVE_COLOUR = "#76ff03"

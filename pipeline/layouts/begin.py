@@ -268,7 +268,7 @@ def describe(registry: Registry) -> list[str]:
         lines.append(f"dataset {name}: {num_cases} cases, {', '.join(entry.annotated)}")
     for name, teacher in registry.teachers.items():
         lines.append(f"teacher {name} ({teacher.kind}): {', '.join(teacher.organs)}")
-    return lines
+    return lines + registry.empty_splits()
 
 
 def next_command(registry: Registry) -> str:

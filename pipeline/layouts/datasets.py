@@ -49,6 +49,10 @@ class FoundDataset:
     source: str = ""
     notes: tuple[str, ...] = ()
 
+    def cases(self) -> list[str]:
+        """Names of the cases."""
+        return sorted(find_pairs(self.root, self.images, self.labels, self.pairs)[0])
+
     def image_files(self) -> list[Path]:
         """The images, by case."""
         found, _ = find_pairs(self.root, self.images, self.labels, self.pairs)

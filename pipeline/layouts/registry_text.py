@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.data.split_entry import SplitEntry, fitting_seed
 from pipeline.layouts.datasets import FoundDataset
 from pipeline.layouts.meanings import Meanings
 from pipeline.layouts.teachers import FoundTeacher
@@ -69,8 +70,10 @@ def registry_text(
     lines += [f"# {spacings_note}"] if spacings_note else []
     lines += ["grid:", f"  spacing_mm: {_flow(list(spacing_mm))}", "  orientation: RAS", ""]
     lines += ["datasets:"]
+    drawn = [part.found.cases() for part in datasets if part.found.split is None]
+    seed = fitting_seed(SplitEntry(), drawn) or 0
     for number, part in enumerate(datasets):
-        lines += ([""] if number else []) + list(_dataset(part))
+        lines += ([""] if number else []) + list(_dataset(part, seed))
     if teachers:
         lines += ["", "teachers:"]
     for number, teacher in enumerate(teachers):
@@ -79,7 +82,7 @@ def registry_text(
     return text + _to_train(datasets, teachers)
 
 
-def _dataset(part: DatasetPart) -> Iterable[str]:
+def _dataset(part: DatasetPart, seed: int) -> Iterable[str]:
     found, meanings = part.found, part.meanings
     yield f"  {_flow(part.name)}:  # {found.layout}"
     yield from (f"    # {note}" for note in found.notes)
@@ -99,7 +102,8 @@ def _dataset(part: DatasetPart) -> Iterable[str]:
     yield f"    ignore_values: {_flow(ignore)}  # mean unknown: they teach nothing"
     yield f"    background_values: {_flow(sorted(meanings.background))}  # none of the organs"
     if found.split is None:
-        yield "    split: {validation: 0.2, test: 0.0, seed: 0}  # by fraction; the rest trains"
+        split = f"{{validation: 0.2, test: 0.0, seed: {seed}}}"
+        yield f"    split: {split}  # by a hash of the name; the rest trains"
     else:
         yield "    split:  # as its own file has it"
         for split, cases in found.split.items():

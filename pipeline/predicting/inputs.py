@@ -69,10 +69,11 @@ def chosen_inputs(
     wanted = splits or ["test"]
     cases = [c for d in registry.datasets for c in registry.cases(d) if c.split in wanted]
     if not cases:
+        notes = "".join(f"; {note}" for note in registry.empty_splits(wanted))
         raise ConfigError(
             f"no case is in {' or '.join(wanted)}.",
             where=registry.path,
-            fix="Set `split` in the registry, or give another --split.",
+            fix=f"Set `split` in the registry, or give another --split{notes or '.'}",
         )
     return {case.name: case.image for case in cases}
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.figures import open_figure
+from pipeline.label_tables import hex_colour
 
 Points = Sequence[tuple[float, float]]
 Curves = Mapping[str, Points]
@@ -23,6 +24,7 @@ def save_curves(
     *,
     samples_per_second: Points = (),
     data_wait: Points = (),
+    ids: Mapping[str, int] | None = None,
     title: str = "",
 ) -> None:
     """Loss terms, validation Dice, and throughput with the wait for data, against steps.
@@ -33,6 +35,7 @@ def save_curves(
         dice: organ -> (step, Dice).
         samples_per_second: (step, samples/s).
         data_wait: (step, share of the time, 0 to 1).
+        ids: organ -> id, which says its colour; else by its place in `dice`.
         title: above everything.
     """
     with open_figure(path, 2, 3, size=(14, 5.2)) as (figure, axes):
@@ -41,7 +44,7 @@ def save_curves(
             for row in (0, 1):
                 axes[row, column].remove()
         _draw_terms(figure.add_subplot(grid[:, 0]), terms)
-        _draw_dice(figure.add_subplot(grid[:, 1]), dice)
+        _draw_dice(figure.add_subplot(grid[:, 1]), dice, ids or {})
         rates, waits = axes[0, 2], axes[1, 2]
         _draw_rate(rates, samples_per_second, "#0072B2")
         _draw_rate(waits, [(step, 100 * value) for step, value in data_wait], "#D55E00")
@@ -67,13 +70,14 @@ def _draw_terms(ax: Any, terms: Curves) -> None:
     _finish_axes(ax, "last")
 
 
-def _draw_dice(ax: Any, dice: Curves) -> None:
+def _draw_dice(ax: Any, dice: Curves, ids: Mapping[str, int]) -> None:
     for number, (organ, points) in enumerate(dice.items()):
         steps, values = np.array(points, dtype=np.float64).T
         marker = "o" if len(points) <= 40 else None
         ax.plot(
             steps, values, label=f"{organ.replace('_', ' ')} {values[-1]:.2f}", marker=marker,
-            markersize=4, linewidth=1.4, **_line_style(number),
+            markersize=4, linewidth=1.4,
+            **_line_style(number) | {"color": hex_colour(ids.get(organ, number + 1))},
         )  # fmt: skip
     ax.set(title="Validation, labelled organs", xlabel="step", ylabel="Dice", ylim=(0, 1))
     _finish_axes(ax, "last")

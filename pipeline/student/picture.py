@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.folder import Folder
@@ -12,10 +13,11 @@ from pipeline.student.metrics_file import metric_lines
 from pipeline.student.progress import Metrics
 
 
-def draw_progress(path: Path, metrics: Metrics) -> None:
+def draw_progress(path: Path, metrics: Metrics, ids: Mapping[str, int] | None = None) -> None:
     """Loss terms, validation Dice and throughput against steps, as a PNG.
 
-    A picture that cannot be drawn costs a warning, not the training.
+    A picture that cannot be drawn costs a warning, not the training. `ids`: of the organs, for
+    their colours.
     """
     history, failed = metrics.history, None
     try:
@@ -25,6 +27,7 @@ def draw_progress(path: Path, metrics: Metrics) -> None:
             {organ: curve.points for organ, curve in history.dice.items()},
             samples_per_second=history.samples_per_second.points,
             data_wait=history.data_wait.points,
+            ids=ids,
             title=f"{metrics.name}, step {history.step:,}",
         )
     except Exception as error:  # whatever a drawing library raises, and a full disk

@@ -160,13 +160,13 @@ def train(
             keep_best(network.network, step, scores)
         metrics.add_validation(step, scores)
         if pictures and metrics.picture_is_old:
-            draw_progress(folder / "progress.png", metrics)
+            draw_progress(folder / "progress.png", metrics, space.ids)
 
     def save(rng: Sequence[Mapping[str, Any]]) -> None:
         metrics.flush()
         save_state(folder, step, identity, parts, rng)
         if pictures:
-            draw_progress(folder / "progress.png", metrics)
+            draw_progress(folder / "progress.png", metrics, space.ids)
         if saved is not None:
             saved()
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import yaml
 
 from pipeline.data.registry import Registry, load_registry
@@ -12,7 +13,7 @@ from pipeline.log import Log
 from stages import cache_teachers
 from stages.report import StageReport
 from tests.stages.stage_contract import StageContract
-from tests.tiny import cache_config, work_of
+from tests.tiny import cache_config, change_registry, work_of
 
 
 def quiet_run(
@@ -65,3 +66,34 @@ class TestCacheTeachers(StageContract):
         image = registry.parent / "data" / "multi-ct" / "images" / "case_001.nii.gz"
         image.write_bytes(image.read_bytes()[:2000])
         return {"multi-ct/case_001": "case_001.nii.gz"}
+
+
+def test_validation_cases_that_trained_before_are_told_once(
+    tiny_cached: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By another seed, by lists, or by the other rule of an older version: whatever moved them."""
+    capfd.readouterr()
+    lists = {"train": ["case_000"], "validation": ["case_001"], "test": ["case_002"]}
+    change_registry(tiny_cached, lambda d: d["datasets"]["liver-ct"].update(split=lists))
+    assert not run(tiny_cached).failed
+    said = " ".join(capfd.readouterr().err.split())
+    assert said[8:].startswith(
+        " warning: these validation and test cases were training cases when this work folder was "
+        "filled before: liver-ct/case_001, liver-ct/case_002. What was trained then has seen them: "
+        "train it again, or keep the splits of then (docs/registry.md, Registries from before)."
+    )
+    run(tiny_cached)
+    assert "were training cases" not in capfd.readouterr().err
+
+
+def test_a_split_that_the_hash_leaves_empty_is_told(
+    tiny_registry: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    change_registry(
+        tiny_registry, lambda d: d["datasets"]["liver-ct"].update(split={"validation": 0.1})
+    )
+    run(tiny_registry, dry_run=True)
+    said = " ".join(capfd.readouterr().err.split())
+    assert said[8:].startswith(
+        " warning: dataset liver-ct: none of its 3 cases falls into validation (0.1). "
+    )

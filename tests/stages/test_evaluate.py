@@ -303,6 +303,21 @@ class TestFailures:
         with pytest.raises(ConfigError, match="no case is in test"):
             run(perfect)
 
+    def test_a_fraction_that_no_case_falls_into(
+        self, perfect: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        few = {"validation": 0.2, "test": 0.1}
+        change_registry(perfect, lambda data: data["datasets"]["liver-ct"].update(split=few))
+        told = "dataset liver-ct: none of its 3 cases falls into test (0.1). Choose another `seed`"
+        assert run(perfect).done == list(CASES)
+        assert told in " ".join(capfd.readouterr().err.split())
+        run(perfect, splits=("validation",))
+        assert "none of" not in capfd.readouterr().err
+        change_registry(perfect, lambda data: data["datasets"]["multi-ct"].update(split=few))
+        with pytest.raises(ConfigError, match=r"no case is in test\.") as caught:
+            run(perfect)
+        assert f"in evaluate.yaml; {told}" in str(caught.value)
+
 
 class TestWhatValuesMean:
     """Of predictions: by the JSON beside them, by their header, else by the registry."""

@@ -28,7 +28,7 @@ from stages import predict
 from stages.predict import PredictConfig
 from stages.report import StageReport
 from tests.stages.stage_contract import StageContract, snapshot
-from tests.tiny import GRID_MM, NETWORK
+from tests.tiny import GRID_MM, NETWORK, change_registry
 
 THRESHOLD_HU = 100
 SHAPE_XYZ = (9, 11, 13)
@@ -454,3 +454,31 @@ def test_the_real_network_is_used(student: Path, tmp_path: Path) -> None:
     run(student, tmp_path / "in", tmp_path / "out")
     second = np.asarray(nib.load(tmp_path / "out" / "a.nii.gz").dataobj)
     assert not np.array_equal(first, second)
+
+
+def test_cases_that_the_student_was_trained_on_are_told(
+    tiny_registry: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another split than the student's own, say: scores of its training cases are no test."""
+    student = write_student(
+        tmp_path / "student.pt",
+        spacing_mm=GRID_MM, intensity=Intensity(), trained_on=("multi-ct/case_001", "a/case_002"),
+    )  # fmt: skip
+    inputs = predict.chosen_inputs(None, load_registry(tiny_registry), ["test"])
+    predict.run(
+        PredictConfig(), student, inputs, tmp_path / "out",
+        log=Log(quiet=True), device="cpu", dry_run=True,
+    )  # fmt: skip
+    assert " ".join(capfd.readouterr().err.split())[8:] == (
+        " warning: this student was trained on multi-ct/case_001: scores of them say nothing about "
+        "new patients."
+    )
+
+
+def test_a_registry_whose_test_cases_the_hash_leaves_out(tiny_registry: Path) -> None:
+    few = {"validation": 0.2, "test": 0.1}
+    for name in ("liver-ct", "spleen-ct", "multi-ct"):
+        change_registry(tiny_registry, lambda d, n=name: d["datasets"][n].update(split=few))
+    with pytest.raises(ConfigError, match=r"no case is in test\.") as caught:
+        predict.chosen_inputs(None, load_registry(tiny_registry), None)
+    assert "another --split; dataset liver-ct: none of its 3 cases falls into" in str(caught.value)

@@ -225,3 +225,12 @@ def test_channels_follow_the_ids(untrained: Path) -> None:
     assert record.channels == {"spleen": (1,), "liver": (2,)}
     assert record.num_channels == 3
     assert record.validation_dice == {"spleen": None, "liver": None}
+
+
+def test_no_validation_case_is_told(untrained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    change_registry(
+        untrained, lambda d: d["datasets"]["liver-ct"].update(split={"validation": 0.1})
+    )
+    assert run(untrained, only="liver").done == ["liver"]
+    said = " ".join(capfd.readouterr().err.split())
+    assert "liver-ct: none of its 3 cases falls into validation (0.1). Choose another" in said

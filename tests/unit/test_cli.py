@@ -211,6 +211,26 @@ class TestEnd:
         for unit, error in failed.items():
             assert f"failed: {unit}: {error}" in err
 
+    def test_many_failures_alike_are_told_in_one_line(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        failed: dict[str, Exception] = {
+            f"liver x a/case_{n}": ConfigError("is 7 mm.", where=f"a/case_{n}, i/case_{n}.nii")
+            for n in range(9)
+        }
+        failed |= {f"spleen x a/c_{n}": ConfigError("is 7 mm.", where="liver") for n in range(3)}
+        report = StageReport("evaluate", failed=failed)
+        monkeypatch.setattr(cli, "open_registry", lambda *a, **k: None)
+        monkeypatch.setattr("stages.evaluate.run", lambda *a, **k: report)
+        code, _, err = run_here("evaluate", "p", capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 2
+        assert [line for line in err.splitlines() if line.startswith("failed")] == [
+            "failed: liver x a/case_0, liver x a/case_1, liver x a/case_2 and 6 more alike: "
+            "a/case_0, i/case_0.nii: is 7 mm.",
+            *(f"failed: spleen x a/c_{n}: liver: is 7 mm." for n in range(3)),
+        ]
+        assert len(report.to_json()["failed"]) == 12
+
     def test_options_reach_the_stage(
         self,
         tmp_path: Path,

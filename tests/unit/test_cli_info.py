@@ -113,3 +113,19 @@ def test_versions_are_told_though_the_registry_is_wrong(
         assert "grid: required" in json.loads(out)["registry_error"]
     else:
         assert "torch 2" in out
+
+
+def test_a_split_that_is_empty_is_told(
+    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"validation": 0.1}
+    change_registry(tiny_registry, lambda d: d["datasets"]["liver-ct"].update(split=few))
+    told = "none of its 3 cases falls into validation (0.1). Choose another `seed` (`seed: "
+    arguments = ("info", "-r", str(tiny_registry))
+    code, out, _ = run_here(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0
+    assert f"\nliver-ct: {told}" in out
+    _, out, _ = run_here(*arguments, "--json", capsys=capsys, monkeypatch=monkeypatch)
+    datasets = json.loads(out)["registry"]["datasets"]
+    assert datasets["liver-ct"]["note"].startswith(told)
+    assert datasets["spleen-ct"]["note"] is None

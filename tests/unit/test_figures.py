@@ -39,7 +39,8 @@ def block(*start: int) -> npt.NDArray[np.bool_]:
 
 
 def overlay(path: Path, panels: Any, **changes: Any) -> npt.NDArray[Any]:
-    save_overlay(path, image(), panels, (3.0, 2.0, 2.0), title="a case", **changes)
+    colours = changes.pop("colours", {"liver": "#e6550d"})
+    save_overlay(path, image(), panels, (3.0, 2.0, 2.0), title="a case", colours=colours, **changes)
     return picture(path)
 
 

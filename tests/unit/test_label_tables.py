@@ -1,9 +1,28 @@
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from pipeline.label_tables import caret_xml, colour_of, itksnap_text, slicer_text
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from pipeline.html_report.case_layers import organ_colours as on_the_page
+from pipeline.inspection import maps
+from pipeline.label_tables import (
+    caret_xml,
+    colour_of,
+    hex_colour,
+    itksnap_text,
+    luminance,
+    slicer_text,
+)
+from pipeline.labels import LabelSpace
+from pipeline.student.curves import save_curves
 
 
 def test_colours_of_all_ids_differ_and_neighbours_differ_much() -> None:
@@ -12,6 +31,47 @@ def test_colours_of_all_ids_differ_and_neighbours_differ_much() -> None:
     for one, other in pairwise(colours):
         assert sum(abs(a - b) for a, b in zip(one, other, strict=True)) > 100
     assert all(0 <= c <= 255 for colour in colours for c in colour)
+    bright = [luminance((red / 255, green / 255, blue / 255)) for red, green, blue in colours]
+    assert min(1.05 / (light + 0.05) for light in bright) > 2.9  # on white paper
+    assert min((light + 0.05) / 0.0589 for light in bright) > 2.9  # on the page's dark one, #14181c
+
+
+def test_one_organ_has_one_colour_in_every_picture_page_and_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever other organs there are, and in whatever order they are drawn."""
+    ids = {"spleen": 2, "kidneys": 3, "aorta": 40}
+    wanted = {organ: hex_colour(organ_id) for organ, organ_id in ids.items()}
+    names = {organ_id: organ for organ, organ_id in ids.items()}
+    look: Any = SimpleNamespace(organs=tuple(ids), ids=tuple(ids.values()))
+
+    def hexed(pattern: str, text: str) -> dict[str, str]:
+        found = re.findall(pattern, text, re.MULTILINE)
+        return {name: f"#{int(r):02x}{int(g):02x}{int(b):02x}" for r, g, b, name in found}
+
+    assert {names[i]: colour for i, colour in on_the_page(LabelSpace(ids)).items()} == wanted
+    assert maps.organ_colours(look) == wanted
+    snap = r"^ *(?!0 |255 )\d+ +(\d+) +(\d+) +(\d+) .*\"(.*)\"$"
+    assert hexed(snap, itksnap_text(names)) == hexed(snap, maps.snap_labels(look)) == wanted
+    for text in (slicer_text(names, "t.ctbl"), maps.slicer_colours(look)):
+        rows = [line.split() for line in text.splitlines() if line[:1].isdigit()]
+        found = {row[1]: "#" + bytes(map(int, row[2:5])).hex() for row in rows}
+        assert {organ: found[organ] for organ in ids} == wanted
+    share = r'Red="(.*?)" Green="(.*?)" Blue="(.*?)" .*CDATA\[(.*?)\]'
+    shares = re.findall(share, caret_xml(names))
+    assert {name: to_hex([float(c) for c in rgb]) for *rgb, name in shares} == wanted
+    drawn: list[Figure] = []
+
+    def keep(self: Figure, path: Path, **options: object) -> None:
+        drawn.append(self)
+        path.touch()
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    dice = {organ: [(1.0, 0.5)] for organ in reversed(ids)}
+    save_curves(tmp_path / "progress.png", {}, dice, ids=ids)
+    lines = [line for ax in drawn[0].axes for line in ax.get_lines()]
+    told = {str(line.get_label()).split()[0]: to_hex(line.get_color()) for line in lines}
+    assert {organ: told[organ] for organ in ids} == wanted
 
 
 def test_names_that_the_formats_cannot_hold_stay_readable() -> None:

@@ -47,6 +47,17 @@ def test_unknown_values_are_named(dtype: Any) -> None:
     assert "ignore_values" in caught.value.fix
 
 
+def test_of_an_image_a_few_values_are_named() -> None:
+    with pytest.raises(GeometryError) as caught:
+        map_labels(np.arange(3, 900).reshape(-1, 1, 1), {"liver": (1,)}, IDS)
+    assert (
+        "label values [3, 4, 5, 6, 7, 8, 9, 10] and 889 more (is it an image, not a label"
+        in str(caught.value)
+    )
+    with pytest.raises(GeometryError, match="253, 254, 255, 256"):
+        map_labels(np.arange(3, 257).reshape(-1, 1, 1), {"liver": (1,)}, IDS)
+
+
 def test_negative_values_are_unknown_and_do_not_wrap_round() -> None:
     with pytest.raises(GeometryError, match=r"\[-2, -1\]"):
         map_labels(array(-1, -2, 0, 1, 2, dtype=np.int16), {"liver": (1, 2)}, IDS)

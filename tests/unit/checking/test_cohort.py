@@ -14,7 +14,11 @@ from pipeline.checking.cohort import (
     missing_organ,
     odd_volumes,
     same_voxels,
+    torn_patients,
+    visits,
 )
+from pipeline.checking.findings import Finding
+from pipeline.data.dataset_entry import DatasetEntry
 
 
 def case(name: str, split: str = "train", **known: Any) -> CaseFacts:
@@ -52,6 +56,95 @@ class TestSameVoxels:
         assert "its label map is that of a/1" in found.what
         alike = [case(f"a/{n}", image_key="i", label_key="same") for n in range(2)]
         assert [f.kind for f in same_voxels(alike)] == ["duplicate"]
+
+
+FORMS = {
+    "p{p:02}_{v}": r"(.+)_",
+    "case_{p:03}_{y}": r"(.+)_",
+    "LIDC-{p:04}_ses-{v}": r"(.+)_",
+    "sub-{p:02}_ses-{v:02}": r"(.+)_",
+    "sub-{p:02}_ses-{v:02}_ct": r"(\D*\d+)",
+    "pat{p}v{v}": r"(\D*\d+)",
+    "{p:05}-{v}": r"(\D*\d+)",
+}
+PLAIN = ("case_{n:03}", "s{n:04}", "volume-{n}", "LIDC-IDRI-{n:04}", "FLARE22_Tr_{n:04}", "{n}_ct")
+
+
+def entry(**split: Any) -> DatasetEntry:
+    files = {"root": ".", "images": "i/{case}", "labels": "l/{case}", "annotated": {"liver": 1}}
+    return DatasetEntry.model_validate(files | {"split": {"validation": 0.2, "test": 0.2} | split})
+
+
+def torn(names: dict[str, list[str]], entries: dict[str, DatasetEntry]) -> list[Finding]:
+    facts = [
+        case(f"{dataset}/{name}", split)
+        for dataset, known in names.items()
+        for name, split in entries[dataset].split.assign(known).items()
+    ]
+    return torn_patients(facts, entries)
+
+
+def group_of(found: Finding) -> str:
+    return found.fix.split("`group: '")[1].split("'`")[0]
+
+
+class TestPatients:
+    @pytest.mark.parametrize("form", FORMS)
+    def test_visits_in_two_splits_and_the_line_that_mends_it(self, form: str) -> None:
+        names = [form.format(p=n // 2, v=n % 2, y=2019 + n % 2) for n in range(80)]
+        (found,) = torn({"a": names}, {"a": entry()})
+        assert (found.severity, found.kind, found.where) == ("warning", "split", "a")
+        assert found.what.startswith("names look like scans of one patient in two splits: a/")
+        assert found.fix == f"If they are, add `group: '{FORMS[form]}'` to `split`."
+        mended = entry(group=group_of(found))
+        assert torn({"a": names}, {"a": mended}) == []
+        drawn = mended.split.assign(names)
+        assert all(drawn[names[n]] == drawn[names[n + 1]] for n in range(0, 80, 2))
+
+    @pytest.mark.parametrize("form", PLAIN)
+    def test_names_that_count_cases_are_no_visits(self, form: str) -> None:
+        names = [form.format(n=n) for n in range(60)]
+        assert torn({"a": names, "b": names[30:]}, {"a": entry(), "b": entry(seed=1)}) == []
+
+    def test_nor_are_those_of_a_few_organs_or_sites(self) -> None:
+        assert (
+            visits([f"{organ}_{n}" for organ in ("liver", "lung", "colon") for n in range(9)]) == {}
+        )
+        assert visits(["p00_0", "p00_1"]) == visits([]) == visits(["a"]) == {}
+
+    def test_a_first_visit_may_have_no_number(self) -> None:
+        names = [f"case_{n:03}{end}" for n in range(12) for end in ("", "_2020")]
+        (found,) = torn({"a": names}, {"a": entry()})
+        assert torn({"a": names}, {"a": entry(group=group_of(found))}) == []
+
+    def test_with_another_seed_where_a_split_would_be_empty(self) -> None:
+        names = [f"p{n // 2:02}_{n % 2}" for n in range(21)]
+        (found,) = torn({"a": names}, {"a": entry()})
+        assert "to `split`, with `seed: " in found.fix
+        seed = int(found.fix.split("`seed: ")[1].split("`")[0])
+        split = entry(group=group_of(found), seed=seed).split
+        assert set(split.assign(names).values()) == {"train", "validation", "test"}
+
+    def test_lists_are_mended_by_hand(self) -> None:
+        lists = {"train": ["p0_0", "p1_0", "p1_1"], "validation": ["p0_1"], "test": []}
+        (found,) = torn({"a": ["p0_0", "p0_1", "p1_0", "p1_1"]}, {"a": entry(**lists)})
+        assert "a/p0_0 (train) and a/p0_1 (validation)." in found.what
+        assert found.fix.endswith("to `split`, and move each patient's cases into one list.")
+
+    def test_in_two_datasets(self) -> None:
+        visit = {d: [f"p{n:02}_{v}" for n in range(20)] for v, d in enumerate("ab")}
+        (found,) = torn(visit, {"a": entry(), "b": entry()})
+        assert (found.where, found.dataset) == ("a, b", None)
+        assert found.fix == (
+            "If they are, add `group: '(.+)_'` to `split` of both, and give both the same `seed` "
+            "and fractions."
+        )
+        mended = entry(group=group_of(found))
+        assert torn(visit, {"a": mended, "b": mended}) == []
+        same = {d: [f"1.2.840.{n}.{n * 7919}" for n in range(100, 120)] for d in "ab"}
+        assert torn(same, {"a": entry(), "b": entry()}) == []
+        (found,) = torn(same, {"a": entry(), "b": entry(seed=5)})
+        assert group_of(found) == ".+"
 
 
 class TestOrgans:

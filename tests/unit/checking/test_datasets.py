@@ -167,8 +167,13 @@ def test_files_and_patterns_are_findings_too(tiny_registry: Path) -> None:
         lambda data: data["datasets"]["multi-ct"]["split"].update(train=["case_009"]),
     )
     report = check(tiny_registry)
-    assert "images without a label" in only(report, "liver-ct").what
-    assert "there is no case case_009" in only(report, "multi-ct").what
+    found = {f.where: f.what for f in report.findings if f.kind == "registry"}
+    assert "images without a label" in found["liver-ct"]
+    assert "there is no case case_009" in found["multi-ct"]
+    # The one that is gone was the one that validates.
+    (empty,) = [f for f in report.findings if f.kind == "split"]
+    assert (empty.severity, empty.where) == ("warning", "liver-ct")
+    assert empty.what == "none of its 2 cases falls into validation (0.2)."
     assert {case.case for case in report.cases} >= {"liver-ct/case_001", "multi-ct/case_002"}
 
 
@@ -240,3 +245,37 @@ def test_warnings_alone_end_well(
     code, out, _ = run_cli(*arguments, "--jobs", "1", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0
     assert "0 errors, 3 warnings in 3 cases" in out  # the default patch is larger than these
+
+
+def test_equal_errors_of_many_cases_share_a_row(
+    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files cut at other places; one is something else, and has a row of its own."""
+    other = file_of(tiny_registry, "liver-ct/case_001")
+    for dataset in ("liver-ct", "multi-ct"):
+        for number in range(3):
+            path = file_of(tiny_registry, f"{dataset}/case_00{number}")
+            if path != other:
+                path.write_bytes(path.read_bytes()[: 400 + number])
+    rewrite(other, lambda a: a[..., None].repeat(2, -1))
+    report = Report(load_registry(tiny_registry), check(tiny_registry), None)
+    monkeypatch.setenv("COLUMNS", "900")
+    print_report(report)
+    out = capsys.readouterr().out
+    rows = [line.split("│")[2:4] for line in out.splitlines() if line.startswith("│ error")]
+    assert [row[0].strip() for row in rows] == [
+        "liver-ct/case_000, liver-ct/case_002",
+        "liver-ct/case_001",
+        "multi-ct/case_000, multi-ct/case_001, multi-ct/case_002",
+    ]
+    assert "(This is the first; the others are alike.)" in rows[2][1]
+    assert "6 errors, 0 warnings in 9 cases. All of them: --json." in out
+    assert len(report.to_json()["findings"]) == 6
+
+
+def test_an_image_in_place_of_a_label_is_told_in_a_few_lines(tiny_registry: Path) -> None:
+    path = file_of(tiny_registry, "liver-ct/case_000", "label")
+    rewrite(path, lambda a: np.arange(a.size, dtype=np.uint16).reshape(a.shape))
+    (found,) = [f for f in check(tiny_registry).findings if f.kind == "values"]
+    assert found.what.endswith("9 (1 voxels) and 25910 more (is it an image, not a label map?).")
+    assert len(found.what) < 250

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.data.dataset_entry import SplitEntry
+from pipeline.config import digest
 from pipeline.data.registry import Registry, load_registry
+from pipeline.data.split_entry import SplitEntry
 from pipeline.errors import RegistryError
 
 REPOSITORY = Path(__file__).parents[3]
@@ -91,7 +92,8 @@ def complaints(path: Path, **options: Any) -> list[str]:
     head, *rest = str(caught.value).replace(f"{path.parent}/", "").splitlines()
     if not rest:
         return [head]
-    assert head == f"{len(rest)} mistakes:"
+    more = sum(map(int, re.findall(r" And (\d+) more like it", str(caught.value))))
+    assert head == f"{len(rest) + more} mistakes:"
     return [line.strip() for line in rest]
 
 
@@ -561,32 +563,221 @@ def test_a_phantom_needs_no_files(tmp_path: Path) -> None:
     assert not cases[0].image.exists()
 
 
+CASES = [f"case_{n:03}" for n in range(1000)]
+
+
 def counts(split: SplitEntry, num_cases: int) -> list[int]:
     found = list(split.assign([f"c{n}" for n in range(num_cases)]).values())
     assert len(found) == num_cases
     return [found.count("train"), found.count("validation"), found.count("test")]
 
 
-def test_fractions_give_that_many_cases() -> None:
-    split = SplitEntry(validation=0.2, test=0.3)
-    assert counts(split, 10) == [5, 2, 3]
-    assert counts(split, 2) == [0, 1, 1]
-    assert counts(split, 1) == [1, 0, 0]
-    assert counts(split, 0) == [0, 0, 0]
-    assert counts(SplitEntry(validation=0.01, test=0.0), 20) == [19, 1, 0]
-    assert counts(SplitEntry(validation=0.5, test=0.5), 3) == [0, 2, 1]
+def test_fractions_are_shares_of_many_cases() -> None:
+    train, validation, test = counts(SplitEntry(validation=0.2, test=0.3), 10_000)
+    assert abs(train - 5000) < 150
+    assert abs(validation - 2000) < 120
+    assert abs(test - 3000) < 140
+    assert counts(SplitEntry(validation=0.2), 0) == [0, 0, 0]
+    assert counts(SplitEntry(validation=0.0), 300) == [300, 0, 0]
+    assert counts(SplitEntry(validation=0.3, test=0.7), 300)[0] == 0
+    assert counts(SplitEntry(validation=0.0, test=1.0), 300) == [0, 0, 300]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_case_keeps_its_split_whatever_other_cases_come_or_go(seed: int) -> None:
+    split = SplitEntry(validation=0.2, test=0.2, seed=seed)
+    drawn = split.assign(CASES)
+    for number in (1, 20, 21, 500):
+        assert split.assign(CASES[:number]) == {c: drawn[c] for c in CASES[:number]}
+    assert split.assign(CASES[::-7]) == {c: drawn[c] for c in CASES[::-7]}
+
+
+def test_another_validation_fraction_moves_no_test_case() -> None:
+    few, many = (SplitEntry(validation=v, test=0.2).assign(CASES) for v in (0.1, 0.4))
+    assert [c for c in CASES if few[c] == "test"] == [c for c in CASES if many[c] == "test"]
+    assert {c for c in CASES if few[c] == "validation"} < {
+        c for c in CASES if many[c] == "validation"
+    }
 
 
 def test_a_split_by_fraction_depends_on_names_and_seed_alone() -> None:
-    cases = [f"case_{n:03}" for n in range(30)]
-    split = SplitEntry(validation=0.2, test=0.2, seed=1)
-    drawn = split.assign(cases)
-    assert split.assign(cases[::-1]) == drawn
-    assert SplitEntry(validation=0.2, test=0.2, seed=1).assign(cases) == drawn
+    cases = CASES[:30]
+    drawn = SplitEntry(validation=0.2, test=0.2, seed=1).assign(cases)
     assert SplitEntry(validation=0.2, test=0.2, seed=2).assign(cases) != drawn
     # Written down once: a split must stay what it is from version to version.
-    validation = [case for case, part in drawn.items() if part == "validation"]
-    assert validation == ["case_000", "case_004", "case_012", "case_013", "case_014", "case_016"]
+    parts = {s: [int(c[-2:]) for c in cases if drawn[c] == s] for s in ("validation", "test")}
+    assert parts == {
+        "validation": [10, 18, 21, 22, 25, 27],
+        "test": [0, 3, 4, 7, 12, 13, 14, 16, 28],
+    }
+
+
+def test_a_patient_is_in_one_split_in_every_dataset() -> None:
+    visits = [f"p{n:02}_{visit}" for n in range(100) for visit in range(2)]
+    split = SplitEntry(validation=0.2, test=0.2, group=r"(p\d+)_")
+    drawn = split.assign(visits)
+    assert all(drawn[f"p{n:02}_0"] == drawn[f"p{n:02}_1"] for n in range(100))
+    assert len(set(drawn.values())) == 3
+    whole = SplitEntry(validation=0.2, test=0.2, group=r"p\d+")
+    assert whole.assign(visits) == drawn
+    # Another dataset, where the patient is the name and needs no group.
+    names = [f"p{n:02}" for n in range(100)]
+    assert SplitEntry(validation=0.2, test=0.2).assign(names) == {
+        name: drawn[f"{name}_1"] for name in names
+    }
+
+
+GROUPED = ("seed: 3}", r"seed: 3, group: '([a-c])'}")
+
+
+def test_a_name_without_a_patient_is_an_error(folder: Path) -> None:
+    path = write(folder, GOOD, GROUPED)
+    assert complaints(path) == [
+        "registry.yaml:14: datasets.liver-ct.split.group: `group` '([a-c])' finds no patient at "
+        "the beginning of these names: d. Correct the regular expression: its first (..), or all "
+        "of it, is the patient."
+    ]
+    registry = load_registry(path, files=False)
+    with pytest.raises(RegistryError, match=r"finds no patient .* names: d") as caught:
+        registry.cases("liver-ct")
+    assert str(caught.value).startswith(f"{path}, dataset liver-ct: ")
+
+
+def test_what_is_no_regular_expression(folder: Path) -> None:
+    (found,) = complaints(write(folder, GOOD, ("seed: 3}", "seed: 3, group: '(p'}")))
+    assert "registry.yaml:14: " in found
+    assert "'(p' is no regular expression: missing ), unterminated subpattern" in found
+
+
+TABLE = ("seed: 3}", "seed: 3, group: {csv: who.csv, case: id, column: patient}}")
+
+
+def test_a_table_says_whose_a_case_is(folder: Path) -> None:
+    (folder / "who.csv").write_text("﻿id,age,patient\na,50,x\nb,51,x\nb,51,x\nc,60,y\nd,1,x\n")
+    registry = load_registry(write(folder, GOOD, TABLE))
+    drawn = {case.case: case.split for case in registry.cases("liver-ct")}
+    assert drawn["a"] == drawn["b"] == drawn["d"]
+    split = SplitEntry(validation=0.25, seed=3)
+    assert [drawn["a"], drawn["c"]] == list(split.assign(["x", "y"]).values())
+    before = registry.dataset_key("liver-ct")
+    (folder / "who.csv").write_text("id,patient\na,x\nb,x\nc,y\nd,z\n")
+    assert load_registry(registry.path, files=False).dataset_key("liver-ct") != before
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "who.csv: cannot be read ([Errno 2]"),
+        ("id,who\na,x\n", "who.csv: there is no column 'patient'. Columns, divided by commas: id"),
+        ("", "who.csv: there is no column 'id'. Columns, divided by commas: none."),
+        ("id,patient\na,x\nb,\n", "who.csv:3: case 'b' has no patient. Give every case one "),
+        ("id,patient\na,x\na,y\n", "who.csv:3: case 'a' has two patients, x and y. Give "),
+        ("id,patient\na,x\nc,x\n", "`group` does not say whose these cases are: b, d. Add a "),
+    ],
+)  # fmt: skip
+def test_tables_that_do_not_say_whose_a_case_is(text: str | None, says: str, folder: Path) -> None:
+    if text is not None:
+        (folder / "who.csv").write_text(text)
+    (found,) = complaints(write(folder, GOOD, TABLE))
+    assert found.startswith("registry.yaml:14: datasets.liver-ct.split.group: ")
+    assert says in found
+
+
+def test_a_patient_in_two_lists_or_two_datasets_is_an_error(folder: Path) -> None:
+    listed = "split: {train: [a, b], validation: [c], test: [d], group: '.'}"
+    assert load_registry(write(folder, GOOD, ("split: {validation: 0.25, seed: 3}", listed)))
+    (folder / "who.csv").write_text("id,patient\na,x\nb,x\nc,y\nd,x\none,z\ntwo,z\n")
+    table = "{csv: who.csv, case: id, column: patient}"
+    one = ("split: {validation: 0.25, seed: 3}", listed.replace("'.'", table))
+    (found,) = complaints(write(folder, GOOD, one))
+    assert "split.group: patient x is in two splits: d in test, a of liver-ct in train. " in found
+    assert found.endswith(
+        "with fractions, give all the same `seed` and fractions; in lists, move the case."
+    )
+    fraction = "split: {validation: 0.0, test: 0.0, group: '.'}"
+    other = "split: {train: [], validation: [], test: [two, one], group: '.'}"
+    spleens = (
+        "split:\n      train: [one]\n      validation: [two]\n      test: []\n",
+        other + "\n",
+    )
+    both = ("split: {validation: 0.25, seed: 3}", fraction)
+    assert load_registry(write(folder, GOOD, both, spleens))  # a to d, o and t
+    pairs = (("one: {", "a1: {"), ("two: {", "b1: {"), ("test: [two, one]", "test: [a1, b1]"))
+    (found,) = complaints(write(folder, GOOD, both, spleens, *pairs))
+    assert (
+        "datasets.spleen-ct.split.group: patient a is in two splits: a1 in test, a of liver-ct in "
+        in found
+    )
+    assert "train (and 1 more)." in found
+
+
+def test_many_mistakes_alike_are_told_in_one_line(folder: Path) -> None:
+    """One mistake, made a thousand times by a program that wrote the file."""
+    names = [f"x{n}" for n in range(1000)]
+    split = f"split: {{train: {names}, validation: {list(range(500))}, test: [y, z]}}"
+    first = ("split: {validation: 0.25, seed: 3}", split)
+    pairs = "".join(f"      c{n}: {{image: a.nii, labels: b.nii}}\n" for n in range(50))
+    found = complaints(write(folder, GOOD, first, ("    pairs:\n", f"    pairs:\n{pairs}")))
+    assert len(found) == 6
+    assert found[0].startswith("registry.yaml:14: datasets.liver-ct.split.")
+    assert "must be a text, not 0. And 499 more like it." in found[0]
+    assert "there is no case x0. Correct the name, or remove it. And 999 more like" in found[1]
+    assert "there is no case y" in found[2]
+    assert "there is no case z" in found[3]
+    assert "pairs.c0.label: required, but missing. Add it. And 49 more like it." in found[4]
+    assert "pairs.c0.labels: unknown key." in found[5]
+
+
+def test_an_empty_split_is_told_and_not_mended(folder: Path) -> None:
+    registry = load_registry(write(folder, GOOD, ("0.25, seed: 3", "0.2, seed: 0")))
+    assert {case.split for case in registry.cases("liver-ct")} == {"train"}
+    (found,) = registry.empty_splits()
+    assert found == (
+        "dataset liver-ct: none of its 4 cases falls into validation (0.2). Choose another `seed` "
+        "(`seed: 1` has some in each) or fraction, or name the cases by lists."
+    )
+    assert registry.empty_splits(["test"]) == []
+    mended = load_registry(write(folder, GOOD, ("0.25, seed: 3", "0.2, seed: 1")))
+    assert mended.empty_splits() == []
+    one = {case.split for case in mended.cases("liver-ct")}
+    assert one == {"train", "validation"}
+
+
+def test_what_fractions_used_to_mean_can_be_written_down_as_lists(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program of docs/registry.md; numbers are those of the older rule's own test."""
+    names = [f"case_{n:03}" for n in range(30)]
+    touch(folder / "many", [f"{part}/{c}.nii.gz" for part in ("images", "labels") for c in names])
+    changes = (
+        ("    root: data\n    images", "    root: many\n    images"),
+        ("{validation: 0.25, seed: 3}", "{validation: 0.2, test: 0.2, seed: 1}"),
+    )
+    path = write(folder, GOOD, *changes)
+    page = (REPOSITORY / "docs" / "registry.md").read_text()
+    (program,) = [b.split("```")[0] for b in page.split("```python\n") if "old_splits.py" in b]
+    monkeypatch.setattr("sys.argv", ["old_splits.py", str(path)])
+    exec(program, {})
+    name, line = capsys.readouterr().out.splitlines()
+    assert name == "liver-ct:"
+    old = "split: {validation: 0.2, test: 0.2, seed: 1}"
+    path.write_text(path.read_text().replace(old, line.strip()))
+    registry = load_registry(path)
+    found = {case.case: case.split for case in registry.cases("liver-ct")}
+    assert sorted(found) == names
+    assert [int(c[-2:]) for c in names if found[c] == "validation"] == [0, 4, 12, 13, 14, 16]
+    assert list(found.values()).count("test") == 6
+
+
+def test_a_key_changes_where_the_cases_may_have_moved(folder: Path) -> None:
+    """What an older version wrote into an index by fractions is not found; lists are."""
+    registry = load_registry(write(folder, GOOD), files=False)
+    for name, stays in (("liver-ct", False), ("spleen-ct", True)):
+        entry = registry.datasets[name].model_dump(mode="json", exclude={"licence", "source"})
+        del entry["split"]["group"]
+        ids = {organ: registry.organs[organ] for organ in registry.datasets[name].annotated}
+        before = digest({"dataset": entry, "ids": ids, "grid": registry.grid})
+        assert (registry.dataset_key(name) == before) is stays
 
 
 def test_a_split_by_list_leaves_out_what_it_does_not_name(folder: Path) -> None:

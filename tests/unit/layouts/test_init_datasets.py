@@ -289,3 +289,17 @@ def test_the_files_own_spacings_stand_beside_the_grid(tiny_registry: Path, tmp_p
     assert "(3 files)" in note
     spacings = [read_grid(file).spacing_mm for file in (data / "images").iterdir()]
     assert str([round(sorted(axis)[1], 2) for axis in zip(*spacings, strict=True)]) in note
+
+
+def test_one_seed_by_which_every_dataset_validates(tmp_path: Path) -> None:
+    """By seed 0 none of a to d is below 0.2; a name in two datasets is in one split."""
+    for name, cases in (("one", "abcd"), ("two", "cdef")):
+        put(
+            tmp_path / name, *(f"{part}/{c}.nii.gz" for part in ("images", "labels") for c in cases)
+        )
+    path = start(tmp_path, f"one={tmp_path}/one:liver=1", f"two={tmp_path}/two:liver=1")
+    registry = load_registry(path)
+    assert registry.empty_splits() == []
+    one, two = ({c.case: c.split for c in registry.cases(name)} for name in ("one", "two"))
+    assert [one[c] for c in "cd"] == [two[c] for c in "cd"]
+    assert registry.datasets["one"].split.seed == registry.datasets["two"].split.seed > 0

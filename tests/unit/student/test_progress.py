@@ -230,12 +230,13 @@ class TestPicture:
         path.parent.mkdir()
         timing = {"steps": 1, "seconds": 2.0, "data_wait": 0.5, "samples_per_second": 4.0}
         write(path, step_line(1, timing=timing), {"step": 1, "validation_dice": {"liver": 0.5}})
-        draw_progress(tmp_path / "x.png", Metrics(path, keep_until=1))
+        draw_progress(tmp_path / "x.png", Metrics(path, keep_until=1), {"liver": 7})
         ((_, terms, dice), options) = shown[0]
         assert terms == {"total": [(1, 1.0)], "dice": [(1, 0.25)], "cross_entropy": [(1, 0.75)]}
         assert dice == {"liver": [(1, 0.5)]}
         assert options == {
             "samples_per_second": [(1, 4.0)], "data_wait": [(1, 0.5)], "title": "ms_kd, step 1",
+            "ids": {"liver": 7},
         }  # fmt: skip
 
 
