@@ -64,13 +64,18 @@ class Registry(Config):
         ]
 
     def dataset_key(self, dataset: str) -> str:
-        """Digest of what this registry says of a dataset and the grid; no file is read."""
-        entry = self.datasets[dataset].model_dump(mode="json", exclude={"licence", "source"})
+        """Digest of what this registry says that a dataset and the grid mean, wherever its files
+        lie; no file is read."""
+        places = {"root", "images", "labels", "pairs"}
+        entry = self.datasets[dataset].model_dump(
+            mode="json", exclude={"licence", "source"} | places
+        )
         ids = {organ: self.organs[organ] for organ in self.datasets[dataset].annotated}
         return digest({"dataset": entry, "ids": ids, "grid": self.grid})
 
     def teacher_key(self, teacher: str) -> str:
-        """Digest of what this registry says of a teacher and the grid; no file is read."""
+        """Digest of what this registry says of a teacher and the grid, wherever its weights lie;
+        no file is read."""
         return digest({"teacher": self.teachers[teacher].key(), "grid": self.grid})
 
     def trusting(self, teachers: Iterable[str]) -> Registry:
