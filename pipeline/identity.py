@@ -77,16 +77,16 @@ def read_teacher(
         CacheStale: stage one has not seen this registry entry, or other weights.
     """
     found = read_teacher_index(work, teacher, registry.teacher_key(teacher))
-    entry = registry.teachers[teacher]
-    path = registry.resolve(entry.weights)
     if not compare:
         return found
+    path = registry.resolve(registry.teachers[teacher].weights)
     here, wrong = _weights_here(work, registry, found), ""
     if here is None:
-        if found.origin is not None and path.name != Path(found.origin.place[0]).name:
+        name = path.name if found.origin is None else Path(found.origin.place[0]).name
+        if name != path.name:
             wrong = (
-                f"its units were made by weights that are named {Path(found.origin.place[0]).name},"
-                f" and {path}, which the registry names now, cannot be read here to compare them"
+                f"its units were made by weights that are named {name}, and {path}, which the "
+                "registry names now, cannot be read here to compare them"
             )
     elif here != found.inputs["weights_sha256"]:
         wrong = f"{path} holds other bytes than the weights that its units were made by"
@@ -235,9 +235,8 @@ def _origin_of_weights(work: Folder, registry: Registry, teacher: str) -> Origin
 
 def _origin_at(work: Folder, registry: Registry, place: Path, files: str) -> Origin:
     def spelled(path: Path) -> tuple[str, ...]:
-        return (
-            (str(path), os.path.relpath(path, work.resolve())) if is_local(work) else (str(path),)
-        )
+        seen_from_work = (os.path.relpath(path, work.resolve()),) if is_local(work) else ()
+        return (str(path), *seen_from_work)
 
     file = registry.path.resolve()
     return Origin(spelled(file), spelled(place), files, socket.gethostname())

@@ -87,8 +87,9 @@ def status(registry: Registry, work: Folder) -> Status:
         # Where the raw CTs are not, the index says which cases there are.
         for case in {**files, **indexed}:
             entry, source = indexed.get(case), files.get(case)
-            listed = not files or source is not None
-            current = entry is not None and listed and _same_image(entry, source)
+            current = entry is not None and _same_image(entry, source)
+            if files and entry is not None:  # stage two refuses one that went, or changed its split
+                current &= source is not None and source.split == entry.split
             units[dataset, "cases", case] = _state_of_case(work, entry, source, absent, current)
             for name, teacher in teachers.items():
                 units[dataset, name, case] = _state_of_unit(work, teacher, entry, current)

@@ -326,16 +326,19 @@ def _stale_if_unreadable(kind: str, name: str, work: Folder) -> Iterator[None]:
     try:
         yield
     except _UNREADABLE as error:
-        what = "is not in the cache as the registry describes it now."
-        fix = "Run `pipeline cache-teachers` with this registry; what is still valid is reused."
         if _all_older(kind, name, work):
-            what = (
-                "is in the index of the cache as an older version of organ-distill wrote it "
-                f"(version 1 of the index, now {VERSION}): what it says of splits and files does "
-                "not hold any more. The registry need not have changed."
-            )
-            fix = "Run `pipeline cache-teachers` with this registry; no unit is made again."
-        raise CacheStale(f"{kind} {name} {what}", where=work, fix=fix) from error
+            raise CacheStale(
+                f"{kind} {name} is in the index of the cache as an older version of organ-distill "
+                f"wrote it (version 1 of the index, now {VERSION}): what it says of splits and "
+                "files does not hold any more. The registry need not have changed.",
+                where=work,
+                fix="Run `pipeline cache-teachers` with this registry; no unit is made again.",
+            ) from error
+        raise CacheStale(
+            f"{kind} {name} is not in the cache as the registry describes it now.",
+            where=work,
+            fix="Run `pipeline cache-teachers` with this registry; what is still valid is reused.",
+        ) from error
 
 
 def _all_older(kind: str, name: str, work: Folder) -> bool:

@@ -15,6 +15,7 @@ from pipeline import identity
 from pipeline.cache.index import read_dataset_index, read_index
 from pipeline.cache.sealed import read_sealed, write_sealed
 from pipeline.cohort import Cohort, open_cohort
+from pipeline.data.dataset_entry import SplitEntry
 from pipeline.data.nifti import read_image, write_image
 from pipeline.data.registry import load_registry
 from pipeline.engine.here import HERE
@@ -23,6 +24,7 @@ from pipeline.errors import CacheStale, ConfigError, WorkFolderError
 from pipeline.identity import read_teacher, unchecked
 from pipeline.inventory.reclaim import find_garbage
 from pipeline.log import Log
+from pipeline.planning.plan import make_plan
 from pipeline.status import status
 from pipeline.volume import Volume
 from stages import cache_teachers
@@ -136,6 +138,8 @@ def test_another_project_of_the_same_text_is_refused_before_it_changes_anything(
         assert says in text
         assert "Nothing was changed. Give this registry a work folder of its own (--work)" in text
         assert refused.value.exit_code == 2
+    with pytest.raises(WorkFolderError, match="is not the one that the work folder"):
+        make_plan(settings(), load_registry(b), work, log=Log(quiet=True), device="cpu")
     assert content(work) == before
     with pytest.raises(CacheStale, match=says) as stale:
         reads(b, work)
@@ -426,6 +430,18 @@ def test_only_splits_that_are_asked_for_must_agree(a: Path) -> None:
     assert open_cohort(work, loaded, splits=("train",)).cases
     with pytest.raises(CacheStale):
         open_cohort(work, loaded, splits=("validation",))
+
+
+def test_cases_that_change_their_split_need_stage_one(
+    a: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a split says may lie in a file beside the registry."""
+    monkeypatch.setattr(SplitEntry, "assign", lambda _, cases: dict.fromkeys(cases, "test"))
+    with pytest.raises(CacheStale, match="case_000 was in split train and is in test"):
+        reads(a)
+    assert not all_done(a, work_of(a))
+    assert run_stage(a).done == []
+    assert all_done(a, work_of(a))
 
 
 @pytest.mark.parametrize("part", [None, Part(0, 1)])
