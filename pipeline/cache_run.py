@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.admission.gate import NOT_JUDGED, Verdict, run_gate
 from pipeline.admission.looks import Look, plan_looks, units_of
@@ -28,6 +28,7 @@ from pipeline.data.registry import Registry
 from pipeline.engine.parts import Part
 from pipeline.errors import CacheError, PipelineError, WorkFolderError
 from pipeline.folder import Folder
+from pipeline.identity import claim_teacher
 from pipeline.log import Log
 from pipeline.tables import print_regions, region_rows
 from pipeline.unit_work import is_there
@@ -97,7 +98,8 @@ class CacheRun:
             if self.part is None or not what.startswith("dataset "):
                 self.fail(what, wrong)
         for name, teacher in self.known.items():
-            write_teacher_index(work, registry.teacher_key(name), teacher)
+            origin = claim_teacher(work, registry, teacher)
+            write_teacher_index(work, registry.teacher_key(name), replace(teacher, origin=origin))
         failed = [source for source in own if source.name in self.report.failed]
         if self.part is not None:
             record_cases(registry, work, prepared, failed)

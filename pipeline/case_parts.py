@@ -15,9 +15,9 @@ from pipeline.cache.index import (
     case_records,
     dataset_file,
     read_dataset_index,
-    remove_case_record,
     write_case_record,
     write_dataset_index,
+    write_failed_record,
 )
 from pipeline.cache.sealed import read_sealed
 from pipeline.case_sizes import case_sizes
@@ -27,6 +27,7 @@ from pipeline.data.registry import Registry
 from pipeline.engine.parts import Part, share
 from pipeline.errors import CacheStale
 from pipeline.folder import Folder, matching, read_text, remove
+from pipeline.identity import claim_dataset
 
 
 def own_cases(
@@ -55,17 +56,20 @@ def index_cases(
     out stay as an earlier run saw them.
 
     Raises:
-        WorkFolderError: it cannot be written.
+        WorkFolderError: it cannot be written, or the entry is another project's.
     """
     for dataset in datasets:
         key = registry.dataset_key(dataset)
-        left_out = {c.case for c in registry.cases(dataset) if c.split not in splits}
+        origin = claim_dataset(work, registry, dataset)
+        known = registry.cases(dataset)
+        left_out = {c.case for c in known if c.split not in splits}
         try:
             earlier = [c for c in read_dataset_index(work, dataset, key) if c.case in left_out]
         except CacheStale:
             earlier = []
-        cases = [case for case in indexed if case.dataset == dataset]
-        write_dataset_index(work, dataset, key, [*cases, *earlier])
+        cases = [*(case for case in indexed if case.dataset == dataset), *earlier]
+        absent = {c.case for c in known} - {c.case for c in cases}
+        write_dataset_index(work, dataset, key, cases, origin=origin, left_out=absent)
 
 
 def held_out_since(registry: Registry, work: Folder, files: Sequence[CaseFiles]) -> list[str]:
@@ -97,16 +101,19 @@ def held_out_since(registry: Registry, work: Folder, files: Sequence[CaseFiles])
 def record_cases(
     registry: Registry, work: Folder, indexed: Iterable[IndexedCase], failed: Iterable[CaseFiles]
 ) -> None:
-    """Leaves a record of each own case; of one that failed now, an earlier record goes.
+    """Leaves a record of each own case; in that of one that failed now, there is no case.
 
     Raises:
-        WorkFolderError: it cannot be written.
+        WorkFolderError: it cannot be written, or the entry is another project's.
     """
+    keys = {name: registry.dataset_key(name) for name in registry.datasets}
+    origins = {name: claim_dataset(work, registry, name) for name in registry.datasets}
     for case in indexed:
-        write_case_record(work, registry.dataset_key(case.dataset), case)
+        name = case.dataset
+        write_case_record(work, keys[name], case, origin=origins[name])
     for source in failed:
-        key = registry.dataset_key(source.dataset)
-        remove_case_record(work, source.dataset, key, source.case)
+        name = source.dataset
+        write_failed_record(work, name, keys[name], source.case, origin=origins[name])
 
 
 def forget_dataset(registry: Registry, work: Folder, dataset: str) -> None:

@@ -18,8 +18,6 @@ from dask.highlevelgraph import HighLevelGraph
 from pipeline.cache.index import (
     IndexedTeacher,
     case_path,
-    read_dataset_index,
-    read_teacher_index,
     unit_digest,
     unit_path,
 )
@@ -37,6 +35,7 @@ from pipeline.consensus import (
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheMissing, RegistryError
 from pipeline.folder import Folder
+from pipeline.identity import read_dataset, read_teacher
 from pipeline.labels import IGNORE, LabelSpace
 from pipeline.patches import Patch
 from pipeline.trust import FULL
@@ -67,8 +66,10 @@ def open_cohort(
     teachers: Sequence[str] = (),
     datasets: Sequence[str] | None = None,
     splits: Sequence[str] = ("train", "validation", "test"),
+    as_indexed: bool = False,
 ) -> Cohort:
-    """Opens what the cache holds for a registry; no raw CT and no weights are needed.
+    """Opens what the cache holds for a registry; no raw CT and no weights are needed, but where
+    they are they must be those that it was made from.
 
     Args:
         work: the work folder.
@@ -76,18 +77,19 @@ def open_cohort(
         teachers: those whose units are wanted; none for supervision by labels alone.
         datasets: None for all.
         splits: cases of other splits are left out.
+        as_indexed: take the index as it is, whatever its files and weights are now: for stage one,
+            which has just written it, and whose other parts may not have seen what changed.
 
     Raises:
-        CacheStale: stage one has not seen the registry as it is now.
+        CacheStale: stage one has not seen the registry, or its files, as they are now.
     """
-    indexed = {t: read_teacher_index(work, t, registry.teacher_key(t)) for t in teachers}
+    look = not as_indexed
+    indexed = {name: read_teacher(work, registry, name, compare=look) for name in teachers}
     cases: list[CachedCase] = []
     problems: dict[str, CacheError] = {}
     for dataset in datasets if datasets is not None else list(registry.datasets):
         annotated = tuple(registry.datasets[dataset].annotated)
-        for entry in read_dataset_index(work, dataset, registry.dataset_key(dataset)):
-            if entry.split not in splits:
-                continue
+        for entry in read_dataset(work, registry, dataset, splits=splits, compare=look):
             units: dict[str, Unit] = {}
             for name, teacher in indexed.items():
                 path = unit_path(work, teacher, entry)

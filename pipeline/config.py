@@ -204,6 +204,29 @@ def file_sha256(path: Folder) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@dataclass(frozen=True)
+class FileStamp:
+    """What a file was when it was hashed: whoever finds the same size and time at the same place
+    need not hash it again."""
+
+    sha256: str
+    size: int
+    mtime_ns: int
+
+
+def stamp_file(path: Path, known: FileStamp | None = None) -> FileStamp:
+    """Hashes a file, unless it is as `known` says.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+    """
+    # Before it is read: of a file that is written meanwhile the stamp must not hold later.
+    status = path.stat()
+    if known is not None and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
+        return known
+    return FileStamp(file_sha256(path), status.st_size, status.st_mtime_ns)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return _plain(value.model_dump(mode="json"))

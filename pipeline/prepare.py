@@ -23,7 +23,7 @@ from pipeline.cache.schema import (
 )
 from pipeline.cache.store import write_unit
 from pipeline.case_checks import check_same_grid, organ_labels
-from pipeline.config import digest, file_sha256
+from pipeline.config import digest, stamp_file
 from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import NiftiVolume, read_image, read_label
 from pipeline.data.registry import Registry
@@ -202,14 +202,16 @@ def identify_case(
         GeometryError: a file that cannot be read.
     """
     try:
-        hashes = file_sha256(source.image), file_sha256(source.label)
+        image, label = stamp_file(source.image), stamp_file(source.label)
     except OSError as error:
         raise GeometryError(
             f"the file cannot be read ({error.strerror}).",
             where=f"{source.name}, {error.filename}",
             fix="For a phantom run `pipeline phantom`; else check the path and its permissions.",
         ) from error
-    return case_of_hashes(registry, source, hashes, spacing_mm=spacing_mm, storage=storage)
+    hashes = image.sha256, label.sha256
+    case, inputs = case_of_hashes(registry, source, hashes, spacing_mm=spacing_mm, storage=storage)
+    return replace(case, image=image, label=label), inputs
 
 
 def case_of_hashes(

@@ -11,7 +11,6 @@ from pipeline.cache.index import (
     IndexedTeacher,
     case_path,
     read_dataset_index,
-    read_teacher_index,
     unit_digest,
     unit_path,
 )
@@ -19,11 +18,11 @@ from pipeline.cache.receipt import read_receipt
 from pipeline.config import file_sha256
 from pipeline.data.files import CaseFiles
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError, CacheMissing, CacheStale, TeacherError
+from pipeline.errors import CacheError, CacheMissing, CacheStale
 from pipeline.folder import Folder, matching
+from pipeline.identity import read_teacher
 from pipeline.inventory.students import run_folders
 from pipeline.log import print_table
-from pipeline.teachers.weights import weights_digest
 
 State = Literal["done", "missing", "stale", "damaged"]
 STATES: tuple[State, ...] = ("done", "missing", "stale", "damaged")
@@ -86,9 +85,11 @@ def status(registry: Registry, work: Folder) -> Status:
             absent = "missing"
         indexed = {entry.case: entry for entry in entries}
         # Where the raw CTs are not, the index says which cases there are.
-        for case in files or indexed:
+        for case in {**files, **indexed}:
             entry, source = indexed.get(case), files.get(case)
             current = entry is not None and _same_image(entry, source)
+            if files and entry is not None:  # stage two refuses one that went, or changed its split
+                current &= source is not None and source.split == entry.split
             units[dataset, "cases", case] = _state_of_case(work, entry, source, absent, current)
             for name, teacher in teachers.items():
                 units[dataset, name, case] = _state_of_unit(work, teacher, entry, current)
@@ -112,16 +113,10 @@ def print_status(found: Status) -> None:
 def _teacher(registry: Registry, work: Folder, name: str) -> IndexedTeacher | State:
     """Its index entry if that is current, else the state of all its units."""
     try:
-        indexed = read_teacher_index(work, name, registry.teacher_key(name))
+        return read_teacher(work, registry, name)
     except CacheStale:
         earlier = bool(matching(work / "teachers", f"{name}@*"))
         return "stale" if earlier else "missing"
-    entry = registry.teachers[name]
-    try:
-        found = weights_digest(entry, registry.resolve(entry.weights))
-    except TeacherError:  # weights that are not here (stage two's machine) made nothing stale
-        return indexed
-    return indexed if found == indexed.inputs["weights_sha256"] else "stale"
 
 
 def _same_image(entry: IndexedCase, source: CaseFiles | None) -> bool:

@@ -18,6 +18,7 @@ from pipeline.cohort import Cohort, open_cohort
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheMissing, CheckpointError, ConfigError
 from pipeline.folder import Folder, matching, read_text
+from pipeline.identity import unchecked
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
 from pipeline.reliability import believed_cases, doubted
@@ -66,7 +67,7 @@ def open_inputs(
 
     Raises:
         CacheMissing: stage one has not run here, or the cache lacks units or temperatures.
-        CacheStale: stage one has not seen the registry as it is now.
+        CacheStale: stage one has not seen the registry, or its files, as they are now.
         ConfigError: no teacher, no fully labelled case, or taps that do not fit.
     """
     teachers = list(registry.teachers) if supervision.uses_teachers else []
@@ -79,6 +80,8 @@ def open_inputs(
     _check_stage_one(work)
     cohort = open_cohort(work, registry, teachers=teachers, splits=("train",))
     labelled = open_cohort(work, registry, splits=("validation",))
+    for remark in unchecked(work, registry, teachers):
+        log.remark(remark)
     _check_complete({**cohort.problems, **labelled.problems}, work, allow_missing, log)
     space = registry.label_space
     training = list(cohort.cases)

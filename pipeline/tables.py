@@ -22,7 +22,8 @@ def region_rows(
         return []
     space = registry.label_space
     rows = []
-    cohort = open_cohort(work, registry, teachers=list(registry.teachers), datasets=datasets)
+    teachers = list(registry.teachers)
+    cohort = open_cohort(work, registry, teachers=teachers, datasets=datasets, as_indexed=True)
     for case in cohort.cases:
         regions, known = lazy_consensus(case, space)
         names = [space.organs[k] for k in known]

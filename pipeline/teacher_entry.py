@@ -171,9 +171,11 @@ class TeacherEntry(Config):
         return self
 
     def key(self) -> dict[str, Any]:
-        """What of this entry can change numbers, as plain JSON values."""
+        """What of this entry can change numbers beside the bytes of its weights, as plain JSON
+        values."""
         absent = {name for name in _OPTIONS_OF_KINDS if getattr(self, name) is None}
-        return self.model_dump(mode="json", exclude={"admission", "licence", "source"} | absent)
+        other = {"admission", "licence", "source", "weights"}
+        return self.model_dump(mode="json", exclude=other | absent)
 
     def _states_all_of_its_preprocessing(self) -> None:
         wanted = ("spacing_mm", "orientation", "intensity")

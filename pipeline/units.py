@@ -29,9 +29,9 @@ from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.teachers.teacher import StreamingTeacher, Teacher
-from pipeline.teachers.weights import weights_digest
 from pipeline.teachers.window_passes import is_out_of_memory
 from pipeline.volume import Grid, Volume
+from pipeline.weights import digest_of, stamp_weights
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -87,15 +87,18 @@ def open_teacher(
         batch_size=window_batch,
         device=pick_device(device),
     )
+    stamps = stamp_weights(entry, weights)
     inputs = teacher_inputs(
-        weights_sha256=weights_digest(entry, weights),
+        weights_sha256=digest_of(entry, stamps),
         description=teacher.describe(),
         organs=entry.organs,
         activation=entry.activation,
         spacing_mm=registry.grid.spacing_mm,
         storage=storage,
     )
-    indexed = IndexedTeacher(name, digest(inputs), tuple(entry.organs), entry.taps, dict(inputs))
+    indexed = IndexedTeacher(
+        name, digest(inputs), tuple(entry.organs), entry.taps, dict(inputs), stamps
+    )
     return LoadedTeacher(teacher, indexed)
 
 

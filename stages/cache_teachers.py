@@ -29,6 +29,7 @@ from pipeline.data.registry import Registry
 from pipeline.engine.here import HERE, Engine, first_told
 from pipeline.engine.parts import Part
 from pipeline.folder import Folder
+from pipeline.identity import claim_dataset, claim_teacher
 from pipeline.log import Log
 from pipeline.planning.record import check_space
 from pipeline.teachers.sliding_window import WindowConfig
@@ -109,7 +110,8 @@ def run(
 
     Raises:
         PipelineError: nothing can be done at all: no work folder, a teacher that does not load,
-            a disk that is too small, an unknown name in `accept`, an engine that is gone.
+            a disk that is too small, an unknown name in `accept`, an engine that is gone, an
+            entry of the index that is another project's.
             What concerns one case is in the report instead, and the other cases are done.
     """
     began = time.monotonic()
@@ -118,6 +120,8 @@ def run(
         show=tables, engine=engine, overlap=overlap, dry_run=dry_run,
     )  # fmt: skip
     check_accepted(registry, accept)
+    for dataset in registry.datasets:
+        claim_dataset(work, registry, dataset, log=log)
     if not dry_run:
         prepare_work_folder(work)
         removed = clean_temporaries(work)
@@ -126,6 +130,8 @@ def run(
         if part is not None:
             begin_part(work, part)
     open_teachers = _teachers(this, device, window_batch)
+    for teacher in this.known.values():
+        claim_teacher(work, registry, teacher, log=log)
     files = [c for d in registry.datasets for c in registry.cases(d) if c.split in config.splits]
     own = this.files = files
     for note in registry.empty_splits(config.splits):

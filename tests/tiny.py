@@ -17,6 +17,7 @@ The student grid is 12 mm; volumes have about 24 x 28 x 32 voxels.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,6 +73,18 @@ def change_registry(registry: Path, change: Callable[[dict[str, Any]], object]) 
     change(data)
     registry.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     return registry
+
+
+def placeless_entry(path: Path) -> dict[str, Any]:
+    """An entry of the index without what two runs over the same bytes need not have in common:
+    where files lay, for whom, and when they were written."""
+    entry: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("origin", "weights", "seal"):
+        entry.pop(name, None)
+    for case in entry.get("cases", ()):
+        case.pop("image", None)
+        case.pop("label", None)
+    return entry
 
 
 def copy_cohort(source: Path, folder: Path) -> Path:

@@ -1,8 +1,9 @@
 """The index: which digests a registry entry means now. It is how stage two finds its units.
 
-Stage two has neither weights nor raw CTs to digest, so stage one writes, per registry entry, one
-small JSON under a key that the registry alone determines. It says where to look, never what is
-done: that is for receipts to say.
+Stage two need have neither weights nor raw CTs to digest, so stage one writes, per registry entry,
+one small JSON under a key that the registry alone determines. It says where to look, never what is
+done: that is for receipts to say. The key holds no place, so that what moved is found; whether an
+entry speaks of the files that a registry leads to is for `pipeline.identity` to say.
 
 A run over all cases of a dataset writes one file for it. Runs that share the cases between them
 write a record per case in a folder beside it, so that none overwrites what another found, without
@@ -11,29 +12,60 @@ locks; readers take both, a record before the file, and the next run over all ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
 
 from pipeline.cache.provenance import Inputs, unit_inputs
 from pipeline.cache.sealed import read_sealed, write_sealed
-from pipeline.config import digest, short
+from pipeline.config import FileStamp, digest, short
 from pipeline.errors import CacheStale
 from pipeline.folder import Folder, matching, remove
 
+# Raised when entries of before must not be believed: 1 knew cases by the registry's text.
+VERSION: Final = 2
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
+class Origin:
+    """For whom an entry was written, and from what. A place is spelled as an absolute path and, of
+    a local work folder, as seen from there: a project that is moved or copied with its work folder
+    keeps the second.
+
+    Attributes:
+        registry: the registry's file.
+        place: root of the dataset, or the teacher's weights.
+        files: what below the root a dataset's files are, as a digest; empty for a teacher.
+        host: that wrote it.
+    """
+
+    registry: tuple[str, ...]
+    place: tuple[str, ...]
+    files: str
+    host: str
+
+    def same_place(self, other: Origin) -> bool:
+        """Whether both speak of the same files, whatever those hold."""
+        return self.files == other.files and bool({*self.place} & {*other.place})
+
+    def same_project(self, other: Origin) -> bool:
+        """Whether one may change what the other wrote: of one registry, or of the same files."""
+        return bool({*self.registry} & {*other.registry}) or self.same_place(other)
+
+
+@dataclass(frozen=True)
 class IndexedCase:
-    """A case as stage one last saw it."""
+    """A case as stage one last saw it; `image` and `label` are what its files were then."""
 
     dataset: str
     case: str
     split: str
     image_sha256: str
     digest: str
+    image: FileStamp | None = field(default=None, compare=False)
+    label: FileStamp | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -42,14 +74,32 @@ class IndexedCase:
 
 
 @dataclass(frozen=True)
+class IndexedDataset:
+    """A dataset as stage one last saw it.
+
+    Attributes:
+        cases: that are in the cache.
+        left_out: names of cases that failed, or are of a split that was not asked for.
+        origins: of the file and of the records, without repetition.
+    """
+
+    cases: list[IndexedCase]
+    left_out: frozenset[str]
+    origins: tuple[Origin, ...]
+
+
+@dataclass(frozen=True)
 class IndexedTeacher:
-    """A teacher as stage one last saw it; `inputs` is what its digest is of."""
+    """A teacher as stage one last saw it; `inputs` is what its digest is of, `weights` what the
+    files of its weights were."""
 
     teacher: str
     digest: str
     organs: tuple[str, ...]
     taps: tuple[str, ...]
     inputs: Inputs
+    weights: Mapping[str, FileStamp] = field(default_factory=dict, compare=False)
+    origin: Origin | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -112,46 +162,73 @@ def read_index(work: Folder) -> tuple[list[IndexFile], dict[Folder, str]]:
     return found, unreadable
 
 
-def write_dataset_index(work: Folder, dataset: str, key: str, cases: Sequence[IndexedCase]) -> None:
+def write_dataset_index(
+    work: Folder,
+    dataset: str,
+    key: str,
+    cases: Sequence[IndexedCase],
+    *,
+    origin: Origin | None = None,
+    left_out: Iterable[str] = (),
+) -> None:
     """Records the cases of a dataset under the registry's key for it: these and no others."""
     records = case_records(work, dataset, key)
-    content = {"dataset": dataset, "key": key, "cases": [asdict(case) for case in cases]}
+    content = _content(dataset, key, origin, cases, left_out)
     write_sealed(dataset_file(work, dataset, key), content)
     for record in records:  # not those that another run has added meanwhile
         remove(record)
 
 
-def write_case_record(work: Folder, key: str, case: IndexedCase) -> None:
+def write_case_record(
+    work: Folder, key: str, case: IndexedCase, *, origin: Origin | None = None
+) -> None:
     """Records one case of a dataset, whatever other runs record of other cases meanwhile."""
-    content = {"dataset": case.dataset, "key": key, "cases": [asdict(case)]}
+    content = _content(case.dataset, key, origin, [case], [])
     write_sealed(_record(work, case.dataset, key, case.case), content)
 
 
-def remove_case_record(work: Folder, dataset: str, key: str, case: str) -> None:
-    """What another run recorded of a case holds no longer; no error if none did."""
-    remove(_record(work, dataset, key, case))
+def write_failed_record(
+    work: Folder, dataset: str, key: str, case: str, *, origin: Origin | None = None
+) -> None:
+    """Records that a case failed: what earlier runs recorded of it holds no longer."""
+    content = _content(dataset, key, origin, [], [case])
+    write_sealed(_record(work, dataset, key, case), content)
 
 
 def read_dataset_index(work: Folder, dataset: str, key: str) -> list[IndexedCase]:
-    """The cases of a dataset.
+    """The cases of a dataset; see `read_indexed_dataset`."""
+    return read_indexed_dataset(work, dataset, key).cases
+
+
+def read_indexed_dataset(work: Folder, dataset: str, key: str) -> IndexedDataset:
+    """A dataset, as its file and the records of single cases have it.
 
     Raises:
         CacheStale: stage one has not seen this registry entry.
     """
-    with _stale_if_unreadable(f"dataset {dataset}", work):
-        recorded: dict[str, IndexedCase] = {}
+    cases: dict[str, IndexedCase] = {}
+    left_out: set[str] = set()
+    origins: dict[Origin, None] = {}
+    with _stale_if_unreadable("dataset", dataset, work):
+        contents = []
         for path in case_records(work, dataset, key):
             with suppress(FileNotFoundError):  # just folded into the file, which is read next
-                recorded |= _by_name(read_sealed(path))
+                contents.append(_read(path))
         try:
-            whole = _by_name(read_sealed(dataset_file(work, dataset, key)))
+            contents.insert(0, _read(dataset_file(work, dataset, key)))
         except FileNotFoundError:
-            if not recorded:
+            if not contents:
                 raise
-            whole = {}
-    if not recorded:
-        return list(whole.values())
-    return sorted((whole | recorded).values(), key=lambda case: case.case)
+        for content in contents:
+            seen = {case.case: case for case in _cases(content)}
+            left_out = (left_out - {*seen}) | {*content["left_out"]}
+            cases = {name: case for name, case in (cases | seen).items() if name not in left_out}
+            if (origin := _origin(content)) is not None:
+                origins[origin] = None
+    found = list(cases.values())
+    if len(contents) > 1:
+        found.sort(key=lambda case: case.case)
+    return IndexedDataset(found, frozenset(left_out), tuple(origins))
 
 
 def case_records(work: Folder, dataset: str, key: str) -> list[Folder]:
@@ -161,7 +238,8 @@ def case_records(work: Folder, dataset: str, key: str) -> list[Folder]:
 
 def write_teacher_index(work: Folder, key: str, teacher: IndexedTeacher) -> None:
     """Records a teacher's digest under the registry's key for it."""
-    write_sealed(teacher_file(work, teacher.teacher, key), {"key": key, **asdict(teacher)})
+    content = {"version": VERSION, "key": key, **asdict(teacher)}
+    write_sealed(teacher_file(work, teacher.teacher, key), content)
 
 
 def read_teacher_index(work: Folder, teacher: str, key: str) -> IndexedTeacher:
@@ -171,8 +249,8 @@ def read_teacher_index(work: Folder, teacher: str, key: str) -> IndexedTeacher:
         CacheStale: stage one has not seen this registry entry.
     """
     path = teacher_file(work, teacher, key)
-    with _stale_if_unreadable(f"teacher {teacher}", work):
-        return _teacher(read_sealed(path))
+    with _stale_if_unreadable("teacher", teacher, work):
+        return _teacher(_read(path))
 
 
 def dataset_file(work: Folder, dataset: str, key: str) -> Folder:
@@ -189,29 +267,86 @@ def _record(work: Folder, dataset: str, key: str, case: str) -> Folder:
     return dataset_file(work, dataset, key).with_suffix("") / f"{case}.json"
 
 
-def _by_name(content: Mapping[str, Any]) -> dict[str, IndexedCase]:
-    return {case.case: case for case in _cases(content)}
+def _content(
+    dataset: str,
+    key: str,
+    origin: Origin | None,
+    cases: Iterable[IndexedCase],
+    left_out: Iterable[str],
+) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "dataset": dataset,
+        "key": key,
+        "origin": None if origin is None else asdict(origin),
+        "cases": [asdict(case) for case in cases],
+        "left_out": sorted(left_out),
+    }
+
+
+def _read(path: Folder) -> dict[str, Any]:
+    """An entry of this version."""
+    content = read_sealed(path)
+    if content["version"] != VERSION:
+        raise ValueError(f"version {content['version']}")
+    return content
 
 
 def _cases(content: Mapping[str, Any]) -> tuple[IndexedCase, ...]:
-    return tuple(IndexedCase(**case) for case in content["cases"])
+    return tuple(
+        IndexedCase(**{**case, **{file: _stamp(case.get(file)) for file in ("image", "label")}})
+        for case in content["cases"]
+    )
 
 
 def _teacher(content: Mapping[str, Any]) -> IndexedTeacher:
     organs, taps = tuple(content["organs"]), tuple(content["taps"])
+    weights = {name: FileStamp(**stamp) for name, stamp in content.get("weights", {}).items()}
     return IndexedTeacher(
-        content["teacher"], content["digest"], organs, taps, dict(content["inputs"])
-    )
+        content["teacher"], content["digest"], organs, taps, dict(content["inputs"]),
+        weights, _origin(content),
+    )  # fmt: skip
+
+
+def _stamp(content: Mapping[str, Any] | None) -> FileStamp | None:
+    return None if content is None else FileStamp(**content)
+
+
+def _origin(content: Mapping[str, Any]) -> Origin | None:
+    said = content.get("origin")
+    if said is None:
+        return None
+    registry, place = tuple(said["registry"]), tuple(said["place"])
+    return Origin(registry, place, said["files"], said["host"])
 
 
 @contextmanager
-def _stale_if_unreadable(what: str, work: Folder) -> Iterator[None]:
+def _stale_if_unreadable(kind: str, name: str, work: Folder) -> Iterator[None]:
     """Absent, damaged, or written by a version with other fields: stage one writes it anew."""
     try:
         yield
     except _UNREADABLE as error:
+        if _all_older(kind, name, work):
+            raise CacheStale(
+                f"{kind} {name} is in the index of the cache as an older version of organ-distill "
+                f"wrote it (version 1 of the index, now {VERSION}): what it says of splits and "
+                "files does not hold any more. The registry need not have changed.",
+                where=work,
+                fix="Run `pipeline cache-teachers` with this registry; no unit is made again.",
+            ) from error
         raise CacheStale(
-            f"{what} is not in the cache as the registry describes it now.",
+            f"{kind} {name} is not in the cache as the registry describes it now.",
             where=work,
             fix="Run `pipeline cache-teachers` with this registry; what is still valid is reused.",
         ) from error
+
+
+def _all_older(kind: str, name: str, work: Folder) -> bool:
+    """Whether there are entries of that name, and none that this version wrote."""
+    entry = f"index/{kind}s/{name}.{'[0-9a-f]' * 16}"
+    found = [path for tail in (".json", "/[!.]*.json") for path in matching(work, entry + tail)]
+    versions = []
+    for path in found:
+        with suppress(*_UNREADABLE):
+            versions.append(read_sealed(path).get("version", 1))
+    return bool(versions) and all(version < VERSION for version in versions)

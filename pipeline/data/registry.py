@@ -71,8 +71,12 @@ class Registry(Config):
         ]
 
     def dataset_key(self, dataset: str) -> str:
-        """Digest of what this registry says of a dataset and the grid; no file is read."""
-        entry = self.datasets[dataset].model_dump(mode="json", exclude={"licence", "source"})
+        """Digest of what this registry says that a dataset and the grid mean, wherever its files
+        lie; no file is read."""
+        places = {"root", "images", "labels", "pairs"}
+        entry = self.datasets[dataset].model_dump(
+            mode="json", exclude={"licence", "source"} | places
+        )
         entry["split"] = self.datasets[dataset].split.digested(self._patients.get(dataset))
         ids = {organ: self.organs[organ] for organ in self.datasets[dataset].annotated}
         return digest({"dataset": entry, "ids": ids, "grid": self.grid})
@@ -99,7 +103,8 @@ class Registry(Config):
         return [f"dataset {dataset}: {' '.join(told)}" for dataset, told in found.items() if told]
 
     def teacher_key(self, teacher: str) -> str:
-        """Digest of what this registry says of a teacher and the grid; no file is read."""
+        """Digest of what this registry says of a teacher and the grid, wherever its weights lie;
+        no file is read."""
         return digest({"teacher": self.teachers[teacher].key(), "grid": self.grid})
 
     def trusting(self, teachers: Iterable[str]) -> Registry:

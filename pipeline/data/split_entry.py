@@ -183,8 +183,10 @@ class SplitEntry(Config):
 
     def digested(self, table: Mapping[str, str] | None = None) -> dict[str, Any]:
         """All that says which case is in which split, for digests. Lists are what they always were;
-        fractions have meant other cases before there were thresholds."""
-        told = self.model_dump(mode="json", exclude=None if self.group else {"group"})
+        fractions have meant other cases before there were thresholds. Where a table lies is not in
+        it."""
+        by_regex = isinstance(self.group, str)
+        told = self.model_dump(mode="json", exclude=None if by_regex else {"group"})
         if self.train is None:
             told["drawn_by"] = "threshold"
         return told | ({"patients": dict(table)} if table is not None else {})

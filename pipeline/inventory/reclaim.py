@@ -177,9 +177,9 @@ def _reached(work: Folder, registries: Sequence[Registry]) -> tuple[set[Folder],
         reach = registry_reach(work, registry)
         if reach.absent:
             raise ConfigError(
-                f"{', '.join(reach.absent)}: not in the cache {work} as this registry describes it "
-                "now, so what it needs cannot be told from what nobody needs. Nothing was removed.",
-                where=registry.path,
+                f"{next(iter(reach.absent.values())).what} What this registry needs cannot be told "
+                "from what nobody needs. Nothing was removed.",
+                where=f"{registry.path}, {work}",
                 fix="Run `pipeline cache-teachers` with it first; what is valid is reused.",
             )
         units |= set(reach.units)

@@ -20,8 +20,8 @@ import yaml
 from pipeline.errors import TeacherError
 from pipeline.layouts.meanings import Named, same_name
 from pipeline.teacher_entry import TeacherEntry
-from pipeline.teachers.bundle_files import config_path, weights_path
 from pipeline.teachers.nnunet_folder import read_model_folder
+from pipeline.weights import bundle_config, bundle_weights
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def look_at_teacher(path: Path) -> FoundTeacher:
         raise TeacherError("there is no such file or folder.", where=path, fix="Check the path.")
     if (path / "plans.json").is_file():
         return _nnunet(path)
-    if config_path(path) is not None:
+    if bundle_config(path) is not None:
         return _bundle(path)
     models = sorted(found.parent for found in path.glob("*__*__*/plans.json"))
     if len(models) == 1:
@@ -102,8 +102,8 @@ def _nnunet(path: Path) -> FoundTeacher:
 
 
 def _bundle(path: Path) -> FoundTeacher:
-    if not weights_path(path).is_file():
-        exported = sorted(str(file) for file in weights_path(path).parent.glob("*.ts"))
+    if not bundle_weights(path).is_file():
+        exported = sorted(str(file) for file in bundle_weights(path).parent.glob("*.ts"))
         raise TeacherError(
             "the bundle has no models/model.pt.",
             where=path,
@@ -121,7 +121,7 @@ def _bundle(path: Path) -> FoundTeacher:
         for channel, name in channels.items()
         if str(channel).isdecimal() and not same_name(str(name), "background")
     )
-    config = config_path(path)
+    config = bundle_config(path)
     found = set() if config is None else _activations(_read_mapping(config))
     settings = {"activation": found.pop()} if len(found) == 1 else {}
     return FoundTeacher(

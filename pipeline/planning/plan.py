@@ -11,6 +11,7 @@ from pipeline.case_sizes import case_sizes
 from pipeline.data.registry import Registry
 from pipeline.errors import RegistryError
 from pipeline.folder import Folder
+from pipeline.identity import claim_dataset, claim_teacher
 from pipeline.log import Log, print_table
 from pipeline.planning.probe import Probe, probe
 from pipeline.planning.rates import KINDS, Estimate, estimate_all
@@ -107,7 +108,8 @@ def make_plan(
         window_batch: windows per forward pass.
 
     Raises:
-        PipelineError: no readable case, a teacher that does not load, or a probe that fails.
+        PipelineError: no readable case, a teacher that does not load, a probe that fails, or an
+            entry of the index that is another project's.
     """
     sizes, unreadable = case_sizes(registry, settings.splits)
     if not sizes:
@@ -127,6 +129,10 @@ def make_plan(
         for name in registry.teachers
     }  # fmt: skip
     indexed = {name: loaded.indexed for name, loaded in teachers.items()}
+    for dataset in registry.datasets:
+        claim_dataset(work, registry, dataset)
+    for teacher in indexed.values():
+        claim_teacher(work, registry, teacher)
     todo = find_todo(work, registry, sizes, indexed, settings.storage)
     measured = None
     if todo.num_missing:

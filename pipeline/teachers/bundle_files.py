@@ -11,34 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import TeacherError
 from pipeline.teacher_entry import TeacherEntry
+from pipeline.weights import BUNDLE_CONFIGS, bundle_config, bundle_weights
 
 if TYPE_CHECKING:  # digests are made where no network is loaded
     from torch import Tensor
 
-_CONFIGS = ("inference.json", "inference.yaml", "inference.yml")
 _STATE_KEYS = ("model", "network", "net", "state_dict", "model_state_dict")
 _GENERIC = {"foreground", "label", "organ", "object", "mask", "class", "target", "lesion", "tumor",
             "tumour", "cancer", "channel"}  # fmt: skip
-
-
-def config_path(folder: Path) -> Path | None:
-    """The inference config, if there is one."""
-    found = [folder / "configs" / name for name in _CONFIGS]
-    return next((path for path in found if path.is_file()), None)
-
-
-def weights_path(folder: Path) -> Path:
-    """Where a bundle's weights are, whether they are there or not."""
-    return folder / "models" / "model.pt"
-
-
-def digested_files(folder: Path) -> Mapping[str, Path]:
-    """The files that a bundle's numbers depend on, by name inside the folder: inference config,
-    weights, and scripts, which only a trusted config can call."""
-    config = config_path(folder)
-    files = [weights_path(folder), *(folder / "scripts").rglob("*.py")]
-    files += [config] if config else []
-    return {file.relative_to(folder).as_posix(): file for file in files}
 
 
 @dataclass(frozen=True)
@@ -81,16 +61,16 @@ def read_bundle(folder: Path, *, where: str) -> BundleFiles:
             where=where,
             fix="`weights` of a MONAI bundle is the bundle's folder, unpacked.",
         )
-    path = config_path(folder)
+    path = bundle_config(folder)
     if path is None:
         raise TeacherError(
-            f"configs/ has none of {', '.join(_CONFIGS)}.",
+            f"configs/ has none of {', '.join(BUNDLE_CONFIGS)}.",
             where=where,
             fix="Name the folder that holds `configs` and `models`.",
         )
     metadata = _read_config(folder / "configs" / "metadata.json", where)
     config = {**_read_config(path, where), "_meta_": metadata}
-    return BundleFiles(config, metadata, _read_state(weights_path(folder), where))
+    return BundleFiles(config, metadata, _read_state(bundle_weights(folder), where))
 
 
 def _read_config(path: Path, where: str) -> dict[str, Any]:

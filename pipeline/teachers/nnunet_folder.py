@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.errors import TeacherError
 from pipeline.teacher_entry import NnunetOptions, TeacherEntry
+from pipeline.weights import nnunet_checkpoints
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def read_model_folder(path: Path, entry: TeacherEntry) -> ModelFolder:
             fix="Models of nnU-Net v1 cannot be used.",
         )
     options = entry.nnunet or NnunetOptions()
-    return ModelFolder(path, plans, dataset, _checkpoints(path, options))
+    return ModelFolder(path, plans, dataset, nnunet_checkpoints(path, options))
 
 
 def _are_labels(labels: Any) -> bool:
@@ -148,41 +149,6 @@ def _channel_problems(
 def _plain(label: str) -> str:
     """Spellings of one name: case, spaces, underscores and hyphens do not count."""
     return "".join(letter for letter in label.casefold() if letter.isalnum())
-
-
-def _checkpoints(path: Path, options: NnunetOptions) -> Mapping[str, Path]:
-    trained = {p.name.removeprefix("fold_"): p for p in path.glob("fold_*") if p.is_dir()}
-    if not trained:
-        raise TeacherError(
-            "the folder holds no fold_0, fold_1 .. fold_all.",
-            where=path,
-            fix="Copy the trained folds there, or name the folder that has them.",
-        )
-    if options.folds is not None:
-        folds = [str(fold) for fold in options.folds]
-    else:
-        usable = [fold for fold, p in trained.items() if (p / options.checkpoint).is_file()]
-        numbers = sorted((fold for fold in usable if fold.isdigit()), key=int)
-        # nnU-Net averages the numbered folds; a model trained on all cases has `fold_all` alone.
-        folds = numbers or usable or sorted(trained)[:1]
-    for fold in folds:
-        if fold not in trained:
-            raise TeacherError(
-                f"fold {fold} was not trained.",
-                where=path,
-                fix=f"Folds there: {', '.join(sorted(trained))}. Correct `nnunet.folds`.",
-            )
-        if not (trained[fold] / options.checkpoint).is_file():
-            others = sorted(p.name for p in trained[fold].glob("*.pth"))
-            raise TeacherError(
-                f"there is no {options.checkpoint}.",
-                where=trained[fold],
-                fix=f"Its training did not finish. Checkpoints there: {', '.join(others)}; name "
-                "one in `nnunet.checkpoint`, or train to the end."
-                if others
-                else "Nothing was trained there: copy its checkpoints, or leave the fold out.",
-            )
-    return {fold: trained[fold] / options.checkpoint for fold in folds}
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

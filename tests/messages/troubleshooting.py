@@ -29,12 +29,13 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Teachers: exported files", ("teachers/exported",)),
     (
         "Teachers: all kinds",
-        ("teachers/", "admission/", "checking", "units.", "unit_work", "train_teachers"),
+        ("teachers/", "admission/", "checking", "units.", "unit_work", "train_teachers",
+         "weights"),
     ),
     (
         "The cache and the work folder",
         ("cache/", "cohort", "folder", "mirror", "inventory/", "cli_cache", "planning/", "cli_plan",
-         "tables", "status"),
+         "tables", "status", "identity"),
     ),
     ("Several workers, Slurm, job arrays", ("engine/", "submission/", "cli_submit")),
     (

@@ -169,6 +169,8 @@ class TestTheCacheIsTheOnlyDoor:
         )
         assert done.returncode == 0, done.stderr
         assert "stage one cannot be imported here" in done.stdout
+        assert "are taken, by their name alone, for those that the cached units" in done.stderr
+        assert "liver (teachers/liver.pt), spleen (teachers/spleen.pt)" in done.stderr
         record, _ = load_student(run_folder(tiny_cached) / "student.pt")
         assert tuple(record.organs) == ORGANS
         assert set(record.teachers) == set(ORGANS)

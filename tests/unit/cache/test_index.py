@@ -14,14 +14,15 @@ from pipeline.cache.index import (
     dataset_file,
     read_dataset_index,
     read_index,
+    read_indexed_dataset,
     read_teacher_index,
-    remove_case_record,
     teacher_file,
     teacher_folder,
     unit_digest,
     unit_path,
     write_case_record,
     write_dataset_index,
+    write_failed_record,
     write_teacher_index,
 )
 from pipeline.errors import CacheStale
@@ -133,9 +134,9 @@ def test_records_of_single_cases_are_read_with_the_file_and_before_it(tmp_path: 
     found, unreadable = read_index(tmp_path)
     assert {case for file in found for case in file.cases or ()} == {CASE, other, seen_anew, third}
     assert unreadable == {}
-    remove_case_record(tmp_path, "ct", KEY, "case_2")
-    remove_case_record(tmp_path, "ct", KEY, "case_2")
-    assert read_dataset_index(tmp_path, "ct", KEY) == [other, seen_anew]
+    write_failed_record(tmp_path, "ct", KEY, "case_2")
+    found = read_indexed_dataset(tmp_path, "ct", KEY)
+    assert (found.cases, found.left_out) == ([other, seen_anew], {"case_2"})
 
 
 def test_records_alone_are_an_index(tmp_path: Path) -> None:

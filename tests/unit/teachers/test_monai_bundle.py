@@ -23,8 +23,8 @@ from pipeline.network import tapped
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.monai_bundle import BundleTeacher
 from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.teachers.weights import weights_digest
 from pipeline.volume import Volume
+from pipeline.weights import weights_digest
 from tests.unit.teachers.made_bundles import (
     TAP,
     bundle_entry,

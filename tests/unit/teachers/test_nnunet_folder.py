@@ -15,7 +15,7 @@ from pipeline.config import file_sha256
 from pipeline.errors import TeacherError
 from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.nnunet_folder import check_against_registry, read_model_folder
-from pipeline.teachers.weights import weights_digest
+from pipeline.weights import weights_digest
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2}
 
@@ -219,7 +219,7 @@ def test_the_digest_of_one_file_is_that_of_its_bytes(tmp_path: Path) -> None:
         weights_digest(checkpoint, tmp_path / "none.pt")
     with pytest.raises(TeacherError, match="cannot be read"):
         weights_digest(checkpoint, tmp_path)
-    with pytest.raises(TeacherError, match="no such folder"):
+    with pytest.raises(TeacherError, match="holds no fold_0"):
         weights_digest(entry(), path)
 
 
