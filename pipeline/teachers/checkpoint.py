@@ -22,6 +22,7 @@ from pipeline.network import NetworkConfig, build_network, tap_shapes
 from pipeline.patches import Index3
 from pipeline.sealed_file import load_sealed, save_atomically
 from pipeline.teacher_entry import TeacherEntry
+from pipeline.teachers.outputs import giving_logits
 from pipeline.teachers.sliding_window import WindowConfig, sliding_window, stream_windows
 from pipeline.teachers.teacher import Prediction, Sink
 from pipeline.volume import Spacing, Volume
@@ -199,6 +200,7 @@ def load_checkpoint_teacher(
             where=f"teacher {name}, {path}",
             fix="Choose a window that its strides divide, and taps that it has.",
         ) from error
+    network = giving_logits(network, entry, where=f"teacher {name}")
     return CheckpointTeacher(record, network, window, taps, batch_size, device)
 
 
