@@ -92,6 +92,14 @@ class TeacherError(PipelineError):
     exit_code = 2
 
 
+class OutputsError(TeacherError):
+    """Outputs of another kind than the registry says: no unit of this teacher can be right."""
+
+
+class TeacherWarning(RuntimeWarning):
+    """What is improbable of a teacher and stops nothing."""
+
+
 class WorkFolderError(PipelineError):
     """A work folder that cannot be created or written."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import numpy as np
@@ -9,6 +10,23 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from pipeline.config import Config
+
+_CT = re.compile(r"(cb)?cta?")
+_OTHER = re.compile(
+    r"mri?|t[12](w|wi|c|ce|gd|n|f|star|weighted)?|flair|adc|dwi|swi|dce|mprage|pet|spect|us|"
+    r"ultrasound|rgb"
+)
+
+
+def is_ct(channel: str) -> bool | None:
+    """Whether what a file calls an image channel, or its modality, means CT; None: it does not say.
+
+    A word of its own counts: `CT_venous` is CT, `T1w` and `MR` are not, `image` says nothing.
+    """
+    words = re.split(r"[\W_]+", channel.lower())
+    if any(_CT.fullmatch(word) for word in words):
+        return True
+    return False if any(_OTHER.fullmatch(word) for word in words) else None
 
 
 class Intensity(Config):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pipeline.data.resample import SlabResampler
 from pipeline.patches import Index3
 from pipeline.teacher_entry import TeacherEntry
+from pipeline.teachers.outputs import OutputsOfCase
 from pipeline.teachers.teacher import Sink, check_finite, slab_log_odds
 from pipeline.volume import Grid
 
@@ -43,6 +44,7 @@ class Placement:
         where: str,
     ) -> None:
         self._entry, self._where = entry, where
+        self._outputs = OutputsOfCase(entry, where=where)
         self._odds = {organ: SlabResampler(logits, grid, outside=np.nan) for organ in entry.organs}
         self.strides: Mapping[str, Index3] = {
             tap: feature_stride(cells.spacing_mm, grid.spacing_mm)
@@ -65,6 +67,7 @@ class Placement:
             part = slab[:, begin : begin + rows]
             for organ, odds in slab_log_odds(part, self._entry, where=self._where).items():
                 self._odds[organ].put(odds)
+            self._outputs.put(part)
 
     @property
     def feature_sinks(self) -> Mapping[str, Sink]:
@@ -77,7 +80,12 @@ class Placement:
 
     @property
     def log_odds(self) -> Mapping[str, FloatArray]:
-        """Organ -> (D, H, W) on the student grid, when all has arrived."""
+        """Organ -> (D, H, W) on the student grid, when all has arrived.
+
+        Raises:
+            TeacherError: what has arrived are no logits.
+        """
+        self._outputs.judge()
         return {organ: slabs.finish().array for organ, slabs in self._odds.items()}
 
     @property

@@ -101,6 +101,13 @@ class TeacherEntry(Config):
     activation: Literal["softmax", "sigmoid"] = Field(
         default="softmax", description="what the network was trained with"
     )
+    outputs: Literal["logits", "probabilities"] = Field(
+        default="logits",
+        description="what the network's forward gives; probabilities, of a network that ends in "
+        "its activation, are turned into logits window by window",
+        # Out of keys and digests: units of before this field stay.
+        exclude_if=lambda value: value == "logits",
+    )
     spacing_mm: tuple[float, float, float] | None = Field(
         default=None,
         description="z, y, x; what the network was trained at. Left out: the student grid for a "
@@ -152,6 +159,8 @@ class TeacherEntry(Config):
                     f"{', '.join(owned)}: not for kind `nnunet`, whose plans.json says how images "
                     "are prepared"
                 )
+            if self.outputs != "logits":
+                raise ValueError("outputs: kind `nnunet` gives logits: leave it out")
             if self.taps:
                 raise ValueError(
                     "taps: kind `nnunet` has none, because nnU-Net's windows do not begin at "

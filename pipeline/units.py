@@ -93,6 +93,7 @@ def open_teacher(
         description=teacher.describe(),
         organs=entry.organs,
         activation=entry.activation,
+        outputs=entry.outputs,
         spacing_mm=registry.grid.spacing_mm,
         storage=storage,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import Field
 
@@ -28,6 +28,7 @@ from pipeline.data.files import CaseFiles
 from pipeline.data.registry import Registry
 from pipeline.engine.here import HERE, Engine, first_told
 from pipeline.engine.parts import Part
+from pipeline.errors import OutputsError
 from pipeline.folder import Folder
 from pipeline.identity import claim_dataset, claim_teacher
 from pipeline.log import Log
@@ -67,6 +68,7 @@ class _Run(CacheRun):
     engine: Engine
     overlap: bool
     dry_run: bool
+    wrong: set[str] = field(default_factory=set)  # teachers of which no unit can be right
 
 
 def run(
@@ -165,7 +167,10 @@ def run(
     asked = frozenset(unit for unit in units_of(looks) if unit[1] in jobs)
     _make(this, open_teachers, jobs, asked, "units of the admission gate")
     verdict = NOT_JUDGED if dry_run else this.judge(looks)
-    others = {(name, case) for name in this.known for case in jobs} - asked
+    usable = [name for name in this.known if name not in this.wrong]
+    for name in sorted(this.wrong):
+        log.warn(f"teacher {name}: outputs of the wrong kind, so no other unit of it is made")
+    others = {(name, case) for name in usable for case in jobs} - asked
     if verdict.refused:
         log.warn(f"stopped at the admission gate: {len(others)} units are not looked at")
     else:
@@ -255,6 +260,8 @@ def _tell(this: _Run, told: Told) -> None:
     if told.damage:
         this.log.warn(f"{told.damage} It is made again.")
     if told.error is not None:
+        if isinstance(told.error, OutputsError):
+            this.wrong.add(told.unit.removesuffix(f" x {told.case}"))
         this.fail(told.unit, told.error)
         return
     (this.report.done if told.made else this.report.skipped).append(told.unit)

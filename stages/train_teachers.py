@@ -260,13 +260,14 @@ def _channels(space: LabelSpace) -> dict[str, tuple[int, ...]]:
 def _check_channels(name: str, registry: Registry, space: LabelSpace) -> None:
     """Before hours of training: `cache-teachers` would refuse a teacher that says otherwise."""
     entry, wanted = registry.teachers[name], _channels(space)
-    fits = entry.organs == wanted and entry.activation == "softmax"
+    fits = entry.organs == wanted and entry.activation == "softmax" and entry.outputs == "logits"
     if not fits or entry.num_channels not in (None, len(space.organs) + 1):
         plain = ", ".join(f"{organ}: {channels[0]}" for organ, channels in wanted.items())
         raise RegistryError(
             "a teacher trained here has a softmax over background and one channel per organ.",
             where=f"{registry.path}, teachers.{name}",
-            fix=f"Write organs: {{{plain}}}, num_channels: {len(wanted) + 1}, activation: softmax.",
+            fix=f"Write organs: {{{plain}}}, num_channels: {len(wanted) + 1}, activation: softmax; "
+            "its outputs are logits.",
         )
 
 

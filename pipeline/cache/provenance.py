@@ -48,14 +48,19 @@ def teacher_inputs(
     activation: str,
     spacing_mm: Sequence[float],
     storage: StorageConfig,
+    outputs: str = "logits",
 ) -> Inputs:
-    """Everything that determines a teacher's numbers, whatever the case."""
+    """Everything that determines a teacher's numbers, whatever the case.
+
+    `outputs` is left out at its default, so that units of before it existed keep their digests.
+    """
     return {
         "format_version": FORMAT_VERSION,
         "weights_sha256": weights_sha256,
         "teacher": dict(description),
         "organs": {organ: sorted(channels) for organ, channels in organs.items()},
         "activation": activation,
+        **({} if outputs == "logits" else {"outputs": outputs}),
         "grid": {"spacing_mm": list(spacing_mm), "orientation": "RAS"},
         "resampling": "linear",
         "storage": storage.model_dump(mode="json"),

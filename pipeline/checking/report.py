@@ -18,6 +18,7 @@ from pipeline.log import print_table
 from pipeline.tables import in_ml
 
 FORMAT_VERSION = 1
+_DOUBT = "Look at it before you run `cache-teachers`."
 _SHOWN = 3
 _MOST_ROWS = 40
 
@@ -45,7 +46,12 @@ class Report:
             for row in rows
             if row.problem is not None
         ]
-        return in_order([*self.data.findings, *failed])
+        doubts = [
+            Finding("warning", "teacher", f"teacher {row.teacher}", text, _DOUBT)
+            for row in rows
+            for text in row.warnings
+        ]
+        return in_order([*self.data.findings, *failed, *doubts])
 
     @property
     def exit_code(self) -> int:

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +21,7 @@ from pipeline.cache.schema import StorageConfig
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
-from pipeline.errors import PipelineError, RegistryError
+from pipeline.errors import PipelineError, RegistryError, TeacherWarning
 from pipeline.log import Log, print_table
 from pipeline.network import pick_device
 from pipeline.teachers.sliding_window import WindowConfig
@@ -39,6 +40,7 @@ class TeacherCheck:
         organs: organ -> the output channels that mean it, from the registry.
         problem: what is wrong; None if nothing is.
         fix: what to do about it.
+        warnings: what is improbable of it.
         num_channels: that the network emits.
         spacing_mm: z, y, x of the grid that its logits are on.
         shape: likewise, in voxels.
@@ -54,6 +56,7 @@ class TeacherCheck:
     organs: Mapping[str, Sequence[int]]
     problem: str | None = None
     fix: str = ""
+    warnings: Sequence[str] = ()
     num_channels: int | None = None
     spacing_mm: Sequence[float] = ()
     shape: Sequence[int] = ()
@@ -121,12 +124,14 @@ def check_teachers(
     rows = []
     with log.progress("teachers", len(registry.teachers)) as advance:
         for teacher in registry.teachers:
-            rows.append(
-                _check_one(
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("ignore")  # of libraries: nothing a user could act on
+                warnings.simplefilter("always", TeacherWarning)
+                row = _check_one(
                     teacher, registry, crop, f"{teacher} x {name}",
                     window=window, storage=storage, device=device, window_batch=window_batch,
-                )
-            )  # fmt: skip
+                )  # fmt: skip
+            rows.append(replace(row, warnings=[str(one.message) for one in heard]))
             advance(teacher)
     return CheckReport(name, crop.grid.shape, crop.spacing_mm, str(pick_device(device)), rows)
 

@@ -18,8 +18,10 @@ from typing import Any
 import yaml
 
 from pipeline.errors import TeacherError
+from pipeline.intensity import is_ct
 from pipeline.layouts.meanings import Named, same_name
 from pipeline.teacher_entry import TeacherEntry
+from pipeline.teachers.bundle_files import no_ct_inputs
 from pipeline.teachers.nnunet_folder import read_model_folder
 from pipeline.weights import bundle_config, bundle_weights
 
@@ -79,10 +81,11 @@ def look_at_teacher(path: Path) -> FoundTeacher:
 def _nnunet(path: Path) -> FoundTeacher:
     entry = TeacherEntry(kind="nnunet", weights=str(path), organs={"any": (0,)})
     folder = read_model_folder(path, entry)
-    inputs = folder.dataset.get("channel_names") or folder.dataset.get("modality") or {}
-    if len(inputs) != 1:
+    if len(folder.inputs) != 1 or is_ct(folder.inputs[0]) is False:
         raise TeacherError(
-            f"it takes {len(inputs)} input channels, and a CT is one.",
+            f"it takes {len(folder.inputs)} input channels, and a CT is one."
+            if len(folder.inputs) != 1
+            else f"its input channel is {folder.inputs[0]}, and a teacher is shown CT.",
             where=path,
             fix="Only networks of one CT channel can teach.",
         )
@@ -112,6 +115,10 @@ def _bundle(path: Path) -> FoundTeacher:
             else "Fetch the weights: where they are is often said in `large_files.yml`.",
         )
     metadata = _read_mapping(path / "configs" / "metadata.json")
+    if wrong := no_ct_inputs(metadata):
+        raise TeacherError(
+            f"{'; '.join(wrong)}.", where=path, fix="Only networks of one CT channel can teach."
+        )
     outputs = _mapping(_mapping(metadata.get("network_data_format")).get("outputs"))
     output = outputs.get("pred", next(iter(outputs.values())) if len(outputs) == 1 else {})
     channels = _mapping(_mapping(output).get("channel_def"))

@@ -14,8 +14,8 @@ from pipeline.folder import Folder
 from pipeline.intensity import Intensity
 from pipeline.labels import LabelSpace
 from pipeline.network import NetworkConfig
+from pipeline.sealed_file import load_sealed, save_atomically
 from pipeline.student.network import Head, build_student
-from pipeline.student.sealed_file import load_sealed, save_atomically
 
 FORMAT_VERSION = 1
 STATE_VERSION = 2

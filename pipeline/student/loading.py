@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
@@ -78,6 +81,20 @@ def forks_of_a_server(*modules: str) -> ForkServerContext:
     return context
 
 
+def _server_of_loaders() -> ForkServerContext:
+    """The server ignores Ctrl-C, and so does each loader from its first moment on: until one could
+    say so itself, it would end with a traceback."""
+    context = forks_of_a_server()
+    if threading.current_thread() is not threading.main_thread():
+        return context
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return context
+
+
 @contextmanager
 def loaded_batches(
     data: PatchDataset,
@@ -92,7 +109,7 @@ def loaded_batches(
         Remaining(data, start * share),
         batch_size=share,
         num_workers=workers,
-        multiprocessing_context=forks_of_a_server() if workers else None,
+        multiprocessing_context=_server_of_loaders() if workers else None,
         collate_fn=collate,
         worker_init_fn=live_as_long_as_the_loop,
         # Of its own, or the loader would draw its base seed from the global stream.

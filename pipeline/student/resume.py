@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,13 +204,40 @@ def _not_finite(state: Any, name: str = "") -> str:
     return ""
 
 
+_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_ONE_PRESS_SECONDS = 1.0
+
+
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGUSR1 set a flag; the loop stops at the next step with a checkpoint."""
-    caught: list[int] = []
-    names = (signal.SIGTERM, signal.SIGUSR1)
+def stop_signals(*, aloud: bool = False) -> Iterator[Callable[[], bool]]:
+    """SIGTERM, SIGUSR1 and Ctrl-C set a flag; the loop stops at the next step with a checkpoint.
+
+    A second Ctrl-C ends the program at once. One that follows within a second is still the first:
+    torchrun hands on to its processes what the terminal sent to all of them.
+
+    Args:
+        aloud: the first Ctrl-C is answered, since the step may take a while.
+    """
+    caught: list[float] = []
+    pressed: list[float] = []
+
+    def catch(number: int, _: object) -> None:
+        now = time.monotonic()
+        caught.append(now)
+        if number != signal.SIGINT:
+            return
+        pressed.append(now)
+        if now - pressed[0] > _ONE_PRESS_SECONDS:
+            raise KeyboardInterrupt
+        if aloud and len(pressed) == 1:
+            # No print: the signal may have come in the middle of one.
+            os.write(2, b"\nCtrl-C: stopping after this step, with a checkpoint. "
+                        b"Once more ends at once, without one.\n")  # fmt: skip
+
+    # What is ignored stays so: a script's background job shall outlive Ctrl-C in its terminal.
+    names = [n for n in _STOPS if n != signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
     try:
-        before = {name: signal.signal(name, lambda n, _: caught.append(n)) for name in names}
+        before = {name: signal.signal(name, catch) for name in names}
     except ValueError:  # not in the main thread: whoever started us handles signals
         before = {}
     try:
@@ -222,11 +250,12 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 def live_as_long_as_the_loop(worker: int) -> None:
     """Makes a loader process outlive signals to the whole job, but not the process that trains.
 
-    A scheduler signals all processes of a job; the loop alone says when loading ends. If the loop
+    A scheduler signals all processes of a job, and Ctrl-C all of a terminal's; the loop alone says
+    when loading ends. If the loop
     is killed outright, a worker of forkserver would wait for it for ever, since its own parent,
     the server, waits for the workers.
     """
-    for name in (signal.SIGTERM, signal.SIGUSR1):
+    for name in _STOPS:
         signal.signal(name, signal.SIG_IGN)
     loop = multiprocessing.parent_process()
     if loop is not None:

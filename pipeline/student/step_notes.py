@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from pipeline.cache.store import write_json
+from pipeline.sealed_file import load_sealed
 from pipeline.student.checkpoint import training_checkpoints
-from pipeline.student.sealed_file import load_sealed
 
 WALL_CLOCK = "timing"  # the key of a line of metrics.jsonl that may differ
 

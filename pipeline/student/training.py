@@ -172,7 +172,7 @@ def train(
 
     network.train()
     with (
-        stop_signals() as stopping,
+        stop_signals(aloud=processes.is_first) as stopping,
         processes.folder_to_write(folder) as written,
         ExitStack() as following,
         log.progress("steps", config.steps, done=start) as advance,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import TeacherError
+from pipeline.intensity import is_ct
 from pipeline.teacher_entry import TeacherEntry
 from pipeline.weights import BUNDLE_CONFIGS, bundle_config, bundle_weights
 
@@ -130,6 +131,19 @@ def _read_state(path: Path, where: str) -> dict[str, Tensor]:
     return content
 
 
+def no_ct_inputs(metadata: Mapping[str, Any]) -> list[str]:
+    """What the metadata says of inputs that are not one channel of CT, which is all there is."""
+    found = []
+    for name, image in _entry(metadata, "network_data_format", "inputs").items():
+        said = image if isinstance(image, dict) else {}
+        number, modality = said.get("num_channels", 1), str(said.get("modality", ""))
+        if number != 1:
+            found.append(f"its input {name} has {number} channels, and a CT has 1")
+        if is_ct(modality) is False:
+            found.append(f"its input {name} is {modality}, and a teacher is shown CT")
+    return found
+
+
 def contradictions(
     entry: TeacherEntry, metadata: Mapping[str, Any], output: Mapping[str, Any]
 ) -> list[str]:
@@ -138,12 +152,7 @@ def contradictions(
     Names agree if they share a word: "liver" with "Liver", "liver and tumor" or "left_liver". Where
     several channels mean an organ, one of them must agree. Names such as "foreground" say nothing.
     """
-    found = []
-    inputs = _entry(metadata, "network_data_format", "inputs")
-    for name, image in inputs.items():
-        number = image.get("num_channels", 1) if isinstance(image, dict) else 1
-        if number != 1:
-            found.append(f"its input {name} has {number} channels, and a CT has 1")
+    found = no_ct_inputs(metadata)
     number = output.get("num_channels")
     if isinstance(number, int) and entry.num_channels not in (None, number):
         found.append(f"num_channels is {number} there but {entry.num_channels} in the registry")

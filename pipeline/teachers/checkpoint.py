@@ -1,12 +1,11 @@
 """Teachers made by `pipeline train-teachers`: a file of tensors with all that is needed to use it.
 
-The file is a `torch.save` of plain tensors, numbers and text, read with `weights_only=True`.
+The file is a `torch.save` of plain tensors, numbers and text, sealed as students are, and read with
+`weights_only=True`.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config
-from pipeline.errors import PipelineError, TeacherError
+from pipeline.errors import CheckpointError, PipelineError, TeacherError
 from pipeline.intensity import Intensity
 from pipeline.network import NetworkConfig, build_network, tap_shapes
 from pipeline.patches import Index3
+from pipeline.sealed_file import load_sealed, save_atomically
 from pipeline.teacher_entry import TeacherEntry
+from pipeline.teachers.outputs import giving_logits
 from pipeline.teachers.sliding_window import WindowConfig, sliding_window, stream_windows
 from pipeline.teachers.teacher import Prediction, Sink
 from pipeline.volume import Spacing, Volume
@@ -46,40 +47,32 @@ class TeacherRecord(Config):
 
 
 def save_teacher(path: Path, record: TeacherRecord, state: Mapping[str, Tensor]) -> None:
-    """Writes a teacher atomically: temporary name, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            plain = {name: tensor.detach().cpu() for name, tensor in state.items()}
-            torch.save({"record": record.model_dump_json(), "state": plain}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes a teacher, sealed and at once: a reader sees the old file or the new."""
+    plain = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    save_atomically(path, {"record": record.model_dump_json(), "state": plain})
 
 
 def read_teacher(path: Path) -> tuple[TeacherRecord, dict[str, Tensor]]:
-    """Reads a teacher file.
+    """Reads a teacher file; those written before files were sealed by the checksums of their zip.
 
     Raises:
-        TeacherError: absent, not a plain tensor file, or not written by this program.
+        TeacherError: absent, changed since it was written, not a plain tensor file, or not written
+            by this program.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
+    if not path.exists():
         raise TeacherError(
             "the weights do not exist.",
             where=path,
             fix="Train them with `pipeline train-teachers`, or correct `weights` in the registry.",
-        ) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        )
+    try:
+        content = load_sealed(path, unsealed=True)
+    except CheckpointError as error:
         raise TeacherError(
-            f"not a plain tensor file ({type(error).__name__}).",
+            f"the weights cannot be used: {error.what}",
             where=path,
-            fix="A file that would run code when loaded is refused; save tensors only, or use a "
-            "teacher of kind `factory`.",
+            fix=f"{error.fix} Train or fetch it again. A file that would run code when loaded is "
+            "refused, too: save tensors only, or use a teacher of kind `factory`.",
         ) from error
     try:
         parts = dict(content)
@@ -207,6 +200,7 @@ def load_checkpoint_teacher(
             where=f"teacher {name}, {path}",
             fix="Choose a window that its strides divide, and taps that it has.",
         ) from error
+    network = giving_logits(network, entry, where=f"teacher {name}")
     return CheckpointTeacher(record, network, window, taps, batch_size, device)
 
 

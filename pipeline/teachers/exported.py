@@ -18,6 +18,7 @@ from pipeline.errors import TeacherError
 from pipeline.patches import Index3
 from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.exported_archive import Exported, inspect_archive
+from pipeline.teachers.outputs import giving_logits
 from pipeline.teachers.sliding_window import WindowConfig, sliding_window
 from pipeline.teachers.teacher import Prediction
 from pipeline.volume import Orientation, Spacing, Volume
@@ -143,6 +144,7 @@ def load_exported_teacher(
         window = window.model_copy(update={"shape": (fixed[0], fixed[1], fixed[2])})
     teacher = ExportedTeacher(entry, network, found.form, window, batch_size, device)
     _try_one_window(teacher, shape, where)
+    teacher.network = giving_logits(network, entry, where=f"teacher {name}")
     return teacher
 
 

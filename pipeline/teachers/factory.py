@@ -19,6 +19,7 @@ import torch
 from pipeline.config import file_sha256
 from pipeline.errors import PipelineError, TeacherError
 from pipeline.teacher_entry import TeacherEntry
+from pipeline.teachers.outputs import to_logits
 from pipeline.teachers.teacher import Prediction
 from pipeline.volume import Spacing, Volume
 
@@ -78,7 +79,14 @@ class FactoryTeacher:
                 fix="Return them, or remove them from `taps`.",
             )
         features = {tap: _float32(prediction.features[tap]) for tap in self.entry.taps}
-        return Prediction(_float32(prediction.logits), features)
+        return Prediction(self._logits(prediction.logits), features)
+
+    def _logits(self, outputs: Volume) -> Volume:
+        if self.entry.outputs == "logits":
+            return _float32(outputs)
+        whole = torch.from_numpy(np.ascontiguousarray(outputs.array))[None]
+        logits = to_logits(whole, self.entry, where=f"teacher {self.name} ({self.entry.factory})")
+        return Volume(logits[0].numpy(), outputs.grid)
 
     def describe(self) -> Mapping[str, Any]:
         """What the user's object says, the arguments, and a digest of the module's source."""

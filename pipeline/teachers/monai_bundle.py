@@ -26,6 +26,7 @@ from pipeline.patches import Index3
 from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.bundle_config import Parts, resolve_parts
 from pipeline.teachers.bundle_files import BundleFiles, contradictions, read_bundle
+from pipeline.teachers.outputs import giving_logits
 from pipeline.teachers.sliding_window import WindowConfig, sliding_window
 from pipeline.teachers.teacher import Prediction
 from pipeline.volume import Grid, Volume
@@ -176,7 +177,8 @@ def load_bundle_teacher(
             f"configs/metadata.json and the registry disagree: {'; '.join(wrong)}.",
             where=where,
             fix="Correct `organs` and `num_channels`; if only a name is spelt otherwise, correct "
-            "`channel_def` in the bundle's metadata, which enters no digest.",
+            "`channel_def` in the bundle's metadata, which enters no digest. A network for other "
+            "images than one channel of CT cannot teach.",
         )
     parts = resolve_parts(
         files.config, folder=folder, device=device, trusted=entry.trusted, where=where
@@ -184,6 +186,7 @@ def load_bundle_teacher(
     _load_weights(parts.network, files, where)
     parts.network.eval().to(device)
     taps = _taps(entry, parts, where)
+    giving_logits(parts.network, entry, where=f"teacher {name}")
     return BundleTeacher(name, parts, files.image_key, taps, device)
 
 

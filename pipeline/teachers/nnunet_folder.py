@@ -9,12 +9,14 @@ nnUNetTrainer__nnUNetPlans__3d_fullres/
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import TeacherError
+from pipeline.errors import TeacherError, TeacherWarning
+from pipeline.intensity import is_ct
 from pipeline.teacher_entry import NnunetOptions, TeacherEntry
 from pipeline.weights import nnunet_checkpoints
 
@@ -34,6 +36,12 @@ class ModelFolder:
     plans: Mapping[str, Any]
     dataset: Mapping[str, Any]
     checkpoints: Mapping[str, Path]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What its input channels are called, in order."""
+        said = self.dataset.get("channel_names") or self.dataset.get("modality") or {}
+        return tuple(str(name) for name in (said.values() if isinstance(said, dict) else said))
 
     @property
     def has_regions(self) -> bool:
@@ -97,14 +105,22 @@ def check_against_registry(name: str, entry: TeacherEntry, folder: ModelFolder) 
     Raises:
         TeacherError: lists every contradiction: several input channels, another activation,
             another number of channels, background as an organ, an organ at another channel than
-            dataset.json has its name at.
+            dataset.json has its name at, an input channel that is no CT.
     """
-    inputs = folder.dataset.get("channel_names") or folder.dataset.get("modality") or {}
+    inputs = folder.inputs
     wrong = []
     if len(inputs) != 1:
-        names = inputs.values() if isinstance(inputs, dict) else inputs
-        wrong.append(
-            f"it takes {len(inputs)} input channels ({', '.join(map(str, names))}), a CT is one"
+        wrong.append(f"it takes {len(inputs)} input channels ({', '.join(inputs)}), a CT is one")
+    elif is_ct(inputs[0]) is False:
+        wrong.append(f"its input channel is {inputs[0]}, and a teacher is shown CT")
+    elif is_ct(inputs[0]) is None:
+        # nnU-Net normalises by this name alone, and only one called CT in Hounsfield units.
+        warnings.warn(
+            f"teacher {name}: its dataset.json calls its input channel {inputs[0]!r}, so nnU-Net "
+            "does not normalise it as a CT. It must have been trained on CT in Hounsfield units "
+            "all the same.",
+            TeacherWarning,
+            stacklevel=2,
         )
     activation = "sigmoid" if folder.has_regions else "softmax"
     if entry.activation != activation:

@@ -13,6 +13,7 @@ from pipeline.errors import TeacherError
 from pipeline.labels import log_odds
 from pipeline.patches import Index3
 from pipeline.teacher_entry import TeacherEntry
+from pipeline.teachers.outputs import OutputsOfCase
 from pipeline.volume import Spacing, Volume
 
 FloatArray = npt.NDArray[np.float32]
@@ -78,15 +79,17 @@ def organ_log_odds(
         where: teacher and case, named in errors.
 
     Raises:
-        TeacherError: NaN or infinite outputs, or channels that disagree with the registry.
+        TeacherError: NaN or infinite outputs, outputs that are no logits, or channels that disagree
+            with the registry.
     """
     logits = prediction.logits
     for tap, feature in prediction.features.items():
         check_finite(feature.array, f"features of {tap}", where)
-    return {
-        organ: Volume(values, logits.grid)
-        for organ, values in slab_log_odds(logits.array, entry, where=where).items()
-    }
+    odds = slab_log_odds(logits.array, entry, where=where)
+    outputs = OutputsOfCase(entry, where=where)
+    outputs.put(logits.array)
+    outputs.judge()
+    return {organ: Volume(values, logits.grid) for organ, values in odds.items()}
 
 
 def slab_log_odds(

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TeacherWarning
 from pipeline.network import tapped
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -109,7 +109,7 @@ class WindowPasses:
         warnings.warn(
             f"out of memory with {tried} windows at a time: going on with fewer. A smaller "
             "--window-batch saves the attempt.",
-            RuntimeWarning,
+            TeacherWarning,
             stacklevel=2,
         )
 

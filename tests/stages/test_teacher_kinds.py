@@ -16,7 +16,7 @@ from pipeline.cohort import open_cohort
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import load_registry
 from pipeline.data.resample import resample
-from pipeline.errors import TeacherError
+from pipeline.errors import OutputsError, TeacherError
 from pipeline.labels import log_odds
 from pipeline.status import status
 from pipeline.teachers.load import load_teacher
@@ -25,8 +25,8 @@ from pipeline.volume import Volume
 from stages.report import StageReport
 from tests.stages.stage_contract import snapshot
 from tests.stages.test_cache_teachers import quiet_run
-from tests.stages.test_cache_teachers_input import keep
-from tests.tiny import WINDOW, cache_config, change_registry, work_of
+from tests.stages.test_cache_teachers_input import FACTORIES, factory, keep
+from tests.tiny import WINDOW, cache_config, change_registry, teacher_data, work_of
 from tests.unit.teachers.made_bundles import TAP, seeded_network, transform, write_bundle
 
 ORGANS = {"liver": 1, "spleen": 2}
@@ -52,6 +52,33 @@ def exported(registry: Path) -> dict[str, Any]:
         "spacing_mm": [13, 11, 11],
         "intensity": {"kind": "window", "window_hu": [-57, 164], "scaled_to": [0, 1]},
     }
+
+
+def with_softmax(registry: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """A teacher whose network ends in softmax, and else says the same."""
+    teachers = registry.parent / "teachers"
+    if entry["kind"] == "exported":
+        network = nn.Sequential(seeded_network(), nn.Softmax(dim=1))
+        torch.jit.script(network).save(str(teachers / "soft.ts"))
+        return {**entry, "weights": "teachers/soft.ts"}
+    if entry["kind"] == "monai-bundle":  # under `--trust`
+
+        def change(config: dict[str, Any]) -> None:
+            coarse(config)
+            del config["imports"]
+            config["unet"] = config["network_def"]
+            config["network_def"] = "$torch.nn.Sequential(@unet, torch.nn.Softmax(dim=1))"
+
+        folder = write_bundle(teachers / "soft", change)
+        state = torch.load(folder / "models" / "model.pt")
+        state = {f"0.{name}": tensor for name, tensor in state.items()}
+        torch.save(state, folder / "models" / "model.pt")
+        return {**entry, "weights": "teachers/soft", "taps": [f"0.{TAP}"]}
+    return {**entry, "factory": f"{FACTORIES}:sure"}
+
+
+def own_code(registry: Path) -> dict[str, Any]:
+    return factory("threshold")
 
 
 def run(registry: Path) -> StageReport:
@@ -184,3 +211,66 @@ def test_organ_and_tumour_channels_are_merged_on_the_road(tiny_registry: Path) -
     )
     found = np.asarray(case.log_odds("mine", "liver"), dtype=np.float64)
     np.testing.assert_allclose(found, expected.array, rtol=2**-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [bundle, exported, own_code])
+def test_probabilities_are_refused_by_name_and_none_is_cached(
+    tiny_registry: Path, kind: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other teacher goes on; of this one, only what the gate asks for is tried."""
+    other = kind(tiny_registry)
+    keep(tiny_registry, "liver-ct", mine=with_softmax(tiny_registry, other), other=other)
+    registry = load_registry(tiny_registry).trusting(["mine"])
+    report = quiet_run(cache_config(), registry, work_of(tiny_registry))
+    assert report.failed
+    for unit, error in report.failed.items():
+        assert unit.startswith("mine x liver-ct/case_")
+        assert isinstance(error, OutputsError)
+        assert "the network's outputs are probabilities, not logits" in str(error)
+        assert "End the network before its softmax, or enter `outputs: probab" in str(error)
+    if kind is own_code:  # an expert in one organ: the gate asks for one case
+        assert len(report.failed) == 1
+    assert report.exit_code == 2
+    assert "teacher mine: outputs of the wrong kind, so no other unit" in capsys.readouterr().err
+    assert sum(unit.startswith("other x ") for unit in report.done) == 3
+    assert list(work_of(tiny_registry).glob("teachers/mine@*/*/*")) == []
+
+
+@pytest.mark.parametrize("kind", [bundle, exported, own_code])
+def test_probabilities_on_request_are_the_logits_they_were_made_of(
+    tiny_registry: Path, kind: Any
+) -> None:
+    other = kind(tiny_registry)
+    soft = {**with_softmax(tiny_registry, other), "outputs": "probabilities"}
+    keep(tiny_registry, "liver-ct", mine=soft, other=other)
+    registry = load_registry(tiny_registry).trusting(["mine"])
+    assert not quiet_run(cache_config(), registry, work_of(tiny_registry)).failed
+    for case in cached(tiny_registry):
+        for organ in soft["organs"]:
+            ours, theirs = (
+                np.asarray(case.log_odds(teacher, organ), dtype=np.float32)
+                for teacher in ("mine", "other")
+            )
+            assert np.nanmax(np.abs(ours)) > 1
+            # Stored in 5 bits; bounded by what float32 tells from 0.
+            np.testing.assert_allclose(ours, theirs.clip(-16.6, 16.6), rtol=2**-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("outputs", ["logits", "probabilities"])
+def test_one_hot_outputs_are_refused_in_either_way(tiny_registry: Path, outputs: str) -> None:
+    entry = factory("sure", args={"how": "one-hot"}, outputs=outputs)
+    keep(tiny_registry, "liver-ct", mine=entry)
+    report = run(tiny_registry)
+    (error,) = report.failed.values()
+    assert isinstance(error, OutputsError)
+    assert ("one-hot" in str(error)) == (outputs == "probabilities")
+    assert list(work_of(tiny_registry).glob("teachers/*")) == []
+
+
+def test_logits_that_are_said_to_be_probabilities_are_refused(tiny_registry: Path) -> None:
+    for teacher in (exported(tiny_registry), teacher_data("liver")):
+        keep(tiny_registry, "liver-ct", mine={**teacher, "outputs": "probabilities"})
+        error, *_ = run(tiny_registry).failed.values()
+        assert isinstance(error, OutputsError)
+        assert "`outputs: probabilities` is said of it, but its outputs reach from -" in str(error)
+        assert list(work_of(tiny_registry).glob("teachers/*")) == []

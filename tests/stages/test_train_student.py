@@ -50,6 +50,23 @@ from pipeline.cli import main
 main()
 """
 
+# In the second step says so and waits for a signal, then runs the step.
+_INTERRUPTED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins without it
+from pipeline.student import training
+real = training.make_step
+def awaited(*args):
+    if args[-1] == 1:
+        print("working", flush=True)
+        sys.stdin.readline()
+    return real(*args)
+training.make_step = awaited
+sys.argv = ["pipeline", *sys.argv[1:]]
+from pipeline.cli import main
+main()
+"""
+
 
 def settings(
     kind: str = "ms_kd", *, features: bool = True, allow_missing: bool = False, **changes: Any
@@ -404,6 +421,32 @@ class TestTheRun:
         assert report.exit_code == 1
         assert not (run_folder(tiny_cached) / "finished.json").exists()
         assert run(tiny_cached).done == ["student"]
+
+    def test_ctrl_c_leaves_a_checkpoint_and_a_sentence(self, tiny_cached: Path) -> None:
+        """Sent to all processes of the terminal, as the key does: loaders keep silent."""
+        command = [*arguments(tiny_cached, settings(steps=3)), "--workers", "1"]
+        with subprocess.Popen(
+            [sys.executable, "-c", _INTERRUPTED, *command],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "working\n"
+            os.killpg(process.pid, signal.SIGINT)
+            _, said = process.communicate("\n", timeout=100)
+        assert process.returncode == 1, said
+        assert "Ctrl-C: stopping after this step, with a checkpoint." in said
+        assert "stopped at step 2 of 3. Run the same command again: it goes on from there." in said
+        assert "Traceback" not in said
+        assert "KeyboardInterrupt" not in said
+        checkpoints = run_folder(tiny_cached) / "checkpoints"
+        assert [path.name for path in checkpoints.iterdir()] == ["step_00000002.pt"]
+        assert run(tiny_cached, settings(steps=3)).done == ["student"]
 
     def test_the_best_student_is_beside_the_last_and_predicts(
         self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch

@@ -184,7 +184,13 @@ def test_weights_from_elsewhere_are_not_overwritten(tiny_registry: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "change", [{"organs": {"liver": 0}}, {"num_channels": 4}, {"activation": "sigmoid"}]
+    "change",
+    [
+        {"organs": {"liver": 0}},
+        {"num_channels": 4},
+        {"activation": "sigmoid"},
+        {"outputs": "probabilities"},
+    ],
 )
 def test_what_would_be_refused_later_is_refused_before_training(
     untrained: Path, change: dict[str, Any]

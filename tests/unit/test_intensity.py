@@ -8,7 +8,7 @@ from monai.transforms import NormalizeIntensity, ScaleIntensityRange
 from pydantic import ValidationError
 
 from pipeline.config import digest
-from pipeline.intensity import Intensity
+from pipeline.intensity import Intensity, is_ct
 from pipeline.teacher_entry import TeacherEntry
 from tests.tiny import teacher_data
 
@@ -40,6 +40,18 @@ def test_padding_is_air_in_the_networks_units() -> None:
 def test_a_window_upside_down() -> None:
     with pytest.raises(ValidationError, match="low < high"):
         Intensity(scaled_to=(1, 0))
+
+
+@pytest.mark.parametrize(
+    ("says", "names"),
+    [
+        (True, ["CT", "ct", "CT_venous", "CBCT", "CTA", "low-dose CT", "PET/CT"]),
+        (False, ["MR", "MRI", "T1", "T1w", "t2-weighted", "FLAIR", "DCE_MRI", "ADC", "PET", "US"]),
+        (None, ["", "image", "zscore", "noNorm", "rescale_to_0_1", "0", "venous", "T12", "active"]),
+    ],
+)
+def test_whether_a_channel_is_ct(says: bool | None, names: list[str]) -> None:
+    assert [is_ct(name) for name in names] == [says] * len(names)
 
 
 def test_new_fields_at_their_default_leave_old_digests_alone() -> None:

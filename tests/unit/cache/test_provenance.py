@@ -59,6 +59,7 @@ def test_each_input_of_a_case_alone_changes_its_digest(field: str, value: object
         ("organs", {"liver": (0,)}),
         ("organs", {"liver": (1, 2)}),
         ("activation", "sigmoid"),
+        ("outputs", "probabilities"),
         ("spacing_mm", (3.0, 2.0, 2.5)),
         ("storage", StorageConfig(log_odds_bits=4)),
         ("storage", StorageConfig(feature_bits=4)),
@@ -66,6 +67,11 @@ def test_each_input_of_a_case_alone_changes_its_digest(field: str, value: object
 )
 def test_each_input_of_a_teacher_alone_changes_its_digest(field: str, value: object) -> None:
     assert digest(teacher_inputs(**{**TEACHER, field: value})) != digest(teacher_inputs(**TEACHER))
+
+
+def test_logits_are_what_they_were_before_one_could_say_so() -> None:
+    assert teacher_inputs(**TEACHER, outputs="logits") == teacher_inputs(**TEACHER)
+    assert "outputs" not in teacher_inputs(**TEACHER)
 
 
 def test_a_unit_depends_on_its_teacher_and_its_image() -> None:

@@ -20,7 +20,7 @@ from pipeline.log import Log
 from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.volume import Grid, Orientation, Volume
 from tests.stages.test_cache_teachers_input import factory, keep
-from tests.stages.test_teacher_kinds import bundle, exported
+from tests.stages.test_teacher_kinds import bundle, exported, with_softmax
 from tests.tiny import GRID_MM, TAP, WINDOW, change_registry, teacher_data, work_of
 
 
@@ -81,6 +81,40 @@ def test_memory_is_that_of_the_teacher(tiny_registry: Path) -> None:
     keep(tiny_registry, "liver-ct", liver=teacher_data("liver"))
     (row,) = check(tiny_registry, side_mm=1000).teachers
     assert row.memory_bytes is None or 0 < row.memory_bytes < 2**31
+
+
+def test_outputs_that_are_no_logits_are_an_error_of_their_teacher(tiny_registry: Path) -> None:
+    net = exported(tiny_registry)
+    teachers = {
+        "net": net,
+        "soft": with_softmax(tiny_registry, net),
+        "said": {**with_softmax(tiny_registry, net), "outputs": "probabilities"},
+        "own": factory("sure"),
+        "hot": factory("sure", args={"how": "one-hot"}, outputs="probabilities"),
+    }
+    keep(tiny_registry, "liver-ct", **teachers)
+    rows = {row.teacher: row for row in check(tiny_registry).teachers}
+    assert {name for name, row in rows.items() if row.problem} == {"soft", "own", "hot"}
+    for name in ("soft", "own"):
+        assert "are probabilities, not logits" in str(rows[name].problem)
+        assert "`outputs: probabilities`" in rows[name].fix
+    assert "one-hot" in str(rows["hot"].problem)
+    assert rows["said"].organ_ml == rows["net"].organ_ml
+
+
+def test_what_is_only_improbable_is_a_warning(
+    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(tiny_registry, "liver-ct", odd=factory("sure", args={"how": "undecided"}))
+    config = tiny_registry.parent / "stage.yaml"
+    config.write_text(f"window: {{shape: {list(WINDOW)}, overlap: 0.25}}\n")
+    arguments = ["check", "-r", str(tiny_registry), "-c", str(config), "--jobs", "1", "--json"]
+    code, out, err = run_cli(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    (found,) = [f for f in json.loads(out)["findings"] if f["kind"] == "teacher"]
+    assert (found["severity"], found["where"]) == ("warning", "teacher odd")
+    assert "all outputs lie in [0, 1]. If they are probabilities" in found["what"]
+    assert found["fix"]
+    assert (code, err) == (0, "")
 
 
 def test_a_chosen_case_and_size(tiny_registry: Path) -> None:

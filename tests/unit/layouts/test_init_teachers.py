@@ -112,8 +112,23 @@ class TestNnunet:
         folder = model(tmp_path / "m", channel_names={"0": "T1", "1": "T2"})
         assert "2 input channels" in refused(tmp_path, f"msd={folder}:liver=1+2")
 
+    def test_a_channel_of_mr_is_no_ct(self, tmp_path: Path) -> None:
+        folder = model(tmp_path / "m", channel_names={"0": "MRI"})
+        said = refused(tmp_path, f"msd={folder}:liver=1+2")
+        assert "its input channel is MRI, and a teacher is shown CT" in said
+
 
 class TestBundle:
+    def test_a_network_for_mr(self, tmp_path: Path) -> None:
+        folder = bundle(tmp_path / "b", SOFTMAX)
+        metadata = folder / "configs" / "metadata.json"
+        data = json.loads(metadata.read_text())
+        data["network_data_format"]["inputs"] = {"image": {"num_channels": 1, "modality": "MR"}}
+        metadata.write_text(json.dumps(data))
+        assert "its input image is MR, and a teacher is shown CT" in refused(
+            tmp_path, f"b={folder}:kidneys=2+3"
+        )
+
     def test_its_metadata_and_its_own_postprocessing(self, tmp_path: Path) -> None:
         folder = bundle(tmp_path / "b", SOFTMAX)
         found = start(tmp_path, f"b={folder}:kidneys=2+3").teachers["b"]

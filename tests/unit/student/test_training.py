@@ -139,9 +139,10 @@ def newest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _signalled_with_its_loaders(cases: Path, folder: Path) -> None:
-    """Trains with a loader process; in the fourth step both get SIGTERM. Runs in a process of its
-    own, which ends with the step that it came to."""
+def _signalled_with_its_loaders(cases: Path, folder: Path, number: int) -> None:
+    """Trains with a loader process; in the fourth step both get the signal. Runs in a process of
+    its own, which ends with the step that it came to."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     real, calls = training.make_step, []
 
     def fatal(*args: Any) -> dict[str, Any]:
@@ -149,8 +150,8 @@ def _signalled_with_its_loaders(cases: Path, folder: Path) -> None:
         if len(calls) == 4:
             (loader,) = multiprocessing.active_children()
             assert loader.pid is not None
-            os.kill(loader.pid, signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(loader.pid, number)
+            os.kill(os.getpid(), number)
         return real(*args)
 
     training.make_step = fatal  # type: ignore[assignment]
@@ -167,11 +168,13 @@ def numbers_of(folder: Path) -> list[dict[str, Any]]:
     return without_timing(lines_of(folder))
 
 
+@pytest.mark.usefixtures("ctrl_c")
 class TestResume:
     """Kills are the self-test's, and its negative controls' (tests/unit/test_self_test.py)."""
 
     @pytest.mark.parametrize(
-        ("name", "features", "workers"), [("SIGTERM", True, 0), ("SIGUSR1", False, 1)]
+        ("name", "features", "workers"),
+        [("SIGTERM", True, 0), ("SIGUSR1", False, 1), ("SIGINT", False, 0)],
     )
     def test_stopped_by_a_signal_and_gone_on_is_bit_for_bit_the_undisturbed_run(
         self,
@@ -207,11 +210,12 @@ class TestResume:
         assert trained.validation_dice == undisturbed.trained.validation_dice
         assert numbers_of(tmp_path) == numbers_of(undisturbed.folder)
 
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_loader_processes_outlive_a_signal_to_the_whole_job(
-        self, cases: Path, tmp_path: Path
+        self, cases: Path, tmp_path: Path, number: int
     ) -> None:
         process = forks_of_a_server().Process(
-            target=_signalled_with_its_loaders, args=(cases, tmp_path)
+            target=_signalled_with_its_loaders, args=(cases, tmp_path, number)
         )
         process.start()
         process.join(100)
@@ -550,14 +554,53 @@ class TestIdentity:
         assert run_digest(one, {}) == run_digest(same, {})
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """As in a terminal: a background job begins without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class TestStopSignals:
     def test_handlers_are_put_back(self) -> None:
-        before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)]
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        before = [signal.getsignal(s) for s in numbers]
         with stop_signals() as stopping:
             assert not stopping()
             os.kill(os.getpid(), signal.SIGUSR1)
             assert stopping()
-        assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)] == before
+        assert [signal.getsignal(s) for s in numbers] == before
+
+    @pytest.mark.usefixtures("ctrl_c")
+    def test_a_second_ctrl_c_ends_at_once(
+        self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        now = 100.0
+        monkeypatch.setattr("pipeline.student.resume.time.monotonic", lambda: now)
+        with stop_signals(aloud=True) as stopping:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stopping()
+            now = 100.5  # the same one, handed on by torchrun
+            os.kill(os.getpid(), signal.SIGINT)
+            assert capfd.readouterr().err == (
+                "\nCtrl-C: stopping after this step, with a checkpoint. Once more ends at once, "
+                "without one.\n"
+            )
+            now = 101.5
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert capfd.readouterr().err == ""
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_a_background_job_goes_on_without_ctrl_c(self) -> None:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            with stop_signals() as stopping:
+                os.kill(os.getpid(), signal.SIGINT)
+                assert not stopping()
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def test_a_thread_cannot_and_does_not(self) -> None:
         seen: list[bool] = []

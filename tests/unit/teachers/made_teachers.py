@@ -51,6 +51,29 @@ def threshold(
     return Threshold(taps, hu, box)
 
 
+class Sure(Threshold):
+    """Gives probabilities, or the most probable channel alone, or what may be anything."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__([], 0, None)
+        self.how = how
+
+    def predict(self, image: Volume) -> Prediction:
+        """See `how`."""
+        logits = super().predict(image).logits
+        odds = logits.array[1]
+        p = 1 / (1 + np.exp(-odds)) if self.how == "softmax" else (odds > 0).astype(np.float64)
+        both = np.stack([1 - p, p])
+        if self.how == "undecided":
+            both = 0.2 + 0.3 * np.stack([p, p])
+        return Prediction(Volume(both, logits.grid))
+
+
+def sure(weights: Path, *, taps: Sequence[str], device: str, how: str = "softmax") -> Sure:
+    """A teacher whose outputs are no logits."""
+    return Sure(how)
+
+
 class Poor(Threshold):
     """Misbehaves as told, on every case or on one with a voxel of that value."""
 

@@ -64,6 +64,21 @@ def test_round_trip(path: Path) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == ["again.pt", "liver.pt"]
 
 
+@pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "as before files were sealed"])
+def test_a_flipped_bit_in_its_weights_is_found(path: Path, sealed: bool) -> None:
+    record, state = read_teacher(path)
+    if not sealed:
+        torch.save({"record": record.model_dump_json(), "state": state}, path)
+        assert read_teacher(path)[0] == record
+    intact = path.read_bytes()
+    largest = max(state.values(), key=lambda tensor: tensor.numel())
+    changed = bytearray(intact)
+    changed[intact.index(largest.numpy().tobytes()) + 1] ^= 16
+    path.write_bytes(changed)
+    message = refused(path, "its bytes are not those that were written")
+    assert "Train or fetch it again" in message
+
+
 def test_a_loaded_teacher_runs_at_its_own_spacing_with_its_taps(path: Path) -> None:
     teacher = load(path)
     assert teacher.spacing_mm == GRID_MM

@@ -359,6 +359,25 @@ def test_a_network_for_several_images(tmp_path: Path) -> None:
     refused(folder, "4 channels, and a CT has 1")
 
 
+@pytest.mark.parametrize("modality", ["MR", "mri", "PET"])
+def test_a_network_for_other_images(tmp_path: Path, modality: str) -> None:
+    folder = change_metadata(
+        write_bundle(tmp_path / "bundle"),
+        lambda data: data["network_data_format"]["inputs"]["image"].update(modality=modality),
+    )
+    message = refused(folder, f"its input image is {modality}, and a teacher is shown CT")
+    assert "cannot teach" in message
+
+
+@pytest.mark.parametrize("modality", ["CT", "CT, MR", "n/a"])
+def test_a_network_for_ct_or_for_nobody_knows_what(tmp_path: Path, modality: str) -> None:
+    folder = change_metadata(
+        write_bundle(tmp_path / "bundle"),
+        lambda data: data["network_data_format"]["inputs"]["image"].update(modality=modality),
+    )
+    load(folder)
+
+
 # --- what fails while it runs -------------------------------------------------------------------
 
 

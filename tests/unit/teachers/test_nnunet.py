@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from pipeline.data.nifti import read_image
-from pipeline.errors import TeacherError
+from pipeline.errors import OutputsError, TeacherError
 from pipeline.teachers import nnunet
 from pipeline.teachers.nnunet_checkpoint import read_checkpoint
+from pipeline.teachers.teacher import organ_log_odds
 from pipeline.volume import Grid, Volume
 from tests.blobs import write_blobs
 from tests.nnunet_models import change_json, copy_model
@@ -72,6 +73,21 @@ def test_what_it_says_of_itself(model: Path) -> None:
     # Said and left out mean the same.
     spelt = {"folds": [0, 1], "mirroring": True, "orientation": "stored"}
     assert load(model, entry_of("labels", nnunet=spelt)).describe() == said
+
+
+def test_a_network_that_ends_in_a_softmax_is_noticed(model: Path, tmp_path: Path) -> None:
+    """As a network class that plans.json names might; nnU-Net's own do not."""
+    entry = entry_of("labels")
+    teacher = load(model, entry)
+    write_blobs(tmp_path / "scan.nii.gz", shape=(30, 36, 34))
+    image = read_image(tmp_path / "scan.nii.gz").volume
+    organ_log_odds(teacher.predict(image), entry, where="x")
+    teacher.predictor.network.register_forward_hook(
+        lambda network, inputs, out: torch.softmax(out, 1)
+    )
+    with pytest.raises(OutputsError, match="are probabilities, not logits") as caught:
+        organ_log_odds(teacher.predict(image), entry, where="x")
+    assert "use a teacher of kind `factory`, with" in caught.value.fix
 
 
 def test_checkpoints_are_read_without_running_code(model: Path) -> None:

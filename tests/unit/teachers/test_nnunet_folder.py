@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.config import file_sha256
-from pipeline.errors import TeacherError
+from pipeline.errors import TeacherError, TeacherWarning
 from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.nnunet_folder import check_against_registry, read_model_folder
 from pipeline.weights import weights_digest
@@ -155,6 +156,26 @@ def test_all_contradictions_at_once(tmp_path: Path) -> None:
     assert "T1, T2" in message
     assert "num_channels" in message
     assert "liver is channel 1" in message
+
+
+@pytest.mark.parametrize("name", ["MRI", "T1w", "FLAIR", "rgb_to_0_1"])
+def test_a_channel_that_is_no_ct(tmp_path: Path, name: str) -> None:
+    model = folder(tmp_path / "m", channel_names={"0": name})
+    assert f"its input channel is {name}, and a teacher is shown CT" in refused(model, "input")
+
+
+@pytest.mark.parametrize("name", ["zscore", "noNorm", "abdomen"])
+def test_a_channel_that_may_be_ct_is_said(tmp_path: Path, name: str) -> None:
+    model = folder(tmp_path / "m", channel_names={"0": name})
+    with pytest.warns(TeacherWarning, match=f"calls its input channel '{name}'.*as a CT"):
+        accepted(model)
+
+
+@pytest.mark.parametrize("names", [{"0": "CT"}, {"0": "ct"}, {"0": "CT_venous"}])
+def test_ct_by_any_spelling(tmp_path: Path, names: dict[str, str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accepted(folder(tmp_path / "m", channel_names=names))
 
 
 def test_registries_that_agree(tmp_path: Path) -> None:
