@@ -477,6 +477,36 @@ def test_a_wrong_type_brings_no_other_complaint_with_it(
     assert any("must" in message for message in complaints(write(folder, GOOD, change)))
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("train: [one]", "train: [0, 1]"),
+         "22: datasets.spleen-ct.split.train: must be texts, not 0, 1. YAML reads them as numbers: "
+         "write '0', '1' in quotes."),
+        (("train: [one]", "train: [one, 0010]"),
+         "22: datasets.spleen-ct.split.train.1: must be a text, not 0010. YAML reads it as a number: "
+         "write '0010' in quotes."),
+        (("      one: {image", "      0010: {image"),
+         "18: datasets.spleen-ct.pairs.0010: must be a text, not 0010. YAML reads it as a number: "
+         "write '0010' in quotes."),
+        (("      one: {image", "      2024-01-01: {image"),
+         "18: datasets.spleen-ct.pairs.2024-01-01: must be a text, not 2024-01-01. YAML reads it as a date: "
+         "write '2024-01-01' in quotes."),
+        (("trained_on: liver-ct", "trained_on: no"),
+         "31: teachers.liver.trained_on: must be a text, not no. YAML reads it as a truth value: "
+         "write 'no' in quotes."),
+        (("      one: {image: images/a.nii.gz", "      one: {image: 12:30"),
+         "18: datasets.spleen-ct.pairs.one.image: must be a text, not 12:30. YAML reads it as a number: "
+         "write '12:30' in quotes."),
+    ],
+)  # fmt: skip
+def test_what_yaml_does_not_read_as_text_is_told_in_one_line_that_names_quotes(
+    folder: Path, change: tuple[str, str], says: str
+) -> None:
+    found = complaints(write(folder, GOOD, change))
+    assert [line for line in found if "YAML" in line] == [f"registry.yaml:{says}"]
+
+
 @pytest.mark.parametrize("text", ["", "[]", "7", "datasets: {}", "datasets: [1]", "teachers: 3"])
 def test_a_file_that_is_no_registry_at_all(text: str, folder: Path) -> None:
     for message in complaints(write(folder, text)):
