@@ -23,10 +23,10 @@ class PipelineError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: object = None, fix: str = "") -> None:
-        self.what = what
-        self.where = None if where is None else str(where)
-        self.fix = fix
-        super().__init__(what, where, fix)
+        self.what = _writable(what)
+        self.where = None if where is None else _writable(str(where))
+        self.fix = _writable(fix)
+        super().__init__(self.what, self.where, self.fix)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A worker process may raise it: it arrives whole."""
@@ -42,6 +42,14 @@ class PipelineError(Exception):
     def __str__(self) -> str:
         text = self.what if self.where is None else f"{self.where}: {self.what}"
         return f"{text} {self.fix}".strip()
+
+
+def _writable(text: str) -> str:
+    """Names of files that are not UTF-8 escaped: Python keeps their bytes as halves of surrogates,
+    which no file and no terminal takes."""
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 @contextmanager

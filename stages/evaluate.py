@@ -13,7 +13,7 @@ from pydantic import Field
 from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.case_checks import GEOMETRY_TOLERANCE_MM, organ_labels
 from pipeline.config import Config, digest
-from pipeline.data.files import CaseFiles
+from pipeline.data.files import CaseFiles, is_absent
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError, GeometryError, PipelineError
@@ -158,7 +158,7 @@ def _score(
 ) -> _Scored:
     entry = registry.datasets[case.dataset]
     path = predictions / case.dataset / f"{case.case}.nii.gz"
-    if not path.exists():
+    if is_absent(path):
         raise GeometryError(
             "there is no prediction.", where=f"{case.name}, {path}", fix="Run `pipeline predict`."
         )

@@ -16,6 +16,7 @@ from typing import Any
 import nibabel as nib
 from isal import igzip
 
+from pipeline.data.files import require_file
 from pipeline.errors import GeometryError
 from pipeline.label_tables import caret_xml
 
@@ -33,6 +34,7 @@ def read_file(path: Path) -> tuple[Any, str]:
     Raises:
         GeometryError: it cannot be read, or is no NIfTI.
     """
+    require_file(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -58,6 +60,7 @@ def read_header(path: Path) -> tuple[Any, Any]:
     Raises:
         GeometryError: not a readable NIfTI.
     """
+    require_file(path)
     try:
         with path.open("rb") as file:
             begin = file.read(4)
