@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -285,17 +286,20 @@ def require_file(path: Path) -> None:
             fix = "Put the file itself there."
         elif not os.access(path, os.R_OK):
             why = "Permission denied"
+        elif os.fsencode(path).decode("utf-8") == str(path):
+            return
         else:
-            try:
-                os.fsencode(path).decode("utf-8")
-                return
-            except UnicodeDecodeError:
-                why, fix = "its name is not UTF-8", "Rename it."
+            raise UnicodeError
     except OSError as error:
         why = str(error.strerror)
         if os.path.islink(path):  # noqa: PTH114 - never raises
             why += f"; it is a link to {path.readlink()}"
             fix = "Fetch what it leads to (`datalad get`, `git annex get`), or remove the link."
+    except UnicodeDecodeError:
+        why, fix = "its name is not UTF-8", "Rename it."
+    except UnicodeError:
+        why = f"its name cannot be spelt in {sys.getfilesystemencoding()}, as this session is set"
+        fix = "Set PYTHONUTF8=1 and run the command again."
     raise GeometryError(f"the file cannot be read ({why}).", where=path, fix=fix)
 
 
