@@ -45,7 +45,7 @@ def read_file(path: Path) -> tuple[Any, str]:
         ) from error
     digest = hashlib.sha256(data).hexdigest()
     try:
-        if path.name.endswith(".gz") or data[:2] == _GZIP_MAGIC:
+        if path.name.lower().endswith(".gz") or data[:2] == _GZIP_MAGIC:
             # Of the well-kept readers the fastest, and it checks lengths and CRCs (decision 0023).
             data = igzip.decompress(data)
         kind = nib.Nifti2Image if data[:4] in _NIFTI2_HEADER_SIZE else nib.Nifti1Image
@@ -64,7 +64,7 @@ def read_header(path: Path) -> tuple[Any, Any]:
     try:
         with path.open("rb") as file:
             begin = file.read(4)
-            packed = path.name.endswith(".gz") or begin[:2] == _GZIP_MAGIC
+            packed = path.name.lower().endswith(".gz") or begin[:2] == _GZIP_MAGIC
             file.seek(0)
             with igzip.open(file) if packed else nullcontext(file) as stream:
                 first = stream.read(4)
