@@ -272,7 +272,7 @@ def _walk(
             there = (*here, key)
             lines[there] = key_node.start_mark.line + 1
             if isinstance(key_node, yaml.ScalarNode) and key_node.tag != _TEXT:
-                value = yaml.SafeLoader("").construct_object(key_node)  # type: ignore[no-untyped-call]
+                value = yaml.SafeLoader("").construct_object(key_node)
                 there = (*here, value if isinstance(value, int) else repr(value))  # as pydantic
                 lines[there] = lines[*here, key]
                 unquoted[*there, "[key]"] = key

@@ -88,7 +88,9 @@ def find_pairs(
             for c in names
         }, []
     problems: list[str] = []
-    image_files, label_files = (_match(root, pattern, problems) for pattern in (images, labels))
+    image_files, label_files = (
+        match_files(root, pattern, problems) for pattern in (images, labels)
+    )
     # Side by side, {case}.nii.gz also matches the label of another case, {case}_seg.nii.gz.
     label_of = {path: case for case, path in label_files.items()}
     image_files = {c: path for c, path in image_files.items() if label_of.get(path, c) == c}
@@ -140,7 +142,7 @@ def _shared_images(pairs: Mapping[str, Pair]) -> list[str]:
     return problems
 
 
-def _match(root: Path, pattern: str, problems: list[str]) -> dict[str, Path]:
+def match_files(root: Path, pattern: str, problems: list[str]) -> dict[str, Path]:
     """Case -> file; hidden files are no cases. Adds to `problems`."""
     pattern = "/".join(part for part in pattern.split("/") if part not in ("", "."))
     before, after = pattern.split("{case}")

@@ -19,9 +19,11 @@ import yaml
 
 from pipeline.errors import TeacherError
 from pipeline.layouts.meanings import Named, same_name
-from pipeline.teacher_entry import TeacherEntry
+from pipeline.teacher_entry import NnunetOptions, TeacherEntry
 from pipeline.teachers.bundle_files import config_path, weights_path
 from pipeline.teachers.nnunet_folder import read_model_folder
+
+_BEST = "checkpoint_best.pth"
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,11 @@ def look_at_teacher(path: Path) -> FoundTeacher:
 
 
 def _nnunet(path: Path) -> FoundTeacher:
-    entry = TeacherEntry(kind="nnunet", weights=str(path), organs={"any": (0,)})
+    options = NnunetOptions()
+    best = not any(path.glob(f"fold_*/{options.checkpoint}")) and any(path.glob(f"fold_*/{_BEST}"))
+    if best:
+        options = NnunetOptions(checkpoint=_BEST)
+    entry = TeacherEntry(kind="nnunet", weights=str(path), organs={"any": (0,)}, nnunet=options)
     folder = read_model_folder(path, entry)
     inputs = folder.dataset.get("channel_names") or folder.dataset.get("modality") or {}
     if len(inputs) != 1:
@@ -96,8 +102,11 @@ def _nnunet(path: Path) -> FoundTeacher:
             if folder.has_regions or channel
         ),
         num_channels=len(set(folder.channels.values())),
-        settings={"activation": "sigmoid"} if folder.has_regions else {},
-        notes=(f"folds that have a final checkpoint: {folds}",),
+        settings={
+            **({"activation": "sigmoid"} if folder.has_regions else {}),
+            **({"nnunet": {"checkpoint": _BEST}} if best else {}),
+        },
+        notes=(f"folds that have a {'best, no final' if best else 'final'} checkpoint: {folds}",),
     )
 
 
