@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import stages
+from pipeline.data.files import closed_cases
 from pipeline.versions import TOOL, versions
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def about_registry(registry: Registry) -> dict[str, Any]:
     """Organs with their ids, datasets with counts of cases, teachers.
 
     `cases` counts what is on the disk, by split; a phantom's cases count whether they have been
-    generated or not. Nothing is opened but the folders.
+    generated or not. `closed` are those that cannot be opened, and why. No file is read.
     """
     return {
         "path": str(registry.path),
@@ -69,11 +70,13 @@ def about_registry(registry: Registry) -> dict[str, Any]:
 
 def _dataset(registry: Registry, name: str) -> dict[str, Any]:
     entry = registry.datasets[name]
-    counts = Counter(case.split for case in registry.cases(name))
+    cases = registry.cases(name)
+    counts = Counter(case.split for case in cases)
     return {
         "cases": counts.total(),
         **{split: counts[split] for split in SPLITS},
         "note": " ".join(registry.empty_split(name) or ()) or None,
+        "closed": closed_cases(cases) if entry.phantom is None else {},
         "annotated": list(entry.annotated),
         "root": str(registry.resolve(entry.root)),
         "made_up": entry.phantom is not None,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pipeline.cache.index import IndexedCase, case_path
 from pipeline.cache.reader import Unit
-from pipeline.data.files import CaseFiles
+from pipeline.data.files import CaseFiles, is_absent
 from pipeline.data.nifti import NiftiVolume
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, GeometryError, PipelineError, RegistryError
@@ -61,14 +61,15 @@ def prediction_file(folder: Path, name: str) -> Path:
     Raises:
         GeometryError: it is there twice, packed and not.
     """
-    found = [path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").exists()]
+    paths = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
+    found = [path for path in paths if not is_absent(path)]
     if len(found) == 2:
         raise GeometryError(
             f"{found[0].name} and {found[1].name} are both there.",
             where=f"{name}, {folder / name}",
             fix="Remove the one that is not meant.",
         )
-    return found[0] if found else folder / f"{name}{SUFFIXES[0]}"
+    return found[0] if found else paths[0]
 
 
 def json_beside(prediction: Path) -> Path:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import suppress
 from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -216,12 +219,53 @@ def demo(
 
 
 def main() -> None:
-    """Entry point: a `PipelineError` is one paragraph, anything else keeps its traceback."""
+    """Entry point: a `PipelineError` is one paragraph, anything else keeps its traceback.
+
+    What a terminal cannot spell is escaped. That standard output cannot be written is told, unless
+    nobody reads on (`| head`).
+    """
+    _open_streams()
     try:
-        app()
-    except PipelineError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        try:
+            app()
+        except PipelineError as error:
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        finally:
+            sys.stdout.flush()
+    except UnicodeEncodeError as error:
+        if (spelling := sys.getfilesystemencoding().lower()) == "utf-8":
+            raise
+        _end(f"{error.object!r} cannot be a file's name in {spelling}. Set PYTHONUTF8=1.")
+    except OSError as error:
+        try:
+            print(flush=True)  # noqa: T201 - is it standard output that fails?
+        except OSError:
+            with suppress(OSError):  # Python tries once more when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            unread = isinstance(error, BrokenPipeError)
+            _end("" if unread else f"standard output cannot be written ({error.strerror}).")
+        raise
+
+
+def _end(what: str) -> NoReturn:
+    if what:
+        typer.echo(f"error: {what}", err=True)
+    sys.exit(1)
+
+
+def _open_streams() -> None:
+    """Closed ones are opened, so that no file gets their numbers; standard output for reading, so
+    that what is written to it is an error."""
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ def info(
 ) -> None:
     """Versions, commands, and what the registry holds; at once, and without a GPU.
 
-    A registry that cannot be used is told last, with exit code 2: the versions are told anyway.
+    A registry that cannot be used, and cases that cannot be opened, are told last, with exit code
+    2: the rest is told anyway.
     """
     from pipeline.about import about_tool
 
@@ -34,15 +35,21 @@ def info(
 
 
 def _registry(path: Path) -> tuple[dict[str, Any] | None, PipelineError | None]:
-    """What is in it, or why it cannot be read. Neither if none is named or there."""
+    """What is in it, and what is wrong with it. Neither if none is named or there."""
     from pipeline.about import about_registry
+    from pipeline.data.files import refuse_closed
 
     if path == REGISTRY and not path.exists():
         return None, None
+    found = None
     try:
-        return about_registry(open_registry(path, files=False)), None
+        found = about_registry(open_registry(path, files=False))
+        open_registry(path)
+        closed = {c: why for one in found["datasets"].values() for c, why in one["closed"].items()}
+        refuse_closed(closed, path)
     except PipelineError as error:
-        return None, error
+        return found, error
+    return found, None
 
 
 def _commands(ctx: typer.Context) -> dict[str, str]:

@@ -54,6 +54,7 @@ def init(
     dry_run: DryRunOption = False,
 ) -> None:
     """Write a registry from folders: nnU-Net, Decathlon, MONAI datalists, plain files; teachers."""
+    from pipeline.data.files import closed_cases, refuse_closed
     from pipeline.layouts.begin import Wishes, begin, describe, look, next_command
 
     wishes = Wishes(dataset or [], teacher or [], files or [], organ or [], spacing_mm)
@@ -65,6 +66,8 @@ def init(
     for line in describe(written):
         typer.echo(line)
     typer.echo(f"wrote {registry}. Read it through; then: {next_command(written)}")
+    cases = [case for dataset in written.datasets for case in written.cases(dataset)]
+    refuse_closed(closed_cases(cases), registry)
 
 
 def can_ask() -> bool:

@@ -74,15 +74,21 @@ def predict(
         )
     layout: Literal["4d", "per-organ"] = "4d" if probabilities_4d else "per-organ"
     known = open_registry(registry, files=False) if registry else None
+    left: list[str] = []
+    inputs = stage.chosen_inputs(images, known, split, left)
+    log = open_log(quiet)
+    for text in left:
+        log.warn(text)
     report = stage.run(
         open_settings(config, stage.PredictConfig),
         student,
-        stage.chosen_inputs(images, known, split),
+        inputs,
         output,
-        log=open_log(quiet),
+        log=log,
         device=device,
         window_batch=window_batch,
         probabilities=Probabilities(probabilities, layout) if probabilities else None,
         dry_run=dry_run,
     )
+    report.details["not_taken"] = left
     end(report)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,9 @@ _PLAIN = {
     "model_type": _MAPPING,
     "model_attributes_type": _MAPPING,
 }
+_TEXT = "tag:yaml.org,2002:str"
+_KINDS = {bool: "truth values", int: "numbers", float: "numbers", date: "dates", datetime: "dates"}
+_SHOWN = 3
 _NAME = (
     "may have letters, digits, dots, dashes and underscores, and begins with one of the first two"
 )
@@ -69,18 +73,28 @@ class Problem:
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed YAML file that remembers on which line each value stands."""
+    """A parsed YAML file that remembers on which line each value stands.
+
+    Attributes:
+        unquoted: how values are spelt that YAML does not read as text: 8 may be 0010. Those of
+            keys end in "[key]", as pydantic has it.
+    """
 
     path: Path
     data: Any
     lines: Mapping[Location, int]
     problems: tuple[Problem, ...] = field(default=())
+    unquoted: Mapping[Location, str] = field(default_factory=dict)
 
     def line_of(self, location: Sequence[str | int]) -> int:
-        """The line of a value, or of its nearest parent that is in the file (first line: 1).
+        """The line of a value, or of its nearest parent that is in the file (first line: 1)."""
+        return self.lines.get(self.place_of(location), 1)
 
-        Parts that are not in the file are passed over: missing keys, and what pydantic adds to
-        name a member of a union.
+    def place_of(self, location: Sequence[str | int]) -> Location:
+        """A location as far as it is in the file.
+
+        Parts that are not in it are passed over: missing keys, and what pydantic adds to name a
+        member of a union.
         """
         here: Location = ()
         for part in location:
@@ -88,7 +102,7 @@ class Document:
                 if there in self.lines:
                     here = there
                     break
-        return self.lines.get(here, 1)
+        return here
 
 
 def read_yaml(path: Path, *, error: type[PipelineError] = ConfigError) -> Document:
@@ -103,11 +117,12 @@ def read_yaml(path: Path, *, error: type[PipelineError] = ConfigError) -> Docume
         raise error(f"cannot be read ({problem}).", where=path, fix="Check the path.") from problem
     lines: dict[Location, int] = {}
     problems: list[Problem] = []
+    unquoted: dict[Location, str] = {}
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
         if root is not None:
-            _walk(root, (), lines, problems)
+            _walk(root, (), lines, problems, unquoted)
     except RecursionError as problem:
         raise error(
             "a value contains itself (&, *).", where=path, fix="Write the values out instead."
@@ -122,7 +137,7 @@ def read_yaml(path: Path, *, error: type[PipelineError] = ConfigError) -> Docume
             where=f"{path}{line}",
             fix="Check indentation, quotes and colons on that line.",
         ) from problem
-    return Document(path, {} if data is None else data, lines, tuple(problems))
+    return Document(path, {} if data is None else data, lines, tuple(problems), unquoted)
 
 
 def load_config(
@@ -148,7 +163,7 @@ def validate(
     try:
         config = model.model_validate(document.data)
     except ValidationError as failure:
-        problems += schema_problems(failure, model)
+        problems += schema_problems(failure, model, document)
     raise_problems(document, problems, error=error)
     assert config is not None
     return config
@@ -176,9 +191,35 @@ def raise_problems(
     raise error(f"{len(listed)} mistakes:\n" + "\n".join(f"  {text}" for text in texts))
 
 
-def schema_problems(failure: ValidationError, model: type[BaseModel]) -> list[Problem]:
+def schema_problems(
+    failure: ValidationError, model: type[BaseModel], document: Document
+) -> list[Problem]:
     """pydantic's findings in the words of a user."""
-    return [_problem(dict(item), model) for item in failure.errors()]
+    found: list[Problem] = []
+    unquoted: dict[tuple[Location, str], list[tuple[Location, str]]] = {}
+    for item in failure.errors():
+        *parent, last = item["loc"] or ("",)
+        place, kind = document.place_of(item["loc"]), _KINDS.get(type(item["input"]))
+        spelt = document.unquoted.get((*place, "[key]") if last == "[key]" else place)
+        if item["type"] != "string_type" or spelt is None or kind is None:
+            found.append(_problem(dict(item), model))
+            continue
+        place = (*place[:-1], spelt) if last == "[key]" else place
+        group = tuple(parent) if isinstance(last, int) else place  # a list has one line
+        unquoted.setdefault((group, kind), []).append((place, spelt))
+    return found + [_in_quotes(kind, those) for (_, kind), those in unquoted.items()]
+
+
+def _in_quotes(kind: str, those: Sequence[tuple[Location, str]]) -> Problem:
+    spellings = [spelt for _, spelt in those[:_SHOWN]]
+    quoted = f"write {', '.join(repr(spelt) for spelt in spellings)} in quotes."
+    place = those[0][0]
+    if len(those) == 1:
+        what, kind = f"must be a text, not {spellings[0]}.", kind.removesuffix("s")
+        return Problem(place, what, f"YAML reads it as a {kind}: {quoted}")
+    more = f" and {len(those) - _SHOWN} more" if len(those) > _SHOWN else ""
+    what = f"must be texts, not {', '.join(spellings)}{more}."
+    return Problem(place[:-1], what, f"YAML reads them as {kind}: {quoted}")
 
 
 def canonical_json(value: Any) -> str:
@@ -245,22 +286,33 @@ def _plain(value: Any) -> Any:
 
 
 def _walk(
-    node: yaml.Node, here: Location, lines: dict[Location, int], problems: list[Problem]
+    node: yaml.Node,
+    here: Location,
+    lines: dict[Location, int],
+    problems: list[Problem],
+    unquoted: dict[Location, str],
 ) -> None:
     lines.setdefault(here, node.start_mark.line + 1)
+    if isinstance(node, yaml.ScalarNode) and node.tag != _TEXT:
+        unquoted[here] = node.value
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key_node, value_node in node.value:
             key = str(key_node.value)
             there = (*here, key)
             lines[there] = key_node.start_mark.line + 1
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != _TEXT:
+                value = yaml.SafeLoader("").construct_object(key_node)
+                there = (*here, value if isinstance(value, int) else repr(value))  # as pydantic
+                lines[there] = lines[*here, key]
+                unquoted[*there, "[key]"] = key
             if key in seen:
                 problems.append(Problem(there, "written twice.", "Keep one of the two."))
             seen.add(key)
-            _walk(value_node, there, lines, problems)
+            _walk(value_node, there, lines, problems, unquoted)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _walk(item, (*here, index), lines, problems)
+            _walk(item, (*here, index), lines, problems, unquoted)
 
 
 def _problem(item: dict[str, Any], model: type[BaseModel]) -> Problem:

@@ -24,10 +24,10 @@ class PipelineError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: object = None, fix: str = "") -> None:
-        self.what = what
-        self.where = None if where is None else str(where)
-        self.fix = fix
-        super().__init__(what, where, fix)
+        self.what = _writable(what)
+        self.where = None if where is None else _writable(str(where))
+        self.fix = _writable(fix)
+        super().__init__(self.what, self.where, self.fix)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A worker process may raise it: it arrives whole."""
@@ -52,6 +52,14 @@ def kind_of(text: str, name: str = "") -> str:
     for part in re.split(r"/| x ", name):
         text = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", "…", text)
     return re.sub(r"\d+", "…", text)
+
+
+def _writable(text: str) -> str:
+    """Names of files that are not UTF-8 escaped: Python keeps their bytes as halves of surrogates,
+    which no file and no terminal takes."""
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 @contextmanager

@@ -187,10 +187,12 @@ class Log:
         )
 
     def _line(self, text: str, *, style: str | None = None) -> None:
-        if self.is_terminal:
-            self._console.print(text, style=style, markup=False)
-        else:
-            print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)  # noqa: T201
+        with suppress(OSError):  # a log on a full disk must not stop the work
+            if self.is_terminal:
+                self._console.print(text, style=style, markup=False)
+            else:
+                now = time.strftime("%H:%M:%S")
+                print(f"{now} {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 class Advance(Protocol):

@@ -24,11 +24,11 @@ from pipeline.cache.schema import (
 from pipeline.cache.store import write_unit
 from pipeline.case_checks import check_same_grid, organ_labels
 from pipeline.config import digest, stamp_file
-from pipeline.data.files import CaseFiles
+from pipeline.data.files import CaseFiles, require_file
 from pipeline.data.nifti import NiftiVolume, read_image, read_label
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
-from pipeline.errors import CacheError, GeometryError
+from pipeline.errors import CacheError, GeometryError, named
 from pipeline.folder import Folder
 from pipeline.volume import Volume
 
@@ -201,13 +201,16 @@ def identify_case(
     Raises:
         GeometryError: a file that cannot be read.
     """
+    with named(source.name):
+        require_file(source.image)
+        require_file(source.label)
     try:
         image, label = stamp_file(source.image), stamp_file(source.label)
     except OSError as error:
         raise GeometryError(
             f"the file cannot be read ({error.strerror}).",
             where=f"{source.name}, {error.filename}",
-            fix="For a phantom run `pipeline phantom`; else check the path and its permissions.",
+            fix="Check the disk that it lies on.",
         ) from error
     hashes = image.sha256, label.sha256
     case, inputs = case_of_hashes(registry, source, hashes, spacing_mm=spacing_mm, storage=storage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.cache.index import (
@@ -121,9 +122,16 @@ def _teacher(registry: Registry, work: Folder, name: str) -> IndexedTeacher | St
 
 def _same_image(entry: IndexedCase, source: CaseFiles | None) -> bool:
     """An image that is not here (stage two's machine) cannot have made the cache stale."""
-    if source is None or not source.image.is_file():
-        return True
-    return file_sha256(source.image) == entry.image_sha256
+    found = None if source is None else _sha256(source.image)
+    return found is None or found == entry.image_sha256
+
+
+def _sha256(path: Path) -> str | None:
+    """None: the file cannot be read here; `pipeline check` says why."""
+    try:
+        return file_sha256(path)
+    except OSError:
+        return None
 
 
 def _state_of_case(
@@ -134,9 +142,8 @@ def _state_of_case(
         return absent
     path = case_path(work, entry)
     state = _receipt_state(path, entry.digest) if current else "stale"
-    if state == "done" and source is not None and source.label.is_file():
-        made_from = read_receipt(path).inputs["label_sha256"]
-        return "done" if file_sha256(source.label) == made_from else "stale"
+    if state == "done" and source is not None and (label := _sha256(source.label)) is not None:
+        return "done" if label == read_receipt(path).inputs["label_sha256"] else "stale"
     return state
 
 

@@ -100,7 +100,7 @@ def nnunet_checkpoints(path: Path, options: NnunetOptions) -> Mapping[str, Path]
                 f"there is no {options.checkpoint}.",
                 where=trained[fold],
                 fix=f"Its training did not finish. Checkpoints there: {', '.join(others)}; name "
-                "one in `nnunet.checkpoint`, or train to the end."
+                f"one, as in `nnunet: {{checkpoint: {others[0]}}}`, or train to the end."
                 if others
                 else "Nothing was trained there: copy its checkpoints, or leave the fold out.",
             )

@@ -22,7 +22,7 @@ from pipeline.case_checks import (
     prediction_file,
 )
 from pipeline.config import Config, digest, file_sha256
-from pipeline.data.files import CaseFiles
+from pipeline.data.files import CaseFiles, is_absent
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError, GeometryError, PipelineError
@@ -175,7 +175,7 @@ def _score(
 ) -> _Scored:
     entry = registry.datasets[case.dataset]
     path = prediction_file(predictions, case.name)
-    if not path.exists():
+    if is_absent(path):
         raise GeometryError(
             "there is no prediction.", where=f"{case.name}, {path}", fix="Run `pipeline predict`."
         )

@@ -14,6 +14,7 @@ from pipeline.checking.case import CaseFacts, Task, look_at
 from pipeline.checking.cohort import compare_cases
 from pipeline.checking.findings import Finding, in_order, of_case, of_dataset
 from pipeline.config import read_yaml
+from pipeline.data.files import closed_cases
 from pipeline.data.registry import Registry
 from pipeline.data.registry_checks import check_files
 from pipeline.errors import RegistryError
@@ -82,8 +83,7 @@ def check_datasets(
         if empty := registry.empty_split(name):
             findings.append(of_dataset("warning", "split", name, *empty))
         num_cases += len(sources)
-        absent = [s for s in sources if not (s.image.is_file() and s.label.is_file())]
-        if entry.phantom is not None and absent and len(absent) == len(sources):
+        if entry.phantom is not None and len(closed_cases(sources)) == len(sources) > 0:
             what = f"none of its {len(sources)} made-up cases has been generated."
             findings.append(of_dataset("error", "file", name, what, "Run `pipeline phantom`."))
             continue

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from nibabel.volumeutils import apply_read_scaling
 
+from pipeline.data.files import require_file
 from pipeline.data.nifti_file import (
     name_extensions,
     names_in,
@@ -118,6 +119,7 @@ def read_grid(path: Path) -> Grid:
     Raises:
         GeometryError: not a 3D NIfTI header.
     """
+    require_file(path)
     try:
         image: Any = nib.load(path)
     except Exception as error:

@@ -16,6 +16,7 @@ from typing import Any
 import nibabel as nib
 from isal import igzip
 
+from pipeline.data.files import require_file
 from pipeline.errors import GeometryError
 from pipeline.label_tables import caret_names, caret_xml
 
@@ -33,6 +34,7 @@ def read_file(path: Path) -> tuple[Any, str]:
     Raises:
         GeometryError: it cannot be read, or is no NIfTI.
     """
+    require_file(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -43,7 +45,7 @@ def read_file(path: Path) -> tuple[Any, str]:
         ) from error
     digest = hashlib.sha256(data).hexdigest()
     try:
-        if path.name.endswith(".gz") or data[:2] == _GZIP_MAGIC:
+        if path.name.lower().endswith(".gz") or data[:2] == _GZIP_MAGIC:
             # Of the well-kept readers the fastest, and it checks lengths and CRCs (decision 0023).
             data = igzip.decompress(data)
         kind = nib.Nifti2Image if data[:4] in _NIFTI2_HEADER_SIZE else nib.Nifti1Image
@@ -58,10 +60,11 @@ def read_header(path: Path) -> tuple[Any, Any]:
     Raises:
         GeometryError: not a readable NIfTI.
     """
+    require_file(path)
     try:
         with path.open("rb") as file:
             begin = file.read(4)
-            packed = path.name.endswith(".gz") or begin[:2] == _GZIP_MAGIC
+            packed = path.name.lower().endswith(".gz") or begin[:2] == _GZIP_MAGIC
             file.seek(0)
             with igzip.open(file) if packed else nullcontext(file) as stream:
                 first = stream.read(4)

@@ -155,7 +155,7 @@ def load_registry(path: Path, *, files: bool = True) -> Registry:
     try:
         registry = Registry.model_validate(document.data)
     except ValidationError as failure:
-        problems += schema_problems(failure, Registry)
+        problems += schema_problems(failure, Registry, document)
     problems += check_names(document)
     if files:
         problems += check_files(document)

@@ -267,7 +267,8 @@ def describe(registry: Registry) -> list[str]:
         num_cases = len(registry.cases(name))
         lines.append(f"dataset {name}: {num_cases} cases, {', '.join(entry.annotated)}")
     for name, teacher in registry.teachers.items():
-        lines.append(f"teacher {name} ({teacher.kind}): {', '.join(teacher.organs)}")
+        other = f" of {teacher.nnunet.checkpoint}" if teacher.nnunet else ""
+        lines.append(f"teacher {name} ({teacher.kind}{other}): {', '.join(teacher.organs)}")
     return lines + registry.empty_splits()
 
 

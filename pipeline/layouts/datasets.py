@@ -7,16 +7,17 @@ looked at as plain files (`plain`).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.files import Pair, find_pairs
+from pipeline.data.files import Pair, find_pairs, is_absent, search_files
 from pipeline.errors import RegistryError
 from pipeline.layouts.lists import as_patterns, read_lists
 from pipeline.layouts.meanings import Named, same_name
-from pipeline.layouts.plain import find_plain
+from pipeline.layouts.plain import find_plain, require_all_taken
 
 _LISTS = ("training", "validation", "testing", "test")
 
@@ -99,9 +100,16 @@ def look_at_dataset(path: Path, patterns: tuple[str, str] | None = None) -> Foun
 
 
 def _is_nnunet(path: Path, content: Mapping[str, Any]) -> bool:
-    """nnU-Net's files carry the channel in their names, whatever version wrote dataset.json."""
-    ending = content.get("file_ending", ".nii.gz")
-    return "channel_names" in content or any((path / "imagesTr").glob(f"*_0000{ending}"))
+    """nnU-Net's files carry the channel in their names, whatever version wrote dataset.json: all
+    of them, and labels do not."""
+    if "channel_names" in content:
+        return True
+    ending = str(content.get("file_ending", ".nii.gz"))
+    names, _ = search_files(path, f"imagesTr/[!.]*{ending}")
+    channel = re.compile(rf"imagesTr/(.+)_\d{{4}}{re.escape(ending)}")
+    found = [match[1] if (match := channel.fullmatch(name)) else None for name in names]
+    labels = (path / "labelsTr" / f"{case}{ending}" for case in found)
+    return bool(found) and None not in found and not all(map(is_absent, labels))
 
 
 def _nnunet(path: Path, content: Mapping[str, Any], described: Path) -> FoundDataset:
@@ -110,6 +118,7 @@ def _nnunet(path: Path, content: Mapping[str, Any], described: Path) -> FoundDat
     channel, notes = _ct_channel(content, described)
     about = _described(path, content, described)
     images, labels = f"imagesTr/{{case}}_{channel:04d}{ending}", f"labelsTr/{{case}}{ending}"
+    require_all_taken(path, images, labels)
     return FoundDataset("nnU-Net raw", path, images, labels, notes=notes, **about)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.data.files import FoundPair, Pair, find_pairs
+from pipeline.data.files import FoundPair, Pair, find_pairs, is_absent
 from pipeline.errors import RegistryError
 
 _SPLIT_OF = {
@@ -89,7 +89,7 @@ def _pair(entry: Any, where: str) -> Pair | None:
 
 
 def _require_files(pairs: list[Pair], root: Path, file: Path) -> None:
-    absent = [p for pair in pairs for p in (pair.image, pair.label) if not (root / p).is_file()]
+    absent = [p for pair in pairs for p in (pair.image, pair.label) if is_absent(root / p)]
     if absent:
         raise RegistryError(
             f"{len(absent)} files that it lists do not exist below {root}, the first is "

@@ -20,10 +20,12 @@ import yaml
 from pipeline.errors import TeacherError
 from pipeline.intensity import is_ct
 from pipeline.layouts.meanings import Named, same_name
-from pipeline.teacher_entry import TeacherEntry
+from pipeline.teacher_entry import NnunetOptions, TeacherEntry
 from pipeline.teachers.bundle_files import no_ct_inputs
 from pipeline.teachers.nnunet_folder import read_model_folder
 from pipeline.weights import bundle_config, bundle_weights
+
+_BEST = "checkpoint_best.pth"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,11 @@ def look_at_teacher(path: Path) -> FoundTeacher:
 
 
 def _nnunet(path: Path) -> FoundTeacher:
-    entry = TeacherEntry(kind="nnunet", weights=str(path), organs={"any": (0,)})
+    options = NnunetOptions()
+    best = not any(path.glob(f"fold_*/{options.checkpoint}")) and any(path.glob(f"fold_*/{_BEST}"))
+    if best:
+        options = NnunetOptions(checkpoint=_BEST)
+    entry = TeacherEntry(kind="nnunet", weights=str(path), organs={"any": (0,)}, nnunet=options)
     folder = read_model_folder(path, entry)
     if len(folder.inputs) != 1 or is_ct(folder.inputs[0]) is False:
         raise TeacherError(
@@ -99,8 +105,11 @@ def _nnunet(path: Path) -> FoundTeacher:
             if folder.has_regions or channel
         ),
         num_channels=len(set(folder.channels.values())),
-        settings={"activation": "sigmoid"} if folder.has_regions else {},
-        notes=(f"folds that have a final checkpoint: {folds}",),
+        settings={
+            **({"activation": "sigmoid"} if folder.has_regions else {}),
+            **({"nnunet": {"checkpoint": _BEST}} if best else {}),
+        },
+        notes=(f"folds that have a {'best, no final' if best else 'final'} checkpoint: {folds}",),
     )
 
 

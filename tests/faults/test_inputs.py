@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pipeline.prepare
 import stages.cache_teachers
 from pipeline.cli import app
 from pipeline.data.nifti import NiftiVolume, read_image, write_image
+from pipeline.errors import PipelineError
 from pipeline.volume import Volume
 from tests.faults.ledger import LEDGER
 from tests.faults.small import (
@@ -140,3 +142,38 @@ def test_the_marked_voxel_changes_the_image(small: Path) -> None:
     after = read_image(file_of(small, "images"))
     assert before.sha256 != after.sha256
     assert np.count_nonzero(before.volume.array != after.volume.array) == 1
+
+
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_a_case_whose_file_was_not_fetched(small: Path, part: str) -> None:
+    """It is named by every command that opens cases, and the others are done."""
+    predictions = small.parent / "predictions"
+    shutil.copytree(small.parent / "data" / DATASET / "labels", predictions / DATASET)
+    here = file_of(small, part)
+    kept = here.rename(here.with_name("kept"))
+    here.symlink_to("../.git/annex/objects/none.nii.gz")
+    registry, work = ["-r", str(small)], ["-w", str(work_of(small))]
+    config = small.parent / "cache.yaml"
+    config.write_text(yaml.safe_dump(settings().model_dump(mode="json")))
+    splits = small.parent / "evaluate.yaml"
+    splits.write_text("splits: [train, validation]\nsurface: false\n")
+    label_alone = part == "labels"
+    for command, code in (
+        (["info", *registry], 2),
+        (["check", "--no-teachers", "-q", "--json", *registry], 2),
+        (["cache-teachers", "-q", "--device", "cpu", "-c", str(config), *registry, *work], 2),
+        (["evaluate", str(predictions), "-q", "-c", str(splits), *registry], 2 * label_alone),
+    ):
+        result = CliRunner().invoke(app, command)
+        error = result.exception
+        said = result.output + (str(error) if isinstance(error, PipelineError) else "")
+        found = error.exit_code if isinstance(error, PipelineError) else result.exit_code
+        assert found == code, (command, said)
+        assert not code or CASE in said, command
+        assert not code or "it is a link to ../.git/annex/objects/none.nii.gz" in said, command
+        assert command[0] != "cache-teachers" or "6 done, 0 already there, 1 failed" in said
+    here.unlink()
+    kept.rename(here)
+    again = run_stage(small)
+    assert (again.exit_code, set(again.done)) == (0, {n for n in unit_names(small) if CASE in n})
+    LEDGER.add("a case whose file was not fetched")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from nibabel.cmdline import convert
 from scipy.special import softmax
 
 from pipeline.data.nifti import read_image
@@ -113,6 +115,95 @@ class TestPatterns:
     def test_a_name_with_brackets_is_a_file_if_it_is_there(self, tmp_path: Path) -> None:
         (tmp_path / "ct[1].nii.gz").write_bytes(b"")
         assert list(predict.find_inputs(tmp_path / "ct[1].nii.gz")) == ["ct[1]"]
+
+
+class TestWhatIsTaken:
+    def test_endings_in_capitals(self, tmp_path: Path) -> None:
+        for name in ("a.NII.GZ", "b.Nii"):
+            path = tmp_path / name.lower()
+            nib.save(nib.Nifti1Image(np.zeros((3, 3, 3), np.int16), np.eye(4)), path)
+            path.rename(tmp_path / name)
+        found = predict.find_inputs(tmp_path)
+        assert {name: path.name for name, path in found.items()} == {"a": "a.NII.GZ", "b": "b.Nii"}
+        assert all(read_image(path).volume.array.shape == (3, 3, 3) for path in found.values())
+
+    def test_what_is_left_is_told(self, tmp_path: Path) -> None:
+        images = tmp_path / "in"
+        for name in ("a.nii", "a.json", "b.json", "notes", "deep/er/x.nii.gz", "none/x.dcm"):
+            (images / name).parent.mkdir(parents=True, exist_ok=True)
+            (images / name).touch()
+        nib.save(nib.Nifti1Pair(np.zeros((3, 3, 3), np.int16), np.eye(4)), images / "old.hdr")
+        left: list[str] = []
+        assert list(predict.find_inputs(images, left=left)) == ["a"]
+        assert left == [
+            f"{images}: {text}"
+            for text in (
+                f"Pairs of .hdr and .img are not read (old): `nib-convert {images}/old.hdr "
+                f"{images}/old.nii.gz` makes one file.",
+                f"Folders are not looked into (deep with NIfTI files): the pattern "
+                f"'{images}/**/*.nii*' takes all.",
+                "Other files are not taken: 2 .json, 1 without ending (a.json, b.json, notes).",
+                "Folders without NIfTI files: none.",
+            )
+        ]
+        # What it says works.
+        convert.main([str(images / "old.hdr"), str(images / "old.nii.gz")])
+        assert read_image(images / "old.nii.gz").volume.array.shape == (3, 3, 3)
+        assert list(predict.find_inputs(Path(f"{images}/**/*.nii*"))) == ["a", "deep/er/x", "old"]
+
+    def test_a_folder_without_any_says_what_is_there(self, tmp_path: Path) -> None:
+        (tmp_path / "slice.dcm").touch()
+        with pytest.raises(ConfigError, match=r"no NIfTI file there. .*not taken: 1 .dcm"):
+            predict.find_inputs(tmp_path)
+
+    def test_a_name_that_cannot_be_opened_fails_alone_and_what_is_left_is_warned_of(
+        self,
+        student: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        images, report = tmp_path / "in", tmp_path / "run.json"
+        write_ct(images / "a.nii.gz")
+        (images / "b.nii.gz").symlink_to("none")
+        (images / "c.nii.gz").mkdir()
+        (images / os.fsdecode(b"\xfc.nii")).touch()
+        (images / "notes.txt").touch()
+        code, _, said = run_here(
+            "predict", str(student), str(images), "-o", str(tmp_path / "out"), "-q", "--device",
+            "cpu", "--report", str(report), capsys=capsys, monkeypatch=monkeypatch,
+        )  # fmt: skip
+        assert (code, (tmp_path / "out" / "a.nii.gz").is_file()) == (2, True)
+        assert "Other files are not taken: 1 .txt (notes.txt)." in said
+        (stage,) = json.loads(report.read_text())["stages"]
+        assert (stage["done"], len(stage["not_taken"])) == (["a"], 1)
+        assert {name: why.split("(")[1].split(")")[0] for name, why in stage["failed"].items()} == {
+            "b": "No such file or directory; it is a link to none",
+            "c": "it is a folder",
+            r"\xfc": "its name is not UTF-8",
+        }
+
+    def test_a_folder_whose_name_has_wildcards(self, tmp_path: Path) -> None:
+        for name in ("ct[x]/a.nii.gz", "ctx/b.nii.gz", "ct[x]/?/c.nii.gz", "ct[x]/d/e.nii.gz"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        assert list(predict.find_inputs(tmp_path / "ct[x]" / "*.nii.gz")) == ["a"]
+        assert list(predict.find_inputs(tmp_path / "ct[x]" / "?" / "*.nii.gz")) == ["c"]
+        assert list(predict.find_inputs(tmp_path / "ct[a-z]" / "*.nii.gz")) == ["ctx/b"]
+        assert list(predict.find_inputs(tmp_path / "*" / "d" / "**.nii.gz")) == ["ct[x]/d/e"]
+        with pytest.raises(ConfigError, match="no NIfTI file there"):
+            predict.find_inputs(tmp_path / "ct[x]" / "none.nii.gz")
+
+    def test_linked_folders_are_followed_and_a_circle_is_an_error(self, tmp_path: Path) -> None:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "b.nii.gz").touch()
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "batch").symlink_to("../elsewhere")
+        pattern = tmp_path / "in" / "**" / "*.nii.gz"
+        assert list(predict.find_inputs(pattern)) == ["batch/b"]
+        (tmp_path / "elsewhere" / "up").symlink_to("../in")
+        with pytest.raises(ConfigError, match=r"the link \S+/batch/up leads in a circle"):
+            predict.find_inputs(pattern)
 
 
 class TestProbabilities:

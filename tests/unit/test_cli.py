@@ -307,3 +307,48 @@ def test_a_batch_with_a_bad_case_ends_with_its_name_and_code_two(
     assert code == 2
     assert "failed: liver-ct/case_000: " in err
     assert "8 done" in err
+
+
+class TestStreams:
+    """Whatever standard output is, nobody is shown a traceback."""
+
+    @pytest.mark.parametrize(
+        ("to", "code", "says", "buffered"),
+        [
+            (">&-", 1, "error: standard output cannot be written (Bad file descriptor).\n", ""),
+            (">/dev/full", 1, "error: standard output cannot be written (No space left on", ""),
+            (">/dev/full", 1, "error: standard output cannot be written (No space left on", "1"),
+            ("| true", 1, "", ""),
+            (">/dev/null 2>&-", 0, "", ""),
+        ],
+    )
+    def test_one_that_takes_nothing(self, to: str, code: int, says: str, buffered: str) -> None:
+        command = f"set -o pipefail; {sys.executable} -m pipeline.cli info --json {to}"
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False,
+            timeout=60, env={**os.environ, "PYTHONUNBUFFERED": buffered},
+        )  # fmt: skip
+        assert (done.returncode, done.stderr.startswith(says)) == (code, True), done.stderr
+        assert done.stderr.count("\n") == bool(says)
+
+    @pytest.mark.parametrize("utf8", ["0", "1"])
+    def test_cases_with_umlauts(self, tmp_path: Path, utf8: str) -> None:
+        """Where names of files cannot be spelt either, such a case fails by name."""
+        for part in ("images", "labels"):
+            (tmp_path / part).mkdir()
+            (tmp_path / part / "Lübeck.nii.gz").touch()
+        (tmp_path / "r.yaml").write_text(
+            "schema_version: 1\norgans: {liver: 1}\ngrid: {spacing_mm: [5, 5, 5]}\n"
+            "datasets:\n  a:\n    root: .\n    images: images/{case}.nii.gz\n"
+            "    labels: labels/{case}.nii.gz\n    annotated: {liver: 1}\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", "check", "--no-teachers", "--jobs", "1", "-r",
+             str(tmp_path / "r.yaml")],
+            cwd=ROOT, capture_output=True, check=False, timeout=60,
+            env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": utf8, "PYTHONIOENCODING": "ascii",
+                 "PYTHONCOERCECLOCALE": "0"},
+        )  # fmt: skip
+        assert (done.returncode, b"Traceback" in done.stderr) == (2, False), done.stderr
+        assert rb"a/L\xfcbeck" in done.stdout
+        assert (b"PYTHONUTF8=1" in done.stdout) == (utf8 == "0")

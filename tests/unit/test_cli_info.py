@@ -129,3 +129,22 @@ def test_a_split_that_is_empty_is_told(
     datasets = json.loads(out)["registry"]["datasets"]
     assert datasets["liver-ct"]["note"].startswith(told)
     assert datasets["spleen-ct"]["note"] is None
+
+
+def test_what_cannot_be_found_or_opened_is_told_last(
+    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("info", "-r", str(tiny_registry))
+    image = next((tiny_registry.parent / "data/liver-ct/images").glob("*.nii.gz"))
+    image.unlink()
+    image.symlink_to("../none")
+    code, out, err = run_here(*asked, capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, "multi-ct" in out) == (2, True)
+    case = image.name.removesuffix(".nii.gz")
+    assert f"1 case cannot be opened:\n  liver-ct/{case}: " in err
+    change_registry(tiny_registry, lambda data: data["datasets"]["liver-ct"].update(root="none"))
+    code, out, err = run_here(*asked, "--json", capsys=capsys, monkeypatch=monkeypatch)
+    found = json.loads(out)
+    assert (code, found["registry"]["datasets"]["liver-ct"]["cases"]) == (2, 0)
+    assert "datasets.liver-ct: there is no folder " in found["registry_error"]
+    assert "none. Check `root`." in err

@@ -113,7 +113,9 @@ name: b
 
 
 def test_one_mistake_is_one_line(tmp_path: Path) -> None:
-    assert complaint(tmp_path, "\n\nname: 3\n") == ["a.yaml:3: name: must be a text, not 3."]
+    assert complaint(tmp_path, "\n\nname: 3\n") == [
+        "a.yaml:3: name: must be a text, not 3. YAML reads it as a number: write '3' in quotes."
+    ]
 
 
 def test_a_missing_key_is_told_at_the_line_of_its_parent(tmp_path: Path) -> None:

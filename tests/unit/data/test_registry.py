@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,9 +12,12 @@ import pytest
 import yaml
 
 from pipeline.config import digest
+from pipeline.data.files import closed_cases
+from pipeline.data.nifti import read_image
+from pipeline.data.nifti_file import read_header
 from pipeline.data.registry import Registry, load_registry
 from pipeline.data.split_entry import SplitEntry
-from pipeline.errors import RegistryError
+from pipeline.errors import GeometryError, RegistryError
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -312,8 +316,8 @@ ONE_MISTAKE: dict[str, tuple[tuple[str, str], int, str, str]] = {
     "folder that does not exist": (
         ("root: data\n    images", "root: dat\n    images"),
         8,
-        "datasets.liver-ct: pattern 'images/{case}.nii.gz' matches nothing below dat.",
-        "Check `root` and `images`",
+        "datasets.liver-ct: there is no folder dat.",
+        "Check `root`.",
     ),
     "pattern without a case": (
         ("images: images/{case}.nii.gz", "images: images/*.nii.gz"),
@@ -479,6 +483,36 @@ def test_a_wrong_type_brings_no_other_complaint_with_it(
     assert any("must" in message for message in complaints(write(folder, GOOD, change)))
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("train: [one]", "train: [0, 1]"),
+         "22: datasets.spleen-ct.split.train: must be texts, not 0, 1. YAML reads them as numbers: "
+         "write '0', '1' in quotes."),
+        (("train: [one]", "train: [one, 0010]"),
+         "22: datasets.spleen-ct.split.train.1: must be a text, not 0010. YAML reads it "
+         "as a number: write '0010' in quotes."),
+        (("      one: {image", "      0010: {image"),
+         "18: datasets.spleen-ct.pairs.0010: must be a text, not 0010. YAML reads it "
+         "as a number: write '0010' in quotes."),
+        (("      one: {image", "      2024-01-01: {image"),
+         "18: datasets.spleen-ct.pairs.2024-01-01: must be a text, not 2024-01-01. YAML "
+         "reads it as a date: write '2024-01-01' in quotes."),
+        (("trained_on: liver-ct", "trained_on: no"),
+         "31: teachers.liver.trained_on: must be a text, not no. YAML reads it "
+         "as a truth value: write 'no' in quotes."),
+        (("      one: {image: images/a.nii.gz", "      one: {image: 12:30"),
+         "18: datasets.spleen-ct.pairs.one.image: must be a text, not 12:30. YAML reads it "
+         "as a number: write '12:30' in quotes."),
+    ],
+)  # fmt: skip
+def test_what_yaml_does_not_read_as_text_is_told_in_one_line_that_names_quotes(
+    folder: Path, change: tuple[str, str], says: str
+) -> None:
+    found = complaints(write(folder, GOOD, change))
+    assert [line for line in found if "YAML" in line] == [f"registry.yaml:{says}"]
+
+
 @pytest.mark.parametrize("text", ["", "[]", "7", "datasets: {}", "datasets: [1]", "teachers: 3"])
 def test_a_file_that_is_no_registry_at_all(text: str, folder: Path) -> None:
     for message in complaints(write(folder, text)):
@@ -551,6 +585,121 @@ def test_a_star_and_a_question_mark_stop_at_a_slash(folder: Path) -> None:
 def test_dots_and_brackets_in_a_pattern_mean_themselves(folder: Path) -> None:
     touch(folder / "data", ["im/p.nii", "im/pXnii", "seg/p.nii"])
     assert list(cases_of(folder, "im/{case}.nii", "seg/{case}.nii")) == ["p"]
+
+
+class TestNamesThatCannotBeOpened:
+    """They are cases by name, keep their split, and fail where they are opened."""
+
+    @pytest.mark.parametrize("part", ["images", "labels"])
+    @pytest.mark.parametrize(
+        ("how", "what"),
+        [
+            ("gone", r"\(No such file or directory; it is a link to .*none\).*datalad get"),
+            ("loop", "Too many levels of symbolic links"),
+            ("folder", "it is a folder"),
+            ("pipe", "it is no file"),
+        ],
+    )
+    def test_they_are_cases(self, folder: Path, part: str, how: str, what: str) -> None:
+        before = {c.case: c.split for c in load_registry(write(folder)).cases("liver-ct")}
+        path = folder / "data" / part / "b.nii.gz"
+        path.unlink()
+        match how:
+            case "gone":
+                path.symlink_to("../none")
+            case "loop":
+                path.symlink_to(path.name)
+            case "folder":
+                path.mkdir()
+            case "pipe":
+                os.mkfifo(path)
+        cases = load_registry(write(folder)).cases("liver-ct")
+        assert {c.case: c.split for c in cases} == before
+        (why,) = closed_cases(cases).items()
+        assert why[0] == "liver-ct/b"
+        assert re.search(what, why[1])
+        for read in (read_image, read_header):
+            with pytest.raises(GeometryError, match=what):
+                read(path)
+
+    def test_pairs_too(self, folder: Path) -> None:
+        path = folder / "data/images/b.nii.gz"
+        path.unlink()
+        path.symlink_to("../none")
+        assert set(closed_cases(load_registry(write(folder)).cases("spleen-ct"))) == {
+            "spleen-ct/two"
+        }
+
+    def test_a_name_that_is_not_utf8(self, folder: Path) -> None:
+        for part in ("images", "labels"):
+            name = os.fsdecode(f"data/{part}/".encode() + b"f\xfcr.nii.gz")
+            touch(folder, [name, f"data/{part}/grün.nii.gz"])
+        cases = load_registry(write(folder)).cases("liver-ct")
+        assert [c.case for c in cases] == [*"abcd", r"f\xfcr", "grün"]
+        (why,) = closed_cases(cases).values()
+        assert why.endswith(
+            r"f\xfcr.nii.gz: the file cannot be read (its name is not UTF-8). Rename it."
+        )
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may look anywhere")
+    def test_a_folder_that_cannot_be_looked_into(self, folder: Path) -> None:
+        (folder / "data/images").chmod(0)
+        try:
+            message, _ = complaints(write(folder))
+        finally:
+            (folder / "data/images").chmod(0o755)
+        assert "data/images cannot be looked into (Permission denied)." in message
+
+
+class TestLinkedFolders:
+    PATTERNS = ("all/**/images/{case}.nii.gz", "all/**/labels/{case}.nii.gz")
+
+    def batches(self, folder: Path) -> Path:
+        """Batch 1 below `all`, batch 2 elsewhere."""
+        for number, batch in ((1, "data/all/batch1"), (2, "elsewhere")):
+            touch(folder / batch, [f"{part}/x{number}.nii.gz" for part in ("images", "labels")])
+        return folder / "data/all"
+
+    def test_they_are_followed(self, folder: Path) -> None:
+        (self.batches(folder) / "batch2").symlink_to(folder / "elsewhere")
+        found = cases_of(folder, *self.PATTERNS)
+        assert found["x1"][0] == "all/batch1/images/x1.nii.gz"
+        assert found["x2"][0] == "all/batch2/images/x2.nii.gz"
+
+    def test_a_folder_under_two_names_holds_each_case_once(self, folder: Path) -> None:
+        (self.batches(folder) / "latest").symlink_to("batch1")
+        assert list(cases_of(folder, *self.PATTERNS)) == ["x1"]
+
+    @pytest.mark.parametrize("target", ["data", "data/all/batch1", "data/all/batch1/other"])
+    def test_a_circle_is_a_mistake_that_names_the_link(self, folder: Path, target: str) -> None:
+        inner = self.batches(folder) / "batch1/other"
+        inner.mkdir()
+        (inner / "up").symlink_to(folder / target)
+        with pytest.raises(RegistryError, match=r"the link \S+/batch1/other/up leads in a circle"):
+            cases_of(folder, *self.PATTERNS)
+
+    @pytest.mark.parametrize("patterns", [PATTERNS, tuple(p.replace("**", "*") for p in PATTERNS)])
+    def test_one_that_leads_nowhere_is_a_mistake(
+        self, folder: Path, patterns: tuple[str, str]
+    ) -> None:
+        link = self.batches(folder) / "batch2"
+        link.symlink_to(folder / "not mounted")
+        (link.parent / "LICENSE").symlink_to("../.git/annex/objects/x/LICENSE")  # a file
+        with pytest.raises(RegistryError) as caught:
+            cases_of(folder, *patterns)
+        assert "batch2 cannot be looked into (it is a link to " in str(caught.value)
+        assert "LICENSE" not in str(caught.value)
+
+
+def test_images_and_labels_side_by_side(folder: Path) -> None:
+    touch(folder / "data", ["x/p.nii.gz", "x/p_seg.nii.gz", "x/q.nii.gz", "x/q_seg.nii.gz"])
+    found = cases_of(folder, "x/{case}.nii.gz", "x/{case}_seg.nii.gz")
+    assert found == {c: (f"x/{c}.nii.gz", f"x/{c}_seg.nii.gz") for c in "pq"}
+
+
+def test_brackets_in_a_pattern_mean_themselves(folder: Path) -> None:
+    touch(folder / "data", ["im[x]/p[1].nii", "imx/q1.nii", "seg/p.nii", "seg/q.nii"])
+    assert list(cases_of(folder, "im[x]/{case}[1].nii", "seg/{case}.nii")) == ["p"]
 
 
 def test_a_phantom_needs_no_files(tmp_path: Path) -> None:

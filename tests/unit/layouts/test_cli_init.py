@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from pipeline import cli, cli_init
 from pipeline.data.registry import load_registry
+from pipeline.errors import RegistryError
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -56,3 +57,15 @@ def test_somebody_at_the_terminal_is_asked(tmp_path: Path, monkeypatch: pytest.M
     shown = CliRunner().invoke(cli.app, [*arguments, "--yes", "--force"], input="liver=4\n")
     assert shown.exit_code != 0
     assert load_registry(path).datasets["a"].annotated == {"liver": (3,)}
+
+
+def test_a_case_that_cannot_be_opened_is_named_and_kept(tmp_path: Path) -> None:
+    labels = pairs(tmp_path / "ct") / "labels"
+    (tmp_path / "ct" / "images" / "b.nii.gz").symlink_to("../none")
+    (labels / "b.nii.gz").touch()
+    path = tmp_path / "r.yaml"
+    shown = CliRunner().invoke(cli.app, ["init", "-d", f"{tmp_path}/ct:liver=1", "-r", str(path)])
+    assert "dataset ct: 2 cases, liver" in shown.output
+    assert isinstance(shown.exception, RegistryError)
+    assert "1 case cannot be opened:\n  ct/b: " in str(shown.exception)
+    assert [case.case for case in load_registry(path).cases("ct")] == ["a", "b"]

@@ -303,3 +303,73 @@ def test_one_seed_by_which_every_dataset_validates(tmp_path: Path) -> None:
     one, two = ({c.case: c.split for c in registry.cases(name)} for name in ("one", "two"))
     assert [one[c] for c in "cd"] == [two[c] for c in "cd"]
     assert registry.datasets["one"].split.seed == registry.datasets["two"].split.seed > 0
+
+
+class TestAllNamesDecide:
+    """Not one that ends in _0000; and no file among the images is left out unsaid."""
+
+    def listed(self, root: Path, cases: Sequence[str]) -> Path:
+        put(root, *(f"{part}/{c}.nii.gz" for part in ("imagesTr", "labelsTr") for c in cases))
+        lists = [
+            {"image": f"./imagesTr/{c}.nii.gz", "label": f"./labelsTr/{c}.nii.gz"} for c in cases
+        ]
+        content = {"labels": {"0": "background", "1": "liver"}, "training": lists}
+        (root / "dataset.json").write_text(json.dumps(content))
+        return root
+
+    @pytest.mark.parametrize("cases", [["a", "b", "scan_0000"], ["ct_0000", "ct_0001"]])
+    def test_a_list_is_no_nnunet_folder(self, tmp_path: Path, cases: list[str]) -> None:
+        self.listed(tmp_path / "d", cases)
+        found = load_registry(start(tmp_path, f"d={tmp_path}/d", organs=["liver"]))
+        assert [case.case for case in found.cases("d")] == cases
+
+    def test_nnunet_of_version_1_is_one(self, tmp_path: Path) -> None:
+        root = self.listed(tmp_path / "d", ["a", "b"])
+        for case in "ab":
+            path = root / "imagesTr" / f"{case}.nii.gz"
+            path.rename(path.with_name(f"{case}_0000.nii.gz"))
+        found = load_registry(start(tmp_path, f"d={tmp_path}/d", organs=["liver"]))
+        assert [case.image.name for case in found.cases("d")] == ["a_0000.nii.gz", "b_0000.nii.gz"]
+
+    @pytest.mark.parametrize("cases", [["a", "b", "scan_0000"], ["ct_0000", "ct_0001"]])
+    def test_plain_folders(self, tmp_path: Path, cases: list[str]) -> None:
+        put(tmp_path / "d", *(f"{p}/{c}.nii.gz" for p in ("images", "labels") for c in cases))
+        found = load_registry(start(tmp_path, f"d={tmp_path}/d:liver=1"))
+        assert [case.case for case in found.cases("d")] == cases
+
+    def test_two_endings_in_one_folder(self, tmp_path: Path) -> None:
+        put(tmp_path / "d", "images/a.nii", "images/b.nii.gz", "labels/a.nii.gz", "labels/b.nii")
+        found = load_registry(start(tmp_path, f"d={tmp_path}/d:liver=1"))
+        assert [case.case for case in found.cases("d")] == ["a", "b"]
+        assert found.datasets["d"].images == "images/{case}.nii*"
+
+    @pytest.mark.parametrize("mark", ["seg", "label", "mask"])
+    def test_images_and_labels_in_one_folder(self, tmp_path: Path, mark: str) -> None:
+        put(tmp_path / "d", *(f"{c}{end}.nii.gz" for c in "ab" for end in ("", f"_{mark}")))
+        found = load_registry(start(tmp_path, f"d={tmp_path}/d:liver=1"))
+        assert [(c.image.name, c.label.name) for c in found.cases("d")] == [
+            (f"{c}.nii.gz", f"{c}_{mark}.nii.gz") for c in "ab"
+        ]
+
+    @pytest.mark.parametrize(
+        ("files", "left"),
+        [
+            (("images/a_0000.nii.gz", "images/b.nii.gz", "labels/a.nii.gz"), "images/b.nii.gz"),
+            (("images/a.nii.gz", "images/B.NII.GZ", "labels/a.nii.gz"), "images/B.NII.GZ"),
+            (("p1/ct.nii.gz", "p1/seg.nii.gz", "p2/CT_1.nii.gz", "none/x.dcm"), "p2"),
+        ],
+    )
+    def test_what_is_left_out_is_told_and_the_fix_works(
+        self, tmp_path: Path, files: tuple[str, ...], left: str
+    ) -> None:
+        put(tmp_path / "d", *files)
+        said = refused(tmp_path, f"d={tmp_path}/d:liver=1")
+        assert f" leaves out {left}. " in said
+        meant = said.split("'NAME=")[1].split("'")[0]
+        found = load_registry(start(tmp_path, f"d={tmp_path}/d:liver=1", files=[f"d={meant}"]))
+        assert len(found.cases("d")) == 1
+
+    def test_a_stray_file_in_an_nnunet_folder_is_told(self, tmp_path: Path) -> None:
+        put(nnunet(tmp_path / "d"), "imagesTr/ct_3.nii.gz", "imagesTr/ct_1_0001.nii.gz")
+        said = refused(tmp_path, f"d={tmp_path}/d:liver=1,background=2")
+        assert "labelsTr/{case}.nii.gz leaves out imagesTr/ct_3.nii.gz. Name them" in said

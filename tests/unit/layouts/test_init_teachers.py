@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.data.registry import Registry, load_registry
 from pipeline.errors import PipelineError
-from pipeline.layouts.begin import Wishes, begin
+from pipeline.layouts.begin import Wishes, begin, describe
 from pipeline.teachers.bundle_files import contradictions
 from pipeline.teachers.checkpoint import read_teacher
 from pipeline.teachers.nnunet_folder import check_against_registry, read_model_folder
@@ -76,6 +76,19 @@ def refused(folder: Path, *teachers: str) -> str:
 
 
 class TestNnunet:
+    def test_a_training_that_did_not_finish_gives_its_best_checkpoint(self, tmp_path: Path) -> None:
+        fold = model(tmp_path / "T__P__3d_fullres") / "fold_0"
+        (fold / "checkpoint_final.pth").rename(fold / "checkpoint_best.pth")
+        entry = start(tmp_path, f"liver={fold.parent}:background=rest").teachers["liver"]
+        assert read_model_folder(fold.parent, entry).checkpoints == {
+            "0": fold / "checkpoint_best.pth"
+        }
+        text = (tmp_path / "data_registry.yaml").read_text()
+        assert "nnunet: {checkpoint: checkpoint_best.pth}" in text
+        assert "# folds that have a best, no final checkpoint: 0" in text
+        (said,) = describe(load_registry(tmp_path / "data_registry.yaml"))[1:]
+        assert said == "teacher liver (nnunet of checkpoint_best.pth): liver"
+
     def test_a_model_folder(self, tmp_path: Path) -> None:
         folder = model(tmp_path / "T__P__3d_fullres")
         entry = start(tmp_path, f"msd={folder}:liver=1+2").teachers["msd"]

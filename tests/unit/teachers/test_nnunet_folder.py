@@ -85,7 +85,7 @@ def test_no_folder_no_folds_no_checkpoint(tmp_path: Path) -> None:
     assert "Folds there: 0, 1" in refused(model, "fold 4 was not trained", nnunet={"folds": [4]})
     (model / "fold_1" / "checkpoint_final.pth").rename(model / "fold_1" / "checkpoint_best.pth")
     message = refused(model, "no checkpoint_final.pth", nnunet={"folds": [0, 1]})
-    assert "checkpoint_best.pth; name one in `nnunet.checkpoint`" in message
+    assert "name one, as in `nnunet: {checkpoint: checkpoint_best.pth}`" in message
     accepted(model, nnunet={"folds": [1], "checkpoint": "checkpoint_best.pth"})
     (model / "fold_1" / "checkpoint_best.pth").unlink()
     refused(model, "no checkpoint_final.pth.*Nothing was trained", nnunet={"folds": [1]})
