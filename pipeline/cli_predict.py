@@ -74,15 +74,18 @@ def predict(
         )
     layout: Literal["4d", "per-organ"] = "4d" if probabilities_4d else "per-organ"
     known = open_registry(registry, files=False) if registry else None
+    inputs = stage.chosen_inputs(images, known, split)
+    other = {d for d, e in known.datasets.items() if e.units == "other"} if known else set()
     report = stage.run(
         open_settings(config, stage.PredictConfig),
         student,
-        stage.chosen_inputs(images, known, split),
+        inputs,
         output,
         log=open_log(quiet),
         device=device,
         window_batch=window_batch,
         probabilities=Probabilities(probabilities, layout) if probabilities else None,
+        other_units=[name for name in inputs if name.partition("/")[0] in other],
         dry_run=dry_run,
     )
     end(report)

@@ -40,10 +40,11 @@ class EvaluateConfig(Config):
 
 @dataclass(frozen=True)
 class _Scored:
-    """Scores of a case, and the files that they are of."""
+    """Scores of a case, the files that they are of, and what was done to their values."""
 
     scores: tuple[OrganScore, ...]
     files: dict[str, str]
+    notes: list[str]
 
 
 def settings_of(config: EvaluateConfig, registry: Registry) -> dict[str, Any]:
@@ -106,6 +107,9 @@ def run(
                 scored[case.name] = _score(config, registry, predictions, case)
                 report.done.append(case.name)
                 log.detail(f"{case.name}: {_in_short(scored[case.name].scores)}")
+                if notes := scored[case.name].notes:
+                    report.warnings[case.name] = notes
+                    log.warn(f"{case.name}: {' '.join(notes)}")
             except PipelineError as error:
                 report.failed[case.name] = error
                 log.warn(f"{case.name} failed: {error}")
@@ -185,7 +189,8 @@ def _score(
         "reference_sha256": reference.sha256,
         "prediction_sha256": predicted.sha256,
     }
-    return _Scored(scores, files)
+    notes = [f"{one.path}: {one.note}" for one in (reference, predicted) if one.note]
+    return _Scored(scores, files, notes)
 
 
 def _check_grid(reference: Grid, predicted: Grid, where: str) -> None:
