@@ -107,7 +107,7 @@ def _scaled(counts: Counts, seen: Intensities) -> Doubt | None:
     if seen.high - seen.low <= _LEAST_SPAN:
         what = f"{span}: an image that was normalised, or a mask."
         return Doubt("error", what, again)
-    if seen.low >= 0 and seen.high <= 255 and not _within_tissue(counts):
+    if seen.low >= 0 and seen.high <= 255 and _has_background(counts):
         what = f"{span}: a picture in grey levels, or a label map, not HU."
         return Doubt("error", what, again)
     return None
@@ -135,7 +135,7 @@ def _shifted(counts: Counts, seen: Intensities) -> Doubt | None:
             f"{tissue:.1%} between -200 and 300.",
             "The rescale intercept was applied twice: add 1024 and save again.",
         )
-    if seen.low >= 0 and not _within_tissue(counts):
+    if seen.low >= 0 and (_has_background(counts) or seen.corners > 850):
         return Doubt(
             "error",
             f"no value is below 0 ({seen.low} to {seen.high}): fat (-100) and air (-1000) are "
@@ -153,10 +153,10 @@ def _shifted(counts: Counts, seen: Intensities) -> Doubt | None:
     return None
 
 
-def _within_tissue(counts: Counts) -> bool:
-    """Whether next to all lies where soft tissue and contrast medium are: a crop within an organ.
-    Pictures, label maps and MR have their background near 0."""
-    return _share(counts, 10, 300) > 0.99
+def _has_background(counts: Counts) -> bool:
+    """Whether many values are 0 or next to it, as in pictures, label maps and MR; a crop within an
+    organ or a bone has few there."""
+    return _share(counts, 0, 20) > 0.1
 
 
 def _clipped(counts: Counts, seen: Intensities) -> Doubt | None:
@@ -180,7 +180,7 @@ def _positive(seen: Intensities) -> Doubt | None:
     return Doubt(
         "warning",
         f"no value is below 0 ({seen.low} to {seen.high}): neither fat nor air.",
-        "Right for a crop within an organ; else check rescale slope and intercept.",
+        "Right for a crop within an organ or a bone; else check rescale slope and intercept.",
     )
 
 

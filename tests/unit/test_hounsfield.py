@@ -123,9 +123,12 @@ def test_a_crop_within_a_lung_is_improbable_at_most(crop: Hu) -> None:
     assert [doubt for doubt in found(crop) if doubt.severity == "error"] == []
 
 
-def test_a_crop_within_an_organ_is_improbable_alone() -> None:
-    noise = np.random.default_rng(3).normal(0, 12, (10, 10, 10))
-    (said,) = found(110 + noise)
+@pytest.mark.parametrize("bone", [0.0, 0.4])
+def test_a_crop_within_an_organ_or_a_bone_is_improbable_alone(bone: float) -> None:
+    rng = np.random.default_rng(3)
+    hu = 110 + rng.normal(0, 12, (16, 16, 16))
+    hu[rng.random(hu.shape) < bone] += 300
+    said = found(hu)[0]
     assert (said.severity, said.what.startswith("no value is below 0")) == ("warning", True)
     assert "crop within an organ" in said.fix
 
