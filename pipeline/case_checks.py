@@ -17,10 +17,13 @@ from pipeline.data.nifti import NiftiVolume
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, GeometryError, PipelineError, RegistryError
 from pipeline.folder import Folder
+from pipeline.hounsfield import doubts_of
 from pipeline.labels import map_labels
 
 GEOMETRY_TOLERANCE_MM = 0.1
 SUFFIXES = (".nii.gz", ".nii")
+FEW_VOXELS = 10
+FINER_GRID = "A finer `grid.spacing_mm` would keep it."
 
 
 def organ_labels(
@@ -205,6 +208,55 @@ def check_same_grid(image: NiftiVolume, label: NiftiVolume, name: str) -> None:
         )
 
 
+def check_hounsfield(image: NiftiVolume, name: str) -> list[str]:
+    """What makes it doubtful that an image is CT in HU, a sentence or two each.
+
+    Raises:
+        GeometryError: it certainly is not.
+    """
+    found = doubts_of(image.volume.array)
+    for doubt in found:
+        if doubt.severity == "error":
+            raise GeometryError(
+                f"it cannot be CT in HU: {doubt.what}",
+                where=f"{name}, {image.path}",
+                fix=f"{doubt.fix} If its dataset is meant to be something else, say `units: other` "
+                "there in the registry.",
+            )
+    return [str(doubt) for doubt in found]
+
+
+def count_organs(label: npt.NDArray[np.uint8], ids: Mapping[str, int]) -> dict[str, int]:
+    """Organ -> its voxels in a map of organ ids."""
+    counts = np.zeros(256, dtype=np.int64)
+    for part in label:  # slice by slice: bincount makes int64 of all that it is given
+        counts += np.bincount(part.reshape(-1), minlength=256)
+    return {organ: int(counts[organ_id]) for organ, organ_id in ids.items()}
+
+
+def swallowed(organ: str, in_file: int) -> str:
+    """What is said of an organ that has no voxel left on the student grid."""
+    return (
+        f"{organ} has {voxels_of(in_file)} in the label's file and none on the student grid: here "
+        "it counts as not annotated, not as absent."
+    )
+
+
+def few_voxels(in_file: Mapping[str, int], on_grid: Mapping[str, int]) -> dict[str, str]:
+    """Organs of which the student grid leaves some, but fewer than `FEW_VOXELS` voxels -> what is
+    said of them."""
+    return {
+        organ: f"{organ} keeps {left} of {voxels_of(in_file[organ])} on the student grid."
+        for organ, left in on_grid.items()
+        if 0 < left < min(FEW_VOXELS, in_file[organ])
+    }
+
+
+def voxels_of(number: int) -> str:
+    """A number of voxels in words."""
+    return f"{number:,} voxel{'' if number == 1 else 's'}"
+
+
 def check_organs(
     registry: Registry, work: Folder, cases: Sequence[IndexedCase]
 ) -> dict[str, PipelineError]:
@@ -215,21 +267,37 @@ def check_organs(
     """
     found: dict[str, PipelineError] = {}
     for dataset, entry in registry.datasets.items():
-        counts = []
+        counts, lost = [], set()
         for case in cases:
             if case.dataset == dataset and case_path(work, case).exists():
                 try:
-                    counts.append(organ_voxels(case_path(work, case)))
+                    unit = Unit.open(case_path(work, case))
+                    counts.append(unit.attributes["organ_voxels"])
+                    lost |= set(unit.receipt.swallowed)
                 except CacheError as error:
                     found[case.name] = error
         for organ, values in entry.annotated.items():
             if counts and not any(count.get(organ, 0) for count in counts):
-                found[f"dataset {dataset}"] = RegistryError(
-                    f"{organ} is empty in all {len(counts)} cases that could be read.",
-                    where=f"{registry.path}, datasets.{dataset}.annotated.{organ}",
-                    fix=f"Is {list(values)} really the label value of {organ} in these files?",
+                where = f"{registry.path}, datasets.{dataset}.annotated.{organ}"
+                found[f"dataset {dataset}"] = (
+                    _swallowed_everywhere(organ, len(counts), where)
+                    if organ in lost
+                    else RegistryError(
+                        f"{organ} is empty in all {len(counts)} cases that could be read.",
+                        where=where,
+                        fix=f"Is {list(values)} really the label value of {organ} in these files?",
+                    )
                 )
     return found
+
+
+def _swallowed_everywhere(organ: str, num_cases: int, where: str) -> RegistryError:
+    return RegistryError(
+        f"{organ} has no voxel left on the student grid in any of {num_cases} cases, though their "
+        "labels show it.",
+        where=where,
+        fix=f"Choose a finer `grid.spacing_mm`, or take {organ} out of `annotated`.",
+    )
 
 
 def organ_voxels(path: Folder) -> Mapping[str, int]:

@@ -164,5 +164,7 @@ def end(report: StageReport) -> None:
         typer.echo(f"failed: {unit}: {error}", err=True)
         if record is not None and record.verbose:
             typer.echo("".join(traceback.format_exception(error)), err=True)
+    for unit in report.to_mend:
+        typer.echo(f"to mend: {unit}: {report.warnings[unit][0]}", err=True)
     if report.exit_code:
         raise typer.Exit(report.exit_code)

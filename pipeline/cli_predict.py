@@ -76,6 +76,7 @@ def predict(
     known = open_registry(registry, files=False) if registry else None
     left: list[str] = []
     inputs = stage.chosen_inputs(images, known, split, left)
+    other = {d for d, e in known.datasets.items() if e.units == "other"} if known else set()
     log = open_log(quiet)
     for text in left:
         log.warn(text)
@@ -88,6 +89,7 @@ def predict(
         device=device,
         window_batch=window_batch,
         probabilities=Probabilities(probabilities, layout) if probabilities else None,
+        other_units=[name for name in inputs if name.partition("/")[0] in other],
         dry_run=dry_run,
     )
     report.details["not_taken"] = left

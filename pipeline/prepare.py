@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from pipeline.cache.index import IndexedCase, case_path
 from pipeline.cache.provenance import case_inputs
-from pipeline.cache.receipt import read_receipt
+from pipeline.cache.reader import Unit
+from pipeline.cache.receipt import Receipt, read_receipt
 from pipeline.cache.schema import (
     CENTRES_PER_ORGAN,
     ArraySpec,
@@ -21,8 +22,16 @@ from pipeline.cache.schema import (
     image_spec,
     label_spec,
 )
-from pipeline.cache.store import write_unit
-from pipeline.case_checks import check_same_grid, organ_labels
+from pipeline.cache.store import add_notes, write_unit
+from pipeline.case_checks import (
+    FINER_GRID,
+    check_hounsfield,
+    check_same_grid,
+    count_organs,
+    few_voxels,
+    organ_labels,
+    swallowed,
+)
 from pipeline.config import digest, stamp_file
 from pipeline.data.files import CaseFiles, require_file
 from pipeline.data.nifti import NiftiVolume, read_image, read_label
@@ -43,6 +52,7 @@ class FoundCase:
         there: it is in the cache already.
         files: image and label, read if they are needed.
         seconds: what reading took.
+        warnings: what is improbable in it, a sentence or two each.
     """
 
     indexed: IndexedCase
@@ -50,16 +60,24 @@ class FoundCase:
     there: bool
     files: tuple[NiftiVolume, NiftiVolume] | None = None
     seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class FittedCase:
-    """A case on its grid; `arrays` is empty where nothing is to be written."""
+    """A case on its grid; `arrays` is empty where nothing is to be written, `notes` are those of
+    its receipt."""
 
     found: FoundCase
     arrays: Sequence[ArraySpec] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """All that a user should hear of the case."""
+        return self.found.warnings if self.found.there else warnings_in(self.notes)
 
 
 def prepare_case(
@@ -70,6 +88,7 @@ def prepare_case(
     spacing_mm: Sequence[float],
     storage: StorageConfig,
     dry_run: bool = False,
+    warn: Callable[[str], object],
 ) -> tuple[IndexedCase, int | None]:
     """Makes sure that a case is in `cases/` at a spacing: `find_case`, `fit_case`, `store_case`.
 
@@ -80,18 +99,23 @@ def prepare_case(
         spacing_mm: z, y, x of the grid.
         storage: how it is stored.
         dry_run: write nothing.
+        warn: told what is improbable in it.
 
     Returns:
         Where the case is, and the bytes written; None if it was there already.
 
     Raises:
         GeometryError: files that cannot be trusted; see `pipeline.data.nifti`, and label values
-            that the registry does not name, or image and label that do not lie on one grid.
+            that the registry does not name, image and label that do not lie on one grid, or an
+            image that is no CT in HU although its dataset does not say so.
     """
     found = find_case(
         registry, work, source, spacing_mm=spacing_mm, storage=storage, dry_run=dry_run
     )
-    return store_case(work, fit_case(registry, source, found, spacing_mm), storage)
+    fitted = fit_case(registry, source, found, spacing_mm)
+    for warning in fitted.warnings:
+        warn(f"{source.name}: {warning}")
+    return store_case(work, fitted, storage)
 
 
 def find_case(
@@ -109,12 +133,16 @@ def find_case(
         GeometryError: as `prepare_case`.
     """
     indexed, inputs = identify_case(registry, source, spacing_mm=spacing_mm, storage=storage)
+    path = case_path(work, indexed)
     try:
-        read_receipt(case_path(work, indexed), expect=indexed.digest)
-        return FoundCase(indexed, inputs, there=True)
+        receipt = read_receipt(path, expect=indexed.digest)
     except CacheError:
         if dry_run:
             return FoundCase(indexed, inputs, there=False)
+    else:
+        if not dry_run:
+            receipt = _with_file_voxels(registry, source, path, receipt)
+        return FoundCase(indexed, inputs, there=True, warnings=warnings_in(receipt.notes))
     began = time.monotonic()
     image, label = read_image(source.image), read_label(source.label)
     if (image.sha256, label.sha256) != (inputs["image_sha256"], inputs["label_sha256"]):
@@ -124,7 +152,11 @@ def find_case(
             fix="Let nothing write to the dataset, then run the stage again.",
         )
     check_same_grid(image, label, source.name)
-    return FoundCase(indexed, inputs, False, (image, label), time.monotonic() - began)
+    warnings = [f"{label.path.name}: {label.note}"] if label.note else []
+    if registry.datasets[source.dataset].units == "hu":
+        warnings += check_hounsfield(image, source.name)
+    seconds = time.monotonic() - began
+    return FoundCase(indexed, inputs, False, (image, label), seconds, tuple(warnings))
 
 
 def fit_case(
@@ -144,6 +176,7 @@ def fit_case(
     grid = image.volume.grid.with_spacing(spacing_mm)
     mapped = Volume(organ_labels(registry, source, label), image.volume.grid)
     stored_label = resample(mapped, grid, order=0).array
+    in_file, on_grid = count_organs(mapped.array, ids), count_organs(stored_label, ids)
     seed = found.indexed.image_sha256
     attributes = {
         "case": source.name,
@@ -151,13 +184,16 @@ def fit_case(
         "source_grid": image.volume.grid.to_json(),
         "source": {"image": source.image.name, "label": source.label.name},
         "organ_ids": ids,
-        "organ_voxels": {o: int(np.count_nonzero(stored_label == ids[o])) for o in ids},
+        "organ_voxels": on_grid,
         "centres": {organ: centres(stored_label == ids[organ], seed=seed) for organ in ids},
     }
     arrays = [image_spec(resample(image.volume, grid, order=1).array), label_spec(stored_label)]
+    notes: dict[str, Any] = _absent_organs(in_file, on_grid)
+    if warnings := [*found.warnings, *few_voxels(in_file, on_grid).values()]:
+        notes["warnings"] = warnings
     seconds = found.seconds + time.monotonic() - began
     # Without the files: the volumes on their own grid are not needed any more.
-    return FittedCase(replace(found, files=None), arrays, attributes, seconds)
+    return FittedCase(replace(found, files=None), arrays, attributes, notes, seconds)
 
 
 def store_case(
@@ -171,9 +207,39 @@ def store_case(
         return found.indexed, 0
     receipt = write_unit(
         case_path(work, found.indexed), fitted.arrays, fitted.attributes, found.inputs,
-        storage=storage, seconds=fitted.seconds,
+        storage=storage, seconds=fitted.seconds, notes=fitted.notes,
     )  # fmt: skip
     return found.indexed, receipt.num_bytes
+
+
+def warnings_in(notes: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the notes of a case's receipt have to tell, a sentence or two each."""
+    lost = (swallowed(o, n) for o, n in notes.get("file_voxels", {}).items() if n)
+    return (*notes.get("warnings", ()), *(f"{what} {FINER_GRID}" for what in lost))
+
+
+def _absent_organs(in_file: Mapping[str, int], on_grid: Mapping[str, int]) -> dict[str, Any]:
+    """What a receipt notes of organs without a voxel on the grid: how many the file has."""
+    absent = {organ: in_file[organ] for organ, voxels in on_grid.items() if not voxels}
+    return {"file_voxels": absent} if absent else {}
+
+
+def _with_file_voxels(
+    registry: Registry, source: CaseFiles, path: Folder, receipt: Receipt
+) -> Receipt:
+    """The receipt of a case that is there; one that was written before voxels of the file were
+    noted, and that lacks an organ, gets the note: its numbers stay as they are."""
+    if "file_voxels" in receipt.notes:
+        return receipt
+    try:
+        on_grid = Unit(path, receipt).attributes["organ_voxels"]
+    except CacheError:
+        return receipt  # its damage is told where the case is needed
+    if all(on_grid.values()):
+        return receipt
+    label = organ_labels(registry, source, read_label(source.label))
+    in_file = count_organs(label, {organ: registry.organs[organ] for organ in on_grid})
+    return add_notes(path, receipt, _absent_organs(in_file, on_grid))
 
 
 def centres(
@@ -236,6 +302,7 @@ def case_of_hashes(
         background_values=entry.background_values,
         spacing_mm=spacing_mm,
         storage=storage,
+        units=entry.units,
     )
     case = IndexedCase(source.dataset, source.case, source.split, hashes[0], digest(inputs))
     return case, inputs

@@ -102,6 +102,7 @@ def open_inputs(
     taps = cached_taps(training, space) if supervision.uses_features else {}
     heat = _temperatures(work, registry, teachers, log) if supervision.uses_temperatures else {}
     identity = _identity(cohort, training, labelled.cases, space)
+    _tell_of_unknown_organs(training, log)
     if supervision.uses_reliability and supervision.reliability is not None:
         training = believed_cases(
             training, labelled.cases, registry, work, supervision.reliability, log
@@ -202,7 +203,30 @@ def _identity(
     # Only where there is something to say: a complete cache keeps the digest it always had.
     if any(missing.values()):
         identity["missing_units"] = {t: cases for t, cases in missing.items() if cases}
-    return identity
+    return identity | swallowed_organs([*training, *validation])
+
+
+def swallowed_organs(cases: Sequence[CachedCase]) -> dict[str, Any]:
+    """What a run's identity says of organs that the grid swallows; the digests of cases do not."""
+    found = {c.name: list(c.case.receipt.swallowed) for c in cases if c.case.receipt.swallowed}
+    return {"swallowed_organs": found} if found else {}
+
+
+def _tell_of_unknown_organs(cases: Sequence[CachedCase], log: Log) -> None:
+    """Cases that were cached before voxels of the label's file were noted: where the grid has none
+    of an organ, they cannot tell an absent organ from one that is too small for it."""
+    unknown = [
+        case.name
+        for case in cases
+        if "file_voxels" not in case.case.receipt.notes
+        and not all(case.case.noted.get("organ_voxels", {}).get(o, 1) for o in case.annotated)
+    ]
+    if unknown:
+        log.remark(
+            f"{len(unknown)} cases have no voxel of an annotated organ on the student grid, the "
+            f"first {unknown[0]}; they were cached before the program asked whether their labels "
+            "have any. `pipeline cache-teachers` finds out without making a unit again."
+        )
 
 
 def _check_stage_one(work: Folder) -> None:

@@ -39,9 +39,11 @@ class CaseSteps:
         """See `fit_case`."""
         return fit_case(self.registry, source, found, self.registry.grid.spacing_mm)
 
-    def store(self, source: CaseFiles, fitted: FittedCase) -> tuple[IndexedCase, int | None]:
-        """See `store_case`."""
-        return store_case(self.work, fitted, self.storage)
+    def store(
+        self, source: CaseFiles, fitted: FittedCase
+    ) -> tuple[IndexedCase, int | None, tuple[str, ...]]:
+        """See `store_case`; and what is improbable in the case."""
+        return *store_case(self.work, fitted, self.storage), fitted.warnings
 
 
 @dataclass(frozen=True)

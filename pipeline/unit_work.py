@@ -39,6 +39,7 @@ class Told:
         error: what stopped it.
         damage: what was wrong with the one that it replaces.
         indexed: of a case that is now on the student grid.
+        warnings: what is improbable in such a case.
     """
 
     unit: str
@@ -49,6 +50,7 @@ class Told:
     error: Exception | None = None
     damage: str = ""
     indexed: IndexedCase | None = None
+    warnings: tuple[str, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         """As another process can read it."""
@@ -125,8 +127,9 @@ class PrepareCases:
                 if outcome.result is None:
                     tell(Told(name, name, error=outcome.error))
                 else:
-                    indexed, wrote = outcome.result
-                    tell(Told(name, name, wrote is not None, wrote or 0, indexed=indexed))
+                    indexed, wrote, warnings = outcome.result
+                    made = wrote is not None
+                    tell(Told(name, name, made, wrote or 0, indexed=indexed, warnings=warnings))
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,13 @@ def _prepare_cases(this: _Run, own: Sequence[CaseFiles]) -> dict[str, IndexedCas
             advance(source.name)
 
         this.engine.run(work, own, tell=tell, lost=lost, name=lambda source: source.name)
+    again = [name for name in this.report.warnings if name in this.report.skipped]
+    if again:
+        this.log.warn(
+            f"{len(again)} cases that are there already have warnings, the first {again[0]}: "
+            f"{this.report.warnings[again[0]][0]} All of them are under `warnings` in the stage's "
+            "report (reports/ in the work folder, or --report)."
+        )
     return {source.name: found[source.name] for source in own if source.name in found}
 
 
@@ -265,6 +272,10 @@ def _tell(this: _Run, told: Told) -> None:
         this.fail(told.unit, told.error)
         return
     (this.report.done if told.made else this.report.skipped).append(told.unit)
+    if told.warnings:
+        this.report.warnings[told.unit] = list(told.warnings)
+        for text in told.warnings if told.made else ():
+            this.log.warn(f"{told.unit}: {text}")
     this.log.detail(f"{told.unit}: {'made' if told.made else 'was there'}")
     this.report.num_bytes += told.num_bytes
     if told.made and told.path and not this.dry_run:

@@ -49,11 +49,13 @@ class EvaluateConfig(Config):
 
 @dataclass(frozen=True)
 class _Scored:
-    """Scores of a case, the files that they are of, and how its prediction was read."""
+    """Scores of a case, the files that they are of, how its prediction was read, and what was done
+    to the values of both."""
 
     scores: tuple[OrganScore, ...]
     files: dict[str, str | None]
     read_as: ReadAs
+    notes: list[str]
 
 
 def settings_of(config: EvaluateConfig, registry: Registry) -> dict[str, Any]:
@@ -122,6 +124,9 @@ def run(
                 scored[case.name] = _score(config, registry, predictions, case)
                 report.done.append(case.name)
                 log.detail(f"{case.name}: {_in_short(scored[case.name].scores)}")
+                if notes := scored[case.name].notes:
+                    report.warnings[case.name] = notes
+                    log.warn(f"{case.name}: {' '.join(notes)}")
             except PipelineError as error:
                 report.failed[case.name] = error
                 log.warn(f"{case.name} failed: {error}")
@@ -206,7 +211,8 @@ def _score(
         "prediction_sha256": predicted.sha256,
         "prediction_json_sha256": file_sha256(beside) if beside.exists() else None,
     }
-    return _Scored(scores, files, read_as)
+    notes = [f"{one.path}: {one.note}" for one in (reference, predicted) if one.note]
+    return _Scored(scores, files, read_as, notes)
 
 
 def _check_folder(predictions: Path, cases: Sequence[CaseFiles]) -> None:

@@ -9,7 +9,7 @@ own, which takes the next case when it is free; files are the same as from one.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -59,10 +59,12 @@ def run(
     device: str = "auto",
     window_batch: int = 1,
     probabilities: Probabilities | None = None,
+    other_units: Collection[str] = (),
     dry_run: bool = False,
 ) -> StageReport:
     """Predicts each input as `output/<name>.nii.gz`; what is there from the same student and image
-    is skipped.
+    is skipped. An image that cannot be CT in HU is predicted with a warning, which its JSON keeps
+    and the exit code (2).
 
     Args:
         config: what changes numbers.
@@ -73,6 +75,7 @@ def run(
         device: auto, cpu, cuda, cuda:1; several with commas, `cuda:0,cuda:1`.
         window_batch: windows per forward pass.
         probabilities: which are written as well; None: none.
+        other_units: names of inputs that are no CT in HU on purpose.
         dry_run: say what would be done, write nothing.
 
     Raises:
@@ -86,7 +89,7 @@ def run(
     record, network = load_student(student)
     devices = pick_devices(device)
     identity = student_identity(student, config.model_dump(mode="json"))
-    how = How(config.overlap, window_batch, probabilities, identity)
+    how = How(config.overlap, window_batch, probabilities, identity, frozenset(other_units))
     seen = sorted(set(inputs) & set(record.trained_on))
     if seen:
         more = f" and {len(seen) - _NAMED} more" if len(seen) > _NAMED else ""
@@ -141,6 +144,12 @@ class _Hears:
         self._report.num_bytes += done.num_bytes
         target = self._output / f"{done.name}.nii.gz"
         self._log.detail(f"{done.name}: {target if done.made else 'was there'}")
+        if done.doubts:
+            self._report.warnings[done.name] = [str(doubt) for doubt in done.doubts]
+        for doubt in done.doubts:
+            self._log.warn(f"{done.name}: {doubt}")
+        if any(doubt.severity == "error" for doubt in done.doubts):
+            self._report.to_mend.append(done.name)
         self._advance(done.name)
 
     def failed(self, name: str, error: Exception) -> None:

@@ -20,6 +20,8 @@ class StageReport:
         done: units made in this run.
         skipped: units that were there already.
         failed: unit -> the error that stopped it.
+        warnings: unit -> what is improbable in it, or wrong with its input though it was done.
+        to_mend: those whose input is certainly wrong.
         seconds: wall time.
         num_bytes: written in this run.
         signalled: a signal to stop came, though all may be done: the caller begins nothing else.
@@ -30,6 +32,8 @@ class StageReport:
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     failed: dict[str, Exception] = field(default_factory=dict)
+    warnings: dict[str, list[str]] = field(default_factory=dict)
+    to_mend: list[str] = field(default_factory=list)
     seconds: float = 0.0
     num_bytes: int = 0
     signalled: bool = False
@@ -37,11 +41,13 @@ class StageReport:
 
     @property
     def exit_code(self) -> int:
-        """0 all done; 2 if every failure is the user's input to mend; else 1."""
+        """0 all done; 2 if all that went wrong is the user's input to mend; else 1."""
         codes = {
             error.exit_code if isinstance(error, PipelineError) else 1
             for error in self.failed.values()
         }
+        if self.to_mend:
+            codes.add(2)
         if not codes:
             return 0
         return 2 if codes == {2} else 1
@@ -81,6 +87,8 @@ class StageReport:
             "done": self.done,
             "skipped": self.skipped,
             "failed": {unit: str(error) for unit, error in self.failed.items()},
+            # Only where there are some: reports without have the keys they always had.
+            **({"warnings": self.warnings} if self.warnings else {}),
             "seconds": round(self.seconds, 3),
             "bytes": self.num_bytes,
             "exit_code": self.exit_code,

@@ -15,11 +15,20 @@ from pydantic import Field, model_validator
 
 from pipeline.cache.index import IndexedCase, case_path
 from pipeline.cache.reader import CachedCase, Unit
+from pipeline.cache.receipt import read_receipt
 from pipeline.cache.schema import StorageConfig
 from pipeline.cache.store import prepare_work_folder
 from pipeline.config import Config
 from pipeline.data.registry import Registry
-from pipeline.errors import ConfigError, PipelineError, RegistryError, Stopped, TeacherError, named
+from pipeline.errors import (
+    CacheError,
+    ConfigError,
+    PipelineError,
+    RegistryError,
+    Stopped,
+    TeacherError,
+    named,
+)
 from pipeline.folder import Folder
 from pipeline.labels import LabelSpace
 from pipeline.log import Log
@@ -165,6 +174,7 @@ def _train_one(
     check_sides(config.training.augment, space)
     training = config.training.model_copy(update={"intensity": entry.intensity})
     files = _prepare(config, registry, work, entry.trained_on, spacing, log, report, dry_run)
+    files = [case for case in files if not _is_swallowed(work, case, space, log)]
     inputs = {
         "cases": {c.name: c.digest for c in files},
         "organs": dict(space.ids),
@@ -276,6 +286,19 @@ def _open(work: Folder, indexed: IndexedCase, annotated: tuple[str, ...]) -> Cac
     return CachedCase(indexed.name, indexed.split, annotated, unit, {}, {})
 
 
+def _is_swallowed(work: Folder, case: IndexedCase, space: LabelSpace, log: Log) -> bool:
+    """Whether the teacher's grid leaves nothing of an organ that the label shows: the case would
+    teach that it is absent. A case that a dry run does not make is not known to."""
+    try:
+        receipt = read_receipt(case_path(work, case), expect=case.digest, objects=False)
+    except CacheError:
+        return False
+    lost = [organ for organ in space.organs if organ in receipt.swallowed]
+    if lost:
+        log.remark(f"{case.name} is left out: its grid has no voxel of {', '.join(lost)}.")
+    return bool(lost)
+
+
 def _prepare(
     config: TrainTeachersConfig,
     registry: Registry,
@@ -294,7 +317,7 @@ def _prepare(
             try:
                 indexed, _ = prepare_case(
                     registry, work, source,
-                    spacing_mm=spacing_mm, storage=config.storage, dry_run=dry_run,
+                    spacing_mm=spacing_mm, storage=config.storage, dry_run=dry_run, warn=log.remark,
                 )  # fmt: skip
                 found.append(indexed)
             except PipelineError as error:

@@ -23,15 +23,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
+from pipeline.data.nifti import read_label, write_like
 from pipeline.data.phantom import PhantomSpec, write_dataset
 from pipeline.data.registry import load_registry
+from pipeline.data.resample import resample
 from pipeline.intensity import Intensity
 from pipeline.log import Log
 from pipeline.network import NetworkConfig, build_network
 from pipeline.teachers.checkpoint import TeacherRecord, save_teacher
+from pipeline.volume import Volume
 from stages import cache_teachers
 
 ORGANS = ("liver", "spleen")
@@ -85,6 +89,18 @@ def placeless_entry(path: Path) -> dict[str, Any]:
         case.pop("image", None)
         case.pop("label", None)
     return entry
+
+
+def shrink_organ(label: Path, value: int, spacing_mm: float) -> None:
+    """Leaves one voxel of a label value, one that a grid of that spacing passes by."""
+    volume = read_label(label).volume
+    number = np.arange(volume.array.size, dtype=np.int32).reshape(volume.array.shape)
+    grid = volume.grid.with_spacing([spacing_mm] * 3)
+    seen = resample(Volume(number, volume.grid), grid, order=0).array
+    passed_by = (volume.array == value) & ~np.isin(number, seen)
+    kept = np.where(volume.array == value, 0, volume.array).astype(np.uint8)
+    kept[tuple(np.argwhere(passed_by)[0])] = value
+    write_like(label, Volume(kept, volume.grid), label)
 
 
 def copy_cohort(source: Path, folder: Path) -> Path:

@@ -108,7 +108,8 @@ def _look_at(
         tally.scored.append(
             Score(case=case.name, dice=dice, sensitivity=sensitivity, region_ml=region_ml)
         )
-        tally.counts += count_log_odds(values, inside, known)
+        if look.organ not in shown.receipt.swallowed:  # else nobody knows where it is
+            tally.counts += count_log_odds(values, inside, known)
     return circumstances
 
 

@@ -24,9 +24,12 @@ def case_inputs(
     background_values: Sequence[int],
     spacing_mm: Sequence[float],
     storage: StorageConfig,
+    units: str = "hu",
 ) -> Inputs:
     """Everything that determines the image and label of a case on the student grid."""
     return {
+        # Only where it is said: cases of before it could be keep their digests.
+        **({} if units == "hu" else {"units": units}),
         "format_version": FORMAT_VERSION,
         "image_sha256": image_sha256,
         "label_sha256": label_sha256,

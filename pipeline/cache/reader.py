@@ -149,7 +149,8 @@ class CachedCase:
     Attributes:
         name: `dataset/case`.
         split: train, validation or test.
-        annotated: organs that the label speaks of.
+        annotated: organs that the label speaks of; not those that it shows in its file alone, being
+            too small for the grid: nobody knows where they are.
         case: the unit with image and label.
         teachers: teacher -> its unit; teachers without one are absent.
         experts: organ -> teachers that are expert in it.
@@ -163,6 +164,10 @@ class CachedCase:
     teachers: Mapping[str, Unit]
     experts: Mapping[str, Sequence[str]]
     trust: Mapping[tuple[str, str], Trust] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lost = self.case.receipt.swallowed
+        object.__setattr__(self, "annotated", tuple(o for o in self.annotated if o not in lost))
 
     @property
     def grid(self) -> Grid:

@@ -58,6 +58,11 @@ class Receipt:
     notes: Mapping[str, Any] = field(default_factory=dict)
     copy: str = ""
 
+    @property
+    def swallowed(self) -> tuple[str, ...]:
+        """Organs of a case that its label's file shows, and of which no voxel is on the grid."""
+        return tuple(o for o, voxels in self.notes.get("file_voxels", {}).items() if voxels)
+
     def object_name(self, name: str) -> str:
         """The name, relative to the unit, of a file of the group."""
         return f"{self.copy}/{name}" if self.copy else name

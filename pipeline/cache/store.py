@@ -3,7 +3,7 @@
 On a disk a unit is renamed into place; in an object store its receipt is created last, see
 `pipeline.cache.objects`. A unit exists if, and only if, its receipt does. Nothing is ever
 overwritten: another digest is another path, and of two writers of one unit the second removes its
-own copy.
+own copy. A note alone may be added to a receipt later.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,24 @@ def write_unit(
             where=path,
             fix="Check free space, quota and permissions; units that are done stay done.",
         ) from error
+
+
+def add_notes(path: Folder, receipt: Receipt, notes: Mapping[str, Any]) -> Receipt:
+    """Adds to what the receipt of a unit notes; its numbers and its digest stay.
+
+    Raises:
+        WorkFolderError: it cannot be written.
+    """
+    noted = replace(receipt, notes={**receipt.notes, **notes})
+    try:
+        replace_file(path / RECEIPT, write_receipt(noted).encode())
+    except OSError as error:
+        raise WorkFolderError(
+            f"the receipt could not be written ({error.strerror or error}).",
+            where=path,
+            fix="Check free space, quota and permissions; units that are done stay done.",
+        ) from error
+    return noted
 
 
 @contextmanager

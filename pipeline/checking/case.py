@@ -14,15 +14,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.case_checks import check_same_grid
-from pipeline.checking.findings import Finding, Severity, of_case
-from pipeline.checking.hounsfield import Counts, Intensities, doubts, intensities, value_counts
+from pipeline.case_checks import FINER_GRID, check_same_grid, few_voxels, swallowed
+from pipeline.checking.findings import Finding, of_case
 from pipeline.data.dataset_entry import DatasetEntry
 from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import NiftiVolume, read_image, read_label
+from pipeline.data.resample import resample
 from pipeline.errors import GeometryError, PipelineError
+from pipeline.hounsfield import Counts, Intensities, Severity, doubts, intensities, value_counts
 from pipeline.labels import some_values
-from pipeline.volume import Grid, Index3, Spacing
+from pipeline.volume import Grid, Index3, Spacing, Volume
 
 _BODY_HU = -500
 _MOST_SAMPLES = 96  # along each axis, for places
@@ -60,6 +61,7 @@ class CaseFacts:
         label_key: likewise of the label; None if it is empty.
         hu: how its values are spread.
         organ_ml: organ -> volume of its label; 0 where it is absent.
+        grid_voxels: organ -> voxels that are left of it on the student grid.
         organ_place: organ -> centre along z, y, x: -1 and 1 are the ends of the body.
         organ_air: organ -> share of its voxels in air, below -500 HU.
         findings: what is wrong with this case alone.
@@ -75,6 +77,7 @@ class CaseFacts:
     label_key: str | None = None
     hu: Intensities | None = None
     organ_ml: Mapping[str, float] = field(default_factory=dict)
+    grid_voxels: Mapping[str, int] = field(default_factory=dict)
     organ_place: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     organ_air: Mapping[str, float] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
@@ -101,11 +104,11 @@ def _look(task: Task, facts: CaseFacts) -> CaseFacts:
         return replace(facts, findings=tuple(found))
     counts = value_counts(label.volume.array)
     found += _unknown_values(task, counts)
-    voxel_ml = label.volume.grid.voxel_ml
-    organ_ml = {
-        organ: round(sum(int(counts[v]) for v in values) * voxel_ml, 3)
-        for organ, values in task.entry.annotated.items()
-    }
+    if label.note:
+        fix = "Nothing need be done; save whole numbers to be rid of this."
+        found.append(of_case("warning", "values", name, label.note, fix))
+    voxel_ml, voxels = label.volume.grid.voxel_ml, _organ_voxels(task, counts)
+    organ_ml = {organ: round(number * voxel_ml, 3) for organ, number in voxels.items()}
     label_key = _key(label.volume.array) if counts[1:].any() else None
     facts = replace(facts, organ_ml=organ_ml, label_key=label_key)
     if image is not None:
@@ -116,7 +119,29 @@ def _look(task: Task, facts: CaseFacts) -> CaseFacts:
             found.append(of_case("error", "grid", name, f"{error.what} {apart}".strip(), error.fix))
         else:
             facts = _places(task, facts, image, label)
+            left = _on_grid(task, image.volume.grid, label)
+            facts = replace(facts, grid_voxels=left)
+            found += _lost(task, voxels, left)
     return replace(facts, findings=tuple(found))
+
+
+def _organ_voxels(task: Task, counts: Counts) -> dict[str, int]:
+    annotated = task.entry.annotated.items()
+    return {organ: sum(int(counts[value]) for value in values) for organ, values in annotated}
+
+
+def _on_grid(task: Task, grid: Grid, label: NiftiVolume) -> dict[str, int]:
+    """Voxels of each organ on the student grid, as stage one puts them there."""
+    there = Volume(label.volume.array, grid)
+    array = resample(there, grid.with_spacing(task.spacing_mm), order=0).array
+    return _organ_voxels(task, value_counts(array))
+
+
+def _lost(task: Task, voxels: Mapping[str, int], left: Mapping[str, int]) -> list[Finding]:
+    gone = [organ for organ in left if voxels[organ] and not left[organ]]
+    said = [swallowed(organ, voxels[organ]) for organ in gone]
+    said += few_voxels(voxels, left).values()
+    return [of_case("warning", "small", task.source.name, what, FINER_GRID) for what in said]
 
 
 def _image(task: Task, found: list[Finding]) -> NiftiVolume | None:
@@ -150,7 +175,8 @@ def _image_facts(
         found.append(of_case(severity, "header", name, doubt.what, doubt.fix))
     counts = value_counts(volume.array)
     seen = intensities(volume.array, counts)
-    found += [of_case(d.severity, "hu", name, d.what, d.fix) for d in doubts(counts, seen)]
+    if task.entry.units == "hu":
+        found += [of_case(d.severity, "hu", name, d.what, d.fix) for d in doubts(counts, seen)]
     found += _sizes(task, volume.grid) + _shear(task, volume.grid)
     return replace(
         facts,

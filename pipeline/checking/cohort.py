@@ -58,6 +58,7 @@ def compare_cases(
         own = [case for case in facts if case.dataset == dataset and case.organ_ml]
         for organ in entry.annotated:
             found += missing_organ(dataset, organ, entry.annotated[organ], own)
+            found += swallowed_organ(dataset, organ, own)
     for organ in dict.fromkeys(organ for entry in datasets.values() for organ in entry.annotated):
         found += odd_volumes(organ, facts) + misplaced(organ, facts) + in_air(organ, facts)
     return found
@@ -192,6 +193,16 @@ def missing_organ(
     fix = "Removed, or outside the image? If nobody annotated it there, take the case out."
     what = f"{organ} has no voxel in the label."
     return [of_case("warning", "organ", case.case, what, fix) for case in without]
+
+
+def swallowed_organ(dataset: str, organ: str, own: Sequence[CaseFacts]) -> list[Finding]:
+    """An organ of which the student grid leaves nothing in any case: stage one refuses that."""
+    left = [case.grid_voxels[organ] for case in own if organ in case.grid_voxels]
+    if not left or any(left) or not any(case.organ_ml[organ] for case in own):
+        return []
+    what = f"{organ} has no voxel left on the student grid in any of {len(left)} cases."
+    fix = f"Choose a finer `grid.spacing_mm`, or take {organ} out of `annotated`."
+    return [of_dataset("error", "small", dataset, what, fix)]
 
 
 def odd_volumes(organ: str, facts: Sequence[CaseFacts]) -> list[Finding]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-Severity = Literal["error", "warning"]
+from pipeline.hounsfield import Severity
 
 
 @dataclass(frozen=True)
@@ -15,8 +14,8 @@ class Finding:
 
     Attributes:
         severity: an error makes `pipeline check` exit with 2.
-        kind: what was looked at: registry, split, file, header, grid, values, organ, hu, patch,
-            duplicate, volume, place, air, teacher.
+        kind: what was looked at: registry, split, file, header, grid, values, organ, small, hu,
+            patch, duplicate, volume, place, air, teacher.
         where: `dataset/case`, `dataset`, a teacher, or the registry.
         what: what was found, as a sentence.
         fix: what to do about it.

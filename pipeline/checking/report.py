@@ -154,7 +154,8 @@ def _grouped(findings: Sequence[Finding]) -> list[list[str]]:
 
 def _alike(finding: Finding) -> tuple[object, ...]:
     """What findings in one row share. Organs have rows of their own: they lead the sentence."""
-    organ = finding.what.split(" ")[0] if finding.kind in ("organ", "volume", "place") else ""
+    of_organ = finding.kind in ("organ", "volume", "place", "small")
+    organ = finding.what.split(" ")[0] if of_organ else ""
     if finding.case is None or finding.kind == "duplicate":
         return (finding.kind, finding.where, finding.what)
     dataset = None if finding.kind == "patch" else finding.dataset

@@ -19,6 +19,7 @@ from pipeline.log import Advance
 from pipeline.metrics import RULES, OrganScore, score_case, score_json
 from pipeline.student.checkpoint import load_student
 from pipeline.student.inference import predict_logits, running_argmax
+from pipeline.student_inputs import swallowed_organs
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def _key(folder: Folder, cases: Sequence[CachedCase], settings: ScoringSettings)
             "cases": {case.name: case.case.receipt.digest for case in cases},
             "settings": vars(settings),
             "rules": RULES,
+            **swallowed_organs(cases),
         }
     )
 

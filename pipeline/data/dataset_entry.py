@@ -73,6 +73,12 @@ class DatasetEntry(FilesEntry):
     background_values: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(), description="label values of structures that are none of the organs"
     )
+    # Left out of dumps at its default: datasets of before it existed keep their keys.
+    units: Literal["hu", "other"] = Field(
+        default="hu",
+        description="of the images; other: they are no Hounsfield units, on purpose",
+        exclude_if=lambda value: value == "hu",
+    )
     split: SplitEntry = Field(default_factory=SplitEntry)
     licence: str = Field(default="", description="for people; never part of a digest")
     source: str = Field(default="", description="for people; never part of a digest")

@@ -7,7 +7,7 @@ oblique affine is kept as it is, never straightened by interpolation.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from pipeline.volume import Grid, Volume
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=np.float64)
 _INT16 = np.iinfo(np.int16)
 _SLAB_VOXELS = 4_000_000
+LABEL_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class NiftiVolume:
         file_affine: 4 x 4 as stored, (x, y, z) voxels to RAS+ mm.
         doubts: what its header makes doubtful.
         names: label value -> organ, of each header extension that says it.
+        note: what was done to its values, as a sentence; empty: nothing.
     """
 
     volume: Volume
@@ -57,6 +59,7 @@ class NiftiVolume:
     file_affine: npt.NDArray[np.float64]
     doubts: tuple[HeaderDoubt, ...] = ()
     names: tuple[Mapping[int, str], ...] = ()
+    note: str = ""
 
 
 def read_image(path: Path) -> NiftiVolume:
@@ -96,21 +99,47 @@ def read_image(path: Path) -> NiftiVolume:
 
 
 def read_label(path: Path) -> NiftiVolume:
-    """Reads a label map; values must be whole numbers from 0 to 65535. Array dtype is uint16.
+    """Reads a label map; values must be whole numbers from 0 to 65535, up to `LABEL_TOLERANCE`:
+    slopes that libraries choose, and their float32, leave noise. Array dtype is uint16.
 
     Raises:
         GeometryError: not a readable 3D NIfTI, or values that are no labels.
     """
     image, sha256 = read_file(path)
-    array = _canonical_array(image, path)
-    whole = array.dtype.kind in "iu" or bool(np.all(np.isfinite(array) & (array == np.rint(array))))
-    if not whole or array.min() < 0 or array.max() > np.iinfo(np.uint16).max:
-        raise GeometryError(
-            "label values are not whole numbers from 0 to 65535.",
-            where=path,
-            fix="A label map holds one whole number per voxel; is this an image or a probability?",
-        )
-    return _wrap(image, array.astype(np.uint16), path, sha256)
+    stored = _stored_voxels(image, path)
+    whole, note = _whole_numbers(_scaled(image, stored), path)
+    array = np.ascontiguousarray(_canonical(image, whole))
+    return replace(_wrap(image, array, path, sha256), note=note)
+
+
+def _whole_numbers(values: npt.NDArray[Any], path: Path) -> tuple[npt.NDArray[np.uint16], str]:
+    """Values of a label map in the file's order -> uint16, and a remark if they were rounded."""
+    nearest, note = values, ""
+    wrong = "label values are not whole numbers from 0 to 65535"
+    fix = "A label map holds one whole number per voxel; is this an image or a probability?"
+    if values.dtype.kind == "f":
+        nearest = np.rint(values)
+        # Of NaN and infinity this is NaN, which is not below the limit either.
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(values - nearest)
+        most = float(apart.max())
+        if not most <= LABEL_TOLERANCE:
+            at = np.unravel_index(np.argmax(apart), apart.shape)
+            raise GeometryError(
+                f"{wrong}: the one furthest from any is {values[at]:.6g}, at voxel "
+                f"{tuple(int(n) for n in at)} (x, y, z in the file, from 0).",
+                where=path,
+                fix=fix,
+            )
+        if most:
+            note = (
+                f"label values lie up to {most:.1g} from whole numbers and were rounded "
+                f"(tolerance {LABEL_TOLERANCE:g})."
+            )
+    low, high = nearest.min(), nearest.max()
+    if low < 0 or high > np.iinfo(np.uint16).max:
+        raise GeometryError(f"{wrong}: they run from {low:g} to {high:g}.", where=path, fix=fix)
+    return nearest.astype(np.uint16), note
 
 
 def read_grid(path: Path) -> Grid:
@@ -210,10 +239,6 @@ def _is_invertible(affine: npt.NDArray[np.float64]) -> bool:
         return False
     # Columns of wildly different lengths leave an axis without a direction.
     return not np.isnan(io_orientation(affine)).any()
-
-
-def _canonical_array(image: Any, path: Path) -> npt.NDArray[Any]:
-    return np.ascontiguousarray(_scaled(image, _canonical(image, _stored_voxels(image, path))))
 
 
 def _stored_voxels(image: Any, path: Path) -> npt.NDArray[Any]:

@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -68,7 +68,7 @@ def probe(
         for case in chosen:
             samples += _probe_case(
                 registry, scratch, case, wanted,
-                storage=storage, advance=advance,
+                storage=storage, advance=advance, warn=log.remark,
             )  # fmt: skip
     grown = max(0, _peak_bytes() - before)
     largest = max(case.native_voxels + case.voxels for case in todo.cases)
@@ -84,11 +84,12 @@ def _probe_case(
     *,
     storage: StorageConfig,
     advance: Advance,
+    warn: Callable[[str], object],
 ) -> list[Sample]:
     began = time.monotonic()
     indexed, _ = prepare_case(
         registry, scratch, case.source,
-        spacing_mm=registry.grid.spacing_mm, storage=storage,
+        spacing_mm=registry.grid.spacing_mm, storage=storage, warn=warn,
     )  # fmt: skip
     path = case_path(scratch, indexed)
     samples = [_sample(CASES, path, case, time.monotonic() - began)]

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from pipeline.config import digest, file_sha256
 from pipeline.data.nifti import read_image, write_like
 from pipeline.errors import ConfigError
 from pipeline.folder import Folder, replace_file
+from pipeline.hounsfield import Doubt, doubts_of
 from pipeline.label_tables import itksnap_text, slicer_text
 from pipeline.student.checkpoint import StudentRecord, load_student
 from pipeline.student.inference import TellWindows
@@ -61,12 +62,14 @@ class How:
         window_batch: windows per forward pass.
         probabilities: None keeps none.
         identity: what is digested with the image.
+        other_units: names of inputs that are no CT in HU on purpose.
     """
 
     overlap: float
     window_batch: int
     probabilities: Probabilities | None
     identity: Mapping[str, Any]
+    other_units: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,13 @@ class Done:
         name: the case's.
         made: it was predicted now (or would be, in a dry run); else it was there.
         num_bytes: written.
+        doubts: why its image may be no CT in HU.
     """
 
     name: str
     made: bool
     num_bytes: int = 0
+    doubts: tuple[Doubt, ...] = ()
 
 
 class CasePredictor:
@@ -116,12 +121,15 @@ class CasePredictor:
                 where=image,
                 fix="Name another --output.",
             )
+        # Of a prediction that is there too: whoever runs it again must not take it for a good one.
+        known = name in self._how.other_units
+        doubts = () if known else tuple(doubts_of(read.volume.array))
         kept = self._kept(name)
         wanted: list[str] = [] if kept is None else kept["files"]
         if _is_done(beside, made_from, kept, [target, *(self._output / file for file in wanted)]):
-            return Done(name, made=False)
+            return Done(name, made=False, doubts=doubts)
         if dry_run:
-            return Done(name, made=True)
+            return Done(name, made=True, doubts=doubts)
         beside.unlink(missing_ok=True)
         remove_probabilities(self._output, name)
         space = self._record.label_space
@@ -141,9 +149,12 @@ class CasePredictor:
         }  # fmt: skip
         if kept is not None:
             content["probabilities"] = kept
+        if doubts:
+            content["warnings"] = [asdict(doubt) for doubt in doubts]
         write_json(beside, content)
         sizes = [target, *(self._output / file for file in wanted)]
-        return Done(name, made=True, num_bytes=sum(file.stat().st_size for file in sizes))
+        written = sum(file.stat().st_size for file in sizes)
+        return Done(name, made=True, num_bytes=written, doubts=doubts)
 
     def _kept(self, name: str) -> dict[str, Any] | None:
         """What the JSON of a case says of its probabilities."""

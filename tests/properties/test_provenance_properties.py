@@ -194,6 +194,7 @@ CASE: dict[str, Any] = {
     "background_values": (8,),
     "spacing_mm": (3.0, 2.0, 2.0),
     "storage": StorageConfig(),
+    "units": "hu",
 }
 TEACHER: dict[str, Any] = {
     "weights_sha256": "w",
@@ -339,6 +340,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], bool, bool]] = {
     "background values": (
         entry(lambda d: d["datasets"]["multi-ct"].update(background_values=[9])), True, False,
     ),
+    "units": (entry(lambda d: d["datasets"]["multi-ct"].update(units="other")), True, False),
     "organ ids": (entry(swap_ids), True, False),
     "grid": (entry(new_spacing), True, True),
     "weights": (weights(seed=5), False, True),

@@ -390,7 +390,8 @@ def test_a_coarse_dataset_with_shifted_values_is_odd(registry: Path) -> None:
         path = registry.parent / "spleens"
         write_scan(path, f"case_{n:03}", n, spacing_mm=(18.0, 6.0, 6.0))
         image = path / "images" / f"case_{n:03}.nii.gz"
-        hu = np.random.default_rng(n).normal(1024, 80, SHAPE).astype(np.int16)
+        hu = np.random.default_rng(n).normal(400, 80, SHAPE).astype(np.int16)
+        hu[0] = -1000  # can be HU, unlike what is shifted by 1000
         write_image(image, Volume(hu, Grid.axis_aligned(SHAPE, (18.0, 6.0, 6.0))))
     (row,) = run(registry).details["elsewhere"]
     assert (row["odd_spacing"], row["odd_hu"]) == (3, 3)

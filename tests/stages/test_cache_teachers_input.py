@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +17,9 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline import cli, unit_steps
-from pipeline.cache.receipt import verify_unit
+from pipeline.admission.evidence import read_evidence
+from pipeline.cache.index import read_teacher_index
+from pipeline.cache.receipt import RECEIPT, read_receipt, verify_unit, write_receipt
 from pipeline.cohort import open_cohort
 from pipeline.data.registry import load_registry
 from pipeline.errors import (
@@ -26,11 +30,14 @@ from pipeline.errors import (
     TeacherError,
     WorkFolderError,
 )
+from pipeline.log import Log
+from pipeline.student.supervision import SupervisionConfig
+from pipeline.student_inputs import open_inputs
 from pipeline.units import Outputs
 from stages import cache_teachers
 from tests.stages.stage_contract import snapshot
 from tests.stages.test_cache_teachers import run, units_of
-from tests.tiny import cache_config, change_registry, work_of
+from tests.tiny import cache_config, change_registry, shrink_organ, work_of
 from tests.unit.teachers.made_teachers import Payload
 
 FACTORIES = "tests.unit.teachers.made_teachers"
@@ -209,6 +216,90 @@ def test_an_image_that_changes_meanwhile_is_not_cached_as_what_it_was(
     report = run(tiny_registry)
     assert "changed while this stage was running" in str(report.failed["liver x liver-ct/case_000"])
     assert len(report.done) == 5
+
+
+def test_an_image_that_is_not_hu_fails_by_name_before_a_teacher_sees_it(
+    tiny_registry: Path,
+) -> None:
+    keep(tiny_registry, "liver-ct", liver=factory("threshold"))
+    images = files_of(tiny_registry, "images")
+    repaint(images[1], lambda a: (a + 1024).astype(np.int16))
+    repaint(images[2], lambda a: np.clip(a, -160, 240))
+    report = run(tiny_registry)
+    assert set(report.failed) == {"liver-ct/case_001"}
+    error = report.failed["liver-ct/case_001"]
+    assert isinstance(error, GeometryError)
+    assert "it cannot be CT in HU: values lie about 1000 too high" in str(error)
+    assert "subtract 1024" in str(error)
+    assert report.exit_code == 2
+    assert len(report.done) == 4
+    work = work_of(tiny_registry)
+    assert not list(work.rglob("*case_001*"))
+    # What is improbable is told, kept in the report, and repeated of cases that are there.
+    kept = json.loads((work / "reports" / "cache-teachers.json").read_text())["warnings"]
+    assert set(kept) == {"liver-ct/case_002"}
+    assert "the image was windowed" in kept["liver-ct/case_002"][0]
+    again = run(tiny_registry)
+    assert (again.warnings, again.done) == (report.warnings, [])
+    change_registry(tiny_registry, lambda data: data["datasets"]["liver-ct"].update(units="other"))
+    other = run(tiny_registry)
+    assert (other.exit_code, other.warnings) == (0, {})
+    assert "liver x liver-ct/case_001" in other.done
+    assert {"liver x liver-ct/case_000", "liver x liver-ct/case_002"} <= set(other.skipped)
+
+
+def test_an_organ_that_the_grid_swallows_everywhere_is_told_as_that(tiny_registry: Path) -> None:
+    for label in files_of(tiny_registry, "labels"):
+        shrink_organ(label, 1, 48)
+    keep(tiny_registry, "liver-ct", liver=factory("threshold"))
+    change_registry(tiny_registry, lambda data: data["grid"].update(spacing_mm=[48, 48, 48]))
+    report = run(tiny_registry)
+    assert set(report.failed) == {"dataset liver-ct"}
+    assert "liver has no voxel left on the student grid in any of 3 cases" in str(
+        report.failed["dataset liver-ct"]
+    )
+    assert "Choose a finer `grid.spacing_mm`" in str(report.failed["dataset liver-ct"])
+    assert all("here it counts as not annotated" in w for (w,) in report.warnings.values())
+    assert len(report.warnings) == 3
+
+
+def test_an_organ_that_the_grid_swallows_in_one_case_is_unknown_there(
+    tiny_registry: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In training and in validation: not absent, not scored, not calibrated by."""
+    change_registry(tiny_registry, lambda data: data["grid"].update(spacing_mm=[24, 24, 24]))
+    case_of = {c.split: c.case for c in load_registry(tiny_registry).cases("liver-ct")}
+    for split in ("train", "validation"):
+        label = tiny_registry.parent / "data/liver-ct/labels" / f"{case_of[split]}.nii.gz"
+        shrink_organ(label, 1, 24)
+    keep(tiny_registry, "liver-ct", liver=factory("threshold"))
+    assert run(tiny_registry).exit_code == 0
+    capsys.readouterr()
+    work, registry = work_of(tiny_registry), load_registry(tiny_registry, files=False)
+    inputs = open_inputs(
+        SupervisionConfig(kind="marginal"), registry, work,
+        allow_missing=False, log=Log(quiet=True),
+    )  # fmt: skip
+    annotated = {case.name: case.annotated for case in (*inputs.training, *inputs.validation)}
+    lost = {f"liver-ct/{case}" for case in case_of.values()}
+    assert {name for name, organs in annotated.items() if organs == ()} == lost
+    assert set(inputs.identity["swallowed_organs"]) == lost
+    assert capsys.readouterr().err == ""
+    evidence = read_evidence(work, registry, read_teacher_index(
+        work, "liver", registry.teacher_key("liver")))  # fmt: skip
+    (score,) = evidence.organs["liver"].scored
+    assert score.dice is None
+    assert evidence.organs["liver"].calibration is None
+    # A cache of before the program asked says that it does not know.
+    for path in work.glob("cases/liver-ct/*.zarr"):
+        receipt = read_receipt(path)
+        (path / RECEIPT).write_text(write_receipt(replace(receipt, notes={})))
+    before = open_inputs(
+        SupervisionConfig(kind="marginal"), registry, work,
+        allow_missing=False, log=Log(quiet=True),
+    )  # fmt: skip
+    assert "swallowed_organs" not in before.identity
+    assert "`pipeline cache-teachers` finds out" in capsys.readouterr().err
 
 
 # --- damage to the cache ------------------------------------------------------------------------

@@ -279,6 +279,23 @@ class TestFailures:
         assert str(path) in str(report.failed[CASES[0]])
         assert report.done == [CASES[1]]
 
+    def test_float_noise_is_rounded_with_a_note(
+        self, perfect: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = perfect.parent / "predictions" / f"{CASES[0]}.nii.gz"
+        image = nib.load(path)
+        noisy = np.asarray(image.dataobj).astype(np.float32) + np.float32(2e-4)
+        nib.save(nib.Nifti1Image(noisy, image.affine), path)
+        report = run(perfect)
+        assert report.exit_code == 0
+        assert metrics(perfect, CASES[0], "liver")["Dice"] == 1
+        assert set(report.warnings) == {CASES[0]}
+        assert "lie up to 0.0002 from whole numbers" in report.warnings[CASES[0]][0]
+        assert str(path) in capsys.readouterr().err
+        nib.save(nib.Nifti1Image(noisy + np.float32(0.01), image.affine), path)
+        error = run(perfect).failed[CASES[0]]
+        assert "not whole numbers from 0 to 65535: the one furthest from any is" in str(error)
+
     def test_a_label_value_without_a_meaning_is_named(self, perfect: Path) -> None:
         path = reference(perfect, CASES[0])
         change_file(path, path, lambda a: np.where(a == SPLEEN, 77, a))

@@ -14,7 +14,9 @@ import pytest
 import torch
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from pipeline import cli
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import load_registry
 from pipeline.errors import CheckpointError, ConfigError, GeometryError
@@ -376,6 +378,56 @@ class TestInputs:
         names = sorted(p.name for p in (tmp_path / "out").iterdir())
         tables = ["labels.ctbl", "labels.itksnap.txt"]
         assert names == ["a.json", "a.nii.gz", *tables, "z.json", "z.nii.gz"]
+
+    def test_what_is_not_hu_is_predicted_with_a_warning_that_stays(
+        self, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        hu = write_ct(tmp_path / "in" / "fine.nii.gz")
+        write_ct(tmp_path / "in" / "offset.nii.gz")
+        offset = nib.Nifti1Image((hu // 4 + 1024).astype(np.int16), oriented("RAS"))
+        nib.save(offset, tmp_path / "in" / "offset.nii.gz")
+        report = run(student, tmp_path / "in", tmp_path / "out")
+        assert sorted(report.done) == ["fine", "offset"]
+        assert (report.failed, report.to_mend, report.exit_code) == ({}, ["offset"], 2)
+        assert "offset: values lie about 1000 too high" in capsys.readouterr().err
+        assert "too high" in report.to_json()["warnings"]["offset"][0]
+        (kept,) = json.loads((tmp_path / "out" / "offset.json").read_text())["warnings"]
+        assert kept["severity"] == "error"
+        assert "subtract 1024" in kept["fix"]
+        assert "warnings" not in json.loads((tmp_path / "out" / "fine.json").read_text())
+        # One that is there is no better for it.
+        again = run(student, tmp_path / "in", tmp_path / "out")
+        assert (again.done, again.warnings, again.exit_code) == ([], report.warnings, 2)
+        assert "offset: values lie about 1000 too high" in capsys.readouterr().err
+
+    def test_what_is_improbable_alone_is_told_and_ends_well(
+        self, student: Path, tmp_path: Path
+    ) -> None:
+        hu = write_ct(tmp_path / "in" / "a.nii.gz")
+        windowed = nib.Nifti1Image(np.clip(hu, -160, 240), oriented("RAS"))
+        nib.save(windowed, tmp_path / "in" / "a.nii.gz")
+        report = run(student, tmp_path / "in", tmp_path / "out")
+        assert "the image was windowed" in report.warnings["a"][0]
+        assert report.exit_code == 0
+        (kept,) = json.loads((tmp_path / "out" / "a.json").read_text())["warnings"]
+        assert kept["severity"] == "warning"
+
+    def test_datasets_of_other_units_are_not_asked(
+        self, student: Path, tiny_registry: Path, tmp_path: Path
+    ) -> None:
+        for path in (tiny_registry.parent / "data" / "multi-ct" / "images").iterdir():
+            image = nib.load(path)
+            shifted = (np.asarray(image.dataobj) + 1024).astype(np.int16)
+            nib.save(nib.Nifti1Image(shifted, image.affine), path)
+        command = ["predict", "-q", str(student), "-r", str(tiny_registry), "--device", "cpu", "-o"]
+        result = CliRunner().invoke(cli.app, [*command, str(tmp_path / "out")])
+        assert result.exit_code == 2
+        assert "to mend: multi-ct/case_001: values lie about 1000 too high" in result.stderr
+        change_registry(
+            tiny_registry, lambda data: data["datasets"]["multi-ct"].update(units="other")
+        )
+        result = CliRunner().invoke(cli.app, [*command, str(tmp_path / "other")])
+        assert (result.exit_code, "warning" in result.stderr) == (0, False)
 
     def test_an_input_is_never_overwritten(self, student: Path, tmp_path: Path) -> None:
         write_ct(tmp_path / "in" / "a.nii.gz")

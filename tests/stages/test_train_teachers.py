@@ -20,7 +20,14 @@ from pipeline.teachers.checkpoint import read_teacher
 from stages import train_teachers
 from stages.report import StageReport
 from tests.stages.stage_contract import StageContract, snapshot
-from tests.tiny import NETWORK, change_registry, fill_cache, training_settings, work_of
+from tests.tiny import (
+    NETWORK,
+    change_registry,
+    fill_cache,
+    shrink_organ,
+    training_settings,
+    work_of,
+)
 
 
 def config(**changes: Any) -> train_teachers.TrainTeachersConfig:
@@ -104,6 +111,20 @@ def test_the_file_holds_all_that_is_needed(untrained: Path) -> None:
     assert len(record.training_digest) == 64
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
     assert read_teacher(weights(untrained, "spleen"))[0].training_digest != record.training_digest
+
+
+def test_a_case_whose_organ_the_grid_swallows_is_left_out(
+    untrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"spacing_mm": [24, 24, 24]}
+    change_registry(untrained, lambda data: data["teachers"]["liver"].update(own))
+    shrink_organ(untrained.parent / "data/liver-ct/labels/case_001.nii.gz", 1, 24)
+    assert run(untrained, only="liver").exit_code == 0
+    record, _ = read_teacher(weights(untrained))
+    assert record.trained_on_cases == ("liver-ct/case_002",)
+    said = capsys.readouterr().err
+    assert "liver-ct/case_001 is left out: its grid has no voxel of liver" in said
+    assert "liver-ct/case_001: liver has 1 voxel in the label's file" in said
 
 
 def test_what_was_trained_can_be_cached(untrained: Path) -> None:

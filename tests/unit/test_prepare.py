@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 
 from pipeline import prepare
 from pipeline.cache.index import IndexedCase, case_path
-from pipeline.cache.reader import Unit
+from pipeline.cache.reader import CachedCase, Unit
+from pipeline.cache.receipt import Receipt, verify_unit, write_receipt
 from pipeline.cache.schema import IMAGE, LABEL, StorageConfig
 from pipeline.case_checks import organ_voxels
 from pipeline.data.files import CaseFiles
@@ -83,7 +85,13 @@ Prepare = Callable[..., tuple[IndexedCase, int | None]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, source: CaseFiles) -> Prepare:
+def told() -> list[str]:
+    """What a user heard."""
+    return []
+
+
+@pytest.fixture
+def run(tmp_path: Path, source: CaseFiles, told: list[str]) -> Prepare:
     def run(
         spacing_mm: tuple[float, float, float] = SPACING_MM,
         storage: StorageConfig | None = None,
@@ -98,6 +106,7 @@ def run(tmp_path: Path, source: CaseFiles) -> Prepare:
             spacing_mm=spacing_mm,
             storage=StorageConfig() if storage is None else storage,
             dry_run=dry_run,
+            warn=told.append,
         )
 
     return run
@@ -330,6 +339,144 @@ def test_an_organ_that_is_not_there_has_no_centres(
     attributes = Unit.open(case_path(tmp_path / "work", indexed)).attributes
     assert attributes["centres"]["spleen"] == []
     assert attributes["organ_voxels"]["spleen"] == 0
+
+
+# --- what is no CT in HU ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda hu: hu // 4 + 1024, "about 1000 too high"),
+        (lambda hu: (hu + 1000) / 2000, "normalised"),
+        (lambda hu: (hu + 1000) // 16, "grey levels"),
+        (lambda hu: np.clip(hu, -200, 400) + 200, "no value is below 0"),
+    ],
+)
+def test_what_is_no_ct_in_hu_is_refused_unless_its_dataset_says_so(
+    change: Callable[[Array], Array], says: str, run: Prepare, source: CaseFiles, tmp_path: Path
+) -> None:
+    put(source.image, change(ct().astype(np.float32)))
+    with pytest.raises(GeometryError) as caught:
+        run()
+    message = str(caught.value)
+    assert message.startswith(f"ct/a, {source.image}: it cannot be CT in HU: ")
+    assert says in message
+    assert "say `units: other` there in the registry" in message
+    assert caught.value.exit_code == 2
+    assert nothing_written(tmp_path / "work")
+    indexed, num_bytes = run(dataset={"units": "other"})
+    assert num_bytes is not None
+    receipt = Unit.open(case_path(tmp_path / "work", indexed)).receipt
+    assert receipt.inputs["units"] == "other"
+    assert run(dataset={"units": "other"}) == (indexed, None)
+
+
+def test_units_are_in_no_digest_by_default(run: Prepare, tmp_path: Path) -> None:
+    first, _ = run()
+    assert "units" not in Unit.open(case_path(tmp_path / "work", first)).receipt.inputs
+    assert run(dataset={"units": "hu"}) == (first, None)
+    keys = [registry(tmp_path, dataset=d).dataset_key("ct") for d in ({}, {"units": "hu"})]
+    assert keys[0] == keys[1] != registry(tmp_path, dataset={"units": "other"}).dataset_key("ct")
+
+
+def test_doubts_are_told_and_kept_in_the_receipt(
+    run: Prepare, source: CaseFiles, told: list[str], tmp_path: Path
+) -> None:
+    put(source.image, np.clip(ct(), -160, 240))
+    label = labels().astype(np.float32)
+    label[0] += np.float32(1e-4)
+    put(source.label, label)
+    indexed, _ = run()
+    first = list(told)
+    assert len(first) == 2
+    assert first[0].startswith("ct/a: a.nii.gz: label values lie up to 0.0001 from whole numbers")
+    assert first[1].startswith("ct/a: the image was windowed")
+    notes = Unit.open(case_path(tmp_path / "work", indexed)).receipt.notes
+    assert [f"ct/a: {text}" for text in notes["warnings"]] == first
+    assert run()[1] is None
+    assert told == first * 2  # of a case that is there, too
+
+
+# --- organs that the grid swallows ----------------------------------------------------------------
+
+COARSE = (8.0, 8.0, 8.0)
+
+
+def tiny_spleen(source: CaseFiles) -> None:
+    label = labels()
+    label[label == 1] = 0
+    label[4, 4, 4] = 1
+    put(source.label, label)
+
+
+def receipt_of(work: Path, indexed: IndexedCase) -> Receipt:
+    return Unit.open(case_path(work, indexed), expect=indexed.digest).receipt
+
+
+def test_an_organ_that_the_grid_swallows_is_noted_and_told(
+    run: Prepare, source: CaseFiles, told: list[str], tmp_path: Path
+) -> None:
+    tiny_spleen(source)
+    indexed, _ = run(spacing_mm=COARSE)
+    receipt = receipt_of(tmp_path / "work", indexed)
+    assert receipt.notes["file_voxels"] == {"spleen": 1}
+    assert receipt.swallowed == ("spleen",)
+    assert any(
+        "spleen has 1 voxel in the label's file and none on the student grid: here it counts as "
+        "not annotated, not as absent." in text
+        for text in told
+    )
+    unit = Unit.open(case_path(tmp_path / "work", indexed))
+    case = CachedCase("ct/a", "train", ("liver", "spleen"), unit, {}, {})
+    assert case.annotated == ("liver",)
+
+
+def test_an_organ_that_the_file_lacks_is_absent(
+    run: Prepare, source: CaseFiles, told: list[str], tmp_path: Path
+) -> None:
+    put(source.label, np.where(labels() == 1, 0, labels()).astype(np.uint8))
+    indexed, _ = run(spacing_mm=COARSE)
+    receipt = receipt_of(tmp_path / "work", indexed)
+    assert receipt.notes["file_voxels"] == {"spleen": 0}
+    assert receipt.swallowed == ()
+    assert not any("spleen" in text for text in told)
+    unit = Unit.open(case_path(tmp_path / "work", indexed))
+    assert CachedCase("ct/a", "train", ("spleen",), unit, {}, {}).annotated == ("spleen",)
+
+
+def test_a_few_voxels_that_are_left_are_told(
+    run: Prepare, source: CaseFiles, told: list[str], tmp_path: Path
+) -> None:
+    indexed, _ = run(spacing_mm=(4.0, 4.0, 4.0))
+    attributes = Unit.open(case_path(tmp_path / "work", indexed)).attributes
+    left = attributes["organ_voxels"]["liver"]
+    assert 0 < left < 10
+    in_file = int(np.isin(labels(), (5, 6)).sum())
+    assert f"ct/a: liver keeps {left} of {in_file} voxels on the student grid." in told
+    assert "file_voxels" not in receipt_of(tmp_path / "work", indexed).notes
+
+
+@pytest.mark.parametrize("organ_in_file", [True, False])
+def test_a_receipt_of_before_gets_its_note_and_the_unit_stays(
+    organ_in_file: bool, run: Prepare, source: CaseFiles, told: list[str], tmp_path: Path
+) -> None:
+    tiny_spleen(source)
+    if not organ_in_file:
+        put(source.label, np.where(labels() == 1, 0, labels()).astype(np.uint8))
+    indexed, _ = run(spacing_mm=COARSE)
+    path = case_path(tmp_path / "work", indexed)
+    now = receipt_of(tmp_path / "work", indexed)
+    (path / "receipt.json").write_text(write_receipt(replace(now, notes={})))
+    times = {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.name != "receipt.json"}
+    told.clear()
+    assert run(spacing_mm=COARSE, dry_run=True) == (indexed, None)
+    assert receipt_of(tmp_path / "work", indexed).notes == {}
+    assert run(spacing_mm=COARSE) == (indexed, None)
+    noted = verify_unit(path, expect=indexed.digest)
+    assert noted.notes == {"file_voxels": {"spleen": int(organ_in_file)}}
+    assert any("spleen" in text for text in told) == organ_in_file
+    assert {p: p.stat().st_mtime_ns for p in times} == times
 
 
 def test_centres_lie_inside_are_distinct_and_follow_the_seed_alone() -> None:

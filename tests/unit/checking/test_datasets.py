@@ -22,7 +22,7 @@ from pipeline.data.nifti import read_grid
 from pipeline.data.registry import load_registry
 from pipeline.errors import RegistryError
 from pipeline.log import Log
-from tests.tiny import ORGANS, WINDOW, change_registry
+from tests.tiny import ORGANS, WINDOW, change_registry, shrink_organ
 from tests.unit.checking.test_teachers import run_cli
 
 
@@ -144,6 +144,36 @@ def test_a_tilted_gantry_is_named(tiny_registry: Path) -> None:
     assert 20 < degrees < 30  # it was turned a little before
     assert f"sheared by {degrees:.1f} degrees, as by a tilted gantry" in found.what
     assert "resample image and label onto upright axes together" in found.fix
+
+
+def test_small_organs_are_counted_on_the_grid(tiny_registry: Path) -> None:
+    for case in range(3):
+        shrink_organ(file_of(tiny_registry, f"liver-ct/case_00{case}", "label"), 1, 48)
+    change_registry(tiny_registry, lambda data: data["grid"].update(spacing_mm=[48, 48, 48]))
+    report = check(tiny_registry, dataset="liver-ct", patch=(2, 2, 2))
+    assert {(f.severity, f.kind, f.where) for f in report.findings} == {
+        ("error", "small", "liver-ct"),
+        *(("warning", "small", f"liver-ct/case_00{n}") for n in range(3)),
+    }
+    assert "in any of 3 cases" in only(report, "liver-ct").what
+    said = only(report, "liver-ct/case_000")
+    assert said.what.startswith("liver has 1 voxel in the label's file and none on the student")
+    assert "finer `grid.spacing_mm`" in said.fix
+    found = check(tiny_registry, dataset="spleen-ct", patch=(2, 2, 2))
+    assert any("spleen keeps" in f.what and f.severity == "warning" for f in found.findings)
+
+
+def test_other_units_and_noise_in_labels(tiny_registry: Path) -> None:
+    rewrite(file_of(tiny_registry, "liver-ct/case_001"), lambda a: (a + 1024).astype(np.int16))
+    label = file_of(tiny_registry, "liver-ct/case_002", "label")
+    rewrite(label, lambda a: a.astype(np.float32) + np.float32(1e-4))
+    report = check(tiny_registry)
+    assert only(report, "liver-ct/case_001").severity == "error"
+    noise = only(report, "liver-ct/case_002")
+    assert (noise.severity, noise.kind) == ("warning", "values")
+    assert "were rounded" in noise.what
+    change_registry(tiny_registry, lambda data: data["datasets"]["liver-ct"].update(units="other"))
+    assert check(tiny_registry).findings == [noise]
 
 
 def test_one_scan_in_two_orders_of_axes_is_found(tiny_registry: Path) -> None:

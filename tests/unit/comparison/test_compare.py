@@ -282,6 +282,18 @@ class TestResults:
         run(finished)
         assert path.read_text() == kept
 
+    def test_scores_of_a_case_whose_organ_turned_out_to_be_lost_are_made_anew(
+        self, finished: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = students(finished) / "hard-seed0" / "scores_validation.json"
+        kept = path.read_text()
+        monkeypatch.setattr(scoring, "swallowed_organs", lambda cases: {"swallowed_organs": "x"})
+        run(finished)
+        assert path.read_text() != kept
+        monkeypatch.undo()
+        run(finished)
+        assert path.read_text() == kept
+
     def test_more_seeds_and_configurations_reuse_what_is_there(self, finished: Path) -> None:
         before = (students(finished) / "hard-seed0" / "student.pt").stat().st_mtime_ns
         more = [*two(), config("lower", optimiser={"lr": 1e-4})]

@@ -249,6 +249,39 @@ def test_labels_of_any_dtype_are_whole_numbers(dtype: Any, tmp_path: Path) -> No
     assert np.count_nonzero(read) == 1
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_labels_next_to_whole_numbers_are_taken_with_a_note(dtype: Any, tmp_path: Path) -> None:
+    array = np.zeros((2, 3, 4), dtype=dtype)
+    array[0, 0] = 2.9996, -0.0004, 1, 0
+    read = read_label(save(tmp_path / "a.nii", array, affine_of("LPS")))
+    assert read.volume.array.dtype == np.uint16
+    assert sorted(np.unique(read.volume.array)) == [0, 1, 3]
+    assert read.note.startswith("label values lie up to 0.0004 from whole numbers")
+    assert "rounded (tolerance 0.001)" in read.note
+    assert read_label(save(tmp_path / "b.nii", np.rint(array))).note == ""
+
+
+def test_a_slope_that_a_library_chose_is_taken_out_again(tmp_path: Path) -> None:
+    """Integers in storage, numbers next to integers after scaling."""
+    image = nib.Nifti1Image((ramp() % 5 * 51).astype(np.uint8), np.eye(4))
+    image.header.set_slope_inter(1 / 51, 1e-6)
+    path = tmp_path / "a.nii"
+    path.write_bytes(image.to_bytes())
+    read = read_label(path)
+    np.testing.assert_array_equal(read.volume.array, (ramp() % 5).T)
+    assert "from whole numbers and were rounded" in read.note
+
+
+def test_labels_further_off_are_refused_with_the_worst_voxel(tmp_path: Path) -> None:
+    array = np.zeros((3, 4, 5), dtype=np.float32)
+    array[0, 0, 0], array[2, 1, 4] = 1.002, 3.75
+    path = save(tmp_path / "a.nii", array, affine_of("LPS"))
+    refuses(read_label, path, "is 3.75, at voxel (2, 1, 4) (x, y, z in the file, from 0)")
+    array[2, 1, 4] = -3
+    array[0, 0, 0] = 7
+    refuses(read_label, save(path, array), "they run from -3 to 7")
+
+
 def test_the_hash_is_of_the_files_bytes(tmp_path: Path) -> None:
     path = save(tmp_path / "a.nii.gz", ramp())
     assert read_image(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -14,7 +14,7 @@ from pipeline.log import Log
 from pipeline.planning.plan import Plan, make_plan, print_plan
 from pipeline.planning.rates import FEATURES, IMAGES, KINDS, LOG_ODDS, METADATA
 from tests.stages.stage_contract import snapshot
-from tests.tiny import cache_config, change_registry, fill_cache, work_of
+from tests.tiny import cache_config, change_registry, fill_cache, shrink_organ, work_of
 
 
 def planned(registry: Path, **options: object) -> Plan:
@@ -89,6 +89,17 @@ def test_the_table_and_json_say_the_same(
     assert data["to_make"]["total"]["total_bytes"] == found.total.total_bytes
     assert data["units"] == {"to_make": 27, "cached": 0}
     assert data["space"]["quota_bytes"] == 10**9
+
+
+def test_what_is_improbable_in_the_probed_cases_is_told(
+    tiny_registry: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for dataset in ("liver-ct", "spleen-ct", "multi-ct"):
+        for label in (tiny_registry.parent / "data" / dataset / "labels").iterdir():
+            shrink_organ(label, 1, 24)
+    change_registry(tiny_registry, lambda data: data["grid"].update(spacing_mm=[24, 24, 24]))
+    planned(tiny_registry)
+    assert capsys.readouterr().err.count("and none on the student grid") == 2
 
 
 def test_a_quota_that_is_too_small_is_a_problem(tiny_registry: Path) -> None:

@@ -3,24 +3,25 @@
 By definition water is 0 HU and air -1000. Fat lies near -100, other soft tissue at 0 to 100, and
 only dense bone, contrast medium and metal above 800. So wherever a body is, values between -200 and
 300 are common and values above 850 are rare. The limits below are coarse on purpose: thin patients,
-metal, contrast medium and lungs must pass.
+metal, contrast medium, lungs, and crops within one organ or around a bone must pass.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.checking.findings import Severity
-
 OFFSET = 32768  # bin 0 is -32768 HU
 Counts = npt.NDArray[np.int64]
+Severity = Literal["error", "warning"]
 
 _SLAB_VOXELS = 4_000_000
 _SMOOTH_HU = 21
 _HEAP = 0.03
+_LEAST_SPAN = 20  # noise alone is wider
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,20 @@ class Intensities:
 
 @dataclass(frozen=True)
 class Doubt:
-    """Why these may be no Hounsfield units, and what to do."""
+    """Why these may be no Hounsfield units, and what to do; an error is certain."""
 
     severity: Severity
     what: str
     fix: str
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.fix}"
+
+
+def doubts_of(array: npt.NDArray[np.int16]) -> list[Doubt]:
+    """`doubts` of an image (D, H, W) in HU; one pass over it."""
+    counts = value_counts(array)
+    return doubts(counts, intensities(array, counts))
 
 
 def value_counts(array: npt.NDArray[np.int16] | npt.NDArray[np.uint16]) -> Counts:
@@ -82,21 +92,22 @@ def doubts(counts: Counts, seen: Intensities) -> list[Doubt]:
         counts: `value_counts` of it.
         seen: `intensities` of it.
     """
-    certain = _scaled(seen) or _shifted(counts, seen)
+    certain = _scaled(counts, seen) or _shifted(counts, seen)
     if certain is not None:
         return [certain]
-    return [doubt for doubt in (_clipped(counts, seen), _peak_doubt(seen), _air(seen)) if doubt]
+    improbable = (_positive(seen), _clipped(counts, seen), _peak_doubt(seen), _air(seen))
+    return [doubt for doubt in improbable if doubt]
 
 
-def _scaled(seen: Intensities) -> Doubt | None:
+def _scaled(counts: Counts, seen: Intensities) -> Doubt | None:
     span = f"values run from {seen.low} to {seen.high}"
     again = "Export the CT itself again, in HU."
     if seen.low == seen.high:
         return Doubt("error", f"every voxel is {seen.low}.", again)
-    if seen.low >= -1 and seen.high <= 1:
+    if seen.high - seen.low <= _LEAST_SPAN:
         what = f"{span}: an image that was normalised, or a mask."
         return Doubt("error", what, again)
-    if seen.low >= 0 and seen.high <= 255:
+    if seen.low >= 0 and seen.high <= 255 and _has_background(counts):
         what = f"{span}: a picture in grey levels, or a label map, not HU."
         return Doubt("error", what, again)
     return None
@@ -104,8 +115,11 @@ def _scaled(seen: Intensities) -> Doubt | None:
 
 def _shifted(counts: Counts, seen: Intensities) -> Doubt | None:
     tissue, above = _share(counts, -200, 300), _share(counts, 850, 1200)
-    air = _share(counts, -1150, -850)
-    if above > 0.1 and air < 0.005:
+    air, fat, lung = (_share(counts, *ends) for ends in ((-1150, -850), (-200, -60), (-850, -400)))
+    # Around a bone fat is left where it belongs; shifted up, next to nothing lies there.
+    # Corners up there beside a lot of tissue are no air that was shifted: magnitudes, or MR.
+    inverted = seen.corners > 850 and tissue > 0.05
+    if above > 0.1 and air < 0.005 and fat < above / 5 and not inverted:
         return Doubt(
             "error",
             f"values lie about 1000 too high: {above:.0%} of the voxels are between 850 and 1200, "
@@ -113,21 +127,23 @@ def _shifted(counts: Counts, seen: Intensities) -> Doubt | None:
             "It was stored with an offset: subtract 1024 (or set the rescale intercept) and save "
             "again.",
         )
-    if tissue < 0.02 and air > 0.1 and seen.low < -1700:
+    # What lies at -850 to -400 is lung, or bone and contrast medium shifted down, which are rare.
+    if tissue < 0.02 and air > 0.1 and seen.low < -1700 and lung < air / 5:
         return Doubt(
             "error",
             f"values lie about 1000 too low: {air:.0%} of the voxels are near -1000, only "
             f"{tissue:.1%} between -200 and 300.",
             "The rescale intercept was applied twice: add 1024 and save again.",
         )
-    if seen.low >= 0:
+    if seen.low >= 0 and (_has_background(counts) or seen.corners > 850):
         return Doubt(
             "error",
-            f"no value is below 0 (0 to {seen.high}): fat (-100) and air (-1000) are missing.",
+            f"no value is below 0 ({seen.low} to {seen.high}): fat (-100) and air (-1000) are "
+            "missing.",
             "Unsigned storage without the rescale intercept, a window, or no CT at all: export "
             "the CT again, in HU.",
         )
-    if tissue < 0.01:
+    if tissue < 0.01 and lung < 0.1:
         return Doubt(
             "error",
             f"only {tissue:.1%} of the voxels lie between -200 and 300 HU, where soft tissue is "
@@ -135,6 +151,12 @@ def _shifted(counts: Counts, seen: Intensities) -> Doubt | None:
             "Is it a CT, and were rescale slope and intercept applied? Export it again.",
         )
     return None
+
+
+def _has_background(counts: Counts) -> bool:
+    """Whether many values are 0 or next to it, as in pictures, label maps and MR; a crop within an
+    organ or a bone has few there."""
+    return _share(counts, 0, 20) > 0.1
 
 
 def _clipped(counts: Counts, seen: Intensities) -> Doubt | None:
@@ -149,6 +171,16 @@ def _clipped(counts: Counts, seen: Intensities) -> Doubt | None:
         f"the image was windowed: {bottom:.0%} of the voxels are exactly {seen.low}{upper}.",
         "Teachers that were trained on whole HU see another air; use the CT before windowing, "
         "unless all teachers clip to a narrower window.",
+    )
+
+
+def _positive(seen: Intensities) -> Doubt | None:
+    if seen.low < 0:
+        return None
+    return Doubt(
+        "warning",
+        f"no value is below 0 ({seen.low} to {seen.high}): neither fat nor air.",
+        "Right for a crop within an organ or a bone; else check rescale slope and intercept.",
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipeline.checking.hounsfield import Doubt, doubts, intensities, value_counts
+from pipeline.hounsfield import Doubt, doubts, doubts_of, intensities, value_counts
 
 Hu = npt.NDArray[np.int16]
 
@@ -26,6 +26,24 @@ def body(seed: int = 0, *, cropped: bool = False) -> Hu:
     hu += rng.normal(0, 12, hu.shape)
     inner = hu[:, 8:32, 8:32] if cropped else hu
     return np.maximum(np.rint(inner), -1024).astype(np.int16)
+
+
+def lung(level: float) -> Hu:
+    """A crop within a lung: hardly a vessel, no wall."""
+    rng = np.random.default_rng(1)
+    hu = level + rng.normal(0, 60, (20, 40, 40))
+    hu[rng.random(hu.shape) < 0.006] = 20
+    return np.rint(hu).astype(np.int16)
+
+
+def femur() -> Hu:
+    """A crop around a shaft, without air: a third of it is dense bone."""
+    rng = np.random.default_rng(2)
+    z, y, x = np.indices((20, 40, 40))
+    radius = np.hypot(y - 19.5, x - 19.5)
+    hu = np.where(radius < 16, 1050.0, 60.0)
+    hu[radius < 9] = -90
+    return np.rint(hu + rng.normal(0, 20, z.shape)).astype(np.int16)
 
 
 def found(array: npt.NDArray[Any]) -> list[Doubt]:
@@ -66,6 +84,7 @@ def test_where_the_values_lie() -> None:
         lambda hu: np.clip(hu, -1024, 300),
         lambda hu: np.where(hu > 800, 3071, hu),  # metal
         lambda _: body(cropped=True),  # no air at all
+        lambda _: femur(),
     ],
 )
 def test_what_scanners_make_passes(plausible: Callable[[Hu], Hu]) -> None:
@@ -93,6 +112,44 @@ def test_what_is_no_ct_is_called_what_it_is(
     said = found(change(body()))
     assert [(d.severity, says in d.what) for d in said] == [(severity, True)], said
     assert all(d.fix for d in said)
+
+
+@pytest.mark.parametrize(
+    "crop",
+    [lung(-780), lung(-900), np.where(lung(-780) < -900, -3024, lung(-900))],
+    ids=["healthy", "emphysema", "emphysema, the rest masked"],
+)
+def test_a_crop_within_a_lung_is_improbable_at_most(crop: Hu) -> None:
+    assert [doubt for doubt in found(crop) if doubt.severity == "error"] == []
+
+
+@pytest.mark.parametrize("bone", [0.0, 0.4])
+def test_a_crop_within_an_organ_or_a_bone_is_improbable_alone(bone: float) -> None:
+    rng = np.random.default_rng(3)
+    hu = 110 + rng.normal(0, 12, (16, 16, 16))
+    hu[rng.random(hu.shape) < bone] += 300
+    said = found(hu)[0]
+    assert (said.severity, said.what.startswith("no value is below 0")) == ("warning", True)
+    assert "crop within an organ" in said.fix
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda hu: np.abs(hu), "no value is below 0"),  # magnitudes, as MR has them: not shifted
+        (lambda hu: (hu - hu.mean()) / hu.std(), "normalised"),
+        (lambda hu: np.where(hu > 0, 7, 0), "normalised, or a mask"),
+        (lambda hu: (hu > 0) * 1 + (hu > 800) * 30, "label map"),
+    ],
+)
+def test_other_images_are_told_by_what_they_are(change: Callable[[Hu], Any], says: str) -> None:
+    (said,) = found(change(body()))
+    assert (said.severity, says in said.what) == ("error", True), said
+
+
+def test_all_at_once_is_the_same() -> None:
+    assert doubts_of(body() + np.int16(1024)) == found(body() + 1024)
+    assert str(doubts_of(body() + np.int16(1024))[0]).endswith("and save again.")
 
 
 def test_an_offset_without_air_is_seen_too() -> None:
