@@ -74,6 +74,7 @@ def predict(
         )
     layout: Literal["4d", "per-organ"] = "4d" if probabilities_4d else "per-organ"
     known = open_registry(registry, files=False) if registry else None
+    cases = [case for name in known.datasets for case in known.cases(name)] if known else []
     report = stage.run(
         open_settings(config, stage.PredictConfig),
         student,
@@ -83,6 +84,7 @@ def predict(
         device=device,
         window_batch=window_batch,
         probabilities=Probabilities(probabilities, layout) if probabilities else None,
+        references=[file for case in cases for file in (case.image, case.label)],
         dry_run=dry_run,
     )
     end(report)

@@ -1,15 +1,15 @@
 """NIfTI in, multi-organ label map out, in the geometry of the input, voxel for voxel.
 
 CT -> student grid -> sliding window -> logits, rows by rows back onto the input's grid -> argmax ->
-the input's own orientation. A JSON beside each label map names its organs; it is written last and
-says which student and which image it came from. With several devices, each has a process of its
-own, which takes the next case when it is free; files are the same as from one.
+the input's own orientation. A JSON beside each label map names its organs, the student and the
+image it came from, and the checksums of what was written. With several devices, each has a process
+of its own, which takes the next case when it is free; files are the same as from one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from pipeline.predicting.case import (
     How,
     Probabilities,
     Share,
+    refuse_targets,
     student_identity,
     write_label_tables,
 )
@@ -58,6 +59,7 @@ def run(
     device: str = "auto",
     window_batch: int = 1,
     probabilities: Probabilities | None = None,
+    references: Iterable[Path] = (),
     dry_run: bool = False,
 ) -> StageReport:
     """Predicts each input as `output/<name>.nii.gz`; what is there from the same student and image
@@ -72,11 +74,12 @@ def run(
         device: auto, cpu, cuda, cuda:1; several with commas, `cuda:0,cuda:1`.
         window_batch: windows per forward pass.
         probabilities: which are written as well; None: none.
+        references: files beside the inputs that are never replaced, whoever wrote them.
         dry_run: say what would be done, write nothing.
 
     Raises:
         CheckpointError: no student there.
-        ConfigError: no such device.
+        ConfigError: no such device, or files that `predict` did not write are in the way.
         EngineError: the processes of all devices died.
         WorkFolderError: the output folder cannot be written.
     """
@@ -86,9 +89,10 @@ def run(
     devices = pick_devices(device)
     identity = student_identity(student, config.model_dump(mode="json"))
     how = How(config.overlap, window_batch, probabilities, identity)
+    refuse_targets(inputs, output, how, record.label_space.organs, references)
     if not dry_run:
         prepare_work_folder(output)
-        write_label_tables(output, record)
+    write_label_tables(output, record, dry_run=dry_run)
     with log.progress("predict", len(inputs)) as advance:
         hears = _Hears(report, output, log, advance)
         if len(devices) > 1 and len(inputs) > 1 and not dry_run:
@@ -132,6 +136,8 @@ class _Hears:
         (self._report.done if done.made else self._report.skipped).append(done.name)
         self._report.num_bytes += done.num_bytes
         target = self._output / f"{done.name}.nii.gz"
+        if done.note:
+            self._log.warn(f"{done.name}: {done.note}")
         self._log.detail(f"{done.name}: {target if done.made else 'was there'}")
         self._advance(done.name)
 
