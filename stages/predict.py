@@ -30,6 +30,7 @@ from pipeline.predicting.case import (
     Probabilities,
     Share,
     refuse_targets,
+    remove_leftovers,
     student_identity,
     write_label_tables,
 )
@@ -92,6 +93,7 @@ def run(
     refuse_targets(inputs, output, how, record.label_space.organs, references)
     if not dry_run:
         prepare_work_folder(output)
+        remove_leftovers(inputs, output)
     write_label_tables(output, record, dry_run=dry_run)
     with log.progress("predict", len(inputs)) as advance:
         hears = _Hears(report, output, log, advance)

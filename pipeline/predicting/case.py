@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,9 +183,6 @@ class CasePredictor:
         """A hidden folder on the output's disk, in which all files of a case are made."""
         target = self._output / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".{escape(target.name)}~*.tmp"):
-            if written_by_dead(left.name):
-                remove(left)
         folder = target.with_name(temporary_name(target.name))
         folder.mkdir()
         try:
@@ -342,6 +338,14 @@ def refuse_targets(
                 fix="Name another --output.",
             )
     refuse_foreign("predict", targets.items())
+
+
+def remove_leftovers(inputs: Iterable[str], output: Path) -> None:
+    """What killed processes left in the folders of these cases."""
+    for folder in {(output / name).parent for name in inputs}:
+        for left in folder.glob(".*~*.tmp"):
+            if written_by_dead(left.name):
+                remove(left)
 
 
 def write_label_tables(output: Path, record: StudentRecord, *, dry_run: bool = False) -> None:

@@ -67,6 +67,7 @@ def write_student(path: Path, *, seed: int = 0, **changes: Any) -> Path:
     torch.manual_seed(seed)
     found = record(**changes)
     channels = len(found.organs) + 1
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_student(path, found, build_network(NETWORK, in_channels=1, out_channels=channels))
     return path
 
