@@ -189,6 +189,16 @@ def refuse_foreign(
         )
 
 
+def changed_since(command: str, path: Path) -> ConfigError:
+    """The error for a file that a command wrote and somebody changed, by a correction say."""
+    return ConfigError(
+        f"it was changed since `pipeline {command}` wrote it: it is neither taken for what was "
+        "written nor replaced.",
+        where=path,
+        fix="Move it away, or name another --output.",
+    )
+
+
 def listed(names: list[str], most: int = 5) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -198,7 +208,7 @@ def listed(names: list[str], most: int = 5) -> str:
 def json_with(path: Folder, *keys: str) -> dict[str, Any] | None:
     """The object in a JSON file, if it has these keys; None where it has not, or is none."""
     try:
-        found = json.loads(read_text(path))
+        found = json.loads(_regular(path))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and all(key in found for key in keys) else None
@@ -207,9 +217,14 @@ def json_with(path: Folder, *keys: str) -> dict[str, Any] | None:
 def contains(path: Folder, text: str) -> bool:
     """Whether a text stands in a file; False for one that cannot be read."""
     try:
-        return text.encode() in read_bytes(path)
+        return text.encode() in _regular(path)
     except OSError:
         return False
+
+
+def _regular(path: Folder) -> bytes:
+    """A device or a pipe is not waited for."""
+    return read_bytes(path) if not is_local(path) or path.is_file() else b""
 
 
 def create_object(path: UPath, data: bytes) -> bool:
