@@ -10,22 +10,23 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.cache.store import prepare_work_folder, write_json
+from pipeline.cache.store import json_text, prepare_work_folder
 from pipeline.case_checks import GEOMETRY_TOLERANCE_MM, organ_labels
 from pipeline.config import Config, digest
 from pipeline.data.files import CaseFiles
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry
-from pipeline.errors import ConfigError, GeometryError, PipelineError
-from pipeline.folder import replace_file
+from pipeline.errors import ConfigError, GeometryError, PipelineError, WorkFolderError
+from pipeline.folder import contains, json_with, refuse_foreign, replace_files, writing
 from pipeline.log import Log, print_table
 from pipeline.metrics import ABSENT, NOT_ANNOTATED, OrganScore, score_case
-from pipeline.summary import organ_means, overall_means, summarise, to_csv
+from pipeline.summary import CSV_HEADER, organ_means, overall_means, summarise, to_csv
 from pipeline.volume import Grid
 from stages.report import StageReport
 
 _METRICS = ("Dice", "NSD", "HD95_mm")
 _NAMED = 5
+_MOVE_AWAY = "Move away what is there, or copy the predictions to a folder of their own."
 
 
 class EvaluateConfig(Config):
@@ -83,7 +84,8 @@ def run(
         dry_run: say what would be done, write nothing.
 
     Raises:
-        ConfigError: the registry has no case in these splits.
+        ConfigError: the registry has no case in these splits, or other programs' files are in the
+            way.
         WorkFolderError: the folder cannot be written.
     """
     began = time.monotonic()
@@ -95,6 +97,9 @@ def run(
             where=registry.path,
             fix="Set `split` in the registry, or `splits` in evaluate.yaml.",
         )
+    written = [predictions / name for name in ("summary.json", "scores.csv")]
+    ours = json_with(written[0], "settings", "metric_per_case"), contains(written[1], CSV_HEADER)
+    refuse_foreign("evaluate", zip(written, map(bool, ours), strict=True), fix=_MOVE_AWAY)
     if dry_run:
         report.done = [case.name for case in cases]
         return report
@@ -116,8 +121,13 @@ def run(
         row |= scored[row["case"]].files
     summary["settings"] = settings_of(config, registry)
     summary["failed"] = {name: str(error) for name, error in report.failed.items()}
-    write_json(predictions / "summary.json", summary)
-    replace_file(predictions / "scores.csv", to_csv(summary).encode())
+    try:
+        texts = json_text(summary), to_csv(summary)
+        with writing(written[0]):
+            replace_files({path: text.encode() for path, text in zip(written, texts, strict=True)})
+    except WorkFolderError as error:
+        report.failed[written[0].name] = error
+        log.warn(str(error))
     report.details = {"mean": organ_means(summary), "foreground_mean": overall_means(summary)}
     report.seconds = time.monotonic() - began
     if table:
