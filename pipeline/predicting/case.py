@@ -20,9 +20,10 @@ from pipeline.cache.store import json_text
 from pipeline.config import digest, file_sha256
 from pipeline.data.nifti import read_image, write_like
 from pipeline.data.nifti_file import read_file
-from pipeline.errors import ConfigError, GeometryError
+from pipeline.errors import ConfigError, GeometryError, WorkFolderError
 from pipeline.folder import (
     Folder,
+    changed_since,
     json_with,
     listed,
     refuse_foreign,
@@ -251,10 +252,12 @@ class Written:
             return None
         files = content.get("files")
         if files is None:  # of a version that kept no checksums
-            kept = (content.get("probabilities") or {}).get("files", [])
-            own = [file.removeprefix(name.removesuffix(stem)) for file in kept]
+            kept = content.get("probabilities")
+            named = kept["files"] if isinstance(kept, dict) else []
+            own = [file.removeprefix(name.removesuffix(stem)) for file in named]
             files = dict.fromkeys([*own, f"{stem}.nii.gz"])
-        if not all(file.startswith(f"{stem}.") and ".." not in Path(file).parts for file in files):
+        own_names = (f.startswith(f"{stem}.") and ".." not in Path(f).parts for f in files)
+        if not isinstance(files, dict) or not all(own_names):
             return None
         return cls(beside.parent, content, files)
 
@@ -272,24 +275,28 @@ class Written:
 
         Raises:
             ConfigError: one can be read and is not what was written: somebody changed it.
+            WorkFolderError: the system does not let one be read.
         """
         found = []
         for name in names:
             path, known = self.folder / name, self.files.get(name)
-            if not path.exists() or (known is not None and file_sha256(path) == known):
+            if not path.exists():
                 continue
             try:
+                if file_sha256(path) == known:
+                    continue
                 read_file(path)
+            except OSError as error:
+                raise WorkFolderError(
+                    f"what is there cannot be read ({error.strerror or error}).",
+                    where=path,
+                    fix="Check its permissions, or name another --output.",
+                ) from error
             except GeometryError:
                 found.append(name)
                 continue
             if known is not None:
-                raise ConfigError(
-                    "it was changed since `pipeline predict` wrote it: it is neither taken for the "
-                    "student's nor replaced.",
-                    where=path,
-                    fix="Move it away, or name another --output.",
-                )
+                raise changed_since("predict", path)
         return found
 
     def remove(self) -> None:

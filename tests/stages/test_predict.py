@@ -15,13 +15,17 @@ import pytest
 import torch
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from pipeline.cli import app
+from pipeline.config import file_sha256
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import load_registry
 from pipeline.errors import CheckpointError, ConfigError, GeometryError
 from pipeline.intensity import Intensity
 from pipeline.log import Log
 from pipeline.network import NetworkConfig, build_network
+from pipeline.predicting import case as case_module
 from pipeline.predicting.case import write_label_tables
 from pipeline.student.checkpoint import StudentRecord, save_student
 from pipeline.student.inference import predict_logits
@@ -366,6 +370,28 @@ class TestWhatIsDone:
         assert "a: made again, because it cannot be read: a.nii.gz" in capsys.readouterr().err
         assert content(tmp_path / "out") == whole
 
+    def test_a_label_map_that_may_not_be_read_is_an_error_of_its_case(
+        self, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in "ab":
+            write_ct(tmp_path / "in" / f"{name}.nii.gz", seed=ord(name))
+        self._run(student, tmp_path)
+        path, real, before = tmp_path / "out" / "a.nii.gz", file_sha256, content(tmp_path / "out")
+
+        def refused(file: Path) -> str:
+            if file == path:
+                raise PermissionError(13, "Permission denied")
+            return real(file)
+
+        monkeypatch.setattr(case_module, "file_sha256", refused)
+        report = self._run(student, tmp_path)
+        assert (report.exit_code, set(report.failed), report.skipped) == (2, {"a"}, ["b"])
+        assert str(report.failed["a"]) == (
+            f"{path}: what is there cannot be read (Permission denied). Check its permissions, or "
+            "name another --output."
+        )
+        assert content(tmp_path / "out") == before
+
     def test_a_label_map_that_was_corrected_by_hand_is_neither_taken_nor_replaced(
         self, student: Path, tmp_path: Path
     ) -> None:
@@ -383,7 +409,7 @@ class TestWhatIsDone:
             assert (report.exit_code, set(report.failed)) == (2, {"a"})
             assert str(report.failed["a"]) == (
                 f"{path}: it was changed since `pipeline predict` wrote it: it is neither taken "
-                "for the student's nor replaced. Move it away, or name another --output."
+                "for what was written nor replaced. Move it away, or name another --output."
             )
             assert "b" in (*report.done, *report.skipped)
             assert content(tmp_path / "out", without=["b.*"]) == before
@@ -564,6 +590,20 @@ class TestFilesOfOthers:
         made.unlink()
         made.symlink_to(tmp_path / "in" / "ct.nii.gz")
         self._refused(student, tmp_path, said)
+
+    def test_labels_of_a_registry_on_the_command_line(
+        self, student: Path, tiny_registry: Path, tmp_path: Path
+    ) -> None:
+        labels = tiny_registry.parent / "data" / "multi-ct" / "labels"
+        target = tmp_path / "out" / "multi-ct" / "case_002.nii.gz"
+        target.parent.mkdir(parents=True)
+        os.link(labels / target.name, target)
+        before = snapshot(tmp_path)
+        command = ["predict", str(student), "-r", str(tiny_registry), "-o", str(tmp_path / "out")]
+        result = CliRunner().invoke(app, [*command, "--device", "cpu", "-q"])
+        assert isinstance(result.exception, ConfigError)
+        assert f"{target}: the label map would overwrite this image or" in str(result.exception)
+        assert snapshot(tmp_path) == before
 
     def test_a_json_may_name_no_file_of_another_case(self, student: Path, tmp_path: Path) -> None:
         write_ct(tmp_path / "in" / "ct.nii.gz")
