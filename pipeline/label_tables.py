@@ -11,7 +11,7 @@ Colour = tuple[int, int, int]
 _GOLDEN_RATIO = 0.618033988749895
 _RULE = "#" * 48
 _ROW = re.compile(
-    r'^ *(?P<id>\d+) +(?:(?P<bare>[^\s\d]\S*)(?: +\d+){4}|(?: +[\d.]+){6} +"(?P<quoted>.*)") *$',
+    r'^ *(?P<id>\d+) +(?:(?P<bare>\S+)(?: +\d+){4}|(?: +[\d.]+){6} +"(?P<quoted>.*)") *$',
     re.MULTILINE,
 )
 
