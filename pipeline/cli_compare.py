@@ -69,11 +69,12 @@ def compare(
     from pipeline.comparison.configurations import load_configurations
     from pipeline.comparison.plan import plan_comparison
     from pipeline.comparison.settings import Settings
-    from pipeline.comparison.tables import print_results, write_results
+    from pipeline.comparison.tables import check_place, print_results, write_results
     from pipeline.student.launch import refuse_several
     from pipeline.student.speed import SpeedFlags
 
     refuse_several("compare")
+    check_place(output, "test" if test else "validation")
     flags = SpeedFlags(precision, channels_last, compile_)
     log = open_log(quiet, work, dry_run)
     opened = open_registry(registry, files=False)

@@ -45,6 +45,10 @@ def evaluate(
         from pipeline.comparison.folders import predictions_of
 
         predictions, *others = [predictions_of(path) for path in (predictions, *(against or []))]
+    if against:
+        from pipeline.comparison.paired_tables import check_place
+
+        check_place(predictions)
     opened, log = open_registry(registry), open_log(quiet)
     report = stage.run(settings, opened, predictions, log=log, table=not quiet, dry_run=dry_run)
     if against and not dry_run:

@@ -77,6 +77,7 @@ def predict(
     left: list[str] = []
     inputs = stage.chosen_inputs(images, known, split, left)
     other = {d for d, e in known.datasets.items() if e.units == "other"} if known else set()
+    cases = [case for name in known.datasets for case in known.cases(name)] if known else []
     log = open_log(quiet)
     for text in left:
         log.warn(text)
@@ -90,6 +91,7 @@ def predict(
         window_batch=window_batch,
         probabilities=Probabilities(probabilities, layout) if probabilities else None,
         other_units=[name for name in inputs if name.partition("/")[0] in other],
+        references=[file for case in cases for file in (case.image, case.label)],
         dry_run=dry_run,
     )
     report.details["not_taken"] = left

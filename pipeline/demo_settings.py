@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import ConfigError
+from pipeline.folder import refuse_foreign, replace_file, writing
 
 STUDENTS = ("ms_kd", "pseudo_label", "marginal")
 _PATCH = [32, 40, 40]
@@ -18,7 +19,7 @@ def write_settings(folder: Path, *, quick: bool) -> Path:
     """Writes registry and configurations of the demo; returns the registry's path.
 
     Raises:
-        ConfigError: the folder holds another demo.
+        ConfigError: the folder holds another demo, or files that are no demo's.
     """
     data = yaml.safe_load(reference_registry().read_text(encoding="utf-8"))
     if quick:
@@ -30,7 +31,10 @@ def write_settings(folder: Path, *, quick: bool) -> Path:
             where=folder,
             fix="Name another folder, or remove this one.",
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    if not registry.exists():
+        named = ("phantom", "work", "kinds", "predictions", "overlay.png", *map(_student, STUDENTS))
+        targets = [folder / name for name in (*named, "train_teachers.yaml", "cache_teachers.yaml")]
+        refuse_foreign("demo", [(path, False) for path in targets], fix="Name another folder.")
     _write_yaml(registry, data)
     steps = 8 if quick else 300
     training = {"patch": _PATCH, "batch_size": 2, "validate_every": 100}
@@ -50,7 +54,7 @@ def write_settings(folder: Path, *, quick: bool) -> Path:
             "optimiser": {"lr": 0.003},
             "supervision": supervision,
         }
-        _write_yaml(folder / f"train_student_{kind}.yaml", {"run": kind, "training": student})
+        _write_yaml(folder / _student(kind), {"run": kind, "training": student})
     return registry
 
 
@@ -82,5 +86,19 @@ def _shrink(data: dict[str, Any]) -> None:
     data["teachers"]["liver"]["spacing_mm"] = [12.0, 12.0, 12.0]
 
 
+def _student(kind: str) -> str:
+    return f"train_student_{kind}.yaml"
+
+
 def _write_yaml(path: Path, data: Any) -> None:
-    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    """One that somebody changed to try other settings stays."""
+    text = yaml.safe_dump(data, sort_keys=False)
+    if not path.exists():
+        with writing(path):
+            replace_file(path, text.encode())
+    elif yaml.safe_load(path.read_text(encoding="utf-8")) != data:
+        raise ConfigError(
+            "these are not the settings of this demo, and they are not replaced.",
+            where=path,
+            fix="Run the stages by hand with them, or name another folder.",
+        )

@@ -8,16 +8,17 @@ its own, which leave here as `OSError`.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pipeline.errors import ConfigError, StoreUnreachable, WorkFolderError
 
@@ -123,17 +124,107 @@ def replace_file(path: Folder, data: bytes) -> None:
         with storage_errors(path):
             path.fs.pipe_file(path.path, data)
         return
-    temporary = path.with_name(temporary_name(path.name))
+    replace_files({path: data})
+
+
+def replace_files(contents: Mapping[Path, bytes]) -> None:
+    """Likewise several that belong together: all are on the disk before the first one is replaced,
+    so that a full disk leaves the old ones.
+
+    Raises:
+        OSError: one cannot be written.
+    """
+    temporaries = {path: path.with_name(temporary_name(path.name)) for path in contents}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        for path, temporary in temporaries.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(contents[path])
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        for temporary in temporaries.values():
+            with suppress(OSError):
+                temporary.unlink()
+
+
+@contextmanager
+def writing(where: object, fix: str = "") -> Iterator[None]:
+    """Within the block, what the disk refuses becomes a `WorkFolderError`."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkFolderError(
+            f"it cannot be written ({error.strerror or error}).",
+            where=where,
+            fix=fix or "Check free space, quota and permissions, then run the same command again.",
+        ) from error
+
+
+def refuse_foreign(
+    command: str,
+    targets: Iterable[tuple[Folder, bool]],
+    *,
+    fix: str = "Move away what is there, or name another --output.",
+) -> None:
+    """To be called before anything is computed: what a command did not write it does not replace.
+
+    Args:
+        command: as it is typed, without `pipeline`.
+        targets: what it would write; of each, whether the command wrote what may be there.
+        fix: what the user can do.
+
+    Raises:
+        ConfigError: it names the files that are in the way, the first few of them.
+    """
+    others = (path for path, is_ours in targets if not is_ours)
+    if foreign := [path for path in others if path.exists() or path.is_symlink()]:
+        more = f", nor {listed([path.name for path in foreign[1:]])}" if foreign[1:] else ""
+        raise ConfigError(
+            f"`pipeline {command}` did not write this file and does not replace it{more}.",
+            where=foreign[0],
+            fix=fix,
+        )
+
+
+def changed_since(command: str, path: Path) -> ConfigError:
+    """The error for a file that a command wrote and somebody changed, by a correction say."""
+    return ConfigError(
+        f"it was changed since `pipeline {command}` wrote it: it is neither taken for what was "
+        "written nor replaced.",
+        where=path,
+        fix="Move it away, or name another --output.",
+    )
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
+def json_with(path: Folder, *keys: str) -> dict[str, Any] | None:
+    """The object in a JSON file, if it has these keys; None where it has not, or is none."""
+    try:
+        found = json.loads(_regular(path))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and all(key in found for key in keys) else None
+
+
+def contains(path: Folder, text: str) -> bool:
+    """Whether a text stands in a file; False for one that cannot be read."""
+    try:
+        return text.encode() in _regular(path)
+    except OSError:
+        return False
+
+
+def _regular(path: Folder) -> bytes:
+    """A device or a pipe is not waited for."""
+    return read_bytes(path) if not is_local(path) or path.is_file() else b""
 
 
 def create_object(path: UPath, data: bytes) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 
@@ -17,6 +18,12 @@ _FIRST = (
 )  # fmt: skip
 _LIGHTEST, _DARKEST = 0.3, 0.125  # relative luminance (WCAG): 3:1 against white and the dark page
 _WHITER = 0.2
+
+
+_ROW = re.compile(
+    r'^ *(?P<id>\d+) +(?:(?P<bare>\S+)(?: +\d+){4}|(?: +[\d.]+){6} +"(?P<quoted>.*)") *$',
+    re.MULTILINE,
+)
 
 
 def colour_of(organ_id: int) -> Colour:
@@ -94,6 +101,13 @@ def slicer_text(names: Mapping[int, str], file_name: str) -> str:
         red, green, blue = colour_of(organ_id)
         lines.append(f"{organ_id} {'_'.join(name.split())} {red} {green} {blue} 255")
     return "\n".join(lines) + "\n"
+
+
+def names_in(table: str) -> dict[int, str]:
+    """Organ id -> name as it stands in a table of ITK-SNAP or 3D Slicer; none of background."""
+    rows = _ROW.finditer(table)
+    found = {int(row["id"]): row["quoted"] or row["bare"] for row in rows}
+    return {organ_id: name for organ_id, name in found.items() if organ_id}
 
 
 def caret_xml(names: Mapping[int, str]) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError, WorkFolderError
-from pipeline.folder import check_writable, replace_file
+from pipeline.folder import check_writable, json_with, refuse_foreign, replace_file
 from pipeline.versions import versions
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class RunRecord:
         """From here on the record is `current()`; files that are read are digested as they are now.
 
         Raises:
+            ConfigError: it would replace a file that is no report.
             WorkFolderError: the report, or the folder that the command fills, could not be written
                 in the end: said before hours of work.
         """
@@ -99,7 +100,7 @@ class RunRecord:
             if isinstance(folder := self.arguments.get(name), Path):
                 check_writable(folder)
         if self.path is not None:
-            _check_place(self.path)
+            _check_place(self.path, self.command)
             read = (*INPUTS, *_ONLY_READ.get(self.command, ()))
             self._inputs = {name: _described(self.arguments.get(name)) for name in read}
         _CURRENT.set(self)
@@ -207,7 +208,7 @@ def note_silence() -> None:
         record.path = None
 
 
-def _check_place(path: Path) -> None:
+def _check_place(path: Path, command: str) -> None:
     """Nothing is written here: a dry run, too, may have a report."""
     folder = path.parent
     while not folder.exists() and folder != folder.parent:
@@ -219,6 +220,8 @@ def _check_place(path: Path) -> None:
             where=f"--report {path}",
             fix="Name a file, for example run.json.",
         )
+    is_ours = json_with(path, "format_version", "command", "exit_code") is not None
+    refuse_foreign(command, [(path, is_ours)], fix="Name another file with --report.")
 
 
 def _described(value: Any) -> Any:

@@ -23,6 +23,7 @@ from pipeline.metrics import NOT_ANNOTATED, RULES, OrganScore, dice_of
 METRICS: Final = (
     "Dice", "IoU", "FP", "TP", "FN", "TN", "n_pred", "n_ref", "NSD", "HD95_mm",
 )  # fmt: skip
+CSV_HEADER: Final = ",".join(["dataset", "case", "organ", "label", *METRICS, "reason"])
 
 
 def summarise(scores: Mapping[str, Sequence[OrganScore]], ids: Mapping[str, int]) -> dict[str, Any]:
@@ -84,8 +85,7 @@ def overall_means(summary: Mapping[str, Any]) -> dict[str, float | None]:
 def to_csv(summary: Mapping[str, Any]) -> str:
     """One row per case and organ; an empty cell for NaN."""
     text = io.StringIO()
-    columns = ["dataset", "case", "organ", "label", *METRICS, "reason"]
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, CSV_HEADER.split(","), lineterminator="\n")
     writer.writeheader()
     for row in summary["metric_per_case"]:
         dataset, _, case = row["case"].partition("/")

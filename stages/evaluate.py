@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.cache.store import prepare_work_folder, write_json
+from pipeline.cache.store import json_text, prepare_work_folder
 from pipeline.case_checks import (
     GEOMETRY_TOLERANCE_MM,
     SUFFIXES,
@@ -25,16 +25,17 @@ from pipeline.config import Config, digest, file_sha256
 from pipeline.data.files import CaseFiles, is_absent
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry
-from pipeline.errors import ConfigError, GeometryError, PipelineError
-from pipeline.folder import replace_file
+from pipeline.errors import ConfigError, GeometryError, PipelineError, WorkFolderError
+from pipeline.folder import contains, json_with, refuse_foreign, replace_files, writing
 from pipeline.log import Log, print_table
 from pipeline.metrics import ABSENT, NOT_ANNOTATED, OrganScore, score_case
-from pipeline.summary import organ_means, overall_means, summarise, to_csv
+from pipeline.summary import CSV_HEADER, organ_means, overall_means, summarise, to_csv
 from pipeline.volume import Grid
 from stages.report import StageReport
 
 _METRICS = ("Dice", "NSD", "HD95_mm")
 _NAMED = 5
+_MOVE_AWAY = "Move away what is there, or copy the predictions to a folder of their own."
 
 
 class EvaluateConfig(Config):
@@ -96,21 +97,24 @@ def run(
         dry_run: say what would be done, write nothing.
 
     Raises:
-        ConfigError: the registry has no case in these splits, there is no such folder, or its label
-            maps lie where no case is looked for.
+        ConfigError: the registry has no case in these splits, there is no such folder, its label
+            maps lie where no case is looked for, or files of other programs are in the way.
         WorkFolderError: the folder cannot be written.
     """
     began = time.monotonic()
     report = StageReport("evaluate")
     cases = [c for d in registry.datasets for c in registry.cases(d) if c.split in config.splits]
     if not cases:
-        notes = "".join(f"; {note}" for note in registry.empty_splits(config.splits))
+        empty = "".join(f"; {note}" for note in registry.empty_splits(config.splits))
         raise ConfigError(
             f"no case is in {' or '.join(config.splits)}.",
             where=registry.path,
-            fix=f"Set `split` in the registry, or `splits` in evaluate.yaml{notes or '.'}",
+            fix=f"Set `split` in the registry, or `splits` in evaluate.yaml{empty or '.'}",
         )
     _check_folder(predictions, cases)
+    written = [predictions / name for name in ("summary.json", "scores.csv")]
+    ours = json_with(written[0], "settings", "metric_per_case"), contains(written[1], CSV_HEADER)
+    refuse_foreign("evaluate", zip(written, map(bool, ours), strict=True), fix=_MOVE_AWAY)
     for note in registry.empty_splits(config.splits):
         log.remark(note)
     if dry_run:
@@ -138,8 +142,13 @@ def run(
         row |= scored[row["case"]].files
     summary["settings"] = settings_of(config, registry)
     summary["failed"] = {name: str(error) for name, error in report.failed.items()}
-    write_json(predictions / "summary.json", summary)
-    replace_file(predictions / "scores.csv", to_csv(summary).encode())
+    try:
+        texts = json_text(summary), to_csv(summary)
+        with writing(written[0]):
+            replace_files({path: text.encode() for path, text in zip(written, texts, strict=True)})
+    except WorkFolderError as error:
+        report.failed[written[0].name] = error
+        log.warn(str(error))
     report.details = {"mean": organ_means(summary), "foreground_mean": overall_means(summary)}
     report.seconds = time.monotonic() - began
     if table:

@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.exporting.check_image import CheckImage, open_check_image, student_file
 from pipeline.exporting.description import FORMAT_VERSION
 from pipeline.exporting.parity import Parity, Tolerance
-from pipeline.exporting.write import FORMATS, Format, is_written, write_format
+from pipeline.exporting.write import FORMATS, Format, check_place, is_written, write_format
 from pipeline.folder import Folder
 from pipeline.log import Log
 from pipeline.student.checkpoint import load_student
@@ -67,7 +67,7 @@ def run(
 
     Raises:
         CheckpointError: no student there.
-        ConfigError: nothing to check on.
+        ConfigError: nothing to check on, or files are there that are not as `export` wrote them.
         GeometryError: the image cannot be used.
         WorkFolderError: the output folder cannot be written.
     """
@@ -80,6 +80,8 @@ def run(
         "config": config.model_dump(mode="json"),
         "format_version": FORMAT_VERSION,
     }
+    for form in formats:
+        check_place(output / form)
     if not dry_run:
         prepare_work_folder(output)
     with open_check_image(path, check_on, case) as image:

@@ -1,15 +1,15 @@
 """NIfTI in, multi-organ label map out, in the geometry of the input, voxel for voxel.
 
 CT -> student grid -> sliding window -> logits, rows by rows back onto the input's grid -> argmax ->
-the input's own orientation. A JSON beside each label map names its organs; it is written last and
-says which student and which image it came from. With several devices, each has a process of its
-own, which takes the next case when it is free; files are the same as from one.
+the input's own orientation. A JSON beside each label map names its organs, the student and the
+image it came from, and the checksums of what was written. With several devices, each has a process
+of its own, which takes the next case when it is free; files are the same as from one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -29,6 +29,8 @@ from pipeline.predicting.case import (
     How,
     Probabilities,
     Share,
+    refuse_targets,
+    remove_leftovers,
     student_identity,
     write_label_tables,
 )
@@ -60,6 +62,7 @@ def run(
     window_batch: int = 1,
     probabilities: Probabilities | None = None,
     other_units: Collection[str] = (),
+    references: Iterable[Path] = (),
     dry_run: bool = False,
 ) -> StageReport:
     """Predicts each input as `output/<name>.nii.gz`; what is there from the same student and image
@@ -76,11 +79,12 @@ def run(
         window_batch: windows per forward pass.
         probabilities: which are written as well; None: none.
         other_units: names of inputs that are no CT in HU on purpose.
+        references: files beside the inputs that are never replaced, whoever wrote them.
         dry_run: say what would be done, write nothing.
 
     Raises:
         CheckpointError: no student there.
-        ConfigError: no such device.
+        ConfigError: no such device, or files that `predict` did not write are in the way.
         EngineError: the processes of all devices died.
         WorkFolderError: the output folder cannot be written.
     """
@@ -90,6 +94,7 @@ def run(
     devices = pick_devices(device)
     identity = student_identity(student, config.model_dump(mode="json"))
     how = How(config.overlap, window_batch, probabilities, identity, frozenset(other_units))
+    refuse_targets(inputs, output, how, record.label_space.organs, references)
     seen = sorted(set(inputs) & set(record.trained_on))
     if seen:
         more = f" and {len(seen) - _NAMED} more" if len(seen) > _NAMED else ""
@@ -99,7 +104,8 @@ def run(
         )
     if not dry_run:
         prepare_work_folder(output)
-        write_label_tables(output, record)
+        remove_leftovers(inputs, output)
+    write_label_tables(output, record, dry_run=dry_run)
     with log.progress("predict", len(inputs)) as advance:
         hears = _Hears(report, output, log, advance)
         if len(devices) > 1 and len(inputs) > 1 and not dry_run:
@@ -143,6 +149,8 @@ class _Hears:
         (self._report.done if done.made else self._report.skipped).append(done.name)
         self._report.num_bytes += done.num_bytes
         target = self._output / f"{done.name}.nii.gz"
+        if done.note:
+            self._log.warn(f"{done.name}: {done.note}")
         self._log.detail(f"{done.name}: {target if done.made else 'was there'}")
         if done.doubts:
             self._report.warnings[done.name] = [str(doubt) for doubt in done.doubts]

@@ -10,15 +10,30 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.store import write_json
+from pipeline.cache.store import json_text
 from pipeline.comparison.folders import HIGHER_IS_BETTER, SideBySide
 from pipeline.comparison.paired import MIN_PAIRS, Paired
 from pipeline.comparison.statistics import CONFIDENCE, MIN_CASES, NUM_DRAWS
-from pipeline.folder import replace_file
+from pipeline.folder import contains, json_with, refuse_foreign, replace_files, writing
 from pipeline.log import print_table
 
 FORMAT_VERSION = 1
+_CSV_BEGIN = "metric,case,organ"
 _UNITS = {"HD95_mm": "HD95, mm (lower is better)"}
+
+
+def check_place(folder: Path) -> None:
+    """Before anything is computed: that both files may be written.
+
+    Raises:
+        ConfigError: one is there that `evaluate` did not write.
+    """
+    table, scores = folder / "against.json", folder / "against.csv"
+    ours = {
+        table: json_with(table, "first", "against") is not None,
+        scores: contains(scores, _CSV_BEGIN),
+    }
+    refuse_foreign("evaluate --against", ours.items(), fix="Move away what is there.")
 
 
 def write_side_by_side(found: SideBySide, folder: Path) -> list[Path]:
@@ -28,8 +43,9 @@ def write_side_by_side(found: SideBySide, folder: Path) -> list[Path]:
         WorkFolderError: the folder cannot be written.
     """
     written = [folder / "against.json", folder / "against.csv"]
-    write_json(written[0], to_json(found))
-    replace_file(written[1], to_csv(found).encode())
+    texts = json_text(to_json(found)), to_csv(found)
+    with writing(folder):
+        replace_files({path: text.encode() for path, text in zip(written, texts, strict=True)})
     return written
 
 
@@ -69,7 +85,7 @@ def to_csv(found: SideBySide) -> str:
     """One row per metric, case and organ, a column per folder; empty where there is no score."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["metric", "case", "organ", *found.names])
+    writer.writerow([*_CSV_BEGIN.split(","), *found.names])
     for metric in found.metrics:
         scores = [found.scores(n, metric) for n in range(len(found.names))]
         for n, case in enumerate(found.cases):

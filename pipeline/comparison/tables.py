@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache.store import write_json
+from pipeline.cache.store import json_text
 from pipeline.comparison.figure import draw_comparison
 from pipeline.comparison.results import Results
 from pipeline.comparison.statistics import CONFIDENCE, OVER_ORGANS, Difference, Estimate
-from pipeline.folder import replace_file
+from pipeline.folder import json_with, refuse_foreign, replace_files, writing
 from pipeline.log import print_table
 
 _SCORE_COLUMNS = ("case", "organ", "Dice", "NSD", "HD95_mm", "n_ref", "n_pred", "reason")
@@ -40,16 +40,33 @@ def write_results(results: Results, folder: Path) -> list[Path]:
     Raises:
         WorkFolderError: the folder cannot be written.
     """
-    split = results.split
-    write_json(folder / f"{split}.json", results.to_json())
-    replace_file(folder / f"{split}.md", to_markdown(results).encode())
-    replace_file(folder / f"{split}_table.csv", _csv(table_rows(results)).encode())
-    replace_file(folder / f"{split}_scores.csv", _csv(score_rows(results)).encode())
-    picture = folder / f"{split}.png"
-    draw_comparison(results, picture)
-    names = ("md", "json", "png")
-    written = [folder / f"{split}.{name}" for name in names]
-    return [*written, folder / f"{split}_table.csv", folder / f"{split}_scores.csv"]
+    page, data, picture, table, scores = _files(folder, results.split)
+    texts = {
+        data: json_text(results.to_json()),
+        page: to_markdown(results),
+        table: _csv(table_rows(results)),
+        scores: _csv(score_rows(results)),
+    }
+    with writing(folder):
+        replace_files({path: text.encode() for path, text in texts.items()})
+        draw_comparison(results, picture)
+    return [page, data, picture, table, scores]
+
+
+def check_place(folder: Path, split: str) -> None:
+    """Before anything is computed: that `write_results` may write.
+
+    Raises:
+        ConfigError: files are there that `compare` did not write.
+    """
+    files = _files(folder, split)
+    is_ours = json_with(files[1], "comparison", "split") is not None
+    refuse_foreign("compare", [(path, is_ours) for path in files])
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    ends = (".md", ".json", ".png", "_table.csv", "_scores.csv")
+    return [folder / f"{split}{end}" for end in ends]
 
 
 def print_results(results: Results) -> None:

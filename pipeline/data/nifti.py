@@ -160,7 +160,9 @@ def read_grid(path: Path) -> Grid:
     return _grid_from_file([shape[i] for i in order], canonical)
 
 
-def write_image(path: Path, volume: Volume, *, affine_xyz: npt.ArrayLike | None = None) -> None:
+def write_image(
+    path: Path, volume: Volume, *, affine_xyz: npt.ArrayLike | None = None, description: str = ""
+) -> None:
     """Writes (D, H, W) in RAS+ as NIfTI, atomically.
 
     Args:
@@ -168,13 +170,16 @@ def write_image(path: Path, volume: Volume, *, affine_xyz: npt.ArrayLike | None 
         volume: its array's dtype is stored as it is (bool as uint8).
         affine_xyz: if given, the file is stored in the orientation of this affine (its axis order
             and directions), with this affine; it must describe the same voxels.
+        description: at most 80 bytes, in the header.
     """
     array = _to_file_order(volume.array)
     affine = _swap(volume.grid.matrix)
     if affine_xyz is not None:
         affine = np.asarray(affine_xyz, dtype=np.float64)
         array = apply_orientation(array, ornt_transform(_RAS, io_orientation(affine)))
-    write_file(nib.Nifti1Image(np.ascontiguousarray(array), affine), path)
+    image = nib.Nifti1Image(np.ascontiguousarray(array), affine)
+    image.header["descrip"] = description
+    write_file(image, path)
 
 
 def write_like(

@@ -22,7 +22,7 @@ from pipeline.exporting.bundle_config import (
     network_def,
 )
 from pipeline.exporting.bundle_texts import licence, readme
-from pipeline.exporting.networks import quiet, write_network
+from pipeline.exporting.networks import as_bytes, quiet, write_network
 from pipeline.exporting.parity import CPU, LabelCount, Parity, ParityError
 from pipeline.student.checkpoint import StudentRecord
 from pipeline.student.network import OneVsRest
@@ -59,7 +59,7 @@ def write_bundle(
         (folder / part).mkdir(parents=True)
     _write(folder / "configs" / "inference.json", inference_config(record, overlap=overlap))
     _write(folder / "configs" / "metadata.json", metadata(record, name=name))
-    torch.save(plain.state_dict(), folder / WEIGHTS)
+    (folder / WEIGHTS).write_bytes(as_bytes(torch.save, plain.state_dict()))
     write_network(folder / SCRIPTED, plain, record.patch, "torchscript", opset=0)
     (folder / "docs" / "README.md").write_text(readme(record, name), encoding="utf-8")
     (folder / "LICENSE").write_text(licence(record), encoding="utf-8")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +56,7 @@ def write_network(
     Raises:
         ConfigError: ONNX without its packages.
         PipelineError: the network cannot be written so.
+        OSError: the disk refuses it.
     """
     whole = FullSizeLogits(network).eval()
     # Two windows: torch.export takes an axis of one for a constant.
@@ -64,16 +66,16 @@ def write_network(
             match form:
                 case "torchscript":
                     traced = torch.jit.trace(whole, (windows,), check_trace=False)  # type: ignore[no-untyped-call]
-                    traced.save(str(path))
+                    path.write_bytes(as_bytes(torch.jit.save, traced))
                 case "torch-export":
                     batch = torch.export.Dim("batch", min=1, max=4096)
                     program = torch.export.export(
                         whole, (windows,), dynamic_shapes=({0: batch},), strict=False
                     )
-                    torch.export.save(program, path)
+                    path.write_bytes(as_bytes(torch.export.save, program))
                 case "onnx":
                     _write_onnx(path, whole, windows, opset)
-    except PipelineError:
+    except (PipelineError, OSError):
         raise
     except Exception as error:  # compilers raise almost anything
         first = str(error).strip().split("\n")[0][:300]
@@ -82,6 +84,13 @@ def write_network(
             where=path.name,
             fix="Another --format may do; `bundle` needs no compiler for its weights.",
         ) from error
+
+
+def as_bytes(save: Callable[[Any, BytesIO], object], content: Any) -> memoryview:
+    """What torch would write to a file: its own writer does not say why a disk refuses it."""
+    buffer = BytesIO()
+    save(content, buffer)
+    return buffer.getbuffer()
 
 
 def open_network(path: Path, form: NetworkFormat) -> nn.Module:

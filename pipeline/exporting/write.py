@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from pipeline.cache.store import write_json
+from pipeline.config import file_sha256
 from pipeline.data.nifti import read_image
 from pipeline.exporting.bundle import (
     ON_STUDENT_GRID,
@@ -25,7 +26,14 @@ from pipeline.exporting.bundle_config import teacher_entry as bundle_entry
 from pipeline.exporting.description import describe, teacher_entry
 from pipeline.exporting.networks import FILES, NetworkFormat, open_network, write_network
 from pipeline.exporting.parity import Parity, Tolerance, compare_networks
-from pipeline.folder import temporary_name, written_by_dead
+from pipeline.folder import (
+    changed_since,
+    json_with,
+    refuse_foreign,
+    temporary_name,
+    writing,
+    written_by_dead,
+)
 from pipeline.student.checkpoint import StudentRecord
 from pipeline.student.inference import TellWindows
 
@@ -70,8 +78,9 @@ def write_format(
     Raises:
         ParityError: worse than tolerated; nothing is written, and what was there stays.
         PipelineError: the network cannot be written so.
+        WorkFolderError: the disk is full, or cannot be written; what was there stays.
     """
-    with _in_one_go(folder) as here:
+    with writing(folder), _in_one_go(folder) as here:
         if form == "bundle":
             found = _bundle(
                 here, record, network, image,
@@ -92,11 +101,9 @@ def write_format(
         }
         if form != "onnx":  # no teacher is of that kind
             content["teacher_entry"] = entry
-        content["files"] = {
-            path.relative_to(here).as_posix(): path.stat().st_size
-            for path in sorted(here.rglob("*"))
-            if path.is_file()
-        }
+        files = _files(here)
+        content["files"] = {name: path.stat().st_size for name, path in files.items()}
+        content["sha256"] = {name: file_sha256(path) for name, path in files.items()}
         write_json(here / RECORD, content)
     return found
 
@@ -111,6 +118,27 @@ def is_written(folder: Path, made_from: str) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def check_place(folder: Path) -> None:
+    """Before anything is computed: that `write_format` may replace what is there.
+
+    Raises:
+        ConfigError: a file is in the folder that `export` did not write, or that was changed.
+    """
+    record = json_with(folder / RECORD, "digest", "files") or {}
+    sizes, checksums = record.get("files", {}), record.get("sha256", {})
+    there = {name: path for name, path in _files(folder).items() if name != RECORD or not record}
+    refuse_foreign("export", [(path, name in sizes) for name, path in there.items()])
+    for name, path in there.items():
+        same = path.stat().st_size == sizes[name]
+        if not same or file_sha256(path) != checksums.get(name, file_sha256(path)):
+            raise changed_since("export", path)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    return {path.relative_to(folder).as_posix(): path for path in found}
 
 
 def _network(

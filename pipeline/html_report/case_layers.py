@@ -34,7 +34,7 @@ from stages.predict import PredictConfig
 Array = npt.NDArray[Any]
 NOT_OF_THIS_RUN = (
     "Nothing says that this run's student.pt made this label map: it is of another student, of "
-    "other settings of predict, or the record beside it is gone."
+    "other settings of predict, was changed since, or the record beside it is gone."
 )
 
 
@@ -190,7 +190,7 @@ class CaseSource:
                 labels, _ = predicted_labels(found, ids, (), where=f"{case.name}, {path}")
             except (PipelineError, OSError) as error:
                 return None, str(error)
-            if not self._is_of_this_run(case, json_beside(path)):
+            if not self._is_of_this_run(case, json_beside(path), found.sha256):
                 notes.append(NOT_OF_THIS_RUN)
             volume = Volume(labels, found.volume.grid)
             return resample(volume, case.grid, order=0, outside=0).array, ""
@@ -198,7 +198,7 @@ class CaseSource:
             return None, "the run has no readable student.pt or best.pt."
         return self.student.label_map(case), ""
 
-    def _is_of_this_run(self, case: CachedCase, beside: Path) -> bool:
+    def _is_of_this_run(self, case: CachedCase, beside: Path, sha256: str) -> bool:
         """Whether `pipeline predict` says that this run's student made it, by default settings."""
         image_sha256 = str(case.case.receipt.inputs.get("image_sha256"))
         try:
@@ -206,7 +206,8 @@ class CaseSource:
             settings = PredictConfig().model_dump(mode="json")
             identity = student_identity(self.record.folder / "student.pt", settings)
             expected = prediction_digest(identity, image_sha256)
-            return bool(content["digest"] == expected)
+            known = content.get("files", {}).get(f"{beside.stem}.nii.gz", sha256)
+            return bool(content["digest"] == expected and known == sha256)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 

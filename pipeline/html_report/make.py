@@ -10,8 +10,16 @@ from pathlib import Path
 import torch
 
 from pipeline.data.registry import Registry
-from pipeline.errors import CheckpointError, ConfigError, PipelineError, WorkFolderError
-from pipeline.folder import Folder, check_writable, is_local, replace_file
+from pipeline.errors import CheckpointError, ConfigError, PipelineError
+from pipeline.folder import (
+    Folder,
+    check_writable,
+    contains,
+    is_local,
+    refuse_foreign,
+    replace_file,
+    writing,
+)
 from pipeline.html_report.case_layers import CaseSource
 from pipeline.html_report.charts import strip_charts
 from pipeline.html_report.content import (
@@ -26,7 +34,7 @@ from pipeline.html_report.content import (
 )
 from pipeline.html_report.gate import read_gate
 from pipeline.html_report.lineage import VALIDATION, Lineage, trace
-from pipeline.html_report.page import render
+from pipeline.html_report.page import MARK, render
 from pipeline.html_report.record import RunRecord, read_run
 from pipeline.html_report.regions import Regions, measure_regions
 from pipeline.html_report.scores import (
@@ -85,7 +93,8 @@ def write_report(
         The file.
 
     Raises:
-        ConfigError: no such run, no scores in `predictions`, or `output` is no HTML file.
+        ConfigError: no such run, no scores in `predictions`, or `output` is no HTML file, or one
+            that is no report.
         CheckpointError: the run's record cannot be read.
         WorkFolderError: the page cannot be written.
     """
@@ -95,15 +104,11 @@ def write_report(
         raise ConfigError("the page is an HTML file.", where=path, fix="Name it report.html.")
     if is_local(path):
         check_writable(path.parent)
+    refuse_foreign("report", [(path, contains(path, MARK))], fix="Name another file with --output.")
     content = gather(registry, work, record, settings, device=device, log=log)
-    try:
-        replace_file(path, render(content).encode("utf-8"))
-    except OSError as error:
-        raise WorkFolderError(
-            f"cannot be written ({error.strerror or error}).",
-            where=path,
-            fix="Name another file with --output.",
-        ) from error
+    page = render(content).encode("utf-8")
+    with writing(path, "Name another file with --output."):
+        replace_file(path, page)
     return path
 
 

@@ -14,6 +14,8 @@ from pipeline.log import duration
 from pipeline.tables import in_ml
 
 TEMPLATES = Path(__file__).parent / "templates"
+# Stands in every page: by it `report` knows what it may replace.
+MARK = '<p class="kicker">organ-distill, report of a student run</p>'
 MOST_REGION_ROWS = 60
 MOST_FLAGGED_ROWS = 20
 # Longer tables of cases are closed when the page opens, and on paper.

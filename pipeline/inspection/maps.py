@@ -14,12 +14,13 @@ import numpy.typing as npt
 
 from pipeline.cache.reader import CachedCase
 from pipeline.data.nifti import write_image
-from pipeline.errors import WorkFolderError
+from pipeline.folder import replace_files
 from pipeline.inspection.looks import CaseLook
 from pipeline.label_tables import colour_of, hex_colour
 from pipeline.volume import Volume
 
 Array = npt.NDArray[Any]
+_SNAP_LABELS, _SLICER_COLOURS = "organs.label.txt", "organs.ctbl"
 
 
 @dataclass(frozen=True)
@@ -83,32 +84,27 @@ def compute_maps(
     return CaseMaps(case.image(), case.label(), maps), tuple(others)
 
 
+def files_of(look: CaseLook) -> list[str]:
+    """Names of all that `write_maps` writes."""
+    maps = [f"{name}.nii.gz" for name in ("image", "label", *lazy_maps(look))]
+    return [*maps, _SNAP_LABELS, _SLICER_COLOURS]
+
+
 def write_maps(folder: Path, case: CachedCase, look: CaseLook, found: CaseMaps) -> list[Path]:
     """Writes the CT, the label and every map as `.nii.gz`, and the organs' names and colours for
     ITK-SNAP (`organs.label.txt`) and 3D Slicer (`organs.ctbl`).
 
     Raises:
-        WorkFolderError: it cannot be written.
+        OSError: it cannot be written.
     """
     written = []
-    try:
-        for name, array in {"image": found.image, "label": found.label, **found.maps}.items():
-            path = folder / f"{name}.nii.gz"
-            write_image(path, Volume(array, case.grid))
-            written.append(path)
-        for path, text in {
-            folder / "organs.label.txt": snap_labels(look),
-            folder / "organs.ctbl": slicer_colours(look),
-        }.items():
-            path.write_text(text, encoding="utf-8")
-            written.append(path)
-    except OSError as error:
-        raise WorkFolderError(
-            f"cannot be written ({error.strerror or error}).",
-            where=folder,
-            fix="Name another folder with --output.",
-        ) from error
-    return written
+    for name, array in {"image": found.image, "label": found.label, **found.maps}.items():
+        path = folder / f"{name}.nii.gz"
+        write_image(path, Volume(array, case.grid))
+        written.append(path)
+    tables = {_SNAP_LABELS: snap_labels(look), _SLICER_COLOURS: slicer_colours(look)}
+    replace_files({folder / name: text.encode() for name, text in tables.items()})
+    return [*written, *(folder / name for name in tables)]
 
 
 def organ_colours(look: CaseLook) -> dict[str, str]:

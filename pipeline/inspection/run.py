@@ -9,12 +9,20 @@ from pathlib import Path
 from pipeline.cache.reader import CachedCase
 from pipeline.cohort import open_case, open_cohort
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError, CacheMissing, ConfigError, PipelineError, WorkFolderError
-from pipeline.folder import Folder, replace_file
+from pipeline.errors import CacheError, CacheMissing, ConfigError, PipelineError
+from pipeline.folder import (
+    Folder,
+    contains,
+    json_with,
+    refuse_foreign,
+    replace_file,
+    replace_files,
+    writing,
+)
 from pipeline.inspection.cohort_table import CohortNumbers, measure_cohort, to_csv
 from pipeline.inspection.improbable import flagged
 from pipeline.inspection.looks import View, look_at
-from pipeline.inspection.maps import compute_maps, write_maps
+from pipeline.inspection.maps import compute_maps, files_of, write_maps
 from pipeline.inspection.measure import CaseNumbers, lazy_numbers, numbers_of
 from pipeline.inspection.picture import draw_case
 from pipeline.log import Log
@@ -44,7 +52,7 @@ def inspect_case(
         The numbers, flagged by the case alone, and the files.
 
     Raises:
-        ConfigError: the registry has no teacher.
+        ConfigError: the registry has no teacher, or there are files that `inspect` did not write.
         RegistryError: no such dataset.
         CacheError: the case or a unit is not in the cache, or is damaged.
         WorkFolderError: the output cannot be written.
@@ -54,14 +62,20 @@ def inspect_case(
     case = open_case(work, registry, name, teachers, allow_missing=allow_missing)
     (case,) = _believed([case], registry, work, view)
     look = look_at(case, registry.label_space, view)
+    folder = output / name
+    told, figure = folder / "numbers.json", folder / "figure.png"
+    is_ours = json_with(told, "case", "volume_ml") is not None
+    targets = [told, figure, *(folder / file for file in files_of(look))]
+    refuse_foreign("inspect", [(path, is_ours) for path in targets])
     lazy = lazy_numbers(case, look)
     found, computed = compute_maps(case, look, lazy.arrays)
     numbers = flagged(numbers_of(case, look, lazy, computed), {})
-    folder = output / name
-    written = write_maps(folder, case, look, found)
-    draw_case(folder / "figure.png", case, look, found, numbers)
-    text = json.dumps(numbers.model_dump(mode="json"), indent=1)
-    return numbers, [*written, folder / "figure.png", _write(folder / "numbers.json", text)]
+    with writing(folder, "Name another folder with --output."):
+        # First: by it the next call knows the folder for its own.
+        replace_file(told, json.dumps(numbers.model_dump(mode="json"), indent=1).encode())
+        written = write_maps(folder, case, look, found)
+        draw_case(figure, case, look, found, numbers)
+    return numbers, [*written, figure, told]
 
 
 def inspect_cohort(
@@ -89,12 +103,18 @@ def inspect_cohort(
         log: where progress goes.
 
     Raises:
-        ConfigError: the registry has no teacher.
+        ConfigError: the registry has no teacher, or there are files that `inspect` did not write.
         CacheStale: stage one has not seen the registry as it is now.
         CacheMissing: there is no case at all.
         WorkFolderError: the output cannot be written.
     """
     _check_teachers(registry)
+    table, whole = output / "cohort.csv", output / "cohort.json"
+    ours = {
+        table: contains(table, "improbable\n"),
+        whole: json_with(whole, "cases", "usual", "pairs") is not None,
+    }
+    refuse_foreign("inspect", ours.items())
     cohort = open_cohort(work, registry, teachers=list(registry.teachers))
     failed: dict[str, PipelineError] = {}
     for unit, error in cohort.problems.items():
@@ -107,8 +127,9 @@ def inspect_cohort(
     believed = _believed(cases, registry, work, view)
     found = measure_cohort(believed, registry.label_space, view, workers=workers, log=log)
     found = CohortNumbers(found.cases, found.usual, {**failed, **found.failed})
-    _write(output / "cohort.csv", to_csv(found))
-    _write(output / "cohort.json", json.dumps(found.to_json(), indent=1))
+    texts = {table: to_csv(found), whole: json.dumps(found.to_json(), indent=1)}
+    with writing(output, "Name another folder with --output."):
+        replace_files({path: text.encode() for path, text in texts.items()})
     return found
 
 
@@ -136,16 +157,3 @@ def _no_case(work: Folder) -> CacheError:
     return CacheMissing(
         "there is no case in the cache.", where=work, fix="Run `pipeline cache-teachers`."
     )
-
-
-def _write(path: Path, text: str) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text.encode())
-    except OSError as error:
-        raise WorkFolderError(
-            f"cannot be written ({error.strerror or error}).",
-            where=path,
-            fix="Name another folder with --output.",
-        ) from error
-    return path

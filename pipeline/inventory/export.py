@@ -12,13 +12,16 @@ import numpy.typing as npt
 from pipeline.cache.reader import CachedCase
 from pipeline.cohort import compute, lazy_consensus, open_case
 from pipeline.data.nifti import write_image
+from pipeline.data.nifti_file import read_header
 from pipeline.data.registry import Registry
-from pipeline.errors import RegistryError
-from pipeline.folder import Folder
+from pipeline.errors import GeometryError, RegistryError
+from pipeline.folder import Folder, refuse_foreign, writing
 from pipeline.labels import IGNORE, LabelSpace
 from pipeline.volume import Volume
 
 _SUFFIX = ".nii.gz"
+_REGIONS = ("regions", "agreed_background", "conflict")
+_MARK = "organ-distill, cache export"  # in the NIfTI header: what has it may be replaced
 
 
 def export_nifti(
@@ -47,6 +50,7 @@ def export_nifti(
         The files.
 
     Raises:
+        ConfigError: files are there that `cache export` did not write.
         RegistryError: no such dataset or teacher.
         CacheStale, CacheMissing: the registry, the case or a unit is not in the cache.
     """
@@ -58,31 +62,40 @@ def export_nifti(
             )
     found = open_case(work, registry, case, list(registry.teachers) if regions else teachers)
     folder = output / case
-    written = []
-    for teacher in teachers:
-        for organ in registry.teachers[teacher].organs:
-            odds = found.log_odds(teacher, organ).astype(np.float32)
-            written.append(_write(folder / f"{teacher}_{organ}{_SUFFIX}", odds, found))
-    if regions:
-        for name, array in _regions(found, registry.label_space).items():
-            written.append(_write(folder / f"{name}{_SUFFIX}", array, found))
-    return written
+    odds = {
+        folder / f"{teacher}_{organ}{_SUFFIX}": (teacher, organ)
+        for teacher in teachers
+        for organ in registry.teachers[teacher].organs
+    }
+    others = [folder / f"{name}{_SUFFIX}" for name in (_REGIONS if regions else ())]
+    refuse_foreign("cache export", [(path, _is_ours(path)) for path in (*odds, *others)])
+    with writing(folder):
+        for path, (teacher, organ) in odds.items():
+            _write(path, found.log_odds(teacher, organ).astype(np.float32), found)
+        if regions:
+            arrays = _regions(found, registry.label_space)
+            for path, array in zip(others, arrays, strict=True):
+                _write(path, array, found)
+    return [*odds, *others]
 
 
-def _regions(case: CachedCase, space: LabelSpace) -> dict[str, npt.NDArray[np.uint8]]:
+def _regions(case: CachedCase, space: LabelSpace) -> list[npt.NDArray[np.uint8]]:
+    """In the order of `_REGIONS`."""
     lazy, known = lazy_consensus(case, space)
     organ, background, conflict = compute(lazy.organ, lazy.background, lazy.conflict)
     regions = np.full(background.shape, IGNORE, dtype=np.uint8)
     regions[background] = 0
     for number, k in enumerate(known):
         regions[organ[number] & ~conflict] = space.ids[space.organs[k]]
-    return {
-        "regions": regions,
-        "agreed_background": background.astype(np.uint8),
-        "conflict": conflict.astype(np.uint8),
-    }
+    return [regions, background.astype(np.uint8), conflict.astype(np.uint8)]
 
 
-def _write(path: Path, array: npt.NDArray[Any], case: CachedCase) -> Path:
-    write_image(path, Volume(array, case.grid))
-    return path
+def _write(path: Path, array: npt.NDArray[Any], case: CachedCase) -> None:
+    write_image(path, Volume(array, case.grid), description=_MARK)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return bool(read_header(path)[1]["descrip"].item().decode() == _MARK)
+    except (GeometryError, UnicodeDecodeError):
+        return False

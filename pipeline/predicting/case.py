@@ -1,12 +1,12 @@
-"""One CT -> label map, probabilities if wanted, and last the JSON that says they are complete."""
+"""One CT -> label map, probabilities if wanted, and the JSON that says what they are."""
 
 from __future__ import annotations
 
-import json
+import errno
+import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +16,26 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from pipeline.cache.store import write_json
+from pipeline.cache.store import json_text
 from pipeline.config import digest, file_sha256
 from pipeline.data.nifti import read_image, write_like
-from pipeline.errors import ConfigError
-from pipeline.folder import Folder, replace_file
+from pipeline.data.nifti_file import read_file
+from pipeline.errors import ConfigError, GeometryError, WorkFolderError
+from pipeline.folder import (
+    Folder,
+    changed_since,
+    json_with,
+    listed,
+    refuse_foreign,
+    remove,
+    replace_file,
+    replace_files,
+    temporary_name,
+    writing,
+    written_by_dead,
+)
 from pipeline.hounsfield import Doubt, doubts_of
-from pipeline.label_tables import itksnap_text, slicer_text
+from pipeline.label_tables import itksnap_text, names_in, slicer_text
 from pipeline.student.checkpoint import StudentRecord, load_student
 from pipeline.student.inference import TellWindows
 from pipeline.student.segmentation import FloatArray, organ_probabilities, segment
@@ -81,12 +94,14 @@ class Done:
         made: it was predicted now (or would be, in a dry run); else it was there.
         num_bytes: written.
         doubts: why its image may be no CT in HU.
+        note: what the user should hear of it.
     """
 
     name: str
     made: bool
     num_bytes: int = 0
     doubts: tuple[Doubt, ...] = ()
+    note: str = ""
 
 
 class CasePredictor:
@@ -109,60 +124,55 @@ class CasePredictor:
         """Predicts `output/<name>.nii.gz`, unless it is there from the same student and image.
 
         Raises:
-            ConfigError: the label map would overwrite its image.
+            ConfigError: what is there is not as it was written.
             GeometryError: the image cannot be used.
+            WorkFolderError: the disk is full, or cannot be written; what was there stays.
         """
         read = read_image(image)
         made_from = prediction_digest(self._how.identity, read.sha256)
-        target, beside = self._output / f"{name}.nii.gz", self._output / f"{name}.json"
-        if target.resolve() == image.resolve():
-            raise ConfigError(
-                "the label map would overwrite this image.",
-                where=image,
-                fix="Name another --output.",
-            )
         # Of a prediction that is there too: whoever runs it again must not take it for a good one.
         known = name in self._how.other_units
         doubts = () if known else tuple(doubts_of(read.volume.array))
-        kept = self._kept(name)
-        wanted: list[str] = [] if kept is None else kept["files"]
-        if _is_done(beside, made_from, kept, [target, *(self._output / file for file in wanted)]):
-            return Done(name, made=False, doubts=doubts)
+        space, kept, stem = self._record.label_space, self._how.probabilities, Path(name).name
+        content: dict[str, Any] = {
+            "digest": made_from, "image": image.name, "organs": dict(space.ids),
+        }  # fmt: skip
+        files = [f"{stem}.nii.gz", *([] if kept is None else kept.files(stem, space.organs))]
+        if kept is not None:
+            named = kept.files(name, space.organs)
+            content["probabilities"] = {"precision": kept.precision, "files": named}
+        there = Written.read(self._output, name)
+        damaged: list[str] = []
+        if there is not None:
+            if there.is_of(content) and there.has(files) and not there.damaged(files):
+                return Done(name, made=False, doubts=doubts)
+            damaged = there.damaged(there.files)
+        note = f"made again, because it cannot be read: {listed(damaged)}" if damaged else ""
         if dry_run:
-            return Done(name, made=True, doubts=doubts)
-        beside.unlink(missing_ok=True)
-        remove_probabilities(self._output, name)
-        space = self._record.label_space
-        with self._scratch(name, read.volume.grid) as held:
+            return Done(name, made=True, doubts=doubts, note=note)
+        target = self._output / f"{name}.nii.gz"
+        with writing(f"{name}, {target}"), self._scratch(name) as scratch:
+            held = self._room(scratch, read.volume.grid)
             classes = segment(
                 read.volume, self._record, self._network, take=self._keep(held),
                 overlap=self._how.overlap, window_batch=self._how.window_batch,
                 device=self._device, tell=tell,
             )  # fmt: skip
+            labels = Volume(space.to_ids(classes), read.volume.grid)
+            names = {organ_id: organ for organ, organ_id in space.ids.items()}
+            write_like(scratch / files[0], labels, image, names=names)
             if held is not None:
-                self._write_probabilities(held, read.volume.grid, image, wanted)
-        labels = Volume(space.to_ids(classes), read.volume.grid)
-        names = {organ_id: organ for organ, organ_id in space.ids.items()}
-        write_like(target, labels, image, names=names)
-        content: dict[str, Any] = {
-            "digest": made_from, "image": image.name, "organs": dict(space.ids),
-        }  # fmt: skip
-        if kept is not None:
-            content["probabilities"] = kept
-        if doubts:
-            content["warnings"] = [asdict(doubt) for doubt in doubts]
-        write_json(beside, content)
-        sizes = [target, *(self._output / file for file in wanted)]
-        written = sum(file.stat().st_size for file in sizes)
-        return Done(name, made=True, num_bytes=written, doubts=doubts)
-
-    def _kept(self, name: str) -> dict[str, Any] | None:
-        """What the JSON of a case says of its probabilities."""
-        kept = self._how.probabilities
-        if kept is None:
-            return None
-        files = kept.files(name, self._record.label_space.organs)
-        return {"precision": kept.precision, "files": files}
+                whole = kept is not None and kept.layout == "4d"
+                parts = [held] if whole else list(held)
+                for file, part in zip(files[1:], parts, strict=True):
+                    write_like(scratch / file, Volume(part, read.volume.grid), image)
+            num_bytes = sum((scratch / file).stat().st_size for file in files)
+            content["files"] = {file: _synced(scratch / file) for file in files}
+            if doubts:
+                content["warnings"] = [asdict(doubt) for doubt in doubts]
+            replace_file(scratch / f"{stem}.json", json_text(content).encode())
+            _appear(scratch, target.parent, stem, there, files)
+        return Done(name, made=True, num_bytes=num_bytes, doubts=doubts, note=note)
 
     def _keep(
         self, held: npt.NDArray[np.float32] | None
@@ -180,29 +190,31 @@ class CasePredictor:
         return keep
 
     @contextmanager
-    def _scratch(self, name: str, grid: Grid) -> Iterator[npt.NDArray[np.float32] | None]:
-        """Room for all probabilities on the output's disk: rows come with all organs, and files
-        want an organ with all rows."""
-        if self._how.probabilities is None:
-            yield None
-            return
-        path = self._output / f"{name}.probabilities"
-        path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shape = (len(self._record.organs), *grid.shape)
+    def _scratch(self, name: str) -> Iterator[Path]:
+        """A hidden folder on the output's disk, in which all files of a case are made."""
+        target = self._output / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = target.with_name(temporary_name(target.name))
+        folder.mkdir()
         try:
-            yield np.memmap(path, dtype=np.float32, mode="w+", shape=shape)
+            yield folder
         finally:
-            path.unlink(missing_ok=True)
+            remove(folder)
 
-    def _write_probabilities(
-        self, held: npt.NDArray[np.float32], grid: Grid, image: Path, wanted: list[str]
-    ) -> None:
-        kept = self._how.probabilities
-        whole = kept is not None and kept.layout == "4d"
-        parts = [held] if whole else list(held)
-        for file, part in zip(wanted, parts, strict=True):
-            write_like(self._output / file, Volume(part, grid), image)
+    def _room(self, scratch: Path, grid: Grid) -> npt.NDArray[np.float32] | None:
+        """Room for all probabilities on the disk: rows come with all organs, and files want an
+        organ with all rows."""
+        if self._how.probabilities is None:
+            return None
+        shape = (len(self._record.organs), *grid.shape)
+        path = scratch / "probabilities"
+        with path.open("wb") as file:
+            try:  # a write to a mapped file that gets no more blocks would end the process (SIGBUS)
+                os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+        return np.memmap(path, dtype=np.float32, mode="r+", shape=shape)
 
 
 @dataclass(frozen=True)
@@ -227,34 +239,191 @@ class Share:
 _predictor: CasePredictor | None = None
 
 
-def write_label_tables(output: Path, record: StudentRecord) -> None:
-    """Names and colours of the label maps in a folder, for ITK-SNAP and 3D Slicer; a table that is
-    there already is left as it is."""
+@dataclass(frozen=True)
+class Written:
+    """What the JSON beside a label map says that `predict` wrote.
+
+    Attributes:
+        folder: of the JSON; names of files are relative to it.
+        content: of the JSON.
+        files: name -> SHA-256; None where it was not kept yet.
+    """
+
+    folder: Path
+    content: Mapping[str, Any]
+    files: Mapping[str, str | None]
+
+    @classmethod
+    def read(cls, output: Path, name: str) -> Written | None:
+        """None if there is no such JSON, or it is another program's."""
+        beside, stem = output / f"{name}.json", Path(name).name
+        content = json_with(beside, "digest", "image", "organs")
+        if content is None:
+            return None
+        files = content.get("files")
+        if files is None:  # of a version that kept no checksums
+            kept = content.get("probabilities")
+            named = kept["files"] if isinstance(kept, dict) else []
+            own = [file.removeprefix(name.removesuffix(stem)) for file in named]
+            files = dict.fromkeys([*own, f"{stem}.nii.gz"])
+        own_names = (f.startswith(f"{stem}.") and ".." not in Path(f).parts for f in files)
+        if not isinstance(files, dict) or not all(own_names):
+            return None
+        return cls(beside.parent, content, files)
+
+    def is_of(self, content: Mapping[str, Any]) -> bool:
+        """Whether it is from the student, image and settings that this JSON is of, in its ids."""
+        wanted = [key for key in ("digest", "organs", "probabilities") if key in content]
+        return all(self.content.get(key) == content[key] for key in wanted)
+
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether these files are there."""
+        return all((self.folder / name).exists() for name in names)
+
+    def damaged(self, names: Iterable[str]) -> list[str]:
+        """Which of its files are there and can be read by nobody, as after a crash.
+
+        Raises:
+            ConfigError: one can be read and is not what was written: somebody changed it.
+            WorkFolderError: the system does not let one be read.
+        """
+        found = []
+        for name in names:
+            path, known = self.folder / name, self.files.get(name)
+            if not path.exists():
+                continue
+            try:
+                if file_sha256(path) == known:
+                    continue
+                read_file(path)
+            except OSError as error:
+                raise WorkFolderError(
+                    f"what is there cannot be read ({error.strerror or error}).",
+                    where=path,
+                    fix="Check its permissions, or name another --output.",
+                ) from error
+            except GeometryError:
+                found.append(name)
+                continue
+            if known is not None:
+                raise changed_since("predict", path)
+        return found
+
+    def remove(self) -> None:
+        """The files, before the JSON says that there are others."""
+        for name in self.files:
+            (self.folder / name).unlink(missing_ok=True)
+            if "/" in name:
+                with suppress(OSError):  # somebody else's files are in it
+                    (self.folder / name).parent.rmdir()
+
+
+def refuse_targets(
+    inputs: Mapping[str, Path],
+    output: Path,
+    how: How,
+    organs: tuple[str, ...],
+    references: Iterable[Path],
+) -> None:
+    """Nothing that `predict` did not write is replaced, and no image or reference whatever it says.
+
+    Args:
+        inputs: name -> image.
+        output: the folder.
+        how: says which probabilities are written.
+        organs: of the student.
+        references: files that are no place for a prediction, by whatever name they are reached.
+
+    Raises:
+        ConfigError: it names the files that are in the way.
+    """
+    read = {(s.st_dev, s.st_ino) for f in (*inputs.values(), *references) if (s := _status(f))}
+    targets: dict[Path, bool] = {}
+    kept = how.probabilities
+    for name in inputs:
+        there, stem = Written.read(output, name), Path(name).name
+        beside = (output / name).with_name(f"{stem}.json")
+        targets[beside] = there is not None
+        for file in [f"{stem}.nii.gz", *([] if kept is None else kept.files(stem, organs))]:
+            targets[beside.parent / file] = there is not None and file in there.files
+    for path in targets:
+        status = _status(path)
+        if status is not None and (status.st_dev, status.st_ino) in read:
+            raise ConfigError(
+                "the label map would overwrite this image or reference.",
+                where=path,
+                fix="Name another --output.",
+            )
+    refuse_foreign("predict", targets.items())
+
+
+def remove_leftovers(inputs: Iterable[str], output: Path) -> None:
+    """What killed processes left in the folders of these cases."""
+    for folder in {(output / name).parent for name in inputs}:
+        for left in folder.glob(".*~*.tmp"):
+            if written_by_dead(left.name):
+                remove(left)
+
+
+def write_label_tables(output: Path, record: StudentRecord, *, dry_run: bool = False) -> None:
+    """Names and colours of the label maps in a folder, for ITK-SNAP and 3D Slicer. A table that is
+    there already and has these names is left as it is, in whatever colours.
+
+    Raises:
+        ConfigError: one has other names, and not as this program writes them.
+        WorkFolderError: it cannot be written.
+    """
     names = {organ_id: organ for organ, organ_id in record.label_space.ids.items()}
-    tables = {ITKSNAP_TABLE: itksnap_text(names), SLICER_TABLE: slicer_text(names, SLICER_TABLE)}
-    for file, text in tables.items():
+    made: dict[str, Callable[[Mapping[int, str]], str]] = {
+        ITKSNAP_TABLE: itksnap_text,
+        SLICER_TABLE: lambda known: slicer_text(known, SLICER_TABLE),
+    }
+    stale: dict[Path, bytes] = {}
+    is_ours = []
+    for file, text in made.items():
         path = output / file
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            replace_file(path, text.encode())
+        before, wanted = _text(path), text(names)
+        if not before or names_in(before) != names_in(wanted):
+            stale[path] = wanted.encode()
+            is_ours.append(text(names_in(before)) == before)
+    refuse_foreign("predict", zip(stale, is_ours, strict=True))
+    if not dry_run:
+        with writing(output):
+            replace_files(stale)
 
 
-def remove_probabilities(output: Path, name: str) -> None:
-    """Those of a case, in either layout, and what a killed process left of them."""
-    folder = output / f"{name}.probabilities"
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    folder.with_name(f"{folder.name}.nii.gz").unlink(missing_ok=True)
-    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
-        left.unlink()
-
-
-def _is_done(beside: Path, made_from: str, kept: dict[str, Any] | None, files: list[Path]) -> bool:
+def _text(path: Path) -> str:
     try:
-        found = json.loads(beside.read_text(encoding="utf-8"))
-        same = found["digest"] == made_from and kept in (None, found.get("probabilities"))
-    except (OSError, ValueError, KeyError, AttributeError):
-        return False
-    return same and all(file.exists() for file in files)
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _synced(path: Path) -> str:
+    """The SHA-256 of a file, which is on the disk then."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return file_sha256(path)
+
+
+def _appear(
+    scratch: Path, folder: Path, stem: str, there: Written | None, files: list[str]
+) -> None:
+    """Puts a case's files in the place of those before. The label map is there last: killed at any
+    moment, there is none that its JSON does not tell of, nor one without the rest."""
+    if there is not None:
+        there.remove()
+    (scratch / f"{stem}.json").replace(folder / f"{stem}.json")
+    for name in reversed(files):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (scratch / name).replace(folder / name)
 
 
 def student_identity(student: Folder, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,6 +143,49 @@ def full_disk(registry: str, fill_at: int) -> dict[str, Any]:
             "again": _run(path, 5), "damaged_again": _damaged(path)}  # fmt: skip
 
 
+def predict(folder: str, *, overlap: float = 0.5, kill_at: int = 0, fill_at: int = 0,
+            disk: bool = False) -> dict[str, Any]:  # fmt: skip
+    """The images of `folder/in` into `folder/out` with probabilities. `kill_at`: killed before that
+    operation on files there; `disk`: `out` is a disk of 2 MB, and somebody else fills it before the
+    operation `fill_at`; then the same once more with room."""
+    from pipeline.predicting.case import Probabilities
+    from stages import predict as stage
+
+    root = Path(folder)
+    out, images = root / "out", stage.find_inputs(root / "in")
+    out.mkdir(exist_ok=True)
+    if disk and (problem := _mount(out, "size=2m")):
+        return {"impossible": problem}
+    ballast = out / "ballast"
+    act = (lambda: _fill(ballast)) if disk else (lambda: os.kill(os.getpid(), signal.SIGKILL))
+    watch = Watch(out, fill_at or kill_at, act)
+
+    def run(overlap: float) -> dict[str, Any]:
+        config = stage.PredictConfig(overlap=overlap)
+        try:
+            report = stage.run(
+                config, root / "student.pt", images, out, log=Log(quiet=True), device="cpu",
+                probabilities=Probabilities("float16"),
+            )  # fmt: skip
+        except PipelineError as error:
+            return {"stopped": f"{type(error).__name__}: {error}", "exit_code": error.exit_code}
+        return {**_told(report), "files": _files(out)}
+
+    first = run(overlap)
+    if not disk:
+        return {**first, "operations": watch.operations}
+    ballast.unlink(missing_ok=True)
+    return {"full": first, "again": run(overlap), "operations": watch.operations}
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256, but for the ballast."""
+    from pipeline.config import file_sha256
+
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != "ballast")
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in found}
+
+
 def read_only(registry: str, folder: str) -> dict[str, Any]:
     """Stage one while a folder, relative to the work folder, cannot be written."""
     path = Path(registry)

@@ -16,6 +16,7 @@ import pytest
 from tests.faults.ledger import LEDGER, how_many
 from tests.faults.nursery import Job, Nursery
 from tests.faults.small import content, files_of, hidden, place_named, run_stage, unit_names
+from tests.stages.test_predict import write_ct, write_student
 from tests.tiny import copy_cohort, work_of
 
 
@@ -132,3 +133,72 @@ def test_a_part_of_the_cache_that_cannot_be_written(
     assert (report.failed, report.exit_code) == ({}, 0)
     assert content(work) == content(work_of(undisturbed))
     LEDGER.add("a part of the cache that is read-only")
+
+
+def test_predictions_on_a_disk_that_fills_up_at_any_moment(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    """A case fails by name, with no file of it that is not whole; the others are tried."""
+    whole = one_of_predict(nursery, to_predict(tmp_path / "whole"), disk=True)
+    wanted = whole["again"]["files"]
+    rng = random.Random(7)
+    for number in range(how_many(8, 60)):
+        fill_at = rng.randint(1, whole["operations"])
+        told = one_of_predict(
+            nursery, to_predict(tmp_path / str(number)), disk=True, fill_at=fill_at
+        )
+        full, where = told["full"], f"filled before operation {fill_at}: {told['full']}"
+        if "stopped" in full:
+            assert full["stopped"].startswith("WorkFolderError: "), where
+            assert "No space left on device" in full["stopped"], where
+        else:
+            assert set(full["done"]) | set(full["failed"]) == set("abc"), where
+            for name, text in full["failed"].items():
+                assert text.startswith(f"WorkFolderError: {name}, "), where
+                assert "it cannot be written (No space left on device). Check free space" in text
+            kept = {
+                name: sha for name, sha in full["files"].items() if name[0] not in full["failed"]
+            }
+            assert kept.items() <= wanted.items(), where
+            assert all(name[0] not in full["failed"] for name in full["files"]), where
+        assert full["exit_code"] == (2 if "stopped" in full or full["failed"] else 0), where
+        assert (told["again"]["failed"], told["again"]["files"]) == ({}, wanted), where
+        LEDGER.add("a disk that fills up while predicting")
+
+
+def test_predict_killed_before_any_operation_goes_on(nursery: Nursery, tmp_path: Path) -> None:
+    """On the way from one settings' files to another's: none is taken for a stranger's."""
+    whole = one_of_predict(nursery, to_predict(tmp_path / "whole"), overlap=0.25)
+    first = to_predict(tmp_path / "first")
+    one_of_predict(nursery, first)
+    rng = random.Random(3)
+    shutil.copytree(first, tmp_path / "counted")
+    most = one_of_predict(nursery, tmp_path / "counted", overlap=0.25)["operations"]
+    for number in range(how_many(12, 120)):
+        folder = shutil.copytree(first, tmp_path / str(number))
+        kill_at = rng.randint(1, most)
+        args = {"folder": str(folder), "overlap": 0.25, "kill_at": kill_at}
+        (outcome,) = nursery.run(Job("predict", args))
+        assert outcome.killed, outcome.output
+        again = one_of_predict(nursery, folder, overlap=0.25)
+        assert again["failed"] == {}, kill_at
+        assert again["files"] == whole["files"], kill_at
+        assert list(folder.rglob(".*")) == [], kill_at
+        LEDGER.add("SIGKILL while predicting")
+
+
+def to_predict(folder: Path) -> Path:
+    """A folder with a student and three images."""
+    write_student(folder / "student.pt")
+    for name in "abc":
+        write_ct(folder / "in" / f"{name}.nii.gz", seed=ord(name))
+    return folder
+
+
+def one_of_predict(nursery: Nursery, folder: Path, **args: Any) -> dict[str, Any]:
+    (outcome,) = nursery.run(Job("predict", {"folder": str(folder), **args}))
+    assert outcome.status == 0, outcome.output
+    if "impossible" in outcome.result:
+        pytest.skip(outcome.result["impossible"])
+    result: dict[str, Any] = outcome.result
+    return result

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import math
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,51 @@ def perfect(tiny_registry: Path) -> Path:
     for case in CASES:
         write_prediction(tiny_registry, case)
     return tiny_registry
+
+
+class TestFilesOfOthers:
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("summary.json", '{"metric_per_case": [], "mean": {}, "foreground_mean": {}}'),
+            ("summary.json", "[]"),
+            ("scores.csv", "case,age\n"),
+        ],
+    )
+    def test_a_summary_of_nnunet_and_other_tables_stay(
+        self, perfect: Path, name: str, text: str
+    ) -> None:
+        path = perfect.parent / "predictions" / name
+        path.write_text(text)
+        before = snapshot(perfect.parent)
+        for dry_run in (True, False):
+            with pytest.raises(ConfigError) as caught:
+                run(perfect, dry_run=dry_run)
+            assert str(caught.value) == (
+                f"{path}: `pipeline evaluate` did not write this file and does not replace it. "
+                "Move away what is there, or copy the predictions to a folder of their own."
+            )
+        assert snapshot(perfect.parent) == before
+
+    def test_a_full_disk_costs_no_score(
+        self, perfect: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Both files stay as they were, the table is printed, and the report says it."""
+        run(perfect)
+        before, limit = snapshot(perfect.parent), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (256, limit[1]))
+        try:
+            report = run(perfect, tolerance_mm=1.0, table=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert (report.done, set(report.failed)) == (list(CASES), {"summary.json"})
+        assert report.exit_code == 2
+        assert str(report.failed["summary.json"]) == (
+            f"{perfect.parent / 'predictions' / 'summary.json'}: it cannot be written (File too "
+            "large). Check free space, quota and permissions, then run the same command again."
+        )
+        assert "liver" in capsys.readouterr().out
+        assert snapshot(perfect.parent) == before
 
 
 class TestScores:

@@ -11,7 +11,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.comparison.folders import SideBySide, predictions_of, side_by_side
 from pipeline.comparison.paired_tables import print_side_by_side, write_side_by_side
 from pipeline.data.registry import load_registry
@@ -97,6 +99,21 @@ def test_better_and_worse(cohort: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "Dice: good against poor, 9 cases" in out
     assert "6 / 0 / 0" in out
     assert "lost most" not in out
+
+
+@pytest.mark.parametrize("name", ["against.json", "against.csv"])
+def test_a_table_of_others_stays(cohort: Path, name: str) -> None:
+    theirs = cohort.parent / "good" / name
+    theirs.write_text('{"first": 1}')
+    command = ["evaluate", str(theirs.parent), "-r", str(cohort), "--against"]
+    result = CliRunner().invoke(app, [*command, str(cohort.parent / "poor")])
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception) == (
+        f"{theirs}: `pipeline evaluate --against` did not write this file and does not replace "
+        "it. Move away what is there."
+    )
+    assert theirs.read_text() == '{"first": 1}'
+    assert not (theirs.parent / "scores.csv").exists()
 
 
 def test_the_largest_losses_are_named(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -157,14 +158,78 @@ class TestWhatIsExported:
         assert 0 < own["differing_fraction"] < 0.6
         assert (tmp_path / "out" / "bundle" / "LICENSE").read_text().count("  - a\n") == 1
 
-    def test_a_file_that_is_gone_or_cut_is_made_again(self, tmp_path: Path, image: Path) -> None:
+    def test_a_file_that_is_gone_is_made_again(self, tmp_path: Path, image: Path) -> None:
         student, out = write_spread_student(tmp_path / "student.pt", **COARSE), tmp_path / "out"
         run(student, ["torchscript"], out, check_on=image)
-        for spoil in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])):
-            for name in ("student.ts", "student.json", "export.json"):
-                spoil(out / "torchscript" / name)
-                assert run(student, ["torchscript"], out, check_on=image).done == ["torchscript"]
+        for name in ("student.ts", "student.json"):
+            (out / "torchscript" / name).unlink()
+            assert run(student, ["torchscript"], out, check_on=image).done == ["torchscript"]
         assert run(student, ["torchscript"], out, check_on=image).skipped == ["torchscript"]
+
+    def test_what_it_did_not_write_or_somebody_changed_is_not_replaced(
+        self, tmp_path: Path, image: Path
+    ) -> None:
+        """Nor removed with the folder; and nothing is computed."""
+        student, out = write_spread_student(tmp_path / "student.pt", **COARSE), tmp_path / "out"
+        run(student, ["torchscript"], out, check_on=image)
+        folder, again = out / "torchscript", ExportConfig(overlap=0.25)
+        whole = {path: path.read_bytes() for path in folder.iterdir()}
+
+        def refused(said: str) -> None:
+            before = snapshot(tmp_path)
+            for config in (LOOSE, again):
+                with pytest.raises(ConfigError) as caught:
+                    run(student, ["torch-export", "torchscript"], out, config, check_on=image)
+                assert said in str(caught.value)
+            assert snapshot(tmp_path) == before
+
+        (folder / "eval").mkdir()
+        (folder / "eval" / "labels.nii.gz").write_text("of a user")
+        refused(f"{folder / 'eval' / 'labels.nii.gz'}: `pipeline export` did not write this file")
+        shutil.rmtree(folder / "eval")
+        for name in ("student.ts", "student.json"):
+            data = bytearray(whole[folder / name])
+            data[-1] ^= 1
+            for spoilt in (bytes(data), bytes(data[:-1])):
+                (folder / name).write_bytes(spoilt)
+                refused(f"{folder / name}: it was changed since `pipeline export` wrote it")
+            (folder / name).write_bytes(whole[folder / name])
+        (folder / "export.json").unlink()
+        refused("student.json: `pipeline export` did not write this file")
+        refused("does not replace it, nor student.ts. Move away what is there, or name another")
+
+    def test_the_record_of_an_older_version_has_sizes_alone(
+        self, tmp_path: Path, image: Path
+    ) -> None:
+        student, out = write_spread_student(tmp_path / "student.pt", **COARSE), tmp_path / "out"
+        run(student, ["torchscript"], out, check_on=image)
+        record = told(out, "torchscript")
+        del record["sha256"]
+        (out / "torchscript" / "export.json").write_text(json.dumps(record))
+        assert run(student, ["torchscript"], out, check_on=image).skipped == ["torchscript"]
+        again = ExportConfig(overlap=0.25)
+        assert run(student, ["torchscript"], out, again, check_on=image).done == ["torchscript"]
+        assert "sha256" in told(out, "torchscript")
+
+    @pytest.mark.parametrize("form", ["torchscript", "torch-export", "bundle", "onnx"])
+    def test_a_disk_that_refuses_it_fails_that_format_alone(
+        self, tmp_path: Path, image: Path, form: export.Format
+    ) -> None:
+        """As a full disk does: by a limit on the size of files, below that of the network's."""
+        student, out = write_spread_student(tmp_path / "student.pt", **COARSE), tmp_path / "out"
+        run(student, [form], out, check_on=image)
+        before, limit = snapshot(out), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limit[1]))
+        try:
+            report = run(student, [form, form], out, ExportConfig(overlap=0.25), check_on=image)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert (report.done, set(report.failed), report.exit_code) == ([], {form}, 2)
+        assert str(report.failed[form]) == (
+            f"{out / form}: it cannot be written (File too large). Check free space, quota and "
+            "permissions, then run the same command again."
+        )
+        assert snapshot(out) == before
 
     def test_the_json_beside_an_onnx_file_is_enough(self, tmp_path: Path, image: Path) -> None:
         """A program that knows nothing else gets the label map of `pipeline predict`."""

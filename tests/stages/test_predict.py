@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -17,19 +18,23 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from pipeline import cli
+from pipeline.cli import app
+from pipeline.config import file_sha256
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import load_registry
 from pipeline.errors import CheckpointError, ConfigError, GeometryError
 from pipeline.intensity import Intensity
 from pipeline.log import Log
 from pipeline.network import NetworkConfig, build_network
+from pipeline.predicting import case as case_module
+from pipeline.predicting.case import write_label_tables
 from pipeline.student.checkpoint import StudentRecord, save_student
 from pipeline.student.inference import predict_logits
 from pipeline.student.network import build_student
 from stages import predict
 from stages.predict import PredictConfig
 from stages.report import StageReport
-from tests.stages.stage_contract import StageContract, snapshot
+from tests.stages.stage_contract import StageContract, content, snapshot
 from tests.tiny import GRID_MM, NETWORK, change_registry
 
 THRESHOLD_HU = 100
@@ -67,6 +72,7 @@ def write_student(path: Path, *, seed: int = 0, **changes: Any) -> Path:
     torch.manual_seed(seed)
     found = record(**changes)
     channels = len(found.organs) + 1
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_student(path, found, build_network(NETWORK, in_channels=1, out_channels=channels))
     return path
 
@@ -350,13 +356,77 @@ class TestWhatIsDone:
         assert self._run(student, tmp_path, overlap=0.25).done == ["a", "b"]
         assert self._run(student, tmp_path, overlap=0.25).done == []
 
-    def test_a_label_map_without_its_json_is_not_done(self, student: Path, tmp_path: Path) -> None:
+    def test_a_label_map_that_is_gone_is_not_done(self, student: Path, tmp_path: Path) -> None:
         write_ct(tmp_path / "in" / "a.nii.gz")
         self._run(student, tmp_path)
-        (tmp_path / "out" / "a.json").write_text("{")
-        assert self._run(student, tmp_path).done == ["a"]
         (tmp_path / "out" / "a.nii.gz").unlink()
         assert self._run(student, tmp_path).done == ["a"]
+
+    @pytest.mark.parametrize("checksums", [True, False])
+    def test_a_truncated_label_map_is_made_again_and_told(
+        self, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], checksums: bool
+    ) -> None:
+        """Also beside a JSON of a version that kept no checksums."""
+        write_ct(tmp_path / "in" / "a.nii.gz")
+        self._run(student, tmp_path)
+        path, whole = tmp_path / "out" / "a.nii.gz", content(tmp_path / "out")
+        if not checksums:
+            without_checksums(path.with_name("a.json"))
+            assert self._run(student, tmp_path).skipped == ["a"]
+        path.write_bytes(path.read_bytes()[:-20])
+        report = predict.run(
+            PredictConfig(), student, predict.find_inputs(tmp_path / "in"), tmp_path / "out",
+            log=Log(), device="cpu",
+        )  # fmt: skip
+        assert report.done == ["a"]
+        assert "a: made again, because it cannot be read: a.nii.gz" in capsys.readouterr().err
+        assert content(tmp_path / "out") == whole
+
+    def test_a_label_map_that_may_not_be_read_is_an_error_of_its_case(
+        self, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in "ab":
+            write_ct(tmp_path / "in" / f"{name}.nii.gz", seed=ord(name))
+        self._run(student, tmp_path)
+        path, real, before = tmp_path / "out" / "a.nii.gz", file_sha256, content(tmp_path / "out")
+
+        def refused(file: Path) -> str:
+            if file == path:
+                raise PermissionError(13, "Permission denied")
+            return real(file)
+
+        monkeypatch.setattr(case_module, "file_sha256", refused)
+        report = self._run(student, tmp_path)
+        assert (report.exit_code, set(report.failed), report.skipped) == (2, {"a"}, ["b"])
+        assert str(report.failed["a"]) == (
+            f"{path}: what is there cannot be read (Permission denied). Check its permissions, or "
+            "name another --output."
+        )
+        assert content(tmp_path / "out") == before
+
+    def test_a_label_map_that_was_corrected_by_hand_is_neither_taken_nor_replaced(
+        self, student: Path, tmp_path: Path
+    ) -> None:
+        for name in "ab":
+            write_ct(tmp_path / "in" / f"{name}.nii.gz", seed=ord(name))
+        self._run(student, tmp_path)
+        path = tmp_path / "out" / "a.nii.gz"
+        found = nib.load(path)
+        array = np.asarray(found.dataobj).copy()
+        array[0] = 7
+        nib.save(nib.Nifti1Image(array, found.affine), path)
+        before = content(tmp_path / "out", without=["b.*"])
+        for overlap in (0.5, 0.25):  # of the same settings, and of others
+            report = self._run(student, tmp_path, overlap=overlap)
+            assert (report.exit_code, set(report.failed)) == (2, {"a"})
+            assert str(report.failed["a"]) == (
+                f"{path}: it was changed since `pipeline predict` wrote it: it is neither taken "
+                "for what was written nor replaced. Move it away, or name another --output."
+            )
+            assert "b" in (*report.done, *report.skipped)
+            assert content(tmp_path / "out", without=["b.*"]) == before
+        path.rename(tmp_path / "mine.nii.gz")
+        assert self._run(student, tmp_path).done == ["a", "b"]
 
 
 @pytest.mark.usefixtures("threshold")
@@ -433,11 +503,10 @@ class TestInputs:
         write_ct(tmp_path / "in" / "a.nii.gz")
         write_ct(tmp_path / "in" / "b.nii")
         before = (tmp_path / "in" / "a.nii.gz").read_bytes()
-        report = run(student, tmp_path / "in", tmp_path / "in" / ".." / "in")
-        assert "would overwrite this image" in str(report.failed["a"])
-        assert report.exit_code == 2
-        assert report.done == ["b"]
+        with pytest.raises(ConfigError, match=r"a\.nii\.gz: the label map would overwrite this"):
+            run(student, tmp_path / "in", tmp_path / "in" / ".." / "in")
         assert (tmp_path / "in" / "a.nii.gz").read_bytes() == before
+        assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["a.nii.gz", "b.nii"]
 
     def test_names_of_files_and_folders(self, tmp_path: Path) -> None:
         for name in (
@@ -486,6 +555,146 @@ class TestInputs:
         (tmp_path / "text.txt").write_text("")
         with pytest.raises(ConfigError, match="no NIfTI file there"):
             predict.find_inputs(tmp_path / name)
+
+
+def test_other_ids_are_another_prediction(student: Path, tmp_path: Path) -> None:
+    """Of the same weights; and where somebody wrote other ids into the JSON."""
+    write_ct(tmp_path / "in" / "a.nii.gz")
+    run(student, tmp_path / "in", tmp_path / "out")
+    beside = tmp_path / "out" / "a.json"
+    first = json.loads(beside.read_text())
+    beside.write_text(json.dumps({**first, "organs": {"spleen": 3, "liver": 7}}))
+    assert run(student, tmp_path / "in", tmp_path / "out").done == ["a"]
+    assert json.loads(beside.read_text()) == first
+    write_student(student, organs={"spleen": 3, "liver": 7})
+    assert run(student, tmp_path / "in", tmp_path / "out").done == ["a"]
+    again = json.loads(beside.read_text())
+    assert again["organs"] == {"spleen": 3, "liver": 7}
+    assert again["digest"] != first["digest"]
+
+
+def without_checksums(beside: Path) -> None:
+    """As versions before them wrote the JSON."""
+    content = json.loads(beside.read_text())
+    del content["files"]
+    beside.write_text(json.dumps(content))
+
+
+@pytest.mark.usefixtures("threshold")
+class TestFilesOfOthers:
+    """Nothing is computed, and all are named at once."""
+
+    def _refused(self, student: Path, tmp_path: Path, *said: str, **options: Any) -> None:
+        before = snapshot(tmp_path)
+        for dry_run in (True, False):
+            with pytest.raises(ConfigError) as caught:
+                predict.run(
+                    PredictConfig(), student, predict.find_inputs(tmp_path / "in"),
+                    tmp_path / "out", log=Log(quiet=True), device="cpu", dry_run=dry_run, **options,
+                )  # fmt: skip
+            for text in said:
+                assert text in str(caught.value)
+        assert snapshot(tmp_path) == before
+
+    def test_a_json_of_dcm2niix(self, student: Path, tmp_path: Path) -> None:
+        write_ct(tmp_path / "in" / "ct.nii")
+        write_ct(tmp_path / "in" / "a.nii")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "ct.json").write_text('{"ConversionSoftware": "dcm2niix"}')
+        (tmp_path / "out" / "ct.nii.gz").symlink_to("not-fetched")
+        self._refused(
+            student, tmp_path, f"{tmp_path / 'out' / 'ct.json'}: `pipeline predict` did not write "
+            "this file and does not replace it, nor ct.nii.gz. Move away what is there, or name "
+            "another --output.",
+        )  # fmt: skip
+
+    def test_a_json_that_names_organs_alone(self, student: Path, tmp_path: Path) -> None:
+        write_ct(tmp_path / "in" / "ct.nii")
+        write_ct(tmp_path / "out" / "ct.nii.gz")
+        (tmp_path / "out" / "ct.json").write_text(json.dumps({"organs": ORGANS}))
+        self._refused(student, tmp_path, "ct.json", "nor ct.nii.gz")
+
+    def test_probabilities_and_tables(self, student: Path, tmp_path: Path) -> None:
+        write_ct(tmp_path / "in" / "ct.nii.gz")
+        write_ct(tmp_path / "out" / "ct.probabilities" / "liver.nii.gz")
+        kept = predict.Probabilities("float16")
+        self._refused(student, tmp_path, "liver.nii.gz: `pipeline pred", probabilities=kept)
+        shutil.rmtree(tmp_path / "out")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "labels.ctbl").write_bytes(b"1 Leber 0 0 0 255\n\xff")
+        self._refused(student, tmp_path, "labels.ctbl: `pipeline predict` did not write this file")
+
+    def test_notes_within_the_folder_of_probabilities_stay(
+        self, student: Path, tmp_path: Path
+    ) -> None:
+        write_ct(tmp_path / "in" / "ct.nii.gz")
+        kept = predict.Probabilities("float16")
+        options: Any = {"log": Log(quiet=True), "device": "cpu", "probabilities": kept}
+        inputs, out = predict.find_inputs(tmp_path / "in"), tmp_path / "out"
+        predict.run(PredictConfig(), student, inputs, out, **options)
+        (out / "ct.probabilities" / "notes.txt").write_text("mine")
+        write_student(student, organs={"spleen": 7, "kidney": 3}, seed=1)
+        write_ct(tmp_path / "in" / "ct.nii.gz", seed=1)
+        assert predict.run(PredictConfig(), student, inputs, out, **options).done == ["ct"]
+        assert run(student, tmp_path / "in", out, PredictConfig(overlap=0.25)).done == ["ct"]
+        assert [p.name for p in (out / "ct.probabilities").iterdir()] == ["notes.txt"]
+
+    def test_references_and_images_by_whatever_name(self, student: Path, tmp_path: Path) -> None:
+        """Even beside a JSON that says that `predict` wrote them."""
+        write_ct(tmp_path / "in" / "ct.nii.gz")
+        run(student, tmp_path / "in", tmp_path / "out")
+        made = tmp_path / "out" / "ct.nii.gz"
+        (tmp_path / "labels").mkdir()
+        os.link(made, tmp_path / "labels" / "ct.nii.gz")
+        said = f"{made}: the label map would overwrite this image or reference. Name another"
+        references = [tmp_path / "absent.nii.gz", tmp_path / "labels" / "ct.nii.gz"]
+        self._refused(student, tmp_path, said, references=references)
+        made.unlink()
+        made.symlink_to(tmp_path / "in" / "ct.nii.gz")
+        self._refused(student, tmp_path, said)
+
+    def test_labels_of_a_registry_on_the_command_line(
+        self, student: Path, tiny_registry: Path, tmp_path: Path
+    ) -> None:
+        labels = tiny_registry.parent / "data" / "multi-ct" / "labels"
+        target = tmp_path / "out" / "multi-ct" / "case_002.nii.gz"
+        target.parent.mkdir(parents=True)
+        os.link(labels / target.name, target)
+        before = snapshot(tmp_path)
+        command = ["predict", str(student), "-r", str(tiny_registry), "-o", str(tmp_path / "out")]
+        result = CliRunner().invoke(app, [*command, "--device", "cpu", "-q"])
+        assert isinstance(result.exception, ConfigError)
+        assert f"{target}: the label map would overwrite this image or" in str(result.exception)
+        assert snapshot(tmp_path) == before
+
+    def test_a_json_may_name_no_file_of_another_case(self, student: Path, tmp_path: Path) -> None:
+        write_ct(tmp_path / "in" / "ct.nii.gz")
+        run(student, tmp_path / "in", tmp_path / "out")
+        beside = tmp_path / "out" / "ct.json"
+        for name in ("ct.probabilities/../../in/ct.nii.gz", "labels.ctbl"):
+            beside.write_text(json.dumps({**json.loads(beside.read_text()), "files": {name: ""}}))
+            self._refused(student, tmp_path, "ct.json: `pipeline predict` did not write")
+
+    def test_a_table_in_other_colours_stays_and_one_of_another_student_goes(
+        self, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_ct(tmp_path / "in" / "ct.nii.gz")
+        run(student, tmp_path / "in", tmp_path / "out")
+        tables = [tmp_path / "out" / name for name in ("labels.ctbl", "labels.itksnap.txt")]
+        for path in tables:
+            path.write_text(path.read_text().replace(" 242 ", " 1 ").replace("7 ", "7  "))
+        before = [path.read_text() for path in tables]
+        run(student, tmp_path / "in", tmp_path / "out")
+        assert [path.read_text() for path in tables] == before
+        monkeypatch.setattr(
+            predict, "load_student", lambda path: (record(organs={"left kidney": 4}), Threshold())
+        )
+        self._refused(student, tmp_path, "labels.itksnap.txt: `pipeline predict` did not write")
+        for path in tables:
+            path.unlink()
+        write_label_tables(tmp_path / "out", record(organs={"spleen": 2}))
+        write_label_tables(tmp_path / "out", record(organs={"left kidney": 4}))
+        assert all("kidney" in path.read_text() for path in tables)
 
 
 def test_a_student_that_is_none_stops_before_anything_is_written(tmp_path: Path) -> None:

@@ -99,6 +99,29 @@ def test_a_run_that_is_done(tmp_path: Path) -> None:
     assert found["arguments"]["config"] == str(config)
 
 
+def test_only_a_report_is_replaced(tmp_path: Path) -> None:
+    """A slip in a long command line must not cost a registry."""
+
+    def body(work: Path, config: Path | None, quiet: bool) -> None:
+        bodies.append(work)
+
+    bodies: list[Path] = []
+    path = tmp_path / "data_registry.yaml"
+    for text in ("organs: {liver: 1}", '{"organs": {"liver": 1}}'):
+        path.write_text(text)
+        result = CliRunner().invoke(app_of(body), ["--report", str(path)])
+        assert isinstance(result.exception, ConfigError)
+        assert str(result.exception) == (
+            f"{path}: `pipeline try-it` did not write this file and does not replace it. Name "
+            "another file with --report."
+        )
+        assert (path.read_text(), bodies) == (text, [])
+    path.unlink()
+    for number in (1, 2):
+        assert CliRunner().invoke(app_of(body), ["--report", str(path)]).exit_code == 0
+        assert len(bodies) == number
+
+
 def test_failed_units_are_named_with_their_errors(tmp_path: Path) -> None:
     wrong = GeometryError("no image.", where="a/2, x.nii.gz", fix="Copy it again.")
 

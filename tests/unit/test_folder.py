@@ -12,16 +12,21 @@ from pipeline.errors import ConfigError, WorkFolderError
 from pipeline.folder import (
     ages,
     check_answers,
+    contains,
     copy_name,
     create_object,
     folders_below,
     is_local,
+    json_with,
     parse_folder,
     read_text,
+    refuse_foreign,
     remove,
     replace_file,
+    replace_files,
     sizes,
     temporary_name,
+    writing,
     written_by_dead,
 )
 from tests.object_store import folder
@@ -91,6 +96,46 @@ def test_a_write_that_fails_leaves_the_old_file(
         replace_file(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+def test_of_files_that_belong_together_all_or_none_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_files({tmp_path / "a": b"old", tmp_path / "b": b"old"})
+    real, calls = os.fsync, []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WorkFolderError) as caught, writing("the tables"):
+        replace_files({tmp_path / "a": b"new", tmp_path / "b": b"new"})
+    assert str(caught.value) == (
+        "the tables: it cannot be written (No space left on device). Check free space, quota and "
+        "permissions, then run the same command again."
+    )
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "a": b"old", "b": b"old",
+    }  # fmt: skip
+
+
+def test_what_is_not_ours_is_named_and_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    for number in range(8):
+        (tmp_path / f"{number}.json").write_text("[]" if number else '{"mine": 1}')
+    os.mkfifo(tmp_path / "pipe.json")
+    paths = [*sorted(tmp_path.iterdir()), tmp_path / "absent.json"]
+    with pytest.raises(ConfigError) as caught:
+        refuse_foreign("try", [(path, json_with(path, "mine") is not None) for path in paths])
+    assert str(caught.value) == (
+        f"{tmp_path / '1.json'}: `pipeline try` did not write this file and does not replace it, "
+        "nor 2.json, 3.json, 4.json, 5.json, 6.json and 2 more. Move away what is there, or name "
+        "another --output."
+    )
+    assert not contains(tmp_path / "pipe.json", "mine")
+    assert contains(tmp_path / "0.json", "mine")
 
 
 def test_a_folder_that_vanishes_while_it_is_walked_is_passed_over(tmp_path: Path) -> None:

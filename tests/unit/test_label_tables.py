@@ -19,6 +19,7 @@ from pipeline.label_tables import (
     hex_colour,
     itksnap_text,
     luminance,
+    names_in,
     slicer_text,
 )
 from pipeline.labels import LabelSpace
@@ -82,3 +83,14 @@ def test_names_that_the_formats_cannot_hold_stay_readable() -> None:
     assert slicer_text(names, "t.ctbl").splitlines()[3].split()[1] == 'the_"left"_kidney'
     labels = ET.fromstring(caret_xml(names)).iter("Label")
     assert [label.text for label in labels] == ['the "left" kidney', "a]] >b <&>"]
+
+
+def test_names_are_read_back_and_written_again_the_same() -> None:
+    """By this a table is known for one of ours; also after three digits of an id."""
+    names = {1: "liver", 7: 'the "left" kidney', 254: "12th rib"}
+    snap, slicer = itksnap_text(names), slicer_text(names, "t.ctbl")
+    assert names_in(snap) == {1: "liver", 7: "the 'left' kidney", 254: "12th rib"}
+    assert names_in(slicer) == {1: "liver", 7: 'the_"left"_kidney', 254: "12th_rib"}
+    assert itksnap_text(names_in(snap)) == snap
+    assert slicer_text(names_in(slicer), "t.ctbl") == slicer
+    assert names_in("# IDX -R- 1 2 3\nliver 1 2 3 4\n\n1 2\n") == {}

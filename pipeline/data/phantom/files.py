@@ -17,6 +17,7 @@ from pipeline.data.nifti import write_image
 from pipeline.data.phantom.case import FORMAT_VERSION, make_case
 from pipeline.data.phantom_spec import ORGANS, PhantomSpec, case_names
 from pipeline.errors import RegistryError
+from pipeline.folder import refuse_foreign
 from pipeline.volume import Grid, Volume
 
 _ORIENTATIONS: Final = ("LPS", "RAS", "LAS", "PIR", "RPS", "LPI", "ASL", "RAI")
@@ -38,12 +39,17 @@ def write_dataset(
         on_case: called with the case's name after each case, written or found complete.
 
     Raises:
+        ConfigError: `root` holds images or labels that are no phantom's.
         RegistryError: `root` holds a phantom of another spec or format version.
     """
     marker = root / _MARKER
     identity = {"format_version": FORMAT_VERSION, "spec": spec.model_dump(mode="json")}
     done = _finished(marker, identity)
-    root.mkdir(parents=True, exist_ok=True)
+    if not marker.exists():
+        cases = [root / p / f"{c}.nii.gz" for c in case_names(spec) for p in ("images", "labels")]
+        refuse_foreign("phantom", [(path, False) for path in cases], fix="Choose another root.")
+        root.mkdir(parents=True, exist_ok=True)
+        _write_json(marker, {**identity, "cases": {}})  # from here on its files are ours
     for index, case in enumerate(case_names(spec)):
         files = {part: root / part / f"{case}.nii.gz" for part in ("images", "labels")}
         if case not in done or done[case] != _digests(files):

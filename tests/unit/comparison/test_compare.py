@@ -551,10 +551,19 @@ def test_the_command_line(compared: tuple[Path, Results, Path], tmp_path: Path) 
     assert dry.exit_code == 0, dry.output
     assert [line.split()[0] for line in dry.stdout.splitlines()] == ["finished"] * 2 + ["to"] * 2
     assert not (tmp_path / "both").exists()
+    theirs = tmp_path / "both" / "validation.md"
+    theirs.parent.mkdir()
+    theirs.write_text("notes on our validation")
+    refused = CliRunner().invoke(cli.app, command)
+    assert isinstance(refused.exception, ConfigError)
+    assert f"{theirs}: `pipeline compare` did not write this file" in str(refused.exception)
+    assert theirs.read_text() == "notes on our validation"
+    theirs.unlink()
     done = CliRunner().invoke(cli.app, command)
     assert done.exit_code == 0, done.output
     assert "difference to labels" in done.stdout
     written = (tmp_path / "both" / "validation_scores.csv").read_text()
     assert written == (compared[2] / "validation_scores.csv").read_text()
+    assert CliRunner().invoke(cli.app, command).exit_code == 0
     wrong = CliRunner().invoke(cli.app, [*command, "--seeds", "0;1"])
     assert isinstance(wrong.exception, ConfigError)

@@ -15,7 +15,7 @@ from pipeline.data import phantom
 from pipeline.data.nifti import read_image, read_label
 from pipeline.data.phantom import ORGANS, PhantomCase, PhantomSpec, case_names, make_case
 from pipeline.data.phantom import write_dataset as write
-from pipeline.errors import RegistryError
+from pipeline.errors import ConfigError, RegistryError
 from pipeline.volume import Grid, Volume
 
 SMALL = (24, 28, 32)
@@ -24,6 +24,21 @@ SMALL = (24, 28, 32)
 def small_spec(**changes: object) -> PhantomSpec:
     values: dict[str, object] = {"num_cases": 4, "seed": 5, "annotated": ORGANS, "shape": SMALL}
     return PhantomSpec.model_validate(values | changes)
+
+
+def test_images_of_others_stay(tmp_path: Path) -> None:
+    """A `phantom` entry whose root is a folder of CTs."""
+    theirs = tmp_path / "images" / "case_002.nii.gz"
+    theirs.parent.mkdir()
+    theirs.write_text("a CT")
+    with pytest.raises(ConfigError) as caught:
+        write(tmp_path, small_spec())
+    assert str(caught.value) == (
+        f"{theirs}: `pipeline phantom` did not write this file and does not replace it. Choose "
+        "another root."
+    )
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [theirs]
+    assert theirs.read_text() == "a CT"
 
 
 def digest(case: PhantomCase) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -138,6 +139,12 @@ def test_label_maps_of_another_student_are_called_so(built_runs: Path, tmp_path:
         predict.run(config, student, inputs, tmp_path / run, log=log, device="cpu")
     assert NOT_OF_THIS_RUN not in source(built_runs, tmp_path / RUN).layers(TEST).notes
     assert NOT_OF_THIS_RUN in source(built_runs, tmp_path / "labels/only").layers(TEST).notes
+    made = tmp_path / RUN / f"{TEST}.nii.gz"
+    whole = made.read_bytes()
+    made.write_bytes(gzip.compress(gzip.decompress(whole), 1))
+    assert NOT_OF_THIS_RUN in source(built_runs, tmp_path / RUN).layers(TEST).notes
+    made.write_bytes(whole)
+    assert NOT_OF_THIS_RUN not in source(built_runs, tmp_path / RUN).layers(TEST).notes
     (tmp_path / RUN / f"{TEST}.json").unlink()
     assert NOT_OF_THIS_RUN in source(built_runs, tmp_path / RUN).layers(TEST).notes
 

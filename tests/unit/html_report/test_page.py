@@ -353,6 +353,25 @@ def test_a_record_that_cannot_be_read_stops(runs: Path, tmp_path: Path) -> None:
     assert "config.json" in str(error.where)
 
 
+def test_a_page_of_others_stays(
+    built_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "index.html"
+    output.write_text("<html>a home page</html>")
+    with monkeypatch.context() as patch:
+        patch.setattr(make, "gather", None)  # nothing is computed
+        error = call(built_runs, output, "--no-regions").exception
+    assert isinstance(error, ConfigError)
+    assert str(error) == (
+        f"{output}: `pipeline report` did not write this file and does not replace it. Name "
+        "another file with --output."
+    )
+    assert output.read_text() == "<html>a home page</html>"
+    output.unlink()
+    for _ in range(2):
+        page(built_runs, output, "--no-regions")
+
+
 def test_predictions_without_scores_stop(built_runs: Path, tmp_path: Path) -> None:
     error = error_of(built_runs, tmp_path / "r.html", "-p", str(tmp_path))
     assert isinstance(error, ConfigError)

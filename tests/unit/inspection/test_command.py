@@ -51,6 +51,24 @@ def error_of(registry: Path, output: Path, *arguments: str) -> PipelineError:
     return error
 
 
+def test_files_of_others_stay(built_cache: Path, tmp_path: Path) -> None:
+    """A folder of cases, each with its image, is no place for what is drawn of them."""
+    image = tmp_path / CASE / "image.nii.gz"
+    image.parent.mkdir(parents=True)
+    image.write_text("a CT")
+    (tmp_path / "cohort.csv").write_text("case,age\n")
+    before = snapshot(tmp_path)
+    for arguments, path in (((CASE,), image), ((), tmp_path / "cohort.csv")):
+        error = call(built_cache, tmp_path, *arguments).exception
+        assert isinstance(error, ConfigError)
+        assert f"{path}: `pipeline inspect` did not write this file and does" in str(error)
+        assert snapshot(tmp_path) == before
+    for path in (image, tmp_path / "cohort.csv"):
+        path.unlink()
+    for arguments in ((CASE, "--no-reliability"), (), (CASE, "--no-reliability"), ()):
+        assert call(built_cache, tmp_path, *arguments).exit_code == 0
+
+
 def test_files_of_a_case_lie_where_the_case_lies(built_cache: Path, tmp_path: Path) -> None:
     result = call(built_cache, tmp_path, CASE, "--no-reliability")
     assert result.exit_code == 0, result.output

@@ -12,10 +12,11 @@ import yaml
 
 from pipeline.cache.schema import StorageConfig
 from pipeline.data.registry import load_registry
-from pipeline.errors import CacheError, CacheMissing, CacheStale, RegistryError
+from pipeline.errors import CacheError, CacheMissing, CacheStale, ConfigError, RegistryError
 from pipeline.inventory.export import export_nifti
 from pipeline.log import Log
 from stages import cache_teachers
+from tests.stages.stage_contract import snapshot
 from tests.tiny import change_registry, work_of
 from tests.unit.inventory.damage import rewrite, shard, unit_at
 
@@ -32,6 +33,22 @@ def export(
     )
     assert all(path.parent == tmp_path / "out" / case for path in written)
     return {path.name: path for path in written}
+
+
+def test_files_of_others_stay(tiny_cached: Path, tmp_path: Path) -> None:
+    """A folder in which somebody keeps label maps; what it wrote itself is replaced."""
+    written = export(tiny_cached, tmp_path, "liver", regions=True)
+    assert export(tiny_cached, tmp_path, "liver", regions=True) == written
+    label = written["regions.nii.gz"]
+    shutil.copy(tiny_cached.parent / "data" / "multi-ct" / "labels" / "case_001.nii.gz", label)
+    before = snapshot(tmp_path / "out")
+    with pytest.raises(ConfigError) as caught:
+        export(tiny_cached, tmp_path, "liver", "spleen", regions=True)
+    assert f"{label}: `pipeline cache export` did not write this file" in str(caught.value)
+    label.write_text("no NIfTI")
+    with pytest.raises(ConfigError, match=r"regions\.nii\.gz: `pipeline cache export` did not"):
+        export(tiny_cached, tmp_path, "liver", "spleen", regions=True)
+    assert set(snapshot(tmp_path / "out")) == set(before)
 
 
 # --- geometry -------------------------------------------------------------------------------------
