@@ -137,6 +137,32 @@ class TestErrors:
         with pytest.raises(ZeroDivisionError, match="a bug"):
             cli.main()
 
+    @pytest.mark.parametrize(
+        "error", [OSError(5, "another file"), UnicodeEncodeError("utf-8", "x", 0, 1, "")]
+    )
+    def test_nor_is_another_error_taken_for_one_of_standard_output(
+        self, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        def fail(*args: object, **kwargs: object) -> None:
+            raise error
+
+        monkeypatch.setattr(cli, "open_registry", fail)
+        monkeypatch.setattr(sys, "argv", ["pipeline", "status"])
+        with pytest.raises(type(error)):
+            cli.main()
+
+    def test_a_name_that_this_session_cannot_spell(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*args: object, **kwargs: object) -> None:
+            raise UnicodeEncodeError("ascii", "Gr\xfcn", 2, 3, "ordinal not in range")
+
+        monkeypatch.setattr(cli, "open_registry", fail)
+        monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+        code, _, err = run_here("status", capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 1
+        assert err.endswith(" cannot be a file's name in ascii. Set PYTHONUTF8=1.\n")
+
     def test_an_unknown_key_of_a_configuration_names_file_and_line(
         self,
         tmp_path: Path,

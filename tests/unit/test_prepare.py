@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -319,6 +320,17 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     with pytest.raises(GeometryError, match="ct/a: the files changed while they were read"):
         run()
     assert nothing_written(tmp_path / "work")
+
+
+def test_a_disk_that_does_not_give_a_file_is_named(
+    run: Prepare, source: CaseFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(prepare, "file_sha256", fail)
+    with pytest.raises(GeometryError, match=r"ct/a, .*a.nii.gz: .*\(Input/output error\)"):
+        run()
 
 
 def test_a_case_without_receipt_is_made_again(run: Prepare, tmp_path: Path) -> None:
