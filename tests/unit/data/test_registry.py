@@ -104,6 +104,10 @@ def complaints(path: Path, **options: Any) -> list[str]:
 def test_the_registry_of_the_repository_is_valid() -> None:
     registry = load_registry(REPOSITORY / "data_registry.yaml")
     assert registry.label_space.organs == ("liver", "spleen", "kidneys", "pancreas")
+    # The numbers of the demo in the documentation are of these.
+    for name in ("liver-ct", "spleen-ct", "kidney-ct", "pancreas-ct"):
+        held_out = {c.case: c.split for c in registry.cases(name) if c.split != "train"}
+        assert held_out == {"case_000": "validation", "case_006": "validation"}
     assert sum(len(registry.cases(name)) for name in registry.datasets) == 4 * 10 + 12
 
 
