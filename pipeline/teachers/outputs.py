@@ -88,8 +88,9 @@ class OutputsOfCase:
         # The same everywhere may be a dead network, unless it is as sure as only probabilities are.
         if sums_to_one and (varies or near == 1):
             raise self._refused("and its channels sum to 1 in every voxel")
-        if varies and near > 0.5:
-            raise self._refused("and most are next to 0 or 1")
+        # Logits that come near both ends would pass them somewhere in a case.
+        if varies and (near > 0.5 or (self._high - self._low).max() > 1 - 2 * _NEAR):
+            raise self._refused("and fill it as only probabilities do")
         if varies:
             warnings.warn(
                 f"{self._where}: all outputs lie in [0, 1]. If they are probabilities, enter "

@@ -71,12 +71,16 @@ def test_softmax_outputs_are_refused_in_a_case_without_the_organ() -> None:
 def test_sigmoid_outputs_are_refused(channels: int, organ: bool) -> None:
     outputs = torch.sigmoid(logits(channels) - (0 if organ else 20))
     message = refused(outputs, activation="sigmoid", organs={"liver": 0})
-    assert "all lie in [0, 1], and most are next to 0 or 1" in message
+    assert "all lie in [0, 1], and fill it as only probabilities do" in message
     assert "before its sigmoid" in message
 
 
 def test_sigmoid_outputs_under_a_wrong_activation_are_refused() -> None:
     refused(torch.sigmoid(logits()))
+    undecided = torch.sigmoid(logits())
+    undecided[:, 0] = 0.5  # and half of the organ's channel, where its network gives 0 for air
+    undecided[:, 1, :, :5] = 0.5
+    assert "fill it as only probabilities do" in refused(undecided)
 
 
 def test_one_hot_outputs_are_refused_and_a_map_of_labels_by_its_own_name() -> None:
