@@ -437,7 +437,7 @@ def test_cases_that_change_their_split_need_stage_one(
 ) -> None:
     """What a split says may lie in a file beside the registry."""
     monkeypatch.setattr(SplitEntry, "assign", lambda _, cases: dict.fromkeys(cases, "test"))
-    with pytest.raises(CacheStale, match="case_000 was in split train and is in test"):
+    with pytest.raises(CacheStale, match="case_000 was in split validation and is in test"):
         reads(a)
     assert not all_done(a, work_of(a))
     assert run_stage(a).done == []
