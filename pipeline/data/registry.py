@@ -1,166 +1,234 @@
-"""`data_registry.yaml`: what exists. Organs, student grid, datasets, teachers.
+"""What no single field of a registry can know: names that must agree, and files that must exist.
 
-Reading it reports every mistake at once, each with its line and the way out. Nothing it names is
-executed by reading it.
+All of it works on the raw data, so that it also runs, for what can be read, when other parts of
+the file are wrong: all mistakes are told in one run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import ValidationError
 
-from pipeline.config import Config, digest, raise_problems, read_yaml, schema_problems
-from pipeline.data.dataset_entry import DatasetEntry, GridEntry, Name
-from pipeline.data.files import CaseFiles
-from pipeline.data.registry_checks import check_files, check_names, read_tables
-from pipeline.data.split_entry import SPLITS, fitting_seed
-from pipeline.errors import RegistryError, named
-from pipeline.labels import MAX_ORGAN_ID, LabelSpace
-from pipeline.teacher_entry import AdmissionEntry, TeacherEntry
+from pipeline.config import Document, Problem
+from pipeline.data.dataset_entry import FilesEntry
+from pipeline.data.split_entry import SPLITS, PatientColumn, SplitEntry, check_patients
+from pipeline.errors import RegistryError
 
 
-class Registry(Config):
-    """The whole registry; paths in it are relative to the file's folder."""
-
-    schema_version: Literal[1] = Field(description="version of this schema")
-    organs: dict[Name, Annotated[int, Field(ge=1, le=MAX_ORGAN_ID)]] = Field(
-        min_length=1, description="organ -> id in stored labels and predicted label maps, each once"
+def check_names(document: Document) -> list[Problem]:
+    """Organs, label values, channels, datasets and splits that contradict each other."""
+    organs, datasets, teachers = (
+        _mapping(_mapping(document.data).get(key)) for key in ("organs", "datasets", "teachers")
     )
-    grid: GridEntry
-    datasets: dict[Name, DatasetEntry] = Field(min_length=1, description="name -> entry")
-    teachers: dict[Name, TeacherEntry] = Field(
-        default_factory=dict, description="name -> entry; none for supervision by labels alone"
-    )
-    admission: AdmissionEntry = Field(default_factory=AdmissionEntry)
-    _path: Path = PrivateAttr(default=Path("data_registry.yaml"))
-    # Dataset -> case -> patient, where a CSV says so.
-    _patients: Mapping[str, Mapping[str, str]] = PrivateAttr(default_factory=dict)
+    problems = _check_ids(organs)
+    known: set[str] = set()
+    for name, entry in datasets.items():
+        annotated = _mapping(_mapping(entry).get("annotated"))
+        known |= set(annotated)
+        problems += _check_values(name, _mapping(entry), annotated)
+        problems += _unknown_organs(("datasets", name, "annotated"), annotated, organs)
+        problems += _check_split(name, _mapping(entry))
+    problems += read_tables(document)[1]
+    for name, entry in teachers.items():
+        expert = _mapping(_mapping(entry).get("organs"))
+        known |= set(expert)
+        problems += _check_channels(name, _mapping(entry), expert)
+        problems += _check_trained_on(name, _mapping(entry), expert, datasets)
+        problems += _unknown_organs(("teachers", name, "organs"), expert, organs)
+    for organ in organs:
+        if organ not in known:
+            fix = "Remove it, or add a dataset or teacher for it."
+            what = f"no dataset annotates {organ} and no teacher knows it."
+            problems.append(Problem(("organs", organ), what, fix))
+    return problems
 
-    @property
-    def path(self) -> Path:
-        """The file this was read from."""
-        return self._path
 
-    @property
-    def label_space(self) -> LabelSpace:
-        """Organs with their ids, in the order of the student's channels."""
-        return LabelSpace(self.organs)
+def check_files(document: Document) -> list[Problem]:
+    """Patterns that match nothing, images without a label, cases that do not exist, patients who
+    are in two splits."""
+    problems = []
+    found: dict[str, list[str]] = {}
+    for name, entry in _mapping(_mapping(document.data).get("datasets")).items():
+        part = {k: v for k, v in _mapping(entry).items() if k in FilesEntry.model_fields}
+        try:
+            files = FilesEntry.model_validate(part)
+        except ValidationError:
+            continue  # reported with the schema
+        pairs, findings = files.find(document.path.parent)
+        found[name] = sorted(pairs)
+        problems += [Problem(("datasets", name), finding) for finding in findings]
+        for split, index, case in _split_cases(_mapping(entry)):
+            if pairs and case not in pairs:
+                where = ("datasets", name, "split", split, index)
+                fix = "Correct the name, or remove it."
+                problems.append(Problem(where, f"there is no case {case}.", fix))
+    return problems + _check_groups(document, found)
 
-    def resolve(self, path: str) -> Path:
-        """A path as written in the registry -> a path that can be opened."""
-        return self._path.parent / Path(path).expanduser()
 
-    def cases(self, dataset: str) -> list[CaseFiles]:
-        """The cases of a dataset with files and split, by name; cases in no split are left out.
+def read_tables(document: Document) -> tuple[dict[str, dict[str, str]], list[Problem]]:
+    """Dataset -> case -> patient, by the CSVs that `split.group` names, and what is wrong there."""
+    tables: dict[str, dict[str, str]] = {}
+    problems = []
+    for name, split in _splits(document).items():
+        if isinstance(split.group, PatientColumn):
+            try:
+                tables[name] = split.group.read(document.path.parent)
+            except RegistryError as error:
+                here = ("datasets", name, "split", "group")
+                problems.append(Problem(here, f"{error.where}: {error.what}", error.fix))
+    return tables, problems
 
-        A phantom's cases follow from its spec, whether it has been generated yet or not.
 
-        Raises:
-            RegistryError: `split.group` does not say whose a case is.
-        """
-        pairs, _ = self.datasets[dataset].find(self._path.parent)
-        with named(f"{self._path}, dataset {dataset}"):
-            splits = self.datasets[dataset].split.assign(sorted(pairs), self._patients.get(dataset))
-        return [
-            CaseFiles(dataset, case, pair.image_path, pair.label_path, splits[case])
-            for case, pair in sorted(pairs.items())
-            if case in splits
-        ]
+def _check_groups(document: Document, found: Mapping[str, list[str]]) -> list[Problem]:
+    """Cases of no patient, and patients who are in two splits, of a dataset or of several."""
+    problems = []
+    tables, unread = read_tables(document)
+    first: dict[str, tuple[str, str, str]] = {}
+    for name, split in _splits(document).items():
+        here = ("datasets", name, "split", "group")
+        if split.group is None or any(problem.location == here for problem in unread):
+            continue
+        listed = split.lists
+        cases = [case for case in found.get(name, []) if split.train is None or case in listed]
+        patients = split.patients(cases, tables.get(name))
+        try:
+            check_patients(split, cases, patients)
+        except RegistryError as error:
+            problems.append(Problem(here, error.what, error.fix))
+            continue
+        drawn = split.assign(cases, tables.get(name))
+        torn = []
+        for case, patient in patients.items():
+            other = first.setdefault(patient, (name, case, drawn[case]))
+            if other[2] != drawn[case]:
+                torn.append((patient, case, other))
+        if torn:
+            patient, case, (dataset, twin, where) = torn[0]
+            what = (
+                f"patient {patient} is in two splits: {case} in {drawn[case]}, "
+                f"{twin} of {dataset} in {where}"
+            )
+            what += f" (and {len(torn) - 1} more)." if len(torn) > 1 else "."
+            fix = "A patient belongs to one split, in all datasets: with fractions, give all the "
+            fix += "same `seed` and fractions; in lists, move the case."
+            problems.append(Problem(here, what, fix))
+    return problems
 
-    def dataset_key(self, dataset: str) -> str:
-        """Digest of what this registry says that a dataset and the grid mean, wherever its files
-        lie; no file is read."""
-        places = {"root", "images", "labels", "pairs"}
-        entry = self.datasets[dataset].model_dump(
-            mode="json", exclude={"licence", "source"} | places
+
+def _splits(document: Document) -> dict[str, SplitEntry]:
+    """Dataset -> its split, where it can be read; what is wrong is reported with the schema."""
+    found = {}
+    for name, entry in _mapping(_mapping(document.data).get("datasets")).items():
+        with suppress(ValidationError):
+            found[name] = SplitEntry.model_validate(_mapping(entry).get("split") or {})
+    return found
+
+
+def _check_ids(organs: Mapping[str, Any]) -> list[Problem]:
+    problems: list[Problem] = []
+    owner: dict[int, str] = {}
+    for organ, organ_id in organs.items():
+        first = owner.setdefault(organ_id, organ) if isinstance(organ_id, int) else organ
+        if first != organ:
+            what = f"id {organ_id} is already used by {first}."
+            problems.append(Problem(("organs", organ), what, "Give every organ its own id."))
+    return problems
+
+
+def _check_values(
+    name: str, entry: Mapping[str, Any], annotated: Mapping[str, Any]
+) -> list[Problem]:
+    problems: list[Problem] = []
+    owner: dict[str, str] = {}
+    others = {key: entry.get(key) or [] for key in ("ignore_values", "background_values")}
+    meanings = {**annotated, **others}
+    for organ, values in meanings.items():
+        where = ("annotated", organ) if organ in annotated else (organ,)
+        for value in values if isinstance(values, list) else [values]:
+            first = owner.setdefault(str(value), organ)
+            if first != organ:
+                what = f"label value {value} already means {first}."
+                fix = "A label value has one meaning."
+                problems.append(Problem(("datasets", name, *where), what, fix))
+            if organ in annotated and str(value) == "0":
+                what, fix = "label value 0 is background.", "Use the organ's own value."
+                problems.append(Problem(("datasets", name, *where), what, fix))
+    return problems
+
+
+def _check_split(name: str, entry: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    owner: dict[str, str] = {}
+    for split, index, case in _split_cases(entry):
+        if case in owner:
+            what = f"case {case} is already in {owner[case]}."
+            where = ("datasets", name, "split", split, index)
+            problems.append(Problem(where, what, "A case belongs to one split, once."))
+        owner.setdefault(case, split)
+    return problems
+
+
+def _check_channels(
+    name: str, entry: Mapping[str, Any], expert: Mapping[str, Any]
+) -> list[Problem]:
+    problems = []
+    num_channels = entry.get("num_channels")
+    for organ, channels in expert.items():
+        for channel in channels if isinstance(channels, list) else [channels]:
+            if not isinstance(num_channels, int) or not isinstance(channel, int):
+                continue
+            if channel >= num_channels:
+                what = f"channel {channel} is out of range: num_channels is {num_channels}."
+                fix = f"Channels count from 0 to {num_channels - 1}."
+                problems.append(Problem(("teachers", name, "organs", organ), what, fix))
+    return problems
+
+
+def _check_trained_on(
+    name: str, entry: Mapping[str, Any], expert: Mapping[str, Any], datasets: Mapping[str, Any]
+) -> list[Problem]:
+    trained_on = entry.get("trained_on")
+    here = ("teachers", name, "trained_on")
+    if not isinstance(trained_on, str) or not datasets:
+        return []
+    if trained_on not in datasets:
+        fix = f"Datasets are: {', '.join(map(str, datasets))}."
+        return [Problem(here, f"there is no dataset {trained_on!r}.", fix)]
+    annotated = _mapping(_mapping(datasets[trained_on]).get("annotated"))
+    return [
+        Problem(
+            here,
+            f"{trained_on} does not annotate {organ}, so it cannot teach it.",
+            "Choose the dataset that does.",
         )
-        entry["split"] = self.datasets[dataset].split.digested(self._patients.get(dataset))
-        ids = {organ: self.organs[organ] for organ in self.datasets[dataset].annotated}
-        return digest({"dataset": entry, "ids": ids, "grid": self.grid})
-
-    def empty_split(self, dataset: str, among: Collection[str] = SPLITS) -> tuple[str, str] | None:
-        """What is wrong and what to do, where a fraction of the cases is to validate or test and
-        none of them falls there, as may be with few; no case is moved to mend it."""
-        split, cases = self.datasets[dataset].split, self.cases(dataset)
-        empty = split.empty([case.split for case in cases], among)
-        if not cases or not empty:
-            return None
-        names = [case.case for case in cases]
-        patients = set(split.patients(names, self._patients.get(dataset)).values())
-        seed = fitting_seed(split, [patients or names])
-        tried = "" if seed is None else f" (`seed: {seed}` has some in each)"
-        asked = " or ".join(f"{name} ({split.fractions[name]:g})" for name in empty)
-        number = f"none of its {len(cases)} cases falls"
-        what = f"{number if len(cases) > 1 else 'its one case does not fall'} into {asked}."
-        return what, f"Choose another `seed`{tried} or fraction, or name the cases by lists."
-
-    def empty_splits(self, among: Collection[str] = SPLITS) -> list[str]:
-        """A line for each dataset that has an empty split."""
-        found = {dataset: self.empty_split(dataset, among) for dataset in self.datasets}
-        return [f"dataset {dataset}: {' '.join(told)}" for dataset, told in found.items() if told]
-
-    def teacher_key(self, teacher: str) -> str:
-        """Digest of what this registry says of a teacher and the grid, wherever its weights lie;
-        no file is read."""
-        return digest({"teacher": self.teachers[teacher].key(), "grid": self.grid})
-
-    def trusting(self, teachers: Iterable[str]) -> Registry:
-        """The same registry, with teachers that may run code of their own. It enters no digest.
-
-        Raises:
-            RegistryError: no such teacher.
-        """
-        trusted = dict(self.teachers)
-        for name in teachers:
-            if name not in trusted:
-                known = ", ".join(trusted) or "none"
-                raise RegistryError(
-                    f"there is no teacher {name!r} to trust.",
-                    where=self._path,
-                    fix=f"Teachers: {known}.",
-                )
-            trusted[name] = trusted[name].trusting()
-        return self.model_copy(update={"teachers": trusted})
-
-    def least_dice(self, teacher: str) -> float:
-        """The mean Dice below which the admission gate stops at a teacher."""
-        own = self.teachers[teacher].admission.dice
-        return self.admission.dice if own is None else own
-
-    def experts(self) -> Mapping[str, tuple[str, ...]]:
-        """Organ -> the teachers that are expert in it, by name."""
-        return {
-            organ: tuple(sorted(t for t, e in self.teachers.items() if organ in e.organs))
-            for organ in self.label_space.organs
-        }
+        for organ in expert
+        if organ not in annotated
+    ]
 
 
-def load_registry(path: Path, *, files: bool = True) -> Registry:
-    """Reads and checks a registry.
+def _unknown_organs(
+    where: tuple[str, ...], named: Mapping[str, Any], organs: Mapping[str, Any]
+) -> list[Problem]:
+    fix = f"Add it to `organs`, or correct its name; organs are: {', '.join(map(str, organs))}."
+    return [
+        Problem((*where, organ), f"{organ} is not one of the registry's organs.", fix)
+        for organ in named
+        if organs and organ not in organs
+    ]
 
-    Args:
-        path: the YAML file.
-        files: also check that patterns match, every image has its label, and every case that a
-            split names exists. Stage two passes False: it runs where the raw CTs are not.
 
-    Raises:
-        RegistryError: lists every mistake with file, line and remedy.
-    """
-    document = read_yaml(path, error=RegistryError)
-    problems = list(document.problems)
-    registry: Registry | None = None
-    try:
-        registry = Registry.model_validate(document.data)
-    except ValidationError as failure:
-        problems += schema_problems(failure, Registry, document)
-    problems += check_names(document)
-    if files:
-        problems += check_files(document)
-    raise_problems(document, problems, error=RegistryError)
-    assert registry is not None
-    registry._path = path
-    registry._patients, _ = read_tables(document)
-    return registry
+def _split_cases(entry: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
+    """(split, position, case) of every case that a split by list names."""
+    parts = _mapping(entry.get("split"))
+    for split in SPLITS:
+        cases = parts.get(split)
+        for index, case in enumerate(cases if isinstance(cases, list) else []):
+            if isinstance(case, str):
+                yield split, index, case
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}

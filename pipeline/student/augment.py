@@ -1,150 +1,173 @@
-"""Augmentation. Space: one sampled transform for everything. Intensity: the image alone.
+"""How a patch looks: changes of intensity, of the image alone.
 
-What is not legal for cached targets is refused: with features where the settings are read
-(`student.settings`), with organs named by their side where organs are known (`check_sides`).
+All randomness comes from the generator that is given, so that a sample stays a pure function of
+its number; MONAI's random transforms keep a state of their own and are not used.
+
+Source of the changes, their order, probabilities and most ranges: nnU-Net v2's
+`nnUNetTrainer.get_training_transforms` (Isensee et al. 2021, Nature Methods 18).
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterator, Sequence
-from itertools import chain, combinations, product
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
-from pydantic import AfterValidator, Field, model_validator
+import numpy.typing as npt
+import torch
+from pydantic import AfterValidator, Field
+from scipy.ndimage import gaussian_filter
+from torch.nn import functional
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError
-from pipeline.labels import LabelSpace
-from pipeline.student.appearance import AppearanceConfig, Probability, ordered
-from pipeline.student.movement import PLANES, Affine, Movement
 
-Axis = Literal[0, 1, 2]
-FEATURES_STAY = (
-    "flips, rotations and affines are not legal with cached features (the features of a mirrored, "
-    "turned or scaled image are not the mirrored, turned or scaled features)"
-)
+FloatArray = npt.NDArray[np.float32]
 
 
-def _once(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
-    if len(set(axes)) != len(axes):
-        raise ValueError(f"{list(axes)} names an axis twice")
-    return axes
+def ordered(values: tuple[float, float]) -> tuple[float, float]:
+    """(low, high), as a check of pydantic's."""
+    if values[0] > values[1]:
+        raise ValueError(f"{list(values)} must be [low, high] with low <= high")
+    return values
 
 
-_Scale = Annotated[float, Field(ge=0.5, le=2)]
-_Angle = Annotated[float, Field(ge=0, le=45)]
-_Axes = Annotated[tuple[Axis, ...], AfterValidator(_once)]
+Probability = Annotated[float, Field(ge=0, le=1, description="how often, per patch")]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Fraction = Annotated[float, Field(ge=0.1, le=1)]
 
 
-class AffineConfig(Config):
-    """Turns and scales by interpolation; off unless it has a probability."""
+class NoiseConfig(Config):
+    """Gaussian noise, in units of the network's input."""
 
-    probability: Probability = 0.0
-    degrees: tuple[_Angle, _Angle, _Angle] = Field(
-        default=(15.0, 15.0, 15.0), description="largest turn about z, y, x, either way"
-    )
-    scale: Annotated[tuple[_Scale, _Scale], AfterValidator(ordered)] = Field(
-        default=(0.8, 1.25), description="how much larger organs become"
+    probability: Probability = 0.1
+    std: Annotated[tuple[_NotNegative, _NotNegative], AfterValidator(ordered)] = Field(
+        default=(0.0, 0.1), description="of the noise; drawn from least to largest"
     )
 
-    @model_validator(mode="after")
-    def _something(self) -> AffineConfig:
-        if self.probability and not any(self.degrees) and self.scale == (1.0, 1.0):
-            raise ValueError("neither turns nor scales: set probability to 0")
-        return self
 
+class BlurConfig(Config):
+    """Gaussian blur, a ball in mm: sigma in voxels of the finest axis, fewer along coarser ones."""
 
-class AugmentConfig(AppearanceConfig):
-    """Space and intensity; by default intensity alone."""
-
-    flip_axes: _Axes = Field(
-        default=(),
-        description="axes (0 z, 1 y, 2 x) that may be mirrored; anatomy is not symmetric",
+    probability: Probability = 0.1
+    sigma: Annotated[tuple[_NotNegative, _NotNegative], AfterValidator(ordered)] = Field(
+        default=(0.5, 1.0), description="voxels of the finest axis; drawn from least to largest"
     )
-    rotate_axes: _Axes = Field(
-        default=(),
-        description="axes to make quarter turns about; half turns where the patch is not square",
+
+
+class BrightnessConfig(Config):
+    """A shift, in units of the network's input."""
+
+    probability: Probability = 0.15
+    shift: Annotated[tuple[_Finite, _Finite], AfterValidator(ordered)] = Field(
+        default=(-0.15, 0.15), description="added to all voxels; drawn from least to largest"
     )
-    affine: AffineConfig = Field(default_factory=AffineConfig)
-
-    @property
-    def moves_voxels(self) -> bool:
-        """Whether any spatial transform may be drawn."""
-        return bool(self.flip_axes or self.rotate_axes or self.affine.probability)
-
-    @property
-    def swaps_sides(self) -> bool:
-        """Whether a patient and the same one mirrored left to right can come out alike."""
-        cube = np.arange(8).reshape(2, 2, 2)
-        mirrored = np.flip(cube, axis=2)
-        return not {m.apply(cube).tobytes() for m in _movements(self)}.isdisjoint(
-            m.apply(mirrored).tobytes() for m in _movements(self)
-        )
 
 
-def _movements(config: AugmentConfig) -> Iterator[Movement]:
-    """All flips and quarter turns that may be drawn."""
-    axes = config.flip_axes
-    flips = chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1))
-    turns = product(*(range(4 if axis in config.rotate_axes else 1) for axis in range(3)))
-    return (Movement(some, (z, y, x)) for some, (z, y, x) in product(flips, turns))
+class ContrastConfig(Config):
+    """Distances to the patch's mean times a factor."""
+
+    probability: Probability = 0.15
+    factor: Annotated[tuple[_Positive, _Positive], AfterValidator(ordered)] = Field(
+        default=(0.75, 1.25), description="drawn from least to largest"
+    )
 
 
-def check_sides(config: AugmentConfig, space: LabelSpace) -> None:
-    """Organs named by their side, and mirror images of patients, do not go together.
+class LowResolutionConfig(Config):
+    """Voxels thrown away and interpolated back; the share that is kept along the finest axis.
 
-    The mirrored image of a left kidney is that of a right one, with the label and log-odds of a
-    left one.
-
-    Raises:
-        ConfigError: both are wanted.
+    Coarser axes keep theirs until the voxels are cubes: a thick slice is not made thicker first.
     """
-    sided = [organ for organ in space.organs if _is_sided(organ, space.organs)]
-    if sided and config.swaps_sides:
-        raise ConfigError(
-            f"flip_axes {list(config.flip_axes)} with rotate_axes {list(config.rotate_axes)} "
-            f"mirrors left and right, which the student is to tell apart: {', '.join(sided)}.",
-            where="training.augment",
-            fix="Take axis 2 out of flip_axes (and, with rotate_axes, the others), or merge "
-            "left and right in the registry.",
-        )
+
+    probability: Probability = 0.125
+    zoom: Annotated[tuple[_Fraction, _Fraction], AfterValidator(ordered)] = Field(
+        default=(0.5, 1.0), description="share of voxels kept; drawn from least to largest"
+    )
 
 
-def _is_sided(organ: str, organs: Sequence[str]) -> bool:
-    """Whether a word of its name is left or right; l or r only if the other one is there, too."""
-    other = {"left": "right", "right": "left", "l": "r", "r": "l"}
-    words = _words(organ)
-    if {"left", "right"} & set(words):
-        return True
-    swapped = [other.get(word, word) for word in words]
-    return swapped != words and swapped in [_words(o) for o in organs]
+class GammaConfig(Config):
+    """Values between the patch's least and largest, as 0 .. 1, to the power of an exponent."""
+
+    probability: Probability = 0.3
+    exponent: Annotated[tuple[_Positive, _Positive], AfterValidator(ordered)] = Field(
+        default=(0.7, 1.5), description="drawn from least to largest"
+    )
 
 
-def _words(organ: str) -> list[str]:
-    """kidney_left, Left Kidney, kidneyLeft -> kidney and left, in their order."""
-    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", organ)]
+class AppearanceConfig(Config):
+    """Which changes, how often, how much; `intensity: 0` switches them all off."""
+
+    intensity: float = Field(
+        default=1.0, ge=0, le=1, description="factor on each probability below; 0: none of them"
+    )
+    noise: NoiseConfig = Field(default_factory=NoiseConfig)
+    blur: BlurConfig = Field(default_factory=BlurConfig)
+    brightness: BrightnessConfig = Field(default_factory=BrightnessConfig)
+    contrast: ContrastConfig = Field(default_factory=ContrastConfig)
+    low_resolution: LowResolutionConfig = Field(default_factory=LowResolutionConfig)
+    gamma: GammaConfig = Field(default_factory=GammaConfig)
 
 
-def draw_movement(
-    config: AugmentConfig, patch: tuple[int, int, int], rng: np.random.Generator
-) -> Movement:
-    """Draws one transform; in a plane in which the patch is not square there are half turns."""
-    affine = _draw_affine(config.affine, rng)
-    flips = tuple(axis for axis in config.flip_axes if rng.random() < 0.5)
-    turns = [0, 0, 0]
-    for axis in config.rotate_axes:
-        a, b = PLANES[axis]
-        turns[axis] = int(rng.integers(4)) if patch[a] == patch[b] else 2 * int(rng.integers(2))
-    return Movement(flips, (turns[0], turns[1], turns[2]), affine)
+def change_intensity(
+    image: FloatArray,
+    config: AppearanceConfig,
+    rng: np.random.Generator,
+    spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
+) -> FloatArray:
+    """Noise, blur, brightness, contrast, low resolution, gamma; each with its probability.
+
+    Args:
+        image: (1, D, H, W) in units of the network's input; left as it is.
+        config: which, and how much.
+        rng: the only source of randomness.
+        spacing_mm: z, y, x; only their ratios matter.
+    """
+
+    def happens(probability: float) -> bool:
+        return bool(rng.random() < config.intensity * probability)
+
+    out = image
+    if happens(config.noise.probability):
+        std = np.float32(rng.uniform(*config.noise.std))
+        out = out + std * rng.standard_normal(out.shape, dtype=np.float32)
+    if happens(config.blur.probability):
+        out = _blur(out, rng.uniform(*config.blur.sigma), spacing_mm)
+    if happens(config.brightness.probability):
+        out = out + np.float32(rng.uniform(*config.brightness.shift))
+    if happens(config.contrast.probability):
+        mean = out.mean(dtype=np.float64).astype(np.float32)
+        out = (out - mean) * np.float32(rng.uniform(*config.contrast.factor)) + mean
+    if happens(config.low_resolution.probability):
+        out = _low_resolution(out, rng.uniform(*config.low_resolution.zoom), spacing_mm)
+    if happens(config.gamma.probability):
+        out = _gamma(out, rng.uniform(*config.gamma.exponent))
+    return out.astype(np.float32)
 
 
-def _draw_affine(config: AffineConfig, rng: np.random.Generator) -> Affine | None:
-    """Angles evenly, scale evenly in its logarithm: as often 1.25 as 1 / 1.25."""
-    if rng.random() >= config.probability:
-        return None
-    z, y, x = (float(rng.uniform(-angle, angle)) for angle in config.degrees)
-    low, high = (math.log(scale) for scale in config.scale)
-    return Affine((z, y, x), math.exp(rng.uniform(low, high)))
+def _relative(spacing_mm: Sequence[float]) -> list[float]:
+    """Voxel edges in units of the finest one."""
+    return [edge / min(spacing_mm) for edge in spacing_mm]
+
+
+def _blur(image: FloatArray, sigma: float, spacing_mm: Sequence[float]) -> FloatArray:
+    sigmas = [0.0, *(sigma / edge for edge in _relative(spacing_mm))]
+    blurred: FloatArray = gaussian_filter(image, sigmas, mode="nearest", truncate=3)
+    return blurred
+
+
+def _low_resolution(image: FloatArray, zoom: float, spacing_mm: Sequence[float]) -> FloatArray:
+    """Nearest voxels down, linear up, as nnU-Net does it."""
+    full = image.shape[1:]
+    kept = [
+        max(1, round(n * min(1.0, zoom * edge)))
+        for n, edge in zip(full, _relative(spacing_mm), strict=True)
+    ]
+    few = functional.interpolate(torch.from_numpy(image)[None], size=kept, mode="nearest-exact")
+    return functional.interpolate(few, size=full, mode="trilinear")[0].numpy()
+
+
+def _gamma(image: FloatArray, exponent: float) -> FloatArray:
+    low, high = float(image.min()), float(image.max())
+    scale = max(high - low, 1e-6)
+    return ((image - low) / scale) ** np.float32(exponent) * scale + low
