@@ -15,10 +15,16 @@ from functools import partial
 import numpy as np
 import torch
 
-from pipeline.patches import Patch
-from pipeline.student.appearance import AppearanceConfig, change_intensity
-from pipeline.student.augment import AugmentConfig, draw_movement
-from pipeline.student.movement import Affine, Movement, Warp
+from pipeline.data.patches import Patch
+from pipeline.student.augment import (
+    Affine,
+    AppearanceConfig,
+    AugmentConfig,
+    Movement,
+    Warp,
+    change_intensity,
+    draw_movement,
+)
 
 CHANGES = ("noise", "blur", "brightness", "contrast", "low_resolution", "gamma")
 NUM_ORGANS = 4

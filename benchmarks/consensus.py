@@ -24,8 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from pipeline.cache.pool import POOL
-from pipeline.cache.reader import CachedCase, Unit
+from pipeline.cache.reader import POOL, CachedCase, Unit
 from pipeline.cache.schema import (
     StorageConfig,
     image_spec,
@@ -33,12 +32,13 @@ from pipeline.cache.schema import (
     log_odds_spec,
 )
 from pipeline.cache.store import write_unit
-from pipeline.cohort import compute, lazy_consensus, lazy_votes
-from pipeline.consensus import consensus, stack_organs
-from pipeline.data.phantom import ORGANS, PhantomSpec, make_case
-from pipeline.labels import IGNORE, LabelSpace
+from pipeline.consensus.cohort import compute, lazy_consensus, lazy_votes
+from pipeline.consensus.regions import consensus, stack_organs
+from pipeline.data.entries import ORGANS, PhantomSpec
+from pipeline.data.labels import IGNORE, LabelSpace
+from pipeline.data.patches import Patch
+from pipeline.data.phantom.case import make_case
 from pipeline.log import print_table
-from pipeline.patches import Patch
 
 Array = npt.NDArray[Any]
 Found = Sequence[Array]
@@ -258,14 +258,12 @@ def measure_step(case: CachedCase, steps: int) -> dict[str, float]:
     import torch
     from torch.utils.data import default_collate
 
-    from pipeline.student.dataset import to_batch
-    from pipeline.student.loading import patches_of
+    from pipeline.student.dataset import patches_of, to_batch
     from pipeline.student.network import seeded_network
-    from pipeline.student.optimiser import build_optimiser
     from pipeline.student.processes import ALONE
-    from pipeline.student.settings import TrainingConfig
+    from pipeline.student.settings import TrainingConfig, build_optimiser
     from pipeline.student.speed import Speed
-    from pipeline.student.step import make_step
+    from pipeline.student.training import make_step
 
     torch.set_num_threads(1)
     config = TrainingConfig.model_validate(

@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.stage_one_cohort import dynunet, make_cohort
 from pipeline.data.registry import load_registry
 from pipeline.log import Log
-from pipeline.teachers.sliding_window import WindowConfig
+from pipeline.networks.windows import WindowConfig
 from stages import cache_teachers
 from stages.cache_teachers import CacheTeachersConfig
 

@@ -17,13 +17,12 @@ from typing import Any
 
 import yaml
 
+from pipeline.cli.demo import generate_phantoms, write_settings
 from pipeline.config import load_config
-from pipeline.data.phantom import ORGANS
+from pipeline.data.entries import ORGANS
 from pipeline.data.registry import load_registry
-from pipeline.demo import generate_phantoms
-from pipeline.demo_settings import write_settings
 from pipeline.log import Log, print_table
-from pipeline.summary import organ_means
+from pipeline.review.metrics import organ_means
 from stages import cache_teachers, evaluate, predict, train_student
 
 

@@ -22,8 +22,7 @@ import numpy.typing as npt
 import zarr
 from scipy import ndimage
 
-from pipeline.cache.pool import POOL
-from pipeline.cache.reader import Unit
+from pipeline.cache.reader import POOL, Unit
 from pipeline.cache.schema import (
     IMAGE,
     ArraySpec,
@@ -33,8 +32,8 @@ from pipeline.cache.schema import (
     log_odds_spec,
 )
 from pipeline.cache.store import write_unit
+from pipeline.data.patches import Patch
 from pipeline.log import print_table
-from pipeline.patches import Patch
 
 Array = npt.NDArray[Any]
 Read = Callable[[Patch], list[Array]]

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from benchmarks.stage_one_cohort import cohort_of, settings_of, stage_one_options
 from pipeline.data.registry import Registry
 from pipeline.log import Log, print_table
-from pipeline.network import pick_device
-from pipeline.teachers import window_passes
+from pipeline.networks import windows as window_passes
+from pipeline.networks.by_name import pick_device
 from pipeline.teachers.checkpoint import read_teacher
 from stages import cache_teachers
 
@@ -99,7 +99,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def _network(self, name: str) -> nn.Module:
-        from pipeline.network import build_network
+        from pipeline.networks.by_name import build_network
 
         record, state = read_teacher(self.registry.resolve(self.registry.teachers[name].weights))
         network = build_network(record.network, in_channels=1, out_channels=2)

@@ -12,13 +12,13 @@ import torch
 import yaml
 from scipy import ndimage
 
+from pipeline.data.labels import Intensity
 from pipeline.data.nifti import write_image
 from pipeline.data.registry import Registry, load_registry
-from pipeline.intensity import Intensity
-from pipeline.network import NetworkConfig, build_network
+from pipeline.data.volume import Grid, Volume
+from pipeline.networks.by_name import NetworkConfig, build_network
+from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.checkpoint import TeacherRecord, save_teacher
-from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.volume import Grid, Volume
 from stages.cache_teachers import CacheTeachersConfig
 
 DATASET = "made-up"

@@ -34,7 +34,7 @@ from pipeline.data.registry import Registry
 from pipeline.engine.choose import open_engine
 from pipeline.engine.here import Engine
 from pipeline.log import Log, print_table
-from pipeline.network import build_network
+from pipeline.networks.by_name import build_network
 from stages import cache_teachers
 
 PLAIN, STAGE = "plain processes", "stage one"

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from pipeline.cli.demo import generate_phantoms, write_settings
 from pipeline.config import load_config
 from pipeline.data.registry import Registry, load_registry
-from pipeline.demo import generate_phantoms
-from pipeline.demo_settings import write_settings
 from pipeline.log import Log
 from stages import cache_teachers, train_teachers
 

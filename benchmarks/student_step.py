@@ -38,20 +38,18 @@ from torch import Tensor, nn
 
 from benchmarks.stage_one_cohort import dynunet
 from benchmarks.student_cohort import DEMO_MM, cached_cohort
-from pipeline.cohort import open_cohort
+from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import Registry
 from pipeline.log import Log, print_table
-from pipeline.network import NetworkConfig, build_network, pick_device
-from pipeline.student.dataset import to_batch
-from pipeline.student.loading import loaded_batches, patches_of
+from pipeline.networks.by_name import NetworkConfig, build_network, pick_device
+from pipeline.student.dataset import loaded_batches, patches_of, to_batch
+from pipeline.student.inputs import cached_taps
 from pipeline.student.network import StudentNetwork, seeded_network
-from pipeline.student.optimiser import build_optimiser
 from pipeline.student.processes import ALONE
-from pipeline.student.settings import TrainingConfig
+from pipeline.student.settings import TrainingConfig, build_optimiser
 from pipeline.student.speed import Speed, SpeedFlags
-from pipeline.student.step import make_step
 from pipeline.student.supervision import Batch
-from pipeline.student_inputs import cached_taps
+from pipeline.student.training import make_step
 from pipeline.teachers.checkpoint import read_teacher
 
 NETWORKS: Mapping[str, tuple[NetworkConfig, str]] = {

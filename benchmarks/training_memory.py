@@ -25,10 +25,9 @@ from torch import Tensor, nn
 import stages
 from pipeline.config import load_config
 from pipeline.log import print_table
-from pipeline.network import build_network
-from pipeline.student.deep_supervision import Outputs
-from pipeline.student.optimiser import build_optimiser
-from pipeline.student.settings import TrainingConfig
+from pipeline.networks.by_name import build_network
+from pipeline.student.network import Outputs
+from pipeline.student.settings import TrainingConfig, build_optimiser
 from pipeline.student.supervision import Batch, batch_loss
 from stages.train_student import TrainStudentConfig
 

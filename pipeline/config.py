@@ -1,13 +1,17 @@
-"""Configuration: frozen models from YAML, every mistake at once and each with its line; digests."""
+"""Configuration: frozen models from YAML, every mistake at once and each with its line; digests,
+and the versions that numbers come from.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -369,3 +373,29 @@ def _alike(problem: Problem) -> object:
 
 def _dotted(location: Location) -> str:
     return f"{'.'.join(str(part) for part in location)}: " if location else ""
+
+
+# Versions of this tool and of the packages that its numbers come from; none of them is loaded.
+
+TOOL = "organ-distill"
+PACKAGES = (
+    "torch", "monai", "numpy", "scipy", "zarr", "numcodecs", "dask", "nibabel", "isal", "pydantic",
+    "typer", "matplotlib", "universal-pathlib",
+)  # fmt: skip
+# Of extras: absent is an answer.
+OPTIONAL = (
+    "distributed", "dask-jobqueue", "nnunetv2", "s3fs", "tensorboard", "mlflow-skinny", "wandb",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str | None]:
+    """Package -> its version, None where it is not installed; this tool and Python come first."""
+    found: dict[str, str | None] = {TOOL: _version(TOOL), "python": platform.python_version()}
+    return found | {name: _version(name) for name in (*PACKAGES, *OPTIONAL)}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,8 +1,13 @@
-"""Pictures: overlays of a case with its regions; no screen is needed."""
+"""Pictures and colours: overlays of a case, curves of a training, names and colours of a label
+map. No screen is needed.
+"""
 
 from __future__ import annotations
 
+import colorsys
 import os
+import re
+import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -246,3 +251,258 @@ def _draw_plane(
             x, y, letter, color="w", transform=ax.transAxes, fontsize=8, ha="center", va="center",
             path_effects=[withStroke(linewidth=2, foreground="k")],
         )  # fmt: skip
+
+
+# Names and colours of a label map, as the programs that show label maps read them.
+
+Colour = tuple[int, int, int]
+
+_GOLDEN_RATIO = 0.618033988749895
+_RULE = "#" * 48
+# Of the first ids; all are as far from white paper as from the page's dark one and black air.
+_FIRST = (
+    "e6550d", "3182bd", "31a354", "b8860b", "8e44ad", "0097a7", "d81b60", "827717", "5c6bc0",
+    "8d6e63",
+)  # fmt: skip
+_LIGHTEST, _DARKEST = 0.3, 0.125  # relative luminance (WCAG): 3:1 against white and the dark page
+_WHITER = 0.2
+
+
+_ROW = re.compile(
+    r'^ *(?P<id>\d+) +(?:(?P<bare>\S+)(?: +\d+){4}|(?: +[\d.]+){6} +"(?P<quoted>.*)") *$',
+    re.MULTILINE,
+)
+
+
+def colour_of(organ_id: int) -> Colour:
+    """Red, green and blue, 0 .. 255, of an organ id: the same in every file, picture, page and run.
+
+    Behind the first ids, hues a golden ratio apart are never close for ids that are.
+    """
+    if organ_id <= len(_FIRST):
+        red, green, blue = bytes.fromhex(_FIRST[organ_id - 1])
+        return red, green, blue
+    hue = (0.02 + (organ_id - 1) * _GOLDEN_RATIO) % 1.0
+    value = (0.95, 0.75)[(organ_id // 7) % 2]
+    rgb = colorsys.hsv_to_rgb(hue, 0.72, value)
+    bright = luminance(rgb)
+    too_light = max(1.0, bright / _LIGHTEST) ** (1 / 2.2)
+    white = _WHITER if bright < _DARKEST else 0.0
+    red, green, blue = (round(255 * (white + (1 - white) * c / too_light)) for c in rgb)
+    return red, green, blue
+
+
+def hex_colour(organ_id: int) -> str:
+    """`colour_of` as `#rrggbb`."""
+    return "#" + bytes(colour_of(organ_id)).hex()
+
+
+def luminance(rgb: tuple[float, float, float]) -> float:
+    """Relative luminance (WCAG) of red, green and blue, 0 .. 1, in sRGB."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def itksnap_text(names: Mapping[int, str]) -> str:
+    """An ITK-SNAP label description file: Segmentation > Import Label Descriptions.
+
+    Args:
+        names: organ id -> name.
+    """
+    lines = [
+        _RULE,
+        "# ITK-SnAP Label Description File",
+        "# File format:",
+        "# IDX   -R-  -G-  -B-  -A--  VIS MSH  LABEL",
+        "# Fields:",
+        "#    IDX:   Zero-based index",
+        "#    -R-:   Red color component (0..255)",
+        "#    -G-:   Green color component (0..255)",
+        "#    -B-:   Blue color component (0..255)",
+        "#    -A-:   Label transparency (0.00 .. 1.00)",
+        "#    VIS:   Label visibility (0 or 1)",
+        "#    IDX:   Label mesh visibility (0 or 1)",
+        "#  LABEL:   Label description",
+        _RULE,
+        '    0     0    0    0        0  0  0    "Clear Label"',
+    ]
+    for organ_id, name in sorted(names.items()):
+        red, green, blue = colour_of(organ_id)
+        quoted = name.replace('"', "'")
+        lines.append(f'{organ_id:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{quoted}"')
+    return "\n".join(lines) + "\n"
+
+
+def slicer_text(names: Mapping[int, str], file_name: str) -> str:
+    """A 3D Slicer colour table; names may hold no blanks there, so these become `_`.
+
+    Args:
+        names: organ id -> name.
+        file_name: of the table; Slicer's own first line.
+    """
+    lines = [
+        f"# Color table file {file_name}",
+        f"# {len(names) + 1} values",
+        "0 background 0 0 0 0",
+    ]
+    for organ_id, name in sorted(names.items()):
+        red, green, blue = colour_of(organ_id)
+        lines.append(f"{organ_id} {'_'.join(name.split())} {red} {green} {blue} 255")
+    return "\n".join(lines) + "\n"
+
+
+def names_in(table: str) -> dict[int, str]:
+    """Organ id -> name as it stands in a table of ITK-SNAP or 3D Slicer; none of background."""
+    rows = _ROW.finditer(table)
+    found = {int(row["id"]): row["quoted"] or row["bare"] for row in rows}
+    return {organ_id: name for organ_id, name in found.items() if organ_id}
+
+
+def caret_xml(names: Mapping[int, str]) -> str:
+    """The label table that TotalSegmentator writes into a NIfTI header extension, and reads.
+
+    Its reader takes `CaretExtension / VolumeInformation / LabelTable / Label` of the first
+    extension; that table is in the format of the Caret programs.
+
+    Args:
+        names: organ id -> name.
+    """
+    labels = []
+    for organ_id, name in sorted(names.items()):
+        red, green, blue = (f"{c / 255:.4f}" for c in colour_of(organ_id))
+        text = name.replace("]]>", "]] >")
+        labels.append(
+            f'<Label Key="{organ_id}" Red="{red}" Green="{green}" Blue="{blue}" Alpha="1">'
+            f"<![CDATA[{text}]]></Label>"
+        )
+    return "\n".join(
+        [
+            '<?xml version="1.0" encoding="UTF-8"?>',
+            '<CaretExtension><VolumeInformation Index="0"><LabelTable>',
+            *labels,
+            "</LabelTable><VolumeType><![CDATA[Label]]></VolumeType>",
+            "</VolumeInformation></CaretExtension>",
+        ]
+    )
+
+
+def caret_names(text: bytes) -> dict[int, str]:
+    """The inverse of `caret_xml`: label value -> name; empty for what is no such table."""
+    try:
+        labels = list(ET.fromstring(text.strip(b"\0 \n")).iter("Label"))
+        return {int(label.attrib["Key"]): (label.text or "").strip() for label in labels}
+    except (ET.ParseError, KeyError, ValueError):
+        return {}
+
+
+# The curves of a training: loss terms, validation Dice, throughput.
+
+Points = Sequence[tuple[float, float]]
+Curves = Mapping[str, Points]
+_LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def save_curves(
+    path: Path,
+    terms: Curves,
+    dice: Curves,
+    *,
+    samples_per_second: Points = (),
+    data_wait: Points = (),
+    ids: Mapping[str, int] | None = None,
+    title: str = "",
+) -> None:
+    """Loss terms, validation Dice, and throughput with the wait for data, against steps.
+
+    Args:
+        path: PNG.
+        terms: term -> (step, value), drawn raw and smoothed; `total` is drawn in black.
+        dice: organ -> (step, Dice).
+        samples_per_second: (step, samples/s).
+        data_wait: (step, share of the time, 0 to 1).
+        ids: organ -> id, which says its colour; else by its place in `dice`.
+        title: above everything.
+    """
+    with open_figure(path, 2, 3, size=(14, 5.2)) as (figure, axes):
+        grid = axes[0, 0].get_gridspec()
+        for column in (0, 1):
+            for row in (0, 1):
+                axes[row, column].remove()
+        _draw_terms(figure.add_subplot(grid[:, 0]), terms)
+        _draw_dice(figure.add_subplot(grid[:, 1]), dice, ids or {})
+        rates, waits = axes[0, 2], axes[1, 2]
+        _draw_rate(rates, samples_per_second, "#0072B2")
+        _draw_rate(waits, [(step, 100 * value) for step, value in data_wait], "#D55E00")
+        rates.set(title="Throughput", ylabel="samples per second")
+        waits.set(title="Waiting for data", ylabel="% of the time", xlabel="step")
+        waits.set_ylim(0, max(5.0, 1.2 * waits.get_ylim()[1]) if len(data_wait) else 100)
+        figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+
+
+def _draw_terms(ax: Any, terms: Curves) -> None:
+    lowest = top = 0.0
+    for number, name in enumerate(sorted(terms, key=lambda name: name != "total")):
+        steps, values = np.array(terms[name], dtype=np.float64).T
+        smooth = smoothed(values)
+        style = _line_style(number - ("total" in terms), black=name == "total")
+        ax.plot(steps, values, color=style["color"], alpha=0.18, linewidth=0.7)
+        label = f"{name.replace('_', ' ')} {smooth[-1]:.3g}"
+        ax.plot(steps, smooth, label=label, linewidth=1.6, **style)
+        lowest, top = min(lowest, float(smooth.min())), max(top, float(smooth.max()))
+    ax.set(title="Training loss, weighted terms", xlabel="step", ylabel="loss")
+    if top > 0:  # raw values of single steps may stick out far above
+        ax.set_ylim(min(0.0, lowest), 1.1 * top)
+    _finish_axes(ax, "last")
+
+
+def _draw_dice(ax: Any, dice: Curves, ids: Mapping[str, int]) -> None:
+    for number, (organ, points) in enumerate(dice.items()):
+        steps, values = np.array(points, dtype=np.float64).T
+        marker = "o" if len(points) <= 40 else None
+        ax.plot(
+            steps, values, label=f"{organ.replace('_', ' ')} {values[-1]:.2f}", marker=marker,
+            markersize=4, linewidth=1.4,
+            **_line_style(number) | {"color": hex_colour(ids.get(organ, number + 1))},
+        )  # fmt: skip
+    ax.set(title="Validation, labelled organs", xlabel="step", ylabel="Dice", ylim=(0, 1))
+    _finish_axes(ax, "last")
+
+
+def _draw_rate(ax: Any, points: Points, colour: str) -> None:
+    if len(points):
+        steps, values = np.array(points, dtype=np.float64).T
+        ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
+        ax.plot(steps, smoothed(values, share=40), color=colour, linewidth=1.6)
+    ax.set_ylim(bottom=0)
+    _finish_axes(ax, "")
+
+
+def _finish_axes(ax: Any, legend_title: str) -> None:
+    ax.grid(alpha=0.25)
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_formatter(
+        lambda step, _: f"{step / 1000:g}k" if step >= 1e4 else f"{step:g}"
+    )
+    ax.spines[["top", "right"]].set_visible(False)
+    labels = ax.get_legend_handles_labels()[1]
+    if labels:
+        ax.legend(
+            title=legend_title, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False,
+            fontsize=8, title_fontsize=8, alignment="left",
+        )  # fmt: skip
+
+
+def _line_style(number: int, *, black: bool = False) -> dict[str, str]:
+    """Okabe and Ito's colours, which the colour-blind tell apart; then with another dash."""
+    if black:
+        return {"color": "#000000", "linestyle": "-"}
+    dash = ("-", "--", ":", "-.")[number // len(_LINE_COLOURS) % 4]
+    return {"color": _LINE_COLOURS[number % len(_LINE_COLOURS)], "linestyle": dash}
+
+
+def smoothed(values: npt.NDArray[np.float64], share: int = 10) -> npt.NDArray[np.float64]:
+    """A running mean over one `share`-th of the values."""
+    width = max(1, min(51, len(values) // share))
+    kernel = np.ones(width) / width
+    padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
+    return np.convolve(padded, kernel, mode="valid")

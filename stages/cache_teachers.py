@@ -2,40 +2,56 @@
 
 Per case: CT -> student grid -> cases/; CT -> the teacher's own grid -> sliding window -> log-odds
 and features -> student grid -> teachers/. Receipts last; what has one is skipped. The units by
-which the admission gate judges the teachers come first. An engine says where cases are worked on;
-a part of the cases may be all that a run has to do.
+which the admission gate judges the teachers come first. An engine says where cases are worked on; a
+part of the cases may be all that a run has to do.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pydantic import Field
 
-from pipeline.admission.gate import NOT_JUDGED, Verdict, check_accepted
-from pipeline.admission.looks import plan_looks, units_of
-from pipeline.cache.index import IndexedCase
-from pipeline.cache.leftovers import clean_temporaries
+from pipeline.cache.cases import check_organs
+from pipeline.cache.identity import claim_dataset, claim_teacher
+from pipeline.cache.index import (
+    IndexedCase,
+    IndexedTeacher,
+    case_records,
+    dataset_file,
+    read_dataset_index,
+    read_sealed,
+    write_case_record,
+    write_dataset_index,
+    write_failed_record,
+    write_teacher_index,
+)
+from pipeline.cache.places import clean_temporaries
 from pipeline.cache.schema import StorageConfig
-from pipeline.cache.store import prepare_work_folder
-from pipeline.cache_run import CacheRun
-from pipeline.case_parts import begin_part, held_out_since, own_cases
-from pipeline.config import Config
-from pipeline.data.files import CaseFiles
+from pipeline.cache.store import prepare_work_folder, write_json
+from pipeline.config import Config, digest
+from pipeline.consensus.cohort import print_regions, region_rows
+from pipeline.consensus.evidence import Look, plan_looks, units_of
+from pipeline.consensus.gate import NOT_JUDGED, Verdict, check_accepted, run_gate
+from pipeline.data.entries import CaseFiles
 from pipeline.data.registry import Registry
+from pipeline.data.sizes import case_sizes
 from pipeline.engine.here import HERE, Engine, first_told
-from pipeline.engine.parts import Part
-from pipeline.errors import OutputsError
-from pipeline.folder import Folder
-from pipeline.identity import claim_dataset, claim_teacher
+from pipeline.engine.parts import Part, share
+from pipeline.errors import CacheError, CacheStale, OutputsError, PipelineError, WorkFolderError
+from pipeline.folder import Folder, matching, read_text, remove
 from pipeline.log import Log
-from pipeline.planning.record import check_space
-from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.unit_steps import CaseJob
-from pipeline.unit_work import (
+from pipeline.networks.windows import WindowConfig
+from pipeline.setup.plan import check_space
+from pipeline.teachers.units import (
+    CaseJob,
     DescribeTeachers,
     MakeUnits,
     OpenTeachers,
@@ -45,6 +61,145 @@ from pipeline.unit_work import (
     is_there,
 )
 from stages.report import StageReport
+
+# One run of stage one: what it knows of its cases and teachers, when the gate judges, and how it
+# ends, alone or as one of several parts.
+
+
+@dataclass(kw_only=True)
+class CacheRun:
+    """What is known of a run, and what came of it.
+
+    Attributes:
+        config: what changes numbers.
+        registry: read with its files.
+        work: the work folder.
+        log: where progress goes.
+        part: the part of the cases that is this run's; None: all of them.
+        accept: teachers to go on with although the gate would stop at them.
+        show: print tables.
+        report: of the stage.
+        known: teachers, by name.
+        files: cases of all parts.
+    """
+
+    config: Config
+    registry: Registry
+    work: Folder
+    log: Log
+    part: Part | None
+    accept: Sequence[str]
+    show: bool
+    report: StageReport = field(default_factory=lambda: StageReport("cache-teachers"))
+    known: Mapping[str, IndexedTeacher] = field(default_factory=dict)
+    files: Sequence[CaseFiles] = ()
+
+    def usable(self) -> list[str]:
+        """Datasets that nothing is wrong with as a whole."""
+        return [d for d in self.registry.datasets if f"dataset {d}" not in self.report.failed]
+
+    def fail(self, unit: str, error: Exception) -> None:
+        """One unit's failure does not stop the others; what nobody foresaw keeps its traceback."""
+        self.report.failed[unit] = error
+        known = isinstance(error, PipelineError)
+        text = str(error) if known else "".join(traceback.format_exception(error))
+        self.log.warn(f"{unit} failed: {text}")
+
+    def everyone(self) -> Everyone:
+        """What all parts have done; without parts this run is all there is."""
+        assert self.part is not None
+        tag = run_digest(self.registry, self.known, self.config, self.part)
+        return look_at_everyone(self.registry, self.work, self.files, self.part, tag)
+
+    def index(
+        self, own: Sequence[CaseFiles], prepared: Sequence[IndexedCase], splits: Sequence[str]
+    ) -> None:
+        """Tells what is wrong with organs, and writes which cases and teachers there are.
+
+        What is wrong with a dataset as a whole only shows in all its cases: parts leave that to
+        the one that comes last.
+
+        Args:
+            own: cases of this run.
+            prepared: those of them that are on the student grid.
+            splits: that the index is of.
+        """
+        registry, work = self.registry, self.work
+        for what, wrong in check_organs(registry, work, prepared).items():
+            if self.part is None or not what.startswith("dataset "):
+                self.fail(what, wrong)
+        for name, teacher in self.known.items():
+            origin = claim_teacher(work, registry, teacher)
+            write_teacher_index(work, registry.teacher_key(name), replace(teacher, origin=origin))
+        failed = [source for source in own if source.name in self.report.failed]
+        if self.part is not None:
+            record_cases(registry, work, prepared, failed)
+        else:
+            index_cases(registry, work, prepared, self.usable(), splits)
+
+    def judge(self, looks: Sequence[Look]) -> Verdict:
+        """The gate's verdict; in a part, NOT_JUDGED while units of others may still come."""
+        if self.part is not None:
+            everyone = self.everyone()
+            cases = [case for case in everyone.cases if case.dataset in self.usable()]
+            looks = plan_looks(self.registry, cases)
+            by_name = {case.name: case for case in cases}
+            absent = sum(
+                not is_there(self.work, self.known[teacher], by_name[case])
+                for teacher, case in units_of(looks)
+            )
+            if not everyone.all_finished and (absent or not everyone.all_prepared):
+                self.log.info(
+                    "the admission gate has not judged: units that it looks at are still with "
+                    "other parts. Whichever part finds them all there judges."
+                )
+                return NOT_JUDGED
+        verdict = run_gate(
+            self.registry, self.work, self.known, looks,
+            accept=self.accept, log=self.log, show=self.show,
+        )  # fmt: skip
+        for what, error in verdict.failed.items():
+            if what not in self.report.failed:
+                self.fail(what, error)
+        return verdict
+
+    def finish(self, verdict: Verdict) -> None:
+        """The report, tables, and what only the last of several parts can tell."""
+        regions = []
+        whole = self.part is None
+        if self.part is not None:
+            # First say that this part has ended, then look: of two that end at once, one sees both.
+            tag = run_digest(self.registry, self.known, self.config, self.part)
+            self.report.details = {"run": tag, "part": self.part.number, "num_parts": self.part.of}
+            self._write_report()
+            whole = self.everyone().all_finished
+            if whole:
+                self._check_datasets()
+            if verdict is NOT_JUDGED:
+                verdict = self.judge([])
+        try:
+            # Of a run that was refused most units are missing, and so are most regions.
+            if whole and not verdict.refused:
+                regions = region_rows(self.registry, self.work, self.usable())
+        except CacheError as error:  # damage that only reading finds
+            self.fail("table of regions", error)
+        self.report.details |= {"regions_ml": regions, **verdict.to_json()}
+        self._write_report()
+        if self.show:
+            print_regions(regions)
+
+    def _check_datasets(self) -> None:
+        for what, wrong in check_organs(self.registry, self.work, self.everyone().cases).items():
+            if what.startswith("dataset "):
+                self.fail(what, wrong)
+                forget_dataset(self.registry, self.work, what.removeprefix("dataset "))
+
+    def _write_report(self) -> None:
+        path = report_file(self.work, self.part)
+        try:
+            write_json(path, self.report.to_json())
+        except WorkFolderError as error:
+            self.fail(path.name, error)
 
 
 class CacheTeachersConfig(Config):
@@ -280,3 +435,172 @@ def _tell(this: _Run, told: Told) -> None:
     this.report.num_bytes += told.num_bytes
     if told.made and told.path and not this.dry_run:
         this.log.event("unit", unit=told.unit, path=told.path)
+
+
+# What a run of stage one leaves in the index; and one part of it among others that nobody
+# coordinates: which cases are its own, and what the others have left.
+
+
+def own_cases(
+    registry: Registry, files: Sequence[CaseFiles], splits: Sequence[str], part: Part
+) -> list[CaseFiles]:
+    """The cases of a part, so that all parts take about as long: cost follows the voxels of the CT
+    and those on the student grid, by headers alone, and is the same factor for every teacher.
+
+    A case whose header cannot be read belongs to a part too, which reports it.
+    """
+    sizes, _ = case_sizes(registry, splits)
+    known = {size.source.name: float(size.native_voxels + size.voxels) for size in sizes}
+    costs = {case.name: known.get(case.name, 1.0) for case in files}
+    own = set(share(costs, part.of)[part.number])
+    return [case for case in files if case.name in own]
+
+
+def index_cases(
+    registry: Registry,
+    work: Folder,
+    indexed: Sequence[IndexedCase],
+    datasets: Iterable[str],
+    splits: Sequence[str],
+) -> None:
+    """The index of whole datasets, by a run over all their cases. Cases of splits that it leaves
+    out stay as an earlier run saw them.
+
+    Raises:
+        WorkFolderError: it cannot be written, or the entry is another project's.
+    """
+    for dataset in datasets:
+        key = registry.dataset_key(dataset)
+        origin = claim_dataset(work, registry, dataset)
+        known = registry.cases(dataset)
+        left_out = {c.case for c in known if c.split not in splits}
+        try:
+            earlier = [c for c in read_dataset_index(work, dataset, key) if c.case in left_out]
+        except CacheStale:
+            earlier = []
+        cases = [*(case for case in indexed if case.dataset == dataset), *earlier]
+        absent = {c.case for c in known} - {c.case for c in cases}
+        write_dataset_index(work, dataset, key, cases, origin=origin, left_out=absent)
+
+
+def held_out_since(registry: Registry, work: Folder, files: Sequence[CaseFiles]) -> list[str]:
+    """Validation and test cases that trained when another registry filled this work folder: what
+    was trained then has seen them. Once this registry is in the index, nothing more is said.
+
+    Raises:
+        WorkFolderError: the index cannot be listed.
+    """
+    new = {
+        dataset
+        for dataset in registry.datasets
+        for key in [registry.dataset_key(dataset)]
+        if not dataset_file(work, dataset, key).exists() and not case_records(work, dataset, key)
+    }
+    trained = set()
+    for pattern in ("datasets/[!.]*.json", "datasets/*/[!.]*.json") if new else ():
+        for path in matching(work / "index", pattern):
+            with suppress(OSError, ValueError, KeyError, TypeError):  # which others report
+                content = read_sealed(path)
+                trained |= {
+                    f"{content['dataset']}/{case['case']}"
+                    for case in content["cases"]
+                    if case["split"] == "train"
+                }
+    return [c.name for c in files if c.dataset in new and c.split != "train" and c.name in trained]
+
+
+def record_cases(
+    registry: Registry, work: Folder, indexed: Iterable[IndexedCase], failed: Iterable[CaseFiles]
+) -> None:
+    """Leaves a record of each own case; in that of one that failed now, there is no case.
+
+    Raises:
+        WorkFolderError: it cannot be written, or the entry is another project's.
+    """
+    keys = {name: registry.dataset_key(name) for name in registry.datasets}
+    origins = {name: claim_dataset(work, registry, name) for name in registry.datasets}
+    for case in indexed:
+        name = case.dataset
+        write_case_record(work, keys[name], case, origin=origins[name])
+    for source in failed:
+        name = source.dataset
+        write_failed_record(work, name, keys[name], source.case, origin=origins[name])
+
+
+def forget_dataset(registry: Registry, work: Folder, dataset: str) -> None:
+    """Stage two must not find a dataset that turned out to be wrong as a whole."""
+    key = registry.dataset_key(dataset)
+    for record in case_records(work, dataset, key):
+        remove(record)
+
+
+@dataclass(frozen=True)
+class Everyone:
+    """What all parts together have done so far.
+
+    Attributes:
+        cases: of all parts, as far as they are on the student grid.
+        all_prepared: each case of the registry is among them.
+        all_finished: every other part has come to its end, whatever became of its units.
+    """
+
+    cases: Sequence[IndexedCase]
+    all_prepared: bool
+    all_finished: bool
+
+
+def look_at_everyone(
+    registry: Registry, work: Folder, files: Sequence[CaseFiles], part: Part, run: str
+) -> Everyone:
+    """Reads what all parts have left.
+
+    Args:
+        registry: what exists.
+        work: the work folder.
+        files: the cases of all parts.
+        part: the one that asks.
+        run: from `run_digest`.
+    """
+    wanted = {case.name for case in files}
+    cases: list[IndexedCase] = []
+    for dataset in registry.datasets:
+        try:
+            found = read_dataset_index(work, dataset, registry.dataset_key(dataset))
+        except CacheStale:
+            continue
+        cases += [case for case in found if case.name in wanted]
+    finished = all(_finished_run(work, other) == run for other in part.others())
+    return Everyone(cases, len(cases) == len(wanted), finished)
+
+
+def run_digest(
+    registry: Registry, teachers: Mapping[str, IndexedTeacher], settings: Any, part: Part
+) -> str:
+    """What parts have in common that belong together."""
+    return digest(
+        {
+            "datasets": {name: registry.dataset_key(name) for name in registry.datasets},
+            "teachers": {name: teacher.digest for name, teacher in teachers.items()},
+            "settings": settings,
+            "num_parts": part.of,
+        }
+    )
+
+
+def report_file(work: Folder, part: Part | None) -> Folder:
+    """Where stage one's report is; that of a part says, by being there, that it came to its end."""
+    name = "cache-teachers" if part is None else f"cache-teachers.{part.tag}"
+    return work / "reports" / f"{name}.json"
+
+
+def begin_part(work: Folder, part: Part) -> None:
+    """A part that runs again has not come to its end."""
+    remove(report_file(work, part))
+
+
+def _finished_run(work: Folder, part: Part) -> str | None:
+    try:
+        content = json.loads(read_text(report_file(work, part)))
+        return str(content["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -11,8 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.cache.store import json_text, prepare_work_folder
-from pipeline.case_checks import (
+from pipeline.cache.cases import (
     GEOMETRY_TOLERANCE_MM,
     SUFFIXES,
     ReadAs,
@@ -21,16 +20,26 @@ from pipeline.case_checks import (
     predicted_labels,
     prediction_file,
 )
+from pipeline.cache.store import json_text, prepare_work_folder
 from pipeline.config import Config, digest, file_sha256
-from pipeline.data.files import CaseFiles, is_absent
+from pipeline.data.entries import CaseFiles, is_absent
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry
+from pipeline.data.volume import Grid
 from pipeline.errors import ConfigError, GeometryError, PipelineError, WorkFolderError
 from pipeline.folder import contains, json_with, refuse_foreign, replace_files, writing
 from pipeline.log import Log, print_table
-from pipeline.metrics import ABSENT, NOT_ANNOTATED, OrganScore, score_case
-from pipeline.summary import CSV_HEADER, organ_means, overall_means, summarise, to_csv
-from pipeline.volume import Grid
+from pipeline.review.metrics import (
+    ABSENT,
+    CSV_HEADER,
+    NOT_ANNOTATED,
+    OrganScore,
+    organ_means,
+    overall_means,
+    score_case,
+    summarise,
+    to_csv,
+)
 from stages.report import StageReport
 
 _METRICS = ("Dice", "NSD", "HD95_mm")
@@ -86,7 +95,8 @@ def run(
     `scores.csv` there.
 
     A case without a prediction is a failed unit, not a silent gap. An organ that a dataset does not
-    annotate is NaN in its cases and counted as missing. `pipeline.summary` says what is in them.
+    annotate is NaN in its cases and counted as missing. `pipeline.review.metrics` says what is in
+    them.
 
     Args:
         config: tolerance and splits.

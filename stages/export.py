@@ -16,13 +16,21 @@ from pydantic import Field
 from pipeline.cache.store import prepare_work_folder
 from pipeline.config import Config, digest, file_sha256
 from pipeline.errors import PipelineError
-from pipeline.exporting.check_image import CheckImage, open_check_image, student_file
-from pipeline.exporting.description import FORMAT_VERSION
-from pipeline.exporting.parity import Parity, Tolerance
-from pipeline.exporting.write import FORMATS, Format, check_place, is_written, write_format
 from pipeline.folder import Folder
 from pipeline.log import Log
 from pipeline.student.checkpoint import load_student
+from pipeline.student.export.description import FORMAT_VERSION
+from pipeline.student.export.parity import Parity, Tolerance
+from pipeline.student.export.write import (
+    FORMATS,
+    CheckImage,
+    Format,
+    check_place,
+    is_written,
+    open_check_image,
+    student_file,
+    write_format,
+)
 from stages.report import StageReport
 
 __all__ = ["FORMATS", "ExportConfig", "Format", "run"]

@@ -22,21 +22,22 @@ from pipeline.engine.devices import run_on_devices
 from pipeline.errors import EngineError, PipelineError
 from pipeline.folder import Folder
 from pipeline.log import SECONDS_BEFORE_THE_FIRST_LINE, Advance, Log
-from pipeline.network import pick_device
-from pipeline.predicting.case import (
+from pipeline.networks.by_name import pick_device
+from pipeline.student.checkpoint import load_student
+from pipeline.student.inference import TellWindows
+from pipeline.student.predict import (
     CasePredictor,
     Done,
     How,
     Probabilities,
     Share,
+    chosen_inputs,
+    find_inputs,
     refuse_targets,
     remove_leftovers,
     student_identity,
     write_label_tables,
 )
-from pipeline.predicting.inputs import chosen_inputs, find_inputs
-from pipeline.student.checkpoint import load_student
-from pipeline.student.inference import TellWindows
 from stages.report import StageReport
 
 _NAMED = 5

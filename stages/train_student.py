@@ -15,22 +15,19 @@ from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.config import Config
 from pipeline.data.registry import Registry
 from pipeline.errors import Stopped
-from pipeline.folder import Folder, read_text
+from pipeline.folder import Folder, mirrored, read_text
 from pipeline.log import Log
-from pipeline.mirror import mirrored
-from pipeline.network import pick_device
-from pipeline.staging import staged_inputs
+from pipeline.networks.by_name import pick_device
 from pipeline.student.augment import check_sides
 from pipeline.student.checkpoint import StudentRecord, save_student
-from pipeline.student.launch import joined
-from pipeline.student.loggers.by_name import open_loggers
-from pipeline.student.loggers.run_logger import RunLogger
-from pipeline.student.picture import tell_validations
-from pipeline.student.processes import Processes
+from pipeline.student.inputs import check_same_units, open_inputs
+from pipeline.student.loggers import RunLogger, open_loggers
+from pipeline.student.processes import Processes, joined
+from pipeline.student.progress import tell_validations
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.speed import SpeedFlags, check_device
+from pipeline.student.staging import staged_inputs
 from pipeline.student.training import train
-from pipeline.student_inputs import check_same_units, open_inputs
 from stages.report import StageReport
 
 RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
@@ -82,7 +79,7 @@ def run(
         allow_missing: train with the cases and units that exist, as `config.allow_missing` does.
         flags: precision, memory format, compiling.
         stage_to: folder on the machine's own disk that is read from instead of the cache; see
-            `pipeline.staging`.
+            `pipeline.student.staging`.
         dry_run: say what would be done, write nothing.
 
     Raises:

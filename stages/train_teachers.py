@@ -13,12 +13,15 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from pipeline.cache.cases import prepare_case
 from pipeline.cache.index import IndexedCase, case_path
 from pipeline.cache.reader import CachedCase, Unit
 from pipeline.cache.receipt import read_receipt
 from pipeline.cache.schema import StorageConfig
 from pipeline.cache.store import prepare_work_folder
 from pipeline.config import Config
+from pipeline.data.entries import TeacherEntry
+from pipeline.data.labels import LabelSpace
 from pipeline.data.registry import Registry
 from pipeline.errors import (
     CacheError,
@@ -29,22 +32,17 @@ from pipeline.errors import (
     TeacherError,
     named,
 )
-from pipeline.folder import Folder
-from pipeline.labels import LabelSpace
+from pipeline.folder import Folder, mirrored
 from pipeline.log import Log
-from pipeline.mirror import mirrored
-from pipeline.network import pick_device
-from pipeline.prepare import prepare_case
+from pipeline.networks.by_name import pick_device
 from pipeline.student.augment import check_sides
-from pipeline.student.launch import refuse_several
-from pipeline.student.loggers.by_name import open_loggers
-from pipeline.student.loggers.run_logger import RunLogger
-from pipeline.student.picture import tell_validations
+from pipeline.student.loggers import RunLogger, open_loggers
+from pipeline.student.processes import refuse_several
+from pipeline.student.progress import tell_validations
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.speed import SpeedFlags, check_device
 from pipeline.student.supervision import SupervisionConfig
 from pipeline.student.training import Trained, train
-from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.checkpoint import TeacherRecord, read_teacher, save_teacher
 from stages.report import StageReport
 

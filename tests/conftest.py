@@ -22,7 +22,7 @@ settings.load_profile("no deadline")
 
 pytest.register_assert_rewrite("tests.stages.stage_contract")
 
-from pipeline.cache.pool import POOL  # noqa: E402
+from pipeline.cache.reader import POOL  # noqa: E402
 from tests.distribution import Dealt, num_processes, rank  # noqa: E402
 from tests.faults.ledger import LEDGER, LONG  # noqa: E402
 from tests.messages import never_raised  # noqa: E402

@@ -21,7 +21,7 @@ import torch
 import typer.main
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.student.supervision import Kind
 from tests.stages.test_evaluate import perfect, summary_of, without, write_prediction
 from tests.stages.test_evaluate import run as evaluate

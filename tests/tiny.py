@@ -27,15 +27,16 @@ import numpy as np
 import torch
 import yaml
 
+from pipeline.data.entries import PhantomSpec
+from pipeline.data.labels import Intensity
 from pipeline.data.nifti import read_label, write_like
-from pipeline.data.phantom import PhantomSpec, write_dataset
+from pipeline.data.phantom.case import write_dataset
 from pipeline.data.registry import load_registry
 from pipeline.data.resample import resample
-from pipeline.intensity import Intensity
+from pipeline.data.volume import Volume
 from pipeline.log import Log
-from pipeline.network import NetworkConfig, build_network
+from pipeline.networks.by_name import NetworkConfig, build_network
 from pipeline.teachers.checkpoint import TeacherRecord, save_teacher
-from pipeline.volume import Volume
 from stages import cache_teachers
 
 ORGANS = ("liver", "spleen")

@@ -42,7 +42,7 @@ def generated(root: Path) -> Iterator[tuple[str, str]]:
         root: of the repository.
     """
     # The parts of the pipeline load torch; importing this module does not.
-    from pipeline.cli import app
+    from pipeline.cli.app import app
     from pipeline.data.registry import Registry
 
     yield "reference/commands.md", command_reference(app)
@@ -57,8 +57,8 @@ def generated(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _settings(root: Path) -> str:
-    from pipeline.engine.slurm_settings import SlurmSettings
-    from pipeline.submission.settings import SubmitSettings
+    from pipeline.engine.parts import SlurmSettings
+    from pipeline.setup.submit import SubmitSettings
     from stages.cache_teachers import CacheTeachersConfig
     from stages.evaluate import EvaluateConfig
     from stages.export import ExportConfig

@@ -16,7 +16,7 @@ from benchmarks.accuracy.regimes import Regime, drawn_seed
 from benchmarks.accuracy.registries import phantoms, registries
 from benchmarks.accuracy.size import Size
 from pipeline.cache.store import write_json
-from pipeline.data.phantom import write_dataset
+from pipeline.data.phantom.case import write_dataset
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError, PipelineError, Stopped
 from pipeline.log import Log

@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.accuracy.plan import EQUAL_TIME, Job, parts_of_folder, read_rows
 from benchmarks.accuracy.statistics import Floats
 from pipeline.cache.store import write_json
-from pipeline.data.phantom import ORGANS
+from pipeline.data.entries import ORGANS
 
 TRIED = "tried.json"
 Key = tuple[str, str, str]

@@ -22,7 +22,7 @@ from benchmarks.accuracy.statistics import (
     spread,
     stratified,
 )
-from pipeline.data.phantom import ORGANS
+from pipeline.data.entries import ORGANS
 
 COLUMNS = (*ORGANS, "mean")
 BETTER = "the better of both"

@@ -22,12 +22,12 @@ from benchmarks.accuracy.regimes import REGIMES
 from benchmarks.accuracy.size import SIZES
 from pipeline.cache.reader import CachedCase
 from pipeline.cache.store import write_json
-from pipeline.cohort import open_cohort
-from pipeline.comparison.scoring import ScoringSettings, score_student
+from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import Registry, load_registry
 from pipeline.errors import PipelineError, Stopped
 from pipeline.log import Log
 from stages import train_student
+from stages.compare.scoring import ScoringSettings, score_student
 from stages.train_student import TrainStudentConfig
 
 FAILED = 1

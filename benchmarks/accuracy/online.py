@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.registry import Registry
-from pipeline.network import build_network
+from pipeline.networks.by_name import build_network
 from pipeline.student import training
 from pipeline.student.dataset import to_batch
 from pipeline.student.supervision import Batch

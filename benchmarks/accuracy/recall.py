@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.accuracy.registries import own_dataset
-from pipeline.cohort import open_cohort
+from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import load_registry
 
 

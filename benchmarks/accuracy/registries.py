@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.accuracy.regimes import Regime, drawn_seed
 from benchmarks.accuracy.size import Size
-from pipeline.data.phantom import ORGANS, PhantomSpec
+from pipeline.data.entries import ORGANS, PhantomSpec
 
 MULTI = "multi-ct"
 

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.accuracy.findings import COLUMNS
 from benchmarks.accuracy.regimes import REGIMES
 from benchmarks.accuracy.statistics import CONFIDENCE
-from pipeline.comparison.tables import Table
+from stages.compare.results import Table
 
 
 def all_tables(content: Mapping[str, Any]) -> list[Table]:

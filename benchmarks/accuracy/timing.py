@@ -15,11 +15,11 @@ import torch
 from benchmarks.accuracy.configurations import BASELINES, METHOD, Configuration, identity, named
 from benchmarks.accuracy.size import Size
 from pipeline.cache.store import write_json
-from pipeline.comparison.budget import StepClock
 from pipeline.data.registry import load_registry
 from pipeline.log import Log
+from pipeline.student.inputs import open_inputs
 from pipeline.student.training import train
-from pipeline.student_inputs import open_inputs
+from stages.compare.plan import StepClock
 
 ROUNDS = 5
 STEPS = 24

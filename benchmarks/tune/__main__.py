@@ -11,7 +11,7 @@ import typer
 
 from benchmarks.tune.measure import tune
 from benchmarks.tune.table import print_tuning
-from pipeline.cli_options import (
+from pipeline.cli.options import (
     REGISTRY,
     ConfigOption,
     DeviceOption,

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, log_expit
 
-from pipeline.cohort import compute
-from pipeline.consensus import average_experts, consensus
+from pipeline.consensus.cohort import compute
+from pipeline.consensus.regions import average_experts, consensus
 
 TEMPERATURES = (1, 2, 4)
 _PIECE = 1 << 20
@@ -64,7 +64,8 @@ def flips(exact: ByOrgan, stored: ByOrgan) -> tuple[int, int]:
     """Voxels of a case whose class, and whose regions, are others than before.
 
     The class is the argmax over the organs' log-odds and 0 for background; the regions are the
-    organ regions, the agreed background and the conflicts of `pipeline.consensus`, margin 0.
+    organ regions, the agreed background and the conflicts of `pipeline.consensus.regions`, margin
+    0.
 
     Returns:
         Argmax flips, region flips.

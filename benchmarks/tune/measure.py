@@ -22,13 +22,13 @@ from benchmarks.tune.encodings import (
 )
 from benchmarks.tune.loss import KL, TEMPERATURES, FeatureError, flips
 from pipeline.cache.schema import SPATIAL, ArraySpec, StorageConfig, create_array
-from pipeline.case_sizes import case_sizes, two_cases
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
+from pipeline.data.sizes import case_sizes, two_cases
 from pipeline.errors import RegistryError
 from pipeline.log import Log
-from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.units import Outputs, open_teacher, run_teacher
+from pipeline.networks.windows import WindowConfig
+from pipeline.teachers.units import Outputs, open_teacher, run_teacher
 
 _CHUNKS = (32, 64, 128)
 _LEVELS = (1, 3)

@@ -25,13 +25,13 @@ from pipeline.cache.index import (
     teacher_file,
 )
 from pipeline.config import FileStamp, digest, stamp_file
-from pipeline.data.files import CaseFiles
+from pipeline.data.entries import CaseFiles
 from pipeline.data.registry import Registry, load_registry
-from pipeline.data.split_entry import SPLITS
+from pipeline.data.splits import SPLITS
+from pipeline.data.weights import digest_of, stamp_weights
 from pipeline.errors import CacheStale, PipelineError, TeacherError, WorkFolderError
 from pipeline.folder import Folder, is_local
 from pipeline.log import Log
-from pipeline.weights import digest_of, stamp_weights
 
 _NAMED = 3
 

@@ -1,9 +1,8 @@
 """The index: which digests a registry entry means now. It is how stage two finds its units.
 
-Stage two need have neither weights nor raw CTs to digest, so stage one writes, per registry entry,
-one small JSON under a key that the registry alone determines. It says where to look, never what is
-done: that is for receipts to say. The key holds no place, so that what moved is found; whether an
-entry speaks of the files that a registry leads to is for `pipeline.identity` to say.
+Stage two has neither weights nor raw CTs to digest, so stage one writes, per registry entry, one
+small JSON under a key that the registry alone determines. It says where to look, never what is
+done: that is for receipts to say.
 
 A run over all cases of a dataset writes one file for it. Runs that share the cases between them
 write a record per case in a folder beside it, so that none overwrites what another found, without
@@ -12,16 +11,17 @@ locks; readers take both, a record before the file, and the next run over all ca
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from pipeline.cache.provenance import Inputs, unit_inputs
-from pipeline.cache.sealed import read_sealed, write_sealed
+from pipeline.cache.schema import Inputs, unit_inputs
+from pipeline.cache.store import json_text, write_json
 from pipeline.config import FileStamp, digest, short
 from pipeline.errors import CacheStale
-from pipeline.folder import Folder, matching, remove
+from pipeline.folder import Folder, is_local, matching, read_text, remove, unreachable
 
 # Raised when entries of before must not be believed: 1 knew cases by the registry's text.
 VERSION: Final = 2
@@ -350,3 +350,36 @@ def _all_older(kind: str, name: str, work: Folder) -> bool:
         with suppress(*_UNREADABLE):
             versions.append(read_sealed(path).get("version", 1))
     return bool(versions) and all(version < VERSION for version in versions)
+
+
+# JSON files that vouch for themselves: a number with one other digit would be believed.
+
+
+def write_sealed(path: Folder, content: Mapping[str, Any]) -> None:
+    """Writes content and, as the last field, the digest of all others; see `write_json`.
+
+    Raises:
+        WorkFolderError: it cannot be written.
+    """
+    write_json(path, {**content, "seal": digest(content)})
+
+
+def read_sealed(path: Folder) -> dict[str, Any]:
+    """The content, without the seal.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError, KeyError: it is not, byte by byte, what was written.
+        StoreUnreachable: an object store does not answer.
+    """
+    try:
+        text = read_text(path)
+    except OSError as error:
+        if not is_local(path) and not isinstance(error, FileNotFoundError):
+            raise unreachable(path, error) from error
+        raise
+    content: dict[str, Any] = json.loads(text)
+    seal = content.pop("seal")
+    if seal != digest(content) or text != json_text({**content, "seal": seal}):
+        raise ValueError("it has other bytes than were written")
+    return content

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.cache.reader import Unit
-from pipeline.patches import Patch
+from pipeline.data.patches import Patch
 
 Convert = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 

@@ -11,8 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from pipeline.cache.provenance import Inputs
-from pipeline.cache.schema import FORMAT_VERSION
+from pipeline.cache.schema import FORMAT_VERSION, Inputs
 from pipeline.config import digest, file_sha256
 from pipeline.errors import (
     CacheCorrupt,

@@ -25,10 +25,10 @@ from pipeline.cache.places import place_of, unit_name
 from pipeline.cache.reader import Unit
 from pipeline.cache.receipt import REMOVE
 from pipeline.config import digest, file_sha256, short
+from pipeline.data.patches import Patch
 from pipeline.errors import CacheCorrupt, CacheError
 from pipeline.folder import Folder, storage_errors, temporary_name
 from pipeline.log import Log
-from pipeline.patches import Patch
 
 T = TypeVar("T")
 _PIECE_BYTES = 1 << 22

@@ -13,17 +13,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from pipeline.cli_cache import cache_app
-from pipeline.cli_cache_teachers import cache_teachers
-from pipeline.cli_check import check
-from pipeline.cli_compare import compare
-from pipeline.cli_complete import teacher_names
-from pipeline.cli_evaluate import evaluate
-from pipeline.cli_export import export
-from pipeline.cli_info import info
-from pipeline.cli_init import init
-from pipeline.cli_inspect import inspect
-from pipeline.cli_options import (
+from pipeline.cli.cache import cache_app
+from pipeline.cli.options import (
     REGISTRY,
     WORK,
     AllowMissingOption,
@@ -46,13 +37,12 @@ from pipeline.cli_options import (
     open_log,
     open_registry,
     open_settings,
+    teacher_names,
 )
-from pipeline.cli_plan import plan
-from pipeline.cli_predict import predict
-from pipeline.cli_report import report
-from pipeline.cli_run import recorded
-from pipeline.cli_self_test import refuse_without_self_test, run_self_test
-from pipeline.cli_submit import submit
+from pipeline.cli.record import recorded
+from pipeline.cli.review import compare, inspect, report
+from pipeline.cli.setup import check, info, init, plan, submit
+from pipeline.cli.stages import cache_teachers, evaluate, export, predict
 from pipeline.errors import PipelineError
 
 app = typer.Typer(
@@ -85,7 +75,7 @@ def phantom(
     quiet: QuietOption = False,
 ) -> None:
     """Generate the made-up CT datasets that a registry describes."""
-    from pipeline.demo import generate_phantoms
+    from pipeline.cli.demo import generate_phantoms
 
     known = open_registry(registry, files=False)
     end(generate_phantoms(known, open_log(quiet), dry_run=dry_run))
@@ -152,8 +142,9 @@ def train_student(
     quiet: QuietOption = False,
 ) -> None:
     """Stage two: train the multi-organ student from the cache alone."""
-    from pipeline.run_record import note_silence
-    from pipeline.student.launch import launched
+    from pipeline.cli.record import note_silence
+    from pipeline.cli.self_test import refuse_without_self_test, run_self_test
+    from pipeline.student.processes import launched
     from pipeline.student.speed import SpeedFlags
     from stages import train_student as stage
 
@@ -193,9 +184,9 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """What is done, missing, stale or damaged, per dataset and teacher."""
-    from pipeline.status import print_status
-    from pipeline.status import status as look
-    from pipeline.submission.jobs import with_states
+    from pipeline.review.status import print_status
+    from pipeline.review.status import status as look
+    from pipeline.setup.submit import with_states
 
     found = look(open_registry(registry, files=False), work)
     found = replace(found, jobs=with_states(work))
@@ -213,7 +204,7 @@ def demo(
     quiet: QuietOption = False,
 ) -> None:
     """The whole road on a made-up cohort: teachers, cache, student, baselines, table, picture."""
-    from pipeline.demo import run_demo
+    from pipeline.cli.demo import run_demo
 
     run_demo(folder, quick=quick, log=open_log(quiet, folder))
 
@@ -266,7 +257,3 @@ def _open_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-if __name__ == "__main__":
-    main()

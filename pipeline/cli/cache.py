@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli_complete import case_names, teacher_names
-from pipeline.cli_options import (
+from pipeline.cli.options import (
     REGISTRY,
     WORK,
     ConfigOption,
@@ -25,18 +24,20 @@ from pipeline.cli_options import (
     WindowBatchOption,
     WorkOption,
     YesOption,
+    case_names,
     open_log,
     open_registry,
     open_settings,
+    teacher_names,
 )
-from pipeline.cli_run import recorded
+from pipeline.cli.record import recorded
 from pipeline.errors import ConfigError
 from pipeline.folder import Folder, check_answers, parse_folder
 
 if TYPE_CHECKING:
     from pipeline.data.registry import Registry
-    from pipeline.inventory.recompute import Recomputed
-    from pipeline.inventory.verify import Verification
+    from pipeline.review.recompute import Recomputed
+    from pipeline.review.verify import Verification
 
 cache_app = typer.Typer(
     help="What the cache holds, why, whether it can be trusted, and what can go.",
@@ -57,7 +58,7 @@ def list_(
     registry: RegistryOption = REGISTRY, work: WorkOption = WORK, as_json: JsonOption = False
 ) -> None:
     """Datasets, teachers, cases, bytes; what the registry reaches; which students used what."""
-    from pipeline.inventory.listing import list_cache, print_listing
+    from pipeline.review.status import list_cache, print_listing
 
     known = _registry_if_there(registry)
     found = list_cache(_existing(work), known)
@@ -77,8 +78,8 @@ def why(
     as_json: JsonOption = False,
 ) -> None:
     """Would cache-teachers reuse the units of a case? If not: what differs, field by field."""
-    from pipeline.inventory.why import print_reasons
-    from pipeline.inventory.why import why as explain
+    from pipeline.review.why import print_reasons
+    from pipeline.review.why import why as explain
     from stages.cache_teachers import CacheTeachersConfig
 
     settings = open_settings(config, CacheTeachersConfig)
@@ -126,8 +127,8 @@ def verify(
     quiet: QuietOption = False,
 ) -> None:
     """Can the cache be trusted? Exit code 1 if a unit is missing, damaged or not reproduced."""
-    from pipeline.inventory.verify import print_verification
-    from pipeline.inventory.verify import verify as look
+    from pipeline.review.verify import print_verification
+    from pipeline.review.verify import verify as look
 
     if recompute != (sample > 0):
         raise ConfigError("--recompute and --sample N go together.", fix="Give both, or neither.")
@@ -136,7 +137,7 @@ def verify(
     found = look(_existing(work), known, deep=deep, everything=everything, log=log)
     again: list[Recomputed] = []
     if recompute:
-        from pipeline.inventory.recompute import recompute as run_again
+        from pipeline.review.recompute import recompute as run_again
 
         again = run_again(
             work,
@@ -166,8 +167,8 @@ def diff(
     as_json: JsonOption = False,
 ) -> None:
     """In which cases, teachers and settings two work folders differ."""
-    from pipeline.inventory.diff import diff as compare
-    from pipeline.inventory.diff import print_difference
+    from pipeline.review.why import diff as compare
+    from pipeline.review.why import print_difference
 
     found = compare(a, b)
     if as_json:
@@ -193,8 +194,8 @@ def gc(
     quiet: QuietOption = False,
 ) -> None:
     """Remove what none of the registries can reach. Students are never removed."""
-    from pipeline.inventory.reclaim import find_garbage, print_garbage, remove_garbage
-    from pipeline.inventory.wording import counted, megabytes
+    from pipeline.review.gc import find_garbage, print_garbage, remove_garbage
+    from pipeline.review.units import counted, megabytes
 
     known = [open_registry(path, files=False) for path in registries]
     garbage = find_garbage(_existing(work), known, grace_hours=grace_hours)
@@ -236,7 +237,7 @@ def export(
     work: WorkOption = WORK,
 ) -> None:
     """Log-odds of a case as NIfTI on the student grid, to be looked at over the CT."""
-    from pipeline.inventory.export import export_nifti
+    from pipeline.review.export import export_nifti
 
     known = open_registry(registry, files=False)
     teachers = teacher or list(known.teachers)
@@ -247,14 +248,14 @@ def export(
 
 def _print_again(again: Sequence[Recomputed], tolerance: float) -> None:
     if again:
-        from pipeline.inventory.recompute import print_recomputed
+        from pipeline.review.recompute import print_recomputed
 
         print_recomputed(again, tolerance)
 
 
 def _repair(work: Folder, found: Verification, wanted: bool, yes: bool) -> bool:
     """Removes what is damaged, if that is wanted; whether it was."""
-    from pipeline.inventory.verify import repair
+    from pipeline.review.verify import repair
 
     number = len(found.damaged)
     if not number:

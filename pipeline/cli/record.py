@@ -1,33 +1,124 @@
-"""What one call of a command was asked, did and took: the file that `--report` names.
-
-It is written when the command ends, also when it fails; docs/commands.md describes its keys.
-"""
+"""`@recorded`: gives a command `--report` and `--verbose`, and keeps a record of its call."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import platform
 import resource
+import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
-from pipeline.errors import PipelineError, WorkFolderError
+import typer
+
+from pipeline.errors import ConfigError, PipelineError, WorkFolderError
 from pipeline.folder import check_writable, json_with, refuse_foreign, replace_file
-from pipeline.versions import versions
 
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.log import Log
     from stages.report import StageReport
+
+P = ParamSpec("P")
+
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="JSON: what was asked, done, skipped, failed, and what it took; also on failure.",
+    ),
+]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Each unit, and where an error comes from.")
+]
+_OWN = {"report": (ReportOption, None), "verbose": (VerboseOption, False)}
+
+
+def recorded(command: Callable[P, None], *, group: str = "") -> Callable[..., None]:
+    """A command with the two options more. Its body needs to know of neither.
+
+    `open_log`, `open_settings` and `end` of `cli.options` tell the record what there is to tell.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    name = f"{group} {command.__name__.replace('_', '-')}".strip()
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        path, verbose = kwargs.pop("report", None), bool(kwargs.pop("verbose", False))
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        if verbose and bound.arguments.get("quiet"):
+            raise ConfigError("--quiet and --verbose are opposites.", fix="Give one of them.")
+        report = path if isinstance(path, Path) else None
+        given = {k: v for k, v in bound.arguments.items() if not isinstance(v, typer.Context)}
+        record = RunRecord(name, given, report, verbose)
+        record.begin()
+        if record.path is not None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _terminated)
+        try:
+            command(*args, **kwargs)
+        except BaseException as error:
+            _ended(record, error)
+            raise
+        record.end(0)
+
+    parameters = [*signature.parameters.values(), *_parameters()]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+    return run
+
+
+def _parameters() -> list[inspect.Parameter]:
+    return [
+        inspect.Parameter(
+            name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=option
+        )
+        for name, (option, default) in _OWN.items()
+    ]
+
+
+def _ended(record: RunRecord, error: BaseException) -> None:
+    """By an error, or by an exit code. A report that cannot be written must not hide the error."""
+    if record.verbose and isinstance(error, PipelineError):
+        traceback.print_exception(error, file=sys.stderr)
+    told = None if isinstance(error, typer.Exit) else error
+    try:
+        record.end(exit_code_of(error), told)
+    except PipelineError as lost:
+        typer.echo(f"error: {lost}", err=True)
+
+
+def _terminated(number: int, frame: object) -> None:
+    """A batch system ends a job by this signal: there is time for a report. A training, which also
+    writes a checkpoint then, has a handler of its own."""
+    raise SystemExit(128 + number)
+
+
+def exit_code_of(error: Any) -> int:
+    """What the process ends with. An interrupted one, as shells count: 128 + SIGINT."""
+    if isinstance(error, (PipelineError, typer.Exit)):
+        return int(error.exit_code)
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+# What one call of a command was asked, did and took: the file that `--report` names.
+#
+# It is written when the command ends, also when it fails; docs/commands.md describes its keys.
 
 FORMAT_VERSION = 1
 
@@ -107,6 +198,8 @@ class RunRecord:
 
     def tell(self, log: Log) -> None:
         """The log that the command opened learns what runs; it keeps that for its first event."""
+        from pipeline.config import versions
+
         self.log = log
         known = {name: text for name, text in versions().items() if text is not None}
         arguments = {name: _plain(value) for name, value in self.arguments.items()}
@@ -141,6 +234,8 @@ class RunRecord:
     def _to_json(
         self, exit_code: int, error: BaseException | None, seconds: float
     ) -> dict[str, Any]:
+        from pipeline.config import versions
+
         read = _ONLY_READ.get(self.command, ())
         outputs = {name: self.arguments.get(name) for name in OUTPUTS if name not in read}
         return {
@@ -257,7 +352,7 @@ def _device(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     if "torch" in sys.modules and arguments.get("executor") is None:
         import torch
 
-        from pipeline.network import pick_device
+        from pipeline.networks.by_name import pick_device
 
         with suppress(PipelineError, RuntimeError):
             used = [pick_device(name.strip()) for name in str(asked).split(",")]

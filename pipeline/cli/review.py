@@ -1,4 +1,4 @@
-"""`pipeline inspect`."""
+"""The commands after a run: `pipeline inspect`, `report`, `compare`."""
 
 from __future__ import annotations
 
@@ -10,27 +10,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli_complete import case_names
-from pipeline.cli_options import (
+from pipeline.cli.options import (
     REGISTRY,
     WORK,
+    AllowMissingOption,
+    ChannelsLastOption,
+    CompileOption,
+    DeviceOption,
+    DryRunOption,
     JsonOption,
+    MinutesOption,
+    PrecisionOption,
     QuietOption,
     RegistryOption,
+    StageToOption,
+    WindowBatchOption,
     WorkersOption,
     WorkOption,
+    case_names,
     open_log,
     open_registry,
     open_settings,
+    run_names,
 )
-from pipeline.cli_run import recorded
+from pipeline.cli.record import recorded
+from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.data.registry import Registry
     from pipeline.errors import PipelineError
     from pipeline.folder import Folder
-    from pipeline.inspection.cohort_table import CohortNumbers
-    from pipeline.inspection.looks import View
+    from pipeline.review.inspect.look import View
+    from pipeline.review.inspect.numbers import CohortNumbers
+
+# `pipeline inspect`.
 
 
 @recorded
@@ -78,7 +91,7 @@ def inspect(
 
     With a case: NIfTI files and a figure. Without: a table of all cases, improbable ones first.
     """
-    from pipeline.inspection.run import inspect_case, inspect_cohort
+    from pipeline.review.inspect.run import inspect_case, inspect_cohort
 
     known = open_registry(registry, files=False)
     changes = {"margin": margin, "labels_win": labels_win, "calibrated": calibrated}
@@ -107,8 +120,8 @@ def _view(
     config: Path | None, registry: Registry, work: Folder, changes: Mapping[str, Any]
 ) -> tuple[View, bool]:
     """Regions as the student's YAML asks for them, and whether it allows missing units."""
-    from pipeline.admission.evidence import temperatures
-    from pipeline.inspection.looks import View
+    from pipeline.consensus.evidence import temperatures
+    from pipeline.review.inspect.look import View
     from stages.train_student import TrainStudentConfig
 
     settings = open_settings(config, TrainStudentConfig)
@@ -125,7 +138,7 @@ def _view(
 
 
 def _tell(found: CohortNumbers, output: Path, as_json: bool) -> None:
-    from pipeline.inspection.cohort_table import print_cohort
+    from pipeline.review.inspect.numbers import print_cohort
 
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=1))
@@ -145,3 +158,150 @@ def _tell(found: CohortNumbers, output: Path, as_json: bool) -> None:
 def exit_code(errors: Iterable[PipelineError]) -> int:
     """As of a stage: 2 if every failure is the user's input, else 1."""
     return 2 if all(error.exit_code == 2 for error in errors) else 1
+
+
+# `pipeline report`.
+
+
+@recorded
+def report(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A student's run: a folder of WORK/students.", autocompletion=run_names
+        ),
+    ],
+    registry: RegistryOption = REGISTRY,
+    work: WorkOption = WORK,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The page; default: report.html in the run's folder."),
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            "--predictions",
+            "-p",
+            help="Folder that `predict` and `evaluate` filled. Without it: validation cases.",
+        ),
+    ] = None,
+    worst: Annotated[
+        int, typer.Option(help="Worst cases to show, beside the median one.", min=1, max=6)
+    ] = 2,
+    regions: Annotated[
+        bool,
+        typer.Option(
+            "--regions/--no-regions",
+            help="Volumes and conflicts: every case of the run is read for them.",
+        ),
+    ] = True,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """One HTML page about a run: lineage, teachers, regions, curves, scores, cases in pictures.
+
+    The page holds all it needs and asks no network for anything.
+    """
+    from pipeline.networks.by_name import pick_device
+    from pipeline.review.report.page import PageSettings, write_report
+    from stages.predict import PredictConfig
+
+    written = write_report(
+        open_registry(registry, files=False),
+        work,
+        run,
+        PageSettings(PredictConfig().model_dump(mode="json"), predictions, worst, regions, workers),
+        output,
+        device=pick_device(device),
+        log=open_log(quiet),
+    )
+    typer.echo(str(written))
+
+
+# `pipeline compare`.
+
+
+@recorded
+def compare(
+    configs: Annotated[
+        list[Path], typer.Argument(help="Settings of train-student, one file each.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables and figure.")],
+    registry: RegistryOption = REGISTRY,
+    work: WorkOption = WORK,
+    seeds: Annotated[str, typer.Option(help="Each is trained with each: 0,1,2.")] = "0,1,2",
+    steps: Annotated[int | None, typer.Option(help="Of every run.", min=1)] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Of training, of every run; measured first.", min=0)
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="What others are compared with; default: the first.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Folder below WORK/students; default: as --output's.")
+    ] = None,
+    test: Annotated[
+        bool, typer.Option("--test", help="Score the test cases: once, when choices are made.")
+    ] = False,
+    allow_missing: AllowMissingOption = False,
+    stage_to: StageToOption = None,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = 0,
+    window_batch: WindowBatchOption = 1,
+    checkpoint_minutes: MinutesOption = 10.0,
+    precision: PrecisionOption = "fp32",
+    channels_last: ChannelsLastOption = False,
+    compile_: CompileOption = False,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train several students from one cache on equal terms; one table and one figure."""
+    from pipeline.student.processes import refuse_several
+    from pipeline.student.speed import SpeedFlags
+    from stages.compare.plan import Settings, load_configurations, plan_comparison
+    from stages.compare.results import check_place, print_results, write_results
+    from stages.compare.run import compare as run
+
+    refuse_several("compare")
+    check_place(output, "test" if test else "validation")
+    flags = SpeedFlags(precision, channels_last, compile_)
+    log = open_log(quiet, work, dry_run)
+    opened = open_registry(registry, files=False)
+    settings = Settings(
+        name=name or output.resolve().name,
+        seeds=_numbers(seeds),
+        steps=steps,
+        seconds=seconds,
+        baseline=baseline,
+        test=test,
+        allow_missing=allow_missing,
+    )
+    plan = plan_comparison(
+        load_configurations(configs), opened, work, settings,
+        log=log, device=device, workers=workers, flags=flags, measure=not dry_run,
+        stage_to=stage_to,
+    )  # fmt: skip
+    if dry_run:
+        for one in plan.runs:
+            typer.echo(f"{'finished' if one.finished else 'to train'}  {one.folder}")
+        return
+    results = run(
+        plan, opened, work, log=log, device=device, workers=workers, window_batch=window_batch,
+        checkpoint_minutes=checkpoint_minutes, flags=flags, stage_to=stage_to,
+    )  # fmt: skip
+    written = write_results(results, output)
+    if not quiet:
+        print_results(results)
+    log.info(f"written: {', '.join(str(path) for path in written)}")
+    if results.exit_code:
+        raise typer.Exit(results.exit_code)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(
+            f"{text!r} are no whole numbers.", where="--seeds", fix="Write them as 0,1,2."
+        ) from error

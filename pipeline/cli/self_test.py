@@ -1,4 +1,5 @@
-"""Whether a training of this very setup resumes exactly: killed on purpose, compared bit by bit.
+"""`pipeline train-student --self-test`: whether a training of this very setup resumes exactly,
+killed on purpose and compared bit by bit.
 
 One training runs undisturbed; another of the same settings is killed with SIGKILL at random moments
 and goes on with other numbers of loader processes. After every step both note a digest of each
@@ -7,38 +8,39 @@ tensor of their checkpoints. Both write to a temporary folder; the user's runs a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
+import secrets
 import signal
+import statistics
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from pipeline.cache.store import write_json
 from pipeline.data.registry import load_registry
-from pipeline.errors import PipelineError
-from pipeline.folder import parse_folder
+from pipeline.errors import CacheMissing, ConfigError, PipelineError
+from pipeline.folder import Folder, parse_folder
 from pipeline.log import Log
-from pipeline.network import pick_device
+from pipeline.networks.by_name import pick_device
+from pipeline.networks.tensor_file import load_sealed
 from pipeline.student.checkpoint import training_checkpoints
-from pipeline.student.loading import forks_of_a_server
+from pipeline.student.dataset import forks_of_a_server
+from pipeline.student.inputs import open_inputs
 from pipeline.student.processes import Silent
 from pipeline.student.speed import SpeedFlags
-from pipeline.student.step_notes import (
-    first_difference,
-    metrics_difference,
-    note_step,
-    notes_of,
-    seconds_per_step,
-    steps_of_checkpoints,
-)
 from pipeline.student.training import train
-from pipeline.student_inputs import open_inputs
 from stages.train_student import TrainStudentConfig
 
 # Building a network imports the latter, too, once in each process.
@@ -258,3 +260,189 @@ def _repeats(live: Callable[[Life], None], life: Life) -> bool:
     """Whether a second undisturbed training is the first one again."""
     again = replace(life, folder=life.folder.with_name("again"))
     return not _live(live, again, life.folder).difference
+
+
+# `pipeline train-student --self-test`: whether this setup resumes exactly.
+
+STEPS, KILLS = 10, 3
+
+
+def run_self_test(
+    registry: Path,
+    config: Path | None,
+    work: Folder,
+    *,
+    device: str,
+    workers: int,
+    flags: SpeedFlags,
+    allow_missing: bool,
+    steps: int | None,
+    seed: int | None,
+    log: Log,
+) -> None:
+    """Tries the user's settings on the user's cache or, where there is none, on a made-up one.
+
+    Raises:
+        ConfigError: several processes were started.
+        CacheMissing: settings were named and there is no cache to try them on.
+        PipelineError: the resumed training is not the undisturbed one; it names the first tensor.
+    """
+    from pipeline.config import load_config
+    from pipeline.networks.by_name import pick_device
+    from pipeline.student.processes import refuse_several
+    from pipeline.student.speed import check_device
+    from stages.train_student import TrainStudentConfig
+
+    refuse_several("train-student --self-test")
+    check_device(flags, pick_device(device))
+    seed = secrets.randbelow(10**6) if seed is None else seed
+    with tempfile.TemporaryDirectory(prefix="organ-distill-made-up-") as scratch:
+        if (work / "cases").exists():
+            settings = load_config(config, TrainStudentConfig) if config else TrainStudentConfig()
+        elif config is None:
+            log.info(f"there is no cache in {work}: the self-test makes one up")
+            registry, work, settings = _made_up(Path(scratch), log)
+        else:
+            raise CacheMissing(
+                "there is no cache to try these settings on.",
+                where=work,
+                fix="Run `pipeline cache-teachers` first, or leave out --config to try the "
+                "program on made-up data.",
+            )
+        if allow_missing:
+            settings = settings.model_copy(update={"allow_missing": True})
+        setup = Setup(settings, registry, str(work), device, workers, flags)
+        _try(setup, steps or STEPS, seed, log)
+
+
+def refuse_without_self_test(steps: int | None, seed: int | None) -> None:
+    """A training takes both from its settings.
+
+    Raises:
+        ConfigError: one was given.
+    """
+    if steps is not None or seed is not None:
+        raise ConfigError(
+            "--steps and --seed are of the self-test alone.",
+            fix="Set training.steps and training.seed in the settings, or add --self-test.",
+        )
+
+
+def _try(setup: Setup, steps: int, seed: int, log: Log) -> None:
+    from pipeline.log import print_table
+
+    changes = {"steps": steps, "validate_every": max(1, steps // 3)}
+    training = setup.config.training.model_copy(update=changes)
+    setup = replace(setup, config=setup.config.model_copy(update={"training": training}))
+    log.info(f"self-test: seed {seed} (--seed {seed} repeats it)")
+    rows = self_test(setup, kills=KILLS, seed=seed, log=log)
+    title = f"Self-test: {steps} steps, seed {seed}"
+    columns = ["training", "loader processes", "from step", "to step", "ended by", "equal"]
+    print_table(title, columns, [_told(number, row) for number, row in enumerate(rows)])
+    if rows[-1].difference:
+        raise PipelineError(
+            f"the resumed training is not the undisturbed one: {rows[-1].difference}.",
+            where="self-test",
+            fix="On a GPU, kernels that add in any order differ from run to run; on the CPU this "
+            "is a bug: please report it with the table above.",
+        )
+
+
+def _told(number: int, row: Row) -> list[str]:
+    return [
+        "undisturbed" if number == 0 else f"killed and resumed, process {number}",
+        str(row.workers),
+        str(row.resumed_from),
+        str(row.reached),
+        "SIGKILL" if row.killed else "itself",
+        "–" if number == 0 else "no" if row.difference else "yes",
+    ]
+
+
+def _made_up(folder: Path, log: Log) -> tuple[Path, Folder, TrainStudentConfig]:
+    """The quick demo's cache, and its settings with dropout, which draws random numbers."""
+    from pipeline.cli.demo import fill_demo_cache
+    from pipeline.config import load_config
+    from stages.train_student import TrainStudentConfig
+
+    registry, _ = fill_demo_cache(folder, quick=True, log=log)
+    settings = load_config(folder / "train_student_ms_kd.yaml", TrainStudentConfig)
+    network = settings.training.network
+    network = network.model_copy(update={"args": {**network.args, "dropout": 0.1}})
+    training = settings.training.model_copy(update={"network": network})
+    return registry.path, folder / "work", settings.model_copy(update={"training": training})
+
+
+# What a training was after each of its steps, by digest, and where two trainings first differ.
+
+WALL_CLOCK = "timing"  # the key of a line of metrics.jsonl that may differ
+
+
+def note_step(folder: Path) -> int:
+    """Digests of the newest checkpoint of a run, beside it; returns its step."""
+    state = load_sealed(training_checkpoints(folder / "checkpoints")[-1])
+    note = {"time": time.time(), "digests": dict(state_digests(state))}
+    write_json(folder / "notes" / f"{state['step']:08d}.json", note)
+    return int(state["step"])
+
+
+def state_digests(state: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Name and SHA-256 of every tensor, however deep; of other values name and text."""
+    if isinstance(state, torch.Tensor):
+        flat = state.detach().cpu().contiguous().reshape(-1)
+        digest = hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+        yield name, f"{state.dtype} {tuple(state.shape)} {digest}"
+    elif isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from state_digests(value, f"{name}.{key}".lstrip("."))
+    elif isinstance(state, (list, tuple)):
+        for number, value in enumerate(state):
+            yield from state_digests(value, f"{name}[{number}]")
+    else:
+        yield name, repr(state)
+
+
+def steps_of_checkpoints(folder: Path) -> list[int]:
+    """Of those that are kept."""
+    paths = training_checkpoints(folder / "checkpoints")
+    return [int(path.stem.removeprefix("step_")) for path in paths]
+
+
+def notes_of(folder: Path) -> dict[int, Mapping[str, Any]]:
+    """Step -> `time` and `digests` of its checkpoint."""
+    paths = sorted(folder.glob("notes/*.json"))
+    return {int(path.stem): json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def first_difference(straight: Path, notes: Mapping[int, Mapping[str, Any]]) -> str:
+    """The first step, and the first tensor there, in which notes differ from those of a run that
+    nothing disturbed; empty if all is equal.
+    """
+    expected = notes_of(straight)
+    for step, note in sorted(notes.items()):
+        ours, theirs = note["digests"], expected[step]["digests"]
+        for name in {**theirs, **ours}:
+            if ours.get(name) != theirs.get(name):
+                return f"{name} after step {step}"
+    return ""
+
+
+def metrics_difference(straight: Path, killed: Path) -> str:
+    """The first line of metrics.jsonl that differs but for its times; empty if none does."""
+    ours, theirs = _lines(killed), _lines(straight)
+    for number, (one, other) in enumerate(zip(ours, theirs, strict=False), start=1):
+        if one != other:
+            return f"metrics.jsonl, line {number}"
+    return "" if len(ours) == len(theirs) else "the number of lines in metrics.jsonl"
+
+
+def _lines(folder: Path) -> list[Mapping[str, Any]]:
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [{key: line[key] for key in line if key != WALL_CLOCK} for line in lines]
+
+
+def seconds_per_step(straight: Path) -> float:
+    """Median over a training that nothing disturbed."""
+    times = [note["time"] for _, note in sorted(notes_of(straight).items())]
+    return float(statistics.median(b - a for a, b in pairwise(times)))

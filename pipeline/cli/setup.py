@@ -1,31 +1,230 @@
-"""`pipeline submit`."""
+"""The commands before a run: `pipeline init`, `check`, `plan`, `submit`, `info`."""
 
 from __future__ import annotations
 
+import json
+import pkgutil
+import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli_complete import one_of
-from pipeline.cli_options import (
+import stages
+from pipeline.cli.options import (
     REGISTRY,
     WORK,
+    ConfigOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
     QuietOption,
     RegistryOption,
+    TrustOption,
+    WindowBatchOption,
     WorkOption,
+    YesOption,
+    one_of,
     open_log,
     open_registry,
+    open_settings,
 )
-from pipeline.cli_run import recorded
-from pipeline.errors import ConfigError
+from pipeline.cli.record import recorded
+from pipeline.data.entries import closed_cases
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.folder import Folder, is_local
 
-STAGES = ("train-teachers", "cache-teachers", "train-student", "predict", "evaluate")
-
 if TYPE_CHECKING:
-    from pipeline.submission.script import Target
-    from pipeline.submission.settings import Stage
+    from pipeline.data.registry import Registry
+    from pipeline.setup.submit import Stage, Target
+
+# `pipeline init`.
+
+
+@recorded
+def init(
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dataset",
+            "-d",
+            metavar="NAME=PATH[:liver=1+2,background=3]",
+            help="Folder or list of cases, and what its label values mean; once for each.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--teacher",
+            "-t",
+            metavar="NAME=PATH[:liver=1,background=rest]",
+            help="nnU-Net model folder, MONAI bundle, exported file or checkpoint; once for each.",
+        ),
+    ] = None,
+    organ: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[=ID]", help="Organ to learn; once for each."),
+    ] = None,
+    files: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=IMAGES,LABELS",
+            help="Patterns with {case} below a dataset's folder, where they are not recognised.",
+        ),
+    ] = None,
+    spacing_mm: Annotated[
+        tuple[float, float, float], typer.Option(help="Of the student grid: z y x.")
+    ] = (3.0, 1.5, 1.5),
+    registry: Annotated[
+        Path, typer.Option("--registry", "-r", help="The file to write.")
+    ] = REGISTRY,
+    force: Annotated[bool, typer.Option("--force", help="Replace a registry.")] = False,
+    yes: YesOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Write a registry from folders: nnU-Net, Decathlon, MONAI datalists, plain files; teachers."""
+    from pipeline.data.entries import closed_cases, refuse_closed
+    from pipeline.setup.init.begin import Wishes, begin, describe, look, next_command
+
+    wishes = Wishes(dataset or [], teacher or [], files or [], organ or [], spacing_mm)
+    ask = None if yes or not can_ask() else _ask
+    if dry_run:
+        typer.echo(look(registry, wishes, force=force, ask=ask), nl=False)
+        return
+    written = begin(registry, wishes, force=force, ask=ask)
+    for line in describe(written):
+        typer.echo(line)
+    typer.echo(f"wrote {registry}. Read it through; then: {next_command(written)}")
+    cases = [case for dataset in written.datasets for case in written.cases(dataset)]
+    refuse_closed(closed_cases(cases), registry)
+
+
+def can_ask() -> bool:
+    """Whether somebody sits at the terminal."""
+    return sys.stdin.isatty()
+
+
+def _ask(question: str) -> str:
+    answer: str = typer.prompt(question, prompt_suffix="\n> ")
+    return answer
+
+
+# `pipeline check`.
+
+
+@recorded
+def check(
+    registry: RegistryOption = REGISTRY,
+    config: ConfigOption = None,
+    dataset: Annotated[str | None, typer.Option(help="One alone; default: all.")] = None,
+    student: Annotated[
+        Path | None,
+        typer.Option(help="Settings of train-student, for the patch; default: built in."),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Processes that read; default: one per core.", min=1)
+    ] = None,
+    no_teachers: Annotated[
+        bool, typer.Option("--no-teachers", help="Look at datasets alone.")
+    ] = False,
+    case: Annotated[
+        str | None,
+        typer.Option(help="dataset/case for the teachers; default: the first that can be read."),
+    ] = None,
+    side_mm: Annotated[
+        float, typer.Option(help="Side of the teachers' crop in mm.", min=1)
+    ] = 120.0,
+    device: DeviceOption = "auto",
+    window_batch: WindowBatchOption = 1,
+    trust: TrustOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Everything that can be known before a GPU is used: files, labels, HU, doubles, teachers."""
+    from pipeline.config import load_config
+    from pipeline.setup.check.cohort import check_datasets
+    from pipeline.setup.check.report import Report, print_report
+    from pipeline.setup.check.teachers import check_teachers
+    from stages.cache_teachers import CacheTeachersConfig
+    from stages.train_student import TrainStudentConfig
+
+    settings = open_settings(config, CacheTeachersConfig)
+    trained = load_config(student, TrainStudentConfig) if student else TrainStudentConfig()
+    opened = open_registry(registry, files=False, trust=trust)
+    log = open_log(quiet or as_json)
+    data = check_datasets(opened, patch=trained.training.patch, log=log, dataset=dataset, jobs=jobs)
+    teachers = None
+    if opened.teachers and not no_teachers and any(found.shape for found in data.cases):
+        teachers = check_teachers(
+            opened,
+            window=settings.window,
+            storage=settings.storage,
+            log=log,
+            case=case,
+            dataset=dataset,
+            side_mm=side_mm,
+            device=device,
+            window_batch=window_batch,
+        )
+    report = Report(opened, data, teachers)
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=1))
+    else:
+        print_report(report)
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+# `pipeline plan`.
+
+
+@recorded
+def plan(
+    registry: RegistryOption = REGISTRY,
+    config: ConfigOption = None,
+    work: WorkOption = WORK,
+    quota: Annotated[
+        str | None, typer.Option(help='What the work folder may hold, for example "2 TB".')
+    ] = None,
+    device: DeviceOption = "auto",
+    window_batch: WindowBatchOption = 1,
+    trust: TrustOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """What stage one will take: units, bytes, files, time, memory. Tries two cases first."""
+    from pipeline.errors import SpaceError
+    from pipeline.setup.plan import make_plan, parse_size, print_plan
+    from stages.cache_teachers import CacheTeachersConfig
+
+    settings = open_settings(config, CacheTeachersConfig)
+    found = make_plan(
+        settings,
+        open_registry(registry, trust=trust),
+        work,
+        log=open_log(quiet),
+        quota_bytes=None if quota is None else parse_size(quota),
+        device=device,
+        window_batch=window_batch,
+    )
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        print_plan(found)
+    if found.problem:
+        raise SpaceError(
+            found.problem,
+            where=work,
+            fix="Make room, choose another --work, or leave out `splits` or `taps`; "
+            "cache-teachers refuses to start without --force.",
+        )
+
+
+# `pipeline submit`.
+
+STAGES = ("train-teachers", "cache-teachers", "train-student", "predict", "evaluate")
 
 
 @recorded
@@ -75,13 +274,12 @@ def submit(
 ) -> None:
     """Make Slurm jobs of stages and submit them, each to wait for the one before."""
     from pipeline.config import load_config
-    from pipeline.submission import script
-    from pipeline.submission import submit as submission
-    from pipeline.submission.settings import SubmitSettings
+    from pipeline.setup import submit as submission
+    from pipeline.setup.submit import SubmitSettings
 
     log = open_log(quiet)
     if copy_templates is not None:
-        for path in script.copy_templates(copy_templates):
+        for path in submission.copy_templates(copy_templates):
             log.info(str(path))
         return
     names = submission.in_order(stages or [])
@@ -105,7 +303,7 @@ def submit(
 def _target(registry: Path, work: Folder, configs: list[str]) -> Target:
     """What the jobs work on. Settings of stages are read, so that no job fails on them later."""
     from pipeline.config import Config, load_config
-    from pipeline.submission.script import Target
+    from pipeline.setup.submit import Target
     from stages.cache_teachers import CacheTeachersConfig
     from stages.evaluate import EvaluateConfig
     from stages.predict import PredictConfig
@@ -144,7 +342,7 @@ def _target(registry: Path, work: Folder, configs: list[str]) -> Target:
 
 
 def _files(configs: list[str]) -> dict[Stage, Path]:
-    from pipeline.submission.submit import in_order
+    from pipeline.setup.submit import in_order
 
     pairs = {name: path for name, _, path in (text.partition("=") for text in configs)}
     if "" in pairs.values() or len(pairs) < len(configs):
@@ -154,3 +352,197 @@ def _files(configs: list[str]) -> dict[Stage, Path]:
             fix="For example: `--config train-student=train_student.yaml`.",
         )
     return {stage: Path(pairs[stage]).absolute() for stage in in_order(list(pairs))}
+
+
+# `pipeline info`.
+
+
+def info(
+    ctx: typer.Context, registry: RegistryOption = REGISTRY, as_json: JsonOption = False
+) -> None:
+    """Versions, commands, and what the registry holds; at once, and without a GPU.
+
+    A registry that cannot be used, and cases that cannot be opened, are told last, with exit code
+    2: the rest is told anyway.
+    """
+
+    found = about_tool(_commands(ctx))
+    there, wrong = _registry(registry)
+    if as_json:
+        error = None if wrong is None else str(wrong)
+        typer.echo(json.dumps({**found, "registry": there, "registry_error": error}, indent=1))
+    else:
+        _print_tool(found)
+        _print_registry(there, registry)
+    if wrong is not None:
+        raise wrong
+
+
+def _registry(path: Path) -> tuple[dict[str, Any] | None, PipelineError | None]:
+    """What is in it, and what is wrong with it. Neither if none is named or there."""
+    from pipeline.data.entries import refuse_closed
+
+    if path == REGISTRY and not path.exists():
+        return None, None
+    found = None
+    try:
+        found = about_registry(open_registry(path, files=False))
+        open_registry(path)
+        closed = {c: why for one in found["datasets"].values() for c, why in one["closed"].items()}
+        refuse_closed(closed, path)
+    except PipelineError as error:
+        return found, error
+    return found, None
+
+
+def _commands(ctx: typer.Context) -> dict[str, str]:
+    """Every command, in the order of `pipeline --help`; those of a group as `cache ls`."""
+    found: dict[str, str] = {}
+    group: Any = ctx.find_root().command
+    for name in group.list_commands(ctx):
+        command: Any = group.get_command(ctx, name)
+        if hasattr(command, "list_commands"):
+            for inner in command.list_commands(ctx):
+                found[f"{name} {inner}"] = _first_line(command.get_command(ctx, inner))
+        else:
+            found[name] = _first_line(command)
+    return found
+
+
+def _first_line(command: Any) -> str:
+    return str(command.help or "").strip().split("\n")[0]
+
+
+def _print_tool(found: dict[str, Any]) -> None:
+    typer.echo(f"organ-distill {found['version'] or '(not installed)'}, Python {found['python']}")
+    there = {name: text for name, text in found["packages"].items() if text is not None}
+    typer.echo(", ".join(f"{name} {text}" for name, text in there.items()))
+    absent = [name for name, text in found["packages"].items() if text is None]
+    if absent:
+        typer.echo(f"not installed: {', '.join(absent)}")
+    typer.echo("")
+    typer.echo("stages, with the YAML that shows all settings and their defaults:")
+    for name, stage in found["stages"].items():
+        typer.echo(f"  pipeline {name:15} {found['commands'].get(name, '')}")
+        typer.echo(f"  {'':24} {stage['settings']}")
+    others = [name for name in found["commands"] if name not in found["stages"]]
+    typer.echo(f"other commands: {', '.join(others)}")
+
+
+def _print_registry(found: dict[str, Any] | None, path: Path) -> None:
+    from pipeline.log import print_table
+
+    if found is None:
+        if not path.exists():
+            typer.echo(f"no {path} here: `pipeline init` writes one, `pipeline demo` shows one")
+        return
+    organs = ", ".join(f"{organ} {number}" for organ, number in found["organs"].items())
+    spacing = " x ".join(f"{mm:g}" for mm in found["grid"]["spacing_mm"])
+    typer.echo(f"\n{found['path']}: student grid {spacing} mm (z, y, x)")
+    typer.echo(f"organs with their ids: {organs}")
+    rows = [
+        [name, ", ".join(one["annotated"]), *(str(one[s]) for s in SPLITS), str(one["cases"])]
+        for name, one in found["datasets"].items()
+    ]
+    print_table("Datasets", ["dataset", "annotated", *SPLITS, "cases"], rows)
+    for name, one in found["datasets"].items():
+        if one["note"]:
+            typer.echo(f"{name}: {one['note']}")
+    rows = [
+        [
+            name,
+            one["kind"],
+            ", ".join(one["organs"]),
+            ", ".join(one["taps"]) or "–",
+            one["weights"] if one["weights_there"] else f"{one['weights']} (not there yet)",
+        ]
+        for name, one in found["teachers"].items()
+    ]
+    if rows:
+        print_table("Teachers", ["teacher", "kind", "organs", "taps", "weights"], rows)
+
+
+# `pipeline info`: this tool, its packages, its commands, and what a registry holds.
+#
+# No network and no image is read: the answer is there at once, also where there is no GPU.
+
+SPLITS = ("train", "validation", "test")
+
+
+def stage_settings() -> dict[str, Path]:
+    """Command of each stage -> its annotated YAML, which shows all settings with their defaults."""
+    folder = Path(stages.__path__[0])
+    names = sorted(module.name for module in pkgutil.iter_modules(stages.__path__))
+    return {
+        name.replace("_", "-"): folder / f"{name}.yaml"
+        for name in names
+        if (folder / f"{name}.yaml").is_file()
+    }
+
+
+def about_tool(commands: Mapping[str, str]) -> dict[str, Any]:
+    """Versions, and every command with what it is for.
+
+    Args:
+        commands: command -> its first line of help.
+    """
+    from pipeline.config import TOOL, versions
+
+    known = versions()
+    settings = stage_settings()
+    return {
+        "version": known.pop(TOOL),
+        "python": known.pop("python"),
+        "packages": known,
+        "commands": dict(commands),
+        "stages": {
+            name: {"command": f"pipeline {name}", "settings": str(path)}
+            for name, path in settings.items()
+        },
+    }
+
+
+def about_registry(registry: Registry) -> dict[str, Any]:
+    """Organs with their ids, datasets with counts of cases, teachers.
+
+    `cases` counts what is on the disk, by split; a phantom's cases count whether they have been
+    generated or not. `closed` are those that cannot be opened, and why. No file is read.
+    """
+    return {
+        "path": str(registry.path),
+        "schema_version": registry.schema_version,
+        "organs": dict(registry.label_space.ids),
+        "grid": registry.grid.model_dump(mode="json"),
+        "datasets": {name: _dataset(registry, name) for name in registry.datasets},
+        "teachers": {name: _teacher(registry, name) for name in registry.teachers},
+    }
+
+
+def _dataset(registry: Registry, name: str) -> dict[str, Any]:
+    entry = registry.datasets[name]
+    cases = registry.cases(name)
+    counts = Counter(case.split for case in cases)
+    return {
+        "cases": counts.total(),
+        **{split: counts[split] for split in SPLITS},
+        "note": " ".join(registry.empty_split(name) or ()) or None,
+        "closed": closed_cases(cases) if entry.phantom is None else {},
+        "annotated": list(entry.annotated),
+        "root": str(registry.resolve(entry.root)),
+        "made_up": entry.phantom is not None,
+        "licence": entry.licence or None,
+    }
+
+
+def _teacher(registry: Registry, name: str) -> dict[str, Any]:
+    entry = registry.teachers[name]
+    weights = registry.resolve(entry.weights)
+    return {
+        "kind": entry.kind,
+        "organs": list(entry.organs),
+        "taps": list(entry.taps),
+        "weights": str(weights),
+        "weights_there": weights.exists(),
+        "trained_on": entry.trained_on,
+        "licence": entry.licence or None,
+    }

@@ -1,31 +1,40 @@
-"""`pipeline cache-teachers`."""
+"""The commands of stages: `pipeline cache-teachers`, `predict`, `evaluate`, `export`."""
 
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli_complete import one_of, teacher_names
-from pipeline.cli_options import (
+from pipeline.cli.options import (
     REGISTRY,
     WORK,
     ConfigOption,
     DeviceOption,
     DryRunOption,
+    JsonOption,
     QuietOption,
     RegistryOption,
     TrustOption,
     WindowBatchOption,
     WorkOption,
+    case_names,
     end,
+    one_of,
     open_log,
     open_registry,
     open_settings,
+    student_files,
+    teacher_names,
 )
-from pipeline.cli_run import recorded
+from pipeline.cli.record import recorded
+from pipeline.errors import ConfigError
+from pipeline.folder import Folder, parse_folder
+
+# `pipeline cache-teachers`.
 
 _WHERE, _ARRAY = "Several workers", "Parts, for job arrays"
 
@@ -117,4 +126,190 @@ def cache_teachers(
             dry_run=dry_run,
             tables=not quiet,
         )
+    end(report)
+
+
+# `pipeline predict`.
+
+
+@recorded
+def predict(
+    student: Annotated[
+        Folder,
+        typer.Argument(
+            help="student.pt of a finished run.",
+            parser=parse_folder,
+            metavar="STUDENT",
+            autocompletion=student_files,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of label maps.")],
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="NIfTI files, folders of them, or patterns in quotes."),
+    ] = None,
+    registry: Annotated[
+        Path | None,
+        typer.Option("--registry", "-r", help="Instead of IMAGES: its cases, <dataset>/<case>."),
+    ] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="Of the registry; default: test. Once for each.")
+    ] = None,
+    config: ConfigOption = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto, cpu, cuda or cuda:1; several share the cases: cuda:0,cuda:1. Speed only."
+        ),
+    ] = "auto",
+    window_batch: WindowBatchOption = 1,
+    probabilities: Annotated[
+        Literal["float16", "float32"] | None,
+        typer.Option(help="Also write each organ's probability, of this precision."),
+    ] = None,
+    probabilities_4d: Annotated[
+        bool, typer.Option("--probabilities-4d", help="One 4D file, not a file per organ.")
+    ] = False,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """NIfTI in, multi-organ label map out, in the geometry of the input."""
+    from pipeline.student.predict import Probabilities
+    from stages import predict as stage
+
+    if probabilities_4d and probabilities is None:
+        raise ConfigError(
+            "--probabilities-4d without --probabilities.", fix="Add --probabilities float16."
+        )
+    layout: Literal["4d", "per-organ"] = "4d" if probabilities_4d else "per-organ"
+    known = open_registry(registry, files=False) if registry else None
+    left: list[str] = []
+    inputs = stage.chosen_inputs(images, known, split, left)
+    other = {d for d, e in known.datasets.items() if e.units == "other"} if known else set()
+    cases = [case for name in known.datasets for case in known.cases(name)] if known else []
+    log = open_log(quiet)
+    for text in left:
+        log.warn(text)
+    report = stage.run(
+        open_settings(config, stage.PredictConfig),
+        student,
+        inputs,
+        output,
+        log=log,
+        device=device,
+        window_batch=window_batch,
+        probabilities=Probabilities(probabilities, layout) if probabilities else None,
+        other_units=[name for name in inputs if name.partition("/")[0] in other],
+        references=[file for case in cases for file in (case.image, case.label)],
+        dry_run=dry_run,
+    )
+    report.details["not_taken"] = left
+    end(report)
+
+
+# `pipeline evaluate`.
+
+
+@recorded
+def evaluate(
+    predictions: Annotated[
+        Path, typer.Argument(help="Folder with <dataset>/<case>.nii.gz, or a run that predicted.")
+    ],
+    registry: RegistryOption = REGISTRY,
+    config: ConfigOption = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Another such folder, or a run that predicted: paired differences. Once for each."
+        ),
+    ] = None,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Dice, NSD and HD95 per case and organ: summary.json, scores.csv, a table."""
+    from stages import evaluate as stage
+
+    settings = open_settings(config, stage.EvaluateConfig)
+    if against or (predictions / "student.pt").exists():
+        from stages.against import predictions_of
+
+        predictions, *others = [predictions_of(path) for path in (predictions, *(against or []))]
+    if against:
+        from stages.against import check_place
+
+        check_place(predictions)
+    opened, log = open_registry(registry), open_log(quiet)
+    report = stage.run(settings, opened, predictions, log=log, table=not quiet, dry_run=dry_run)
+    if against and not dry_run:
+        from stages.against import print_side_by_side, side_by_side, write_side_by_side
+
+        found = side_by_side(settings, opened, predictions, others, log=log)
+        written = write_side_by_side(found, predictions)
+        if not quiet:
+            print_side_by_side(found)
+        log.info(f"written: {', '.join(str(path) for path in written)}")
+    end(report)
+
+
+# `pipeline export`.
+
+
+class FormatName(StrEnum):
+    """What `--format` takes; `stages.export.FORMATS`, without loading torch."""
+
+    BUNDLE = "bundle"
+    TORCHSCRIPT = "torchscript"
+    TORCH_EXPORT = "torch-export"
+    ONNX = "onnx"
+
+
+@recorded
+def export(
+    run: Annotated[
+        Folder,
+        typer.Argument(
+            help="Folder of a finished run, or its student.pt.",
+            parser=parse_folder,
+            metavar="RUN",
+            autocompletion=student_files,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder per format in it.")],
+    formats: Annotated[
+        list[FormatName],
+        typer.Option("--format", "-f", help="Give it once for each."),
+    ],
+    check_on: Annotated[
+        Path | None,
+        typer.Option(help="A CT (NIfTI) to hold it against the student on; else --case."),
+    ] = None,
+    case: Annotated[
+        str | None,
+        typer.Option(
+            help="DATASET/CASE of the cache to check on; default: the first one.",
+            autocompletion=case_names,
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """The student as MONAI bundle, TorchScript, torch.export or ONNX, held against `predict`."""
+    import json
+
+    from stages import export as stage
+
+    report = stage.run(
+        open_settings(config, stage.ExportConfig),
+        run,
+        [form.value for form in formats],
+        output,
+        log=open_log(quiet or as_json),
+        check_on=check_on,
+        case=case,
+        dry_run=dry_run,
+    )
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=1))
     end(report)

@@ -15,30 +15,26 @@ import numpy as np
 import numpy.typing as npt
 from dask.highlevelgraph import HighLevelGraph
 
-from pipeline.cache.index import (
-    IndexedTeacher,
-    case_path,
-    unit_digest,
-    unit_path,
-)
+from pipeline.cache.identity import read_dataset, read_teacher
+from pipeline.cache.index import IndexedTeacher, case_path, unit_digest, unit_path
 from pipeline.cache.lazy import as_stored, lazy_array
-from pipeline.cache.reader import CachedCase, Unit
+from pipeline.cache.reader import FULL, CachedCase, Unit
 from pipeline.cache.schema import LABEL, log_odds_name
-from pipeline.consensus import (
+from pipeline.consensus.regions import (
     DEFAULT_CONFIDENCE,
     Consensus,
     average_experts,
     believed,
     consensus,
+    region_voxels,
     stack_organs,
 )
+from pipeline.data.labels import IGNORE, LabelSpace
+from pipeline.data.patches import Patch
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheMissing, RegistryError
 from pipeline.folder import Folder
-from pipeline.identity import read_dataset, read_teacher
-from pipeline.labels import IGNORE, LabelSpace
-from pipeline.patches import Patch
-from pipeline.trust import FULL
+from pipeline.log import print_table
 
 # (teacher, organ) -> T
 Temperatures = Mapping[tuple[str, str], float]
@@ -193,7 +189,7 @@ class Votes:
         use_labels: bool = True,
         confidence: float = DEFAULT_CONFIDENCE,
     ) -> Consensus:
-        """Its regions; see `pipeline.consensus.consensus`."""
+        """Its regions; see `pipeline.consensus.regions.consensus`."""
         classes = self.classes if use_labels and self.annotated else None
         return consensus(
             self.log_odds, classes, self.annotated, margin=margin, confidence=confidence
@@ -287,3 +283,45 @@ def _experts(
 def _average(experts: Sequence[da.Array]) -> da.Array:
     """One expert needs no layer: what stacks organs makes float32 of them anyway."""
     return average_experts(experts) if len(experts) > 1 else experts[0]
+
+
+# What stage one tells about its cache, read back from it: region sizes per case.
+
+_MOST_ROWS = 60
+
+
+def region_rows(
+    registry: Registry, work: Folder, datasets: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Per case, the size of each region in ml: labels win, margin 0. `datasets`: None for all."""
+    if not registry.teachers:
+        return []
+    space = registry.label_space
+    rows = []
+    teachers = list(registry.teachers)
+    cohort = open_cohort(work, registry, teachers=teachers, datasets=datasets, as_indexed=True)
+    for case in cohort.cases:
+        regions, known = lazy_consensus(case, space)
+        names = [space.organs[k] for k in known]
+        sizes = region_voxels(regions, names)
+        voxel_ml = case.grid.voxel_ml
+        counts = zip(sizes, compute(*sizes.values()), strict=True)
+        ml = {name: round(float(count) * voxel_ml, 1) for name, count in counts}
+        rows.append({"case": case.name, "split": case.split, "ml": ml})
+    return rows
+
+
+def print_regions(regions: Sequence[Mapping[str, Any]]) -> None:
+    """The table, for people."""
+    if not regions:
+        return
+    names = list(dict.fromkeys(name for row in regions for name in row["ml"]))
+    shown = regions[:_MOST_ROWS]
+    more = f", first {_MOST_ROWS} of {len(regions)} cases" if len(regions) > _MOST_ROWS else ""
+    rows = [[r["case"], *(in_ml(r["ml"].get(name)) for name in names)] for r in shown]
+    print_table(f"Regions in ml{more}", ["case", *names], rows)
+
+
+def in_ml(value: float | None) -> str:
+    """A volume for people: whole ml from 10 on, a dash for none."""
+    return "–" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"

@@ -1,20 +1,49 @@
-"""What follows from the evidence: pure functions of it and of the registry.
-
-A Dice below the threshold stops stage one: labels say that the teacher is wrong. What is odd on
-datasets without a label of the organ only warns: nobody can say there that it is wrong, since the
-organ may be cut off, removed or ill in a few cases.
+"""The admission gate: measures what is not on record, judges, tells, and says which teachers may
+pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
-from pipeline.admission.evidence import Circumstances, Evidence, OrganEvidence, Score
+from pipeline.cache.index import IndexedCase, IndexedTeacher, case_path, unit_digest, unit_path
+from pipeline.cache.reader import Unit
+from pipeline.cache.schema import IMAGE, LABEL, log_odds_name
+from pipeline.cache.store import write_json
+from pipeline.consensus.evidence import (
+    Circumstances,
+    Counts,
+    Evidence,
+    Look,
+    OrganEvidence,
+    Region,
+    Score,
+    by_teacher,
+    calibrate,
+    count_log_odds,
+    is_current,
+    measured_of,
+    no_counts,
+    write_evidence,
+)
+from pipeline.data.labels import IGNORE
 from pipeline.data.registry import Registry
-from pipeline.errors import TeacherError
+from pipeline.data.volume import Grid
+from pipeline.errors import CacheError, ConfigError, TeacherError, WorkFolderError
+from pipeline.folder import Folder
+from pipeline.log import Log, print_table
+
+# What follows from the evidence: pure functions of it and of the registry.
+#
+# A Dice below the threshold stops stage one: labels say that the teacher is wrong. What is odd on
+# datasets without a label of the organ only warns: nobody can say there that it is wrong, since
+# the
+# organ may be cut off, removed or ill in a few cases.
 
 # Around what labels, and what the teacher was trained at, show. Coarse on purpose: only warnings
 # hang on them, and one that cries often is not heard.
@@ -191,3 +220,318 @@ def _is_odd_hu(case: Circumstances, own: Sequence[Circumstances]) -> bool:
         if seen and not (min(seen) - HU_TOLERANCE <= case.hu[end] <= max(seen) + HU_TOLERANCE):
             return True
     return False
+
+
+# The gate itself: measures what is not on record, judges, tells, and says who may pass.
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of it.
+
+    Attributes:
+        scores: rows of teachers against labels.
+        elsewhere: rows of teachers where there is no label.
+        refused: teacher -> why stage one must not go on.
+        accepted: teacher -> organ -> Dice, threshold and cases, for those that `--accept` lets by.
+        problems: unit, or file -> why it could not be read or written.
+    """
+
+    scores: Sequence[Row]
+    elsewhere: Sequence[Row]
+    refused: Mapping[str, TeacherError]
+    accepted: Mapping[str, Mapping[str, Any]]
+    problems: Mapping[str, Exception]
+
+    @property
+    def failed(self) -> Mapping[str, Exception]:
+        """All that goes into a stage's report: problems, and refusals as `teacher <name>`."""
+        refused = {f"teacher {name}": error for name, error in self.refused.items()}
+        return {**self.problems, **refused}
+
+    def notes(self, teacher: str) -> Mapping[str, Any]:
+        """For the receipts of units that are written from now on."""
+        return {"accepted": self.accepted[teacher]} if teacher in self.accepted else {}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "teachers": list(self.scores),
+            "elsewhere": list(self.elsewhere),
+            "accepted": {name: dict(organs) for name, organs in self.accepted.items()},
+            "refused": {name: str(error) for name, error in self.refused.items()},
+        }
+
+
+NOT_JUDGED = Verdict([], [], {}, {}, {})
+
+
+def check_accepted(registry: Registry, accept: Iterable[str]) -> None:
+    """Every name is a teacher of the registry.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    unknown = [name for name in accept if name not in registry.teachers]
+    if unknown:
+        raise ConfigError(
+            f"--accept {unknown[0]}: there is no such teacher.",
+            where=registry.path,
+            fix=f"Teachers are: {', '.join(registry.teachers) or 'none'}.",
+        )
+
+
+def run_gate(
+    registry: Registry,
+    work: Folder,
+    teachers: Mapping[str, IndexedTeacher],
+    looks: Sequence[Look],
+    *,
+    accept: Sequence[str] = (),
+    log: Log,
+    show: bool = True,
+) -> Verdict:
+    """Judges every teacher by the units in the cache that the gate looks at.
+
+    What is on record for the same cases is not measured again. Units that could not be made or
+    read are left out; a teacher without any is not scored, and passes.
+
+    Args:
+        registry: thresholds and organs.
+        work: the work folder.
+        teachers: as indexed now.
+        looks: from `plan_looks`.
+        accept: teachers to go on with all the same.
+        log: hears of what is odd.
+        show: also print the tables.
+    """
+    evidence: list[Evidence] = []
+    problems: dict[str, Exception] = {}
+    for name, own in by_teacher(looks).items():
+        measured = measured_of(teachers[name], own)
+        known = is_current(work, registry, teachers[name], measured)
+        if known is None:
+            known, unread = measure(work, registry, teachers[name], own)
+            problems |= {f"{name} x {case}": error for case, error in unread.items()}
+            try:
+                write_evidence(work, registry, teachers[name], measured, known)
+            except WorkFolderError as error:
+                problems[f"evidence of teacher {name}"] = error
+        evidence.append(known)
+    scores = score_rows(registry, evidence, accept)
+    verdict = Verdict(
+        scores, elsewhere_rows(evidence), refusals(scores), acceptance(scores), problems
+    )
+    _tell(work, verdict, evidence, problems, log=log, show=show)
+    return verdict
+
+
+def _tell(
+    work: Folder,
+    verdict: Verdict,
+    evidence: Sequence[Evidence],
+    problems: dict[str, Exception],
+    *,
+    log: Log,
+    show: bool,
+) -> None:
+    path = work / "reports" / "admission.json"
+    try:
+        write_json(path, verdict.to_json())
+    except WorkFolderError as error:
+        problems[path.name] = error
+    log.event("admission", **verdict.to_json())
+    if show:
+        print_verdict(verdict, evidence)
+    hopeful = [row["teacher"] for row in verdict.scores if row["split"] == "train"]
+    if hopeful:
+        log.warn(
+            f"teachers {', '.join(dict.fromkeys(hopeful))}: no validation case has a label of "
+            "their organ, so they are scored on training cases. A teacher that was trained on "
+            "them is over-confident there: Dice and temperature may be too good."
+        )
+    for row in verdict.scores:
+        if row["passed"] is None:
+            log.warn(f"teacher {row['teacher']}, {row['organ']}: {row['flag']}; it passes unseen.")
+        if row["accepted"]:
+            log.warn(
+                f"teacher {row['teacher']} is accepted with a Dice of {row['dice']:.3f} in "
+                f"{row['organ']} on {row['dataset']}; receipts say so from now on."
+            )
+    for row in verdict.elsewhere:
+        if row["flag"].startswith("ODD"):
+            where = f"teacher {row['teacher']}, {row['organ']} on {row['dataset']}"
+            log.warn(f"{where}: {row['flag'].removeprefix('ODD: ')}. Look at it before you train.")
+
+
+def print_verdict(verdict: Verdict, evidence: Sequence[Evidence]) -> None:
+    """Both tables and the temperatures, for people."""
+    if not verdict.scores:
+        return
+    measured = {
+        (found.teacher, organ): seen.calibration
+        for found in evidence
+        for organ, seen in found.organs.items()
+    }
+    rows = []
+    for r in verdict.scores:
+        known = measured.get((r["teacher"], r["organ"]))
+        rows.append(
+            [
+                r["teacher"],
+                r["organ"],
+                r["dataset"] or "–",
+                f"{r['num_cases']} ({r['split']})" if r["split"] else "0",
+                _number(r["dice"]),
+                _number(r["sensitivity"]),
+                f"{r['threshold']:g}",
+                "–" if known is None else f"{known.temperature:.2f}",
+                r["flag"],
+            ]
+        )
+    columns = ["teacher", "organ", "dataset", "cases", "Dice", "sensitivity", "least Dice", "T", ""]
+    print_table("Teachers against the labels, read back from the cache", columns, rows)
+    if verdict.elsewhere:
+        rows = [
+            [
+                r["teacher"],
+                r["organ"],
+                r["dataset"],
+                str(r["num_cases"]),
+                f"{r['median_ml']:.0f}",
+                "–" if r["label_ml"] is None else "{:.0f} to {:.0f}".format(*r["label_ml"]),
+                r["flag"],
+            ]
+            for r in verdict.elsewhere
+        ]
+        columns = ["teacher", "organ", "dataset", "cases", "median ml", "labels, ml", ""]
+        print_table("Teachers where nobody annotated their organ", columns, rows)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+# Reads units back from the cache and measures a teacher by them: scores, volumes, temperatures.
+
+_PERCENTILES = (1, 99)
+
+
+@dataclass
+class _Tally:
+    """What is collected of one organ, case by case."""
+
+    scored: list[Score] = field(default_factory=list)
+    elsewhere: list[Region] = field(default_factory=list)
+    counts: Counts = field(default_factory=no_counts)
+
+
+def measure(
+    work: Folder, registry: Registry, teacher: IndexedTeacher, looks: Sequence[Look]
+) -> tuple[Evidence, Mapping[str, CacheError]]:
+    """Measures one teacher by the units that are in the cache, one case in memory at a time.
+
+    Args:
+        work: the work folder.
+        registry: ids of the organs.
+        teacher: as the index has it.
+        looks: which cases, organ by organ.
+
+    Returns:
+        The evidence, and the units that could not be read -> why.
+    """
+    tallies = {look.organ: _Tally() for look in looks}
+    cases: dict[str, Circumstances] = {}
+    unread: dict[str, CacheError] = {}
+    for case in dict.fromkeys(c for look in looks for c in (*look.scored, *look.elsewhere)):
+        try:
+            cases[case.name] = _look_at(work, registry, teacher, case, looks, tallies)
+        except CacheError as error:
+            unread[case.name] = error
+    organs = {
+        look.organ: OrganEvidence(
+            split=look.split,
+            scored=tuple(tallies[look.organ].scored),
+            elsewhere=tuple(tallies[look.organ].elsewhere),
+            label_ml=_label_range(work, look),
+            calibration=calibrate(tallies[look.organ].counts),
+        )
+        for look in looks
+    }
+    evidence = Evidence(
+        teacher=teacher.teacher,
+        teacher_digest=teacher.digest,
+        spacing_mm=teacher.inputs["teacher"].get("spacing_mm"),
+        organs=organs,
+        cases=cases,
+        unread=tuple(unread),
+    )
+    return evidence, unread
+
+
+def _look_at(
+    work: Folder,
+    registry: Registry,
+    teacher: IndexedTeacher,
+    case: IndexedCase,
+    looks: Sequence[Look],
+    tallies: Mapping[str, _Tally],
+) -> Circumstances:
+    """Adds one case to the tallies of all organs that want it; all of it is read before any is."""
+    unit = Unit.open(unit_path(work, teacher, case), expect=unit_digest(teacher, case))
+    shown = Unit.open(case_path(work, case), expect=case.digest)
+    wanted = [look for look in looks if case in look.scored or case in look.elsewhere]
+    odds = {look.organ: unit.read(log_odds_name(look.organ)) for look in wanted}
+    label: npt.NDArray[np.uint8] = shown.read(LABEL)
+    circumstances = _circumstances(shown)
+    voxel_ml = Grid.from_json(shown.attributes["grid"]).voxel_ml
+    for look in wanted:
+        tally, values = tallies[look.organ], odds[look.organ]
+        region_ml = round(float(np.count_nonzero(values > 0)) * voxel_ml, 3)
+        if case in look.elsewhere:
+            tally.elsewhere.append(Region(case=case.name, region_ml=region_ml))
+            continue
+        inside, known = label == registry.organs[look.organ], label != IGNORE
+        dice, sensitivity = _overlap(values > 0, inside, known)
+        tally.scored.append(
+            Score(case=case.name, dice=dice, sensitivity=sensitivity, region_ml=region_ml)
+        )
+        if look.organ not in shown.receipt.swallowed:  # else nobody knows where it is
+            tally.counts += count_log_odds(values, inside, known)
+    return circumstances
+
+
+def _overlap(
+    region: npt.NDArray[np.bool_], inside: npt.NDArray[np.bool_], known: npt.NDArray[np.bool_]
+) -> tuple[float | None, float | None]:
+    """Dice and sensitivity over voxels that the label knows; an unseen voxel counts as a miss."""
+    region = region & known
+    num_inside = int(np.count_nonzero(inside))
+    if num_inside == 0:
+        return None, None
+    hits = int(np.count_nonzero(region & inside))
+    dice = 2 * hits / (int(np.count_nonzero(region)) + num_inside)
+    return round(dice, 6), round(hits / num_inside, 6)
+
+
+def _circumstances(case: Unit) -> Circumstances:
+    image = case.read(IMAGE)[::2, ::2, ::2]
+    low, high = np.percentile(image, _PERCENTILES)
+    z, y, x = (
+        round(float(mm), 4) for mm in Grid.from_json(case.attributes["source_grid"]).spacing_mm
+    )
+    return Circumstances(spacing_mm=(z, y, x), hu=(round(float(low), 1), round(float(high), 1)))
+
+
+def _label_range(work: Folder, look: Look) -> tuple[float, float] | None:
+    """Smallest and largest organ in ml by the labels, as far as they can be read; no array is."""
+    sizes = []
+    for case in look.labelled:
+        try:
+            attributes = Unit.open(case_path(work, case), expect=case.digest).attributes
+        except CacheError:
+            continue  # the case is reported where it is needed
+        voxels = attributes["organ_voxels"][look.organ]
+        if voxels:
+            sizes.append(voxels * Grid.from_json(attributes["grid"]).voxel_ml)
+    return (round(min(sizes), 3), round(max(sizes), 3)) if sizes else None

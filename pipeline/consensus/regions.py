@@ -9,18 +9,18 @@ Axes: K organs, then D, H, W. The functions do not care how their arrays are chu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 from typing import Any
+from uuid import uuid4
 
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.blocks import count_blocks, in_blocks
-from pipeline.labels import IGNORE
+from pipeline.data.labels import IGNORE
 
 DEFAULT_CONFIDENCE = 6.0
 FloatArray = npt.NDArray[np.float32]
@@ -105,8 +105,8 @@ def average_experts(
     Args:
         experts: one (D, H, W) array per teacher, NaN where it did not see.
         temperatures: one T > 0 per teacher, by which its log-odds are divided first (see
-            `pipeline.calibration`); None divides none. Of one teacher no region changes by it at
-            margin 0, of several those may where they disagree.
+            `pipeline.consensus.evidence`); None divides none. Of one teacher no region changes by
+            it at margin 0, of several those may where they disagree.
 
     Returns:
         float32 (D, H, W).
@@ -321,3 +321,83 @@ def _pair_counts(
                     apart |= claim & counterclaim
         counts.append(np.count_nonzero(apart))
     return np.array(counts, dtype=np.int64)
+
+
+# Numpy functions over the blocks of lazy Dask arrays, one layer of the graph for each.
+#
+# Axes are named by letters: k (or any other) first, then z, y, x.
+
+
+def in_blocks(
+    function: Callable[..., npt.NDArray[Any]],
+    axes: str,
+    dtype: type[np.generic],
+    *arrays: tuple[da.Array, str],
+    new_axes: Mapping[str, int] | None = None,
+    adjust_chunks: Mapping[str, Callable[[int], int]] | None = None,
+    **options: Any,
+) -> da.Array:
+    """One layer that calls a numpy function block by block, however the arrays are chunked.
+
+    Blocks are matched by their place, and along an axis that the result lacks they are joined
+    first. Name and meta are given, since hashing the arguments and probing the function take
+    longer than a patch's arithmetic.
+
+    Args:
+        function: of numpy blocks, in the order of `arrays`.
+        axes: of the result, of `kzyx`.
+        dtype: of the result.
+        arrays: each with its axes.
+        new_axes: axes that no array has -> their size.
+        adjust_chunks: axis -> size of a block along it -> size of its result.
+        options: handed to the function.
+    """
+    pairs = [part for pair in arrays for part in pair]
+    return da.blockwise(
+        function,
+        axes,
+        *pairs,
+        name=f"blocks-{uuid4().hex}",
+        new_axes=new_axes,
+        adjust_chunks=adjust_chunks,
+        concatenate=True,
+        meta=np.empty((0,) * len(axes), dtype=dtype),
+        dtype=dtype,
+        **options,
+    )
+
+
+def count_blocks(
+    function: Callable[..., npt.NDArray[np.int64]],
+    num_counts: int,
+    *arrays: tuple[da.Array, str],
+    **options: Any,
+) -> da.Array:
+    """Sums what a function counts in each block: one layer for any number of counts.
+
+    Args:
+        function: of numpy blocks, to int64 (M,).
+        num_counts: M.
+        arrays: each with its axes, of `kzyx`.
+        options: handed to the function.
+
+    Returns:
+        int64 (M,), lazily.
+    """
+    per_block = in_blocks(
+        partial(_as_voxel, function),
+        "zyxm",
+        np.int64,
+        *arrays,
+        new_axes={"m": num_counts},
+        adjust_chunks={axis: lambda _: 1 for axis in "zyx"},
+        **options,
+    )
+    total: da.Array = per_block.sum(axis=(0, 1, 2))
+    return total
+
+
+def _as_voxel(
+    function: Callable[..., npt.NDArray[np.int64]], *blocks: npt.NDArray[Any], **options: Any
+) -> npt.NDArray[np.int64]:
+    return function(*blocks, **options)[None, None, None]

@@ -17,18 +17,16 @@ from typing import Final
 
 import numpy as np
 
-from pipeline.admission.evidence import OrganEvidence, Score, read_evidence
-from pipeline.admission.verdict import VOLUME_FACTOR
 from pipeline.cache.index import read_teacher_index
-from pipeline.cache.reader import CachedCase, Unit
+from pipeline.cache.reader import FULL, CachedCase, ReliabilityConfig, Trust, Unit
 from pipeline.cache.schema import log_odds_name
-from pipeline.components import coarse, large_components
+from pipeline.consensus.evidence import OrganEvidence, Score, read_evidence
+from pipeline.consensus.gate import VOLUME_FACTOR
 from pipeline.data.registry import Registry
+from pipeline.data.volume import Grid, coarse, large_components
 from pipeline.errors import CacheMissing
 from pipeline.folder import Folder
 from pipeline.log import Log
-from pipeline.trust import FULL, ReliabilityConfig, Trust
-from pipeline.volume import Grid
 
 # Ends of the labelled sizes that count as usual; one label that was cut or slipped does not.
 QUANTILES: Final = (0.05, 0.95)

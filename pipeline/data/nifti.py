@@ -1,4 +1,4 @@
-"""NIfTI in and out. With `pipeline.file_order` the only file that knows the (x, y, z) of files.
+"""NIfTI in and out: bytes, headers, images and label maps.
 
 Images come back in the closest canonical orientation (RAS+), with axes (D, H, W) = z, y, x; an
 oblique affine is kept as it is, never straightened by interpolation.
@@ -6,30 +6,205 @@ oblique affine is kept as it is, never straightened by interpolation.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from isal import igzip
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from nibabel.volumeutils import apply_read_scaling
 
-from pipeline.data.files import require_file
-from pipeline.data.nifti_file import (
-    name_extensions,
-    names_in,
-    read_file,
-    read_header,
-    unreadable,
-    write_file,
-)
-from pipeline.data.nifti_header import HeaderDoubt, header_doubts
+from pipeline.data.entries import require_file
+from pipeline.data.volume import Grid, Volume, orientation_of
 from pipeline.errors import GeometryError
-from pipeline.file_order import orientation_of
-from pipeline.volume import Grid, Volume
+from pipeline.figures import caret_names, caret_xml
+
+# NIfTI files as bytes: packed or not, of version 1 or 2, whole or the header alone.
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_NIFTI2_HEADER_SIZE = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
+_UNKNOWN_EXTENSION = 0
+_COMMENT_EXTENSION = 6
+
+
+def read_file(path: Path) -> tuple[Any, str]:
+    """A NIfTI as nibabel has it, with its voxels in memory, and the SHA-256 of the file's bytes.
+
+    The bytes that were hashed are decoded, so that a file changing meanwhile cannot mix the two.
+
+    Raises:
+        GeometryError: it cannot be read, or is no NIfTI.
+    """
+    require_file(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise GeometryError(
+            f"the file cannot be read ({error.strerror}).",
+            where=path,
+            fix="Check the path and its permissions.",
+        ) from error
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        if path.name.lower().endswith(".gz") or data[:2] == _GZIP_MAGIC:
+            # Of the well-kept readers the fastest, and it checks lengths and CRCs (decision 0023).
+            data = igzip.decompress(data)
+        kind = nib.Nifti2Image if data[:4] in _NIFTI2_HEADER_SIZE else nib.Nifti1Image
+        return kind.from_bytes(data), digest
+    except Exception as error:  # a damaged header makes nibabel raise almost anything
+        raise unreadable(path, error) from error
+
+
+def read_header(path: Path) -> tuple[Any, Any]:
+    """The kind of image that a file holds, and its header; voxels are not read.
+
+    Raises:
+        GeometryError: not a readable NIfTI.
+    """
+    require_file(path)
+    try:
+        with path.open("rb") as file:
+            begin = file.read(4)
+            packed = path.name.lower().endswith(".gz") or begin[:2] == _GZIP_MAGIC
+            file.seek(0)
+            with igzip.open(file) if packed else nullcontext(file) as stream:
+                first = stream.read(4)
+                kind = nib.Nifti2Image if first in _NIFTI2_HEADER_SIZE else nib.Nifti1Image
+                # What nibabel keeps of a header is at its beginning; extensions go anyway.
+                size = kind.header_class.sizeof_hdr
+                return kind, kind.header_class(first + stream.read(size - 4))
+    except Exception as error:  # a damaged header makes nibabel raise almost anything
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> GeometryError:
+    """What a user is told where nibabel or gzip refuse a file."""
+    return GeometryError(
+        f"not a readable NIfTI file ({type(error).__name__}: {error}).",
+        where=path,
+        fix="It may be truncated, or not gzip: fetch or export it again.",
+    )
+
+
+def name_extensions(names: Mapping[int, str]) -> list[Any]:
+    """Header extensions that keep the organ of each label value: as TotalSegmentator does, and as
+    JSON in a comment.
+    """
+    text = json.dumps({"labels": {str(k): v for k, v in names.items()}}, sort_keys=True)
+    # TotalSegmentator reads the first extension, whatever its code, and gives it this one.
+    contents = ((_UNKNOWN_EXTENSION, caret_xml(names)), (_COMMENT_EXTENSION, text))
+    return [nib.nifti1.Nifti1Extension(code, _padded(content)) for code, content in contents]
+
+
+def names_in(header: Any) -> tuple[dict[int, str], ...]:
+    """What header extensions call the label values, as `name_extensions` writes them or
+    TotalSegmentator does; one mapping for each that says something, without 0."""
+    found = []
+    for extension in header.extensions:
+        content = extension.get_content()
+        text = content if isinstance(content, bytes) else str(content).encode()
+        names = caret_names(text)
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # somebody's own comment
+            names = names or {int(k): str(v) for k, v in json.loads(text)["labels"].items()}
+        named = {value: name for value, name in names.items() if value != 0}
+        found += [named] if named else []
+    return tuple(found)
+
+
+def _padded(text: str) -> bytes:
+    """As long as the header wants it, in blanks: XML readers refuse the zeros that would come."""
+    content = text.encode()
+    return content + b" " * (-(len(content) + 8) % 16)
+
+
+def write_file(image: Any, path: Path) -> None:
+    """Writes an image of nibabel, `.nii` or `.nii.gz`, atomically; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
+    try:
+        nib.save(image, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# What a NIfTI header says that makes its geometry doubtful although it can be read.
+
+_TOLERANCE_MM = 0.1
+
+
+@dataclass(frozen=True)
+class HeaderDoubt:
+    """One doubt.
+
+    Attributes:
+        what: a sentence.
+        fix: what to do.
+        certain: whether the geometry is wrong for sure.
+    """
+
+    what: str
+    fix: str
+    certain: bool = False
+
+
+def header_doubts(image: Any) -> tuple[HeaderDoubt, ...]:
+    """Doubts about units, about a place that nobody recorded, and about two that contradict.
+
+    Args:
+        image: as nibabel loads it, NIfTI-1 or -2; its voxels are not read.
+    """
+    return tuple(_units(image.header) + _forms(image.header, image.shape))
+
+
+def _units(header: Any) -> list[HeaderDoubt]:
+    try:
+        unit = str(header.get_xyzt_units()[0])
+    except KeyError:  # a code that NIfTI does not define
+        return []
+    if unit not in ("meter", "micron"):
+        return []
+    what = f"the header gives lengths in {unit}s; they are read as mm."
+    return [HeaderDoubt(what, "Write the file again in mm.", certain=True)]
+
+
+def _forms(header: Any, shape: tuple[int, ...]) -> list[HeaderDoubt]:
+    fix = "Export it again from its source, and look at it in a viewer that shows left and right."
+    sform, qform = int(header["sform_code"]), int(header["qform_code"])
+    if not sform and not qform:
+        what = (
+            "the header records no orientation (sform and qform codes are 0): which side is left "
+            "is a guess."
+        )
+        return [HeaderDoubt(what, fix)]
+    if not sform or not qform:
+        return []
+    try:
+        apart = header.get_sform() - header.get_qform()
+    except Exception as error:  # nibabel raises what it likes for a damaged quaternion
+        return [HeaderDoubt(f"its qform cannot be read ({error}).", fix)]
+    corners = np.array([[*c, 1] for c in product(*((0, n - 1) for n in shape[:3]))]).T
+    most = float(np.linalg.norm((apart @ corners)[:3], axis=0).max())
+    if not most > _TOLERANCE_MM:
+        return []
+    what = (
+        f"sform and qform place its voxels up to {most:.1f} mm apart; the sform is used here, "
+        "other tools may use the qform."
+    )
+    return [HeaderDoubt(what, "Find out which is right and save the file with that one alone.")]
+
+
+# NIfTI in and out. With `pipeline.data.volume` the only file that knows the (x, y, z) of files.
 
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=np.float64)
 _INT16 = np.iinfo(np.int16)

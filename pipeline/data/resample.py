@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from pipeline.volume import Grid, Volume
+from pipeline.data.volume import Grid, Volume
 
 _SLAB_VOXELS = 4_000_000
 _SAME_GRID_TOLERANCE = 1e-4

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.data.files import CaseFiles
+from pipeline.data.entries import CaseFiles
 from pipeline.data.nifti import read_grid
 from pipeline.data.registry import Registry
+from pipeline.data.volume import Grid
 from pipeline.errors import PipelineError, RegistryError
-from pipeline.volume import Grid
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Legend, valid in every module of this project:
     array order (D, H, W) = z, y, x; spacing, shape, patch size and index tuples in that order too.
     World coordinates are millimetres along (superior, anterior, right): the z, y, x of NIfTI's
     RAS+ world. An affine maps homogeneous (z, y, x) voxel indices to that world.
-    Only `pipeline.data.nifti` and `pipeline.file_order` know the (x, y, z) order of files.
+    Only `pipeline.data.nifti` and the axes of files, below, know the (x, y, z) order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -257,3 +257,76 @@ class Volume:
     def spacing_mm(self) -> Spacing:
         """Distance between neighbouring voxel centres along z, y, x."""
         return self.grid.spacing_mm
+
+
+# Arrays as NIfTI files and MONAI hold them: axes i, j, k, and an affine to (right, anterior,
+# superior) mm, in whatever orientation.
+
+_REVERSED = np.ix_([2, 1, 0, 3], [2, 1, 0, 3])
+
+
+def as_file_array(
+    volume: Volume, orientation: Orientation
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    """A volume -> what a file in that orientation holds.
+
+    Args:
+        volume: (D, H, W) in RAS+.
+        orientation: how the file keeps its axes.
+
+    Returns:
+        The array along i, j, k, as a view, and the 4 x 4 affine of its voxels.
+    """
+    turned = orientation.apply(volume)
+    return turned.array.transpose(2, 1, 0), turned.grid.matrix[_REVERSED]
+
+
+def from_file_array(array: npt.NDArray[Any], affine: npt.ArrayLike) -> Volume:
+    """The inverse of `as_file_array`, for any affine.
+
+    Args:
+        array: (.., i, j, k); leading axes are channels.
+        affine: 4 x 4, of its voxels.
+
+    Returns:
+        The same voxels at the same places, axes in the order nearest to this project's, as a view.
+    """
+    matrix = np.asarray(affine, dtype=np.float64)
+    reversed_axes = np.swapaxes(array, -1, -3)
+    kept = Volume(reversed_axes, Grid.from_matrix(reversed_axes.shape[-3:], matrix[_REVERSED]))
+    return orientation_of(matrix).undo(kept)
+
+
+def orientation_of(affine: npt.NDArray[np.float64]) -> Orientation:
+    """How a file with this affine keeps its axes, slowest (k) first, which is how its voxels follow
+    one another."""
+    from nibabel.orientations import io_orientation
+
+    (i, turn_i), (j, turn_j), (k, turn_k) = io_orientation(affine).tolist()
+    return Orientation(
+        (2 - int(k), 2 - int(j), 2 - int(i)), (turn_k == -1, turn_j == -1, turn_i == -1)
+    )
+
+
+# How many connected parts a mask has: an organ that falls apart is improbable.
+
+# Parts are counted on voxels so far apart: a whole mask at full size is not kept for it.
+COMPONENT_MM: Final = 6.0
+# A part is large if it has this share of all of the mask.
+LARGE_SHARE: Final = 0.1
+_TOUCHING: Final = np.ones((3, 3, 3), dtype=np.bool_)
+
+
+def coarse(spacing_mm: Sequence[float]) -> tuple[slice, slice, slice]:
+    """Every how manieth voxel along z, y, x is looked at."""
+    z, y, x = (max(1, round(COMPONENT_MM / mm)) for mm in spacing_mm)
+    return slice(None, None, z), slice(None, None, y), slice(None, None, x)
+
+
+def large_components(mask: npt.NDArray[np.bool_]) -> int:
+    """How many connected parts (26 neighbours) have a tenth of the mask (D, H, W) or more."""
+    from scipy import ndimage
+
+    parts: Any = ndimage.label(mask, structure=_TOUCHING)[0]
+    sizes = np.bincount(parts.ravel())[1:]
+    return int(np.count_nonzero(sizes >= LARGE_SHARE * max(1, sizes.sum())))

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.config import FileStamp, digest, stamp_file
+from pipeline.data.entries import NnunetOptions, TeacherEntry
 from pipeline.errors import TeacherError
-from pipeline.teacher_entry import NnunetOptions, TeacherEntry
 
 BUNDLE_CONFIGS = ("inference.json", "inference.yaml", "inference.yml")
 

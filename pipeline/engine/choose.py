@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.config import load_config
 from pipeline.engine.here import HERE, Engine
-from pipeline.engine.slurm_settings import SlurmSettings
+from pipeline.engine.parts import SlurmSettings
 from pipeline.errors import ConfigError
 from pipeline.folder import Folder, is_local
 from pipeline.log import Log
@@ -60,7 +60,7 @@ def open_engine(
         )
     settings = load_config(slurm_config, SlurmSettings) if slurm_config else SlurmSettings()
     try:
-        from pipeline.engine.clusters import open_cluster
+        from pipeline.engine.dask import open_cluster
     except ImportError as error:
         raise ConfigError(
             f"--executor needs a package that is not installed ({error.name}).",

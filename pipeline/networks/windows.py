@@ -1,4 +1,5 @@
-"""Sliding-window inference that hands out logits and tapped features slab by slab.
+"""Sliding windows: forward passes that fit the memory, blended logits and tapped features, slab
+by slab.
 
 MONAI's `sliding_window_inference` is not used here for three reasons: it blends everything a
 network returns, whereas features of a window-normalised network are window-dependent and must be
@@ -9,22 +10,315 @@ and let go. The Gaussian weights are MONAI's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import combinations
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from monai.data.utils import compute_importance_map
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from pipeline.config import Config
-from pipeline.patches import Index3, Patch, padded_shape, windows
-from pipeline.slabs import BlendedSlabs, CoreSlabs
-from pipeline.teachers.teacher import Sink
-from pipeline.teachers.window_passes import Precision, WindowPasses
+from pipeline.data.patches import Index3, Patch, padded_shape, windows
+from pipeline.errors import ConfigError, TeacherWarning
+from pipeline.networks.by_name import tapped
+
+# Windows put together slab by slab: blended logits, and the cores of features.
+#
+# Windows come with z slowest. Once one begins at row z, no later one touches the rows before z:
+# they
+# are handed out, and only one window's depth of the volume is held.
+
+_VALUES_AT_ONCE = 4_000_000
+
+
+class BlendedSlabs:
+    """sum(w * logits) / sum(w) with Gaussian weights w, accumulated in float32 in the order in
+    which windows come.
+
+    Args:
+        image_shape: (D, H, W) of what is handed out.
+        padded: (D, H, W) that windows cover.
+        window: their shape.
+        sigma: of the Gaussian, in window sizes.
+        device: where sums are held; None is the CPU.
+
+    Attributes:
+        begin: the first row that is not handed out yet.
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        padded: Index3,
+        window: Index3,
+        sigma: float,
+        device: torch.device | None,
+    ) -> None:
+        self.begin = 0
+        self._image_shape, self._held = image_shape, (window[0], *padded[1:])
+        weight = compute_importance_map(window, mode="gaussian", sigma_scale=sigma)
+        weight = weight.to(torch.float32).clamp(min=1e-3 * float(weight.max()))
+        self._weight: Tensor = weight.to(device)
+        self._norm = torch.zeros(self._held, device=device)
+        self._sum: Tensor | None = None
+
+    def put(self, patch: Patch, logits: Tensor) -> None:
+        """Adds a window that begins at row `begin`: float32 (C, d, h, w)."""
+        assert patch.start[0] == self.begin
+        if self._sum is None:
+            self._sum = torch.zeros((logits.shape[0], *self._held), device=self._norm.device)
+        _, y, x = patch.slices
+        for channel, values in zip(self._sum, logits, strict=True):
+            channel[:, y, x] += self._weight * values
+        self._norm[:, y, x] += self._weight
+
+    def advance(self, row: int) -> Iterator[npt.NDArray[np.float32]]:
+        """The rows from `begin` to `row`, cropped to the image, a few at a time: (C, n, H, W)."""
+        assert self._sum is not None
+        depth, height, width = self._image_shape
+        wanted = max(0, min(row, depth) - self.begin)
+        at_once = max(1, _VALUES_AT_ONCE // (len(self._sum) * height * width))
+        for begin in range(0, wanted, at_once):
+            rows = slice(begin, min(wanted, begin + at_once)), slice(height), slice(width)
+            slab = self._sum[(slice(None), *rows)] / self._norm[rows]
+            array: npt.NDArray[np.float32] = slab.cpu().numpy()
+            yield array
+        _shift(self._sum, row - self.begin)
+        _shift(self._norm[None], row - self.begin)
+        self.begin = row
+
+
+class CoreSlabs:
+    """Features: each cell from the window whose border is farthest from it.
+
+    Args:
+        image_shape: (D, H, W) in voxels.
+        padded: (D, H, W) in voxels that windows cover.
+        window: their shape in voxels.
+        stride: voxels per cell.
+    """
+
+    def __init__(
+        self, image_shape: Sequence[int], padded: Index3, window: Index3, stride: Index3
+    ) -> None:
+        self._stride = stride
+        self._begin = 0
+        self._cells = [-(-n // s) for n, s in zip(image_shape, stride, strict=True)]
+        held = [n // s for n, s in zip((window[0], *padded[1:]), stride, strict=True)]
+        self._depth = torch.full(held, -1.0)
+        self._values: Tensor | None = None
+        per_axis = []
+        for n, s in zip(window, stride, strict=True):
+            cell = torch.arange(n // s, dtype=torch.float32) + 0.5
+            per_axis.append(torch.minimum(cell, n // s - cell) / (n // s))
+        z, y, x = per_axis
+        self._inside = z[:, None, None] * y[None, :, None] * x[None, None, :]
+
+    def put(self, patch: Patch, values: Tensor) -> None:
+        """Takes what lies deeper in this window than in those before it: (F, d, h, w)."""
+        values = values.float()
+        if self._values is None:
+            self._depth, self._inside = self._depth.to(values), self._inside.to(values)
+            self._values = values.new_zeros((values.shape[0], *self._depth.shape))
+        _, y, x = patch.coarsen(self._stride).slices
+        depth = self._depth[:, y, x]
+        deeper = self._inside > depth
+        self._depth[:, y, x] = torch.where(deeper, self._inside, depth)
+        for held, new in zip(self._values, values, strict=True):
+            held[:, y, x] = torch.where(deeper, new, held[:, y, x])
+
+    def advance(self, row: int) -> npt.NDArray[np.float32]:
+        """The cells before voxel row `row` that are not handed out yet, (F, n, h, w)."""
+        assert self._values is not None
+        begin, end = self._begin, row // self._stride[0]
+        depth, height, width = self._cells
+        wanted = max(0, min(end, depth) - begin)
+        kept = self._values[:, :wanted, :height, :width]
+        slab: npt.NDArray[np.float32] = kept.cpu().numpy().copy()  # its own, since rows move on
+        _shift(self._values, end - begin)
+        _shift(self._depth[None], end - begin)
+        self._depth[self._depth.shape[0] - (end - begin) :] = -1.0
+        self._begin = end
+        return slab
+
+
+def _shift(held: Tensor, rows: int) -> None:
+    """Rows move to the front of axis 1, channel by channel; zeros come in behind."""
+    kept = held.shape[1] - rows
+    for channel in held:
+        channel[:kept] = channel[rows:].clone()
+        channel[kept:] = 0
+
+
+# Forward passes over windows: in batches that fit the memory, mirrored, in mixed precision.
+
+Precision = Literal["float32", "bfloat16", "float16"]
+Window = TypeVar("Window")
+_AXES = {"z": -3, "y": -2, "x": -1}
+
+
+class WindowPasses:
+    """Runs a network over windows, some at a time, and gives what it says of each by itself.
+
+    On the CPU the network sees one window at a time, whatever the batch size: which kernel a
+    convolution uses, and so its last bits, depends on the size of the batch, and results must not
+    depend on a flag. On a GPU they do, within rounding.
+
+    Args:
+        network: in evaluation mode.
+        taps: layers whose outputs are wanted.
+        precision: of the arithmetic; other than float32 on CUDA only.
+        mirror: axes; logits are averaged over the window and all its mirror images. Features are
+            those of the window as it is: what a network computes of a mirrored image is not the
+            mirror image of its features, and their mean would be neither.
+        batch_size: windows per pass, at most; halved where memory does not suffice.
+        device: where the network is; None is the CPU.
+
+    Raises:
+        ConfigError: mixed precision without a GPU.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        taps: Sequence[str],
+        *,
+        precision: Precision,
+        mirror: Sequence[str],
+        batch_size: int,
+        device: torch.device | None,
+    ) -> None:
+        self._network, self._taps = network, taps
+        self._device = device or torch.device("cpu")
+        check_precision(precision, self._device)
+        self._precision = precision
+        axes = [_AXES[axis] for axis in mirror]
+        self._flips = [f for n in range(len(axes) + 1) for f in combinations(axes, n)]
+        self.batch_size = largest_batch(batch_size, self._device)
+
+    def run(
+        self, plan: Sequence[Window], load: Callable[[Window], Tensor]
+    ) -> Iterator[tuple[Window, Tensor, dict[str, Tensor]]]:
+        """Yields each window of the plan, in order, with float32 logits (C, d, h, w) and per tap
+        (F, d', h', w'), on the network's device.
+
+        Args:
+            plan: the windows.
+            load: cuts a window out of the image: float32 (d, h, w).
+
+        Raises:
+            MemoryError, RuntimeError: out of memory with one window at a time.
+        """
+        at = 0
+        while at < len(plan):
+            batch = plan[at : at + self.batch_size]
+            try:
+                out, features = self._forward(torch.stack([load(window) for window in batch]))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or len(batch) == 1:
+                    raise
+                self._halve(len(batch))
+                continue
+            for number, window in enumerate(batch):
+                yield window, out[number], {tap: features[tap][number] for tap in self._taps}
+            at += len(batch)
+
+    def _forward(self, windows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        # Not held across a yield: both would also apply to what the consumer does.
+        with torch.inference_mode(), tapped(self._network, self._taps) as collected:
+            batch = windows.unsqueeze(1).to(self._device)
+            features: dict[str, Tensor] = {}
+            total: Tensor | None = None
+            for flip in self._flips:
+                with _autocast(self._precision):
+                    out = _first_output(self._network(batch.flip(flip) if flip else batch))
+                out = out.float().flip(flip) if flip else out.float()
+                if total is None:
+                    total, features = out, dict(collected)
+                else:
+                    total = total + out
+            assert total is not None
+            return total / len(self._flips) if len(self._flips) > 1 else total, features
+
+    def _halve(self, tried: int) -> None:
+        self.batch_size = max(1, tried // 2)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"out of memory with {tried} windows at a time: going on with fewer. A smaller "
+            "--window-batch saves the attempt.",
+            TeacherWarning,
+            stacklevel=2,
+        )
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Refuses what would be computed otherwise than the digest says.
+
+    Raises:
+        ConfigError: mixed precision without a GPU.
+    """
+    if precision != "float32" and device.type != "cuda":
+        raise ConfigError(
+            f"{precision} is for a CUDA GPU; on {device.type} it is many times slower.",
+            where="window.precision",
+            fix="Set float32, or use --device cuda. Units of either have digests of their own.",
+        )
+
+
+def largest_batch(asked: int, device: torch.device) -> int:
+    """Windows per pass that leave the results as they are: one on the CPU."""
+    return 1 if device.type == "cpu" else asked
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory does not suffice, on the CPU or on a GPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        words in text
+        for words in ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc")
+    )
+
+
+def _autocast(precision: Precision) -> AbstractContextManager[object]:
+    match precision:
+        case "float32":
+            return nullcontext()
+        case "bfloat16":
+            return torch.autocast("cuda", dtype=torch.bfloat16)
+        case "float16":
+            return torch.autocast("cuda", dtype=torch.float16)
+
+
+def _first_output(out: object) -> Tensor:
+    """Networks with deep supervision return several outputs; the first is the full-size one."""
+    if isinstance(out, (list, tuple)):
+        out = out[0]
+    assert isinstance(out, Tensor)
+    return out
+
+
+# Sliding-window inference that hands out logits and tapped features slab by slab.
+#
+# MONAI's `sliding_window_inference` is not used here for three reasons: it blends everything a
+# network returns, whereas features of a window-normalised network are window-dependent and must be
+# taken from the core of each window, its halo discarded; it accumulates in the network's dtype;
+# and
+# it holds all channels of the whole volume, whereas here what no further window touches is handed
+# on
+# and let go. The Gaussian weights are MONAI's own.
 
 FloatArray = npt.NDArray[np.float32]
+# Takes the next rows, (C, n, H, W), of an array that arrives slab by slab along z.
+Sink = Callable[[FloatArray], None]
 
 
 class WindowConfig(Config):
@@ -152,7 +446,7 @@ def stream_windows(
 
     blended = BlendedSlabs(image.shape, shape, window, config.sigma, device)
     cores = {tap: CoreSlabs(image.shape, shape, window, strides[tap]) for tap in features}
-    for patch, out, tapped in passes.run(plan, load):
+    for patch, out, taps in passes.run(plan, load):
         if patch.start[0] > blended.begin:  # windows come with z slowest
             for slab in blended.advance(patch.start[0]):
                 logits(slab)
@@ -160,7 +454,7 @@ def stream_windows(
                 sink(cores[tap].advance(patch.start[0]))
         blended.put(patch, out)
         for tap, core in cores.items():
-            core.put(patch, tapped[tap])
+            core.put(patch, taps[tap])
     for slab in blended.advance(shape[0]):
         logits(slab)
     for tap, sink in features.items():

@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.cache.reader import CachedCase
-from pipeline.cohort import compute, lazy_consensus, open_case
-from pipeline.data.nifti import write_image
-from pipeline.data.nifti_file import read_header
+from pipeline.consensus.cohort import compute, lazy_consensus, open_case
+from pipeline.data.labels import IGNORE, LabelSpace
+from pipeline.data.nifti import read_header, write_image
 from pipeline.data.registry import Registry
+from pipeline.data.volume import Volume
 from pipeline.errors import GeometryError, RegistryError
 from pipeline.folder import Folder, refuse_foreign, writing
-from pipeline.labels import IGNORE, LabelSpace
-from pipeline.volume import Volume
 
 _SUFFIX = ".nii.gz"
 _REGIONS = ("regions", "agreed_background", "conflict")

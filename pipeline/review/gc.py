@@ -6,19 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.admission.evidence import evidence_files
 from pipeline.cache.index import read_index
-from pipeline.cache.leftovers import dead_temporaries
-from pipeline.cache.places import Place, find_units, unit_bytes
+from pipeline.cache.places import Place, dead_temporaries, find_units, unit_bytes
 from pipeline.cache.receipt import read_receipt
 from pipeline.cache.store import remove_unit
+from pipeline.consensus.evidence import evidence_files
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, ConfigError
 from pipeline.folder import Folder, remove
-from pipeline.inventory.reach import registry_reach
-from pipeline.inventory.students import in_few_words, student_runs, used_by
-from pipeline.inventory.wording import megabytes, seconds_since
 from pipeline.log import Log, print_table
+from pipeline.review.units import (
+    in_few_words,
+    megabytes,
+    registry_reach,
+    seconds_since,
+    student_runs,
+    used_by,
+)
 
 _LOOK_AGAIN = 32
 """Removals after which the index is read again, for a stage that runs meanwhile."""

@@ -11,17 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.cache.places import find_units
-from pipeline.cache.provenance import differing
 from pipeline.cache.reader import Unit
-from pipeline.cache.schema import StorageConfig
+from pipeline.cache.schema import StorageConfig, differing
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheStale, ConfigError, GeometryError, PipelineError
 from pipeline.folder import Folder
-from pipeline.inventory.reach import Reached, registry_reach
 from pipeline.log import Log, print_table
-from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.units import LoadedTeacher, open_teacher, run_teacher, unit_arrays
+from pipeline.networks.windows import WindowConfig
+from pipeline.review.units import Reached, registry_reach
+from pipeline.teachers.units import LoadedTeacher, open_teacher, run_teacher, unit_arrays
 
 FEATURE_TOLERANCE = 0.05
 """Of the largest magnitude in a tap."""

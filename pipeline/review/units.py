@@ -1,22 +1,49 @@
-"""What is wrong with one unit: cheaply by its receipt, or deeply by every byte and number in it."""
+"""What there is of units: what is wrong with one, which the index leads to, which student used
+it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import time
+from calendar import timegm
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.cache.index import (
+    IndexedCase,
+    IndexedTeacher,
+    IndexFile,
+    case_path,
+    case_records,
+    dataset_file,
+    read_dataset_index,
+    read_index,
+    read_teacher_index,
+    teacher_file,
+    unit_digest,
+    unit_path,
+)
 from pipeline.cache.places import Place
 from pipeline.cache.reader import Unit
 from pipeline.cache.receipt import Receipt, read_receipt, verify_object, verify_seal
 from pipeline.cache.schema import IMAGE, LABEL
 from pipeline.config import short
-from pipeline.errors import CacheError, CacheMissing
-from pipeline.labels import IGNORE
-from pipeline.volume import Grid
+from pipeline.consensus.evidence import evidence_file
+from pipeline.data.labels import IGNORE
+from pipeline.data.registry import Registry
+from pipeline.data.volume import Grid
+from pipeline.errors import CacheError, CacheMissing, CacheStale
+from pipeline.folder import Folder, matching, read_text
+from pipeline.log import print_table
+
+# What is wrong with one unit: cheaply by its receipt, or deeply by every byte and number in it.
 
 
 def cheap_problems(place: Place, expect: str | None = None) -> list[str]:
@@ -131,3 +158,210 @@ def _values(unit: Unit, name: str, values: npt.NDArray[Any]) -> list[str]:
             return []
         case _:
             return [f"{name} is {values.dtype}, neither float nor image nor label"]
+
+
+# Which units the index leads to: from one registry, or from any that was ever cached here.
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A unit that the index leads to: the digest its receipt must have, and who it is of."""
+
+    digest: str
+    case: IndexedCase
+    teacher: IndexedTeacher | None
+
+    @property
+    def name(self) -> str:
+        """As messages name it."""
+        return (
+            self.case.name if self.teacher is None else f"{self.teacher.teacher} x {self.case.name}"
+        )
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a registry leads to through its index entries.
+
+    Attributes:
+        units: path -> unit; whether it is there is for its receipt to say.
+        index_files: the entries, and where the evidence of its teachers is if there is any.
+        absent: datasets and teachers of the registry without a readable entry -> why.
+    """
+
+    units: Mapping[Folder, Reached]
+    index_files: frozenset[Folder]
+    absent: Mapping[str, CacheStale]
+
+
+def registry_reach(work: Folder, registry: Registry) -> Reach:
+    """All units that stage two, or a rerun of stage one, would use for a registry."""
+    cases: list[IndexedCase] = []
+    teachers: list[IndexedTeacher] = []
+    files: set[Folder] = set()
+    absent: dict[str, CacheStale] = {}
+    for dataset in registry.datasets:
+        key = registry.dataset_key(dataset)
+        try:
+            cases += read_dataset_index(work, dataset, key)
+            files |= {dataset_file(work, dataset, key), *case_records(work, dataset, key)}
+        except CacheStale as error:
+            absent[f"dataset {dataset}"] = error
+    for teacher in registry.teachers:
+        key = registry.teacher_key(teacher)
+        try:
+            indexed = read_teacher_index(work, teacher, key)
+            teachers.append(indexed)
+            files |= {teacher_file(work, teacher, key), evidence_file(work, registry, indexed)}
+        except CacheStale as error:
+            absent[f"teacher {teacher}"] = error
+    return Reach(_units(work, cases, teachers), frozenset(files), absent)
+
+
+def index_reach(work: Folder, files: Iterable[IndexFile] | None = None) -> dict[Folder, Reached]:
+    """All units that any pair of index entries leads to; many of them need not exist.
+
+    Args:
+        work: the work folder.
+        files: the index, if it has been read already.
+    """
+    found = list(read_index(work)[0] if files is None else files)
+    cases = [case for file in found for case in file.cases or ()]
+    teachers = [file.teacher for file in found if file.teacher is not None]
+    return _units(work, cases, teachers)
+
+
+def _units(
+    work: Folder, cases: Iterable[IndexedCase], teachers: Iterable[IndexedTeacher]
+) -> dict[Folder, Reached]:
+    units: dict[Folder, Reached] = {}
+    teachers = list(teachers)
+    for case in cases:
+        units[case_path(work, case)] = Reached(case.digest, case, None)
+        for teacher in teachers:
+            path = unit_path(work, teacher, case)
+            units[path] = Reached(unit_digest(teacher, case), case, teacher)
+    return units
+
+
+# Which student was trained from which units, as its run recorded it. Nothing is loaded.
+
+
+@dataclass(frozen=True)
+class StudentRun:
+    """A run in `students/`.
+
+    Attributes:
+        run: its name.
+        finished: whether all its steps were made.
+        teachers: teacher -> digest.
+        cases: `dataset/case` -> digest, of training and validation.
+    """
+
+    run: str
+    finished: bool
+    teachers: Mapping[str, str]
+    cases: Mapping[str, str]
+
+    def used(self, place: Place) -> bool:
+        """Whether it was trained on a unit."""
+        if place.teacher is None:
+            return short(self.cases.get(place.case_name, "")) == place.tag
+        teacher = short(self.teachers.get(place.teacher, ""))
+        return teacher == place.teacher_tag and place.case_name in self.cases
+
+
+def student_runs(work: Folder) -> Sequence[StudentRun]:
+    """The runs of a work folder, by name; one whose record cannot be read has used nothing."""
+    runs = []
+    for name, folder in run_folders(work).items():
+        try:
+            inputs = json.loads(read_text(folder / "config.json"))["inputs"]
+            teachers = dict(inputs.get("teachers", {}))
+            cases = {**inputs.get("cases", {}), **inputs.get("validation", {})}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            teachers, cases = {}, {}
+        finished = (folder / "finished.json").exists()
+        runs.append(StudentRun(name, finished, teachers, cases))
+    return runs
+
+
+def run_folders(work: Folder) -> dict[str, Folder]:
+    """Name -> folder of every run; those of a comparison are `<comparison>/<run>`."""
+    found: dict[str, Folder] = {}
+    for folder in (p for p in matching(work / "students", "[!.]*") if p.is_dir()):
+        within = [path.parent for path in matching(folder, "[!.]*/config.json")]
+        if within and not (folder / "config.json").exists():
+            found |= {f"{folder.name}/{run.name}": run for run in within}
+        else:
+            found[folder.name] = folder
+    return found
+
+
+def used_by(place: Place, runs: Sequence[StudentRun]) -> list[str]:
+    """Names of the runs that were trained on a unit."""
+    return [run.run for run in runs if run.used(place)]
+
+
+def in_few_words(runs: Iterable[str]) -> str:
+    """Names of runs for a column of a table; those of one comparison are counted."""
+    groups, said = Counter[str](), []
+    for name in runs:
+        group, _, within = name.partition("/")
+        if within:
+            groups[group] += 1
+        else:
+            said.append(name)
+    said += [f"{group} ({n} run{'s' if n > 1 else ''})" for group, n in groups.items()]
+    return ", ".join(sorted(said)) or "–"
+
+
+# Sizes, ages and differences as people read them.
+
+
+def megabytes(num_bytes: int) -> str:
+    """A size."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= limit:
+            return f"{num_bytes / limit:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 unit`, `2 units`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def seconds_since(written: str, *, now: float | None = None) -> float:
+    """Age of a receipt by what it says; infinite if that is no time, negative if it is to come."""
+    try:
+        then = timegm(time.strptime(written, "%Y-%m-%dT%H:%M:%SZ"))
+    except (TypeError, ValueError):
+        return float("inf")
+    return (time.time() if now is None else now) - then
+
+
+def accepted_in_words(notes: Mapping[str, Any]) -> str:
+    """What a receipt notes of a teacher that the admission gate would have stopped; else empty."""
+    organs = [
+        f"{organ}: Dice {entry['dice']:.3f}, asked for {entry['threshold']:g}"
+        for organ, entry in notes.get("accepted", {}).items()
+    ]
+    return f", accepted below the gate ({'; '.join(organs)})" if organs else ""
+
+
+def print_changes(title: str, arrow: str, changes: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """A table of `field: old -> new` lines, each once, with all that it holds for.
+
+    Args:
+        title: of the table.
+        arrow: what stands on its two sides, as `there -> now`.
+        changes: name of what changed, and its lines.
+    """
+    names: dict[str, list[str]] = {}
+    for name, lines in changes:
+        for line in lines:
+            names.setdefault(line, []).append(name)
+    if names:
+        rows = [[*line.split(": ", 1), ", ".join(of)] for line, of in names.items()]
+        print_table(title, ["input", arrow, "in"], rows)

@@ -6,16 +6,22 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.admission.evidence import unreadable_evidence
 from pipeline.cache.index import read_index
 from pipeline.cache.places import Place, find_units, unit_bytes
 from pipeline.cache.store import remove_unit
+from pipeline.consensus.evidence import unreadable_evidence
 from pipeline.data.registry import Registry
 from pipeline.folder import Folder, remove
-from pipeline.inventory.contents import cheap_problems, deep_problems
-from pipeline.inventory.reach import Reached, index_reach, registry_reach
-from pipeline.inventory.wording import counted, megabytes
 from pipeline.log import Log, print_table
+from pipeline.review.units import (
+    Reached,
+    cheap_problems,
+    counted,
+    deep_problems,
+    index_reach,
+    megabytes,
+    registry_reach,
+)
 
 _MOST_ROWS = 60
 State = Literal["missing", "damaged"]

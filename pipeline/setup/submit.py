@@ -1,16 +1,342 @@
-"""Batch scripts: a template per stage, a file of shell with places in double braces."""
+"""`pipeline submit`: batch scripts from templates, chained jobs, and what became of them."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
-from pipeline.errors import ConfigError, WorkFolderError
-from pipeline.submission.settings import STAGES, JobSettings, Stage
+from pydantic import Field
+
+from pipeline.cache.store import prepare_work_folder, write_json
+from pipeline.engine.parts import Line, SlurmSettings
+from pipeline.errors import ConfigError, EngineError, WorkFolderError
+from pipeline.folder import Folder, matching, read_text, replace_file
+from pipeline.log import Log
+
+# Scripts to Slurm: all are tried, then submitted, each to wait for the one before.
+
+
+def in_order(stages: Sequence[str]) -> list[Stage]:
+    """The stages as they depend on each other.
+
+    Raises:
+        ConfigError: one that is unknown, or twice there.
+    """
+    for name in stages:
+        if name not in STAGES:
+            raise ConfigError(
+                f"no job can be made of {name!r}.",
+                where="pipeline submit",
+                fix=f"There are {', '.join(STAGES)}.",
+            )
+        if stages.count(name) > 1:
+            raise ConfigError(
+                f"{name} is there twice.", where="pipeline submit", fix="Name each stage once."
+            )
+    return [stage for stage in STAGES if stage in stages]
+
+
+def scripts(
+    stages: Sequence[Stage],
+    settings: SubmitSettings,
+    target: Target,
+    templates: Path | None = None,
+) -> dict[Stage, str]:
+    """Stage -> what would be submitted.
+
+    Raises:
+        ConfigError, WorkFolderError: as `script`.
+    """
+    return {stage: script(stage, settings.of(stage), target, templates) for stage in stages}
+
+
+def submit(
+    texts: Mapping[Stage, str],
+    settings: SubmitSettings,
+    target: Target,
+    *,
+    after: Sequence[str] = (),
+    log: Log,
+) -> list[Job]:
+    """Submits the scripts; each job waits until the one before it has ended well.
+
+    Each script is kept beside its job's record.
+
+    Args:
+        texts: stage -> script, in order.
+        settings: they were made from.
+        target: what they work on.
+        after: jobs that the first one waits for.
+        log: told of each job.
+
+    Raises:
+        ConfigError: Slurm refuses one of them, or there is no Slurm here; nothing was submitted.
+        EngineError: Slurm refuses one only now; the message names what was submitted before.
+        WorkFolderError: a folder cannot be written.
+    """
+    for stage, text in texts.items():
+        _try(stage, text)
+    prepare_work_folder(target.work)
+    try:
+        target.jobs.mkdir(exist_ok=True)
+        for stage in texts:  # Slurm makes no folder, and a job without its log fails
+            (target.work / settings.of(stage).logs).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WorkFolderError(
+            f"cannot be written ({error.strerror}).",
+            where=target.work,
+            fix="Check free space and permissions.",
+        ) from error
+    jobs: list[Job] = []
+    for stage, text in texts.items():
+        waits = (jobs[-1].job,) if jobs else tuple(after)
+        told = _sbatch(text, "--parsable", *_dependency(waits))
+        number = told.stdout.strip().partition(";")[0]
+        if told.returncode or not number.isdecimal():
+            before = ", ".join(f"{job.stage} is {job.job}" for job in jobs) or "nothing"
+            raise EngineError(
+                f"Slurm refuses it ({told.stderr.strip() or told.stdout.strip()}).",
+                where=f"the job of {stage}",
+                fix=f"Submitted before: {before}. Submit the rest with --after.",
+            )
+        jobs.append(_kept(number, stage, text, waits, target, settings))
+        waiting = f", after {', '.join(waits)}" if waits else ""
+        log.info(f"{stage}: job {number}{waiting}; its output: {jobs[-1].log}")
+    return jobs
+
+
+def _kept(
+    number: str,
+    stage: Stage,
+    text: str,
+    waits: tuple[str, ...],
+    target: Target,
+    settings: SubmitSettings,
+) -> Job:
+    logs = target.work / settings.of(stage).logs
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    is_array = "\n#SBATCH --array=" in text
+    log = str(logs / f"{stage}-{number}{'_*' if is_array else ''}.log")
+    job = Job(number, stage, now, waits, log)
+    record(target.work, job)
+    try:
+        replace_file(target.jobs / f"{number}-{stage}.sh", text.encode())
+    except OSError as error:
+        raise WorkFolderError(
+            f"job {number} was submitted, but its script cannot be kept ({error.strerror}).",
+            where=target.jobs,
+            fix="The job is not affected. Make room; `pipeline submit --print` shows the script.",
+        ) from error
+    return job
+
+
+def _dependency(jobs: Sequence[str]) -> list[str]:
+    if not jobs:
+        return []
+    return [f"--dependency=afterok:{':'.join(jobs)}", "--kill-on-invalid-dep=yes"]
+
+
+def _try(stage: Stage, text: str) -> None:
+    told = _sbatch(text, "--test-only")
+    if told.returncode:
+        raise ConfigError(
+            f"Slurm refuses it ({told.stderr.strip()}).",
+            where=f"the job of {stage}",
+            fix="Change the file that --slurm-config names; `--print` shows the script.",
+        )
+
+
+def _sbatch(text: str, *options: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            ["sbatch", *options], input=text, capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"sbatch cannot be run ({error.strerror}).",
+            where="pipeline submit",
+            fix="Submit where Slurm's commands are, or use --print.",
+        ) from error
+
+
+# Jobs that were submitted for a work folder: their records, and what Slurm says of them now.
+
+UNKNOWN = "unknown"
+_PATIENCE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job, or one array of jobs.
+
+    Attributes:
+        job: its number, as Slurm gave it.
+        stage: whose command it runs.
+        submitted: when, UTC, ISO 8601.
+        after: numbers of the jobs that it waits for.
+        log: where its output goes, as Slurm writes such names.
+    """
+
+    job: str
+    stage: str
+    submitted: str
+    after: tuple[str, ...] = ()
+    log: str = ""
+
+
+def record(work: Folder, job: Job) -> None:
+    """Keeps it as `jobs/<number>-<stage>.json`.
+
+    Raises:
+        WorkFolderError: the folder cannot be written.
+    """
+    write_json(work / "jobs" / f"{job.job}-{job.stage}.json", asdict(job))
+
+
+def recorded(work: Folder) -> list[Job]:
+    """All jobs in the order in which they were submitted; a record that cannot be read is none."""
+    found = []
+    for path in matching(work / "jobs", "*.json"):
+        try:
+            values = json.loads(read_text(path))
+            found.append(Job(**{**values, "after": tuple(values["after"])}))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return sorted(found, key=lambda job: (job.submitted, len(job.job), job.job))
+
+
+def states(jobs: Sequence[str]) -> dict[str, str]:
+    """Number -> state: what `squeue` says, else `sacct`, else "unknown".
+
+    Of an array the number of elements in each state: "2 RUNNING, 6 PENDING".
+    """
+    elements = _ask("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T", jobs=jobs)
+    if unheard := [job for job in jobs if job not in elements]:
+        elements |= _ask(
+            "sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State",
+            jobs=unheard,
+        )  # fmt: skip
+    return {job: _in_words(elements.get(job, {})) for job in jobs}
+
+
+def _ask(*command: str, jobs: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Number -> element -> state; empty where there is no Slurm, or it does not answer."""
+    if not jobs:
+        return {}
+    words = [*command, f"--jobs={','.join(jobs)}"]
+    try:
+        asked = subprocess.run(
+            words, capture_output=True, text=True, check=False, timeout=_PATIENCE_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    found: dict[str, dict[str, str]] = {}
+    for line in asked.stdout.splitlines() if asked.returncode == 0 else ():
+        element, _, state = line.partition("|")
+        if state:
+            found.setdefault(element.partition("_")[0], {})[element] = state.split()[0]
+    return found
+
+
+def _in_words(elements: Mapping[str, str]) -> str:
+    if len(elements) == 1:
+        return next(iter(elements.values()))
+    counts = Counter(elements.values())
+    return ", ".join(f"{number} {state}" for state, number in counts.items()) or UNKNOWN
+
+
+def with_states(work: Folder) -> list[dict[str, Any]]:
+    """Records and states of a work folder's jobs."""
+    jobs = recorded(work)
+    now = states([job.job for job in jobs])
+    return [{**asdict(job), "after": list(job.after), "state": now[job.job]} for job in jobs]
+
+
+# What the jobs of the stages ask for: the YAML of `pipeline submit`.
+
+Stage = Literal["train-teachers", "cache-teachers", "train-student", "predict", "evaluate"]
+STAGES: tuple[Stage, ...] = get_args(Stage)  # each waits for those before it
+
+
+class JobSettings(SlurmSettings):
+    """What one job gets, and how often it is put back. None of it changes a number.
+
+    The fields of `SlurmSettings` are those of `--executor slurm`; `cores` is for each task,
+    `memory` and `gres` are for each node.
+
+    Attributes:
+        nodes: of train-student; other stages take one.
+        tasks_per_node: processes of train-student on each node.
+        num_parts: elements of cache-teachers' array.
+        num_restarts: how often a job may be put back into the queue.
+        signal_seconds: SIGUSR1 comes so long before the time limit.
+        arguments: more words for the stage's command, for example ["--workers", "3"].
+        stage_to: train-student's --stage-to, for example "$SLURM_TMPDIR". The job's shell puts
+            variables in.
+    """
+
+    nodes: int = Field(default=1, ge=1)
+    tasks_per_node: int = Field(default=1, ge=1)
+    num_parts: int = Field(default=1, ge=1)
+    num_restarts: int = Field(default=20, ge=0)
+    signal_seconds: int = Field(default=120, ge=1, le=65535)
+    arguments: tuple[Line, ...] = ()
+    stage_to: Annotated[str, Field(pattern=r'^[^\n"`\\]+$')] | None = Field(
+        default=None, description="train-student's --stage-to; the job's shell puts variables in"
+    )
+
+
+class SubmitSettings(JobSettings):
+    """For all stages, and under `stages` what differs for one of them."""
+
+    stages: dict[Stage, JobSettings] = Field(default_factory=dict)
+
+    def of(self, stage: Stage) -> JobSettings:
+        """What a stage's job asks for.
+
+        Raises:
+            ConfigError: several nodes, tasks or parts, or a folder for copies, for a stage that
+                knows none.
+        """
+        values: dict[str, Any] = self.model_dump(exclude={"stages"})
+        if stage in self.stages:
+            values |= self.stages[stage].model_dump(exclude_unset=True)
+        settings = JobSettings.model_validate(values)
+        for name, only in _ONLY.items():
+            ordinary = JobSettings.model_fields[name].default
+            if stage != only and getattr(settings, name) != ordinary:
+                raise ConfigError(
+                    f"{stage} has no use for `{name}: {getattr(settings, name)}`.",
+                    where="the settings of Slurm",
+                    fix=f"Write it under `stages: {{{only}: ...}}`.",
+                )
+        return settings
+
+    def with_parts(self, num_parts: int) -> SubmitSettings:
+        """The same, with another number of elements of cache-teachers' array."""
+        own = {**self.stages.get("cache-teachers", JobSettings()).model_dump(exclude_unset=True)}
+        changed = JobSettings.model_validate({**own, "num_parts": num_parts})
+        return self.model_copy(update={"stages": {**self.stages, "cache-teachers": changed}})
+
+
+_ONLY: dict[str, Stage] = {
+    "nodes": "train-student",
+    "tasks_per_node": "train-student",
+    "num_parts": "cache-teachers",
+    "stage_to": "train-student",
+}
+
+
+# Batch scripts: a template per stage, a file of shell with places in double braces.
 
 TEMPLATES = Path(__file__).parent / "templates"
 _PLACE = re.compile(r"\{\{(.*?)\}\}")

@@ -1,25 +1,38 @@
-"""How a patch looks: changes of intensity, of the image alone.
+"""Augmentation. Space: one sampled transform for everything. Intensity: the image alone.
 
-All randomness comes from the generator that is given, so that a sample stays a pure function of
-its number; MONAI's random transforms keep a state of their own and are not used.
-
-Source of the changes, their order, probabilities and most ranges: nnU-Net v2's
-`nnUNetTrainer.get_training_transforms` (Isensee et al. 2021, Nature Methods 18).
+What is not legal for cached targets is refused: with features where the settings are read
+(`student.settings`), with organs named by their side where organs are known (`check_sides`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations, product
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from scipy.ndimage import gaussian_filter
+from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config import Config
+from pipeline.data.labels import LabelSpace
+from pipeline.data.patches import Index3, Patch
+from pipeline.errors import ConfigError
+
+# How a patch looks: changes of intensity, of the image alone.
+#
+# All randomness comes from the generator that is given, so that a sample stays a pure function of
+# its number; MONAI's random transforms keep a state of their own and are not used.
+#
+# Source of the changes, their order, probabilities and most ranges: nnU-Net v2's
+# `nnUNetTrainer.get_training_transforms` (Isensee et al. 2021, Nature Methods 18).
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -171,3 +184,253 @@ def _gamma(image: FloatArray, exponent: float) -> FloatArray:
     low, high = float(image.min()), float(image.max())
     scale = max(high - low, 1e-6)
     return ((image - low) / scale) ** np.float32(exponent) * scale + low
+
+
+Axis = Literal[0, 1, 2]
+FEATURES_STAY = (
+    "flips, rotations and affines are not legal with cached features (the features of a mirrored, "
+    "turned or scaled image are not the mirrored, turned or scaled features)"
+)
+
+
+def _once(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"{list(axes)} names an axis twice")
+    return axes
+
+
+_Scale = Annotated[float, Field(ge=0.5, le=2)]
+_Angle = Annotated[float, Field(ge=0, le=45)]
+_Axes = Annotated[tuple[Axis, ...], AfterValidator(_once)]
+
+
+class AffineConfig(Config):
+    """Turns and scales by interpolation; off unless it has a probability."""
+
+    probability: Probability = 0.0
+    degrees: tuple[_Angle, _Angle, _Angle] = Field(
+        default=(15.0, 15.0, 15.0), description="largest turn about z, y, x, either way"
+    )
+    scale: Annotated[tuple[_Scale, _Scale], AfterValidator(ordered)] = Field(
+        default=(0.8, 1.25), description="how much larger organs become"
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> AffineConfig:
+        if self.probability and not any(self.degrees) and self.scale == (1.0, 1.0):
+            raise ValueError("neither turns nor scales: set probability to 0")
+        return self
+
+
+class AugmentConfig(AppearanceConfig):
+    """Space and intensity; by default intensity alone."""
+
+    flip_axes: _Axes = Field(
+        default=(),
+        description="axes (0 z, 1 y, 2 x) that may be mirrored; anatomy is not symmetric",
+    )
+    rotate_axes: _Axes = Field(
+        default=(),
+        description="axes to make quarter turns about; half turns where the patch is not square",
+    )
+    affine: AffineConfig = Field(default_factory=AffineConfig)
+
+    @property
+    def moves_voxels(self) -> bool:
+        """Whether any spatial transform may be drawn."""
+        return bool(self.flip_axes or self.rotate_axes or self.affine.probability)
+
+    @property
+    def swaps_sides(self) -> bool:
+        """Whether a patient and the same one mirrored left to right can come out alike."""
+        cube = np.arange(8).reshape(2, 2, 2)
+        mirrored = np.flip(cube, axis=2)
+        return not {m.apply(cube).tobytes() for m in _movements(self)}.isdisjoint(
+            m.apply(mirrored).tobytes() for m in _movements(self)
+        )
+
+
+def _movements(config: AugmentConfig) -> Iterator[Movement]:
+    """All flips and quarter turns that may be drawn."""
+    axes = config.flip_axes
+    flips = chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1))
+    turns = product(*(range(4 if axis in config.rotate_axes else 1) for axis in range(3)))
+    return (Movement(some, (z, y, x)) for some, (z, y, x) in product(flips, turns))
+
+
+def check_sides(config: AugmentConfig, space: LabelSpace) -> None:
+    """Organs named by their side, and mirror images of patients, do not go together.
+
+    The mirrored image of a left kidney is that of a right one, with the label and log-odds of a
+    left one.
+
+    Raises:
+        ConfigError: both are wanted.
+    """
+    sided = [organ for organ in space.organs if _is_sided(organ, space.organs)]
+    if sided and config.swaps_sides:
+        raise ConfigError(
+            f"flip_axes {list(config.flip_axes)} with rotate_axes {list(config.rotate_axes)} "
+            f"mirrors left and right, which the student is to tell apart: {', '.join(sided)}.",
+            where="training.augment",
+            fix="Take axis 2 out of flip_axes (and, with rotate_axes, the others), or merge "
+            "left and right in the registry.",
+        )
+
+
+def _is_sided(organ: str, organs: Sequence[str]) -> bool:
+    """Whether a word of its name is left or right; l or r only if the other one is there, too."""
+    other = {"left": "right", "right": "left", "l": "r", "r": "l"}
+    words = _words(organ)
+    if {"left", "right"} & set(words):
+        return True
+    swapped = [other.get(word, word) for word in words]
+    return swapped != words and swapped in [_words(o) for o in organs]
+
+
+def _words(organ: str) -> list[str]:
+    """kidney_left, Left Kidney, kidneyLeft -> kidney and left, in their order."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", organ)]
+
+
+def draw_movement(
+    config: AugmentConfig, patch: tuple[int, int, int], rng: np.random.Generator
+) -> Movement:
+    """Draws one transform; in a plane in which the patch is not square there are half turns."""
+    affine = _draw_affine(config.affine, rng)
+    flips = tuple(axis for axis in config.flip_axes if rng.random() < 0.5)
+    turns = [0, 0, 0]
+    for axis in config.rotate_axes:
+        a, b = PLANES[axis]
+        turns[axis] = int(rng.integers(4)) if patch[a] == patch[b] else 2 * int(rng.integers(2))
+    return Movement(flips, (turns[0], turns[1], turns[2]), affine)
+
+
+def _draw_affine(config: AffineConfig, rng: np.random.Generator) -> Affine | None:
+    """Angles evenly, scale evenly in its logarithm: as often 1.25 as 1 / 1.25."""
+    if rng.random() >= config.probability:
+        return None
+    z, y, x = (float(rng.uniform(-angle, angle)) for angle in config.degrees)
+    low, high = (math.log(scale) for scale in config.scale)
+    return Affine((z, y, x), math.exp(rng.uniform(low, high)))
+
+
+# How a sample is moved: one transform for image, label, log-odds, regions and features.
+#
+# Flips and quarter turns only move voxels, so they are exact for whatever a voxel holds. An affine
+# (turn by any angle, scale) interpolates: it reads a larger box and resamples it.
+
+# Axis -> the two axes of the plane that a turn about it turns.
+PLANES = {0: (1, 2), 1: (0, 2), 2: (0, 1)}
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Turns about z, y, x in degrees, and how much larger everything becomes; in mm, not voxels."""
+
+    degrees: tuple[float, float, float]
+    scale: float
+
+    def matrix(self, spacing_mm: Sequence[float]) -> npt.NDArray[np.float64]:
+        """(3, 3): offset from the patch's middle in voxels -> that of where its value is taken."""
+        turned = np.eye(3)
+        for axis, angle in enumerate(np.deg2rad(self.degrees)):
+            a, b = PLANES[axis]
+            turn = np.eye(3)
+            turn[a, a] = turn[b, b] = np.cos(angle)
+            turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
+            turned = turned @ turn
+        spacing = np.asarray(spacing_mm)
+        in_voxels: npt.NDArray[np.float64] = turned * spacing[None, :] / spacing[:, None]
+        return in_voxels / self.scale
+
+
+class Warp:
+    """Resamples a patch from the box that an affine needs for it.
+
+    Args:
+        affine: about the patch's middle.
+        patch: what is wanted.
+        spacing_mm: z, y, x.
+
+    Attributes:
+        box: what is to be read. It may reach outside the case even where the patch does not, and
+            has to be read with the "unknown" of each array there: nothing is made up here.
+    """
+
+    def __init__(self, affine: Affine, patch: Patch, spacing_mm: Sequence[float]) -> None:
+        matrix = affine.matrix(spacing_mm)
+        half = (np.asarray(patch.shape) - 1) / 2
+        middle = np.asarray(patch.start) + half
+        reach = np.abs(matrix) @ half
+        # A voxel to spare, so that rounding never takes a value from beyond the box.
+        first = np.floor(middle - reach).astype(int) - 1
+        last = np.ceil(middle + reach).astype(int) + 1
+        z, y, x = (int(n) for n in first)
+        d, h, w = (int(n) for n in last - first + 1)
+        self.box = Patch((z, y, x), (d, h, w))
+        self._grid = _grid(matrix, middle - first, half, patch.shape, self.box.shape)
+
+    def linear(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """(C, d, h, w) of the box -> float32 (C, D, H, W); next to NaN is NaN."""
+        return self._sample(torch.from_numpy(values), "bilinear")
+
+    def nearest(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """uint8 (d, h, w) of the box -> (D, H, W)."""
+        moved = self._sample(torch.from_numpy(values[None].astype(np.float32)), "nearest")[0]
+        return np.asarray(moved, dtype=np.uint8)
+
+    def _sample(
+        self, values: Tensor, mode: Literal["bilinear", "nearest"]
+    ) -> npt.NDArray[np.float32]:
+        moved = functional.grid_sample(values[None], self._grid, mode=mode, align_corners=True)
+        return moved[0].numpy()
+
+
+def _grid(
+    matrix: npt.NDArray[np.float64],
+    middle: npt.NDArray[np.float64],
+    half: npt.NDArray[np.float64],
+    shape: Index3,
+    box: Index3,
+) -> Tensor:
+    """For `grid_sample`: (1, D, H, W, 3), x first, -1 .. 1 from the box's first to last voxel."""
+    offsets = np.meshgrid(
+        *(np.arange(n) - m for n, m in zip(shape, half, strict=True)), indexing="ij", sparse=True
+    )
+    grid = np.empty((*shape, 3), dtype=np.float32)
+    for axis in range(3):
+        scale = 2 / (box[axis] - 1)
+        parts = [offsets[i] * (matrix[axis, i] * scale) for i in range(3)]
+        grid[..., 2 - axis] = parts[0] + (middle[axis] * scale - 1) + parts[1] + parts[2]
+    return torch.from_numpy(grid)[None]
+
+
+@dataclass(frozen=True)
+class Movement:
+    """One sampled transform: the affine first, then flips, then quarter turns about z, y, x."""
+
+    flips: tuple[int, ...] = ()
+    turns: Index3 = (0, 0, 0)
+    affine: Affine | None = None
+
+    def apply(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Flips and turns (..., D, H, W): the last three axes, whatever stands before them."""
+        moved = np.flip(array, axis=tuple(axis - 3 for axis in self.flips))
+        for axis, turns in enumerate(self.turns):
+            a, b = PLANES[axis]
+            moved = np.rot90(moved, turns, axes=(a - 3, b - 3))
+        return np.ascontiguousarray(moved)
+
+    def spacing_after(self, spacing_mm: Sequence[float]) -> tuple[float, ...]:
+        """mm per voxel along z, y, x of what `apply` returns."""
+        moved = list(spacing_mm)
+        for axis, turns in enumerate(self.turns):
+            if turns % 2:
+                a, b = PLANES[axis]
+                moved[a], moved[b] = moved[b], moved[a]
+        return tuple(moved)
+
+    def warp(self, patch: Patch, spacing_mm: Sequence[float]) -> Warp | None:
+        """The resampling that comes before `apply`; None if there is no affine."""
+        return None if self.affine is None else Warp(self.affine, patch, spacing_mm)

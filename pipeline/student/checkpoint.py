@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.config import Config
+from pipeline.data.labels import Intensity, LabelSpace
 from pipeline.errors import CheckpointError, PipelineError
 from pipeline.folder import Folder
-from pipeline.intensity import Intensity
-from pipeline.labels import LabelSpace
-from pipeline.network import NetworkConfig
-from pipeline.sealed_file import load_sealed, save_atomically
+from pipeline.networks.by_name import NetworkConfig
+from pipeline.networks.tensor_file import load_sealed, save_atomically
 from pipeline.student.network import Head, build_student
 
 FORMAT_VERSION = 1

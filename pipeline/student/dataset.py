@@ -1,4 +1,5 @@
-"""Training samples: a pure function of (seed, step, index); no sampler or worker state.
+"""Training samples: a pure function of (seed, step, index); no sampler or worker state. Then
+batches.
 
 The index counts within the batch of all processes together, so that their number changes nothing.
 One spatial transform is drawn per sample and moves image, label, log-odds, regions and features.
@@ -6,33 +7,41 @@ One spatial transform is drawn per sample and moves image, label, log-odds, regi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from pipeline.cache.pool import POOL
-from pipeline.cache.reader import CachedCase
-from pipeline.cohort import Temperatures, known_organs
+from pipeline.cache.reader import POOL, CachedCase
+from pipeline.consensus.cohort import Temperatures, compute, known_organs, lazy_consensus
+from pipeline.consensus.regions import Consensus, consensus
+from pipeline.data.labels import IGNORE, Intensity, LabelSpace
+from pipeline.data.patches import Index3, Patch, patch_at
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.intensity import Intensity
-from pipeline.labels import IGNORE, LabelSpace
-from pipeline.patches import Index3, Patch, patch_at
-from pipeline.student.appearance import change_intensity
 from pipeline.student.augment import (
     FEATURES_STAY,
     AugmentConfig,
+    Warp,
+    change_intensity,
     check_sides,
     draw_movement,
 )
-from pipeline.student.movement import Warp
-from pipeline.student.network import CachedTap, TapKey
-from pipeline.student.regions import read_regions, resampled_regions
+from pipeline.student.network import CachedTap, StudentNetwork, TapKey
+from pipeline.student.processes import ALONE, Processes
+from pipeline.student.resume import live_as_long_as_the_loop
 from pipeline.student.sampling import Sampler, SamplingConfig
+from pipeline.student.settings import TrainingConfig
 from pipeline.student.supervision import Batch, SupervisionConfig
 
 AIR_HU = -1024
@@ -231,3 +240,202 @@ def to_batch(collated: dict[str, Any], taps: Sequence[TapKey], device: torch.dev
         experts=get("experts") if "experts" in collated else None,
         features={key: get(f"feature{n}") for n, key in enumerate(taps)} if with_teachers else {},
     )
+
+
+# Log-odds, organ regions and agreed background of one training patch, over all organs.
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def read_regions(
+    case: CachedCase,
+    space: LabelSpace,
+    supervision: SupervisionConfig,
+    temperatures: Temperatures,
+    patch: Patch,
+) -> Arrays:
+    """What teachers and labels say on a patch, read and combined in one go.
+
+    Returns:
+        log_odds: float32 (K, D, H, W), NaN where nobody knows; organ: bool (K, D, H, W), the organ
+        regions; background: bool (D, H, W), background as far as anybody speaks.
+    """
+    if not known_organs(case, space, use_labels=supervision.labels_win):
+        return _nobody_knows(space, patch.shape)
+    regions, known = lazy_consensus(
+        case,
+        space,
+        patch=patch,
+        margin=supervision.margin,
+        use_labels=supervision.labels_win,
+        confidence=supervision.confidence,
+        temperatures=temperatures,
+    )
+    return _over_all_organs(regions, known, space)
+
+
+def resampled_regions(
+    case: CachedCase,
+    space: LabelSpace,
+    supervision: SupervisionConfig,
+    temperatures: Temperatures,
+    warp: Warp,
+    classes: npt.NDArray[np.uint8],
+) -> Arrays:
+    """The same on a patch that an affine moved.
+
+    The teachers' log-odds are resampled first, next to NaN to NaN. Then the label, resampled
+    likewise, wins, and the regions are formed. So they are the regions of the log-odds that stand
+    beside them, and no label is contradicted.
+
+    Args:
+        case: open for reading.
+        space: the student's organs.
+        supervision: margin, and how labels win.
+        temperatures: as in `lazy_consensus`.
+        warp: of the patch.
+        classes: (D, H, W), the label of the moved patch.
+    """
+    known = known_organs(case, space, use_labels=supervision.labels_win)
+    if not known:
+        return _nobody_knows(space, classes.shape)
+    odds = np.full((len(known), *classes.shape), np.nan, dtype=np.float32)
+    taught = known_organs(case, space, use_labels=False)
+    if taught:
+        said, _ = lazy_consensus(
+            case, space, patch=warp.box, use_labels=False, temperatures=temperatures
+        )
+        odds[[known.index(k) for k in taught]] = warp.linear(*compute(said.log_odds))
+    annotated = [n for n, k in enumerate(known) if space.organs[k] in case.annotated]
+    label = None
+    if supervision.labels_win and annotated:
+        # Classes of all organs -> 1 + position among the known ones.
+        among_known = LabelSpace({space.organs[k]: k + 1 for k in known}).to_classes(classes)
+        label = da.from_array(among_known, chunks=-1, name=False)
+    regions = consensus(
+        da.from_array(odds, chunks=-1, name=False),
+        label,
+        annotated,
+        margin=supervision.margin,
+        confidence=supervision.confidence,
+    )
+    return _over_all_organs(regions, known, space)
+
+
+def _over_all_organs(regions: Consensus, known: list[int], space: LabelSpace) -> Arrays:
+    log_odds, organ, background = compute(regions.log_odds, regions.organ, regions.unclaimed)
+    found = _nobody_knows(space, background.shape)
+    found["log_odds"][known], found["organ"][known] = log_odds, organ
+    return {**found, "background": background}
+
+
+def _nobody_knows(space: LabelSpace, shape: tuple[int, ...]) -> Arrays:
+    all_organs = (len(space.organs), *shape)
+    return {
+        "log_odds": np.full(all_organs, np.nan, dtype=np.float32),
+        "organ": np.zeros(all_organs, dtype=np.bool_),
+        "background": np.zeros(shape, dtype=np.bool_),
+    }
+
+
+# Samples of a training as batches, made in this process or in loader processes.
+
+
+def patches_of(
+    config: TrainingConfig,
+    space: LabelSpace,
+    cases: Sequence[CachedCase],
+    network: StudentNetwork,
+    temperatures: Temperatures | None,
+    pool_mb: int,
+    processes: Processes = ALONE,
+) -> PatchDataset:
+    """The samples that this process makes, on the feature grids of the network's taps.
+
+    Raises:
+        ConfigError: the patch is not a whole number of feature cells, or the batch is not to be
+            shared equally.
+    """
+    processes.share(config.batch_size)
+    align: Index3 = network.tap_stride
+    if any(n % a for n, a in zip(config.patch, align, strict=True)):
+        raise ConfigError(
+            f"patch {config.patch} is not a whole number of feature cells of {align} voxels.",
+            where="patch",
+            fix=f"Choose multiples of {align}.",
+        )
+    return PatchDataset(
+        cases,
+        space,
+        supervision=config.supervision,
+        taps=network.cached,
+        patch=config.patch,
+        align=align,
+        intensity=config.intensity,
+        sampling=config.sampling,
+        augment=config.augment,
+        batch_size=config.batch_size,
+        num_steps=config.steps,
+        seed=config.seed,
+        rank=processes.rank,
+        world_size=processes.size,
+        temperatures=temperatures,
+        pool_bytes=pool_mb * 1_000_000,
+    )
+
+
+def forks_of_a_server(*modules: str) -> ForkServerContext:
+    """How loader processes start: zarr and Dask do not all survive a fork of a process that used
+    them. The server has imported what they need and used nothing, so each starts at once.
+
+    Args:
+        modules: that it imports as well; too late if it runs already.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *modules])
+    return context
+
+
+def _server_of_loaders() -> ForkServerContext:
+    """The server ignores Ctrl-C, and so does each loader from its first moment on: until one could
+    say so itself, it would end with a traceback."""
+    context = forks_of_a_server()
+    if threading.current_thread() is not threading.main_thread():
+        return context
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return context
+
+
+@contextmanager
+def loaded_batches(
+    data: PatchDataset,
+    start: int,
+    config: TrainingConfig,
+    workers: int,
+    processes: Processes = ALONE,
+) -> Iterator[Iterator[dict[str, Any] | PipelineError]]:
+    """This process's share of each batch, from step `start` on."""
+    share = processes.share(config.batch_size)
+    loader = DataLoader(
+        Remaining(data, start * share),
+        batch_size=share,
+        num_workers=workers,
+        multiprocessing_context=_server_of_loaders() if workers else None,
+        collate_fn=collate,
+        worker_init_fn=live_as_long_as_the_loop,
+        # Of its own, or the loader would draw its base seed from the global stream.
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        # Loader processes end with their iterator. An error's traceback would keep it alive, and
+        # this process would wait for them for ever.
+        shut_down = getattr(batches, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()

@@ -11,17 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.admission.evidence import temperatures
+from pipeline.cache.identity import unchecked
 from pipeline.cache.index import read_index
 from pipeline.cache.reader import CachedCase
-from pipeline.cohort import Cohort, open_cohort
+from pipeline.consensus.cohort import Cohort, open_cohort
+from pipeline.consensus.evidence import temperatures
+from pipeline.consensus.reliability import believed_cases, doubted
+from pipeline.data.labels import LabelSpace
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheMissing, CheckpointError, ConfigError
 from pipeline.folder import Folder, matching, read_text
-from pipeline.identity import unchecked
-from pipeline.labels import LabelSpace
 from pipeline.log import Log
-from pipeline.reliability import believed_cases, doubted
 from pipeline.student.network import CachedTap, TapKey
 from pipeline.student.supervision import SupervisionConfig
 

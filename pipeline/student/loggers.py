@@ -1,15 +1,139 @@
-"""MLflow, into a database in the run's folder unless MLflow's own variable names a server."""
+"""Where else than in metrics.jsonl the numbers of a training go, by name: the one interface of
+loggers, how a training is kept safe from them, TensorBoard, MLflow, Weights & Biases.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from pipeline.student.loggers.run_logger import LoggedRun, flat_settings
+from pipeline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """What a logger is told of a run when it starts or goes on.
+
+    Attributes:
+        name: for people.
+        folder: of the run, on this machine; a logger keeps here what it must find after a resume.
+        settings: what the run's YAML may say, nested; its inputs are in config.json.
+        resumed_from: step of the checkpoint; 0 at the start. What was logged of later steps, before
+            a kill, comes again.
+    """
+
+    name: str
+    folder: Path
+    settings: Mapping[str, Any]
+    resumed_from: int
+
+
+class RunLogger(Protocol):
+    """A place for the numbers of one run at a time. It may raise anything: see `Loggers`."""
+
+    name: str
+
+    def start(self, run: LoggedRun) -> None:
+        """Before the first step of this process."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Means over the steps that end with `step`, or the scores of a validation."""
+
+    def finish(self, picture: Path, *, well: bool) -> None:
+        """After the last step of this process.
+
+        Args:
+            picture: progress.png; may be absent.
+            well: whether no error ended it; a run that a signal stopped ended well.
+        """
+
+
+class Loggers:
+    """Several loggers as one that never raises.
+
+    A full disk or a lost network costs one warning; that logger is then left out, and the training
+    goes on.
+
+    Args:
+        loggers: in the order in which they are told.
+        warn: hears of failures.
+    """
+
+    def __init__(self, loggers: Iterable[RunLogger], warn: Callable[[str], None]) -> None:
+        self._loggers = list(loggers)
+        self._warn = warn
+
+    def start(self, run: LoggedRun) -> None:
+        """See `RunLogger.start`."""
+        self._each(lambda logger: logger.start(run))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """See `RunLogger.scalars`."""
+        self._each(lambda logger: logger.scalars(step, values))
+
+    def finish(self, picture: Path, *, well: bool) -> None:
+        """See `RunLogger.finish`."""
+        self._each(lambda logger: logger.finish(picture, well=well))
+
+    def _each(self, tell: Callable[[RunLogger], None]) -> None:
+        for logger in list(self._loggers):
+            try:
+                tell(logger)
+            except Exception as error:  # whatever a package of somebody else raises
+                self._loggers.remove(logger)
+                self._warn(
+                    f"logger {logger.name} failed ({type(error).__name__}: {error}). The training "
+                    "goes on without it; metrics.jsonl has all numbers."
+                )
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """`{"a": {"b": 1}}` -> ("a.b", "1"): as most loggers want settings."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat_settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)
+
+
+# Event files for TensorBoard, in `tensorboard/` of the run's folder.
+
+
+class TensorBoardLogger:
+    """Writes event files; nothing leaves the machine."""
+
+    name = "tensorboard"
+
+    def start(self, run: LoggedRun) -> None:
+        """Another event file; it tells readers to forget what older ones say of later steps."""
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(
+            run.folder / "tensorboard", purge_step=run.resumed_from + 1, flush_secs=30
+        )
+        if run.resumed_from == 0:
+            text = json.dumps(run.settings, indent=1, default=str).replace("\n", "\n    ")
+            self._writer.add_text("settings", f"    {text}")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One point each."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self, picture: Path, *, well: bool) -> None:
+        """All is on the disk."""
+        self._writer.close()
+
+
+# MLflow, into a database in the run's folder unless MLflow's own variable names a server.
 
 EXPERIMENT = "organ-distill"
 # Nothing is told to MLflow's makers; a lost server costs half a minute of training, not many.
@@ -78,3 +202,74 @@ class MlflowLogger:
 def _legal(name: str) -> str:
     """With what MLflow takes in a name; an organ's may have more."""
     return re.sub(r"[^\w .:/-]", "_", name)
+
+
+# Weights & Biases, offline unless its own variable WANDB_MODE says otherwise.
+
+
+class WandbLogger:
+    """One W&B run per run; after a resume it has the same id."""
+
+    name = "wandb"
+
+    def start(self, run: LoggedRun) -> None:
+        """Opens the W&B run of this folder, or makes one; files go to `wandb/` there."""
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when it is imported
+        import wandb
+
+        marker = run.folder / "wandb_run_id"
+        if not (marker.exists() and run.resumed_from):
+            marker.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
+        self._run: Any = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "organ-distill"),
+            name=run.name,
+            id=marker.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(run.folder),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            config=dict(run.settings),
+            settings=wandb.Settings(console="off", silent=True),  # standard error has our lines
+        )
+        # A step of its own: W&B's only grows, and steps after a kill come again.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One row."""
+        self._run.log({"step": step, **values})
+
+    def finish(self, picture: Path, *, well: bool) -> None:
+        """All is on the disk, or sent."""
+        self._run.finish(exit_code=0 if well else 1)
+
+
+# Loggers by the names that the command line takes.
+
+LOGGERS: dict[str, Callable[[], RunLogger]] = {
+    "tensorboard": TensorBoardLogger,
+    "mlflow": MlflowLogger,
+    "wandb": WandbLogger,
+}
+
+
+def open_loggers(names: Sequence[str]) -> list[RunLogger]:
+    """Loggers of these names, each once; nothing is written yet.
+
+    Raises:
+        ConfigError: no such logger, or its package is not installed.
+    """
+    wanted = list(dict.fromkeys(names))
+    for name in wanted:
+        if name not in LOGGERS:
+            raise ConfigError(
+                f"there is no logger {name!r}.",
+                where="--logger",
+                fix=f"Choose among {', '.join(LOGGERS)}; metrics.jsonl is always written.",
+            )
+        if find_spec(name) is None:  # each is named as the package that it needs
+            raise ConfigError(
+                f"logger {name} needs a package that is not installed.",
+                where="--logger",
+                fix=f"Install it: pip install 'organ-distill[{name}]'.",
+            )
+    return [LOGGERS[name]() for name in wanted]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.student.history import History
-from pipeline.student.loggers.run_logger import LoggedRun, Loggers, RunLogger
-from pipeline.student.metrics_file import append_lines, kept_lines, sync
+from pipeline.figures import save_curves
+from pipeline.folder import Folder
+from pipeline.log import Log
+from pipeline.student.loggers import LoggedRun, Loggers, RunLogger
 
 WINDOW_STEPS = 20
 WINDOW_SECONDS = 10.0
@@ -248,3 +251,253 @@ def _scalars(lines: list[dict[str, Any]]) -> dict[str, float]:
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return sum(found) / len(found)
+
+
+# What a training has been like, in little memory however long it is.
+
+_SMOOTHING = 0.95
+CAPACITY = 1000
+
+
+class Curve:
+    """A series as at most `CAPACITY` points, each the mean of equally many values.
+
+    When it is full, neighbours are merged. What it holds depends on the values alone, so a run that
+    was resumed has the same curve.
+    """
+
+    def __init__(self) -> None:
+        self._bins: list[tuple[float, float]] = []
+        self._width = 1
+        self._open: list[tuple[float, float]] = []
+
+    def add(self, step: int, value: float) -> None:
+        """The next value; steps grow."""
+        self._open.append((step, value))
+        if len(self._open) < self._width:
+            return
+        self._bins.append(_mean_point(self._open))
+        self._open = []
+        if len(self._bins) == CAPACITY:
+            pairs = zip(self._bins[::2], self._bins[1::2], strict=True)
+            self._bins = [_mean_point(pair) for pair in pairs]
+            self._width *= 2
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """(step, value); the last may stand for fewer values than the others."""
+        return [*self._bins, _mean_point(self._open)] if self._open else list(self._bins)
+
+
+@dataclass
+class Scores:
+    """An organ's validation Dice as (step, Dice)."""
+
+    first: tuple[int, float]
+    best: tuple[int, float]
+    last: tuple[int, float]
+
+    def add(self, step: int, dice: float) -> None:
+        """The next validation; the earlier of two that are equally good counts as the best."""
+        self.last = (step, dice)
+        if dice > self.best[1]:
+            self.best = self.last
+
+
+@dataclass
+class History:
+    """Lines of metrics.jsonl, one after the other, as curves and scores.
+
+    Attributes:
+        step: of the last line; 0 before the first.
+        smooth_loss: a running mean over about 20 steps.
+        terms: curve of each weighted loss term; `total` is their sum.
+        dice: curve of each organ's validation Dice.
+        samples_per_second: curve.
+        data_wait: curve of the share of the time in which the loop waited for the loader, 0 to 1.
+        scores: first, best and last validation of each organ, and of the mean over organs.
+        last_validation: as it stands in the last line of a validation; empty before the first.
+    """
+
+    step: int = 0
+    smooth_loss: float | None = None
+    terms: dict[str, Curve] = field(default_factory=dict)
+    dice: dict[str, Curve] = field(default_factory=dict)
+    samples_per_second: Curve = field(default_factory=Curve)
+    data_wait: Curve = field(default_factory=Curve)
+    scores: dict[str, Scores] = field(default_factory=dict)
+    last_validation: dict[str, float | None] = field(default_factory=dict)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, parsed."""
+        self.step = int(line["step"])
+        if "validation_dice" in line:
+            self._add_validation(line["validation_dice"])
+        if "loss" not in line:
+            return
+        loss = float(line["loss"])
+        before = loss if self.smooth_loss is None else self.smooth_loss
+        self.smooth_loss = _SMOOTHING * before + (1 - _SMOOTHING) * loss
+        for name, value in {"total": loss, **line["terms"]}.items():
+            self.terms.setdefault(name, Curve()).add(self.step, value)
+        if "timing" in line:
+            self.add_timing(line["timing"])
+
+    def add_timing(self, timing: Mapping[str, float]) -> None:
+        """Of a window of steps that ends with the last line."""
+        self.samples_per_second.add(self.step, timing["samples_per_second"])
+        self.data_wait.add(self.step, timing["data_wait"])
+
+    def _add_validation(self, scores: Mapping[str, float | None]) -> None:
+        self.last_validation = dict(scores)
+        known = {organ: dice for organ, dice in scores.items() if dice is not None}
+        for organ, dice in known.items():
+            self.dice.setdefault(organ, Curve()).add(self.step, dice)
+            self._score(organ, dice)
+        if known:
+            self._score("mean", sum(known.values()) / len(known))
+
+    def _score(self, name: str, dice: float) -> None:
+        now = (self.step, dice)
+        self.scores.setdefault(name, Scores(now, now, now)).add(*now)
+
+
+def _mean_point(points: Any) -> tuple[float, float]:
+    steps, values = zip(*points, strict=True)
+    return sum(steps) / len(steps), sum(values) / len(values)
+
+
+# The file metrics.jsonl: one JSON object a line, in the order of the steps.
+#
+# A line of a step: `step`, `loss`, `terms` (weighted, they sum to the loss), `lr`,
+# `gradient_norm`.
+# A line of a validation: `step`, `validation_dice`. All of that is the same in every run with the
+# same settings, interrupted or not. What a clock measured stands under one further key, `timing`:
+# in
+# lines of steps once per window of some steps (`steps`, `seconds`, `data_wait`,
+# `samples_per_second`), in lines of validations `seconds`.
+
+
+def metric_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a file one after the other, up to one that a kill cut short."""
+    with path.open("rb") as file:
+        for text in file:
+            line = parsed(text)
+            if line is None:
+                return
+            yield line
+
+
+def without_timing(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Lines as far as they are the same in every run with the same settings."""
+    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
+
+
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Appends, in one write."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def sync(path: Path) -> None:
+    """Returns when all that was appended is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def kept_lines(path: Path, keep_until: int) -> Iterator[dict[str, Any]]:
+    """Lines up to a step; once all are taken, the file ends with them.
+
+    It is cut, not written anew: a kill costs no line that is kept, and one line at a time is in
+    memory.
+    """
+    end, last = 0, b"\n"
+    with path.open("rb") as file:
+        for text in file:
+            line = parsed(text)
+            if line is None or line["step"] > keep_until:
+                break
+            end, last = end + len(text), text
+            yield line
+    if end < path.stat().st_size:
+        os.truncate(path, end)
+    if not last.endswith(b"\n"):
+        append = path.open("ab")
+        with append:
+            append.write(b"\n")
+
+
+def parsed(text: bytes) -> dict[str, Any] | None:
+    """A line; None for one that a kill cut short, or that is none."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+# What a person looks at: progress.png while a run trains, a table of validations after it.
+
+
+def draw_progress(path: Path, metrics: Metrics, ids: Mapping[str, int] | None = None) -> None:
+    """Loss terms, validation Dice and throughput against steps, as a PNG.
+
+    A picture that cannot be drawn costs a warning, not the training. `ids`: of the organs, for
+    their colours.
+    """
+    history, failed = metrics.history, None
+    try:
+        save_curves(
+            path,
+            {name: curve.points for name, curve in history.terms.items()},
+            {organ: curve.points for organ, curve in history.dice.items()},
+            samples_per_second=history.samples_per_second.points,
+            data_wait=history.data_wait.points,
+            ids=ids,
+            title=f"{metrics.name}, step {history.step:,}",
+        )
+    except Exception as error:  # whatever a drawing library raises, and a full disk
+        failed = f"{path} cannot be drawn ({error}); the training goes on."
+    metrics.picture_drawn(failed)
+
+
+def tell_validations(log: Log, metrics: Path, where: Folder) -> None:
+    """A table of first, best and last validation Dice per organ, and where the run's files are.
+
+    Args:
+        log: for people.
+        metrics: metrics.jsonl of the run.
+        where: the run's folder as the user knows it.
+    """
+    if log.quiet:
+        return
+    history = History()
+    for line in metric_lines(metrics):
+        history.add(line)
+    columns, rows = _table(history)
+    if rows:
+        log.table(f"{where.name}: validation Dice", columns, rows)
+    log.info(f"{where}: progress.png, metrics.jsonl, checkpoints/")
+
+
+def _table(history: History) -> tuple[list[str], list[list[str]]]:
+    """First, best and last; a single validation is all three."""
+    if not history.scores:
+        return [], []
+    organs = list(history.last_validation)
+    first = min(scores.first[0] for scores in history.scores.values())
+    if first == history.step:
+        columns = ["organ", f"step {first}"]
+    else:
+        columns = ["organ", f"first (step {first})", "best", "at step"]
+        columns.append(f"last (step {history.step})")
+    rows = []
+    for name in organs if len(organs) == 1 else [*organs, "mean"]:
+        found = history.scores.get(name)
+        cells = ["-"] * 4
+        if found is not None:
+            best, at = found.best[1], found.best[0]
+            cells = [f"{found.first[1]:.3f}", f"{best:.3f}", str(at), f"{found.last[1]:.3f}"]
+        rows.append([name, *cells][: len(columns)])
+    return columns, rows

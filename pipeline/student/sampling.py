@@ -12,11 +12,10 @@ from typing import Literal, TypeVar
 import numpy as np
 from pydantic import Field
 
-from pipeline.cache.reader import CachedCase, Unit
+from pipeline.cache.reader import FULL, CachedCase, Unit
 from pipeline.config import Config
-from pipeline.patches import Index3
-from pipeline.trust import FULL
-from pipeline.volume import Grid
+from pipeline.data.patches import Index3
+from pipeline.data.volume import Grid
 
 Choice = TypeVar("Choice")
 

@@ -13,16 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.cache.leftovers import clean_temporaries
+from pipeline.cache.places import clean_temporaries
 from pipeline.cache.reader import CachedCase, Unit
 from pipeline.cache.schema import IMAGE, LABEL, features_name, log_odds_name
 from pipeline.cache.staged import Copy
 from pipeline.errors import CacheError
 from pipeline.folder import temporary_name
 from pipeline.log import Log
+from pipeline.student.inputs import StudentInputs
 from pipeline.student.network import TapKey
 from pipeline.student.processes import ALONE, Processes
-from pipeline.student_inputs import StudentInputs
 
 # Of the disk: others live on it as well.
 _LEFT_FREE = 0.05

@@ -13,12 +13,11 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from pipeline.cache.reader import ReliabilityConfig
 from pipeline.config import Config
-from pipeline.labels import IGNORE
-from pipeline.student import distillation, losses
-from pipeline.student.deep_supervision import over_outputs
-from pipeline.student.network import Head, StudentNetwork, TapKey
-from pipeline.trust import ReliabilityConfig
+from pipeline.data.labels import IGNORE
+from pipeline.student import losses
+from pipeline.student.network import Head, StudentNetwork, TapKey, over_outputs
 
 Kind = Literal[
     "naive", "marginal", "marginal_exclusion", "pseudo_label", "masked_bce", "ms_kd", "full"
@@ -279,19 +278,19 @@ def pseudo_labels(batch: Batch) -> Tensor:
 
 
 def logits_term(config: LogitsConfig, log_p: Tensor, p: Tensor, batch: Batch) -> Tensor:
-    """KL and soft Dice over R_1 .. R_K and B; see method.md and `distillation`."""
+    """KL and soft Dice over R_1 .. R_K and B; see method.md and `losses`."""
     assert batch.log_odds is not None
     assert batch.organ is not None
     assert batch.background is not None
     organ, background, odds = batch.organ, batch.background, batch.log_odds
     if config.hard:
-        odds = distillation.hard(odds)
+        odds = losses.hard(odds)
     if not config.agreed_background:
         background = torch.zeros_like(background)
     # The KL of all experts together is of the very target that soft Dice has: made once for both.
     same = config.soft_dice and config.target == "joint" and config.temperature == 1
-    joint = distillation.joint_log_q_and_q(odds) if same else None
-    term = distillation.kl(
+    joint = losses.joint_log_q_and_q(odds) if same else None
+    term = losses.kl(
         log_p,
         odds,
         organ,
@@ -303,7 +302,7 @@ def logits_term(config: LogitsConfig, log_p: Tensor, p: Tensor, batch: Batch) ->
     )
     if config.soft_dice:
         inside = organ.any(dim=1) | background
-        term = term + distillation.soft_dice(p[:, 1:], odds, inside, batch.known, joint=joint)
+        term = term + losses.soft_dice(p[:, 1:], odds, inside, batch.known, joint=joint)
     return term
 
 
@@ -345,10 +344,10 @@ def _features_term(network: StudentNetwork, student: Mapping[str, Tensor], batch
     for key, cached in batch.features.items():
         stride = network.cached[key].stride
         organs = list(network.cached[key].organs)
-        region = distillation.touched_cells(batch.organ[:, organs].any(dim=1), stride)
+        region = losses.touched_cells(batch.organ[:, organs].any(dim=1), stride)
         # Beside its organ a teacher may be silent: its features say nothing of the others there.
         speaks = ~torch.isnan(batch.log_odds[:, organs]).all(dim=1)
-        background = distillation.filled_cells(batch.background & speaks, stride)
+        background = losses.filled_cells(batch.background & speaks, stride)
         adapted = network.adapt(key, student)
-        terms.append(distillation.feature_cosine(adapted, cached, region, background))
+        terms.append(losses.feature_cosine(adapted, cached, region, background))
     return torch.stack(terms).mean()

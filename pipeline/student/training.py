@@ -1,31 +1,33 @@
-"""The training loop: straight down, resumable at any step, the same whatever interrupted it."""
+"""The training loop: straight down, resumable at any step, the same whatever interrupted it; one
+step of it, and its validation.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from pipeline.cache.reader import CachedCase
-from pipeline.cohort import Temperatures
+from pipeline.consensus.cohort import Temperatures
+from pipeline.data.labels import IGNORE, Intensity, LabelSpace
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.labels import LabelSpace
 from pipeline.log import Log
-from pipeline.student.dataset import PatchDataset, to_batch
-from pipeline.student.loading import loaded_batches, patches_of
-from pipeline.student.loggers.run_logger import RunLogger
+from pipeline.student.dataset import PatchDataset, loaded_batches, patches_of, to_batch
+from pipeline.student.inference import predict_logits
+from pipeline.student.loggers import RunLogger
 from pipeline.student.network import CachedTap, StudentNetwork, TapKey, seeded_network
-from pipeline.student.optimiser import build_optimiser
-from pipeline.student.picture import draw_progress
 from pipeline.student.processes import ALONE, Processes
-from pipeline.student.progress import followed
+from pipeline.student.progress import draw_progress, followed
 from pipeline.student.resume import (
     BestSoFar,
     Stateful,
@@ -33,12 +35,12 @@ from pipeline.student.resume import (
     random_state,
     restore_state,
     save_state,
+    set_random_state,
     stop_signals,
 )
-from pipeline.student.settings import TrainingConfig
+from pipeline.student.settings import TrainingConfig, build_optimiser
 from pipeline.student.speed import Speed, SpeedFlags
-from pipeline.student.step import make_step
-from pipeline.student.validation import mean_dice, validate
+from pipeline.student.supervision import Batch, batch_loss, terms_of_batch
 
 KeepBest = Callable[[nn.Module, int, Mapping[str, float | None]], None]
 
@@ -244,3 +246,159 @@ def _not_finite(
         where=folder,
         fix="The last checkpoint is intact. Look at these cases, or lower optimiser.lr.",
     )
+
+
+# One step of the optimiser.
+
+
+def make_step(
+    config: TrainingConfig,
+    network: StudentNetwork,
+    optimiser: torch.optim.Optimizer,
+    batch: Batch,
+    speed: Speed,
+    processes: Processes,
+    step: int,
+) -> dict[str, Any]:
+    """One step of the optimiser; returns what is worth a line in metrics.jsonl.
+
+    Raises:
+        FloatingPointError: loss or gradient is not finite, with the terms of which that is true;
+            the weights are as they were before. In several processes it is raised in all.
+    """
+    random = random_state(speed.device)
+    lr = config.optimiser.lr_at(step, config.steps)
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    fraction = step / config.steps
+    with speed.autocast():
+        loss, terms = batch_loss(config.supervision, network, batch, fraction)
+    value = float(loss.detach())
+    if any(processes.any(not math.isfinite(value))):
+        bad = [name for name, term in terms.items() if not math.isfinite(term)]
+        raise FloatingPointError(f"the loss became NaN in {', '.join(bad) or 'the sum'}.")
+    optimiser.zero_grad(set_to_none=True)
+    speed.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    # Before they are unscaled: so an overflow in one process makes all leave the step out.
+    processes.average_gradients(network)
+    speed.scaler.unscale_(optimiser)
+    norm = float(torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.clip_norm))
+    if speed.is_lost(norm):
+        optimiser.zero_grad(set_to_none=True)
+        steep = _terms_of_bad_gradient(config, network, batch, speed, fraction, random, terms)
+        bad = [name for name, flag in zip(terms, processes.any(*steep), strict=True) if flag]
+        where = ", ".join(bad) or "the sum"
+        raise FloatingPointError(
+            f"the gradient became NaN in {where}, although the loss is finite."
+        )
+    taken = speed.step(optimiser, norm)
+    found = {"loss": value, "terms": terms, "lr": lr}
+    return found | {"gradient_norm": norm if taken else None}
+
+
+def _terms_of_bad_gradient(
+    config: TrainingConfig,
+    network: StudentNetwork,
+    batch: Batch,
+    speed: Speed,
+    fraction: float,
+    random: Mapping[str, Any],
+    terms: Iterable[str],
+) -> list[bool]:
+    """For each term, whether its own gradient in this process is not finite.
+
+    Each has a pass of its own, there and back, over the same batch with the same random numbers: a
+    compiled network cannot go back twice. Sums over processes are made in the same order in all.
+
+    Args:
+        config: supervision.
+        network: with the weights of the step that failed.
+        batch: of that step.
+        speed: its precision and scale.
+        fraction: t of that step.
+        random: `random_state` before that step.
+        terms: names, of `terms_of_batch`.
+    """
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    found = []
+    for name in terms:
+        set_random_state(random, speed.device)
+        with speed.autocast():
+            term = terms_of_batch(config.supervision, network, batch, fraction)[name]
+        scaled = speed.scaler.scale(term)
+        gradients = torch.autograd.grad(scaled, weights, allow_unused=True)
+        found.append(not all(torch.isfinite(g).all() for g in gradients if g is not None))
+    return found
+
+
+# Dice on labelled validation cases while training.
+
+
+class Settings(Protocol):
+    """What of a training's configuration matters here."""
+
+    @property
+    def intensity(self) -> Intensity:
+        """HU -> network units."""
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Window."""
+
+
+def validate(
+    network: nn.Module,
+    cases: Sequence[CachedCase],
+    space: LabelSpace,
+    settings: Settings,
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> dict[str, float | None]:
+    """Mean Dice per organ over the cases whose label shows it; None where none does.
+
+    Each case is judged on the organs that it annotates; ignored voxels do not count. Processes
+    share the cases; the means are those of one process, to the bit.
+    """
+    network.eval()
+    mine = cases[processes.rank :: processes.size]
+    shares = processes.gathered(
+        lambda: [_scores(network, case, space, settings, device) for case in mine]
+    )
+    scores: dict[str, list[float]] = {organ: [] for organ in space.organs}
+    for number in range(len(cases)):
+        rank, of_rank = number % processes.size, number // processes.size
+        for organ, score in shares[rank][of_rank].items():
+            scores[organ].append(score)
+    return {o: round(float(np.mean(found)), 4) if found else None for o, found in scores.items()}
+
+
+def mean_dice(scores: Mapping[str, float | None]) -> float | None:
+    """Over the organs that have a score; None if none has."""
+    found = [score for score in scores.values() if score is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _scores(
+    network: nn.Module,
+    case: CachedCase,
+    space: LabelSpace,
+    settings: Settings,
+    device: torch.device,
+) -> dict[str, float]:
+    """Dice of one case per organ that its label shows."""
+    logits = predict_logits(
+        network, case.image(), settings.intensity, settings.patch, overlap=0.25, device=device
+    )
+    predicted = logits.argmax(axis=0)
+    reference = space.to_classes(case.label())
+    predicted[reference == IGNORE] = 0
+    scores = {}
+    for organ in case.annotated:
+        if organ not in space.organs:
+            continue
+        number = space.index(organ) + 1
+        theirs, ours = reference == number, predicted == number
+        if theirs.any():
+            both = 2.0 * np.count_nonzero(theirs & ours)
+            scores[organ] = float(both / (np.count_nonzero(theirs) + np.count_nonzero(ours)))
+    return scores

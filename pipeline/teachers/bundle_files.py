@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data.entries import TeacherEntry
+from pipeline.data.labels import is_ct
+from pipeline.data.weights import BUNDLE_CONFIGS, bundle_config, bundle_weights
 from pipeline.errors import TeacherError
-from pipeline.intensity import is_ct
-from pipeline.teacher_entry import TeacherEntry
-from pipeline.weights import BUNDLE_CONFIGS, bundle_config, bundle_weights
 
 if TYPE_CHECKING:  # digests are made where no network is loaded
     from torch import Tensor

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from pipeline.config import file_sha256
+from pipeline.data.entries import TeacherEntry
+from pipeline.data.volume import Spacing, Volume
 from pipeline.errors import PipelineError, TeacherError
-from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.outputs import to_logits
 from pipeline.teachers.teacher import Prediction
-from pipeline.volume import Spacing, Volume
 
 
 class Made(Protocol):

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
+from pipeline.data.entries import TeacherEntry
 from pipeline.errors import named
-from pipeline.teacher_entry import TeacherEntry
+from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.checkpoint import load_checkpoint_teacher
 from pipeline.teachers.exported import load_exported_teacher
 from pipeline.teachers.factory import load_factory_teacher
 from pipeline.teachers.monai_bundle import load_bundle_teacher
-from pipeline.teachers.nnunet_load import load_nnunet_teacher
-from pipeline.teachers.sliding_window import WindowConfig
+from pipeline.teachers.nnunet import load_nnunet_teacher
 from pipeline.teachers.teacher import Teacher
 
 

@@ -1,15 +1,19 @@
-"""nnU-Net's checkpoints and architectures, opened without running code that a file names.
+"""Teachers that are trained nnU-Net v2 model folders, run by nnU-Net's own code.
 
-nnU-Net loads checkpoints with `weights_only=False` and imports whatever class path stands in
-plans.json. Here a checkpoint may hold tensors, plain values and numpy numbers, and plans.json may
-name layers of torch and networks of `dynamic_network_architectures`, nothing else.
+nU-Net prepares the image (crop to non-zero, normalisation, resampling to the plans' spacing) and
+runs its own predictor. What is left to this module is where things are: nnU-Net works on arrays in
+the order that its image reader gives, and its logits are taken on the grid that it prepared, so
+that they are resampled once, onto the student grid, and never onto the CT's own grid, which is what
+fills nnU-Net's memory on long scans (MIC-DKFZ/nnUNet #1765).
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import pickle
 import pydoc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,324 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.data.entries import NnunetOptions, TeacherEntry
+from pipeline.data.volume import Grid, Orientation, Volume
 from pipeline.errors import TeacherError
-from pipeline.teachers.nnunet_folder import ModelFolder
+from pipeline.teachers.nnunet_folder import ModelFolder, check_against_registry, read_model_folder
+from pipeline.teachers.teacher import Prediction
+
+
+@dataclass
+class NnunetTeacher:
+    """A model folder, ready to run.
+
+    Attributes:
+        name: of the teacher, for errors.
+        options: how the folder is used.
+        orientation: `stored` or letters, with the model's own reader taken into account.
+        folds: which are averaged.
+        trainer: class name of its trainer.
+        configuration_name: which of the plans' configurations it is.
+        version: of nnU-Net.
+        predictor: nnU-Net's, with network and weights.
+    """
+
+    name: str
+    options: NnunetOptions
+    orientation: str
+    folds: tuple[str, ...]
+    trainer: str
+    configuration_name: str
+    version: str
+    predictor: Any
+
+    @property
+    def spacing_mm(self) -> None:
+        """None: nnU-Net resamples the image itself."""
+        return
+
+    def predict(self, image: Volume) -> Prediction:
+        """Int16 HU (D, H, W) in RAS+, on its own grid -> logits where nnU-Net computes them.
+
+        Raises:
+            TeacherError: nnU-Net could not sum the logits in half precision.
+        """
+        plans, configuration = self.predictor.plans_manager, self.predictor.configuration_manager
+        orientation = self._orientation(image)
+        seen = orientation.apply(image)
+        properties: dict[str, Any] = {"spacing": file_spacing(seen.grid)}
+        preprocessor = configuration.preprocessor_class(verbose=False)
+        prepared, _, properties = preprocessor.run_case_npy(
+            # In memory as nnU-Net's readers leave it, so that its sums come to the same.
+            np.ascontiguousarray(seen.array)[None],
+            None,
+            properties,
+            plans,
+            configuration,
+            self.predictor.dataset_json,
+        )
+        try:
+            logits = self.predictor.predict_logits_from_preprocessed_data(
+                torch.from_numpy(np.ascontiguousarray(prepared))
+            )
+        except RuntimeError as error:
+            if "Encountered inf" not in str(error):
+                raise
+            raise TeacherError(
+                "nnU-Net's sums of logits overflow in half precision.",
+                where=f"teacher {self.name}",
+                fix="Look at this case's intensities; nothing was cached for it.",
+            ) from error
+        transposed = Orientation(axes=_triple(plans.transpose_forward))
+        grid = prepared_grid(transposed.apply(seen).grid, properties, prepared.shape[1:])
+        on_grid = Volume(logits.float().numpy(), grid)
+        return Prediction(orientation.undo(transposed.undo(on_grid)))
+
+    def describe(self) -> Mapping[str, Any]:
+        """Folds, configuration and settings; the plans are digested with the weights."""
+        mirrored = self.predictor.allowed_mirroring_axes if self.options.mirroring else None
+        return {
+            "kind": "nnunet",
+            "nnunetv2": self.version,
+            "configuration": self.configuration_name,
+            "trainer": self.trainer,
+            "folds": list(self.folds),
+            "checkpoint": self.options.checkpoint,
+            "mirror_axes": list(mirrored or ()),
+            "tile_step": self.options.tile_step,
+            "orientation": self.orientation,
+            "blending": "nnU-Net's: gaussian, channel logits, float16; folds averaged",
+        }
+
+    def _orientation(self, image: Volume) -> Orientation:
+        if self.orientation == "stored":
+            return image.stored
+        return Orientation.from_code(self.orientation)
+
+
+def file_spacing(grid: Grid) -> list[float]:
+    """The spacing in mm as a NIfTI header holds it, in single precision: nnU-Net rounds sizes, and
+    a half must not fall to another side than it does for nnU-Net's own readers."""
+    return [float(np.float32(mm)) for mm in grid.spacing_mm]
+
+
+def prepared_grid(grid: Grid, properties: Mapping[str, Any], shape: tuple[int, ...]) -> Grid:
+    """Where the voxels lie that nnU-Net prepared.
+
+    It crops, then resizes edge to edge: all of its resampling functions keep the outer faces of the
+    first and the last voxel in place, whatever the spacing then comes to.
+
+    Args:
+        grid: of the image, axes as nnU-Net transposes them.
+        properties: what its preprocessor noted: `bbox_used_for_cropping`.
+        shape: of the array that it made, without channels.
+    """
+    box = properties["bbox_used_for_cropping"]
+    cropped = grid.crop([begin for begin, _ in box], [end - begin for begin, end in box])
+    return cropped.with_shape(shape)
+
+
+def _triple(axes: Any) -> tuple[int, int, int]:
+    a, b, c = (int(axis) for axis in axes)
+    return a, b, c
+
+
+# Loading a trained nnU-Net v2 model folder, and holding it against the registry.
+
+# How each of nnU-Net's image readers orders the axes of an array.
+_READERS = {
+    "SimpleITKIO": "stored",
+    "NibabelIO": "stored",
+    "SimpleITKIOWithReorient": "RAS",
+    "NibabelIOWithReorient": "RAS",
+}
+
+
+def load_nnunet_teacher(
+    name: str, entry: TeacherEntry, path: Path, *, device: torch.device
+) -> NnunetTeacher:
+    """Loads a model folder and holds it against the registry.
+
+    Args:
+        name: as in the registry.
+        entry: its registry entry.
+        path: the model folder.
+        device: where it runs.
+
+    Raises:
+        TeacherError: nnU-Net is not installed; the folder lacks something or contradicts the
+            registry; a checkpoint that would run code or does not fit its plans; a cascade.
+    """
+    folder = read_model_folder(path, entry)
+    check_against_registry(name, entry, folder)
+    options = entry.nnunet or NnunetOptions()
+    orientation = options.orientation or _reader_orientation(folder)
+    version = _installed_version(name)
+
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    checkpoints = {fold: read_checkpoint(file) for fold, file in folder.checkpoints.items()}
+    first = _agreed(name, folder, checkpoints)
+    plans = PlansManager(dict(folder.plans))
+    configuration = _configuration(folder, plans, first.configuration)
+    num_channels = _num_channels(folder, plans)
+    network = build_architecture(
+        folder, configuration, in_channels=1, out_channels=num_channels
+    ).eval()
+    for fold, checkpoint in checkpoints.items():
+        _check_weights(network, checkpoint, folder.checkpoints[fold], name)
+    with _quiet():
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+        predictor = nnUNetPredictor(
+            tile_step_size=options.tile_step,
+            use_gaussian=True,
+            use_mirroring=options.mirroring,
+            perform_everything_on_device=device.type == "cuda",
+            device=device,
+            allow_tqdm=False,
+        )
+        predictor.manual_initialization(
+            network.to(device),
+            plans,
+            configuration,
+            [dict(checkpoint.weights) for checkpoint in checkpoints.values()],
+            dict(folder.dataset),
+            first.trainer,
+            first.mirror_axes,
+        )
+    return NnunetTeacher(
+        name,
+        options,
+        orientation,
+        tuple(folder.checkpoints),
+        first.trainer,
+        first.configuration,
+        version,
+        predictor,
+    )
+
+
+def _installed_version(name: str) -> str:
+    """Major and minor version: what may change nnU-Net's numbers."""
+    try:
+        from importlib.metadata import version
+
+        import nnunetv2.inference.predict_from_raw_data  # noqa: F401
+
+        return ".".join(version("nnunetv2").split(".")[:2])
+    except ImportError as error:
+        raise TeacherError(
+            f"a teacher of kind `nnunet` needs the package nnunetv2 ({error}).",
+            where=f"teacher {name}",
+            fix="Install it: pip install 'organ-distill[nnunet]'.",
+        ) from error
+
+
+def _reader_orientation(folder: ModelFolder) -> str:
+    reader = folder.plans["image_reader_writer"]
+    if reader not in _READERS:
+        raise TeacherError(
+            f"it was trained on images read by {reader}, which reads no CT in NIfTI.",
+            where=folder.path / "plans.json",
+            fix="Set `nnunet.orientation` to say in which order of axes it wants its images: "
+            "`stored`, or letters such as LPS.",
+        )
+    return _READERS[reader]
+
+
+def _configuration(folder: ModelFolder, plans: Any, name: str) -> Any:
+    if name not in folder.plans["configurations"]:
+        raise TeacherError(
+            f"the checkpoint was trained in configuration {name}, which plans.json does not have.",
+            where=folder.path,
+            fix="Copy plans.json from the folder that the checkpoint was trained in.",
+        )
+    try:
+        configuration = plans.get_configuration(name)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise TeacherError(
+            f"configuration {name} cannot be read ({type(error).__name__}: {error}).",
+            where=folder.path / "plans.json",
+            fix="It must be written by nnU-Net v2.",
+        ) from error
+    if configuration.previous_stage_name is not None:
+        raise TeacherError(
+            f"{name} is the second stage of a cascade: it needs the segmentation of "
+            f"{configuration.previous_stage_name}.",
+            where=folder.path,
+            fix="Use the folder of 3d_fullres, 3d_lowres or 2d.",
+        )
+    check_parts(folder, configuration.configuration)
+    return configuration
+
+
+def _num_channels(folder: ModelFolder, plans: Any) -> int:
+    try:
+        with _quiet():
+            count: int = plans.get_label_manager(folder.dataset).num_segmentation_heads
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise TeacherError(
+            f"nnU-Net does not accept its labels ({error}).",
+            where=folder.path / "dataset.json",
+            fix="Overlapping regions need `regions_class_order`, and `ignore` the highest value.",
+        ) from error
+    return count
+
+
+def _agreed(
+    name: str, folder: ModelFolder, checkpoints: Mapping[str, NnunetCheckpoint]
+) -> NnunetCheckpoint:
+    """The first fold; what is not averaged must be the same in all."""
+    first, *others = checkpoints.values()
+    for other in others:
+        if (other.configuration, other.mirror_axes) != (first.configuration, first.mirror_axes):
+            raise TeacherError(
+                f"its folds are of different trainings: {first.configuration} with mirror axes "
+                f"{first.mirror_axes}, {other.configuration} with {other.mirror_axes}.",
+                where=f"teacher {name}, {folder.path}",
+                fix="Name the folds that belong together in `nnunet.folds`.",
+            )
+    return first
+
+
+def _check_weights(
+    network: torch.nn.Module, checkpoint: NnunetCheckpoint, path: Path, name: str
+) -> None:
+    try:
+        network.load_state_dict(dict(checkpoint.weights), strict=True)
+    except RuntimeError as error:
+        first = " ".join(line.strip() for line in str(error).split("\n")[:3])
+        raise TeacherError(
+            f"the weights do not fit the network of plans.json ({first}).",
+            where=f"teacher {name}, {path}",
+            fix=f"Its trainer {checkpoint.trainer} may build another network than plans.json says; "
+            "such a model needs a teacher of kind `factory`.",
+        ) from error
+    if any(not bool(torch.isfinite(p).all()) for p in network.parameters()):
+        raise TeacherError(
+            "the weights hold NaN or infinity.", where=f"teacher {name}, {path}", fix="Train again."
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """nnU-Net prints advice on its settings when it is set up; here they are ours to know."""
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        # Its predictor switches this on for the whole process, other teachers included.
+        torch.backends.cudnn.benchmark = benchmark
+
+
+# nnU-Net's checkpoints and architectures, opened without running code that a file names.
+#
+# nnU-Net loads checkpoints with `weights_only=False` and imports whatever class path stands in
+# plans.json. Here a checkpoint may hold tensors, plain values and numpy numbers, and plans.json
+# may
+# name layers of torch and networks of `dynamic_network_architectures`, nothing else.
 
 _NETWORKS = "dynamic_network_architectures."
 _LAYERS = ("torch.nn.", _NETWORKS)

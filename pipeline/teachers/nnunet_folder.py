@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.entries import NnunetOptions, TeacherEntry
+from pipeline.data.labels import is_ct
+from pipeline.data.weights import nnunet_checkpoints
 from pipeline.errors import TeacherError, TeacherWarning
-from pipeline.intensity import is_ct
-from pipeline.teacher_entry import NnunetOptions, TeacherEntry
-from pipeline.weights import nnunet_checkpoints
 
 
 @dataclass(frozen=True)

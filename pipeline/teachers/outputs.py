@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pipeline.data.entries import TeacherEntry
 from pipeline.errors import OutputsError, TeacherWarning
-from pipeline.teacher_entry import TeacherEntry
 
 FloatArray = npt.NDArray[np.float32]
 

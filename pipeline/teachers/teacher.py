@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.entries import TeacherEntry
+from pipeline.data.labels import log_odds
+from pipeline.data.patches import Index3
+from pipeline.data.volume import Spacing, Volume
 from pipeline.errors import TeacherError
-from pipeline.labels import log_odds
-from pipeline.patches import Index3
-from pipeline.teacher_entry import TeacherEntry
+from pipeline.networks.windows import Sink
 from pipeline.teachers.outputs import OutputsOfCase
-from pipeline.volume import Spacing, Volume
 
 FloatArray = npt.NDArray[np.float32]
-# Takes the next rows, (C, n, H, W), of an array that arrives slab by slab along z.
-Sink = Callable[[FloatArray], None]
 
 
 @dataclass(frozen=True)

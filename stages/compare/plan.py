@@ -3,34 +3,91 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.cache.reader import CachedCase
-from pipeline.cache.store import prepare_work_folder
-from pipeline.cohort import open_cohort
-from pipeline.comparison.budget import equal_steps, recorded_steps, steps_for_seconds
-from pipeline.comparison.configurations import (
-    check_configurations,
-    differing_fields,
-    flat,
-    unequal_compute,
-)
-from pipeline.comparison.scoring import organs_without_cases
-from pipeline.comparison.settings import Settings, check_settings
-from pipeline.config import canonical_json
+from pipeline.cache.store import prepare_work_folder, write_json
+from pipeline.config import canonical_json, digest, load_config
+from pipeline.consensus.cohort import open_cohort
+from pipeline.data.labels import LabelSpace
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheMissing, CheckpointError, ConfigError
 from pipeline.folder import Folder, matching, read_text
-from pipeline.log import Log
-from pipeline.network import pick_device
+from pipeline.log import Advance, Log
+from pipeline.networks.by_name import pick_device
+from pipeline.student.inputs import StudentInputs, check_same_units, open_inputs
 from pipeline.student.network import build_student
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.speed import SpeedFlags
-from pipeline.student_inputs import StudentInputs, check_same_units, open_inputs
-from stages.train_student import TrainStudentConfig, is_finished
+from pipeline.student.staging import staged_inputs
+from pipeline.student.training import train
+from stages.compare.scoring import organs_without_cases
+from stages.train_student import RUN_NAME, TrainStudentConfig, is_finished
+
+# What a comparison is of, beside its configurations: name, seeds, budget, and what is scored.
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a comparison is of, beside its configurations.
+
+    Attributes:
+        name: its folder below WORK/students.
+        seeds: each configuration is trained with each.
+        steps: of every run; None: those of the configurations, which must then agree.
+        seconds: of training of every run, instead of steps.
+        baseline: the configuration that others are compared with; None: the first.
+        test: score the test cases instead of the validation cases.
+        surface: also measure NSD and HD95.
+        allow_missing: train and score with the cases and units that the cache has.
+    """
+
+    name: str
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int | None = None
+    seconds: float | None = None
+    baseline: str | None = None
+    test: bool = False
+    surface: bool = True
+    allow_missing: bool = False
+
+
+def check_settings(settings: Settings) -> None:
+    """Whether a comparison can be of this at all.
+
+    Raises:
+        ConfigError: a name, seeds or a budget that nothing can be trained with.
+    """
+    if not re.fullmatch(RUN_NAME, settings.name):
+        raise ConfigError(
+            f"{settings.name!r} cannot name a comparison.",
+            where="--name",
+            fix="Use letters, digits, dots, dashes and underscores.",
+        )
+    if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
+        raise ConfigError(
+            "seeds must be at least one, and each another.", where="--seeds", fix="Say 0,1,2."
+        )
+    if min(settings.seeds) < 0:
+        raise ConfigError("a seed is negative.", where="--seeds", fix="Say 0,1,2.")
+    if settings.steps is not None and settings.seconds is not None:
+        raise ConfigError(
+            "--steps and --seconds are two budgets.", where="--seconds", fix="Give one of them."
+        )
+    if settings.steps is not None and settings.steps < 1:
+        raise ConfigError("there must be at least one step.", where="--steps", fix="Give more.")
+    if settings.seconds is not None and not 0 < settings.seconds < math.inf:
+        raise ConfigError("must be more than 0.", where="--seconds", fix="Give more.")
 
 
 @dataclass(frozen=True)
@@ -254,4 +311,278 @@ def _notices(
         found.append(
             "one seed: another seed alone may turn a difference round. It shows no significance."
         )
+    return found
+
+
+# Configurations side by side: their names, what differs, and whether they can be compared.
+
+# What a comparison sets itself, and what only says how often a training looks at itself.
+_SET_BY_COMPARISON = ("seed", "steps")
+_COMPUTE = ("network", "patch", "batch_size")
+
+
+def load_configurations(paths: Sequence[Path]) -> list[TrainStudentConfig]:
+    """Reads `train-student` settings; one that names no `run` is named by its file.
+
+    Raises:
+        ConfigError: a mistake in a file.
+    """
+    found = []
+    for path in paths:
+        config = load_config(path, TrainStudentConfig)
+        if "run" not in config.model_fields_set:
+            name = re.sub(r"[^A-Za-z0-9_.-]", "-", path.stem).lstrip("_.-") or "student"
+            config = config.model_copy(update={"run": name})
+        found.append(config)
+    return found
+
+
+def check_configurations(configs: Sequence[TrainStudentConfig], baseline: str) -> None:
+    """Makes sure that configurations can stand in one table.
+
+    Raises:
+        ConfigError: fewer than one, equal names or contents, or no such baseline.
+    """
+    if not configs:
+        raise ConfigError(
+            "no configuration to compare is named.",
+            where="pipeline compare",
+            fix="Name at least one YAML file of train-student.",
+        )
+    names = [config.run for config in configs]
+    contents: dict[str, str] = {}
+    for config in configs:
+        if not re.fullmatch(RUN_NAME, config.run):
+            raise ConfigError(
+                f"{config.run!r} is a run of another comparison.",
+                where="run",
+                fix="Give the configuration a `run` without a slash.",
+            )
+        if names.count(config.run) > 1:
+            raise ConfigError(
+                f"{names.count(config.run)} configurations are called {config.run!r}.",
+                where="run",
+                fix="Give each its own `run`, or leave it out: the file's name is taken then.",
+            )
+        key = digest(without_seed_and_steps(config.training))
+        if key in contents:
+            raise ConfigError(
+                f"configurations {contents[key]!r} and {config.run!r} have the same content "
+                "(seed and steps are set by the comparison).",
+                where="training",
+                fix="Leave one out, or change what you want to compare.",
+            )
+        contents[key] = config.run
+    if baseline not in names:
+        raise ConfigError(
+            f"there is no configuration {baseline!r} to compare with.",
+            where="--baseline",
+            fix=f"Choose one of {', '.join(names)}.",
+        )
+
+
+def without_seed_and_steps(training: TrainingConfig) -> dict[str, Any]:
+    """What a configuration is compared for."""
+    return training.model_dump(mode="json", exclude=set(_SET_BY_COMPARISON))
+
+
+def differing_fields(configs: Sequence[TrainStudentConfig]) -> dict[str, dict[str, Any]]:
+    """Dotted field of `training` -> configuration -> its value, where not all are equal."""
+    contents = {c.run: flat(without_seed_and_steps(c.training)) for c in configs}
+    fields = dict.fromkeys(name for values in contents.values() for name in values)
+    return {
+        field: {run: values.get(field) for run, values in contents.items()}
+        for field in fields
+        if len({repr(values.get(field)) for values in contents.values()}) > 1
+    }
+
+
+def unequal_compute(fields: Mapping[str, Any]) -> list[str]:
+    """Which of network, patch and batch size differ: steps are then not equal amounts of work."""
+    return [name for name in _COMPUTE if any(f.split(".")[0] == name for f in fields)]
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            found |= flat(inner, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = inner
+    return found
+
+
+# How many steps each configuration makes: as many as the others, or as fit in equal seconds.
+#
+# A training must know its last step before its first: the learning rate and the weights of the
+# terms
+# run along it. So seconds are turned into steps once, by a probe of each configuration, and what
+# was
+# found is kept beside the runs: a comparison that goes on makes the same number of steps.
+
+ROUNDS = 2
+MEASURED_STEPS = 16
+WARM_UP_STEPS = 4
+
+
+class StepClock(Log):
+    """A log that hands a training's progress on and keeps the time of every step.
+
+    Args:
+        log: lines, warnings and events go there.
+        hand_on: hears of every step that is made, with its note; None: nobody does.
+    """
+
+    def __init__(self, log: Log, hand_on: Advance | None = None) -> None:
+        self.__dict__.update(log.__dict__)
+        self._hand_on = hand_on
+        self.times: list[float] = []
+
+    @contextmanager
+    def progress(self, what: str, total: int, *, done: int = 0) -> Iterator[Advance]:
+        """See `Log.progress`; shows nothing itself."""
+
+        def advance(note: str = "", steps: int = 1) -> None:
+            if not note:  # steps that an earlier process made
+                return
+            self.times.append(time.monotonic())
+            if self._hand_on is not None:
+                self._hand_on(note, steps)
+
+        yield advance
+
+    def median_seconds(self) -> float | None:
+        """Seconds between two steps, validations being the exception; None for too few steps."""
+        gaps = sorted(b - a for a, b in zip(self.times, self.times[1:], strict=False))
+        return gaps[len(gaps) // 2] if len(gaps) >= MEASURED_STEPS // 2 else None
+
+
+def equal_steps(configs: Sequence[TrainStudentConfig], steps: int | None) -> dict[str, int]:
+    """The same number of steps for all: the one given, or the one that all of them name.
+
+    Raises:
+        ConfigError: they name different numbers and none is given.
+    """
+    own = {config.run: config.training.steps for config in configs}
+    if steps is None and len(set(own.values())) > 1:
+        named = ", ".join(f"{run} {number}" for run, number in own.items())
+        raise ConfigError(
+            f"the configurations have different budgets: steps {named}.",
+            where="training.steps",
+            fix="Give --steps or --seconds for all of them.",
+        )
+    return {run: steps or number for run, number in own.items()}
+
+
+def steps_for_seconds(
+    configs: Sequence[TrainStudentConfig],
+    inputs: Mapping[str, StudentInputs],
+    space: LabelSpace,
+    seconds: float,
+    record: Folder,
+    *,
+    log: Log,
+    device: torch.device,
+    workers: int,
+    flags: SpeedFlags | None,
+    stage_to: Path | None = None,
+) -> dict[str, int]:
+    """Steps that fit in `seconds` of training, measured once and then read from `record`.
+
+    Each configuration trains a few steps in each of two rounds, in turns; the faster round counts,
+    since what else the machine does can only slow one down. Validation, checkpoints and start-up
+    are not in it.
+
+    Raises:
+        ConfigError: the record was made for other seconds; or a configuration is new in it, and
+            was to be measured on another device or with other workers than the others.
+    """
+    before = _read(record)
+    here = {"device": device.type, "workers": workers, "flags": str(flags or SpeedFlags())}
+    known: dict[str, Any] = before.get("seconds_per_step", {})
+    keys = {c.run: digest(without_seed_and_steps(c.training)) for c in configs}
+    new = [config for config in configs if keys[config.run] not in known]
+    if before and before["seconds"] != seconds:
+        raise ConfigError(
+            f"this comparison was begun with {before['seconds']} seconds, not {seconds}.",
+            where=record,
+            fix="Use the same to go on, or another --name to begin anew.",
+        )
+    if before and new and before["measured_on"] != here:
+        raise ConfigError(
+            f"{', '.join(c.run for c in new)} would be measured on {here}, the others were on "
+            f"{before['measured_on']}.",
+            where=record,
+            fix="Add configurations where the others were measured, or begin anew: another --name.",
+        )
+    staged = {c.run: staged_inputs(inputs[c.run], stage_to, log=log) for c in new}
+    rounds: dict[str, list[float]] = {config.run: [] for config in new}
+    for number in range(ROUNDS if new else 0):
+        for config in new:
+            found = _probe(config, staged[config.run], space, log, device, workers, flags)
+            rounds[config.run].append(found)
+            log.info(f"{config.run}: {found:.3f} s a step (round {number + 1} of {ROUNDS})")
+    measured = {keys[run]: min(times) for run, times in rounds.items()}
+    if measured:
+        known = known | measured
+        content = {"seconds": seconds, "measured_on": here, "seconds_per_step": known}
+        write_json(record, content)
+    return {run: max(1, round(seconds / known[key])) for run, key in keys.items()}
+
+
+def recorded_steps(
+    configs: Sequence[TrainStudentConfig], seconds: float, record: Folder
+) -> dict[str, int]:
+    """`steps_for_seconds` of what was measured before; their own of those that were not."""
+    known: dict[str, Any] = _read(record).get("seconds_per_step", {})
+    keys = {c.run: digest(without_seed_and_steps(c.training)) for c in configs}
+    return {
+        c.run: max(1, round(seconds / known[key])) if (key := keys[c.run]) in known
+        else c.training.steps
+        for c in configs
+    }  # fmt: skip
+
+
+def _probe(
+    config: TrainStudentConfig,
+    inputs: StudentInputs,
+    space: LabelSpace,
+    log: Log,
+    device: torch.device,
+    workers: int,
+    flags: SpeedFlags | None,
+) -> float:
+    """Seconds per step, once loader processes and caches are warm."""
+    warm = WARM_UP_STEPS + 2 * workers  # batches that were loaded ahead come too fast
+    steps = warm + MEASURED_STEPS
+    clock = StepClock(log)
+    clock.quiet = True
+    with tempfile.TemporaryDirectory() as folder:
+        train(
+            config.training.model_copy(update={"steps": steps}),
+            space,
+            inputs.training,
+            [],
+            Path(folder),
+            taps=inputs.taps,
+            inputs=inputs.identity,
+            log=clock,
+            device=device,
+            temperatures=inputs.temperatures,
+            workers=workers,
+            flags=flags,
+        )
+    return (clock.times[-1] - clock.times[warm - 1]) / MEASURED_STEPS
+
+
+def _read(record: Folder) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(read_text(record))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigError(
+            f"cannot be read ({error}).", where=record, fix="Remove it to measure anew."
+        ) from error
     return found

@@ -11,17 +11,16 @@ from typing import Any
 import torch
 
 from pipeline.cache.store import write_json
-from pipeline.comparison.budget import StepClock
-from pipeline.comparison.plan import Plan, Run
-from pipeline.comparison.results import Results, RunResult
-from pipeline.comparison.scoring import ScoringSettings, score_student, scored_before
 from pipeline.data.registry import Registry
 from pipeline.errors import PipelineError, Stopped
 from pipeline.folder import Folder, matching, read_text
 from pipeline.log import Advance, Log
-from pipeline.network import pick_device
+from pipeline.networks.by_name import pick_device
 from pipeline.student.speed import SpeedFlags
 from stages import train_student
+from stages.compare.plan import Plan, Run, StepClock
+from stages.compare.results import Results, RunResult
+from stages.compare.scoring import ScoringSettings, score_student, scored_before
 
 
 def compare(

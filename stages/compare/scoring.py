@@ -12,14 +12,14 @@ import torch
 from pipeline.cache.reader import CachedCase
 from pipeline.cache.store import write_json
 from pipeline.config import digest
+from pipeline.data.labels import IGNORE, LabelSpace
 from pipeline.errors import CheckpointError
 from pipeline.folder import Folder, matching, read_text
-from pipeline.labels import IGNORE, LabelSpace
 from pipeline.log import Advance
-from pipeline.metrics import RULES, OrganScore, score_case, score_json
+from pipeline.review.metrics import RULES, OrganScore, score_case, score_json
 from pipeline.student.checkpoint import load_student
 from pipeline.student.inference import predict_logits, running_argmax
-from pipeline.student_inputs import swallowed_organs
+from pipeline.student.inputs import swallowed_organs
 
 
 @dataclass(frozen=True)

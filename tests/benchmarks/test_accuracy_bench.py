@@ -32,11 +32,11 @@ from benchmarks.accuracy.statistics import (
     spread,
     stratified,
 )
-from pipeline.comparison.configurations import differing_fields
-from pipeline.data.phantom import ORGANS
+from pipeline.data.entries import ORGANS
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError
 from pipeline.figures import open_figure
+from stages.compare.plan import differing_fields
 from stages.train_student import TrainStudentConfig
 
 SEEDS, CASES = 4, 6

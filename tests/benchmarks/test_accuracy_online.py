@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy.online import teachers_in_the_loop
-from pipeline.cohort import open_cohort
+from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import load_registry
-from pipeline.network import build_network
+from pipeline.networks.by_name import build_network
 from pipeline.student import training
 from pipeline.student.dataset import PatchDataset, collate, to_batch
 from pipeline.student.settings import TrainingConfig

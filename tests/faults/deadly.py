@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.nifti import read_image, write_image
+from pipeline.data.volume import Volume
 from pipeline.teachers.teacher import Prediction
-from pipeline.volume import Volume
 from tests.faults.small import DATASET, TEACHERS, build_small, teacher, write_registry
 from tests.unit.teachers.made_teachers import Threshold
 

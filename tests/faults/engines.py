@@ -11,9 +11,9 @@ from typing import Any
 from pipeline.data.registry import load_registry
 from pipeline.engine.choose import open_engine
 from pipeline.engine.here import Engine
-from pipeline.inventory.verify import verify
 from pipeline.log import Log
-from pipeline.status import status
+from pipeline.review.status import status
+from pipeline.review.verify import verify
 from tests.faults.small import content, hidden
 from tests.tiny import work_of
 

@@ -14,8 +14,8 @@ from typing import Any
 from pipeline.data.registry import load_registry
 from pipeline.errors import PipelineError
 from pipeline.folder import Folder
-from pipeline.inventory.verify import verify
 from pipeline.log import Log
+from pipeline.review.verify import verify
 from stages.report import StageReport
 from tests.faults.small import run_stage
 from tests.object_store import environment
@@ -148,7 +148,7 @@ def predict(folder: str, *, overlap: float = 0.5, kill_at: int = 0, fill_at: int
     """The images of `folder/in` into `folder/out` with probabilities. `kill_at`: killed before that
     operation on files there; `disk`: `out` is a disk of 2 MB, and somebody else fills it before the
     operation `fill_at`; then the same once more with room."""
-    from pipeline.predicting.case import Probabilities
+    from pipeline.student.predict import Probabilities
     from stages import predict as stage
 
     root = Path(folder)

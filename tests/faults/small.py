@@ -22,9 +22,9 @@ from pipeline.cache.receipt import RECEIPT
 from pipeline.config import digest
 from pipeline.data.nifti import write_image
 from pipeline.data.registry import load_registry
+from pipeline.data.volume import Grid, Volume
 from pipeline.folder import Folder
 from pipeline.log import Log
-from pipeline.volume import Grid, Volume
 from stages import cache_teachers
 from stages.report import StageReport
 from tests.tiny import copy_cohort, placeless_entry, work_of

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.registry import load_registry
-from pipeline.inventory.reclaim import find_garbage, remove_garbage
-from pipeline.inventory.verify import verify
 from pipeline.log import Log
+from pipeline.review.gc import find_garbage, remove_garbage
+from pipeline.review.verify import verify
 from tests.faults.ledger import LEDGER
 from tests.faults.small import content, files_of, place_named, run_stage, teacher, write_registry
 from tests.tiny import work_of

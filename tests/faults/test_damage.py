@@ -20,13 +20,13 @@ import pytest
 from pipeline.cache.places import Place, find_units
 from pipeline.cache.reader import Unit
 from pipeline.cache.receipt import read_receipt
-from pipeline.cohort import open_cohort
+from pipeline.consensus.cohort import open_cohort
+from pipeline.data.patches import Patch
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheError
-from pipeline.inventory.contents import deep_problems
-from pipeline.inventory.verify import repair, verify
 from pipeline.log import Log
-from pipeline.patches import Patch
+from pipeline.review.units import deep_problems
+from pipeline.review.verify import repair, verify
 from tests.faults.ledger import LEDGER, how_many
 from tests.faults.small import content, files_of, flip, run_stage, truncate
 from tests.tiny import work_of

@@ -23,7 +23,7 @@ from tests.faults.small import DATASET, cached_copy, run_stage, unit_names
 from tests.tiny import copy_cohort
 
 pytest.importorskip("distributed", reason="Dask's distributed is not installed")
-from pipeline.engine import clusters, dask_engine
+from pipeline.engine import dask
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_CASES = 24
@@ -60,7 +60,7 @@ def test_workers_make_what_this_process_makes(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dask_engine, "SECONDS_BETWEEN_LINES", 0.1)
+    monkeypatch.setattr(dask, "SECONDS_BETWEEN_LINES", 0.1)
     arm(cohort, seconds=0.3)
     report = run_stage(cohort, engine=two_workers)
     assert (report.failed, sorted(report.done)) == ({}, sorted(unit_names(cohort)))
@@ -111,7 +111,7 @@ def test_a_case_that_kills_its_workers_is_named_and_no_other_fails(
 def test_workers_join_and_leave_and_the_scheduler_is_lost_and_restarted(
     cohort: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clusters, "_CONNECT_S", 3)
+    monkeypatch.setattr(dask, "_CONNECT_S", 3)
     arm(cohort, seconds=0.4)
     port = free_port()
     address = f"tcp://127.0.0.1:{port}"

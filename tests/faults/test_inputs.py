@@ -11,12 +11,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import pipeline.prepare
+import pipeline.cache.cases
 import stages.cache_teachers
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.data.nifti import NiftiVolume, read_image, write_image
+from pipeline.data.volume import Volume
 from pipeline.errors import PipelineError
-from pipeline.volume import Volume
 from tests.faults.ledger import LEDGER
 from tests.faults.small import (
     DATASET,
@@ -86,7 +86,7 @@ def test_a_case_whose_files_change_meanwhile(
     """It fails by name or is cached as the bytes that were digested, never as a mixture."""
     image, label = file_of(small, "images"), file_of(small, "labels")
     whole = {image: image.read_bytes(), label: label.read_bytes()}
-    real_image, real_label = pipeline.prepare.read_image, pipeline.prepare.read_label
+    real_image, real_label = pipeline.cache.cases.read_image, pipeline.cache.cases.read_label
 
     def change_image(path: Path) -> NiftiVolume:
         if path == image and moment == MOMENTS[0]:
@@ -109,8 +109,8 @@ def test_a_case_whose_files_change_meanwhile(
             repaint(image, 7)
         real_units(*args, **options)
 
-    monkeypatch.setattr(pipeline.prepare, "read_image", change_image)
-    monkeypatch.setattr(pipeline.prepare, "read_label", change_label)
+    monkeypatch.setattr(pipeline.cache.cases, "read_image", change_image)
+    monkeypatch.setattr(pipeline.cache.cases, "read_label", change_label)
     monkeypatch.setattr(stages.cache_teachers, "_make", cache_units)
     report = run_stage(small)
     monkeypatch.undo()

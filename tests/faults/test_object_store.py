@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipeline.cache import leftovers, objects
+from pipeline.cache import places as leftovers
+from pipeline.cache import store
 from pipeline.cache.index import read_index
-from pipeline.cache.leftovers import dead_temporaries
-from pipeline.cache.places import find_units
+from pipeline.cache.places import dead_temporaries, find_units
 from pipeline.cache.reader import Unit
 from pipeline.cache.receipt import RECEIPT, read_receipt
 from pipeline.errors import CacheError, CacheIncomplete, StoreUnreachable
 from pipeline.folder import copy_name, replace_file, sizes
-from pipeline.inventory.contents import deep_problems
-from pipeline.inventory.verify import repair, verify
 from pipeline.log import Log
+from pipeline.review.units import deep_problems
+from pipeline.review.verify import repair, verify
 from tests.faults.ledger import LEDGER, how_many
 from tests.faults.nursery import Job, Nursery
 from tests.faults.small import run_stage, unit_names
@@ -96,8 +96,8 @@ def test_a_crash_between_arrays_and_receipt_leaves_no_unit(
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(objects, "create_object", crash)
-        patch.setattr(objects, "remove", lambda path: None)  # a killed process tidies nothing
+        patch.setattr(store, "create_object", crash)
+        patch.setattr(store, "remove", lambda path: None)  # a killed process tidies nothing
         with pytest.raises(Crash):
             run_stage(small, work=store_work)
     (unit,) = find_units(store_work)

@@ -31,10 +31,10 @@ from pipeline.cache.index import read_teacher_index
 from pipeline.cache.places import find_units
 from pipeline.data.registry import Registry, load_registry
 from pipeline.errors import CacheStale, ConfigError
-from pipeline.inventory.contents import cheap_problems, deep_problems
-from pipeline.inventory.reclaim import find_garbage, remove_garbage
-from pipeline.inventory.verify import repair, verify
 from pipeline.log import Log
+from pipeline.review.gc import find_garbage, remove_garbage
+from pipeline.review.units import cheap_problems, deep_problems
+from pipeline.review.verify import repair, verify
 from tests.faults.ledger import LEDGER, how_many
 from tests.faults.nursery import Job, Nursery
 from tests.faults.small import (

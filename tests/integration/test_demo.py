@@ -11,10 +11,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from pipeline.demo import STUDENTS
-from pipeline.demo_settings import write_settings
+from pipeline.cli.demo import STUDENTS, write_settings
+from pipeline.data.labels import IGNORE
 from pipeline.errors import ConfigError
-from pipeline.labels import IGNORE
 
 pytestmark = pytest.mark.slow
 

@@ -15,11 +15,11 @@ import torch
 import yaml
 from typer.testing import CliRunner, Result
 
-from pipeline import cli
+from pipeline.cli import app as cli
 from pipeline.errors import PipelineError
 from pipeline.folder import read_text, sizes
 from pipeline.student import training as loop
-from pipeline.student.metrics_file import without_timing
+from pipeline.student.progress import without_timing
 from tests.tiny import cache_config, change_registry, training_settings, work_of
 
 if TYPE_CHECKING:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.data.phantom import PhantomSpec, write_dataset
+from pipeline.data.entries import PhantomSpec
+from pipeline.data.phantom.case import write_dataset
 from pipeline.data.registry import load_registry
 from pipeline.log import Log
-from pipeline.planning.plan import make_plan
+from pipeline.setup.plan import make_plan
 from stages import cache_teachers
 from tests.tiny import ORGANS, TAP, teacher_data, write_teacher
 

@@ -18,36 +18,36 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import demo, metrics
-from pipeline.case_sizes import two_cases
-from pipeline.cli_compare import _numbers
-from pipeline.cli_submit import _files, _target
-from pipeline.comparison import budget, scoring
-from pipeline.comparison.configurations import check_configurations
-from pipeline.comparison.settings import Settings, check_settings
+from pipeline.cli import demo
+from pipeline.cli.review import _numbers
+from pipeline.cli.setup import _files, _target
 from pipeline.config import Config, load_config
 from pipeline.data.nifti import write_like
 from pipeline.data.registry import load_registry
-from pipeline.engine import choose, clusters, parts
-from pipeline.engine.slurm_settings import SlurmSettings
+from pipeline.data.sizes import two_cases
+from pipeline.data.volume import Grid, Volume
+from pipeline.engine import choose, dask, parts
+from pipeline.engine.parts import SlurmSettings
 from pipeline.errors import ConfigError, PipelineError, TeacherError
 from pipeline.folder import parse_folder
-from pipeline.inspection import run as inspection
-from pipeline.inventory.reclaim import find_garbage
 from pipeline.log import Log
-from pipeline.network import NetworkConfig, build_network, find_module, pick_device
-from pipeline.planning.space import parse_size
-from pipeline.student import launch, speed
+from pipeline.networks.by_name import NetworkConfig, build_network, find_module, pick_device
+from pipeline.review import metrics
+from pipeline.review.gc import find_garbage
+from pipeline.review.inspect import run as inspection
+from pipeline.setup import submit
+from pipeline.setup.plan import parse_size
+from pipeline.setup.submit import SubmitSettings
+from pipeline.student import processes, speed
 from pipeline.student.checkpoint import _checked
-from pipeline.student.loggers.by_name import open_loggers
+from pipeline.student.loggers import open_loggers
 from pipeline.student.processes import Processes, _portable
-from pipeline.submission import script, submit
-from pipeline.submission.settings import SubmitSettings
-from pipeline.volume import Grid, Volume
+from stages.compare import plan, scoring
+from stages.compare.plan import Settings, check_configurations, check_settings
 from stages.report import StageReport
 from stages.train_student import TrainStudentConfig
 from tests.tiny import NETWORK, change_registry
-from tests.unit.test_cli import run_here
+from tests.unit.cli.test_app import run_here
 
 LOG = Log(quiet=True)
 CASE = np.zeros((2, 3, 4), dtype=np.uint8)
@@ -114,8 +114,8 @@ FLAGS: dict[str, Callable[[], object]] = {
     "there is no logger 'paper'": lambda: open_loggers(["paper"]),
     "no job can be made of 'demo'": lambda: submit.in_order(["demo"]),
     "predict is there twice": lambda: submit.in_order(["predict", "predict"]),
-    "nothing is known of {{x}}, {{y}}": lambda: script.fill("{{y}} {{x}} {{z}}", {"z": ""}),
-    "no such folder of templates": lambda: script._template("predict", Path("/nowhere")),
+    "nothing is known of {{x}}, {{y}}": lambda: submit.fill("{{y}} {{x}} {{z}}", {"z": ""}),
+    "no such folder of templates": lambda: submit._template("predict", Path("/nowhere")),
     "predict has no use for `nodes: 2`": lambda: SubmitSettings(nodes=2).of("predict"),
     "no registry is named": lambda: find_garbage(Path("work"), [], grace_hours=0),
     "no case whose header can be read": lambda: two_cases([]),
@@ -136,10 +136,10 @@ THINGS: dict[str, Callable[[], object]] = {
         NetworkConfig(name="Sieve"), in_channels=1, out_channels=2
     ),
     "it is no checkpoint in format": lambda: _checked({"format_version": -1}, Path("step_1.pt")),
-    "what the launcher says of this process cannot be": lambda: launch.launched(
+    "what the launcher says of this process cannot be": lambda: processes.launched(
         {"WORLD_SIZE": "2", "RANK": "2"}
     ),
-    "MASTER_ADDR: it is not set": lambda: launch._meeting_point({}),
+    "MASTER_ADDR: it is not set": lambda: processes._meeting_point({}),
 }
 
 
@@ -242,7 +242,7 @@ class TestOfThisMachine:
 
     def test_no_slurm(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "/nowhere")
-        for ask in (lambda: clusters._ask_slurm("#!/bin/sh\n"), lambda: submit._sbatch("")):
+        for ask in (lambda: dask._ask_slurm("#!/bin/sh\n"), lambda: submit._sbatch("")):
             with pytest.raises(ConfigError, match="sbatch cannot be run"):
                 ask()
 
@@ -252,7 +252,7 @@ class TestOfThisMachine:
         sbatch.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
         with pytest.raises(ConfigError, match=r"refuses the workers' jobs \(no such partition\)\."):
-            clusters._ask_slurm("#!/bin/sh\n")
+            dask._ask_slurm("#!/bin/sh\n")
         with pytest.raises(ConfigError, match=r"refuses it \(no such partition\)\."):
             submit._try("predict", "#!/bin/sh\n")
 
@@ -262,25 +262,25 @@ class TestOfThisMachine:
         monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
         with (
             pytest.raises(ConfigError, match="--executor slurm needs dask-jobqueue"),
-            clusters._slurm(1, SlurmSettings(), tmp_path),
+            dask._slurm(1, SlurmSettings(), tmp_path),
         ):
             pass
-        monkeypatch.setattr("pipeline.student.loggers.by_name.find_spec", lambda name: None)
+        monkeypatch.setattr("pipeline.student.loggers.find_spec", lambda name: None)
         with pytest.raises(ConfigError, match="logger wandb needs a package"):
             open_loggers(["wandb"])
 
 
 class TestOfFiles:
     def test_templates_that_are_there(self, tmp_path: Path) -> None:
-        script.copy_templates(tmp_path)
+        submit.copy_templates(tmp_path)
         with pytest.raises(ConfigError, match=r"it holds .*predict\.sh"):
-            script.copy_templates(tmp_path)
+            submit.copy_templates(tmp_path)
         (tmp_path / "file").touch()
         with pytest.raises(PipelineError, match="templates cannot be written"):
-            script.copy_templates(tmp_path / "file" / "below")
+            submit.copy_templates(tmp_path / "file" / "below")
         (tmp_path / "predict.sh").write_bytes(b"\xff")
         with pytest.raises(PipelineError, match="the template cannot be read"):
-            script._template("predict", tmp_path)
+            submit._template("predict", tmp_path)
 
     def test_a_place_that_is_no_folder(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
@@ -298,10 +298,10 @@ class TestOfFiles:
         record = tmp_path / "budget.json"
         record.write_text("{")
         with pytest.raises(ConfigError, match=r"cannot be read .* Remove it to measure anew"):
-            budget._read(record)
+            plan._read(record)
         record.write_text('{"seconds": 5}')
         with pytest.raises(ConfigError, match="begun with 5 seconds, not 7"):
-            budget.steps_for_seconds(
+            plan.steps_for_seconds(
                 [], {}, None, 7, record,  # type: ignore[arg-type]
                 log=LOG, device=torch.device("cpu"), workers=0, flags=None,
             )  # fmt: skip

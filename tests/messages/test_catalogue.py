@@ -23,8 +23,8 @@ from tests.messages.troubleshooting import PAGE, page
 WHOLE_TEXTS = {
     "pipeline/config.py: ‹texts›": "one mistake of a YAML file: the text has line and remedy",
     "pipeline/config.py: ‹number› mistakes:": "several of them, each with line and remedy",
-    "pipeline/layouts/begin.py: ‹problems›": "what is not known, each with its flag and remedy",
-    "pipeline/layouts/begin.py: ‹temporary›": "the registry's own error, as it was raised",
+    "pipeline/setup/init/begin.py: ‹problems›": "what is not known, each with its flag and remedy",
+    "pipeline/setup/init/begin.py: ‹temporary›": "the registry's own error, as it was raised",
 }
 
 
@@ -110,14 +110,14 @@ def test_what_reads_well_is_left_alone() -> None:
 
 class TestLedger:
     def test_an_error_is_noted_with_the_place_that_made_it(self) -> None:
-        from pipeline.network import pick_device
+        from pipeline.networks.by_name import pick_device
 
         with pytest.raises(ConfigError):
             pick_device("abacus")
         (site,) = {
             site_at(file, line)
             for file, line in RAISED.sites
-            if file == "pipeline/network.py" and "is no device" in str(site_at(file, line))
+            if file == "pipeline/networks/by_name.py" and "is no device" in str(site_at(file, line))
         }
         assert site is not None
         assert site.what == ("‹name› is no device.",)

@@ -16,37 +16,36 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "Images and label maps",
-        ("data/nifti", "data/files", "data/resample", "data/phantom", "case_checks", "prepare.",
-         "volume", "metrics", "case_sizes", "labels"),
+        ("data/nifti", "data/resample", "data/phantom", "data/volume", "data/labels", "data/sizes",
+         "data/hounsfield", "cache/cases", "review/metrics"),
     ),
     (
         "Settings and the registry",
-        ("config", "data/", "intensity", "teacher_entry", "unit_steps", "checking/datasets"),
+        ("config", "data/entries", "data/registry", "data/splits", "data/patches",
+         "setup/check/cohort"),
     ),
-    ("`pipeline init`", ("layouts/",)),
+    ("`pipeline init`", ("setup/init/",)),
     ("Teachers: nnU-Net", ("teachers/nnunet",)),
     ("Teachers: MONAI bundles", ("teachers/monai_bundle", "teachers/bundle")),
     ("Teachers: exported files", ("teachers/exported",)),
     (
         "Teachers: all kinds",
-        ("teachers/", "admission/", "checking", "units.", "unit_work", "train_teachers",
-         "weights"),
+        ("teachers/", "data/weights", "networks/windows", "consensus/gate", "consensus/evidence",
+         "setup/check", "train_teachers", "cache_teachers"),
     ),
     (
         "The cache and the work folder",
-        ("cache/", "cohort", "folder", "mirror", "inventory/", "cli_cache", "planning/", "cli_plan",
-         "tables", "status", "identity"),
+        ("cache/", "consensus/", "folder", "cli/cache", "setup/plan", "review/units",
+         "review/status", "review/verify", "review/recompute", "review/why", "review/gc",
+         "review/export"),
     ),
-    ("Several workers, Slurm, job arrays", ("engine/", "submission/", "cli_submit")),
-    (
-        "Training a student",
-        ("student/", "student_inputs", "network", "self_test", "cli_self_test", "train_student"),
-    ),
+    ("Several workers, Slurm, job arrays", ("engine/", "setup/submit", "cli/setup")),
     (
         "Predicting, evaluating, comparing, looking, exporting",
-        ("predict", "cli_predict", "evaluate", "comparison/", "cli_compare", "inspection/",
-         "cli_inspect", "html_report/", "export", "cli_export", "label_tables", "summary"),
+        ("student/predict", "student/inference", "student/export", "predict", "evaluate", "export",
+         "compare/", "against", "review/", "cli/review", "cli/stages", "figures"),
     ),
+    ("Training a student", ("student/", "networks/", "cli/self_test", "train_student")),
     ("The command line", ("",)),
 )  # fmt: skip
 

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.consensus import (
+from pipeline.consensus.regions import (
     Consensus,
     average_experts,
     consensus,
     excluded_by_label,
     pair_conflicts,
 )
-from tests.unit.slow_consensus import (
+from tests.unit.consensus.slow_consensus import (
     slow_average,
     slow_excluded,
     slow_labels_win,

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.metrics import OrganScore, score_case
-from pipeline.volume import Grid
+from pipeline.data.volume import Grid
+from pipeline.review.metrics import OrganScore, score_case
 
 Mask = npt.NDArray[np.bool_]
 Spacing = tuple[float, float, float]

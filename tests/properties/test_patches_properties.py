@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.patches import Patch, padded_shape, patch_at, window_starts
+from pipeline.data.patches import Patch, padded_shape, patch_at, window_starts
 
 SIZES = st.integers(1, 40)
 SIZES3 = st.tuples(SIZES, SIZES, SIZES)

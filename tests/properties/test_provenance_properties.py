@@ -18,16 +18,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cache.provenance import case_inputs, differing, teacher_inputs, unit_inputs
-from pipeline.cache.schema import StorageConfig
+from pipeline.cache.cases import identify_case
+from pipeline.cache.schema import StorageConfig, case_inputs, differing, teacher_inputs, unit_inputs
 from pipeline.config import digest
 from pipeline.data.registry import Registry, load_registry
-from pipeline.network import NetworkConfig
-from pipeline.prepare import identify_case
+from pipeline.networks.by_name import NetworkConfig
+from pipeline.networks.windows import WindowConfig
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.training import train
-from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.units import open_teacher
+from pipeline.teachers.units import open_teacher
 from stages import cache_teachers, train_student
 from tests.stages.stage_contract import content
 from tests.tiny import (
@@ -143,7 +142,7 @@ def test_no_number_is_a_digest() -> None:
 
 PROGRAM = """
 import json, sys
-from pipeline.cache.provenance import case_inputs, teacher_inputs, unit_inputs
+from pipeline.cache.schema import case_inputs, teacher_inputs, unit_inputs
 from pipeline.cache.schema import StorageConfig
 from pipeline.config import digest
 organs = {"spleen", "liver", "pancreas", "kidney-left", "kidney-right", "aorta"}

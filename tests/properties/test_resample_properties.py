@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.resample import resample, same_grid
-from pipeline.volume import Grid, Volume
+from pipeline.data.volume import Grid, Volume
 
 SIZES = st.tuples(*[st.integers(1, 9)] * 3)
 SPACINGS = st.tuples(*[st.floats(0.3, 8.0)] * 3)

@@ -11,13 +11,12 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.inventory.verify import verify
+from pipeline.cli.app import app
 from pipeline.log import Log
+from pipeline.review.verify import verify
+from pipeline.setup.submit import STAGES, recorded
 from pipeline.student.checkpoint import load_student
-from pipeline.student.metrics_file import metric_lines, without_timing
-from pipeline.submission.jobs import recorded
-from pipeline.submission.settings import STAGES
+from pipeline.student.progress import metric_lines, without_timing
 from tests.slurm.cluster import Slurm
 from tests.tiny import cache_config, training_settings, work_of
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.submission.jobs import with_states
-from pipeline.submission.settings import STAGES
+from pipeline.setup.submit import STAGES, with_states
 from tests.faults.ledger import LEDGER
 from tests.slurm.cluster import Slurm, wait_until
 from tests.slurm.submitting import (

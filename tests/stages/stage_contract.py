@@ -29,7 +29,7 @@ from typing import ClassVar
 
 import pytest
 
-from pipeline.student.metrics_file import metric_lines, without_timing
+from pipeline.student.progress import metric_lines, without_timing
 from stages.report import StageReport
 from tests.tiny import placeless_entry
 

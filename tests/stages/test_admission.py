@@ -15,18 +15,19 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline import cli, unit_steps
-from pipeline.admission import gate
-from pipeline.admission.evidence import Evidence, read_evidence, temperatures
 from pipeline.cache.index import read_teacher_index
 from pipeline.cache.places import find_units
 from pipeline.cache.receipt import read_receipt, verify_unit
+from pipeline.cli import app as cli
+from pipeline.consensus import gate
+from pipeline.consensus.evidence import Evidence, read_evidence, temperatures
 from pipeline.data.nifti import write_image
 from pipeline.data.registry import load_registry
+from pipeline.data.volume import Grid, Volume
 from pipeline.errors import CacheMissing, ConfigError, TeacherError
-from pipeline.inventory.why import why
 from pipeline.log import Log
-from pipeline.volume import Grid, Volume
+from pipeline.review.why import why
+from pipeline.teachers import units as unit_steps
 from stages import cache_teachers
 from stages.report import StageReport
 from tests.stages.stage_contract import snapshot

@@ -16,11 +16,11 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from pipeline import cli, unit_steps
-from pipeline.admission.evidence import read_evidence
 from pipeline.cache.index import read_teacher_index
 from pipeline.cache.receipt import RECEIPT, read_receipt, verify_unit, write_receipt
-from pipeline.cohort import open_cohort
+from pipeline.cli import app as cli
+from pipeline.consensus.cohort import open_cohort
+from pipeline.consensus.evidence import read_evidence
 from pipeline.data.registry import load_registry
 from pipeline.errors import (
     CacheStale,
@@ -31,9 +31,10 @@ from pipeline.errors import (
     WorkFolderError,
 )
 from pipeline.log import Log
+from pipeline.student.inputs import open_inputs
 from pipeline.student.supervision import SupervisionConfig
-from pipeline.student_inputs import open_inputs
-from pipeline.units import Outputs
+from pipeline.teachers import units
+from pipeline.teachers.units import Outputs
 from stages import cache_teachers
 from tests.stages.stage_contract import snapshot
 from tests.stages.test_cache_teachers import run, units_of
@@ -183,7 +184,7 @@ def test_what_nobody_foresaw_stops_one_unit_and_keeps_its_traceback(
     tiny_registry: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keep(tiny_registry, "liver-ct", liver=factory("threshold"))
-    real = unit_steps.compute_unit
+    real = units.compute_unit
 
     def sometimes(*args: Any) -> Outputs:
         return broken() if args[3].case == "case_001" else real(*args)
@@ -191,7 +192,7 @@ def test_what_nobody_foresaw_stops_one_unit_and_keeps_its_traceback(
     def broken() -> NoReturn:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(unit_steps, "compute_unit", sometimes)
+    monkeypatch.setattr(units, "compute_unit", sometimes)
     report = run(tiny_registry)
     assert set(report.failed) == {"liver x liver-ct/case_001"}
     assert len(report.done) == 5

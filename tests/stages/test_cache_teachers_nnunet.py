@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline import cli
 from pipeline.cache.schema import round_bits
+from pipeline.cli import app as cli
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import load_registry
 from pipeline.data.resample import resample
-from pipeline.status import status
+from pipeline.review.status import status
 from pipeline.teachers.teacher import organ_log_odds
 from tests.blobs import write_blobs
 from tests.nnunet_models import copy_model

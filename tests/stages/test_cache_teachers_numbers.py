@@ -12,16 +12,14 @@ import torch
 
 from pipeline.cache.reader import CachedCase
 from pipeline.cache.schema import round_bits
-from pipeline.cohort import compute, lazy_consensus, open_cohort
+from pipeline.consensus.cohort import compute, lazy_consensus, open_cohort, print_regions
+from pipeline.data.labels import Intensity, log_odds
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import load_registry
 from pipeline.data.resample import resample
-from pipeline.intensity import Intensity
-from pipeline.labels import log_odds
-from pipeline.network import build_network
-from pipeline.placement import feature_stride
-from pipeline.tables import print_regions
+from pipeline.networks.by_name import build_network
 from pipeline.teachers.checkpoint import read_teacher
+from pipeline.teachers.units import feature_stride
 from stages.report import StageReport
 from tests.stages.stage_contract import snapshot
 from tests.stages.test_cache_teachers import quiet_run, run

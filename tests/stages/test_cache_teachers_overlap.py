@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from pipeline import unit_steps
-from pipeline.admission import looks
 from pipeline.cache.index import read_dataset_index
+from pipeline.consensus import evidence
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import load_registry
 from pipeline.errors import TeacherError
-from pipeline.teachers.window_passes import WindowPasses
+from pipeline.networks.windows import WindowPasses
+from pipeline.teachers import units
 from tests.stages import test_cache_teachers as stage
 from tests.stages.stage_contract import ROOT, content
 from tests.stages.test_cache_teachers import quiet_run, run, units_of
@@ -55,7 +55,7 @@ def test_a_ct_is_read_once_for_all_teachers(
         seen.append(str(path))
         return read_image(path)
 
-    monkeypatch.setattr(unit_steps, "read_image", spy)
+    monkeypatch.setattr(units, "read_image", spy)
     assert run(tiny_registry).exit_code == 0
     times = Counter(seen)
     assert len(times) == 9
@@ -64,7 +64,7 @@ def test_a_ct_is_read_once_for_all_teachers(
     work = work_of(tiny_registry)
     keys = {dataset: registry.dataset_key(dataset) for dataset in registry.datasets}
     cases = [case for dataset in keys for case in read_dataset_index(work, dataset, keys[dataset])]
-    gate = {case for _, case in looks.units_of(looks.plan_looks(registry, cases))}
+    gate = {case for _, case in evidence.units_of(evidence.plan_looks(registry, cases))}
     twice = {f"{Path(p).parents[1].name}/{Path(p).name[:8]}" for p, n in times.items() if n == 2}
     assert twice <= gate
     assert max(times.values()) <= 2

@@ -12,12 +12,12 @@ from pipeline.cache.index import case_records, read_dataset_index
 from pipeline.cache.places import find_units
 from pipeline.data.nifti import read_image, write_image
 from pipeline.data.registry import load_registry
+from pipeline.data.volume import Volume
 from pipeline.engine.parts import Part
-from pipeline.inventory.reclaim import find_garbage
-from pipeline.inventory.verify import verify
 from pipeline.log import Log
-from pipeline.status import status
-from pipeline.volume import Volume
+from pipeline.review.gc import find_garbage
+from pipeline.review.status import status
+from pipeline.review.verify import verify
 from tests.faults.small import DATASET, build_small, cached_copy, content, run_stage, unit_names
 from tests.tiny import change_registry, copy_cohort, work_of
 

@@ -7,13 +7,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.data.registry import load_registry
 from pipeline.errors import SpaceError
 from pipeline.log import Log
-from pipeline.planning import record
-from pipeline.planning.plan import make_plan
-from pipeline.planning.space import Space, look_at
+from pipeline.setup import plan as record
+from pipeline.setup.plan import Space, look_at, make_plan
 from stages import cache_teachers
 from stages.report import StageReport
 from tests.stages.stage_contract import snapshot

@@ -11,13 +11,13 @@ import pytest
 import typer
 import yaml
 
-from pipeline.cli import app
-from pipeline.data.phantom_spec import PhantomSpec
+from pipeline.cli.app import app
+from pipeline.data.entries import PhantomSpec
 from tests.stages.stage_contract import snapshot
 from tests.stages.test_predict import write_student
 from tests.stages.test_train_student import settings as student_settings
 from tests.tiny import cache_config, change_registry, training_settings, work_of
-from tests.unit.test_cli import run_here
+from tests.unit.cli.test_app import run_here
 
 # Command -> its arguments, besides --dry-run; {} stands for the folder of the registry.
 ARGUMENTS = {

@@ -15,11 +15,11 @@ import numpy.typing as npt
 import pytest
 
 from pipeline.config import file_sha256
-from pipeline.data.nifti_file import name_extensions
+from pipeline.data.nifti import name_extensions
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError
 from pipeline.log import Log
-from pipeline.summary import METRICS, known, organ_means, overall_means
+from pipeline.review.metrics import METRICS, known, organ_means, overall_means
 from stages import evaluate
 from stages.evaluate import EvaluateConfig
 from stages.report import StageReport

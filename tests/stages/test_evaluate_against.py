@@ -13,19 +13,24 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.comparison.folders import SideBySide, predictions_of, side_by_side
-from pipeline.comparison.paired_tables import print_side_by_side, write_side_by_side
+from pipeline.cli.app import app
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError
 from pipeline.log import Log
-from pipeline.metrics import RULES
+from pipeline.review.metrics import RULES
 from stages import evaluate
+from stages.against import (
+    SideBySide,
+    predictions_of,
+    print_side_by_side,
+    side_by_side,
+    write_side_by_side,
+)
 from stages.evaluate import EvaluateConfig
 from tests.stages.stage_contract import snapshot
 from tests.stages.test_evaluate import CASES, LIVER, change_file, reference, without
 from tests.tiny import change_registry
-from tests.unit.checking.test_teachers import run_cli
+from tests.unit.setup.check.test_teachers import run_cli
 
 ALL = [f"{d}/case_00{n}" for d in ("liver-ct", "spleen-ct", "multi-ct") for n in range(3)]
 

@@ -17,20 +17,20 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from pipeline.cli_export import FormatName
+from pipeline.cli.stages import FormatName
+from pipeline.data.entries import TeacherEntry
+from pipeline.data.labels import Intensity
 from pipeline.data.nifti import read_image
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.exporting import write
-from pipeline.exporting.parity import LabelCount, Tolerance
-from pipeline.intensity import Intensity
 from pipeline.log import Log
-from pipeline.network import NetworkConfig
+from pipeline.networks.by_name import NetworkConfig
+from pipeline.networks.windows import WindowConfig
 from pipeline.student.checkpoint import load_student, save_student
+from pipeline.student.export import write
+from pipeline.student.export.parity import LabelCount, Tolerance
 from pipeline.student.inference import predict_logits
 from pipeline.student.network import build_student
-from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.load import load_teacher
-from pipeline.teachers.sliding_window import WindowConfig
 from stages import export, predict
 from stages.export import ExportConfig
 from stages.report import StageReport
@@ -80,7 +80,7 @@ def image(tmp_path: Path) -> Path:
 
 
 class TestExport(StageContract):
-    kill_at = "pipeline.exporting.write:write_json"
+    kill_at = "pipeline.student.export.write:write_json"
     kill_nth = 3  # the bundle's only one; TorchScript writes two
     # Torch numbers the classes in a TorchScript file through all that a process has traced.
     timed: ClassVar[tuple[str, ...]] = ("*.ts", "*/export.json")

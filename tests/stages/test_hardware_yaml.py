@@ -9,8 +9,8 @@ import torch
 
 import stages
 from pipeline.config import load_config
-from pipeline.network import build_network, output_shapes, tap_shapes
-from pipeline.student.deep_supervision import check_outputs
+from pipeline.networks.by_name import build_network, output_shapes, tap_shapes
+from pipeline.student.network import check_outputs
 from pipeline.student.settings import TrainingConfig
 from stages.train_student import TrainStudentConfig
 

@@ -17,20 +17,20 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from pipeline import cli
-from pipeline.cli import app
+from pipeline.cli import app as cli
+from pipeline.cli.app import app
 from pipeline.config import file_sha256
+from pipeline.data.labels import Intensity
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import load_registry
 from pipeline.errors import CheckpointError, ConfigError, GeometryError
-from pipeline.intensity import Intensity
 from pipeline.log import Log
-from pipeline.network import NetworkConfig, build_network
-from pipeline.predicting import case as case_module
-from pipeline.predicting.case import write_label_tables
+from pipeline.networks.by_name import NetworkConfig, build_network
+from pipeline.student import predict as case_module
 from pipeline.student.checkpoint import StudentRecord, save_student
 from pipeline.student.inference import predict_logits
 from pipeline.student.network import build_student
+from pipeline.student.predict import write_label_tables
 from stages import predict
 from stages.predict import PredictConfig
 from stages.report import StageReport
@@ -142,7 +142,7 @@ def threshold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestPredict(StageContract):
-    kill_at = "pipeline.predicting.case:write_like"
+    kill_at = "pipeline.student.predict:write_like"
     # The command line is given the dataset's folder, so that its tables are there.
     timed: ClassVar[tuple[str, ...]] = ("multi-ct/labels.*",)
 

@@ -19,17 +19,17 @@ from scipy.special import softmax
 from pipeline.data.nifti import read_image
 from pipeline.errors import ConfigError
 from pipeline.log import Log
-from pipeline.predicting import case as case_module
-from pipeline.predicting.case import Probabilities
+from pipeline.student import predict as case_module
 from pipeline.student.checkpoint import load_student, save_student
 from pipeline.student.inference import predict_logits
 from pipeline.student.network import build_student
+from pipeline.student.predict import Probabilities
 from stages import predict
 from stages.predict import PredictConfig
 from stages.report import StageReport
 from tests.stages.stage_contract import ROOT, content, snapshot
 from tests.stages.test_predict import SPACING_XYZ, record, write_ct, write_student
-from tests.unit.test_cli import run_here
+from tests.unit.cli.test_app import run_here
 
 CPU = torch.device("cpu")
 
@@ -304,7 +304,7 @@ _PEAK = """
 import resource, sys
 from pathlib import Path
 from pipeline.log import Log
-from pipeline.predicting.inputs import find_inputs
+from pipeline.student.predict import find_inputs
 from stages import predict
 student, image, output = map(Path, sys.argv[1:])
 report = predict.run(predict.PredictConfig(overlap=0.25), student, find_inputs(image), output,

@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 from pipeline.cache.reader import CachedCase
-from pipeline.cohort import open_cohort
+from pipeline.consensus.cohort import open_cohort
+from pipeline.data.labels import log_odds
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import load_registry
 from pipeline.data.resample import resample
+from pipeline.data.volume import Volume
 from pipeline.errors import OutputsError, TeacherError
-from pipeline.labels import log_odds
-from pipeline.status import status
+from pipeline.networks.windows import WindowConfig
+from pipeline.review.status import status
 from pipeline.teachers.load import load_teacher
-from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.volume import Volume
 from stages.report import StageReport
 from tests.stages.stage_contract import snapshot
 from tests.stages.test_cache_teachers import quiet_run

@@ -16,13 +16,14 @@ import pytest
 import torch
 import yaml
 
-from pipeline import cli
-from pipeline.admission.evidence import read_evidence, write_evidence
 from pipeline.cache.index import read_dataset_index, read_teacher_index
+from pipeline.cli import app as cli
+from pipeline.consensus.evidence import read_evidence, write_evidence
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheMissing, CacheStale, CheckpointError, ConfigError, PipelineError
 from pipeline.log import Log
-from pipeline.student import loading, training
+from pipeline.student import dataset as loading
+from pipeline.student import training
 from pipeline.student.checkpoint import load_student
 from pipeline.student.supervision import Kind
 from stages import train_student

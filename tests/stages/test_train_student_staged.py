@@ -13,12 +13,12 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.data.registry import load_registry
 from pipeline.folder import Folder
 from pipeline.log import Log
 from pipeline.student.checkpoint import load_student
-from pipeline.student.metrics_file import metric_lines, without_timing
+from pipeline.student.progress import metric_lines, without_timing
 from stages import train_student
 from tests.stages.test_train_student import settings
 from tests.tiny import copy_cohort, training_settings, work_of

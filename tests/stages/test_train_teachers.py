@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
+from pipeline.data.labels import Intensity
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError, RegistryError, Stopped, TeacherError
-from pipeline.intensity import Intensity
 from pipeline.log import Log
 from pipeline.student import training
 from pipeline.teachers.checkpoint import read_teacher

@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from pipeline.figures import (
     Marked,
     Panel,
+    _line_style,
+    save_curves,
     save_overlay,
     save_planes,
 )
-from pipeline.student.curves import _line_style, save_curves
 
 SHAPE = (10, 12, 14)
 TERMS = {"cross_entropy": [(1, 2.0), (2, 1.5), (3, 1.0)], "dice": [(1, 0.9)]}

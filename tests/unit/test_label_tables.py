@@ -11,19 +11,19 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from pipeline.html_report.case_layers import organ_colours as on_the_page
-from pipeline.inspection import maps
-from pipeline.label_tables import (
+from pipeline.data.labels import LabelSpace
+from pipeline.figures import (
     caret_xml,
     colour_of,
     hex_colour,
     itksnap_text,
     luminance,
     names_in,
+    save_curves,
     slicer_text,
 )
-from pipeline.labels import LabelSpace
-from pipeline.student.curves import save_curves
+from pipeline.review.inspect import run
+from pipeline.review.report.pictures import organ_colours as on_the_page
 
 
 def test_colours_of_all_ids_differ_and_neighbours_differ_much() -> None:
@@ -51,10 +51,10 @@ def test_one_organ_has_one_colour_in_every_picture_page_and_table(
         return {name: f"#{int(r):02x}{int(g):02x}{int(b):02x}" for r, g, b, name in found}
 
     assert {names[i]: colour for i, colour in on_the_page(LabelSpace(ids)).items()} == wanted
-    assert maps.organ_colours(look) == wanted
+    assert run.organ_colours(look) == wanted
     snap = r"^ *(?!0 |255 )\d+ +(\d+) +(\d+) +(\d+) .*\"(.*)\"$"
-    assert hexed(snap, itksnap_text(names)) == hexed(snap, maps.snap_labels(look)) == wanted
-    for text in (slicer_text(names, "t.ctbl"), maps.slicer_colours(look)):
+    assert hexed(snap, itksnap_text(names)) == hexed(snap, run.snap_labels(look)) == wanted
+    for text in (slicer_text(names, "t.ctbl"), run.slicer_colours(look)):
         rows = [line.split() for line in text.splitlines() if line[:1].isdigit()]
         found = {row[1]: "#" + bytes(map(int, row[2:5])).hex() for row in rows}
         assert {organ: found[organ] for organ in ids} == wanted

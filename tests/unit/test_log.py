@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.text import Text
 
-from pipeline.comparison.budget import StepClock
 from pipeline.folder import read_text, sizes
 from pipeline.log import Log, print_table
+from stages.compare.plan import StepClock
 from website.screens import ROOT
 from website.terminal import run
 

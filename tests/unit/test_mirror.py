@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.errors import CheckpointError
-from pipeline.folder import read_text, sizes
-from pipeline.mirror import mirrored
+from pipeline.folder import mirrored, read_text, sizes
 
 if TYPE_CHECKING:
     from upath import UPath

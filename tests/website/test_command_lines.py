@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from tests.website.command_lines import CommandLine, command_lines
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from tests.chromium import PROGRAM, chromium
 from website.command_reference import walk
 from website.links import relinked

@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from pipeline.cli_run import exit_code_of
+from pipeline.cli.record import exit_code_of
 
 # What the commands import beside the project's own modules, inside functions.
 _THIRD = ("monai.networks.nets", "matplotlib.figure", "nnunetv2.inference.predict_from_raw_data")
@@ -104,7 +104,7 @@ def end(code: int) -> NoReturn:
 
 if __name__ == "__main__":
     serve(sys.argv[1], Path(sys.argv[2]))
-    from pipeline.cli import main
+    from pipeline.cli.app import main
 
     try:
         main()

@@ -17,28 +17,28 @@ Three kinds of disagreement are told apart, m being the margin:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import dask.array as da
 import numpy as np
+import numpy.typing as npt
 
-from pipeline.blocks import count_blocks, in_blocks
-from pipeline.cache.reader import CachedCase
-from pipeline.cohort import Temperatures, Votes, lazy_votes
-from pipeline.consensus import (
+from pipeline.cache.reader import CachedCase, ReliabilityConfig
+from pipeline.consensus.cohort import Temperatures, Votes, lazy_votes
+from pipeline.consensus.regions import (
     DEFAULT_CONFIDENCE,
     Consensus,
+    count_blocks,
     excluded_by_label,
+    in_blocks,
     pair_conflicts,
     stack_organs,
 )
+from pipeline.data.labels import LabelSpace
 from pipeline.errors import CacheMissing
-from pipeline.inspection import voxels
-from pipeline.labels import LabelSpace
-from pipeline.trust import ReliabilityConfig
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class CaseLook:
     def pairs(self) -> tuple[list[tuple[str, str]], da.Array]:
         """Voxels in conflict for each pair of teachers, after labels have won if they do."""
         claims = in_blocks(
-            voxels.claims,
+            block_claims,
             "czyx",
             np.bool_,
             (self.log_odds, "czyx"),
@@ -121,7 +121,7 @@ class CaseLook:
         teachers, organs = zip(*self.channels, strict=True)
         return pair_conflicts(claims, teachers, organs)
 
-    def counts(self) -> tuple[list[voxels.Count], da.Array]:
+    def counts(self) -> tuple[list[Count], da.Array]:
         """What there is to count, and its voxels, int64 (M,)."""
         options: dict[str, Any] = {
             "organs": tuple(self.organs),
@@ -142,23 +142,23 @@ class CaseLook:
         ]
         # The function itself says in which order it counts.
         empty = [np.zeros((a.shape[0],) * (a.ndim - 3) + (0, 0, 0), a.dtype) for a, _ in arrays]
-        names = list(voxels.masks_of(*empty, **options))
-        return names, count_blocks(voxels.count_masks, len(names), *arrays, **options)
+        names = list(masks_of(*empty, **options))
+        return names, count_blocks(count_masks, len(names), *arrays, **options)
 
     def region_ids(self) -> da.Array:
         """uint8 (D, H, W): id of the organ whose region it is, of the surer one in a conflict."""
         arrays = (self.regions.organ, "kzyx"), (self.regions.log_odds, "kzyx")
-        return in_blocks(voxels.surest, "zyx", np.uint8, *arrays, ids=tuple(self.ids))
+        return in_blocks(surest, "zyx", np.uint8, *arrays, ids=tuple(self.ids))
 
     def num_claims(self) -> da.Array:
         """uint8 (D, H, W): in how many organ regions, where that is two or more; else 0."""
-        return in_blocks(voxels.num_claims, "zyx", np.uint8, (self.regions.organ, "kzyx"))
+        return in_blocks(block_num_claims, "zyx", np.uint8, (self.regions.organ, "kzyx"))
 
     def against_label(self) -> da.Array:
-        """uint8 (D, H, W): `voxels.FALSE_POSITIVE`, `MISS`, or `BOTH`: the label's organ is missed
+        """uint8 (D, H, W): `FALSE_POSITIVE`, `MISS`, or `BOTH`: the label's organ is missed
         and another one is claimed."""
         return in_blocks(
-            voxels.against_label,
+            block_against_label,
             "zyx",
             np.uint8,
             (self.votes.classes, "zyx"),
@@ -175,13 +175,13 @@ class CaseLook:
     def num_split(self) -> da.Array:
         """uint8 (D, H, W): of how many organs the experts are split."""
         options: dict[str, Any] = {"channels": tuple(self.channels), "margin": self.view.margin}
-        return in_blocks(voxels.num_split, "zyx", np.uint8, (self.log_odds, "czyx"), **options)
+        return in_blocks(block_num_split, "zyx", np.uint8, (self.log_odds, "czyx"), **options)
 
     def spread(self) -> da.Array:
         """float32 (D, H, W): the largest spread of any organ's experts, in log-odds."""
         channels = tuple(self.channels)
         return in_blocks(
-            voxels.spread, "zyx", np.float32, (self.log_odds, "czyx"), channels=channels
+            block_spread, "zyx", np.float32, (self.log_odds, "czyx"), channels=channels
         )
 
 
@@ -203,3 +203,129 @@ def look_at(case: CachedCase, space: LabelSpace, view: View) -> CaseLook:
     organs = [space.organs[k] for k in votes.known]
     ids = [space.ids[organ] for organ in organs]
     return CaseLook(votes, organs, ids, view, is_doubted=bool(case.trust))
+
+
+# The same in numpy, over one block.
+#
+# d, h, w are a block's voxels; channels C are the pairs (teacher, k) that there are log-odds of.
+
+FALSE_POSITIVE, MISS, BOTH = 1, 2, 3
+# What is counted: ("region", "liver"), ("miss", "liver"), ("background", "") ..
+Count = tuple[str, str]
+Array = npt.NDArray[Any]
+
+
+def block_claims(
+    d: Array, excluded: Array, organs: tuple[int, ...], margin: float, labels_win: bool
+) -> npt.NDArray[np.bool_]:
+    """bool (C, d, h, w), what each teacher claims; if labels win, not where they exclude it."""
+    block_claims: npt.NDArray[np.bool_] = d > margin
+    if labels_win:
+        for claim, organ in zip(block_claims, organs, strict=True):
+            claim &= ~excluded[organ]
+    return block_claims
+
+
+def masks_of(
+    label: Array,
+    votes: Array,
+    alone: Array,
+    excluded: Array,
+    organ: Array,
+    background: Array,
+    unclaimed: Array,
+    conflict: Array,
+    abstained: Array,
+    *,
+    organs: tuple[str, ...],
+    channels: tuple[tuple[str, int], ...],
+    annotated: tuple[int, ...],
+    margin: float,
+) -> dict[Count, Any]:
+    """All that is counted, as masks over one block."""
+    experts = [[c for c, (_, k) in enumerate(channels) if k == n] for n in range(len(organs))]
+    judged = [k for k, who in enumerate(experts) if who]
+    masks: dict[Count, Any] = {
+        ("background", ""): background,
+        ("unclaimed", ""): unclaimed,
+        ("conflict", ""): conflict,
+        ("abstained", ""): abstained,
+        ("unseen", ""): np.isnan(alone[judged]).any(axis=0),
+    }
+    for c, (teacher, k) in enumerate(channels):
+        masks["claimed", f"{teacher}: {organs[k]}"] = votes[c] > margin
+        masks["unseen", f"{teacher}: {organs[k]}"] = np.isnan(votes[c])
+    background_alone = (alone[judged] < -margin).all(axis=0)
+    for k, name in enumerate(organs):
+        masks["region", name] = organ[k]
+        if len(experts[k]) > 1:
+            masks["split", name] = _is_split(votes[experts[k]], margin)
+        if k in annotated:
+            inside = label == k + 1
+            masks["label", name] = inside
+            if experts[k]:
+                masks["miss", name] = inside & ~(alone[k] > margin)
+                masks["swallowed", name] = inside & background_alone
+        if experts[k]:
+            masks["false positive", name] = (alone[k] > margin) & excluded[k]
+    return masks
+
+
+def count_masks(*blocks: Array, **options: Any) -> npt.NDArray[np.int64]:
+    """int64 (M,), voxels in each of `masks_of`, in that order."""
+    masks = masks_of(*blocks, **options).values()
+    return np.array([np.count_nonzero(mask) for mask in masks], dtype=np.int64)
+
+
+def surest(organ: Array, d: Array, ids: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """The id of the organ with the largest log-odds of those that claim the voxel; else 0."""
+    best = np.where(organ, d, -np.inf).argmax(axis=0)
+    found = np.array(ids, dtype=np.uint8)[best]
+    return np.asarray(np.where(organ.any(axis=0), found, np.uint8(0)))
+
+
+def block_num_claims(organ: Array) -> npt.NDArray[np.uint8]:
+    """In how many organ regions, where that is two or more; else 0."""
+    count = organ.sum(axis=0, dtype=np.uint8)
+    return np.asarray(np.where(count >= 2, count, np.uint8(0)))
+
+
+def block_against_label(
+    label: Array, organ: Array, excluded: Array, judged: tuple[int, ...]
+) -> npt.NDArray[np.uint8]:
+    """`FALSE_POSITIVE`, `MISS` or `BOTH`; misses of the organs `judged` alone."""
+    false = (organ & excluded).any(axis=0)
+    missed = np.zeros(label.shape, dtype=np.bool_)
+    for k in judged:
+        missed |= (label == k + 1) & ~organ[k]
+    return (FALSE_POSITIVE * false + MISS * missed).astype(np.uint8)
+
+
+def _by_organ(channels: tuple[tuple[str, int], ...]) -> Mapping[int, list[int]]:
+    """Organs with two or more experts -> their channels."""
+    found: dict[int, list[int]] = {}
+    for c, (_, k) in enumerate(channels):
+        found.setdefault(k, []).append(c)
+    return {k: who for k, who in found.items() if len(who) > 1}
+
+
+def _is_split(d: Array, margin: float) -> npt.NDArray[np.bool_]:
+    return np.asarray((d > margin).any(axis=0) & (d < -margin).any(axis=0))
+
+
+def block_num_split(
+    d: Array, channels: tuple[tuple[str, int], ...], margin: float
+) -> npt.NDArray[np.uint8]:
+    """Of how many organs the experts are split."""
+    split = [_is_split(d[who], margin) for who in _by_organ(channels).values()]
+    return np.asarray(np.sum(split, axis=0, dtype=np.uint8))
+
+
+def block_spread(d: Array, channels: tuple[tuple[str, int], ...]) -> npt.NDArray[np.float32]:
+    """The largest spread of any organ's experts; 0 where fewer than two saw."""
+    out = np.zeros(d.shape[1:], dtype=np.float32)
+    for who in _by_organ(channels).values():
+        # fmax and fmin pass over NaN; where nobody saw both are NaN, which fmax passes over too.
+        ends = np.fmax.reduce(d[who], axis=0) - np.fmin.reduce(d[who], axis=0)
+        np.fmax(out, ends, out=out)
+    return out

@@ -1,15 +1,28 @@
-"""What `pipeline inspect` does, with a case and without."""
+"""What `pipeline inspect` does, with a case and without: maps that any viewer lays over each
+other, a figure, a table.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import numpy.typing as npt
 
 from pipeline.cache.reader import CachedCase
-from pipeline.cohort import open_case, open_cohort
+from pipeline.consensus.cohort import open_case, open_cohort
+from pipeline.consensus.reliability import read_witnesses, trusting
+from pipeline.data.nifti import write_image
 from pipeline.data.registry import Registry
+from pipeline.data.volume import Volume
 from pipeline.errors import CacheError, CacheMissing, ConfigError, PipelineError
+from pipeline.figures import BACKGROUND_COLOUR, Marked, Panel, colour_of, hex_colour, save_planes
 from pipeline.folder import (
     Folder,
     contains,
@@ -19,14 +32,17 @@ from pipeline.folder import (
     replace_files,
     writing,
 )
-from pipeline.inspection.cohort_table import CohortNumbers, measure_cohort, to_csv
-from pipeline.inspection.improbable import flagged
-from pipeline.inspection.looks import View, look_at
-from pipeline.inspection.maps import compute_maps, files_of, write_maps
-from pipeline.inspection.measure import CaseNumbers, lazy_numbers, numbers_of
-from pipeline.inspection.picture import draw_case
 from pipeline.log import Log
-from pipeline.reliability import read_witnesses, trusting
+from pipeline.review.inspect.look import BOTH, FALSE_POSITIVE, MISS, CaseLook, View, look_at
+from pipeline.review.inspect.numbers import (
+    CaseNumbers,
+    CohortNumbers,
+    flagged,
+    lazy_numbers,
+    measure_cohort,
+    numbers_of,
+    to_csv,
+)
 
 
 def inspect_case(
@@ -157,3 +173,210 @@ def _no_case(work: Folder) -> CacheError:
     return CacheMissing(
         "there is no case in the cache.", where=work, fix="Run `pipeline cache-teachers`."
     )
+
+
+# One case as NIfTI files on the student grid, that any viewer lays over each other.
+
+Array = npt.NDArray[Any]
+_SNAP_LABELS, _SLICER_COLOURS = "organs.label.txt", "organs.ctbl"
+
+
+@dataclass(frozen=True)
+class CaseMaps:
+    """What is written of a case, (D, H, W) each.
+
+    Attributes:
+        image: int16 HU.
+        label: uint8 organ ids, 255 ignore.
+        maps: file name -> map; see `lazy_maps`.
+    """
+
+    image: Array
+    label: Array
+    maps: Mapping[str, Array]
+
+
+def lazy_maps(look: CaseLook) -> Mapping[str, da.Array]:
+    """Each map by the name of its file; those of split experts only where an organ has several.
+
+    - `regions`: organ ids; in a conflict the organ with the larger log-odds; 0 elsewhere.
+    - `agreed_background`, `abstained`: 0 or 1.
+    - `unclaimed`: 0 or 1, background as far as anybody speaks; only where a teacher is doubted.
+    - `conflicts`: in how many organ regions, where that is two or more.
+    - `against_label`: 1 false positive, 2 miss, 3 both (`pipeline.review.inspect.look`).
+    - `split_experts`: of how many organs the experts decide differently.
+    - `spread`: the largest spread of any organ's experts, float32 log-odds.
+    """
+    maps = {
+        "regions": look.region_ids(),
+        "agreed_background": look.regions.background.view(np.uint8),
+        "conflicts": look.num_claims(),
+        "abstained": look.regions.abstained.view(np.uint8),
+        "against_label": look.against_label(),
+    }
+    if look.is_doubted:
+        maps["unclaimed"] = look.regions.unclaimed.view(np.uint8)
+    if look.has_rivals:
+        maps |= {"split_experts": look.num_split(), "spread": look.spread()}
+    return maps
+
+
+def compute_maps(
+    case: CachedCase, look: CaseLook, also: Sequence[da.Array] = ()
+) -> tuple[CaseMaps, tuple[Array, ...]]:
+    """Every map in one pass: at no time are more log-odds in memory than those of a few chunks.
+
+    Args:
+        case: the case.
+        look: at it.
+        also: other arrays of the same look, computed in the same pass.
+
+    Raises:
+        CacheError: damage that only reading finds.
+    """
+    lazy = lazy_maps(look)
+    maps = {name: np.empty(array.shape, array.dtype) for name, array in lazy.items()}
+    stored = da.store(list(lazy.values()), list(maps.values()), lock=False, compute=False)
+    # As it was built, like `cohort.compute`: fusing thousands of tasks takes longer than it saves.
+    _, *others = dask.compute(stored, *also, scheduler="synchronous", optimize_graph=False)
+    return CaseMaps(case.image(), case.label(), maps), tuple(others)
+
+
+def files_of(look: CaseLook) -> list[str]:
+    """Names of all that `write_maps` writes."""
+    maps = [f"{name}.nii.gz" for name in ("image", "label", *lazy_maps(look))]
+    return [*maps, _SNAP_LABELS, _SLICER_COLOURS]
+
+
+def write_maps(folder: Path, case: CachedCase, look: CaseLook, found: CaseMaps) -> list[Path]:
+    """Writes the CT, the label and every map as `.nii.gz`, and the organs' names and colours for
+    ITK-SNAP (`organs.label.txt`) and 3D Slicer (`organs.ctbl`).
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    written = []
+    for name, array in {"image": found.image, "label": found.label, **found.maps}.items():
+        path = folder / f"{name}.nii.gz"
+        write_image(path, Volume(array, case.grid))
+        written.append(path)
+    tables = {_SNAP_LABELS: snap_labels(look), _SLICER_COLOURS: slicer_colours(look)}
+    replace_files({folder / name: text.encode() for name, text in tables.items()})
+    return [*written, *(folder / name for name in tables)]
+
+
+def organ_colours(look: CaseLook) -> dict[str, str]:
+    """Organ -> its colour, in files and in the figure."""
+    return {o: hex_colour(i) for o, i in zip(look.organs, look.ids, strict=True)}
+
+
+def snap_labels(look: CaseLook) -> str:
+    """ITK-SNAP's label description: id, R, G, B, opacity, visibility, mesh visibility, name."""
+    rows = ['0 0 0 0 0 0 0 "background"']
+    for organ, organ_id in zip(look.organs, look.ids, strict=True):
+        red, green, blue = colour_of(organ_id)
+        rows.append(f'{organ_id} {red} {green} {blue} 1 1 1 "{organ}"')
+    rows.append('255 128 128 128 1 1 0 "ignored"')
+    return "\n".join(rows) + "\n"
+
+
+def slicer_colours(look: CaseLook) -> str:
+    """3D Slicer's colour table: id, name, R, G, B, A."""
+    rows = ["# Color table of organ ids", "0 background 0 0 0 0"]
+    for organ, organ_id in zip(look.organs, look.ids, strict=True):
+        red, green, blue = colour_of(organ_id)
+        rows.append(f"{organ_id} {organ} {red} {green} {blue} 255")
+    rows.append("255 ignored 128 128 128 255")
+    return "\n".join(rows) + "\n"
+
+
+# One case as a figure: three planes through its organs, a column per question.
+
+_ONE_OR_MORE = tuple(range(1, 256))
+CONFLICT_COLOUR = "#d50000"
+ABSTAINED_COLOUR = "#ffffff"
+FALSE_POSITIVE_COLOUR = "#76ff03"
+MISS_COLOUR = "#d500f9"
+SPLIT_COLOUR = "#00b0ff"
+
+
+def draw_case(
+    path: Path, case: CachedCase, look: CaseLook, found: CaseMaps, numbers: CaseNumbers
+) -> None:
+    """Writes a PNG.
+
+    Args:
+        path: of the figure.
+        case: the case.
+        look: at it.
+        found: its maps.
+        numbers: its volumes, which the legend gives.
+    """
+    organs = organ_colours(look)
+    ids = dict(zip(look.organs, look.ids, strict=True))
+    label = {o: Marked(found.label, (ids[o],)) for o in look.organs if o in case.annotated}
+    regions = {o: Marked(found.maps["regions"], (i,)) for o, i in ids.items()}
+    against = found.maps["against_label"]
+    disagreement = {
+        "false positive": Marked(against, (FALSE_POSITIVE, BOTH)),
+        "miss": Marked(against, (MISS, BOTH)),
+    }
+    if "split_experts" in found.maps:
+        disagreement["split experts"] = Marked(found.maps["split_experts"], _ONE_OR_MORE)
+    panels = [
+        Panel("CT", {}),
+        Panel(f"label ({', '.join(label) or 'none'})", label),
+        Panel("organ regions", regions),
+        Panel(
+            "agreed background",
+            {"agreed background": Marked(found.maps["agreed_background"], (1,))},
+        ),
+        Panel(
+            "conflict, abstained",
+            {
+                "conflict": Marked(found.maps["conflicts"], _ONE_OR_MORE),
+                "abstained": Marked(found.maps["abstained"], (1,)),
+            },
+        ),
+        Panel("teachers against label", disagreement),
+    ]
+    colours = {
+        **organs,
+        "agreed background": BACKGROUND_COLOUR,
+        "conflict": CONFLICT_COLOUR,
+        "abstained": ABSTAINED_COLOUR,
+        "false positive": FALSE_POSITIVE_COLOUR,
+        "miss": MISS_COLOUR,
+        "split experts": SPLIT_COLOUR,
+    }
+    view = look.view
+    wins = "labels win" if view.labels_win else "labels do not win"
+    heat = ", calibrated" if view.temperatures else ""
+    save_planes(
+        path,
+        found.image,
+        panels,
+        case.grid.spacing_mm,
+        colours=colours,
+        legend=_legend(numbers, colours, disagreement),
+        title=f"{case.name} ({case.split}): margin {view.margin:g}, {wins}{heat}",
+        notes=numbers.flags,
+    )
+
+
+def _legend(
+    numbers: CaseNumbers, colours: Mapping[str, str], shown: Mapping[str, object]
+) -> dict[str, str]:
+    """Name -> what the legend says of it."""
+    organs = numbers.organs
+    words = {name: f"{name} {numbers.organs[name].region_ml:.0f} ml" for name in organs}
+    words["agreed background"] = f"agreed background {numbers.agreed_background:.1%}"
+    words["conflict"] = f"conflict {numbers.conflict_ml:.1f} ml"
+    words["abstained"] = f"abstained {numbers.abstained_ml:.1f} ml"
+    false = sum(n.false_positive_ml or 0.0 for n in organs.values())
+    missed = sum(n.missed_ml or 0.0 for n in organs.values())
+    split = sum(n.split_ml or 0.0 for n in organs.values())
+    words["false positive"] = f"teacher says organ, label says not: {false:.1f} ml"
+    words["miss"] = f"label says organ, its teacher does not: {missed:.1f} ml"
+    words["split experts"] = f"experts of one organ differ: {split:.1f} ml"
+    return {n: words[n] for n in colours if n in words and (n != "split experts" or n in shown)}

@@ -13,15 +13,14 @@ import numpy.typing as npt
 import torch
 
 from pipeline.cache.reader import CachedCase
+from pipeline.data.labels import IGNORE, LabelSpace
 from pipeline.errors import CacheError, ConfigError
 from pipeline.folder import read_text
-from pipeline.html_report.record import RunRecord
-from pipeline.labels import IGNORE, LabelSpace
 from pipeline.log import Log
-from pipeline.metrics import NOT_ANNOTATED, RULES, score_case, score_json
+from pipeline.review.metrics import NOT_ANNOTATED, RULES, known, score_case, score_json
+from pipeline.review.report.trace import RunRecord
 from pipeline.student.checkpoint import StudentRecord, load_student
 from pipeline.student.inference import predict_logits, running_argmax
-from pipeline.summary import known
 
 METRICS = ("Dice", "NSD", "HD95_mm")
 _KEPT = "scores_validation.json"

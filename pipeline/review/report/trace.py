@@ -1,22 +1,208 @@
-"""What a run was trained from, followed by digests through the cache down to files and weights.
-
-The registry is not asked: it may have changed since. Names of units come from the digests that the
-run recorded, and what made them from their receipts.
+"""What a run was made of and from: its folder, its units down to files and weights, the gate,
+regions.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from pydantic import ValidationError
+
 from pipeline.cache.index import IndexedTeacher, read_index
 from pipeline.cache.places import Place, find_units
 from pipeline.cache.reader import CachedCase, Unit
-from pipeline.config import short
-from pipeline.errors import CacheError
-from pipeline.folder import Folder
-from pipeline.html_report.record import RunRecord
+from pipeline.config import digest, short
+from pipeline.consensus.evidence import Evidence, read_evidence
+from pipeline.consensus.gate import Row, elsewhere_rows, score_rows
+from pipeline.data.labels import LabelSpace
+from pipeline.data.registry import Registry
+from pipeline.errors import CacheError, CheckpointError, ConfigError, PipelineError
+from pipeline.folder import Folder, read_bytes, read_text, sizes
+from pipeline.log import Log
+from pipeline.review.inspect.look import View
+from pipeline.review.inspect.numbers import CaseNumbers, measure_cohort, pair_rows
+from pipeline.review.units import run_folders
+from pipeline.student.progress import History, parsed
+from pipeline.student.supervision import SupervisionConfig
+
+# What a run's folder says of it: settings, inputs, marker, curves, files; nothing is loaded.
+
+_KNOWN = 8
+
+
+@dataclass(frozen=True)
+class Training:
+    """metrics.jsonl, and what a clock measured in it.
+
+    Attributes:
+        history: its curves and scores.
+        seconds: of the steps, as far as they are in the file; None if no clock is.
+        validation_seconds: of the validations, likewise.
+        data_wait: share of the steps' time in which the loop waited for data, 0 to 1; or None.
+    """
+
+    history: History
+    seconds: float | None
+    validation_seconds: float | None
+    data_wait: float | None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its folder records it.
+
+    Attributes:
+        run: its name.
+        folder: of the run.
+        settings: `training` of its configuration, as written in config.json.
+        inputs: cases, teachers and organs by digest, likewise.
+        digest: of both; the run's digest.
+        marker: content of finished.json; None for a run that is not finished.
+        training: from metrics.jsonl; None if that cannot be read.
+        files: name -> bytes, of every file of the run, earlier pages left out.
+    """
+
+    run: str
+    folder: Folder
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    digest: str
+    marker: Mapping[str, Any] | None
+    training: Training | None
+    files: Mapping[str, int]
+
+    @property
+    def space(self) -> LabelSpace:
+        """The organs that it was trained for."""
+        return LabelSpace(self.inputs["organs"])
+
+    @property
+    def cases(self) -> Mapping[str, str]:
+        """`dataset/case` -> digest, of the training cases."""
+        return dict(self.inputs["cases"])
+
+    @property
+    def validation(self) -> Mapping[str, str]:
+        """`dataset/case` -> digest, of the validation cases."""
+        return dict(self.inputs["validation"])
+
+    @property
+    def teachers(self) -> Mapping[str, str]:
+        """Teacher -> digest."""
+        return dict(self.inputs["teachers"])
+
+    @property
+    def student(self) -> str | None:
+        """The file with its weights: student.pt, else best.pt, else None."""
+        return next((name for name in ("student.pt", "best.pt") if name in self.files), None)
+
+    @property
+    def view(self) -> View:
+        """How its training formed regions; by default where its settings are of another version."""
+        try:
+            chosen = SupervisionConfig.model_validate(self.settings["supervision"])
+        except (KeyError, ValidationError):
+            return View()
+        heat = {}
+        for who, value in self.inputs.get("temperatures", {}).items():
+            teacher, _, organ = who.partition(": ")
+            heat[teacher, organ] = float(value)
+        return View(chosen.margin, chosen.labels_win, chosen.confidence, heat)
+
+
+def read_run(work: Folder, run: str) -> RunRecord:
+    """Reads a run's folder.
+
+    Args:
+        work: the work folder.
+        run: its name; of a comparison's run `<comparison>/<run>`.
+
+    Raises:
+        ConfigError: there is no such run.
+        CheckpointError: its config.json cannot be read.
+    """
+    known = run_folders(work)
+    if run not in known:
+        more = f" and {len(known) - _KNOWN} more" if len(known) > _KNOWN else ""
+        names = ", ".join(list(known)[:_KNOWN]) + more
+        raise ConfigError(
+            f"there is no run {run!r}.",
+            where=work / "students",
+            fix=f"Runs here: {names}." if known else "Run `pipeline train-student` first.",
+        )
+    folder = known[run]
+    path = folder / "config.json"
+    try:
+        content = json.loads(read_text(path))
+        settings, inputs = dict(content["config"]), dict(content["inputs"])
+        record = RunRecord(
+            run=run,
+            folder=folder,
+            settings=settings,
+            inputs=inputs,
+            digest=digest({"config": settings, "inputs": inputs}),
+            marker=_marker(folder),
+            training=_training(folder / "metrics.jsonl"),
+            files={n: s for n, s in sorted(sizes(folder).items()) if not n.endswith(".html")},
+        )
+        _ = record.space, record.cases, record.validation, record.teachers
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the run's record cannot be read ({type(error).__name__}: {error}).",
+            where=path,
+            fix="`pipeline train-student` writes it when a run begins; without it nobody knows "
+            "what the run was trained from.",
+        ) from error
+    return record
+
+
+def _marker(folder: Folder) -> Mapping[str, Any] | None:
+    try:
+        return dict(json.loads(read_text(folder / "finished.json")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _training(path: Folder) -> Training | None:
+    """Lines up to one that a kill cut short; None without a line."""
+    try:
+        text = read_bytes(path)
+    except OSError:
+        return None
+    history = History()
+    seconds: list[float] = []
+    waits: list[float] = []
+    validations: list[float] = []
+    for line in map(parsed, text.splitlines()):
+        if line is None:
+            break
+        history.add(line)
+        timing = line.get("timing", {})
+        if "loss" in line and timing:
+            seconds.append(float(timing["seconds"]))
+            waits.append(float(timing["seconds"]) * float(timing["data_wait"]))
+        elif timing:
+            validations.append(float(timing["seconds"]))
+    if not history.step:
+        return None
+    total = sum(seconds)
+    return Training(
+        history,
+        total if seconds else None,
+        sum(validations) if validations else None,
+        sum(waits) / total if total else None,
+    )
+
+
+# What a run was trained from, followed by digests through the cache down to files and weights.
+#
+# The registry is not asked: it may have changed since. Names of units come from the digests that
+# the
+# run recorded, and what made them from their receipts.
 
 TRAINING, VALIDATION = "train", "validation"
 GONE = "no longer in the cache"
@@ -116,15 +302,15 @@ def trace(work: Folder, record: RunRecord) -> Lineage:
     missing = {t: set(names) for t, names in record.inputs.get("missing_units", {}).items()}
     found = []
     for split, named in ((TRAINING, record.cases), (VALIDATION, record.validation)):
-        for name, digest in named.items():
-            case = _open(cases.get((name, short(digest))), digest)
+        for name, case_digest in named.items():
+            case = _open(cases.get((name, short(case_digest))), case_digest)
             image = None if case.unit is None else case.unit.receipt.inputs.get("image_sha256")
             traced = {
                 teacher: _unit(units.get((teacher, short(of), name), ()), of, image)
                 for teacher, of in record.teachers.items()
             }
             left_out = frozenset(t for t, names in missing.items() if name in names)
-            found.append(TracedCase(name, split, digest, case, traced, left_out))
+            found.append(TracedCase(name, split, case_digest, case, traced, left_out))
     return Lineage(found, _teachers(work, record, found))
 
 
@@ -167,10 +353,137 @@ def _teachers(work: Folder, record: RunRecord, cases: Sequence[TracedCase]) -> l
     files, _ = read_index(work)
     indexed = {file.teacher.digest: file.teacher for file in files if file.teacher is not None}
     found = []
-    for name, digest in record.teachers.items():
+    for name, teacher_digest in record.teachers.items():
         units = [case.usable[name] for case in cases if name in case.usable]
-        known = indexed.get(digest)
+        known = indexed.get(teacher_digest)
         inputs = known.inputs if known else units[0].receipt.teacher_inputs if units else None
         notes = [u.receipt.notes["accepted"] for u in units if "accepted" in u.receipt.notes]
-        found.append(TracedTeacher(name, digest, inputs, known, notes[0] if notes else {}))
+        found.append(TracedTeacher(name, teacher_digest, inputs, known, notes[0] if notes else {}))
     return found
+
+
+# What the admission gate measured of the run's teachers, and its verdicts by the registry's
+# thresholds as they are now.
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Verdicts on the run's teachers.
+
+    Attributes:
+        scores: rows of teachers against labels; see `score_rows`. With `temperature`.
+        elsewhere: rows of teachers where there is no label; see `elsewhere_rows`.
+        unknown: teacher -> why there is no verdict on it.
+    """
+
+    scores: Sequence[Row]
+    elsewhere: Sequence[Row]
+    unknown: Mapping[str, str]
+
+
+def read_gate(work: Folder, registry: Registry, teachers: Sequence[TracedTeacher]) -> Gate:
+    """Reads what stage one measured of exactly these teachers."""
+    found: list[Evidence] = []
+    unknown: dict[str, str] = {}
+    for teacher in teachers:
+        if teacher.name not in registry.teachers:
+            unknown[teacher.name] = "the registry no longer has this teacher, nor its threshold"
+        elif teacher.indexed is None:
+            unknown[teacher.name] = "the cache's index no longer knows this digest"
+        else:
+            try:
+                found.append(read_evidence(work, registry, teacher.indexed))
+            except PipelineError as error:
+                unknown[teacher.name] = error.what
+    accepted = [teacher.name for teacher in teachers if teacher.accepted]
+    measured = {
+        (evidence.teacher, organ): seen.calibration
+        for evidence in found
+        for organ, seen in evidence.organs.items()
+    }
+    scores = []
+    for row in score_rows(registry, found, accepted):
+        known = measured[row["teacher"], row["organ"]]
+        scores.append({**row, "temperature": None if known is None else known.temperature})
+    return Gate(scores, elsewhere_rows(found), unknown)
+
+
+# Regions and conflicts of the run's cases, by the functions of `pipeline inspect`.
+
+
+@dataclass(frozen=True)
+class OrganRegions:
+    """One organ over all cases, in ml: 0, 25, 50, 75 and 100 % quantiles of its region."""
+
+    organ: str
+    num_cases: int
+    quantiles_ml: tuple[float, ...]
+    empty: int
+    label_ml: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What a student of these settings is taught, as numbers.
+
+    Attributes:
+        cases: training and validation cases, improbable ones first.
+        organs: over all of them.
+        pairs: of teachers, most conflict first.
+        failed: case -> why it has no numbers.
+        absent: why there are none at all; else empty.
+    """
+
+    cases: Sequence[CaseNumbers] = ()
+    organs: Sequence[OrganRegions] = ()
+    pairs: Sequence[Mapping[str, Any]] = ()
+    failed: Mapping[str, str] | None = None
+    absent: str = ""
+
+    @property
+    def num_improbable(self) -> int:
+        """Cases with at least one reason."""
+        return sum(bool(case.flags) for case in self.cases)
+
+
+def measure_regions(record: RunRecord, lineage: Lineage, *, workers: int, log: Log) -> Regions:
+    """Measures every case of the run that the cache still has, as its training saw it.
+
+    Args:
+        record: of the run.
+        lineage: its units.
+        workers: processes; 0 for this one. Changes speed only.
+        log: where progress goes.
+    """
+    if not record.teachers:
+        return Regions(
+            absent="This run's supervision uses no teacher, so there are no regions: it was "
+            "trained from labels alone."
+        )
+    cases, failed = [], {}
+    for traced in lineage.cases:
+        case = lineage.open(traced)
+        if case is None:
+            failed[traced.name] = f"the case itself: {traced.case.problem}"
+        elif not case.teachers:
+            failed[traced.name] = "no teacher's unit of it can be read"
+        else:
+            cases.append(case)
+    if not cases:
+        return Regions(
+            failed=failed,
+            absent="The cache no longer has any case of this run with a teacher's unit.",
+        )
+    found = measure_cohort(cases, record.space, record.view, workers=workers, log=log)
+    failed |= {name: error.what for name, error in found.failed.items()}
+    organs = []
+    for organ in record.space.organs:
+        sizes = [c.organs[organ].region_ml for c in found.cases if organ in c.organs]
+        if sizes:
+            usual = found.usual.get(organ)
+            ends = tuple(float(q) for q in np.quantile(sizes, (0, 0.25, 0.5, 0.75, 1)))
+            empty = sum(ml == 0 for ml in sizes)
+            label_ml = None if usual is None else usual.label_ml
+            organs.append(OrganRegions(organ, len(sizes), ends, empty, label_ml))
+    pairs = [row for row in pair_rows(found.cases) if row["conflict_ml"]]
+    return Regions(found.cases, organs, pairs, failed)

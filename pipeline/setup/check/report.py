@@ -7,15 +7,14 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from pipeline.checking.case import CaseFacts
-from pipeline.checking.datasets import DataReport
-from pipeline.checking.findings import Finding, count, in_order
-from pipeline.checking.teachers import CheckReport, print_check
+from pipeline.consensus.cohort import in_ml
 from pipeline.data.registry import Registry
-from pipeline.data.split_entry import SPLITS
+from pipeline.data.splits import SPLITS
 from pipeline.errors import kind_of
 from pipeline.log import print_table
-from pipeline.tables import in_ml
+from pipeline.setup.check.cases import CaseFacts, Finding, count, in_order
+from pipeline.setup.check.cohort import DataReport
+from pipeline.setup.check.teachers import CheckReport, print_check
 
 FORMAT_VERSION = 1
 _DOUBT = "Look at it before you run `cache-teachers`."

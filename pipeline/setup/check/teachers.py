@@ -21,13 +21,13 @@ from pipeline.cache.schema import StorageConfig
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
+from pipeline.data.volume import Volume
 from pipeline.errors import PipelineError, RegistryError, TeacherWarning
 from pipeline.log import Log, print_table
-from pipeline.network import pick_device
-from pipeline.teachers.sliding_window import WindowConfig
+from pipeline.networks.by_name import pick_device
+from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.teacher import organ_log_odds
-from pipeline.units import open_teacher
-from pipeline.volume import Volume
+from pipeline.teachers.units import open_teacher
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,30 @@
 """Folders of CTs and labels -> what a registry says of them; no voxel is read.
 
 nnU-Net raw folders, Medical Segmentation Decathlon folders, MONAI datalists; anything else is
-looked at as plain files (`plain`).
+looked at as plain files.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import product
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.data.files import Pair, find_pairs, is_absent, search_files
+from pipeline.data.entries import (
+    FoundPair,
+    Pair,
+    find_pairs,
+    is_absent,
+    match_files,
+    name_of,
+    search_files,
+)
 from pipeline.errors import RegistryError
-from pipeline.layouts.lists import as_patterns, read_lists
-from pipeline.layouts.meanings import Named, same_name
-from pipeline.layouts.plain import find_plain, require_all_taken
+from pipeline.setup.init.meanings import Named, same_name
 
 _LISTS = ("training", "validation", "testing", "test")
 
@@ -262,3 +269,243 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _one_line(text: Any) -> str:
     return " ".join(str(text).split())[:200]
+
+
+# Lists of cases in JSON files (Decathlon, MONAI) -> pairs of files, or patterns that mean them.
+
+_SPLIT_OF = {
+    "training": "train",
+    "validation": "validation",
+    "testing": "test",
+    "test": "test",
+}
+_ENDINGS = (".nii.gz", ".nii")
+
+
+def read_lists(
+    content: Mapping[str, Any], root: Path, file: Path
+) -> tuple[dict[str, Pair], dict[str, tuple[str, ...]] | None, tuple[str, ...]]:
+    """Reads `training` and, where they have labels, `validation`, `testing` and `test`.
+
+    Returns:
+        case -> files; the split, if more than `training` has labels; what a user should know.
+
+    Raises:
+        RegistryError: entries that cannot be read, files that are not there, cases of one name.
+    """
+    entries: list[tuple[str, Pair]] = []
+    num_without = 0
+    has_folds = False
+    for key, split in _SPLIT_OF.items():
+        for index, entry in enumerate(content.get(key) or []):
+            pair = _pair(entry, f"{file}: {key}[{index}]")
+            has_folds = has_folds or (isinstance(entry, dict) and "fold" in entry)
+            if pair is None:
+                num_without += 1
+            else:
+                entries.append((split, pair))
+    if not entries:
+        raise RegistryError(
+            "none of its cases has a label.", where=file, fix="Name a list with image and label."
+        )
+    _require_files([pair for _, pair in entries], root, file)
+    names = _case_names([pair for _, pair in entries], file)
+    pairs = {name: pair for name, (_, pair) in zip(names, entries, strict=True)}
+    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for name, (split, _) in zip(names, entries, strict=True):
+        splits[split].append(name)
+    notes = [f"{num_without} cases without a label are left out"] if num_without else []
+    notes += ["its folds are not used: see `split`"] if has_folds else []
+    listed = {key: tuple(cases) for key, cases in splits.items()}
+    given = listed if listed["validation"] or listed["test"] else None
+    return pairs, given, tuple(notes)
+
+
+def as_patterns(root: Path, pairs: Mapping[str, Pair]) -> tuple[str, str] | None:
+    """Patterns that find exactly these cases by these names, or None if there are none."""
+    case, first = next(iter(pairs.items()))
+    if first.image.count(case) != 1 or first.label.count(case) != 1:
+        return None
+    images, labels = (path.replace(case, "{case}") for path in (first.image, first.label))
+    if PurePosixPath(images).is_absolute() or PurePosixPath(labels).is_absolute():
+        return None
+    found, problems = find_pairs(root, images, labels, None)
+    wanted = {name: FoundPair(root / p.image, root / p.label) for name, p in pairs.items()}
+    return (images, labels) if found == wanted and not problems else None
+
+
+def _pair(entry: Any, where: str) -> Pair | None:
+    """The files of an entry; None if it has no label."""
+    if isinstance(entry, str) or (isinstance(entry, dict) and not entry.get("label")):
+        return None
+    try:
+        image, label = entry["image"], entry["label"]
+        if not isinstance(image, str) or not isinstance(label, str):
+            raise TypeError("image and label are one path each")
+        return Pair(image=str(PurePosixPath(image)), label=str(PurePosixPath(label)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RegistryError(
+            f"not a case ({type(error).__name__}: {error}).",
+            where=where,
+            fix='A case is {"image": path, "label": path}; images of several files are not read.',
+        ) from error
+
+
+def _require_files(pairs: list[Pair], root: Path, file: Path) -> None:
+    absent = [p for pair in pairs for p in (pair.image, pair.label) if is_absent(root / p)]
+    if absent:
+        raise RegistryError(
+            f"{len(absent)} files that it lists do not exist below {root}, the first is "
+            f"{absent[0]}.",
+            where=file,
+            fix="Put the list into the folder that its paths begin at, or correct the paths.",
+        )
+
+
+def _case_names(pairs: list[Pair], file: Path) -> list[str]:
+    """By the label's name; by the whole path where that is not enough to tell them apart."""
+    for name in (_stem, _path_as_name):
+        names = [name(pair.label) for pair in pairs]
+        if len(set(names)) == len(names):
+            return names
+    raise RegistryError(
+        "a label is listed more than once.", where=file, fix="List each case once, in one split."
+    )
+
+
+def _stem(path: str) -> str:
+    return _as_name(PurePosixPath(_without_ending(path)).name)
+
+
+def _path_as_name(path: str) -> str:
+    return _as_name(_without_ending(path))
+
+
+def _without_ending(path: str) -> str:
+    for ending in _ENDINGS:
+        path = path.removesuffix(ending)
+    return path
+
+
+def _as_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).lstrip("_.-") or "case"
+
+
+# Folders without a JSON file: images and labels told apart by the names people give them.
+
+_ENDING = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+_CHANNEL = re.compile(r"(_\d{4})?\.nii(\.gz)?$", re.IGNORECASE)
+_NAMED = 3
+_IMAGE_FOLDERS = ("imagesTr", "images", "image", "imgs", "img", "ct", "CT", "scans", "volumes")
+_LABEL_FOLDERS = ("labelsTr", "labels", "label", "masks", "mask", "segmentations", "segmentation",
+                  "segs", "seg", "gt")  # fmt: skip
+_IN_FOLDERS = (
+    ("{case}_0000", "{case}"),
+    ("{case}", "{case}"),
+    ("{case}", "{case}_seg"),
+    ("{case}", "{case}_label"),
+    ("{case}", "{case}_mask"),
+    ("{case}_ct", "{case}_seg"),
+    ("img{case}", "label{case}"),
+    ("image{case}", "label{case}"),
+    ("volume-{case}", "segmentation-{case}"),
+)
+_IMAGE_OF_CASE = ("imaging", "image", "img", "ct", "CT", "volume")
+_LABEL_OF_CASE = ("segmentation", "label", "labels", "seg", "mask", "gt")
+_SIDE_BY_SIDE = (
+    ("volume-{case}", "segmentation-{case}"),
+    ("{case}_image", "{case}_label"),
+    ("{case}_ct", "{case}_seg"),
+    ("{case}_0000", "{case}_seg"),
+    ("{case}", "{case}_seg"),
+    ("{case}", "{case}_label"),
+    ("{case}", "{case}_mask"),
+)
+
+
+def find_plain(root: Path) -> tuple[str, str]:
+    """Patterns of images and labels below a folder.
+
+    Raises:
+        RegistryError: nothing is found, or more than one reading is possible.
+    """
+    fitting: dict[tuple[FoundPair, ...], tuple[str, str]] = {}
+    for images, labels in _candidates(root):
+        found, _ = find_pairs(root, images, labels, None)
+        if found:
+            fitting.setdefault(tuple(found.values()), (images, labels))
+    for pairs, patterns in fitting.items():
+        if all(set(other) <= set(pairs) for other in fitting):
+            require_all_taken(root, *patterns)
+            return patterns
+    fix = (
+        "Name the files with --files NAME=IMAGES,LABELS, for example "
+        "--files 'NAME=ct/{case}.nii.gz,seg/{case}.nii.gz'."
+    )
+    if fitting:
+        read = "; or ".join(f"{images} with {labels}" for images, labels in fitting.values())
+        raise RegistryError(
+            f"more than one way to pair images and labels: {read}.", where=root, fix=fix
+        )
+    if any(root.glob("*/segmentations/*.nii*")):
+        raise RegistryError(
+            "each structure is a file of its own (*/segmentations/), and a case has one label map.",
+            where=root,
+            fix="Combine the files of a case into one NIfTI with a value per structure.",
+        )
+    raise RegistryError(
+        "no dataset.json, no list of cases, and no images with labels under names that are known.",
+        where=root,
+        fix=fix,
+    )
+
+
+def require_all_taken(root: Path, images: str, labels: str) -> None:
+    """A layout holds for all names: nothing that lies among the images may be left out unsaid.
+
+    Raises:
+        RegistryError: NIfTI files beside the images, or folders of cases, that no pattern takes;
+            further channels of an image are none of these.
+    """
+    taken, label_files = (match_files(root, pattern, []) for pattern in (images, labels))
+    if "{case}/" in images:
+        known = {path.relative_to(root).parts[0] for path in taken.values()}
+        places, _ = search_files(root, "*/*")
+        names = [name.split("/")[0] for name in places if _ENDING.search(name)]
+        left = [name for name in dict.fromkeys(names) if name not in known]
+    else:
+        stems = {_CHANNEL.sub("", str(path)) for path in taken.values()}
+        found = {path for folder in {p.parent for p in taken.values()} for path in folder.iterdir()}
+        others = sorted(found - {*taken.values(), *label_files.values()})
+        left = [
+            path.relative_to(root).as_posix() for path in others
+            if _ENDING.search(path.name) and _CHANNEL.sub("", str(path)) not in stems
+        ]  # fmt: skip
+    left = [name_of(name) for name in left if not name.rpartition("/")[2].startswith(".")]
+    if left:
+        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        raise RegistryError(
+            f"{images} with {labels} leaves out {', '.join(left[:_NAMED])}{more}.",
+            where=root,
+            fix="Name them like the others, move them elsewhere, or say with --files "
+            f"'NAME={images},{labels}' that this is meant.",
+        )
+
+
+def _candidates(root: Path) -> Iterator[tuple[str, str]]:
+    files, _ = search_files(root, "**/*.[nN][iI][iI]*")
+    endings = sorted({match[0] for match in map(_ENDING.search, files) if match})
+    endings += [".nii*"] if len(endings) > 1 else []
+    folders = {path.name for path in root.iterdir() if path.is_dir()}
+    image_folders = [name for name in _IMAGE_FOLDERS if name in folders]
+    label_folders = [name for name in _LABEL_FOLDERS if name in folders]
+    for image, label, ending in product(image_folders, label_folders, endings):
+        for images, labels in _IN_FOLDERS:
+            yield f"{image}/{images}{ending}", f"{label}/{labels}{ending}"
+    for ending in endings:
+        for images, labels in _SIDE_BY_SIDE:
+            # One folder, or batches of it: ** stands for no folder too.
+            yield f"**/{images}{ending}", f"**/{labels}{ending}"
+    if folders:
+        for image, label, ending in product(_IMAGE_OF_CASE, _LABEL_OF_CASE, endings):
+            yield f"{{case}}/{image}{ending}", f"{{case}}/{label}{ending}"

@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from pipeline.data.split_entry import SplitEntry, fitting_seed
-from pipeline.layouts.datasets import FoundDataset
-from pipeline.layouts.meanings import Meanings
-from pipeline.layouts.teachers import FoundTeacher
+from pipeline.data.splits import SplitEntry, fitting_seed
+from pipeline.setup.init.datasets import FoundDataset
+from pipeline.setup.init.meanings import Meanings
+from pipeline.setup.init.teachers import FoundTeacher
 
 _HEAD = """\
 # Written by `pipeline init`; yours to edit. Paths are relative to this file. Tuples are in z, y, x

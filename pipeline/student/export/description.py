@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.intensity import Intensity
+from pipeline.data.labels import Intensity
 from pipeline.student.checkpoint import StudentRecord
 from pipeline.student.inference import SIGMA
 

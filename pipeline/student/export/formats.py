@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.data.patches import Index3
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.exporting.description import INPUT, OUTPUT
-from pipeline.patches import Index3
+from pipeline.student.export.description import INPUT, OUTPUT
 from pipeline.student.inference import first_output
 
 NetworkFormat = Literal["torchscript", "torch-export", "onnx"]

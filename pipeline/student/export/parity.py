@@ -13,11 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.config import Config
+from pipeline.data.volume import Volume
 from pipeline.errors import PipelineError
 from pipeline.student.checkpoint import StudentRecord
-from pipeline.student.inference import TellWindows, first_output, running_argmax
-from pipeline.student.segmentation import logit_rows
-from pipeline.volume import Volume
+from pipeline.student.inference import TellWindows, first_output, logit_rows, running_argmax
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,6 @@
-"""One format of a student: written under a temporary name, checked, and only then given its own."""
+"""One format of a student: written under a temporary name, checked on a case, and only then
+given its own.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +8,24 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from torch import nn
 
+from pipeline.cache.places import Place, find_units
+from pipeline.cache.reader import Unit
+from pipeline.cache.schema import IMAGE
 from pipeline.cache.store import write_json
 from pipeline.config import file_sha256
-from pipeline.data.nifti import read_image
-from pipeline.exporting.bundle import (
-    ON_STUDENT_GRID,
-    SCRIPTED,
-    all_channels,
-    compare_bundle,
-    write_bundle,
-)
-from pipeline.exporting.bundle_config import teacher_entry as bundle_entry
-from pipeline.exporting.description import describe, teacher_entry
-from pipeline.exporting.networks import FILES, NetworkFormat, open_network, write_network
-from pipeline.exporting.parity import Parity, Tolerance, compare_networks
+from pipeline.data.nifti import read_image, write_image
+from pipeline.data.volume import Grid, Volume
+from pipeline.errors import ConfigError
 from pipeline.folder import (
+    Folder,
     changed_since,
     json_with,
     refuse_foreign,
@@ -35,6 +34,17 @@ from pipeline.folder import (
     written_by_dead,
 )
 from pipeline.student.checkpoint import StudentRecord
+from pipeline.student.export.bundle import (
+    ON_STUDENT_GRID,
+    SCRIPTED,
+    all_channels,
+    compare_bundle,
+    write_bundle,
+)
+from pipeline.student.export.bundle import teacher_entry as bundle_entry
+from pipeline.student.export.description import describe, teacher_entry
+from pipeline.student.export.formats import FILES, NetworkFormat, open_network, write_network
+from pipeline.student.export.parity import Parity, Tolerance, compare_networks
 from pipeline.student.inference import TellWindows
 
 Format = Literal["bundle", "torchscript", "torch-export", "onnx"]
@@ -224,3 +234,77 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+# The case on which an export is held against its student: a NIfTI file, or one from the cache.
+
+
+@dataclass(frozen=True)
+class CheckImage:
+    """What is compared on.
+
+    Attributes:
+        name: for people.
+        path: NIfTI.
+    """
+
+    name: str
+    path: Path
+
+
+def student_file(run: Folder) -> Folder:
+    """`student.pt` of a run's folder, or the file itself."""
+    return run / "student.pt" if run.is_dir() else run
+
+
+@contextmanager
+def open_check_image(student: Folder, image: Path | None, case: str | None) -> Iterator[CheckImage]:
+    """The image for the block.
+
+    Args:
+        student: the student's file; the cache is that of the work folder that it lies in.
+        image: a NIfTI file.
+        case: `dataset/case` of the cache; with neither, the first case of the cache.
+
+    Raises:
+        ConfigError: both are given, or there is no such case.
+        CacheError: the case is damaged.
+    """
+    if image is not None and case is not None:
+        raise ConfigError("--check-on and --case are given.", fix="Give one of them.")
+    if image is not None:
+        if not image.is_file():
+            raise ConfigError("no such file.", where=image, fix="--check-on takes a NIfTI file.")
+        yield CheckImage(image.name, image)
+        return
+    place = _cached(student, case)
+    unit = Unit.open(place.path)
+    grid = Grid.from_json(unit.attributes["grid"])
+    with TemporaryDirectory(prefix="organ-distill-") as folder:
+        # Not compressed: gzip would put the time into it, and the file is digested.
+        path = Path(folder) / f"{place.case}.nii"
+        write_image(path, Volume(unit.read(IMAGE), grid))
+        yield CheckImage(place.case_name, path)
+
+
+def _cached(student: Folder, case: str | None) -> Place:
+    work = _work_folder(student)
+    places = [] if work is None else [p for p in find_units(work) if p.teacher is None]
+    if case is not None:
+        places = [p for p in places if p.case_name == case]
+    if not places:
+        asked = "no case" if case is None else f"no case {case}"
+        raise ConfigError(
+            f"{asked} is cached beside this student, and an export is not written unchecked.",
+            where=student if work is None else work,
+            fix="Give a CT to check it on: --check-on IMAGE.nii.gz.",
+        )
+    return places[0]
+
+
+def _work_folder(student: Folder) -> Folder | None:
+    """Above `students/`, however deep the run lies in it."""
+    for folder in student.absolute().parents:
+        if folder.name == "students":
+            return folder.parent
+    return None

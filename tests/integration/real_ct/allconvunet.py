@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from scipy.ndimage import affine_transform
 from torch import Tensor, nn
 
+from pipeline.data.volume import Grid, Index3, Spacing, Volume
 from pipeline.errors import TeacherError
 from pipeline.teachers.teacher import Prediction
-from pipeline.volume import Grid, Index3, Spacing, Volume
 
 VERSION = 1
 GRID_SHAPE: Index3 = (144, 144, 144)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.data.volume import Array, Grid, Volume
 from pipeline.errors import TeacherError
-from pipeline.volume import Array, Grid, Volume
 from tests.integration.real_ct.allconvunet import (
     BOX_MM,
     GRID_SHAPE,

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.admission.evidence import temperatures
-from pipeline.cohort import open_cohort
+from pipeline.consensus.cohort import open_cohort
+from pipeline.consensus.evidence import temperatures
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry, load_registry
 from tests.shared_data import needs_shared_data, shared_data_dir

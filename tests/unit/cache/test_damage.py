@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from pipeline.cache.pool import POOL
-from pipeline.cache.reader import Unit
+from pipeline.cache.reader import POOL, Unit
 from pipeline.cache.schema import StorageConfig, image_spec, log_odds_spec
 from pipeline.cache.store import write_unit
+from pipeline.data.patches import Patch
 from pipeline.errors import CacheCorrupt, CacheIncomplete
-from pipeline.patches import Patch
 
 SHAPE = (20, 16, 9)
 STORAGE = StorageConfig(chunk=8)

@@ -11,22 +11,21 @@ from typing import Any
 
 import pytest
 
-from pipeline import identity
-from pipeline.cache.index import read_dataset_index, read_index
-from pipeline.cache.sealed import read_sealed, write_sealed
-from pipeline.cohort import Cohort, open_cohort
-from pipeline.data.dataset_entry import SplitEntry
+from pipeline.cache import identity
+from pipeline.cache.identity import read_teacher, unchecked
+from pipeline.cache.index import read_dataset_index, read_index, read_sealed, write_sealed
+from pipeline.consensus.cohort import Cohort, open_cohort
+from pipeline.data.entries import SplitEntry
 from pipeline.data.nifti import read_image, write_image
 from pipeline.data.registry import load_registry
+from pipeline.data.volume import Volume
 from pipeline.engine.here import HERE
 from pipeline.engine.parts import Part
 from pipeline.errors import CacheStale, ConfigError, WorkFolderError
-from pipeline.identity import read_teacher, unchecked
-from pipeline.inventory.reclaim import find_garbage
 from pipeline.log import Log
-from pipeline.planning.plan import make_plan
-from pipeline.status import status
-from pipeline.volume import Volume
+from pipeline.review.gc import find_garbage
+from pipeline.review.status import status
+from pipeline.setup.plan import make_plan
 from stages import cache_teachers
 from tests.faults.small import (
     DATASET,

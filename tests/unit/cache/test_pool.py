@@ -8,10 +8,10 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache import pool as pools
-from pipeline.cache.pool import ChunkPool
+from pipeline.cache import reader as pools
+from pipeline.cache.reader import ChunkPool
 from pipeline.cache.schema import ArraySpec, StorageConfig, create_array
-from pipeline.patches import Slices3
+from pipeline.data.patches import Slices3
 
 SHAPE = (19, 16, 9)
 VALUES = np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)

@@ -14,18 +14,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipeline import prepare
+from pipeline.cache import cases
+from pipeline.cache.cases import centres, organ_voxels, prepare_case
 from pipeline.cache.index import IndexedCase, case_path
 from pipeline.cache.reader import CachedCase, Unit
 from pipeline.cache.receipt import Receipt, verify_unit, write_receipt
 from pipeline.cache.schema import IMAGE, LABEL, StorageConfig
-from pipeline.case_checks import organ_voxels
-from pipeline.data.files import CaseFiles
+from pipeline.data.entries import CaseFiles
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
+from pipeline.data.volume import Grid
 from pipeline.errors import GeometryError
-from pipeline.prepare import centres, prepare_case
-from pipeline.volume import Grid
 
 Array = npt.NDArray[Any]
 SHAPE_XYZ = (8, 10, 12)
@@ -158,8 +157,8 @@ def test_the_second_time_nothing_is_done(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(prepare, "read_image", never)
-    monkeypatch.setattr(prepare, "write_unit", never)
+    monkeypatch.setattr(cases, "read_image", never)
+    monkeypatch.setattr(cases, "write_unit", never)
     assert run() == (first, None)
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
 
@@ -316,7 +315,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         put(path, ct() + 1)
         return read_image(path)
 
-    monkeypatch.setattr(prepare, "read_image", late)
+    monkeypatch.setattr(cases, "read_image", late)
     with pytest.raises(GeometryError, match="ct/a: the files changed while they were read"):
         run()
     assert nothing_written(tmp_path / "work")
@@ -328,7 +327,7 @@ def test_a_disk_that_does_not_give_a_file_is_named(
     def fail(path: Path) -> str:
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr(prepare, "file_sha256", fail)
+    monkeypatch.setattr(cases, "file_sha256", fail)
     with pytest.raises(GeometryError, match=r"ct/a, .*a.nii.gz: .*\(Input/output error\)"):
         run()
 

@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.cache import provenance
-from pipeline.cache.provenance import case_inputs, differing, teacher_inputs, unit_inputs
-from pipeline.cache.schema import StorageConfig
+from pipeline.cache import schema
+from pipeline.cache.schema import StorageConfig, case_inputs, differing, teacher_inputs, unit_inputs
 from pipeline.config import digest
 
 CASE: dict[str, Any] = {
@@ -83,7 +82,7 @@ def test_a_unit_depends_on_its_teacher_and_its_image() -> None:
 
 def test_the_format_version_enters_every_array_digest(monkeypatch: pytest.MonkeyPatch) -> None:
     before = digest(case_inputs(**CASE)), digest(teacher_inputs(**TEACHER))
-    monkeypatch.setattr(provenance, "FORMAT_VERSION", provenance.FORMAT_VERSION + 1)
+    monkeypatch.setattr(schema, "FORMAT_VERSION", schema.FORMAT_VERSION + 1)
     after = digest(case_inputs(**CASE)), digest(teacher_inputs(**TEACHER))
     assert before[0] != after[0]
     assert before[1] != after[1]

@@ -20,8 +20,8 @@ from pipeline.cache.schema import (
     log_odds_spec,
 )
 from pipeline.cache.store import write_unit
-from pipeline.patches import Patch
-from pipeline.volume import Grid
+from pipeline.data.patches import Patch
+from pipeline.data.volume import Grid
 
 SHAPE = (12, 10, 9)
 STORAGE = StorageConfig(chunk=8)

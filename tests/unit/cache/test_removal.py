@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.cache import store
-from pipeline.cache.leftovers import clean_temporaries, dead_temporaries
+from pipeline.cache.places import clean_temporaries, dead_temporaries
 from pipeline.cache.reader import Unit
 from pipeline.cache.schema import StorageConfig, image_spec
 from pipeline.cache.store import remove_unit, write_unit

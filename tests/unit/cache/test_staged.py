@@ -15,8 +15,8 @@ from pipeline.cache.receipt import RECEIPT
 from pipeline.cache.schema import StorageConfig, features_spec, log_odds_spec
 from pipeline.cache.staged import Copy
 from pipeline.cache.store import write_unit
+from pipeline.data.patches import Patch
 from pipeline.errors import CacheCorrupt
-from pipeline.patches import Patch
 
 SHAPE = (12, 10, 9)
 STORAGE = StorageConfig(chunk=8)

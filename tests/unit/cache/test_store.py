@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.cache import receipt as receipts
 from pipeline.cache import store
-from pipeline.cache.leftovers import clean_temporaries
+from pipeline.cache.places import clean_temporaries
 from pipeline.cache.reader import Unit
 from pipeline.cache.receipt import RECEIPT, read_receipt, verify_unit
 from pipeline.cache.schema import StorageConfig, image_spec, log_odds_spec

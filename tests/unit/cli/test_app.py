@@ -11,14 +11,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline import cli
+from pipeline.cli import app as cli
 from pipeline.errors import CacheMissing, ConfigError, PipelineError
 from pipeline.log import Log
 from pipeline.student.speed import SpeedFlags
 from stages.report import StageReport
 from tests.tiny import cache_config, change_registry, work_of
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMMANDS = (
     "init",
     "phantom",

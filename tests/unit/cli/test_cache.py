@@ -13,11 +13,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.errors import ConfigError, PipelineError
 from tests.stages.stage_contract import snapshot
 from tests.tiny import cache_config, change_registry, fill_cache, work_of
-from tests.unit.inventory.damage import flip, rewrite, shard, unit_at
+from tests.unit.review.damage import flip, rewrite, shard, unit_at
 
 CASE = "multi-ct/case_001"
 LIVER = f"liver x {CASE}"
@@ -255,7 +255,7 @@ def test_a_refusal_is_one_paragraph_and_the_exit_code(tmp_path: Path) -> None:
 
 def test_help_and_looking_load_no_torch(built_cache: Path) -> None:
     program = (
-        "import sys; from typer.testing import CliRunner; from pipeline.cli import app\n"
+        "import sys; from typer.testing import CliRunner; from pipeline.cli.app import app\n"
         "for command in (['cache', '--help'], ['cache', 'gc', '--help']):\n"
         "    assert CliRunner().invoke(app, command).exit_code == 0\n"
         "assert not {'torch', 'zarr', 'numpy'} & set(sys.modules), 'help loads too much'\n"

@@ -11,8 +11,8 @@ from typing import ClassVar
 import pytest
 import yaml
 
-from pipeline import cli_complete
-from tests.unit.test_cli import ROOT
+from pipeline.cli import options
+from tests.unit.cli.test_app import ROOT
 
 
 def offered(line: str, folder: Path, *, shell: str = "bash") -> list[str]:
@@ -78,8 +78,8 @@ def test_what_cannot_be_read_offers_nothing(tmp_path: Path, text: str | None) ->
     if text is not None:
         (tmp_path / "r.yaml").write_text(text, errors="surrogateescape")
     for complete in (
-        cli_complete.teacher_names, cli_complete.case_names, cli_complete.student_files,
-        cli_complete.run_names,
+        options.teacher_names, options.case_names, options.student_files,
+        options.run_names,
     ):  # fmt: skip
         assert complete(Context(), "zz") == []  # type: ignore[arg-type]
 
@@ -88,5 +88,5 @@ def test_runs_of_a_work_folder(place: Path) -> None:
     class Context:
         params: ClassVar = {"work": place / "work"}
 
-    assert cli_complete.run_names(Context(), "") == ["compared/ms_kd-seed0", "first"]  # type: ignore[arg-type]
-    assert cli_complete.run_names(Context(), "f") == ["first"]  # type: ignore[arg-type]
+    assert options.run_names(Context(), "") == ["compared/ms_kd-seed0", "first"]  # type: ignore[arg-type]
+    assert options.run_names(Context(), "f") == ["first"]  # type: ignore[arg-type]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.about import stage_settings
-from pipeline.cli import app
+from pipeline.cli.app import app
+from pipeline.cli.setup import stage_settings
 from tests.tiny import change_registry
-from tests.unit.test_cli import HEAVY, ROOT, pipeline, run_here
+from tests.unit.cli.test_app import HEAVY, ROOT, pipeline, run_here
 
 _LIST_MODULES = """
 import sys

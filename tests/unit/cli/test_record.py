@@ -16,15 +16,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from pipeline import cli
-from pipeline.cli_options import end, open_log, open_settings
-from pipeline.cli_run import recorded
+from pipeline.cli import app as cli
+from pipeline.cli.options import end, open_log, open_settings
+from pipeline.cli.record import OUTPUTS, WRITES, RunRecord, current, recorded
 from pipeline.config import digest, file_sha256
 from pipeline.errors import ConfigError, GeometryError, PipelineError, WorkFolderError
-from pipeline.run_record import OUTPUTS, WRITES, RunRecord, current
 from stages.evaluate import EvaluateConfig
 from stages.report import StageReport
-from tests.unit.test_cli import ROOT, run_here
+from tests.unit.cli.test_app import ROOT, run_here
 
 KEYS = {
     "format_version", "command", "arguments", "dry_run", "began", "ended", "seconds", "exit_code",
@@ -35,7 +34,7 @@ KEYS = {
 _SLEEPER = """
 import time
 import typer
-from pipeline.cli_run import recorded
+from pipeline.cli.record import recorded
 app = typer.Typer(pretty_exceptions_enable=False)
 @app.command()
 @recorded
@@ -279,7 +278,7 @@ class TestPlaces:
         def full(path: Path, data: bytes) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("pipeline.run_record.replace_file", full)
+        monkeypatch.setattr("pipeline.cli.record.replace_file", full)
         path = tmp_path / "run.json"
         result = CliRunner().invoke(app_of(lambda *a: None), ["--report", str(path)])
         assert "the report cannot be written (No space left on device)." in str(result.exception)

@@ -12,13 +12,19 @@ import pytest
 import torch
 import yaml
 
-from pipeline import cli, cli_self_test
-from pipeline import self_test as tested
+from pipeline.cli import app as cli
+from pipeline.cli import self_test as tested
+from pipeline.cli.self_test import (
+    Life,
+    Setup,
+    metrics_difference,
+    self_test,
+    state_digests,
+    train_until_killed,
+)
 from pipeline.errors import CacheMissing, PipelineError
 from pipeline.log import Log
-from pipeline.self_test import Life, Setup, self_test, train_until_killed
 from pipeline.student import resume, training
-from pipeline.student.step_notes import metrics_difference, state_digests
 from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import snapshot
 from tests.tiny import NETWORK, TAP, training_settings, work_of
@@ -182,7 +188,7 @@ class TestTheCommand:
             made.append(folder)
             return folder / "r.yaml", folder / "work", TrainStudentConfig()
 
-        monkeypatch.setattr(cli_self_test, "_made_up", made_up)
+        monkeypatch.setattr(tested, "_made_up", made_up)
         self._run(monkeypatch, "--self-test", "-w", str(tmp_path / "nowhere"))
         assert seen[0].work == str(made[0] / "work")
         assert not made[0].exists()

@@ -17,23 +17,23 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from pipeline import cli
-from pipeline.comparison import budget, scoring, statistics, tables
-from pipeline.comparison.compare import compare
-from pipeline.comparison.configurations import load_configurations
-from pipeline.comparison.plan import Plan, plan_comparison
-from pipeline.comparison.results import Results, RunResult
-from pipeline.comparison.settings import Settings
-from pipeline.comparison.tables import print_results, to_markdown, write_results
+from pipeline.cli import app as cli
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheMissing, CheckpointError, ConfigError, PipelineError, Stopped
-from pipeline.inventory.students import run_folders
 from pipeline.log import Log
+from pipeline.review import statistics
+from pipeline.review.units import run_folders
 from pipeline.student import training
 from pipeline.student.checkpoint import load_student
 from pipeline.student.inference import predict_logits
 from pipeline.student.speed import SpeedFlags
 from stages import train_student
+from stages.compare import plan as budget
+from stages.compare import results as tables
+from stages.compare import scoring
+from stages.compare.plan import Plan, Settings, load_configurations, plan_comparison
+from stages.compare.results import Results, RunResult, print_results, to_markdown, write_results
+from stages.compare.run import compare
 from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import snapshot
 from tests.tiny import (

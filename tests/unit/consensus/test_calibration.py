@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipeline.calibration import BOUNDS, Calibration, calibrate, count_log_odds, no_counts
+from pipeline.consensus.evidence import BOUNDS, Calibration, calibrate, count_log_odds, no_counts
 
 SHAPE = (40, 50, 50)
 

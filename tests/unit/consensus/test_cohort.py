@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from pipeline.cache.reader import CachedCase, Unit
-from pipeline.cohort import Cohort, compute, known_organs, lazy_consensus, open_cohort
+from pipeline.consensus.cohort import Cohort, compute, known_organs, lazy_consensus, open_cohort
+from pipeline.data.patches import Patch
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheIncomplete, CacheMissing, CacheStale
-from pipeline.patches import Patch
 from tests.stages.stage_contract import snapshot
 from tests.tiny import change_registry, work_of
 

@@ -7,8 +7,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipeline.consensus import average_experts, believed, consensus, labels_win, region_voxels
-from tests.unit.slow_consensus import slow_average, slow_labels_win, slow_regions
+from pipeline.consensus.regions import (
+    average_experts,
+    believed,
+    consensus,
+    labels_win,
+    region_voxels,
+)
+from tests.unit.consensus.slow_consensus import slow_average, slow_labels_win, slow_regions
 
 NAN = float("nan")
 

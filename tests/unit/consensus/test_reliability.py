@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import reliability
-from pipeline.admission.evidence import OrganEvidence, Score
-from pipeline.cache.reader import CachedCase
-from pipeline.cohort import compute, known_organs, lazy_consensus
-from pipeline.data.registry import Registry
-from pipeline.log import Log
-from pipeline.reliability import (
+from pipeline.cache.reader import FULL, CachedCase, ReliabilityConfig, Trust
+from pipeline.consensus import reliability
+from pipeline.consensus.cohort import compute, known_organs, lazy_consensus
+from pipeline.consensus.evidence import OrganEvidence, Score
+from pipeline.consensus.reliability import (
     UNKNOWN,
     Region,
     Witness,
@@ -28,8 +26,9 @@ from pipeline.reliability import (
     usual_ml,
     witness,
 )
-from pipeline.trust import FULL, ReliabilityConfig, Trust
-from tests.unit.inspection.made_cases import SPACE, made_case
+from pipeline.data.registry import Registry
+from pipeline.log import Log
+from tests.unit.review.inspect.made_cases import SPACE, made_case
 
 STRICT = ReliabilityConfig(least_found=0.6, least_right=0.4)
 GOOD = Witness(0.9, 0.9, "both", "both", 3)

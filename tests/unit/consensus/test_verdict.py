@@ -8,10 +8,18 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.admission.evidence import Circumstances, Evidence, OrganEvidence, Region, Score
-from pipeline.admission.looks import Look, plan_looks, units_of
-from pipeline.admission.verdict import acceptance, elsewhere_rows, refusals, score_rows
 from pipeline.cache.index import IndexedCase
+from pipeline.consensus.evidence import (
+    Circumstances,
+    Evidence,
+    Look,
+    OrganEvidence,
+    Region,
+    Score,
+    plan_looks,
+    units_of,
+)
+from pipeline.consensus.gate import acceptance, elsewhere_rows, refusals, score_rows
 from pipeline.data.registry import Registry, load_registry
 from pipeline.errors import RegistryError
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.components import coarse, large_components
+from pipeline.data.volume import coarse, large_components
 
 SHAPE = (12, 12, 12)
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.nifti import read_image
-from pipeline.file_order import as_file_array, from_file_array
-from pipeline.volume import Grid, Orientation, Volume
+from pipeline.data.volume import Grid, Orientation, Volume, as_file_array, from_file_array
 
 CODES = ["".join(c) for p in permutations(("RL", "AP", "SI")) for c in product(*p)]
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipeline.hounsfield import Doubt, doubts, doubts_of, intensities, value_counts
+from pipeline.data.hounsfield import Doubt, doubts, doubts_of, intensities, value_counts
 
 Hu = npt.NDArray[np.int16]
 

@@ -8,8 +8,8 @@ from monai.transforms import NormalizeIntensity, ScaleIntensityRange
 from pydantic import ValidationError
 
 from pipeline.config import digest
-from pipeline.intensity import Intensity, is_ct
-from pipeline.teacher_entry import TeacherEntry
+from pipeline.data.entries import TeacherEntry
+from pipeline.data.labels import Intensity, is_ct
 from tests.tiny import teacher_data
 
 HU = np.arange(-1100, 1200, 7).astype(np.int16)

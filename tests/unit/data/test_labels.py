@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from pipeline.data.labels import IGNORE, LabelSpace, log_odds, map_labels
 from pipeline.errors import GeometryError, TeacherError
-from pipeline.labels import IGNORE, LabelSpace, log_odds, map_labels
 
 IDS = {"liver": 7, "spleen": 2}
 

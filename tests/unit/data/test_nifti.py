@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from pipeline.data import nifti
 from pipeline.data.nifti import NiftiVolume, read_grid, read_image, read_label, write_image
 from pipeline.data.nifti import write_like as write_like_file
+from pipeline.data.volume import Grid, Volume
 from pipeline.errors import GeometryError
-from pipeline.volume import Grid, Volume
 
 Array = npt.NDArray[Any]
 Reader = Callable[[Path], NiftiVolume]
@@ -512,7 +512,7 @@ def test_a_write_that_fails_leaves_nothing(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipeline.data.nifti_file.nib.save", half)
+    monkeypatch.setattr("pipeline.data.nifti.nib.save", half)
     with pytest.raises(OSError, match="No space"):
         write_like_file(target, volume, source)
     with pytest.raises(OSError, match="No space"):
@@ -530,7 +530,7 @@ def test_a_write_that_fails_keeps_what_was_there(
     def fail(_: object, path: Path) -> None:
         raise OSError("no")
 
-    monkeypatch.setattr("pipeline.data.nifti_file.nib.save", fail)
+    monkeypatch.setattr("pipeline.data.nifti.nib.save", fail)
     with pytest.raises(OSError, match="no"):
         write_like_file(source, volume, source)
     assert source.read_bytes() == before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.patches import Patch, padded_shape, patch_at, window_starts, windows
+from pipeline.data.patches import Patch, padded_shape, patch_at, window_starts, windows
 
 
 def test_slices() -> None:

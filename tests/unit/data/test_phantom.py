@@ -12,11 +12,12 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.data import phantom
+from pipeline.data.entries import ORGANS, PhantomSpec, case_names
 from pipeline.data.nifti import read_image, read_label
-from pipeline.data.phantom import ORGANS, PhantomCase, PhantomSpec, case_names, make_case
-from pipeline.data.phantom import write_dataset as write
+from pipeline.data.phantom.case import PhantomCase, make_case
+from pipeline.data.phantom.case import write_dataset as write
+from pipeline.data.volume import Grid, Volume
 from pipeline.errors import ConfigError, RegistryError
-from pipeline.volume import Grid, Volume
 
 SMALL = (24, 28, 32)
 
@@ -94,7 +95,7 @@ def test_is_deterministic_and_leaves_global_random_state_alone() -> None:
 def test_is_the_same_in_another_process() -> None:
     spec = small_spec(seed=8)
     code = (
-        "import hashlib; from pipeline.data.phantom import *;"
+        "import hashlib; from pipeline.data.phantom.case import *;"
         f"spec = PhantomSpec.model_validate_json({spec.model_dump_json()!r});"
         "case = make_case(spec, 2);"
         "print(hashlib.sha256(case.image.array.tobytes() + case.label.array.tobytes()).hexdigest())"
@@ -336,7 +337,7 @@ def test_another_spec_is_refused(tmp_path: Path, change: dict[str, object]) -> N
 def test_another_format_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = small_spec(num_cases=1, shape=(16, 16, 16))
     write(tmp_path, spec)
-    monkeypatch.setattr(phantom.files, "FORMAT_VERSION", phantom.case.FORMAT_VERSION + 1)
+    monkeypatch.setattr(phantom.case, "FORMAT_VERSION", phantom.case.FORMAT_VERSION + 1)
     with pytest.raises(RegistryError, match="format version"):
         write(tmp_path, spec)
 

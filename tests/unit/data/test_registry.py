@@ -12,11 +12,10 @@ import pytest
 import yaml
 
 from pipeline.config import digest
-from pipeline.data.files import closed_cases
-from pipeline.data.nifti import read_image
-from pipeline.data.nifti_file import read_header
+from pipeline.data.entries import closed_cases
+from pipeline.data.nifti import read_header, read_image
 from pipeline.data.registry import Registry, load_registry
-from pipeline.data.split_entry import SplitEntry
+from pipeline.data.splits import SplitEntry
 from pipeline.errors import GeometryError, RegistryError
 
 REPOSITORY = Path(__file__).parents[3]

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from pipeline.data import resample as module
 from pipeline.data.resample import SlabResampler, resample, same_grid
-from pipeline.volume import Grid, Orientation, Volume
+from pipeline.data.volume import Grid, Orientation, Volume
 
 Array = npt.NDArray[Any]
 

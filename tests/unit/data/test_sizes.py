@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.case_sizes import CaseSize, case_sizes, two_cases
-from pipeline.data.files import CaseFiles
+from pipeline.data.entries import CaseFiles
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import load_registry
+from pipeline.data.sizes import CaseSize, case_sizes, two_cases
+from pipeline.data.volume import Grid
 from pipeline.errors import GeometryError, RegistryError
-from pipeline.volume import Grid
 
 ALL = ("train", "validation", "test")
 

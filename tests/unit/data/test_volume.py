@@ -9,7 +9,7 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 
-from pipeline.volume import RAS, Grid, Orientation, Volume
+from pipeline.data.volume import RAS, Grid, Orientation, Volume
 
 
 def turned(shape: tuple[int, int, int] = (4, 5, 6)) -> Grid:

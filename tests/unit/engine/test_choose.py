@@ -11,10 +11,10 @@ import pytest
 from pipeline.engine import here
 from pipeline.engine.choose import open_engine
 from pipeline.engine.here import HERE, first_told, once_per_process, sendable
-from pipeline.engine.slurm_settings import SlurmSettings
+from pipeline.engine.parts import SlurmSettings
 from pipeline.errors import ConfigError, EngineError, GeometryError
 from pipeline.log import Log
-from pipeline.unit_work import Told
+from pipeline.teachers.units import Told
 
 
 def opened(executor: str | None, **options: Any) -> Any:
@@ -58,13 +58,13 @@ def test_slurm_settings_refuse_what_they_do_not_know(tmp_path: Path) -> None:
 
 class TestWorkersOfThisMachine:
     def test_one_for_each_gpu(self) -> None:
-        clusters = pytest.importorskip("pipeline.engine.clusters")
+        clusters = pytest.importorskip("pipeline.engine.dask")
         found = clusters.local_workers(None, gpus=["2", "GPU-a"], cores=8)
         assert [env["CUDA_VISIBLE_DEVICES"] for env in found] == ["2", "GPU-a"]
         assert {env["ORGAN_DISTILL_THREADS"] for env in found} == {"4"}
 
     def test_one_for_four_cores_without(self) -> None:
-        clusters = pytest.importorskip("pipeline.engine.clusters")
+        clusters = pytest.importorskip("pipeline.engine.dask")
         assert len(clusters.local_workers(None, gpus=[], cores=9)) == 2
         assert len(clusters.local_workers(None, gpus=[], cores=1)) == 1
         (env, *more) = clusters.local_workers(3, gpus=[], cores=8)
@@ -72,7 +72,7 @@ class TestWorkersOfThisMachine:
         assert "CUDA_VISIBLE_DEVICES" not in env
 
     def test_jobs_that_end_at_once_are_not_replaced_for_ever(self) -> None:
-        clusters = pytest.importorskip("pipeline.engine.clusters")
+        clusters = pytest.importorskip("pipeline.engine.dask")
 
         class Cluster:
             workers: dict[str, object] = {}  # noqa: RUF012
@@ -97,7 +97,7 @@ class TestWorkersOfThisMachine:
         assert 2 < cluster.scaled < 100
 
     def test_without_a_living_nanny_nobody_waits(self) -> None:
-        clusters = pytest.importorskip("pipeline.engine.clusters")
+        clusters = pytest.importorskip("pipeline.engine.dask")
 
         def nannies(*states: str) -> Any:
             found = [SimpleNamespace(status=clusters.Status[state]) for state in states]
@@ -111,7 +111,7 @@ class TestWorkersOfThisMachine:
 
 class TestDeathsInWords:
     def test_by_a_signal(self) -> None:
-        deaths = pytest.importorskip("pipeline.engine.deaths")
+        deaths = pytest.importorskip("pipeline.engine.dask")
         told = {"host": "n1", "pid": 7, "exit_code": -9, "peak_bytes": 2_500_000_000}
         text = deaths.in_words("3", told, None)
         assert text.startswith("worker 3 (host n1, pid 7) was killed by signal 9 (SIGKILL")
@@ -120,7 +120,7 @@ class TestDeathsInWords:
         assert "exited with status 3" in deaths.in_words("3", {**told, "exit_code": 3}, None)
 
     def test_nobody_knows(self) -> None:
-        deaths = pytest.importorskip("pipeline.engine.deaths")
+        deaths = pytest.importorskip("pipeline.engine.dask")
         text = deaths.in_words("3", None, {"metrics": {"memory": 1_000_000_000}})
         assert "nobody knows the exit code" in text
         assert "1.00 GB" in text
@@ -128,7 +128,7 @@ class TestDeathsInWords:
 
     @pytest.mark.parametrize("code", [0, -signal.SIGTERM])
     def test_one_that_was_asked_to_go_is_no_death(self, code: int) -> None:
-        deaths = pytest.importorskip("pipeline.engine.deaths")
+        deaths = pytest.importorskip("pipeline.engine.dask")
         assert deaths.left_on_purpose({"exit_code": code})
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.engine import overlap
-from pipeline.engine.overlap import in_turn, overlapped
+from pipeline.engine import here
+from pipeline.engine.here import in_turn, overlapped
 
 PATIENCE_S = 10
 ORDERS = pytest.mark.parametrize("order", [overlapped, in_turn])
@@ -185,9 +185,9 @@ def test_while_all_wait_for_a_network_two_cts_are_in_memory_and_no_outputs() -> 
 
 
 def test_a_side_that_is_stopped_begins_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlap, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(here, "_PATIENCE_S", 0.01)
     begun, release = threading.Event(), threading.Event()
-    side, done = overlap._Side("read ahead"), []
+    side, done = here._Side("read ahead"), []
 
     def first() -> None:
         begun.set()
@@ -263,7 +263,7 @@ def test_closing_stops_early_and_waits_for_what_is_being_stored() -> None:
 def test_a_step_that_hangs_does_not_hold_up_an_interruption(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(overlap, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(here, "_PATIENCE_S", 0.05)
     hangs, release = threading.Event(), threading.Event()
 
     def hang(item: int) -> int:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.patches import windows
-from pipeline.teachers.sliding_window import WindowConfig, sliding_window
+from pipeline.data.patches import windows
+from pipeline.networks.windows import WindowConfig, sliding_window
 
 RNG = np.random.default_rng(0)
 shapes = st.tuples(*(st.integers(1, 13) for _ in range(3)))

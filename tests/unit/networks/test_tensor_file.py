@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.errors import CheckpointError
-from pipeline.sealed_file import load_sealed, save_atomically
+from pipeline.networks.tensor_file import load_sealed, save_atomically
 
 CONTENT = {"step": 7, "weights": torch.arange(400.0), "nested": {"a": [1, "x"]}}
 

@@ -12,9 +12,14 @@ from monai.networks import nets
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.teachers import window_passes
-from pipeline.teachers.sliding_window import WindowConfig, sliding_window
-from pipeline.teachers.window_passes import WindowPasses, check_precision, is_out_of_memory
+from pipeline.networks import windows
+from pipeline.networks.windows import (
+    WindowConfig,
+    WindowPasses,
+    check_precision,
+    is_out_of_memory,
+    sliding_window,
+)
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
@@ -96,7 +101,7 @@ ERRORS = [
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches as on a GPU."""
-    monkeypatch.setattr(window_passes, "largest_batch", lambda asked, device: asked)
+    monkeypatch.setattr(windows, "largest_batch", lambda asked, device: asked)
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -160,8 +165,8 @@ def test_a_network_runs_in_the_precision_that_is_set(monkeypatch: pytest.MonkeyP
         entered.append((device, dtype))
         return real("cpu", dtype=dtype)
 
-    monkeypatch.setattr(window_passes.torch, "autocast", cast)
-    monkeypatch.setattr(window_passes, "check_precision", lambda precision, device: None)
+    monkeypatch.setattr(windows.torch, "autocast", cast)
+    monkeypatch.setattr(windows, "check_precision", lambda precision, device: None)
     network, tap = net("UNet")
     exact, rounded = said(network, tap, 1), said(network, tap, 1, precision="bfloat16")
     assert entered[0] == ("cuda", torch.bfloat16)

@@ -9,11 +9,11 @@ import pytest
 
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError
-from pipeline.inventory.diff import Difference, diff, print_difference
 from pipeline.log import Log
+from pipeline.review.why import Difference, diff, print_difference
 from stages import cache_teachers
 from tests.tiny import cache_config, fill_cache, work_of, write_teacher
-from tests.unit.inventory.damage import rewrite, shard, unit_at
+from tests.unit.review.damage import rewrite, shard, unit_at
 
 CASE = "multi-ct/case_001"
 LIVER = f"liver x {CASE}"

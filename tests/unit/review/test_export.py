@@ -13,12 +13,12 @@ import yaml
 from pipeline.cache.schema import StorageConfig
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheError, CacheMissing, CacheStale, ConfigError, RegistryError
-from pipeline.inventory.export import export_nifti
 from pipeline.log import Log
+from pipeline.review.export import export_nifti
 from stages import cache_teachers
 from tests.stages.stage_contract import snapshot
 from tests.tiny import change_registry, work_of
-from tests.unit.inventory.damage import rewrite, shard, unit_at
+from tests.unit.review.damage import rewrite, shard, unit_at
 
 CASE = "multi-ct/case_001"
 SLOPE = np.array([1.5, -1.0, 2.0])

@@ -10,11 +10,10 @@ import pytest
 from pipeline.cache.index import read_index
 from pipeline.config import short
 from pipeline.data.registry import load_registry
-from pipeline.inventory.listing import Listing, list_cache, print_listing
-from pipeline.inventory.students import in_few_words, run_folders
-from pipeline.inventory.wording import counted, megabytes, seconds_since
+from pipeline.review.status import Listing, list_cache, print_listing
+from pipeline.review.units import counted, in_few_words, megabytes, run_folders, seconds_since
 from tests.tiny import TAP, change_registry, work_of
-from tests.unit.inventory.damage import shard, unit_at
+from tests.unit.review.damage import shard, unit_at
 
 
 def listing(registry: Path, *, named: bool = True) -> Listing:

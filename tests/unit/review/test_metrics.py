@@ -21,15 +21,9 @@ from monai.metrics import (
     get_surface_distance,
 )
 
+from pipeline.data.volume import Grid
 from pipeline.errors import GeometryError
-from pipeline.metrics import (
-    ABSENT,
-    EMPTY_PREDICTION,
-    OrganScore,
-    score_case,
-    score_json,
-)
-from pipeline.volume import Grid
+from pipeline.review.metrics import ABSENT, EMPTY_PREDICTION, OrganScore, score_case, score_json
 
 Mask = npt.NDArray[np.bool_]
 ANISOTROPIC = (5.0, 1.0, 2.0)

@@ -8,8 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.comparison.paired import MIN_PAIRS, holm, paired
-from pipeline.comparison.statistics import crossed_draws
+from pipeline.review.statistics import MIN_PAIRS, crossed_draws, holm, paired
 
 NAN = math.nan
 

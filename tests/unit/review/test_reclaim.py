@@ -14,14 +14,14 @@ from pipeline.cache.places import find_units
 from pipeline.cache.store import write_json
 from pipeline.data.registry import Registry, load_registry
 from pipeline.errors import ConfigError
-from pipeline.inventory import reclaim
-from pipeline.inventory.reach import registry_reach
-from pipeline.inventory.reclaim import Garbage, find_garbage, print_garbage, remove_garbage
-from pipeline.inventory.verify import verify
 from pipeline.log import Log
+from pipeline.review import gc
+from pipeline.review.gc import Garbage, find_garbage, print_garbage, remove_garbage
+from pipeline.review.units import registry_reach
+from pipeline.review.verify import verify
 from tests.stages.stage_contract import content, snapshot
 from tests.tiny import change_registry, fill_cache, work_of, write_teacher
-from tests.unit.inventory.damage import lose_receipt, unit_at
+from tests.unit.review.damage import lose_receipt, unit_at
 
 QUIET = Log(quiet=True)
 
@@ -255,8 +255,8 @@ def test_the_index_is_read_again_while_units_go(
     work = work_of(tiny_cached)
     registry = second_registry(tiny_cached, drop("liver"))
     found = find_garbage(work, [known(registry)], grace_hours=0)
-    monkeypatch.setattr(reclaim, "_LOOK_AGAIN", 2)
-    real, calls = reclaim.remove_unit, []
+    monkeypatch.setattr(gc, "_LOOK_AGAIN", 2)
+    real, calls = gc.remove_unit, []
 
     def remove(path: Path) -> None:
         """After the third unit, stage one has cached the registry with this teacher again."""
@@ -268,9 +268,9 @@ def test_the_index_is_read_again_while_units_go(
     def reread(work: Path, registries: Any) -> Any:
         return real_reached(work, [known(registry)])
 
-    real_reached = reclaim._reached
-    monkeypatch.setattr(reclaim, "remove_unit", remove)
-    monkeypatch.setattr(reclaim, "_reached", reread)
+    real_reached = gc._reached
+    monkeypatch.setattr(gc, "remove_unit", remove)
+    monkeypatch.setattr(gc, "_reached", reread)
     remove_garbage(work, [known(registry)], found, log=QUIET)
     assert len(calls) == 4
 

@@ -8,11 +8,11 @@ import pytest
 
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheCorrupt, CacheStale, ConfigError, GeometryError, TeacherError
-from pipeline.inventory.recompute import Recomputed, print_recomputed, recompute
 from pipeline.log import Log
+from pipeline.review.recompute import Recomputed, print_recomputed, recompute
 from tests.stages.stage_contract import snapshot
 from tests.tiny import TAP, work_of, write_teacher
-from tests.unit.inventory.damage import flip, rewrite, shard, unit_at
+from tests.unit.review.damage import flip, rewrite, shard, unit_at
 
 EVERY = 18
 LIVER = "liver x multi-ct/case_001"

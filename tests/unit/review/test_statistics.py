@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipeline.comparison import statistics
-from pipeline.comparison.statistics import crossed_draws, differences, estimates
+from pipeline.review import statistics
+from pipeline.review.statistics import crossed_draws, differences, estimates
 
 NAN = math.nan
 Floats = npt.NDArray[np.float64]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.data.registry import load_registry
-from pipeline.status import STATES, print_status, status
+from pipeline.review.status import STATES, print_status, status
 from tests.tiny import change_registry, work_of, write_teacher
 
 

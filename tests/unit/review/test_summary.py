@@ -15,9 +15,20 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from pipeline.metrics import ABSENT, NOT_ANNOTATED, OrganScore, score_case, score_json
-from pipeline.summary import METRICS, known, organ_means, overall_means, summarise, to_csv
-from pipeline.volume import Grid
+from pipeline.data.volume import Grid
+from pipeline.review.metrics import (
+    ABSENT,
+    METRICS,
+    NOT_ANNOTATED,
+    OrganScore,
+    known,
+    organ_means,
+    overall_means,
+    score_case,
+    score_json,
+    summarise,
+    to_csv,
+)
 
 NAN = math.nan
 IDS = {"liver": 1, "spleen": 4}

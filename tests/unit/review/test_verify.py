@@ -11,12 +11,12 @@ import pytest
 
 from pipeline.cache.receipt import read_receipt
 from pipeline.data.registry import load_registry
-from pipeline.inventory import verify as verifying
-from pipeline.inventory.verify import Verification, print_verification, repair, verify
 from pipeline.log import Log
+from pipeline.review import verify as verifying
+from pipeline.review.verify import Verification, print_verification, repair, verify
 from tests.stages.stage_contract import content, snapshot
 from tests.tiny import change_registry, fill_cache, work_of
-from tests.unit.inventory.damage import flip, lose_receipt, rewrite, say, shard, unit_at
+from tests.unit.review.damage import flip, lose_receipt, rewrite, say, shard, unit_at
 
 CASE = "multi-ct/case_001"
 LIVER = f"liver x {CASE}"

@@ -10,9 +10,9 @@ import pytest
 
 from pipeline.data.registry import load_registry
 from pipeline.errors import GeometryError, RegistryError
-from pipeline.inventory.why import Reason, print_reasons, why
+from pipeline.review.why import Reason, print_reasons, why
 from tests.tiny import cache_config, change_registry, fill_cache, work_of, write_teacher
-from tests.unit.inventory.damage import flip, say, shard, unit_at
+from tests.unit.review.damage import flip, say, shard, unit_at
 
 CASE = "multi-ct/case_001"
 LIVER, SPLEEN = f"liver x {CASE}", f"spleen x {CASE}"

@@ -7,12 +7,20 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError, GeometryError, RegistryError, SpaceError
 from pipeline.log import Log
-from pipeline.planning.plan import Plan, make_plan, print_plan
-from pipeline.planning.rates import FEATURES, IMAGES, KINDS, LOG_ODDS, METADATA
+from pipeline.setup.plan import (
+    FEATURES,
+    IMAGES,
+    KINDS,
+    LOG_ODDS,
+    METADATA,
+    Plan,
+    make_plan,
+    print_plan,
+)
 from tests.stages.stage_contract import snapshot
 from tests.tiny import cache_config, change_registry, fill_cache, shrink_organ, work_of
 

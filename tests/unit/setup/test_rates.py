@@ -4,20 +4,21 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.case_sizes import CaseSize
-from pipeline.data.files import CaseFiles
-from pipeline.planning.rates import (
+from pipeline.data.entries import CaseFiles
+from pipeline.data.sizes import CaseSize
+from pipeline.data.volume import Grid
+from pipeline.setup.plan import (
+    CASES,
     FEATURES,
     IMAGES,
     LOG_ODDS,
     METADATA,
     Sample,
+    Todo,
     estimate,
     estimate_all,
     least,
 )
-from pipeline.planning.todo import CASES, Todo
-from pipeline.volume import Grid
 
 
 def case(name: str, side: int, native: int | None = None) -> CaseSize:

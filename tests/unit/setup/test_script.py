@@ -9,8 +9,16 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
-from pipeline.submission.script import TEMPLATES, Target, copy_templates, fill, script
-from pipeline.submission.settings import STAGES, JobSettings, SubmitSettings
+from pipeline.setup.submit import (
+    STAGES,
+    TEMPLATES,
+    JobSettings,
+    SubmitSettings,
+    Target,
+    copy_templates,
+    fill,
+    script,
+)
 
 ORDINARY = JobSettings()
 

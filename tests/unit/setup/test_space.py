@@ -5,8 +5,16 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.planning.rates import LOG_ODDS, Estimate
-from pipeline.planning.space import Space, look_at, on_disk, parse_size, shortfall, size
+from pipeline.setup.plan import (
+    LOG_ODDS,
+    Estimate,
+    Space,
+    look_at,
+    on_disk,
+    parse_size,
+    shortfall,
+    size,
+)
 
 ROOMY = Space(
     free_bytes=10**12, free_inodes=10**6, block_bytes=4096, used_bytes=0, quota_bytes=None

@@ -8,13 +8,21 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.errors import ConfigError, EngineError
 from pipeline.log import Log
-from pipeline.submission.jobs import Job, record, recorded, states, with_states
-from pipeline.submission.script import Target
-from pipeline.submission.settings import SubmitSettings
-from pipeline.submission.submit import in_order, scripts, submit
+from pipeline.setup.submit import (
+    Job,
+    SubmitSettings,
+    Target,
+    in_order,
+    record,
+    recorded,
+    scripts,
+    states,
+    submit,
+    with_states,
+)
 from tests.tiny import work_of
 
 # Counts from 41; refuses what holds a word of a file, when tried or when submitted.

@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 from pipeline.cache.schema import StorageConfig
-from pipeline.case_sizes import case_sizes
 from pipeline.data.registry import load_registry
-from pipeline.planning.todo import CASES, Todo, find_todo
-from pipeline.units import open_teacher
+from pipeline.data.sizes import case_sizes
+from pipeline.setup.plan import CASES, Todo, find_todo
+from pipeline.teachers.units import open_teacher
 from tests.tiny import cache_config, change_registry, work_of, write_teacher
 
 ALL = ("train", "validation", "test")

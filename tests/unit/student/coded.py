@@ -27,9 +27,8 @@ from pipeline.cache.schema import (
     log_odds_spec,
 )
 from pipeline.cache.store import write_unit
-from pipeline.intensity import Intensity
-from pipeline.labels import LabelSpace
-from pipeline.volume import Grid
+from pipeline.data.labels import Intensity, LabelSpace
+from pipeline.data.volume import Grid
 
 SHAPE = (18, 20, 22)
 STRIDE = (2, 2, 2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.labels import IGNORE
+from pipeline.data.labels import IGNORE
 from pipeline.student.network import CachedTap, StudentNetwork, TapKey
 from pipeline.student.supervision import Batch, Kind, SupervisionConfig, batch_loss
 

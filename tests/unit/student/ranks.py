@@ -23,14 +23,11 @@ from torch import Tensor
 
 from pipeline.errors import PipelineError
 from pipeline.log import Log
-from pipeline.network import NetworkConfig
+from pipeline.networks.by_name import NetworkConfig
 from pipeline.student import losses, training
-from pipeline.student import step as one_step
-from pipeline.student.dataset import PatchDataset
-from pipeline.student.launch import joined
-from pipeline.student.loading import forks_of_a_server
+from pipeline.student.dataset import PatchDataset, forks_of_a_server
 from pipeline.student.network import CachedTap
-from pipeline.student.processes import ALONE, Processes
+from pipeline.student.processes import ALONE, Processes, joined
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.training import Trained, train
 from tests.tiny import NETWORK
@@ -196,7 +193,7 @@ def _watch_writes(folder: str) -> set[str]:
 
 def _arrange(scenario: Scenario, rank: int) -> None:
     real_step, real_loss, real_dice, real_item = (
-        training.make_step, one_step.batch_loss, losses.dice, PatchDataset.__getitem__,
+        training.make_step, training.batch_loss, losses.dice, PatchDataset.__getitem__,
     )  # fmt: skip
 
     def make_step(*args: Any) -> Any:
@@ -227,7 +224,7 @@ def _arrange(scenario: Scenario, rank: int) -> None:
 
     replace: list[tuple[Any, str, Callable[..., Any]]] = [
         (training, "make_step", make_step),
-        (one_step, "batch_loss", batch_loss),
+        (training, "batch_loss", batch_loss),
         (losses, "dice", dice),
         (PatchDataset, "__getitem__", item),
     ]

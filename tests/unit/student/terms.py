@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.labels import IGNORE
-from pipeline.student import distillation, losses
+from pipeline.data.labels import IGNORE
+from pipeline.student import losses
 from tests.unit.student import slow_losses as slow
 
 N, K, NUM_TEACHERS, SHAPE = 2, 3, 3, (3, 2, 4)
@@ -68,7 +68,7 @@ class RandomBatch:
 
 def kl_of(batch: RandomBatch, experts: Tensor, *, t: float = 1.0, per_region: bool = False) -> Term:
     def term(s: Tensor) -> Tensor:
-        return distillation.kl(
+        return losses.kl(
             torch.log_softmax(s, 1),
             batch.log_odds,
             batch.organ,
@@ -103,7 +103,7 @@ def all_terms(batch: RandomBatch) -> dict[str, Term]:
         "kl per_teacher per region": kl_of(batch, batch.one_each, per_region=True),
         "kl marginal": kl_of(batch, batch.experts, t=0.5),
         "kl marginal per region": kl_of(batch, batch.experts, t=2.0, per_region=True),
-        "soft_dice": lambda s: distillation.soft_dice(
+        "soft_dice": lambda s: losses.soft_dice(
             torch.softmax(s, 1)[:, 1:], batch.log_odds, batch.inside, batch.organs
         ),
     }

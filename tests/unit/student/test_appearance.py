@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 from pydantic import ValidationError
 
-from pipeline.student.appearance import AppearanceConfig, change_intensity
+from pipeline.student.augment import AppearanceConfig, change_intensity
 
 NAMES = ("noise", "blur", "brightness", "contrast", "low_resolution", "gamma")
 

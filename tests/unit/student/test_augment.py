@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from pipeline.data.labels import LabelSpace
 from pipeline.errors import ConfigError
-from pipeline.labels import LabelSpace
 from pipeline.student.augment import AugmentConfig, check_sides, draw_movement
 
 

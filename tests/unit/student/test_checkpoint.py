@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.data.labels import Intensity
 from pipeline.errors import CheckpointError
-from pipeline.intensity import Intensity
-from pipeline.network import build_network
+from pipeline.networks.by_name import build_network
 from pipeline.student.checkpoint import (
     StudentRecord,
     load_newest,

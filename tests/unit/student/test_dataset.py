@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pipeline.cache.reader import CachedCase
-from pipeline.labels import IGNORE
-from pipeline.patches import Patch
+from pipeline.data.labels import IGNORE
+from pipeline.data.patches import Patch
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.dataset import to_batch
 from pipeline.student.network import CachedTap

@@ -12,8 +12,8 @@ import pytest
 from scipy.ndimage import binary_erosion
 
 from pipeline.cache.reader import CachedCase
+from pipeline.data.labels import IGNORE, LabelSpace
 from pipeline.errors import ConfigError
-from pipeline.labels import IGNORE, LabelSpace
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.dataset import AIR_HU, PatchDataset
 from pipeline.student.sampling import SamplingConfig

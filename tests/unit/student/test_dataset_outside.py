@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.cache.reader import CachedCase
-from pipeline.labels import IGNORE
+from pipeline.data.labels import IGNORE
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.dataset import AIR_HU
 from pipeline.student.supervision import Kind, SupervisionConfig

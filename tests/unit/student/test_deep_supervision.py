@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.data.labels import IGNORE
 from pipeline.errors import ConfigError
-from pipeline.labels import IGNORE
-from pipeline.network import NetworkConfig
-from pipeline.student.deep_supervision import output_weights, over_outputs
-from pipeline.student.network import StudentNetwork, seeded_network
+from pipeline.networks.by_name import NetworkConfig
+from pipeline.student.network import StudentNetwork, output_weights, over_outputs, seeded_network
 from pipeline.student.supervision import Batch, SupervisionConfig, batch_loss
 from tests.tiny import NETWORK
 from tests.unit.student.test_networks_by_name import NAMES, NETWORKS, NUM_ORGANS

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.student import distillation
+from pipeline.student import losses
 from tests.unit.student import slow_losses as slow
 from tests.unit.student.terms import (
     SHAPE,
@@ -34,27 +34,27 @@ def everywhere(seed: int) -> RandomBatch:
 class TestJointTarget:
     def test_nan_is_no_organ(self) -> None:
         d = torch.tensor([3.0, math.nan]).reshape(1, 2, 1, 1, 1)
-        q = torch.softmax(distillation.joint_target(d, 1.0), dim=1).flatten()
+        q = torch.softmax(losses.joint_target(d, 1.0), dim=1).flatten()
         assert q.tolist() == pytest.approx([1 - 1 / (1 + math.exp(-3)), 1 / (1 + math.exp(-3)), 0])
 
     def test_two_infinitely_sure_teachers_share(self) -> None:
         d = torch.full((1, 2, 1, 1, 1), math.inf)
-        q = torch.softmax(distillation.joint_target(d, 1.0), dim=1).flatten()
+        q = torch.softmax(losses.joint_target(d, 1.0), dim=1).flatten()
         assert q.tolist() == pytest.approx([0, 0.5, 0.5])
 
 
 class TestHard:
     def test_the_best_organ_or_none_for_sure(self) -> None:
         d = torch.tensor([[3.0, 1.0], [-1.0, -2.0], [math.nan, 2.0], [math.nan, -2.0]])
-        found = distillation.hard(d.T.reshape(1, 2, 4, 1, 1))
-        q = torch.softmax(distillation.joint_target(found, 1.0), dim=1).reshape(3, 4).T
+        found = losses.hard(d.T.reshape(1, 2, 4, 1, 1))
+        q = torch.softmax(losses.joint_target(found, 1.0), dim=1).reshape(3, 4).T
         assert q.tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 0, 0]]
         assert found.isnan().flatten().tolist() == d.T.isnan().flatten().tolist()
 
     def test_a_network_that_agrees_has_no_loss(self) -> None:
         batch = everywhere(16)
-        batch.log_odds = distillation.hard(batch.log_odds)
-        sure = 200 * distillation.joint_target(batch.log_odds, 1e30)
+        batch.log_odds = losses.hard(batch.log_odds)
+        sure = 200 * losses.joint_target(batch.log_odds, 1e30)
         assert float(kl_of(batch, batch.everyone)(sure)) == pytest.approx(0, abs=1e-9)
         assert float(kl_of(batch, batch.everyone)(batch.logits)) > 0.1
 
@@ -72,7 +72,7 @@ class TestKlJoint:
     def test_descent_reaches_the_joint_target(self) -> None:
         batch = everywhere(9)
         reached = torch.softmax(descend(kl_of(batch, batch.everyone), batch.logits), dim=1)
-        target = torch.softmax(distillation.joint_target(batch.log_odds, 1.0), dim=1)
+        target = torch.softmax(losses.joint_target(batch.log_odds, 1.0), dim=1)
         assert torch.allclose(reached, target, atol=2e-3)
 
 
@@ -101,7 +101,7 @@ class TestKlPerTeacher:
     def test_sure_teachers_lose_no_digits(self) -> None:
         one = torch.ones((1, 1, 1, 1, 1), dtype=torch.bool)
         logits = torch.tensor([0.0, 3.0]).reshape(1, 2, 1, 1, 1)
-        found = distillation.kl(
+        found = losses.kl(
             torch.log_softmax(logits, 1), 1e4 * one.float(), one, ~one[:, 0], one[:, :, 0, 0]
         )
         assert float(found) == pytest.approx(math.log(1 + math.exp(-3.0)), rel=1e-5)
@@ -147,7 +147,7 @@ class TestKlMarginal:
         experts = torch.tensor([[[True, True, False]]])
         q, merged = (1 / 8, 2 / 8, 5 / 8), (0.5, 0.2, 0.3)
         expected = sum(a * math.log(a / b) for a, b in zip(q, merged, strict=True))
-        found = distillation.kl(p.log(), d, organ, nowhere, experts)
+        found = losses.kl(p.log(), d, organ, nowhere, experts)
         assert float(found) == pytest.approx(expected)
 
     def test_zero_with_zero_gradient_at_its_target_and_descent_reaches_it(self) -> None:
@@ -180,7 +180,7 @@ class TestSoftDice:
     def test_zero_with_zero_gradient_at_its_soft_target_and_descent_reaches_it(self) -> None:
         batch = everywhere(12)
         term = all_terms(batch)["soft_dice"]
-        target = distillation.joint_target(batch.log_odds, 1.0)
+        target = losses.joint_target(batch.log_odds, 1.0)
         assert float(term(target)) == pytest.approx(0, abs=1e-12)
         assert gradient(term, target).abs().max() < 1e-12
         # Nothing about softness: a hard prediction is no optimum.
@@ -211,16 +211,16 @@ class TestJointMadeOnce:
     ) -> None:
         batch = self._batch(31, silent, known)
         odds, logits = batch.log_odds.to(dtype), batch.logits.to(dtype)
-        joint = distillation.joint_log_q_and_q(odds)
+        joint = losses.joint_log_q_and_q(odds)
 
         def kl(s: Tensor, made: tuple[Tensor, Tensor] | None) -> Tensor:
             where = batch.organ, batch.background, batch.everyone
             log_p = torch.log_softmax(s, 1)
-            return distillation.kl(log_p, odds, *where, per_region=per_region, joint=made)
+            return losses.kl(log_p, odds, *where, per_region=per_region, joint=made)
 
         def dice(s: Tensor, made: tuple[Tensor, Tensor] | None) -> Tensor:
             p = torch.softmax(s, 1)[:, 1:]
-            return distillation.soft_dice(p, odds, batch.inside, batch.organs, joint=made)
+            return losses.soft_dice(p, odds, batch.inside, batch.organs, joint=made)
 
         for term in (kl, dice):
             own, handed = partial(term, made=None), partial(term, made=joint)
@@ -231,15 +231,13 @@ class TestJointMadeOnce:
     @pytest.mark.parametrize("seed", range(4))
     def test_against_loops_over_voxels(self, seed: int, per_region: bool) -> None:
         batch = self._batch(seed, 0.3)
-        joint = distillation.joint_log_q_and_q(batch.log_odds)
+        joint = losses.joint_log_q_and_q(batch.log_odds)
         where = batch.organ, batch.background, batch.everyone
-        found = distillation.kl(
-            batch.log_p, batch.log_odds, *where, per_region=per_region, joint=joint
-        )
+        found = losses.kl(batch.log_p, batch.log_odds, *where, per_region=per_region, joint=joint)
         arrays = (batch.logits, batch.log_odds, *where)
         plain = slow.kl(*(x.numpy() for x in arrays), per_region=per_region)
         assert float(found) == pytest.approx(plain, rel=1e-9)
-        dice = distillation.soft_dice(
+        dice = losses.soft_dice(
             batch.p[:, 1:], batch.log_odds, batch.inside, batch.organs, joint=joint
         )
         others = batch.p[:, 1:], batch.log_odds, batch.inside, batch.organs

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.student import distillation
+from pipeline.student import losses
 from tests.unit.student.terms import descend, gradient
 
 seeds = st.integers(0, 10_000)
@@ -42,7 +42,7 @@ class TestFeatureCosine:
                 if region[n, z, y, x] and np.isfinite(v).all():
                     terms.append(1 - u @ v / np.linalg.norm(u) / np.linalg.norm(v))
             expected += sum(terms) / max(1, len(terms))
-        found = distillation.feature_cosine(a, t, cells, other)
+        found = losses.feature_cosine(a, t, cells, other)
         assert float(found) == pytest.approx(expected, rel=1e-9)
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -50,7 +50,7 @@ class TestFeatureCosine:
         a, t, cells = self._features(1)
         cells[:] = True
         t[0, :, 1, 2, 1] = bad
-        found = gradient(lambda x: distillation.feature_cosine(x, t, cells), a)
+        found = gradient(lambda x: losses.feature_cosine(x, t, cells), a)
         assert torch.isfinite(found).all()
         assert not found[0, :, 1, 2, 1].any()
         assert found[0, :, 0, 0, 0].any()
@@ -60,7 +60,7 @@ class TestFeatureCosine:
         cells[:] = True
 
         def term(x: Tensor) -> Tensor:
-            return distillation.feature_cosine(x, t, cells)
+            return losses.feature_cosine(x, t, cells)
 
         assert float(term(3 * t)) == pytest.approx(0, abs=1e-12)
         assert gradient(term, 3 * t).abs().max() < 1e-12
@@ -69,9 +69,9 @@ class TestFeatureCosine:
 
     def test_no_cells_is_zero_and_a_zero_feature_is_no_nan(self) -> None:
         a, t, cells = self._features(3)
-        assert float(distillation.feature_cosine(a, t, torch.zeros_like(cells))) == 0
+        assert float(losses.feature_cosine(a, t, torch.zeros_like(cells))) == 0
         found = gradient(
-            lambda x: distillation.feature_cosine(x, t, torch.ones_like(cells)), torch.zeros_like(a)
+            lambda x: losses.feature_cosine(x, t, torch.ones_like(cells)), torch.zeros_like(a)
         )
         assert torch.isfinite(found).all()
 
@@ -82,7 +82,7 @@ class TestFeatureCosine:
         cells = torch.ones((2, 2, 1, 2), dtype=torch.bool)
         point = a.clone().requires_grad_()
         assert torch.autograd.gradcheck(
-            lambda x: distillation.feature_cosine(x, t, cells, ~cells), (point,)
+            lambda x: losses.feature_cosine(x, t, cells, ~cells), (point,)
         )
 
 
@@ -94,8 +94,8 @@ class TestCells:
         generator = torch.Generator().manual_seed(seed)
         region = torch.rand((2, *size), generator=generator) < 0.7
         touched, filled = (
-            distillation.touched_cells(region, stride),
-            distillation.filled_cells(region, stride),
+            losses.touched_cells(region, stride),
+            losses.filled_cells(region, stride),
         )
         assert touched.shape == filled.shape == (2, 2, 2, 2)
         for n, z, y, x in product(range(2), repeat=4):

@@ -10,8 +10,8 @@ from hypothesis.extra import numpy as hnp
 from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
-from pipeline.intensity import Intensity
-from pipeline.network import build_network
+from pipeline.data.labels import Intensity
+from pipeline.networks.by_name import build_network
 from pipeline.student.inference import (
     first_output,
     predict_logits,

@@ -12,12 +12,18 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.student.loggers import by_name
-from pipeline.student.loggers.by_name import LOGGERS, open_loggers
-from pipeline.student.loggers.mlflow import _DEFAULTS, MlflowLogger
-from pipeline.student.loggers.run_logger import LoggedRun, Loggers, flat_settings
-from pipeline.student.loggers.tensorboard import TensorBoardLogger
-from pipeline.student.loggers.wandb import WandbLogger
+from pipeline.student import loggers as by_name
+from pipeline.student.loggers import (
+    _DEFAULTS,
+    LOGGERS,
+    LoggedRun,
+    Loggers,
+    MlflowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+    flat_settings,
+    open_loggers,
+)
 from pipeline.student.progress import followed
 
 SETTINGS = {

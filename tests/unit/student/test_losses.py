@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.labels import IGNORE
+from pipeline.data.labels import IGNORE
 from pipeline.student import losses
 from tests.unit.student import slow_losses as slow
 from tests.unit.student.terms import SHAPE, K, N, RandomBatch, all_terms, descend, gradient

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.labels import IGNORE
+from pipeline.data.labels import IGNORE
 from pipeline.student import losses
 from tests.unit.student.terms import TERMS, RandomBatch, all_terms, gradient, slow_terms
 

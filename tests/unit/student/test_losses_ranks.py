@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.labels import IGNORE
+from pipeline.data.labels import IGNORE
 from pipeline.student.network import TapKey
 from pipeline.student.supervision import Batch, SupervisionConfig, batch_loss
 from tests.unit.student.fixed import NAN, SHAPE, Fixed, K

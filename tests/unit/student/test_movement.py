@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from pipeline.patches import Patch
-from pipeline.student.movement import Affine, Movement, Warp
+from pipeline.data.patches import Patch
+from pipeline.student.augment import Affine, Movement, Warp
 
 SHAPE = (3, 4, 5)
 PATCH = Patch((4, 5, 6), (8, 10, 12))

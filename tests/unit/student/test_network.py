@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import ConfigError
-from pipeline.network import NetworkConfig, build_network, pick_device, tap_shapes, tapped
+from pipeline.networks.by_name import NetworkConfig, build_network, pick_device, tap_shapes, tapped
 from pipeline.student.network import (
     CachedTap,
     StudentNetwork,

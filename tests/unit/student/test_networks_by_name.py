@@ -10,18 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.data.labels import Intensity
 from pipeline.errors import ConfigError
-from pipeline.intensity import Intensity
-from pipeline.network import NetworkConfig, build_network, output_shapes
+from pipeline.networks.by_name import NetworkConfig, build_network, output_shapes
 from pipeline.student.checkpoint import StudentRecord, load_student, save_student
 from pipeline.student.inference import predict_logits
 from pipeline.student.network import StudentNetwork, seeded_network
-from pipeline.student.optimiser import build_optimiser
 from pipeline.student.processes import ALONE
-from pipeline.student.settings import TrainingConfig
+from pipeline.student.settings import TrainingConfig, build_optimiser
 from pipeline.student.speed import Speed
-from pipeline.student.step import make_step
 from pipeline.student.supervision import Batch
+from pipeline.student.training import make_step
 
 # Name, arguments, patch edge, number of outputs while training.
 NETWORKS: list[tuple[str, dict[str, Any], int, int]] = [

@@ -14,11 +14,10 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.log import Log
-from pipeline.sealed_file import load_sealed
+from pipeline.networks.tensor_file import load_sealed
 from pipeline.student.checkpoint import training_checkpoints
-from pipeline.student.launch import launched, refuse_several
-from pipeline.student.metrics_file import metric_lines, without_timing
-from pipeline.student.processes import ALONE, Processes, Silent
+from pipeline.student.processes import ALONE, Processes, Silent, launched, refuse_several
+from pipeline.student.progress import metric_lines, without_timing
 from tests.unit.student.ranks import STEPS, Scenario, Told, start, together
 from tests.unit.student.same import assert_same
 

@@ -10,11 +10,18 @@ from typing import Any
 import pytest
 
 from pipeline.log import Log
-from pipeline.student import picture, progress
-from pipeline.student.history import CAPACITY, Curve, History
-from pipeline.student.metrics_file import kept_lines, metric_lines, without_timing
-from pipeline.student.picture import draw_progress, tell_validations
-from pipeline.student.progress import Metrics
+from pipeline.student import progress
+from pipeline.student.progress import (
+    CAPACITY,
+    Curve,
+    History,
+    Metrics,
+    draw_progress,
+    kept_lines,
+    metric_lines,
+    tell_validations,
+    without_timing,
+)
 
 
 class Clock:
@@ -205,7 +212,7 @@ class TestPicture:
         def fail(*args: object, **options: object) -> None:
             raise RuntimeError("no font")
 
-        monkeypatch.setattr(picture, "save_curves", fail)
+        monkeypatch.setattr(progress, "save_curves", fail)
         said: list[str] = []
         metrics = Metrics(tmp_path / "metrics.jsonl", keep_until=0, warn=said.append)
         draw_progress(tmp_path / "progress.png", metrics)
@@ -225,7 +232,7 @@ class TestPicture:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shown: list[Any] = []
-        monkeypatch.setattr(picture, "save_curves", lambda *a, **k: shown.append((a, k)))
+        monkeypatch.setattr(progress, "save_curves", lambda *a, **k: shown.append((a, k)))
         path = tmp_path / "ms_kd" / "metrics.jsonl"
         path.parent.mkdir()
         timing = {"steps": 1, "seconds": 2.0, "data_wait": 0.5, "samples_per_second": 4.0}

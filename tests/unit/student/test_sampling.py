@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipeline.cache.reader import CachedCase, Unit
+from pipeline.cache.reader import CachedCase, Trust, Unit
 from pipeline.cache.schema import StorageConfig, image_spec
 from pipeline.cache.store import write_unit
+from pipeline.data.volume import Grid
 from pipeline.errors import CacheCorrupt
 from pipeline.student.dataset import PatchDataset
 from pipeline.student.sampling import Sampler, SamplingConfig
-from pipeline.trust import Trust
-from pipeline.volume import Grid
 from tests.unit.student.coded import place
 from tests.unit.student.samples import dataset
 

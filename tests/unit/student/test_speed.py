@@ -11,14 +11,13 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.log import Log
-from pipeline.network import NetworkConfig
-from pipeline.student import step as one_step
+from pipeline.networks.by_name import NetworkConfig
+from pipeline.student import training
 from pipeline.student.network import CachedTap, StudentNetwork, seeded_network
-from pipeline.student.optimiser import build_optimiser
 from pipeline.student.processes import ALONE
-from pipeline.student.settings import TrainingConfig
+from pipeline.student.settings import TrainingConfig, build_optimiser
 from pipeline.student.speed import Speed, SpeedFlags, check_device
-from pipeline.student.step import make_step
+from pipeline.student.training import make_step
 from tests.tiny import NETWORK
 from tests.unit.student.same import assert_same
 from tests.unit.student.test_deep_supervision import batch
@@ -89,8 +88,8 @@ class TestScaler:
         one = One(precision="fp16")
         one.step()
         before, scale = one.weights(), one.speed.scaler.get_scale()
-        real = one_step.batch_loss
-        monkeypatch.setattr(one_step, "batch_loss", lambda *a: _times(real(*a), 1e36))
+        real = training.batch_loss
+        monkeypatch.setattr(training, "batch_loss", lambda *a: _times(real(*a), 1e36))
         assert one.step(1)["gradient_norm"] is None
         assert_same(one.weights(), before)
         assert one.speed.scaler.get_scale() == scale / 2
@@ -103,13 +102,13 @@ class TestScaler:
     ) -> None:
         one = One(precision="fp16")
         before = one.weights()
-        real = one_step.batch_loss
+        real = training.batch_loss
 
         def poisoned(config: Any, network: StudentNetwork, *rest: Any) -> Any:
             loss, terms = real(config, network, *rest)
             return loss + (0 * next(network.parameters()).sum()).sqrt(), terms
 
-        monkeypatch.setattr(one_step, "batch_loss", poisoned)
+        monkeypatch.setattr(training, "batch_loss", poisoned)
         while one.speed.scaler.get_scale() > 1:
             assert one.step(1)["gradient_norm"] is None
         with pytest.raises(FloatingPointError, match="gradient became NaN"):
@@ -131,13 +130,13 @@ class TestScaler:
     ) -> None:
         """Stopped after 2 of 4 steps, one of which overflowed, and gone on: as if undisturbed."""
         monkeypatch.setattr("pipeline.student.training.draw_progress", lambda *args: None)
-        real, calls = one_step.batch_loss, []
+        real, calls = training.batch_loss, []
 
         def overflowing(*arguments: Any) -> Any:
             calls.append(1)
             return _times(real(*arguments), 1e36 if arguments[3] == 0 else 1)
 
-        monkeypatch.setattr(one_step, "batch_loss", overflowing)
+        monkeypatch.setattr(training, "batch_loss", overflowing)
         config = run_settings(steps=4, validate_every=4)
         flags = SpeedFlags(precision="fp16")
         start(tmp_path / "cases", tmp_path / "a", config=config, flags=flags)

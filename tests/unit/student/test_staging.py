@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import cli_options, staging
 from pipeline.cache.reader import CachedCase
 from pipeline.cache.staged import Copy, StagedUnit
-from pipeline.cohort import open_cohort
+from pipeline.cli import options as cli_options
+from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError
 from pipeline.log import Log
-from pipeline.staging import staged_cases
+from pipeline.student import staging
 from pipeline.student.processes import ALONE, Processes
+from pipeline.student.staging import staged_cases
 from tests.tiny import ORGANS, TAP, work_of
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.labels import IGNORE
+from pipeline.data.labels import IGNORE
 from pipeline.student.supervision import LABELS_ALONE, Kind, pseudo_labels
 from tests.unit.student.fixed import (
     NAN,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.student import distillation
+from pipeline.student import losses
 from pipeline.student.supervision import Batch, with_doubt
 from tests.unit.student.fixed import (
     NAN,
@@ -120,7 +120,7 @@ class TestLogitsTerm:
     def test_soft_dice_is_added(self) -> None:
         batch, p = make_batch(), p_of(some_logits())
         assert batch.log_odds is not None
-        dice = distillation.soft_dice(p[:, 1:], batch.log_odds, self.INSIDE, batch.known)
+        dice = losses.soft_dice(p[:, 1:], batch.log_odds, self.INSIDE, batch.known)
         assert self._term(soft_dice=True) == pytest.approx(self._term() + float(dice))
 
     @pytest.mark.parametrize(
@@ -131,14 +131,14 @@ class TestLogitsTerm:
         self, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], times: int
     ) -> None:
         made: list[Tensor] = []
-        target = distillation.joint_target
+        target = losses.joint_target
 
         def counted(log_odds: Tensor, temperature: float) -> Tensor:
             made.append(log_odds)
             return target(log_odds, temperature)
 
         expected = self._term(soft_dice=True, **changes)
-        monkeypatch.setattr(distillation, "joint_target", counted)
+        monkeypatch.setattr(losses, "joint_target", counted)
         assert self._term(soft_dice=True, **changes) == expected
         assert len(made) == times
 
@@ -146,7 +146,7 @@ class TestLogitsTerm:
         odds = make_batch().log_odds
         assert odds is not None
         found = terms_of(config(logits={"hard": True, "soft_dice": True}))["logits"]
-        batch = make_batch(log_odds=distillation.hard(odds))
+        batch = make_batch(log_odds=losses.hard(odds))
         assert found == pytest.approx(terms_of(config(logits={"soft_dice": True}), batch)["logits"])
         assert found != pytest.approx(self._term(soft_dice=True))
 

@@ -17,18 +17,16 @@ import matplotlib.image
 import pytest
 import torch
 
+from pipeline.data.labels import LabelSpace
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
-from pipeline.labels import LabelSpace
 from pipeline.log import Log
 from pipeline.student import losses, training
-from pipeline.student import step as one_step
 from pipeline.student.checkpoint import training_checkpoints
-from pipeline.student.loading import forks_of_a_server
-from pipeline.student.metrics_file import without_timing
+from pipeline.student.dataset import forks_of_a_server
 from pipeline.student.network import CachedTap
-from pipeline.student.optimiser import OptimiserConfig
+from pipeline.student.progress import without_timing
 from pipeline.student.resume import stop_signals
-from pipeline.student.settings import TrainingConfig, run_digest
+from pipeline.student.settings import OptimiserConfig, TrainingConfig, run_digest
 from pipeline.student.speed import SpeedFlags
 from pipeline.student.training import KeepBest, Trained, train
 from tests.tiny import NETWORK
@@ -170,7 +168,7 @@ def numbers_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.usefixtures("ctrl_c")
 class TestResume:
-    """Kills are the self-test's, and its negative controls' (tests/unit/test_self_test.py)."""
+    """Kills are the self-test's, and its negative controls' (tests/unit/cli/test_self_test.py)."""
 
     @pytest.mark.parametrize(
         ("name", "features", "workers"),
@@ -386,7 +384,7 @@ class TestWhatARunLeaves:
 
 class TestNotFinite:
     def _poison(self, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-        real, calls = one_step.batch_loss, []
+        real, calls = training.batch_loss, []
 
         def poisoned(config: Any, network: Any, *rest: Any) -> Any:
             calls.append(1)
@@ -398,7 +396,7 @@ class TestNotFinite:
             # In no term.
             return loss + steep(next(network.parameters())), terms
 
-        monkeypatch.setattr(one_step, "batch_loss", poisoned)
+        monkeypatch.setattr(training, "batch_loss", poisoned)
 
     def _poison_term(self, monkeypatch: pytest.MonkeyPatch, drawn: list[float]) -> None:
         """Dice, from the third time on that it is asked for."""

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cache.reader import CachedCase
-from pipeline.intensity import Intensity
-from pipeline.labels import LabelSpace
-from pipeline.student.validation import validate
+from pipeline.data.labels import Intensity, LabelSpace
+from pipeline.student.training import validate
 from tests.unit.student.coded import RAW, SHAPE, SPACE, place, write_case
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import torch
 from monai.networks.nets import UNet
 from torch import nn
 
-from pipeline.teacher_entry import TeacherEntry
+from pipeline.data.entries import TeacherEntry
 
 NETWORK: dict[str, Any] = {
     "spatial_dims": 3,

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.data.volume import Volume
 from pipeline.errors import ConfigError
 from pipeline.teachers.teacher import Prediction
-from pipeline.volume import Volume
 
 NOT_CALLABLE = 3
 

@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.provenance import teacher_inputs
-from pipeline.cache.schema import StorageConfig
+from pipeline.cache.schema import StorageConfig, teacher_inputs
 from pipeline.config import digest
+from pipeline.data.entries import TeacherEntry
+from pipeline.data.labels import Intensity
+from pipeline.data.volume import Grid, Volume
 from pipeline.errors import TeacherError
-from pipeline.intensity import Intensity
-from pipeline.teacher_entry import TeacherEntry
+from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.checkpoint import CheckpointTeacher, read_teacher, save_teacher
 from pipeline.teachers.load import load_teacher
-from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.volume import Grid, Volume
 from tests.tiny import GRID_MM, NETWORK, TAP, teacher_data, write_teacher
 from tests.unit.teachers.made_teachers import Payload
 

@@ -15,12 +15,12 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from pipeline.data.labels import log_odds
+from pipeline.data.volume import Grid, Volume
 from pipeline.errors import TeacherError
-from pipeline.labels import log_odds
+from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.exported import ExportedTeacher, FixedBatch
 from pipeline.teachers.load import load_teacher
-from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.volume import Grid, Volume
 from tests.unit.teachers.made_bundles import exported_entry, seeded_network
 from tests.unit.teachers.made_teachers import Payload
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.data.entries import TeacherEntry
+from pipeline.data.volume import Grid, Volume
 from pipeline.errors import ConfigError, TeacherError
-from pipeline.teacher_entry import TeacherEntry
+from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.factory import FactoryTeacher
 from pipeline.teachers.load import load_teacher
-from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.volume import Grid, Volume
 
 MODULE = "tests.unit.teachers.made_teachers"
 IMAGE = Volume(

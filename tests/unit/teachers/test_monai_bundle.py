@@ -14,17 +14,16 @@ import torch
 from monai.bundle import ConfigWorkflow
 from pydantic import ValidationError
 
+from pipeline.data.labels import log_odds
 from pipeline.data.nifti import read_image, read_label
 from pipeline.data.resample import resample, same_grid
+from pipeline.data.volume import Volume, from_file_array
+from pipeline.data.weights import weights_digest
 from pipeline.errors import TeacherError
-from pipeline.file_order import from_file_array
-from pipeline.labels import log_odds
-from pipeline.network import tapped
+from pipeline.networks.by_name import tapped
+from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.monai_bundle import BundleTeacher
-from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.volume import Volume
-from pipeline.weights import weights_digest
 from tests.unit.teachers.made_bundles import (
     TAP,
     bundle_entry,

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from pipeline.data.nifti import read_image
+from pipeline.data.volume import Grid, Volume
 from pipeline.errors import OutputsError, TeacherError
 from pipeline.teachers import nnunet
-from pipeline.teachers.nnunet_checkpoint import read_checkpoint
+from pipeline.teachers.nnunet import read_checkpoint
 from pipeline.teachers.teacher import organ_log_odds
-from pipeline.volume import Grid, Volume
 from tests.blobs import write_blobs
 from tests.nnunet_models import change_json, copy_model
 from tests.unit.teachers.made_teachers import Payload

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from pipeline.data.nifti import read_image
-from pipeline.volume import Orientation, Volume
+from pipeline.data.volume import Orientation, Volume
 from tests.blobs import write_blobs
 from tests.nnunet_models import change_json, copy_model
 from tests.unit.teachers.test_nnunet_parity import (

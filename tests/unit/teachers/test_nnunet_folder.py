@@ -13,10 +13,10 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.config import file_sha256
+from pipeline.data.entries import TeacherEntry
+from pipeline.data.weights import weights_digest
 from pipeline.errors import TeacherError, TeacherWarning
-from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.nnunet_folder import check_against_registry, read_model_folder
-from pipeline.weights import weights_digest
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2}
 
@@ -256,7 +256,7 @@ def test_the_key_of_an_entry_of_another_kind_does_not_know_of_nnunet() -> None:
 
 def test_other_kinds_do_not_import_nnunet() -> None:
     code = (
-        "import sys, pipeline.teachers.load, pipeline.units, pipeline.status;"
+        "import sys, pipeline.teachers.load, pipeline.teachers.units, pipeline.review.status;"
         "sys.exit(any(m.startswith('nnunetv2') for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,14 +19,14 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from pipeline.data.entries import TeacherEntry
 from pipeline.data.nifti import read_image
 from pipeline.data.resample import resample
-from pipeline.teacher_entry import TeacherEntry
+from pipeline.data.volume import Orientation, Volume
+from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.nnunet import NnunetTeacher
-from pipeline.teachers.sliding_window import WindowConfig
 from pipeline.teachers.teacher import Prediction, organ_log_odds
-from pipeline.volume import Orientation, Volume
 from tests.blobs import write_blobs
 from tests.nnunet_models import ORGANS
 

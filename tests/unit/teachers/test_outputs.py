@@ -13,11 +13,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from pipeline.data.entries import TeacherEntry
+from pipeline.data.labels import log_odds
 from pipeline.errors import OutputsError, TeacherWarning
-from pipeline.labels import log_odds
-from pipeline.teacher_entry import TeacherEntry
+from pipeline.networks.windows import WindowConfig, sliding_window
 from pipeline.teachers.outputs import OutputsOfCase, to_logits
-from pipeline.teachers.sliding_window import WindowConfig, sliding_window
 from tests.tiny import teacher_data
 
 WHERE = "mine x a/case"

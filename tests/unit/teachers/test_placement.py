@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipeline import placement
+from pipeline.data.entries import TeacherEntry
+from pipeline.data.labels import log_odds
 from pipeline.data.resample import resample
+from pipeline.data.volume import Grid, Volume
 from pipeline.errors import TeacherError
-from pipeline.labels import log_odds
-from pipeline.placement import Placement
-from pipeline.teacher_entry import TeacherEntry
-from pipeline.volume import Grid, Volume
+from pipeline.teachers import units
+from pipeline.teachers.units import Placement
 
 Array = npt.NDArray[np.float32]
 WHERE = "liver x ct/case_001"
@@ -120,7 +120,7 @@ def test_many_channels_of_a_large_case_are_never_in_memory_together(
 ) -> None:
     """60 channels of 160 x 64 x 64 voxels are 157 MB, one organ's log-odds on the teacher's grid
     2.6 MB (5.2 as float64): neither may be held. What is made is .33 MB per organ."""
-    monkeypatch.setattr(placement, "_VALUES_AT_ONCE", 250_000)  # one row, 1 MB
+    monkeypatch.setattr(units, "_VALUES_AT_ONCE", 250_000)  # one row, 1 MB
     native = Grid.axis_aligned((160, 64, 64), (1, 1, 1))
     student = native.with_spacing((2, 2, 2))
     organs = {f"organ {number}": number for number in range(1, 4)}

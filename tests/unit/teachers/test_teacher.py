@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from pipeline.data.entries import TeacherEntry
+from pipeline.data.volume import Grid, Volume
 from pipeline.errors import TeacherError
-from pipeline.teacher_entry import TeacherEntry
 from pipeline.teachers.teacher import Prediction, check_finite, organ_log_odds
-from pipeline.volume import Grid, Volume
 
 GRID = Grid.axis_aligned((3, 4, 5), (2, 2, 2))
 WHERE = "liver x ct/case_001"

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from pipeline.cache.reader import CachedCase, Unit
 from pipeline.cache.schema import StorageConfig, image_spec, label_spec, log_odds_spec
 from pipeline.cache.store import write_unit
-from pipeline.labels import LabelSpace
-from pipeline.volume import Grid
+from pipeline.data.labels import LabelSpace
+from pipeline.data.volume import Grid
 
 Array = npt.NDArray[Any]
 SPACE = LabelSpace({"liver": 1, "spleen": 5, "kidneys": 7})

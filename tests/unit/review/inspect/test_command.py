@@ -15,8 +15,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from pipeline.cli import app
-from pipeline.cohort import open_case
+from pipeline.cli.app import app
+from pipeline.consensus.cohort import open_case
 from pipeline.data.nifti import read_image, read_label
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheMissing, CacheStale, ConfigError, PipelineError, RegistryError

@@ -6,12 +6,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.inspection.cohort_table import CohortNumbers, measure_cohort, pair_rows, to_csv
-from pipeline.inspection.improbable import flagged, usual_of
-from pipeline.inspection.looks import View
-from pipeline.inspection.measure import CaseNumbers, OrganNumbers, PairNumbers
 from pipeline.log import Log
-from tests.unit.inspection.made_cases import SPACE, made_case
+from pipeline.review.inspect.look import View
+from pipeline.review.inspect.numbers import (
+    CaseNumbers,
+    CohortNumbers,
+    OrganNumbers,
+    PairNumbers,
+    flagged,
+    measure_cohort,
+    pair_rows,
+    to_csv,
+    usual_of,
+)
+from tests.unit.review.inspect.made_cases import SPACE, made_case
 
 QUIET = Log(quiet=True)
 SHAPE = (12, 12, 12)

@@ -12,11 +12,11 @@ import pytest
 
 from pipeline.cache.reader import Unit
 from pipeline.errors import CacheMissing
-from pipeline.inspection.looks import View, look_at
-from pipeline.inspection.maps import compute_maps
-from pipeline.inspection.measure import lazy_numbers, measure_case, numbers_of
-from tests.unit.inspection.made_cases import SPACE, made_case, random_case
-from tests.unit.slow_consensus import slow_average, slow_labels_win, slow_regions
+from pipeline.review.inspect.look import View, look_at
+from pipeline.review.inspect.numbers import lazy_numbers, measure_case, numbers_of
+from pipeline.review.inspect.run import compute_maps
+from tests.unit.consensus.slow_consensus import slow_average, slow_labels_win, slow_regions
+from tests.unit.review.inspect.made_cases import SPACE, made_case, random_case
 
 ORGANS = ("liver", "spleen", "kidneys")
 MARGIN = 0.75

@@ -10,7 +10,7 @@ from pipeline.data.registry import load_registry
 from pipeline.log import Log
 from stages import train_student
 from tests.tiny import copy_cohort, training_settings, work_of
-from tests.unit.html_report.pages import RUN
+from tests.unit.review.report.pages import RUN
 
 
 def _train(registry: Path, run: str, kind: str) -> None:

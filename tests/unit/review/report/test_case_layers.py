@@ -13,18 +13,17 @@ import numpy as np
 import pytest
 
 from pipeline.cache.reader import CachedCase
-from pipeline.cohort import open_case
+from pipeline.consensus.cohort import open_case
 from pipeline.data.nifti import write_image
 from pipeline.data.registry import load_registry
+from pipeline.data.volume import Volume
 from pipeline.errors import PipelineError
-from pipeline.html_report.case_layers import NOT_OF_THIS_RUN, CaseLayers, CaseSource
-from pipeline.html_report.lineage import trace
-from pipeline.html_report.record import RunRecord, read_run
 from pipeline.log import Log
-from pipeline.volume import Volume
+from pipeline.review.report.pictures import NOT_OF_THIS_RUN, CaseLayers, CaseSource
+from pipeline.review.report.trace import RunRecord, read_run, trace
 from stages import predict
 from tests.tiny import ORGANS, change_registry, work_of
-from tests.unit.html_report.pages import RUN, folder_of
+from tests.unit.review.report.pages import RUN, folder_of
 
 VALIDATION, TEST, PARTIAL = "multi-ct/case_000", "multi-ct/case_001", "liver-ct/case_002"
 
@@ -33,7 +32,8 @@ def source(registry: Path, predictions: Path | None = None, **changes: Any) -> C
     work = work_of(registry)
     record = dataclasses.replace(read_run(work, RUN), **changes)
     known = load_registry(registry, files=False)
-    return CaseSource(work, known, record, trace(work, record), None, predictions)
+    settings = predict.PredictConfig().model_dump(mode="json")
+    return CaseSource(work, known, record, trace(work, record), None, settings, predictions)
 
 
 def cached(registry: Path, name: str) -> CachedCase:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.html_report.charts import _ticks, line_chart, strip_chart, strip_charts
-from pipeline.html_report.scores import OrganRow
+from pipeline.review.report.page import _ticks, line_chart, strip_chart, strip_charts
+from pipeline.review.report.scores import OrganRow
 
 
 def row(case: str, organ: str, dice: float | None, hd95_mm: float | None = None) -> OrganRow:

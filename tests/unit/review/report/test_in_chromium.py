@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.chromium import PROGRAM, Page, chromium
-from tests.unit.html_report.pages import page
+from tests.unit.review.report.pages import page
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="the Debian package chromium is absent")
 

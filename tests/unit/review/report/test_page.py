@@ -15,19 +15,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.cohort import open_cohort
-from pipeline.comparison.scoring import ScoringSettings, score_student
+from pipeline.cli.app import app
+from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import load_registry
 from pipeline.errors import CheckpointError, ConfigError, PipelineError, WorkFolderError
-from pipeline.html_report import make
-from pipeline.inspection.run import inspect_cohort
 from pipeline.log import Log
-from pipeline.metrics import RULES, OrganScore
-from pipeline.summary import summarise
+from pipeline.review.inspect.run import inspect_cohort
+from pipeline.review.metrics import RULES, OrganScore, summarise
+from pipeline.review.report import page as make
+from stages.compare.scoring import ScoringSettings, score_student
 from tests.stages.stage_contract import snapshot
 from tests.tiny import ORGANS, change_registry, work_of
-from tests.unit.html_report.pages import RUN, Element, call, folder_of, page, parse, recorded
+from tests.unit.review.report.pages import RUN, Element, call, folder_of, page, parse, recorded
 
 if TYPE_CHECKING:
     from upath import UPath

@@ -11,13 +11,11 @@ import pytest
 
 from pipeline.cache.receipt import RECEIPT, read_receipt, write_receipt
 from pipeline.data.registry import load_registry
-from pipeline.html_report.content import stored
-from pipeline.html_report.gate import read_gate
-from pipeline.html_report.lineage import GONE, trace
-from pipeline.html_report.record import read_run
-from pipeline.inspection.looks import View
+from pipeline.review.inspect.look import View
+from pipeline.review.report.page import stored
+from pipeline.review.report.trace import GONE, read_gate, read_run, trace
 from tests.tiny import change_registry, work_of
-from tests.unit.html_report.pages import RUN, folder_of, recorded
+from tests.unit.review.report.pages import RUN, folder_of, recorded
 
 
 def rewrite(registry: Path, change: Any) -> None:

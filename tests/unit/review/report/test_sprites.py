@@ -10,8 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.html_report.case_layers import CaseLayers, Layer
-from pipeline.html_report.sprites import LADDER, Plane, fitting_planes, planes_of
+from pipeline.review.report.pictures import (
+    LADDER,
+    CaseLayers,
+    Layer,
+    Plane,
+    fitting_planes,
+    planes_of,
+)
 
 SHAPE = (6, 8, 10)
 # Voxels at the most superior, anterior and right end; x grows to the right, y to the front.

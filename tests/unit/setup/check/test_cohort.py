@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.checking.case import CaseFacts
-from pipeline.checking.cohort import (
+from pipeline.data.entries import DatasetEntry
+from pipeline.setup.check.cases import CaseFacts, Finding
+from pipeline.setup.check.cohort import (
     in_air,
     is_outlier,
     misplaced,
@@ -17,8 +18,6 @@ from pipeline.checking.cohort import (
     torn_patients,
     visits,
 )
-from pipeline.checking.findings import Finding
-from pipeline.data.dataset_entry import DatasetEntry
 
 
 def case(name: str, split: str = "train", **known: Any) -> CaseFacts:

@@ -13,17 +13,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from pipeline.checking import datasets
-from pipeline.checking.case import CaseFacts, Task, look_at
-from pipeline.checking.datasets import DataReport, check_datasets
-from pipeline.checking.findings import Finding
-from pipeline.checking.report import Report, print_report
 from pipeline.data.nifti import read_grid
 from pipeline.data.registry import load_registry
 from pipeline.errors import RegistryError
 from pipeline.log import Log
+from pipeline.setup.check import cohort
+from pipeline.setup.check.cases import CaseFacts, Finding, Task, look_at
+from pipeline.setup.check.cohort import DataReport, check_datasets
+from pipeline.setup.check.report import Report, print_report
 from tests.tiny import ORGANS, WINDOW, change_registry, shrink_organ
-from tests.unit.checking.test_teachers import run_cli
+from tests.unit.setup.check.test_teachers import run_cli
 
 
 def check(registry: Path, **options: Any) -> DataReport:
@@ -240,7 +239,7 @@ def dies(task: Task) -> CaseFacts:
 def test_a_case_that_kills_its_process_costs_no_other(
     tiny_registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "look_at", dies)
+    monkeypatch.setattr(cohort, "look_at", dies)
     report = check(tiny_registry, jobs=2, dataset="liver-ct")
     assert "was killed, twice" in only(report, "liver-ct/case_001").what
     assert [case.shape is None for case in report.cases] == [False, True, False]

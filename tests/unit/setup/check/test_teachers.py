@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import cli
 from pipeline.cache.schema import StorageConfig
-from pipeline.checking.teachers import CheckReport, check_teachers, middle
+from pipeline.cli import app as cli
 from pipeline.data.registry import load_registry
+from pipeline.data.volume import Grid, Orientation, Volume
 from pipeline.errors import RegistryError
 from pipeline.log import Log
-from pipeline.teachers.sliding_window import WindowConfig
-from pipeline.volume import Grid, Orientation, Volume
+from pipeline.networks.windows import WindowConfig
+from pipeline.setup.check.teachers import CheckReport, check_teachers, middle
 from tests.stages.test_cache_teachers_input import factory, keep
 from tests.stages.test_teacher_kinds import bundle, exported, with_softmax
 from tests.tiny import GRID_MM, TAP, WINDOW, change_registry, teacher_data, work_of

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import cli, cli_init
+from pipeline.cli import app as cli
+from pipeline.cli import setup
 from pipeline.data.registry import load_registry
 from pipeline.errors import RegistryError
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def pairs(folder: Path) -> Path:
@@ -46,7 +47,7 @@ def test_the_command_needs_no_torch_and_says_what_comes_next(tmp_path: Path) -> 
 
 
 def test_somebody_at_the_terminal_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_init, "can_ask", lambda: True)
+    monkeypatch.setattr(setup, "can_ask", lambda: True)
     pairs(tmp_path / "ct")
     path = tmp_path / "r.yaml"
     arguments = ["init", "-d", f"a={tmp_path}/ct", "--organ", "liver", "-r", str(path)]

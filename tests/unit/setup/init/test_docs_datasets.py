@@ -12,10 +12,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline import cli
+from pipeline.cli import app as cli
 from pipeline.data.registry import load_registry
 
-DOCS = Path(__file__).resolve().parents[3] / "docs" / "datasets.md"
+DOCS = Path(__file__).resolve().parents[4] / "docs" / "datasets.md"
 FILES = {
     "lits": [
         f"LiTS/Training Batch {batch}/{kind}-{case}.nii"

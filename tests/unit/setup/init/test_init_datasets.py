@@ -10,7 +10,7 @@ import pytest
 from pipeline.data.nifti import read_grid
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError, PipelineError, RegistryError
-from pipeline.layouts.begin import Wishes, begin
+from pipeline.setup.init.begin import Wishes, begin
 
 V2 = {
     "channel_names": {"0": "CT"},

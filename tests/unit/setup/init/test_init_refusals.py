@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import WorkFolderError
-from pipeline.layouts.begin import Wishes, begin
-from tests.unit.layouts.test_init_datasets import nnunet, put, refused
+from pipeline.setup.init.begin import Wishes, begin
+from tests.unit.setup.init.test_init_datasets import nnunet, put, refused
 
 
 @pytest.mark.parametrize(

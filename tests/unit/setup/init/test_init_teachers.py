@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.data.registry import Registry, load_registry
 from pipeline.errors import PipelineError
-from pipeline.layouts.begin import Wishes, begin, describe
+from pipeline.setup.init.begin import Wishes, begin, describe
 from pipeline.teachers.bundle_files import contradictions
 from pipeline.teachers.checkpoint import read_teacher
 from pipeline.teachers.nnunet_folder import check_against_registry, read_model_folder

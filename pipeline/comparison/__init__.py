@@ -1,1 +1,0 @@
-"""Students side by side: configurations trained on equal terms, or folders of predictions."""

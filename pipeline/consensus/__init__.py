@@ -1,0 +1,1 @@
+"""What teachers say together, and how far each of them counts."""

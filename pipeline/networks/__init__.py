@@ -1,0 +1,1 @@
+"""What teachers and students share: networks by name, windows, tensor files."""

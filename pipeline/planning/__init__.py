@@ -1,1 +1,0 @@
-"""What stage one will take: units, bytes, files, hours, memory; before it starts."""

@@ -1,1 +1,0 @@
-"""Label maps and probabilities of CT files: what goes in, and what is written of each."""

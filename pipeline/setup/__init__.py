@@ -1,0 +1,1 @@
+"""Before a run: a registry from folders, checks, a plan, jobs for a cluster."""

@@ -1,0 +1,1 @@
+"""`pipeline init`: folders of other tools, in the words of a registry."""

@@ -1,1 +1,0 @@
-"""Where else than in metrics.jsonl the numbers of a training go, by name."""

@@ -1,1 +1,0 @@
-"""`pipeline submit`: batch scripts from templates, chained jobs, and what became of them."""

@@ -1,0 +1,1 @@
+"""`pipeline compare`: configurations trained on equal terms, scored and set side by side."""
