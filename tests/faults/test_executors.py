@@ -169,7 +169,17 @@ def free_port() -> int:
 
 
 def start_scheduler(port: int) -> subprocess.Popen[bytes]:
-    return _start("dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
+    """Begun and answering: how long that takes on a busy machine is not what is tried."""
+    scheduler = _start(
+        "dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"
+    )
+    wait_until(lambda: answers(port))
+    return scheduler
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) == 0
 
 
 def start_worker(address: str) -> subprocess.Popen[bytes]:
