@@ -336,10 +336,14 @@ def refuse_closed(found: Mapping[str, str], registry: Path) -> None:
     """Raises: RegistryError: there are `closed_cases`; it counts and names them."""
     if not found:
         return
-    more = f"\n  and {len(found) - _MANY} more" if len(found) > _MANY else ""
+    more = f"\n  and {len(found) - _MANY} more." if len(found) > _MANY else ""
     listed = "".join(f"\n  {case}: {why}" for case, why in list(found.items())[:_MANY])
     number = "1 case" if len(found) == 1 else f"{len(found)} cases"
-    raise RegistryError(f"{number} cannot be opened:{listed}{more}", where=registry)
+    raise RegistryError(
+        f"{number} cannot be opened:{listed}{more}",
+        where=registry,
+        fix="Mend what is named, or name the cases to use in `split`.",
+    )
 
 
 def _some(items: list[str]) -> str:

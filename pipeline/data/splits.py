@@ -212,10 +212,12 @@ def check_patients(split: SplitEntry, cases: Iterable[str], patients: Mapping[st
     if isinstance(split.group, PatientColumn):
         raise RegistryError(
             f"`group` does not say whose these cases are: {names}.",
+            where="split.group",
             fix=f"Add a row for each to {split.group.csv}.",
         )
     raise RegistryError(
         f"`group` {split.group!r} finds no patient at the beginning of these names: {names}.",
+        where="split.group",
         fix="Correct the regular expression: its first (..), or all of it, is the patient.",
     )
 

@@ -23,7 +23,7 @@ _OURS = tuple(f"{ROOT / folder}{os.sep}" for folder in ("pipeline", "stages"))
 JARGON = re.compile(
     r"\b(None|NoneType|KeyError|kwargs?|stdin|stderr|regex|pydantic|dataclass|iterable|callable|"
     r"traceback|errno|deserial\w+|instantiat\w+|subprocess|invalid|soft labels?|subjects?|"
-    r"patients?|scans?|ndarray|boolean|bool|schema)\b|<\S+ object at|0x[0-9a-f]{6,}|\bstr\b|\bint\b"
+    r"scans?|ndarray|boolean|bool|schema)\b|<\S+ object at|0x[0-9a-f]{6,}|\bstr\b|\bint\b"
 )
 
 

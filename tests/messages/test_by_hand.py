@@ -282,11 +282,6 @@ class TestOfFiles:
         with pytest.raises(PipelineError, match="the template cannot be read"):
             submit._template("predict", tmp_path)
 
-    def test_a_place_that_is_no_folder(self, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        with pytest.raises(PipelineError, match=r"cannot be written \(.*--output"):
-            inspection._write(tmp_path / "file" / "cohort.csv", "")
-
     def test_a_label_map_of_another_shape(self, tmp_path: Path) -> None:
         like = tmp_path / "ct.nii"
         nib.save(nib.Nifti1Image(np.zeros((4, 3, 2), dtype=np.int16), np.eye(4)), like)

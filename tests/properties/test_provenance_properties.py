@@ -202,6 +202,7 @@ TEACHER: dict[str, Any] = {
     "activation": "softmax",
     "spacing_mm": (3.0, 2.0, 2.0),
     "storage": StorageConfig(),
+    "outputs": "logits",
 }
 UNIT: dict[str, Any] = {"teacher_digest": "t", "image_sha256": "i"}
 
