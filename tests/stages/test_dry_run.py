@@ -73,6 +73,7 @@ def place(tiny_cached: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     change_registry(folder / "phantom.yaml", made_up)
     write_student(folder / "student.pt", organs={"liver": 1, "spleen": 2})
+    (folder / "predictions").mkdir()
     monkeypatch.chdir(folder)
     return tiny_cached
 
