@@ -32,7 +32,6 @@ from pipeline.cli.options import (
     open_settings,
 )
 from pipeline.cli.record import recorded
-from pipeline.data.entries import closed_cases
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.folder import Folder, is_local
 
@@ -519,6 +518,8 @@ def about_registry(registry: Registry) -> dict[str, Any]:
 
 
 def _dataset(registry: Registry, name: str) -> dict[str, Any]:
+    from pipeline.data.entries import closed_cases
+
     entry = registry.datasets[name]
     cases = registry.cases(name)
     counts = Counter(case.split for case in cases)

@@ -20,6 +20,7 @@ from pipeline.cache.index import IndexedCase, case_path
 from pipeline.cache.reader import CachedCase, Unit
 from pipeline.cache.receipt import Receipt, verify_unit, write_receipt
 from pipeline.cache.schema import IMAGE, LABEL, StorageConfig
+from pipeline.config import FileStamp
 from pipeline.data.entries import CaseFiles
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
@@ -324,10 +325,10 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 def test_a_disk_that_does_not_give_a_file_is_named(
     run: Prepare, source: CaseFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: Path) -> str:
+    def fail(path: Path) -> FileStamp:
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr(cases, "file_sha256", fail)
+    monkeypatch.setattr(cases, "stamp_file", fail)
     with pytest.raises(GeometryError, match=r"ct/a, .*a.nii.gz: .*\(Input/output error\)"):
         run()
 
