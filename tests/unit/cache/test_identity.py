@@ -173,7 +173,13 @@ def test_who_comes_between_is_seen_when_the_index_is_written(
     repaint(files(b)[0])
     work = work_of(a)
     before = content(work)
-    monkeypatch.setattr(cache_teachers, "claim_dataset", lambda *_, **__: None)
+    real, asked = cache_teachers.claim_dataset, []
+
+    def not_there_yet(*arguments: Any, **options: Any) -> Any:
+        asked.append(1)
+        return real(*arguments, **options) if len(asked) > 1 else None
+
+    monkeypatch.setattr(cache_teachers, "claim_dataset", not_there_yet)
     with pytest.raises(WorkFolderError, match=f"dataset {DATASET} of this registry is not"):
         run_stage(b, work=work)
     assert {name for name in content(work) if name.startswith("index/datasets")} == {
@@ -435,7 +441,9 @@ def test_cases_that_change_their_split_need_stage_one(
     a: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a split says may lie in a file beside the registry."""
-    monkeypatch.setattr(SplitEntry, "assign", lambda _, cases: dict.fromkeys(cases, "test"))
+    monkeypatch.setattr(
+        SplitEntry, "assign", lambda _, cases, table=None: dict.fromkeys(cases, "test")
+    )
     with pytest.raises(CacheStale, match="case_000 was in split validation and is in test"):
         reads(a)
     assert not all_done(a, work_of(a))
