@@ -86,7 +86,7 @@ class TestNnunet:
         text = (tmp_path / "data_registry.yaml").read_text()
         assert "nnunet: {checkpoint: checkpoint_best.pth}" in text
         assert "# folds that have a best, no final checkpoint: 0" in text
-        (said,) = describe(load_registry(tmp_path / "data_registry.yaml"))[1:]
+        _, said, *_ = describe(load_registry(tmp_path / "data_registry.yaml"))
         assert said == "teacher liver (nnunet of checkpoint_best.pth): liver"
 
     def test_a_model_folder(self, tmp_path: Path) -> None:
