@@ -10,8 +10,6 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from pipeline.consensus.cohort import compute, lazy_consensus, open_cohort
 from pipeline.data.entries import PhantomSpec
 from pipeline.data.phantom.case import write_dataset
 from pipeline.data.registry import Registry, load_registry
+from pipeline.engine.processes import in_processes
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.figures import hex_colour, save_overlay
 from pipeline.folder import refuse_foreign, replace_file, writing
@@ -68,20 +67,17 @@ def generate_phantoms(registry: Registry, log: Log, *, dry_run: bool = False) ->
         report.done = list(specs)
         return report
     began = time.monotonic()
-    processes = min(len(specs), os.cpu_count() or 1)
-    with (
-        log.progress("phantom datasets", len(specs)) as advance,
-        ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool,
-    ):
-        jobs = {pool.submit(_generate, root, spec): name for name, (root, spec) in specs.items()}
-        for job in as_completed(jobs):
-            name = jobs[job]
-            if error := job.exception():
-                log.warn(f"dataset {name} failed: {error}")
-                report.failed[name] = error if isinstance(error, Exception) else Exception(error)
-            else:
-                report.done.append(name)
-            advance(name)
+    with log.progress("phantom datasets", len(specs)) as advance:
+        made = in_processes(
+            _generate, list(specs.items()), number=min(len(specs), os.cpu_count() or 1),
+            name=lambda item: item[0], advance=advance,
+        )  # fmt: skip
+    for name, error in zip(specs, made, strict=True):
+        if error is None:
+            report.done.append(name)
+        else:
+            log.warn(f"dataset {name} failed: {error}")
+            report.failed[name] = error
     report.seconds = time.monotonic() - began
     return report
 
@@ -253,8 +249,8 @@ def _say_where(folder: Path, figure: Path, quick: bool, began: float) -> None:
     )
 
 
-def _generate(root: Path, spec: PhantomSpec) -> None:
-    write_dataset(root, spec)
+def _generate(item: tuple[str, tuple[Path, PhantomSpec]]) -> None:
+    write_dataset(*item[1])
 
 
 def _since(began: float) -> str:
