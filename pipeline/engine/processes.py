@@ -1,12 +1,16 @@
-"""Processes of this machine that share out what needs no device: each takes one item at a time."""
+"""Processes of this machine that share out what needs no device, and how much memory one takes."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import get_context
-from typing import TypeVar
+from pathlib import Path
+from typing import Literal, TypeVar
 
 from pipeline.errors import WorkerDied
 
@@ -86,3 +90,13 @@ def _in_pool(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def memory_bytes(which: Literal["VmRSS", "VmHWM"]) -> int:
+    """Resident memory of this process now (VmRSS), or the most so far (VmHWM); that as well where
+    the system does not say."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(which)).split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
