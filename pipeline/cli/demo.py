@@ -29,7 +29,7 @@ from pipeline.folder import refuse_foreign, replace_file, writing
 from pipeline.log import Log, print_table
 from pipeline.review.metrics import organ_means, overall_means
 from stages import cache_teachers, evaluate, predict, train_teachers
-from stages.compare.plan import Settings, load_configurations, plan_comparison
+from stages.compare.plan import ComparisonSettings, load_configurations, plan_comparison
 from stages.compare.results import Results, print_results, write_results
 from stages.compare.run import compare
 from stages.report import StageReport
@@ -159,7 +159,7 @@ def draw_overlay(registry: Registry, work: Path, predictions: Path, path: Path) 
 def _compare_students(folder: Path, registry: Registry, work: Path, log: Log) -> Results:
     """Trains the students on equal terms and scores them on validation cases: with one seed."""
     configs = load_configurations([folder / f"train_student_{kind}.yaml" for kind in STUDENTS])
-    settings = Settings(name=_COMPARISON, seeds=(0,), baseline=_BASELINE, surface=False)
+    settings = ComparisonSettings(name=_COMPARISON, seeds=(0,), baseline=_BASELINE, surface=False)
     plan = plan_comparison(configs, registry, work, settings, log=log)
     # In --quick, starting a loader process would take longer than the training.
     workers = 0 if min(plan.steps.values()) < 100 else 1

@@ -159,7 +159,7 @@ class Sample(Config):
 
 
 @dataclass
-class Estimate:
+class Cost:
     """What some units take.
 
     Attributes:
@@ -198,13 +198,13 @@ class Estimate:
         }
 
 
-def estimate_all(todo: Todo, samples: Sequence[Sample]) -> dict[str, Estimate]:
+def estimate_all(todo: Todo, samples: Sequence[Sample]) -> dict[str, Cost]:
     """`cases` and each teacher -> what its missing units will take."""
     by_what = {what: [s for s in samples if s.what == what] for what in todo.missing}
     return {what: estimate(cases, by_what[what]) for what, cases in todo.missing.items()}
 
 
-def estimate(cases: Sequence[CaseSize], samples: Sequence[Sample]) -> Estimate:
+def estimate(cases: Sequence[CaseSize], samples: Sequence[Sample]) -> Cost:
     """What the units of one teacher, or the cases themselves, will take.
 
     Arrays: bytes per voxel, interpolated between the samples' sizes and held beyond them.
@@ -212,7 +212,7 @@ def estimate(cases: Sequence[CaseSize], samples: Sequence[Sample]) -> Estimate:
     the student grid for teachers.
     """
     if not cases or not samples:
-        return Estimate(units=len(cases))
+        return Cost(units=len(cases))
     measured = sorted(samples, key=lambda sample: sample.voxels)
     voxels = np.array([case.voxels for case in cases])
     timed, steps = voxels, [sample.voxels for sample in measured]
@@ -228,7 +228,7 @@ def estimate(cases: Sequence[CaseSize], samples: Sequence[Sample]) -> Estimate:
         for kind in KINDS
     }
     num_bytes[METADATA] = float(rate([s.num_bytes[METADATA] for s in measured]).sum())
-    return Estimate(
+    return Cost(
         units=len(cases),
         num_bytes=num_bytes,
         files=len(cases) * float(np.mean([s.files for s in measured])),
@@ -237,7 +237,7 @@ def estimate(cases: Sequence[CaseSize], samples: Sequence[Sample]) -> Estimate:
     )
 
 
-def least(todo: Todo, organs: Mapping[str, int]) -> dict[str, Estimate]:
+def least(todo: Todo, organs: Mapping[str, int]) -> dict[str, Cost]:
     """What the missing units will take at the least, where nothing has been measured. Features do
     not count: only a probe knows them.
 
@@ -250,7 +250,7 @@ def least(todo: Todo, organs: Mapping[str, int]) -> dict[str, Estimate]:
         kind, rate = IMAGES, _LEAST_IMAGE
         if what != CASES:
             kind, rate = LOG_ODDS, _LEAST_LOG_ODDS * organs[what]
-        part = Estimate(units=len(cases), files=5.0 * len(cases), folders=5.0 * len(cases))
+        part = Cost(units=len(cases), files=5.0 * len(cases), folders=5.0 * len(cases))
         part.num_bytes[kind] = rate * sum(case.voxels for case in cases)
         part.num_bytes[METADATA] = _LEAST_METADATA * len(cases)
         found[what] = part
@@ -430,12 +430,12 @@ def look_at(work: Folder, quota_bytes: int | None) -> Space:
     )
 
 
-def on_disk(parts: Iterable[Estimate], block_bytes: int) -> int:
+def on_disk(parts: Iterable[Cost], block_bytes: int) -> int:
     """Bytes that are really taken: half a block is lost per file, a folder takes a whole one."""
     return round(sum(p.total_bytes + block_bytes * (0.5 * p.files + p.folders) for p in parts))
 
 
-def shortfall(parts: Iterable[Estimate], space: Space) -> str:
+def shortfall(parts: Iterable[Cost], space: Space) -> str:
     """What does not fit, as a sentence; empty if all does."""
     wanted = list(parts)
     need, inodes = on_disk(wanted, space.block_bytes), sum(p.inodes for p in wanted)
@@ -480,7 +480,7 @@ def parse_size(text: str) -> int:
     return round(float(match[1]) * base**power)
 
 
-class Settings(Protocol):
+class StageOneSettings(Protocol):
     """What a plan needs to know of stage one's configuration."""
 
     @property
@@ -510,17 +510,17 @@ class Plan:
     """
 
     todo: Todo
-    parts: Mapping[str, Estimate]
+    parts: Mapping[str, Cost]
     probe: Probe | None
     space: Space
     problem: str
     unreadable: Mapping[str, Exception]
 
     @property
-    def total(self) -> Estimate:
+    def total(self) -> Cost:
         """All parts together."""
         parts = list(self.parts.values())
-        return Estimate(
+        return Cost(
             units=sum(part.units for part in parts),
             num_bytes={kind: sum(part.num_bytes[kind] for part in parts) for kind in KINDS},
             files=sum(part.files for part in parts),
@@ -529,7 +529,7 @@ class Plan:
         )
 
     @property
-    def rows(self) -> dict[str, Estimate]:
+    def rows(self) -> dict[str, Cost]:
         """The parts, and their total: what the table and the JSON show."""
         return {**self.parts, "total": self.total}
 
@@ -557,7 +557,7 @@ class Plan:
 
 
 def make_plan(
-    settings: Settings,
+    settings: StageOneSettings,
     registry: Registry,
     work: Folder,
     *,

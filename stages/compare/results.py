@@ -30,7 +30,7 @@ from pipeline.review.statistics import (
     differences,
     estimates,
 )
-from stages.compare.plan import Plan, differing_fields
+from stages.compare.plan import Comparison, differing_fields
 
 FORMAT_VERSION = 1
 
@@ -68,7 +68,7 @@ class Results:
         scored_on_test: runs of this comparison that were ever scored on test cases.
     """
 
-    plan: Plan
+    plan: Comparison
     organs: tuple[str, ...]
     runs: Sequence[RunResult]
     scored_on_test: Sequence[str]
