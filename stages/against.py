@@ -22,17 +22,17 @@ from pipeline.cache.store import json_text
 from pipeline.config import file_sha256
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError
-from pipeline.folder import contains, json_with, refuse_foreign, replace_files, writing
+from pipeline.folder import contains, json_with, listed, refuse_foreign, replace_files, writing
 from pipeline.log import Log, print_table
 from pipeline.review.metrics import RULES, known
 from pipeline.review.statistics import (
     CONFIDENCE,
     MIN_CASES,
     MIN_PAIRS,
-    NUM_DRAWS,
     OVER_ORGANS,
     Floats,
     Paired,
+    bootstrap,
     holm,
     paired,
 )
@@ -40,7 +40,6 @@ from stages import evaluate
 from stages.evaluate import EvaluateConfig
 
 HIGHER_IS_BETTER = {"Dice": True, "NSD": True, "HD95_mm": False}
-_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -154,25 +153,36 @@ def side_by_side(
     first = _read(predictions)
     assert first is not None
     summaries = [first]
-    notices: list[str] = []
     for folder in folders[1:]:
-        summaries.append(_usable(config, registry, folder, first, log, notices))
-    names = _names(folders)
-    cases = [row["case"] for row in first["metric_per_case"]]
-    for summary in summaries[1:]:
-        there = {row["case"] for row in summary["metric_per_case"]}
-        cases = [case for case in cases if case in there]
-    notices += _left_out(names, summaries, cases)
+        if why := _outdated(folder, first):
+            log.info(f"{folder}: {why}; it is evaluated now")
+            evaluate.run(config, registry, folder, log=log, table=False)
+        found = _read(folder)
+        assert found is not None
+        summaries.append(found)
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    scored = [[row["case"] for row in summary["metric_per_case"]] for summary in summaries]
+    common = set(scored[0]).intersection(*scored[1:])
+    cases = [case for case in scored[0] if case in common]
     if not cases:
-        counts = ", ".join(
-            f"{name} {len(summary['metric_per_case'])}"
-            for name, summary in zip(names, summaries, strict=True)
-        )
+        counts = ", ".join(f"{name} {len(own)}" for name, own in zip(names, scored, strict=True))
         raise ConfigError(
             f"no case was scored in all folders ({counts}).",
             where="--against",
             fix="Predict the same cases; `splits` of the settings says which are scored.",
         )
+    notices = [
+        f"{folder} could not be scored in {listed(list(summary['failed']))}."
+        for folder, summary in zip(folders[1:], summaries[1:], strict=True)
+        if summary["failed"]
+    ]
+    for name, own in zip(names, scored, strict=True):
+        if extra := [case for case in own if case not in common]:
+            notices.append(
+                f"left out, since not scored in all folders, of {name}: {listed(extra)}."
+            )
     for notice in notices:
         log.warn(notice)
     return SideBySide(names, folders, first["organs"], cases, summaries, notices)
@@ -201,33 +211,7 @@ def predictions_of(path: Path) -> Path:
     return found
 
 
-def _usable(
-    config: EvaluateConfig,
-    registry: Registry,
-    folder: Path,
-    first: Mapping[str, Any],
-    log: Log,
-    notices: list[str],
-) -> Mapping[str, Any]:
-    """The summary of another folder, made now where there is none or where it is out of date."""
-    summary = _read(folder)
-    if summary is not None:
-        _check_settings(folder, summary, first)
-    why = "it has no summary.json yet" if summary is None else _outdated(summary, first)
-    if why:
-        log.info(f"{folder}: {why}; it is evaluated now")
-        evaluate.run(config, registry, folder, log=log, table=False)
-        summary = _read(folder)
-    assert summary is not None
-    if summary["failed"]:
-        names = list(summary["failed"])
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        notices.append(f"{folder} could not be scored in {', '.join(names[:_NAMED])}{more}.")
-    return summary
-
-
-def _check_settings(folder: Path, summary: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-    path = folder / "summary.json"
+def _check_settings(path: Path, summary: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     ours, theirs = first["settings"], summary.get("settings")
     if theirs is None:
         raise ConfigError(
@@ -250,8 +234,16 @@ def _check_settings(folder: Path, summary: Mapping[str, Any], first: Mapping[str
         )
 
 
-def _outdated(summary: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-    """Why a summary is not of what is there now; empty if it is."""
+def _outdated(folder: Path, first: Mapping[str, Any]) -> str:
+    """Why a folder has to be evaluated now; empty if its summary is of what is there.
+
+    Raises:
+        ConfigError: its summary cannot be read, or is of other settings.
+    """
+    summary = _read(folder)
+    if summary is None:
+        return "it has no summary.json yet"
+    _check_settings(folder / "summary.json", summary, first)
     if summary.get("rules") != RULES:
         return "it was scored by an earlier version"
     references = {r["case"]: r["reference_sha256"] for r in first["metric_per_case"]}
@@ -268,26 +260,6 @@ def _outdated(summary: Mapping[str, Any], first: Mapping[str, Any]) -> str:
 
 def _sha256(path: Path) -> str | None:
     return file_sha256(path) if path.exists() else None
-
-
-def _left_out(
-    names: Sequence[str], summaries: Sequence[Mapping[str, Any]], cases: Sequence[str]
-) -> list[str]:
-    found = []
-    for name, summary in zip(names, summaries, strict=True):
-        extra = [r["case"] for r in summary["metric_per_case"] if r["case"] not in set(cases)]
-        if extra:
-            more = f" and {len(extra) - _NAMED} more" if len(extra) > _NAMED else ""
-            found.append(
-                f"left out, since not scored in all folders, of {name}: "
-                f"{', '.join(extra[:_NAMED])}{more}."
-            )
-    return found
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def _read(folder: Path) -> Mapping[str, Any] | None:
@@ -348,12 +320,7 @@ def to_json(found: SideBySide) -> dict[str, Any]:
         "cases": list(found.cases),
         "notices": list(found.notices),
         "difference": "first minus other, over the same cases",
-        "bootstrap": {
-            "drawn": "cases, with replacement",
-            "draws": NUM_DRAWS,
-            "confidence": CONFIDENCE,
-            "min_cases": MIN_CASES,
-        },
+        "bootstrap": bootstrap("cases, with replacement", seeds=False),
         "test": {
             "name": "Wilcoxon signed-rank, two-sided, equal scores left out",
             "min_differing_cases": MIN_PAIRS,
@@ -387,9 +354,10 @@ def to_csv(found: SideBySide) -> str:
 def print_side_by_side(found: SideBySide) -> None:
     """A table per other folder and metric, the largest losses, and what the columns mean."""
     first = found.names[0]
+    cases = f"{len(found.cases)} case{'' if len(found.cases) == 1 else 's'}"
     for n, name in enumerate(found.names[1:]):
         for metric in found.metrics:
-            title = f"{_UNITS.get(metric, metric)}: {first} against {name}, {_cases(found)}"
+            title = f"{_UNITS.get(metric, metric)}: {first} against {name}, {cases}"
             columns = [
                 "organ", "cases", first, name, f"difference [{CONFIDENCE:.0%}]",
                 "better / equal / worse", "p", "p, Holm",
@@ -429,7 +397,7 @@ def _rows(found: SideBySide, metric: str, number: int) -> dict[str, Any]:
             "difference": result.difference.mean,
             "low": result.difference.low,
             "high": result.difference.high,
-            "num_cases": _num_cases(result),
+            "num_cases": result.num_cases,
             "higher": result.higher,
             "equal": result.equal,
             "lower": result.lower,
@@ -442,26 +410,15 @@ def _rows(found: SideBySide, metric: str, number: int) -> dict[str, Any]:
 
 
 def _cells(organ: str, result: Paired, adjusted: float | None, metric: str) -> list[str]:
-    gap, digits = result.difference, 1 if metric in _UNITS else 3
-    apart = "–" if gap.mean is None else f"{gap.mean:+.{digits}f}"
-    if gap.low is not None:
-        apart += f" [{gap.low:+.{digits}f}, {gap.high:+.{digits}f}]"
+    digits = 1 if metric in _UNITS else 3
     better, worse = result.higher, result.lower
     if not HIGHER_IS_BETTER[metric]:
         better, worse = worse, better
     return [
         organ,
-        str(_num_cases(result)),
+        str(result.num_cases),
         *("–" if mean is None else f"{mean:.{digits}f}" for mean in (result.first, result.other)),
-        apart,
+        result.difference.in_words(digits),
         f"{better} / {result.equal} / {worse}",
         *("–" if p is None else f"{p:.2g}" for p in (result.p, adjusted)),
     ]
-
-
-def _num_cases(result: Paired) -> int:
-    return result.higher + result.equal + result.lower
-
-
-def _cases(found: SideBySide) -> str:
-    return f"{len(found.cases)} case{'' if len(found.cases) == 1 else 's'}"

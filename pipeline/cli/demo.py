@@ -10,8 +10,6 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,14 @@ from pipeline.consensus.cohort import compute, lazy_consensus, open_cohort
 from pipeline.data.entries import PhantomSpec
 from pipeline.data.phantom.case import write_dataset
 from pipeline.data.registry import Registry, load_registry
+from pipeline.engine.processes import in_processes
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.figures import hex_colour, save_overlay
 from pipeline.folder import refuse_foreign, replace_file, writing
 from pipeline.log import Log, print_table
 from pipeline.review.metrics import organ_means, overall_means
 from stages import cache_teachers, evaluate, predict, train_teachers
-from stages.compare.plan import Settings, load_configurations, plan_comparison
+from stages.compare.plan import ComparisonSettings, load_configurations, plan_comparison
 from stages.compare.results import Results, print_results, write_results
 from stages.compare.run import compare
 from stages.report import StageReport
@@ -68,20 +67,17 @@ def generate_phantoms(registry: Registry, log: Log, *, dry_run: bool = False) ->
         report.done = list(specs)
         return report
     began = time.monotonic()
-    processes = min(len(specs), os.cpu_count() or 1)
-    with (
-        log.progress("phantom datasets", len(specs)) as advance,
-        ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool,
-    ):
-        jobs = {pool.submit(_generate, root, spec): name for name, (root, spec) in specs.items()}
-        for job in as_completed(jobs):
-            name = jobs[job]
-            if error := job.exception():
-                log.warn(f"dataset {name} failed: {error}")
-                report.failed[name] = error if isinstance(error, Exception) else Exception(error)
-            else:
-                report.done.append(name)
-            advance(name)
+    with log.progress("phantom datasets", len(specs)) as advance:
+        made = in_processes(
+            _generate, list(specs.items()), number=min(len(specs), os.cpu_count() or 1),
+            name=lambda item: item[0], advance=advance,
+        )  # fmt: skip
+    for name, error in zip(specs, made, strict=True):
+        if error is None:
+            report.done.append(name)
+        else:
+            log.warn(f"dataset {name} failed: {error}")
+            report.failed[name] = error
     report.seconds = time.monotonic() - began
     return report
 
@@ -163,7 +159,7 @@ def draw_overlay(registry: Registry, work: Path, predictions: Path, path: Path) 
 def _compare_students(folder: Path, registry: Registry, work: Path, log: Log) -> Results:
     """Trains the students on equal terms and scores them on validation cases: with one seed."""
     configs = load_configurations([folder / f"train_student_{kind}.yaml" for kind in STUDENTS])
-    settings = Settings(name=_COMPARISON, seeds=(0,), baseline=_BASELINE, surface=False)
+    settings = ComparisonSettings(name=_COMPARISON, seeds=(0,), baseline=_BASELINE, surface=False)
     plan = plan_comparison(configs, registry, work, settings, log=log)
     # In --quick, starting a loader process would take longer than the training.
     workers = 0 if min(plan.steps.values()) < 100 else 1
@@ -253,8 +249,8 @@ def _say_where(folder: Path, figure: Path, quick: bool, began: float) -> None:
     )
 
 
-def _generate(root: Path, spec: PhantomSpec) -> None:
-    write_dataset(root, spec)
+def _generate(item: tuple[str, tuple[Path, PhantomSpec]]) -> None:
+    write_dataset(*item[1])
 
 
 def _since(began: float) -> str:

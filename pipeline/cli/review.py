@@ -259,7 +259,7 @@ def compare(
     """Train several students from one cache on equal terms; one table and one figure."""
     from pipeline.student.processes import refuse_several
     from pipeline.student.speed import SpeedFlags
-    from stages.compare.plan import Settings, load_configurations, plan_comparison
+    from stages.compare.plan import ComparisonSettings, load_configurations, plan_comparison
     from stages.compare.results import check_place, print_results, write_results
     from stages.compare.run import compare as run
 
@@ -268,7 +268,7 @@ def compare(
     flags = SpeedFlags(precision, channels_last, compile_)
     log = open_log(quiet, work, dry_run)
     opened = open_registry(registry, files=False)
-    settings = Settings(
+    settings = ComparisonSettings(
         name=name or output.resolve().name,
         seeds=_numbers(seeds),
         steps=steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,12 @@ class Estimate:
     std: float | None
     per_seed: tuple[float | None, ...]
 
+    def in_words(self) -> str:
+        """`0.812 ± 0.004`; a dash where there is none."""
+        if self.mean is None:
+            return "–"
+        return f"{self.mean:.3f}" + ("" if self.std is None else f" ± {self.std:.3f}")
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -59,6 +66,25 @@ class Difference:
     num_seeds: int
     num_cases: int
     note: str
+
+    def in_words(self, digits: int = 3, apart: str = " ") -> str:
+        """`+0.012 [-0.001, +0.030]`; a dash where there is none."""
+        if self.mean is None:
+            return "–"
+        if self.low is None:
+            return f"{self.mean:+.{digits}f}"
+        return f"{self.mean:+.{digits}f}{apart}[{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+
+
+def bootstrap(drawn: str, *, seeds: bool) -> dict[str, Any]:
+    """How intervals are made, for the JSON beside them."""
+    return {
+        "drawn": drawn,
+        "draws": NUM_DRAWS,
+        "confidence": CONFIDENCE,
+        **({"min_seeds": MIN_SEEDS} if seeds else {}),
+        "min_cases": MIN_CASES,
+    }
 
 
 def estimates(scores: Floats) -> list[Estimate]:
@@ -202,6 +228,11 @@ class Paired:
     lower: int
     p: float | None
     note: str
+
+    @property
+    def num_cases(self) -> int:
+        """Cases that have a score."""
+        return self.higher + self.equal + self.lower
 
 
 def paired(first: Floats, other: Floats) -> list[Paired]:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
-from pydantic import Field, ValidationError
+import numpy.typing as npt
+from pydantic import Field
 
 from pipeline.cache.cases import case_of_hashes, prepare_case
 from pipeline.cache.identity import claim_dataset, claim_teacher
 from pipeline.cache.index import IndexedTeacher, case_path, unit_path
-from pipeline.cache.places import Place, find_units
+from pipeline.cache.places import find_units
 from pipeline.cache.receipt import Receipt, read_receipt
 from pipeline.cache.schema import IMAGE, LABEL, StorageConfig
 from pipeline.cache.store import scratch_folder, write_json
@@ -26,9 +25,10 @@ from pipeline.config import Config
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
 from pipeline.data.sizes import CaseSize, case_sizes, two_cases
+from pipeline.engine.processes import memory_bytes
 from pipeline.errors import CacheError, ConfigError, RegistryError, SpaceError
 from pipeline.folder import Folder, is_local, read_text, remove, replace_file, sizes, temporary_name
-from pipeline.log import Advance, Log, print_table
+from pipeline.log import Advance, Log, duration, print_table
 from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.units import LoadedTeacher, cache_unit, open_teacher
 
@@ -81,11 +81,11 @@ def find_todo(
     for size in sizes:
         case, dataset = size.source.case, size.source.dataset
         unit = _case_unit(registry, size, there.get((CASES, dataset, case), ()), storage)
-        found = {CASES: unit}
-        for name, teacher in teachers.items():
-            receipts = there.get((name, dataset, case), ())
-            found[name] = _teacher_unit(teacher, receipts, unit)
-        for what, receipt in found.items():
+        of_teachers = {
+            name: _teacher_unit(teacher, there.get((name, dataset, case), ()), unit)
+            for name, teacher in teachers.items()
+        }
+        for what, receipt in {CASES: unit, **of_teachers}.items():
             if receipt is None:
                 missing[what].append(size)
             else:
@@ -101,12 +101,9 @@ def _receipts(work: Folder) -> dict[tuple[str, str, str], list[Receipt]]:
             receipt = read_receipt(place.path)
         except CacheError:
             continue
-        found.setdefault(_key(place), []).append(receipt)
+        key = place.teacher or CASES, place.dataset, place.case
+        found.setdefault(key, []).append(receipt)
     return found
-
-
-def _key(place: Place) -> tuple[str, str, str]:
-    return place.teacher or CASES, place.dataset, place.case
 
 
 def _case_unit(
@@ -162,7 +159,7 @@ class Sample(Config):
 
 
 @dataclass
-class Estimate:
+class Cost:
     """What some units take.
 
     Attributes:
@@ -189,81 +186,73 @@ class Estimate:
         """Files and folders."""
         return round(self.files + self.folders)
 
-    def add(self, other: Estimate) -> None:
-        """Sums up."""
-        self.units += other.units
-        for kind, value in other.num_bytes.items():
-            self.num_bytes[kind] += value
-        self.files += other.files
-        self.folders += other.folders
-        self.seconds += other.seconds
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "units": self.units,
+            "bytes": {kind: round(value) for kind, value in self.num_bytes.items()},
+            "total_bytes": self.total_bytes,
+            "files": round(self.files),
+            "inodes": self.inodes,
+            "hours": round(self.seconds / 3600, 4),
+        }
 
 
-def estimate_all(todo: Todo, samples: Sequence[Sample]) -> dict[str, Estimate]:
+def estimate_all(todo: Todo, samples: Sequence[Sample]) -> dict[str, Cost]:
     """`cases` and each teacher -> what its missing units will take."""
     by_what = {what: [s for s in samples if s.what == what] for what in todo.missing}
     return {what: estimate(cases, by_what[what]) for what, cases in todo.missing.items()}
 
 
-def estimate(cases: Sequence[CaseSize], samples: Sequence[Sample]) -> Estimate:
+def estimate(cases: Sequence[CaseSize], samples: Sequence[Sample]) -> Cost:
     """What the units of one teacher, or the cases themselves, will take.
 
     Arrays: bytes per voxel, interpolated between the samples' sizes and held beyond them.
     Metadata and files: per unit, likewise. Seconds: per voxel of the CT as stored for cases, of
     the student grid for teachers.
     """
-    found = Estimate(units=len(cases))
     if not cases or not samples:
-        return found
-    for kind in KINDS:
-        if kind == METADATA:
-            per_unit = _interpolated(samples, _metadata)
-            found.num_bytes[kind] = sum(per_unit(case.voxels) for case in cases)
-        else:
-            per_voxel = _interpolated(samples, _per_voxel(kind))
-            found.num_bytes[kind] = sum(per_voxel(case.voxels) * case.voxels for case in cases)
-    found.files = len(cases) * float(np.mean([s.files for s in samples]))
-    found.folders = len(cases) * float(np.mean([s.folders for s in samples]))
-    native = samples[0].what == CASES
-    pace = _interpolated(samples, lambda s: s.seconds / (s.native_voxels if native else s.voxels))
-    found.seconds = sum(
-        pace(case.voxels) * (case.native_voxels if native else case.voxels) for case in cases
+        return Cost(units=len(cases))
+    measured = sorted(samples, key=lambda sample: sample.voxels)
+    voxels = np.array([case.voxels for case in cases])
+    timed, steps = voxels, [sample.voxels for sample in measured]
+    if measured[0].what == CASES:
+        timed = np.array([case.native_voxels for case in cases])
+        steps = [sample.native_voxels for sample in measured]
+
+    def rate(values: Sequence[float]) -> npt.NDArray[np.float64]:
+        return np.asarray(np.interp(voxels, [sample.voxels for sample in measured], values))
+
+    num_bytes = {
+        kind: float(rate([s.num_bytes.get(kind, 0) / s.voxels for s in measured]) @ voxels)
+        for kind in KINDS
+    }
+    num_bytes[METADATA] = float(rate([s.num_bytes[METADATA] for s in measured]).sum())
+    return Cost(
+        units=len(cases),
+        num_bytes=num_bytes,
+        files=len(cases) * float(np.mean([s.files for s in measured])),
+        folders=len(cases) * float(np.mean([s.folders for s in measured])),
+        seconds=float(rate([s.seconds / n for s, n in zip(measured, steps, strict=True)]) @ timed),
     )
-    return found
 
 
-def _interpolated(
-    samples: Sequence[Sample], value: Callable[[Sample], float]
-) -> Callable[[int], float]:
-    ordered = sorted(samples, key=lambda s: s.voxels)
-    sizes, values = [s.voxels for s in ordered], [value(s) for s in ordered]
-    return lambda voxels: float(np.interp(voxels, sizes, values))
-
-
-def _per_voxel(kind: str) -> Callable[[Sample], float]:
-    return lambda sample: sample.num_bytes.get(kind, 0) / sample.voxels
-
-
-def _metadata(sample: Sample) -> float:
-    return sample.num_bytes[METADATA]
-
-
-def least(todo: Todo, organs: Mapping[str, int]) -> dict[str, Estimate]:
-    """What the missing units will take at the least, where nothing has been measured.
+def least(todo: Todo, organs: Mapping[str, int]) -> dict[str, Cost]:
+    """What the missing units will take at the least, where nothing has been measured. Features do
+    not count: only a probe knows them.
 
     Args:
         todo: the units.
-        organs: teacher -> number of organs. Features do not count: only a probe knows them.
+        organs: teacher -> number of organs.
     """
     found = {}
     for what, cases in todo.missing.items():
-        kind, rate = (
-            (IMAGES, _LEAST_IMAGE) if what == CASES else (LOG_ODDS, _LEAST_LOG_ODDS * organs[what])
-        )
-        part = Estimate(units=len(cases))
+        kind, rate = IMAGES, _LEAST_IMAGE
+        if what != CASES:
+            kind, rate = LOG_ODDS, _LEAST_LOG_ODDS * organs[what]
+        part = Cost(units=len(cases), files=5.0 * len(cases), folders=5.0 * len(cases))
         part.num_bytes[kind] = rate * sum(case.voxels for case in cases)
         part.num_bytes[METADATA] = _LEAST_METADATA * len(cases)
-        part.files, part.folders = 5.0 * len(cases), 5.0 * len(cases)
         found[what] = part
     return found
 
@@ -313,18 +302,15 @@ def probe(
     chosen = sorted(two_cases(todo.cases), key=lambda case: -case.voxels)
     wanted = {name: loaded for name, loaded in teachers.items() if todo.missing[name]}
     samples: list[Sample] = []
-    before = _resident_bytes()
+    before = memory_bytes("VmRSS")
     with (
         scratch_folder(work) as scratch,
         log.progress("probe", len(chosen) * (1 + len(wanted))) as advance,
     ):
         speed = _write_speed(work)
         for case in chosen:
-            samples += _probe_case(
-                registry, scratch, case, wanted,
-                storage=storage, advance=advance, warn=log.remark,
-            )  # fmt: skip
-    grown = max(0, _peak_bytes() - before)
+            samples += _probe_case(registry, scratch, case, wanted, storage, log, advance)
+    grown = max(0, memory_bytes("VmHWM") - before)
     largest = max(case.native_voxels + case.voxels for case in todo.cases)
     probed = max(case.native_voxels + case.voxels for case in chosen)
     return Probe(samples, round(before + grown * largest / probed), speed)
@@ -335,15 +321,14 @@ def _probe_case(
     scratch: Path,
     case: CaseSize,
     teachers: Mapping[str, LoadedTeacher],
-    *,
     storage: StorageConfig,
+    log: Log,
     advance: Advance,
-    warn: Callable[[str], object],
 ) -> list[Sample]:
     began = time.monotonic()
     indexed, _ = prepare_case(
         registry, scratch, case.source,
-        spacing_mm=registry.grid.spacing_mm, storage=storage, warn=warn,
+        spacing_mm=registry.grid.spacing_mm, storage=storage, warn=log.remark,
     )  # fmt: skip
     path = case_path(scratch, indexed)
     samples = [_sample(CASES, path, case, time.monotonic() - began)]
@@ -362,7 +347,7 @@ def _probe_case(
 
 
 def _sample(what: str, unit: Folder, case: CaseSize, seconds: float) -> Sample:
-    num_bytes = dict.fromkeys((IMAGES, LOG_ODDS, FEATURES, METADATA), 0)
+    num_bytes = dict.fromkeys(KINDS, 0)
     found = sizes(unit)
     for name, size in found.items():
         num_bytes[_kind(name.split("/"))] += size
@@ -399,21 +384,6 @@ def _write_speed(work: Folder) -> float:
     return len(data) / max(seconds, 1e-6)
 
 
-def _peak_bytes() -> int:
-    """Largest resident memory so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _resident_bytes() -> int:
-    """Resident memory now; the largest so far where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return _peak_bytes()
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 # Whether what stage one will write fits: free space, free inodes, a quota.
 
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgtp]?)(i?)b?\s*", re.IGNORECASE)
@@ -436,10 +406,6 @@ class Space:
     block_bytes: int
     used_bytes: int
     quota_bytes: int | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return dict(vars(self))
 
 
 def look_at(work: Folder, quota_bytes: int | None) -> Space:
@@ -464,12 +430,12 @@ def look_at(work: Folder, quota_bytes: int | None) -> Space:
     )
 
 
-def on_disk(parts: Iterable[Estimate], block_bytes: int) -> int:
+def on_disk(parts: Iterable[Cost], block_bytes: int) -> int:
     """Bytes that are really taken: half a block is lost per file, a folder takes a whole one."""
     return round(sum(p.total_bytes + block_bytes * (0.5 * p.files + p.folders) for p in parts))
 
 
-def shortfall(parts: Iterable[Estimate], space: Space) -> str:
+def shortfall(parts: Iterable[Cost], space: Space) -> str:
     """What does not fit, as a sentence; empty if all does."""
     wanted = list(parts)
     need, inodes = on_disk(wanted, space.block_bytes), sum(p.inodes for p in wanted)
@@ -514,7 +480,7 @@ def parse_size(text: str) -> int:
     return round(float(match[1]) * base**power)
 
 
-class Settings(Protocol):
+class StageOneSettings(Protocol):
     """What a plan needs to know of stage one's configuration."""
 
     @property
@@ -544,40 +510,54 @@ class Plan:
     """
 
     todo: Todo
-    parts: Mapping[str, Estimate]
+    parts: Mapping[str, Cost]
     probe: Probe | None
     space: Space
     problem: str
     unreadable: Mapping[str, Exception]
 
     @property
-    def total(self) -> Estimate:
+    def total(self) -> Cost:
         """All parts together."""
-        total = Estimate()
-        for part in self.parts.values():
-            total.add(part)
-        return total
+        parts = list(self.parts.values())
+        return Cost(
+            units=sum(part.units for part in parts),
+            num_bytes={kind: sum(part.num_bytes[kind] for part in parts) for kind in KINDS},
+            files=sum(part.files for part in parts),
+            folders=sum(part.folders for part in parts),
+            seconds=sum(part.seconds for part in parts),
+        )
+
+    @property
+    def rows(self) -> dict[str, Cost]:
+        """The parts, and their total: what the table and the JSON show."""
+        return {**self.parts, "total": self.total}
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """See `on_disk`."""
+        return on_disk(self.parts.values(), self.space.block_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        rows = {**self.parts, "total": self.total}
+        probe = self.probe
         return {
             "fits": not self.problem,
             "problem": self.problem,
             "units": {"to_make": self.todo.num_missing, "cached": self.todo.num_cached},
             "cached_bytes": self.todo.cached_bytes,
-            "to_make": {what: _plain(part) for what, part in rows.items()},
-            "bytes_on_disk": on_disk(self.parts.values(), self.space.block_bytes),
-            "memory_bytes": None if self.probe is None else self.probe.memory_bytes,
-            "write_bytes_per_s": None if self.probe is None else self.probe.write_bytes_per_s,
-            "space": self.space.to_json(),
+            "to_make": {what: part.to_json() for what, part in self.rows.items()},
+            "bytes_on_disk": self.bytes_on_disk,
+            "memory_bytes": probe and probe.memory_bytes,
+            "write_bytes_per_s": probe and probe.write_bytes_per_s,
+            "space": dict(vars(self.space)),
             "unreadable": {case: str(error) for case, error in self.unreadable.items()},
-            "probe": [] if self.probe is None else [s.model_dump() for s in self.probe.samples],
+            "probe": [s.model_dump() for s in probe.samples] if probe else [],
         }
 
 
 def make_plan(
-    settings: Settings,
+    settings: StageOneSettings,
     registry: Registry,
     work: Folder,
     *,
@@ -589,15 +569,6 @@ def make_plan(
     """Measures two cases and estimates the rest from headers; what is cached is subtracted.
 
     The measured rates and the quota are kept in `reports/plan.json`, where stage one finds them.
-
-    Args:
-        settings: of stage one.
-        registry: read with its files.
-        work: the work folder; the probe is made, and removed, on its disk.
-        log: where progress goes.
-        quota_bytes: what the work folder may hold.
-        device: auto, cpu, cuda, cuda:1.
-        window_batch: windows per forward pass.
 
     Raises:
         PipelineError: no readable case, a teacher that does not load, a probe that fails, or an
@@ -628,11 +599,14 @@ def make_plan(
     todo = find_todo(work, registry, sizes, indexed, settings.storage)
     measured = None
     if todo.num_missing:
-        measured = probe(
-            registry, work, todo, teachers,
-            storage=settings.storage, log=log,
-        )  # fmt: skip
-        write_record(work, measured.samples, settings.storage, indexed, quota_bytes)
+        measured = probe(registry, work, todo, teachers, storage=settings.storage, log=log)
+        record = Record(
+            storage=settings.storage,
+            teachers={name: teacher.digest for name, teacher in indexed.items()},
+            samples=tuple(measured.samples),
+            quota_bytes=quota_bytes,
+        )
+        write_json(work / _FILE, record.model_dump(mode="json"))
     parts = estimate_all(todo, measured.samples if measured else ())
     space = look_at(work, quota_bytes)
     return Plan(todo, parts, measured, space, shortfall(parts.values(), space), unreadable)
@@ -648,64 +622,36 @@ def print_plan(found: Plan) -> None:
             size(part.total_bytes),
             str(round(part.files)),
             str(part.inodes),
-            _time(part.seconds),
+            duration(part.seconds),
         ]
-        for what, part in {**found.parts, "total": found.total}.items()
+        for what, part in found.rows.items()
     ]
     columns = ["to make", "units", *KINDS, "bytes", "files", "inodes", "time"]
     print_table("Plan of stage one", columns, rows)
-    space, need = found.space, on_disk(found.parts.values(), found.space.block_bytes)
+    space, need, probe = found.space, found.bytes_on_disk, found.probe
+    blocks = f" (files end on blocks of {size(space.block_bytes)})" if space.block_bytes else ""
+    free = "an object store does not fill; --quota sets a limit"
+    if space.free_bytes is not None:
+        inodes = "unlimited" if space.free_inodes is None else f"{space.free_inodes:,}"
+        free = f"{size(space.free_bytes)}, {inodes} inodes"
     lines = [
         ["already there", f"{found.todo.num_cached} units, {size(found.todo.cached_bytes)}"],
-        ["needed on disk", _needed(need, space)],
-        ["free", _free(space)],
+        ["needed on disk", f"{size(need)}{blocks}"],
+        ["free", free],
     ]
     if space.quota_bytes is not None:
         held = f"{size(space.quota_bytes)}, of which {size(space.used_bytes)} are used"
         lines.append(["quota", held])
-    if found.probe is not None:
-        writing = need / found.probe.write_bytes_per_s
-        speed = size(found.probe.write_bytes_per_s)
+    if probe is not None:
+        speed, writing = size(probe.write_bytes_per_s), duration(need / probe.write_bytes_per_s)
         lines += [
-            ["peak memory", f"{size(found.probe.memory_bytes)} (largest case, one process)"],
-            ["disk", f"writes {speed}/s: {_time(writing)} of the time above"],
-            ["probe", ", ".join(dict.fromkeys(s.case for s in found.probe.samples))],
+            ["peak memory", f"{size(probe.memory_bytes)} (largest case, one process)"],
+            ["disk", f"writes {speed}/s: {writing} of the time above"],
+            ["probe", ", ".join(dict.fromkeys(s.case for s in probe.samples))],
         ]
     if found.unreadable:
         lines.append(["left out", f"{len(found.unreadable)} cases without a readable header"])
     print_table("Space, memory, disk", ["", ""], lines)
-
-
-def _plain(part: Estimate) -> dict[str, Any]:
-    return {
-        "units": part.units,
-        "bytes": {kind: round(value) for kind, value in part.num_bytes.items()},
-        "total_bytes": part.total_bytes,
-        "files": round(part.files),
-        "inodes": part.inodes,
-        "hours": round(part.seconds / 3600, 4),
-    }
-
-
-def _time(seconds: float) -> str:
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-def _needed(need: int, space: Space) -> str:
-    blocks = f" (files end on blocks of {size(space.block_bytes)})" if space.block_bytes else ""
-    return f"{size(need)}{blocks}"
-
-
-def _free(space: Space) -> str:
-    if space.free_bytes is None:
-        return "an object store does not fill; --quota sets a limit"
-    return f"{size(space.free_bytes)}, {_count(space.free_inodes)} inodes"
-
-
-def _count(number: int | None) -> str:
-    return "unlimited" if number is None else f"{number:,}"
 
 
 # What a plan measured, kept beside the cache for stage one's own check; and that check.
@@ -728,28 +674,14 @@ class Record(Config):
     samples: tuple[Sample, ...]
     quota_bytes: int | None
 
-
-def write_record(
-    work: Folder,
-    samples: Sequence[Sample],
-    storage: StorageConfig,
-    teachers: Mapping[str, IndexedTeacher],
-    quota_bytes: int | None,
-) -> None:
-    """Keeps what was measured."""
-    digests = {name: teacher.digest for name, teacher in teachers.items()}
-    record = Record(
-        storage=storage, teachers=digests, samples=tuple(samples), quota_bytes=quota_bytes
-    )
-    write_json(work / _FILE, record.model_dump(mode="json"))
-
-
-def read_record(work: Folder) -> Record | None:
-    """The latest plan; None if there is none, or none that this program can read."""
-    try:
-        return Record.model_validate_json(read_text(work / _FILE))
-    except (OSError, ValueError, ValidationError):
-        return None
+    def valid_samples(
+        self, storage: StorageConfig, teachers: Mapping[str, IndexedTeacher]
+    ) -> list[Sample]:
+        """Those that hold for storage and teachers of now."""
+        if self.storage != storage:
+            return []
+        same = {name for name, t in teachers.items() if self.teachers.get(name) == t.digest}
+        return [s for s in self.samples if s.what == CASES or s.what in same]
 
 
 def check_space(
@@ -772,13 +704,15 @@ def check_space(
     """
     sizes, _ = case_sizes(registry, splits)
     todo = find_todo(work, registry, sizes, teachers, storage)
-    record = read_record(work)
-    samples = [] if record is None else _valid_samples(record, storage, teachers)
-    if _covers(todo, samples):
+    try:
+        record = Record.model_validate_json(read_text(work / _FILE))
+    except (OSError, ValueError):  # none, or none that this program can read
+        record = None
+    samples = [] if record is None else record.valid_samples(storage, teachers)
+    if {what for what, cases in todo.missing.items() if cases} <= {s.what for s in samples}:
         parts, basis = estimate_all(todo, samples), "Measured by `pipeline plan`."
     else:
-        organs = {name: len(teacher.organs) for name, teacher in teachers.items()}
-        parts = least(todo, organs)
+        parts = least(todo, {name: len(teacher.organs) for name, teacher in teachers.items()})
         basis = "This is the least that it can be; `pipeline plan` measures."
     space = look_at(work, None if record is None else record.quota_bytes)
     problem = shortfall(parts.values(), space)
@@ -793,17 +727,3 @@ def check_space(
     if not force:
         raise error
     log.warn(str(error))
-
-
-def _valid_samples(
-    record: Record, storage: StorageConfig, teachers: Mapping[str, IndexedTeacher]
-) -> list[Sample]:
-    if record.storage != storage:
-        return []
-    same = {name for name, t in teachers.items() if record.teachers.get(name) == t.digest}
-    return [s for s in record.samples if s.what == CASES or s.what in same]
-
-
-def _covers(todo: Todo, samples: Sequence[Sample]) -> bool:
-    measured = {sample.what for sample in samples}
-    return all(what in measured for what, cases in todo.missing.items() if cases)

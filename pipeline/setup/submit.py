@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import jinja2
+import jinja2.meta
 from pydantic import Field
 
 from pipeline.cache.store import prepare_work_folder, write_json
@@ -67,16 +69,8 @@ def submit(
     after: Sequence[str] = (),
     log: Log,
 ) -> list[Job]:
-    """Submits the scripts; each job waits until the one before it has ended well.
-
-    Each script is kept beside its job's record.
-
-    Args:
-        texts: stage -> script, in order.
-        settings: they were made from.
-        target: what they work on.
-        after: jobs that the first one waits for.
-        log: told of each job.
+    """Submits the scripts; each job waits until the one before it has ended well, the first one
+    until those of `after` have. Each script is kept beside its job's record.
 
     Raises:
         ConfigError: Slurm refuses one of them, or there is no Slurm here; nothing was submitted.
@@ -84,7 +78,13 @@ def submit(
         WorkFolderError: a folder cannot be written.
     """
     for stage, text in texts.items():
-        _try(stage, text)
+        tried = _sbatch(text, "--test-only")
+        if tried.returncode:
+            raise ConfigError(
+                f"Slurm refuses it ({tried.stderr.strip()}).",
+                where=f"the job of {stage}",
+                fix="Change the file that --slurm-config names; `--print` shows the script.",
+            )
     prepare_work_folder(target.work)
     try:
         target.jobs.mkdir(exist_ok=True)
@@ -99,7 +99,8 @@ def submit(
     jobs: list[Job] = []
     for stage, text in texts.items():
         waits = (jobs[-1].job,) if jobs else tuple(after)
-        told = _sbatch(text, "--parsable", *_dependency(waits))
+        dependency = [f"--dependency=afterok:{':'.join(waits)}", "--kill-on-invalid-dep=yes"]
+        told = _sbatch(text, "--parsable", *(dependency if waits else ()))
         number = told.stdout.strip().partition(";")[0]
         if told.returncode or not number.isdecimal():
             before = ", ".join(f"{job.stage} is {job.job}" for job in jobs) or "nothing"
@@ -108,51 +109,26 @@ def submit(
                 where=f"the job of {stage}",
                 fix=f"Submitted before: {before}. Submit the rest with --after.",
             )
-        jobs.append(_kept(number, stage, text, waits, target, settings))
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        elements = "_*" if "\n#SBATCH --array=" in text else ""
+        output = target.work / settings.of(stage).logs / f"{stage}-{number}{elements}.log"
+        jobs.append(Job(number, stage, now, waits, str(output)))
+        _keep(jobs[-1], text, target)
         waiting = f", after {', '.join(waits)}" if waits else ""
         log.info(f"{stage}: job {number}{waiting}; its output: {jobs[-1].log}")
     return jobs
 
 
-def _kept(
-    number: str,
-    stage: Stage,
-    text: str,
-    waits: tuple[str, ...],
-    target: Target,
-    settings: SubmitSettings,
-) -> Job:
-    logs = target.work / settings.of(stage).logs
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    is_array = "\n#SBATCH --array=" in text
-    log = str(logs / f"{stage}-{number}{'_*' if is_array else ''}.log")
-    job = Job(number, stage, now, waits, log)
+def _keep(job: Job, text: str, target: Target) -> None:
     record(target.work, job)
     try:
-        replace_file(target.jobs / f"{number}-{stage}.sh", text.encode())
+        replace_file(target.jobs / f"{job.job}-{job.stage}.sh", text.encode())
     except OSError as error:
         raise WorkFolderError(
-            f"job {number} was submitted, but its script cannot be kept ({error.strerror}).",
+            f"job {job.job} was submitted, but its script cannot be kept ({error.strerror}).",
             where=target.jobs,
             fix="The job is not affected. Make room; `pipeline submit --print` shows the script.",
         ) from error
-    return job
-
-
-def _dependency(jobs: Sequence[str]) -> list[str]:
-    if not jobs:
-        return []
-    return [f"--dependency=afterok:{':'.join(jobs)}", "--kill-on-invalid-dep=yes"]
-
-
-def _try(stage: Stage, text: str) -> None:
-    told = _sbatch(text, "--test-only")
-    if told.returncode:
-        raise ConfigError(
-            f"Slurm refuses it ({told.stderr.strip()}).",
-            where=f"the job of {stage}",
-            fix="Change the file that --slurm-config names; `--print` shows the script.",
-        )
 
 
 def _sbatch(text: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -339,7 +315,13 @@ _ONLY: dict[str, Stage] = {
 # Batch scripts: a template per stage, a file of shell with places in double braces.
 
 TEMPLATES = Path(__file__).parent / "templates"
-_PLACE = re.compile(r"\{\{(.*?)\}\}")
+# Shell has {% and {# too (`${#names[@]}`): only double braces are Jinja's here.
+_JINJA = jinja2.Environment(
+    block_start_string="{{%", block_end_string="%}}",
+    comment_start_string="{{#", comment_end_string="#}}",
+    undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
+)  # fmt: skip
+_JINJA.globals.clear()
 
 
 @dataclass(frozen=True)
@@ -389,13 +371,7 @@ class Target:
 def script(
     stage: Stage, settings: JobSettings, target: Target, templates: Path | None = None
 ) -> str:
-    """The text that `sbatch` gets.
-
-    Args:
-        stage: its command's name.
-        settings: what the job asks for.
-        target: what it works on.
-        templates: a folder with changed templates; those that it lacks are the built-in ones.
+    """The text that `sbatch` gets. Templates that the folder lacks are the built-in ones.
 
     Raises:
         ConfigError: no teacher to train, or a template with an unknown place.
@@ -412,6 +388,9 @@ def script(
                 where=target.registry,
                 fix="Leave train-teachers out, or name a dataset in a teacher's `trained_on`.",
             )
+    command = shlex.join(target.words(stage, settings))
+    if settings.stage_to is not None:  # the job's shell, on the node, is to put variables in
+        command += f' --stage-to "{settings.stage_to}"'
     log = f"{stage}-{'%j' if array is None else '%A_%a'}.log"
     folder = str(target.work / settings.logs).replace("%", "%%")
     return fill(
@@ -424,7 +403,7 @@ def script(
             "num_restarts": str(settings.num_restarts),
             "num_parts": str(settings.num_parts),
             "prologue": "\n".join(settings.prologue),
-            "command": shlex.join(target.words(stage, settings)) + _stage_to(settings),
+            "command": command,
             "teachers": shlex.join(target.teachers),
             "run_folder": shlex.quote(str(target.work / "students" / target.run)),
             "training_folder": shlex.quote(str(target.work / "teachers-in-training")),
@@ -454,16 +433,24 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     """A template with its places filled; all else, `$` too, stays as it is.
 
     Raises:
-        ConfigError: a place with an unknown name.
+        ConfigError: a place with an unknown name, or one that is no Jinja.
     """
-    unknown = sorted({name for name in _PLACE.findall(template) if name not in values})
-    if unknown:
+    where = "a template of `pipeline submit`"
+    there = f"There are {', '.join(sorted(values))}."
+    try:
+        parsed = _JINJA.parse(template)
+        unknown = sorted(jinja2.meta.find_undeclared_variables(parsed) - values.keys())
+        if not unknown:
+            return _JINJA.from_string(parsed).render(values)
+    except Exception as error:  # what an expression raises is of any kind
+        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise ConfigError(
-            f"nothing is known of {', '.join(f'{{{{{name}}}}}' for name in unknown)}.",
-            where="a template of `pipeline submit`",
-            fix=f"There are {', '.join(sorted(values))}.",
-        )
-    return _PLACE.sub(lambda match: values[match[1]], template)
+            f"double braces cannot be filled in{line} ({getattr(error, 'message', error)}).",
+            where=where,
+            fix=f"Write a name between them. {there}",
+        ) from error
+    named = ", ".join(f"{{{{{name}}}}}" for name in unknown)
+    raise ConfigError(f"nothing is known of {named}.", where=where, fix=there)
 
 
 def copy_templates(folder: Path) -> Sequence[Path]:
@@ -487,11 +474,6 @@ def copy_templates(folder: Path) -> Sequence[Path]:
             f"templates cannot be written ({error.strerror}).", where=folder, fix="Check the path."
         ) from error
     return paths
-
-
-def _stage_to(settings: JobSettings) -> str:
-    """In double quotes: the job's shell, on the node, is to put variables in."""
-    return "" if settings.stage_to is None else f' --stage-to "{settings.stage_to}"'
 
 
 def _template(stage: Stage, folder: Path | None) -> str:

@@ -38,7 +38,7 @@ from stages.train_student import RUN_NAME, TrainStudentConfig, is_finished
 
 
 @dataclass(frozen=True)
-class Settings:
+class ComparisonSettings:
     """What a comparison is of, beside its configurations.
 
     Attributes:
@@ -62,7 +62,7 @@ class Settings:
     allow_missing: bool = False
 
 
-def check_settings(settings: Settings) -> None:
+def check_settings(settings: ComparisonSettings) -> None:
     """Whether a comparison can be of this at all.
 
     Raises:
@@ -113,7 +113,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Comparison:
     """A comparison, checked.
 
     Attributes:
@@ -127,7 +127,7 @@ class Plan:
         notices: what a reader of the table has to know.
     """
 
-    settings: Settings
+    settings: ComparisonSettings
     configs: Sequence[TrainStudentConfig]
     baseline: str
     runs: Sequence[Run]
@@ -141,7 +141,7 @@ def plan_comparison(
     configs: Sequence[TrainStudentConfig],
     registry: Registry,
     work: Folder,
-    settings: Settings,
+    settings: ComparisonSettings,
     *,
     log: Log,
     device: str = "auto",
@@ -149,7 +149,7 @@ def plan_comparison(
     flags: SpeedFlags | None = None,
     measure: bool = True,
     stage_to: Path | None = None,
-) -> Plan:
+) -> Comparison:
     """Checks everything before the first step; with `seconds`, measures unless that was done.
 
     Args:
@@ -200,12 +200,12 @@ def plan_comparison(
     identities = {name: found.identity for name, found in inputs.items()}
     runs = _runs(configs, settings, steps, identities, group)
     notices = _notices(configs, cases, registry, settings)
-    return Plan(settings, configs, baseline, runs, steps, parameters, cases, notices)
+    return Comparison(settings, configs, baseline, runs, steps, parameters, cases, notices)
 
 
 def _runs(
     configs: Sequence[TrainStudentConfig],
-    settings: Settings,
+    settings: ComparisonSettings,
     steps: Mapping[str, int],
     identities: Mapping[str, Mapping[str, Any]],
     group: Folder,
@@ -254,7 +254,7 @@ def _check_same_settings(
 
 
 def _scored_cases(
-    registry: Registry, work: Folder, settings: Settings, log: Log
+    registry: Registry, work: Folder, settings: ComparisonSettings, log: Log
 ) -> Sequence[CachedCase]:
     split = "test" if settings.test else "validation"
     cohort = open_cohort(work, registry, splits=(split,))
@@ -281,7 +281,7 @@ def _notices(
     configs: Sequence[TrainStudentConfig],
     cases: Sequence[CachedCase],
     registry: Registry,
-    settings: Settings,
+    settings: ComparisonSettings,
 ) -> list[str]:
     split = "test" if settings.test else "validation"
     found = [

@@ -9,6 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,24 +18,21 @@ import numpy as np
 
 from pipeline.cache.store import json_text
 from pipeline.figures import open_figure
-from pipeline.folder import Folder, json_with, refuse_foreign, replace_files, writing
+from pipeline.folder import Folder, json_with, listed, refuse_foreign, replace_files, writing
 from pipeline.log import print_table
 from pipeline.review.statistics import (
     CONFIDENCE,
-    MIN_CASES,
-    MIN_SEEDS,
-    NUM_DRAWS,
     OVER_ORGANS,
     Difference,
     Estimate,
     Floats,
+    bootstrap,
     differences,
     estimates,
 )
-from stages.compare.plan import Plan, differing_fields
+from stages.compare.plan import Comparison, differing_fields
 
 FORMAT_VERSION = 1
-_NAMED = 5  # places, of each configuration
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Results:
         scored_on_test: runs of this comparison that were ever scored on test cases.
     """
 
-    plan: Plan
+    plan: Comparison
     organs: tuple[str, ...]
     runs: Sequence[RunResult]
     scored_on_test: Sequence[str]
@@ -79,6 +77,16 @@ class Results:
     def configs(self) -> tuple[str, ...]:
         """Names, in the order given."""
         return tuple(config.run for config in self.plan.configs)
+
+    @property
+    def others(self) -> list[str]:
+        """All but the baseline."""
+        return [config for config in self.configs if config != self.plan.baseline]
+
+    @property
+    def rows(self) -> list[str]:
+        """What there is a number of: each organ, and `mean` over them."""
+        return [*self.organs, OVER_ORGANS]
 
     @property
     def split(self) -> str:
@@ -129,8 +137,7 @@ class Results:
 
     def estimates(self, config: str, metric: str) -> Mapping[str, Estimate]:
         """Organ, or `mean` over organs -> score."""
-        found = estimates(self.scores(config, metric))
-        return dict(zip([*self.organs, OVER_ORGANS], found, strict=True))
+        return dict(zip(self.rows, estimates(self.scores(config, metric)), strict=True))
 
     def differences(self, config: str, metric: str) -> Mapping[str, Difference]:
         """Organ, or `mean` over organs -> difference to the baseline."""
@@ -143,8 +150,7 @@ class Results:
             baseline = self.scores(self.plan.baseline, metric, paired=True)
             for config in self.configs:
                 apart = differences(self.scores(config, metric, paired=True), baseline)
-                by_organ = dict(zip([*self.organs, OVER_ORGANS], apart, strict=True))
-                found[config, metric] = by_organ
+                found[config, metric] = dict(zip(self.rows, apart, strict=True))
         return found
 
     @property
@@ -152,9 +158,9 @@ class Results:
         """What a reader has to know, in sentences."""
         found = list(self.plan.notices)
         few: dict[str, dict[str, None]] = {}
-        for config in self.configs:
+        for config in self.others:
             for organ, d in self.differences(config, "Dice").items():
-                if config != self.plan.baseline and d.mean is not None and d.note:
+                if d.mean is not None and d.note:
                     few.setdefault(d.note, {})[organ] = None
         found += [f"{note}: {', '.join(organs)}." for note, organs in few.items()]
         if spurious := self._spurious():
@@ -180,8 +186,7 @@ class Results:
             rows = [row for run in self.of(config) for row in run.rows]
             seen = {f"{r['case']} ({r['organ']})" for r in rows if r["n_pred"] and not r["n_ref"]}
             if seen:
-                more = f" and {len(seen) - _NAMED} more" if len(seen) > _NAMED else ""
-                found.append(f"{config}, {', '.join(sorted(seen)[:_NAMED])}{more}")
+                found.append(f"{config}, {listed(sorted(seen))}")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -201,13 +206,7 @@ class Results:
             "organs": list(self.organs),
             "differing_fields": differing_fields(plan.configs),
             "notices": self.notices,
-            "bootstrap": {
-                "drawn": "cases and seeds, independently, with replacement",
-                "draws": NUM_DRAWS,
-                "confidence": CONFIDENCE,
-                "min_seeds": MIN_SEEDS,
-                "min_cases": MIN_CASES,
-            },
+            "bootstrap": bootstrap("cases and seeds, independently, with replacement", seeds=True),
             "configurations": [self._config_json(config) for config in self.configs],
         }
 
@@ -289,10 +288,7 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 def print_results(results: Results) -> None:
     """All tables and notices on standard output; of the metrics Dice alone."""
-    tables = [configurations_table(results), scores_table(results, "Dice")]
-    if len(results.configs) > 1:
-        tables.append(differences_table(results, "Dice"))
-    for table in tables:
+    for table in all_tables(results, ["Dice"]):
         print_table(table.title, table.columns, table.rows)
     for notice in results.notices:
         print(f"note: {notice}")  # noqa: T201
@@ -300,19 +296,24 @@ def print_results(results: Results) -> None:
 
 def to_markdown(results: Results) -> str:
     """The same as a page, with every metric."""
-    tables = [configurations_table(results)]
-    for metric in results.metrics:
-        tables.append(scores_table(results, metric))
-        if len(results.configs) > 1:
-            tables.append(differences_table(results, metric))
     notes = "".join(f"- {notice}\n" for notice in results.notices)
-    page = "\n".join(table.to_markdown() for table in tables)
+    page = "\n".join(table.to_markdown() for table in all_tables(results, results.metrics))
     return f"# {results.plan.settings.name}\n\n{page}" + (f"\n{notes}" if notes else "")
+
+
+def all_tables(results: Results, metrics: Sequence[str]) -> list[Table]:
+    """What was compared; then, of each metric, scores and differences."""
+    tables = [configurations_table(results)]
+    for metric in metrics:
+        tables.append(scores_table(results, metric))
+        if results.others:
+            tables.append(differences_table(results, metric))
+    return tables
 
 
 def configurations_table(results: Results) -> Table:
     """What differs, and what each took."""
-    fields = results.to_json()["differing_fields"]
+    fields = differing_fields(results.plan.configs)
     rows = []
     for config in results.configs:
         runs = results.of(config)
@@ -345,45 +346,48 @@ def scores_table(results: Results, metric: str) -> Table:
     spread = f", mean ± std over {number} seeds" if number > 1 else ", 1 seed"
     cases = f"{len(results.plan.cases)} {results.split} cases"
     rows = [
-        [config, *(_estimate(e) for e in results.estimates(config, metric).values())]
+        [config, *(e.in_words() for e in results.estimates(config, metric).values())]
         for config in results.configs
     ]
-    return Table(f"{metric}, {cases}{spread}", _columns(results), rows)
+    return Table(f"{metric}, {cases}{spread}", ["configuration", *results.rows], rows)
 
 
 def differences_table(results: Results, metric: str) -> Table:
     """Paired differences to the baseline with their intervals, by organ."""
     rows = [
-        [config, *(_difference(d) for d in results.differences(config, metric).values())]
-        for config in results.configs
-        if config != results.plan.baseline
+        [config, *(d.in_words(apart="\n") for d in results.differences(config, metric).values())]
+        for config in results.others
     ]
     title = (
         f"{metric}: difference to {results.plan.baseline}, paired by case and seed "
         f"[{CONFIDENCE:.0%} interval]"
     )
-    return Table(title, _columns(results), rows)
+    return Table(title, ["configuration", *results.rows], rows)
 
 
 def table_rows(results: Results) -> list[dict[str, Any]]:
     """One row per configuration, metric and organ (or `mean`), of plain numbers."""
     rows = []
-    for config in results.configs:
-        for metric in results.metrics:
-            apart = results.differences(config, metric)
-            for organ, e in results.estimates(config, metric).items():
-                row: dict[str, Any] = {"config": config, "metric": metric, "organ": organ}
-                row |= {"mean": e.mean, "std": e.std, "num_runs": _finished(e)}
-                d = apart[organ] if config != results.plan.baseline else None
-                row |= {
+    for config, metric in product(results.configs, results.metrics):
+        apart = results.differences(config, metric)
+        for organ, e in results.estimates(config, metric).items():
+            d = apart[organ] if config in results.others else None
+            rows.append(
+                {
+                    "config": config,
+                    "metric": metric,
+                    "organ": organ,
+                    "mean": e.mean,
+                    "std": e.std,
+                    "num_runs": sum(value is not None for value in e.per_seed),
                     "baseline": results.plan.baseline,
-                    "difference": d.mean if d else None,
-                    "low": d.low if d else None,
-                    "high": d.high if d else None,
+                    "difference": d and d.mean,
+                    "low": d and d.low,
+                    "high": d and d.high,
                     "num_cases": apart[organ].num_cases,
                     "note": d.note if d else "",
                 }
-                rows.append(row)
+            )
     return rows
 
 
@@ -394,28 +398,6 @@ def score_rows(results: Results) -> list[dict[str, Any]]:
         for run in results.runs
         for row in run.rows
     ]
-
-
-def _columns(results: Results) -> list[str]:
-    return ["configuration", *results.organs, OVER_ORGANS]
-
-
-def _estimate(estimate: Estimate) -> str:
-    if estimate.mean is None:
-        return "–"
-    return f"{estimate.mean:.3f}" + ("" if estimate.std is None else f" ± {estimate.std:.3f}")
-
-
-def _difference(difference: Difference) -> str:
-    if difference.mean is None:
-        return "–"
-    if difference.low is None:
-        return f"{difference.mean:+.3f}"
-    return f"{difference.mean:+.3f}\n[{difference.low:+.3f}, {difference.high:+.3f}]"
-
-
-def _finished(estimate: Estimate) -> int:
-    return sum(value is not None for value in estimate.per_seed)
 
 
 def _value(value: Any) -> str:
@@ -453,14 +435,12 @@ def draw_comparison(results: Results, path: Path) -> None:
         results: of a comparison.
         path: PNG.
     """
-    names = [*results.organs, OVER_ORGANS]
-    others = [config for config in results.configs if config != results.plan.baseline]
-    width = 1.5 + max(4.0, 0.55 * len(names) * (1 + len(results.configs) / 3))
-    halves = 2 if others else 1
+    width = 1.5 + max(4.0, 0.55 * len(results.rows) * (1 + len(results.configs) / 3))
+    halves = 2 if results.others else 1
     with open_figure(path, 1, halves, size=(width * halves, 4.6)) as (figure, axes):
-        _draw_scores(axes[0, 0], results, names)
-        if others:
-            _draw_differences(axes[0, 1], results, names, others)
+        _draw_scores(axes[0, 0], results)
+        if results.others:
+            _draw_differences(axes[0, 1], results)
         seeds = len(results.plan.settings.seeds)
         figure.suptitle(
             f"{results.plan.settings.name}: {len(results.plan.cases)} {results.split} cases, "
@@ -474,54 +454,52 @@ def draw_comparison(results: Results, path: Path) -> None:
         )  # fmt: skip
 
 
-def _draw_scores(ax: Any, results: Results, names: list[str]) -> None:
+def _draw_scores(ax: Any, results: Results) -> None:
     bar = 0.8 / len(results.configs)
     for number, config in enumerate(results.configs):
         found = results.estimates(config, "Dice")
-        at = np.arange(len(names)) + (number - (len(results.configs) - 1) / 2) * bar
-        heights = [found[name].mean or 0.0 for name in names]
+        at = np.arange(len(results.rows)) + (number - (len(results.configs) - 1) / 2) * bar
         label = f"{config} (baseline)" if config == results.plan.baseline else config
+        heights = [e.mean or 0.0 for e in found.values()]
         ax.bar(at, heights, bar * 0.9, color=_colour(number), alpha=0.45, label=label)
-        for x, name in zip(at, names, strict=True):
-            values = [v for v in found[name].per_seed if v is not None]
+        for x, e in zip(at, found.values(), strict=True):
+            values = [value for value in e.per_seed if value is not None]
             ax.plot(
                 [x] * len(values), values, linestyle="", marker=_MARKERS[number % len(_MARKERS)],
                 markersize=4, color=_colour(number),
             )  # fmt: skip
-    ax.set_xticks(np.arange(len(names)), names)
     ax.set(ylabel="Dice", ylim=(0, 1), title="Mean over seeds (bar)\nand each seed (marker)")
-    ax.axvline(len(names) - 1.5, color="0.7", linewidth=0.8)
-    ax.grid(axis="y", alpha=0.3)
-    ax.set_axisbelow(True)
+    _finish(ax, results)
 
 
-def _draw_differences(ax: Any, results: Results, names: list[str], others: list[str]) -> None:
-    step = 0.7 / len(others)
-    intervals = False
-    for index, config in enumerate(others):
-        number = results.configs.index(config)
-        found = results.differences(config, "Dice")
-        for place, name in enumerate(names):
-            d = found[name]
+def _draw_differences(ax: Any, results: Results) -> None:
+    step = 0.7 / len(results.others)
+    said = "too few seeds or cases for an interval"
+    for index, config in enumerate(results.others):
+        colour = _colour(number := results.configs.index(config))
+        for place, d in enumerate(results.differences(config, "Dice").values()):
             if d.mean is None:
                 continue
-            x = place + (index - (len(others) - 1) / 2) * step
-            if d.low is not None and d.high is not None:
-                intervals = True
-                ax.plot([x, x], [d.low, d.high], color=_colour(number), linewidth=1.6)
+            x = place + (index - (len(results.others) - 1) / 2) * step
+            if d.low is not None:
+                said = f"{CONFIDENCE:.0%} interval"
+                ax.plot([x, x], [d.low, d.high], color=colour, linewidth=1.6)
             ax.plot(
                 x, d.mean, marker=_MARKERS[number % len(_MARKERS)], markersize=6,
-                color=_colour(number), markerfacecolor="w" if d.low is None else _colour(number),
+                color=colour, markerfacecolor="w" if d.low is None else colour,
             )  # fmt: skip
     ax.axhline(0, color="0.3", linewidth=0.9)
-    ax.axvline(len(names) - 1.5, color="0.7", linewidth=0.8)
-    ax.set_xticks(np.arange(len(names)), names)
-    ax.set_xlim(-0.6, len(names) - 0.4)
-    low, high = ax.get_ylim()
-    reach = 1.1 * max(abs(low), abs(high), 0.02)
+    _finish(ax, results)
+    ax.set_xlim(-0.6, len(results.rows) - 0.4)
+    reach = 1.1 * max(*map(abs, ax.get_ylim()), 0.02)
     ax.set_ylim(-reach, reach)
-    said = f"{CONFIDENCE:.0%} interval" if intervals else "too few seeds or cases for an interval"
     ax.set(ylabel="difference in Dice", title=f"Difference to {results.plan.baseline}\n({said})")
+
+
+def _finish(ax: Any, results: Results) -> None:
+    """Organs below, a line before their mean, a grid behind."""
+    ax.set_xticks(np.arange(len(results.rows)), results.rows)
+    ax.axvline(len(results.rows) - 1.5, color="0.7", linewidth=0.8)
     ax.grid(axis="y", alpha=0.3)
     ax.set_axisbelow(True)
 

@@ -18,13 +18,13 @@ from pipeline.log import Advance, Log
 from pipeline.networks.by_name import pick_device
 from pipeline.student.speed import SpeedFlags
 from stages import train_student
-from stages.compare.plan import Plan, Run, StepClock
+from stages.compare.plan import Comparison, Run, StepClock
 from stages.compare.results import Results, RunResult
 from stages.compare.scoring import ScoringSettings, score_student, scored_before
 
 
 def compare(
-    plan: Plan,
+    plan: Comparison,
     registry: Registry,
     work: Folder,
     *,
@@ -96,7 +96,7 @@ def compare(
 
 
 def _score(
-    plan: Plan, failed: Mapping[str, Exception], *, log: Log, device: str, window_batch: int
+    plan: Comparison, failed: Mapping[str, Exception], *, log: Log, device: str, window_batch: int
 ) -> list[RunResult]:
     settings = ScoringSettings(
         split="test" if plan.settings.test else "validation", surface=plan.settings.surface

@@ -43,7 +43,7 @@ from pipeline.student.checkpoint import _checked
 from pipeline.student.loggers import open_loggers
 from pipeline.student.processes import Processes, _portable
 from stages.compare import plan, scoring
-from stages.compare.plan import Settings, check_configurations, check_settings
+from stages.compare.plan import ComparisonSettings, check_configurations, check_settings
 from stages.report import StageReport
 from stages.train_student import TrainStudentConfig
 from tests.tiny import NETWORK, change_registry
@@ -59,8 +59,8 @@ class OneNumber(Config):
     number: int = 0
 
 
-def settings(**changes: Any) -> Settings:
-    return replace(Settings("named"), **changes)
+def settings(**changes: Any) -> ComparisonSettings:
+    return replace(ComparisonSettings("named"), **changes)
 
 
 def engine(executor: str | None = None, **changes: Any) -> None:
@@ -254,7 +254,10 @@ class TestOfThisMachine:
         with pytest.raises(ConfigError, match=r"refuses the workers' jobs \(no such partition\)\."):
             dask._ask_slurm("#!/bin/sh\n")
         with pytest.raises(ConfigError, match=r"refuses it \(no such partition\)\."):
-            submit._try("predict", "#!/bin/sh\n")
+            submit.submit(
+                {"predict": "#!/bin/sh\n"}, SubmitSettings(), submit.Target(tmp_path, tmp_path),
+                log=LOG,
+            )  # fmt: skip
 
     def test_packages_that_are_not_installed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,17 +6,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-import dask
 import dask.array as da
-import dask.multiprocessing
 import numpy as np
 import numpy.typing as npt
-from dask.callbacks import Callback
 from pydantic import Field
 
 from pipeline.cache.reader import CachedCase
@@ -26,6 +23,7 @@ from pipeline.consensus.gate import is_odd_volume
 from pipeline.consensus.reliability import MOST_PARTS, QUANTILES
 from pipeline.data.labels import LabelSpace
 from pipeline.data.volume import coarse, large_components
+from pipeline.engine.processes import in_processes
 from pipeline.errors import PipelineError
 from pipeline.log import Log, print_table
 from pipeline.review.inspect.look import CaseLook, Count, View, look_at
@@ -374,21 +372,20 @@ def measure_cohort(
         workers: processes; 0 for this one. Changes speed only.
         log: where progress goes.
     """
-    graph = {case.name: (partial(_try, case, space, view),) for case in cases}
-    get: Callable[..., Any] = dask.get
-    if workers:
-        get = partial(dask.multiprocessing.get, num_workers=workers, chunksize=1)
-    with log.progress("cases", len(graph)) as advance:
-
-        def told(key: Any, *_: object) -> None:
-            # In this process Dask also tells of the tasks inside a case.
-            if key in graph:
-                advance(key)
-
-        with Callback(posttask=told), dask.config.set({"multiprocessing.context": "forkserver"}):
-            results = dict(zip(graph, get(graph, list(graph)), strict=True))
-    failed = {name: r for name, r in results.items() if isinstance(r, PipelineError)}
-    found = [r for r in results.values() if isinstance(r, CaseNumbers)]
+    with log.progress("cases", len(cases)) as advance:
+        made = in_processes(
+            partial(measure_case, space=space, view=view), cases, number=workers,
+            name=lambda case: case.name, advance=advance,
+        )  # fmt: skip
+    failed: dict[str, PipelineError] = {}
+    found = []
+    for case, numbers in zip(cases, made, strict=True):
+        if isinstance(numbers, PipelineError):
+            failed[case.name] = numbers
+        elif isinstance(numbers, Exception):
+            raise numbers
+        else:
+            found.append(numbers)
     usual = usual_of(found)
     rows = [flagged(case, usual) for case in found]
     return CohortNumbers(sorted(rows, key=lambda r: (-len(r.flags), r.case)), usual, failed)
@@ -511,11 +508,3 @@ def _cells(case: CaseNumbers, organs: Sequence[str]) -> list[str]:
     sizes = [case.organs[name].region_ml if name in case.organs else None for name in organs]
     rest = [in_ml(case.conflict_ml), in_ml(case.abstained_ml), f"{case.unseen:.1%}"]
     return [*(in_ml(ml) for ml in sizes), f"{case.agreed_background:.1%}", *rest]
-
-
-def _try(case: CachedCase, space: LabelSpace, view: View) -> CaseNumbers | PipelineError:
-    """One case that cannot be read does not stop the others."""
-    try:
-        return measure_case(case, space, view)
-    except PipelineError as error:
-        return error

@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import combinations_with_replacement
-from multiprocessing import get_context
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +18,8 @@ from pipeline.data.entries import DatasetEntry, closed_cases
 from pipeline.data.registry import Registry, check_files
 from pipeline.data.splits import SplitEntry, fitting_seed
 from pipeline.data.volume import Index3
-from pipeline.errors import RegistryError
+from pipeline.engine.processes import in_processes
+from pipeline.errors import RegistryError, WorkerDied
 from pipeline.log import Log
 from pipeline.setup.check.cases import (
     CaseFacts,
@@ -390,43 +388,22 @@ def look_at_all(
 ) -> list[CaseFacts]:
     """`look_at` of each, in processes of their own unless one is enough.
 
-    Processes that are killed (by lack of memory, say) cost no other case: what was left is done one
-    case at a time, and a case whose process dies again is reported.
+    A case whose process is killed (by lack of memory, say) is reported.
     """
     number = min(jobs or min(len(os.sched_getaffinity(0)), _MOST_JOBS), len(tasks))
-    done: dict[str, CaseFacts] = {}
-
-    def keep(facts: CaseFacts) -> None:
-        done[facts.case] = facts
-        advance(facts.case)
-
-    if number <= 1:
-        for task in tasks:
-            keep(look_at(task))
-    else:
-        _in_pool(tasks, number, keep)
-        for task in tasks:
-            if task.source.name not in done and not _in_pool([task], 1, keep):
-                keep(_died(task))
-    return [done[task.source.name] for task in tasks]
-
-
-def _in_pool(tasks: Sequence[Task], number: int, keep: Callable[[CaseFacts], None]) -> bool:
-    """Whether all processes lived."""
-    # A copy of this process (fork) would hold its threads' locks for ever.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.setup.check.cases"])
-    with ProcessPoolExecutor(number, mp_context=context) as pool:
-        futures = [pool.submit(look_at, task) for task in tasks]
-        try:
-            for future in as_completed(futures):
-                keep(future.result())
-        except BrokenProcessPool:
-            return False
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return True
+    facts = []
+    for task, made in zip(
+        tasks,
+        in_processes(
+            look_at, tasks, number=number if number > 1 else 0,
+            name=lambda task: task.source.name, advance=advance,
+        ),
+        strict=True,
+    ):  # fmt: skip
+        if isinstance(made, Exception) and not isinstance(made, WorkerDied):
+            raise made
+        facts.append(_died(task) if isinstance(made, WorkerDied) else made)
+    return facts
 
 
 def _died(task: Task) -> CaseFacts:

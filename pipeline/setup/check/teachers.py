@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
-import sys
 import time
 import traceback
 import warnings
@@ -22,6 +20,7 @@ from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
 from pipeline.data.volume import Volume
+from pipeline.engine.processes import memory_bytes
 from pipeline.errors import PipelineError, RegistryError, TeacherWarning
 from pipeline.log import Log, print_table
 from pipeline.networks.by_name import pick_device
@@ -255,18 +254,10 @@ class _Memory:
             return
         with suppress(OSError):  # Linux forgets its earlier peak when told so
             Path("/proc/self/clear_refs").write_text("5")
-        self._before = _peak_bytes()
+        self._before = memory_bytes("VmHWM")
 
     def grown(self) -> int | None:
         """Bytes; None where an earlier peak hides it."""
         if self._cuda is not None:
             return int(torch.cuda.max_memory_allocated(self._cuda)) - self._before
-        return max(0, _peak_bytes() - self._before) or None
-
-
-def _peak_bytes() -> int:
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        return max(0, memory_bytes("VmHWM") - self._before) or None

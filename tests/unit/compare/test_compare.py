@@ -31,7 +31,7 @@ from stages import train_student
 from stages.compare import plan as budget
 from stages.compare import results as tables
 from stages.compare import scoring
-from stages.compare.plan import Plan, Settings, load_configurations, plan_comparison
+from stages.compare.plan import Comparison, ComparisonSettings, load_configurations, plan_comparison
 from stages.compare.results import Results, RunResult, print_results, to_markdown, write_results
 from stages.compare.run import compare
 from stages.train_student import TrainStudentConfig
@@ -57,8 +57,8 @@ def two() -> list[TrainStudentConfig]:
     return [config("labels"), config("hard", "pseudo_label")]
 
 
-def settings(**changes: Any) -> Settings:
-    return Settings(**({"name": "both", "seeds": (0, 1)} | changes))
+def settings(**changes: Any) -> ComparisonSettings:
+    return ComparisonSettings(**({"name": "both", "seeds": (0, 1)} | changes))
 
 
 def plan(
@@ -66,7 +66,7 @@ def plan(
     configs: Sequence[TrainStudentConfig] | None = None,
     measure: bool = True,
     **changes: Any,
-) -> Plan:
+) -> Comparison:
     return plan_comparison(
         two() if configs is None else configs, load_registry(registry, files=False),
         work_of(registry), settings(**changes), log=Log(quiet=True), device="cpu",

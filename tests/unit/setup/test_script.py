@@ -153,6 +153,23 @@ class TestTemplates:
         with pytest.raises(ConfigError, match=r"\{\{walltime\}\}.*There are name"):
             fill("{{name}} {{walltime}}", {"name": "x"})
 
+    def test_shell_that_looks_like_a_place_stays(self) -> None:
+        text = "${#parts[@]} {% x %} {# y #} }} ${X:-{{ name }}}\n\n"
+        assert fill(text, {"name": "x"}) == "${#parts[@]} {% x %} {# y #} }} ${X:-x}\n\n"
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ("a\nb {{name", r"line 2 \(unexpected end of template"),
+            ("awk '{{print $1}}'", r"line 1 \(unexpected char"),
+            ("{{name()}}", "'str' object is not callable"),
+            ("{{range}}", r"nothing is known of \{\{range\}\}"),
+        ],
+    )
+    def test_braces_that_are_no_place_are_refused(self, text: str, told: str) -> None:
+        with pytest.raises(ConfigError, match=f"a template of `pipeline submit`: .*{told}.*name"):
+            fill(text, {"name": "x"})
+
     def test_no_such_folder(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no such folder of templates"):
             script("predict", ORDINARY, target(tmp_path), tmp_path / "none")

@@ -7,7 +7,7 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.setup.plan import (
     LOG_ODDS,
-    Estimate,
+    Cost,
     Space,
     look_at,
     on_disk,
@@ -21,8 +21,8 @@ ROOMY = Space(
 )
 
 
-def part(num_bytes: float, files: int = 0, folders: int = 0) -> Estimate:
-    found = Estimate(units=1, files=files, folders=folders)
+def part(num_bytes: float, files: int = 0, folders: int = 0) -> Cost:
+    found = Cost(units=1, files=files, folders=folders)
     found.num_bytes[LOG_ODDS] = num_bytes
     return found
 
