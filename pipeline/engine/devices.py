@@ -11,11 +11,14 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
 
-from pipeline.engine.here import Tell, Work, sendable
+from pipeline.engine.here import sendable
 from pipeline.errors import EngineError, WorkerDied
 
 Item = TypeVar("Item")
 Token = TypeVar("Token")
+Tell = Callable[[Token], None]
+# Does some items and tells, of each, what became of it; it keeps results on disk, not in memory.
+Work = Callable[[Iterable[Item], Tell[Token]], None]
 
 
 @dataclass

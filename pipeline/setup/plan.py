@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import Field, ValidationError
 
-from pipeline.cache.cases import case_of_hashes, prepare_case
+from pipeline.cache.cases import CaseToGrid, case_of_hashes, prepare_case
 from pipeline.cache.identity import claim_dataset, claim_teacher
 from pipeline.cache.index import IndexedTeacher, case_path, unit_path
 from pipeline.cache.places import Place, find_units
@@ -341,10 +341,8 @@ def _probe_case(
     warn: Callable[[str], object],
 ) -> list[Sample]:
     began = time.monotonic()
-    indexed, _ = prepare_case(
-        registry, scratch, case.source,
-        spacing_mm=registry.grid.spacing_mm, storage=storage, warn=warn,
-    )  # fmt: skip
+    to_grid = CaseToGrid(registry, scratch, storage, registry.grid.spacing_mm)
+    indexed = prepare_case(to_grid, case.source, warn=warn).indexed
     path = case_path(scratch, indexed)
     samples = [_sample(CASES, path, case, time.monotonic() - began)]
     advance(case.source.name)

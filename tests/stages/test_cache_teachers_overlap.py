@@ -94,17 +94,17 @@ def test_out_of_memory_names_the_case_and_what_to_set(
 
 _SLOW = """
 import signal, sys, time
-from pipeline import unit_steps
+from pipeline.teachers import units
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins without it
-real, calls = unit_steps.compute_unit, []
+real, calls = units.compute_unit, []
 def slow(*args):
     calls.append(1)
     if len(calls) == 5:
         print("working", flush=True)
         time.sleep(60)
     return real(*args)
-unit_steps.compute_unit = slow
-from pipeline.cli import main
+units.compute_unit = slow
+from pipeline.cli.app import main
 sys.argv = ["pipeline", *sys.argv[1:]]
 main()
 """
