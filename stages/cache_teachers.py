@@ -43,16 +43,16 @@ from pipeline.consensus.cohort import print_regions, region_rows
 from pipeline.consensus.evidence import Look, plan_looks, units_of
 from pipeline.consensus.gate import NOT_JUDGED, Verdict, check_accepted, run_gate
 from pipeline.data.entries import CaseFiles
-from pipeline.data.registry import Registry
-from pipeline.data.sizes import case_sizes
+from pipeline.data.sizes import cases_of_part
 from pipeline.engine.here import Execution, Item, Outcome, Outcomes, Result, Steps
-from pipeline.engine.parts import Part, share
+from pipeline.engine.parts import Part
 from pipeline.errors import CacheError, CacheStale, OutputsError, PipelineError, WorkFolderError
 from pipeline.folder import Folder, read_text, remove
 from pipeline.log import Advance
 from pipeline.networks.windows import WindowConfig
 from pipeline.setup.plan import check_space
-from pipeline.teachers.units import StoredUnit, TeacherOnCase, Teachers, TeacherUnit, is_there
+from pipeline.teachers.load import Teachers
+from pipeline.teachers.units import StoredUnit, TeacherOnCase, TeacherUnit, is_there
 from stages.report import Scope, StageReport
 
 
@@ -103,9 +103,6 @@ def run(
             for unit in units:
                 this.add_unit(unit)
     return this.finish(verdict)
-
-
-_NAMED = 5
 
 
 @dataclass
@@ -176,14 +173,8 @@ class CacheRun:
         own = self.files = files
         for note in registry.empty_splits(splits):
             log.remark(note)
-        if seen := held_out_since(registry, work, files):
-            more = f" and {len(seen) - _NAMED} more" if len(seen) > _NAMED else ""
-            log.remark(
-                "these validation and test cases were training cases when this work folder was "
-                f"filled before: {', '.join(seen[:_NAMED])}{more}. What was trained then has seen "
-                "them: train it again, or keep the splits of then (docs/registry.md, Registries "
-                "from before)."
-            )
+        if held_out := held_out_since(registry, work, files):
+            log.remark(held_out)
         if self.part is not None:
             own = cases_of_part(registry, files, splits, self.part)
             log.info(f"{self.part}: {len(own)} of {len(files)} cases")
@@ -437,23 +428,7 @@ class CacheRun:
             self.fail(path.name, error)
 
 
-# One part of a run among others that nobody coordinates: which cases are its own, and what the
-# others have left.
-
-
-def cases_of_part(
-    registry: Registry, files: Sequence[CaseFiles], splits: Sequence[str], part: Part
-) -> list[CaseFiles]:
-    """The cases of a part, so that all parts take about as long: cost follows the voxels of the CT
-    and those on the student grid, by headers alone, and is the same factor for every teacher.
-
-    A case whose header cannot be read belongs to a part too, which reports it.
-    """
-    sizes, _ = case_sizes(registry, splits)
-    known = {size.source.name: float(size.native_voxels + size.voxels) for size in sizes}
-    costs = {case.name: known.get(case.name, 1.0) for case in files}
-    own = set(share(costs, part.of)[part.number])
-    return [case for case in files if case.name in own]
+# One part of a run among others that nobody coordinates: what the others have left.
 
 
 @dataclass(frozen=True)

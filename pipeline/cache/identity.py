@@ -39,7 +39,7 @@ from pipeline.errors import CacheStale, PipelineError, TeacherError, WorkFolderE
 from pipeline.folder import Folder, is_local, matching, remove
 from pipeline.log import Log
 
-_NAMED = 3
+_NAMED, _SEEN_NAMED = 3, 5
 
 
 def read_dataset(
@@ -233,9 +233,9 @@ def index_cases(
         write_dataset_index(work, dataset, key, cases, origin=origin, left_out=absent)
 
 
-def held_out_since(registry: Registry, work: Folder, files: Sequence[CaseFiles]) -> list[str]:
-    """Validation and test cases that trained when another registry filled this work folder: what
-    was trained then has seen them. Once this registry is in the index, nothing more is said.
+def held_out_since(registry: Registry, work: Folder, files: Sequence[CaseFiles]) -> str:
+    """What is said of validation and test cases that trained when another registry filled this
+    work folder; empty without any, and once this registry is in the index.
 
     Raises:
         WorkFolderError: the index cannot be listed.
@@ -256,7 +256,16 @@ def held_out_since(registry: Registry, work: Folder, files: Sequence[CaseFiles])
                     for case in content["cases"]
                     if case["split"] == "train"
                 }
-    return [c.name for c in files if c.dataset in new and c.split != "train" and c.name in trained]
+    held_out = [c for c in files if c.dataset in new and c.split != "train"]
+    seen = [case.name for case in held_out if case.name in trained]
+    if not seen:
+        return ""
+    more = f" and {len(seen) - _SEEN_NAMED} more" if len(seen) > _SEEN_NAMED else ""
+    return (
+        "these validation and test cases were training cases when this work folder was filled "
+        f"before: {', '.join(seen[:_SEEN_NAMED])}{more}. What was trained then has seen them: "
+        "train it again, or keep the splits of then (docs/registry.md, Registries from before)."
+    )
 
 
 def record_cases(

@@ -30,7 +30,8 @@ from pipeline.errors import CacheError, ConfigError, RegistryError, SpaceError
 from pipeline.folder import Folder, is_local, read_text, remove, replace_file, sizes, temporary_name
 from pipeline.log import Advance, Log, print_table
 from pipeline.networks.windows import WindowConfig
-from pipeline.teachers.units import LoadedTeacher, cache_unit, open_teacher
+from pipeline.teachers.load import LoadedTeacher, open_teacher
+from pipeline.teachers.units import cache_unit
 
 # Which units stage one has to make, by headers and receipts; no voxel and no file is hashed.
 

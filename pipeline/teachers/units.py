@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,26 +22,21 @@ from pipeline.cache.schema import (
     StorageConfig,
     features_spec,
     log_odds_spec,
-    teacher_inputs,
     unit_inputs,
 )
 from pipeline.cache.store import write_unit
-from pipeline.config import digest
 from pipeline.data.entries import CaseFiles, TeacherEntry
 from pipeline.data.nifti import read_image
 from pipeline.data.patches import Index3
 from pipeline.data.registry import Registry
 from pipeline.data.resample import SlabResampler, resample
 from pipeline.data.volume import Grid, Volume, coarse, large_components
-from pipeline.data.weights import digest_of, stamp_weights
-from pipeline.engine.here import once_per_process
 from pipeline.errors import CacheError, CacheStale, RegistryError, TeacherError
 from pipeline.folder import Folder
-from pipeline.networks.by_name import pick_device
-from pipeline.networks.windows import Sink, WindowConfig, check_precision, is_out_of_memory
-from pipeline.teachers.load import load_teacher
+from pipeline.networks.windows import Sink, is_out_of_memory
+from pipeline.teachers.load import LoadedTeacher, Teachers
 from pipeline.teachers.outputs import OutputsOfCase
-from pipeline.teachers.teacher import StreamingTeacher, Teacher, check_finite, slab_log_odds
+from pipeline.teachers.teacher import StreamingTeacher, check_finite, slab_log_odds
 
 # What a teacher says, slab by slab on its own grid -> the same on the student grid.
 
@@ -136,14 +131,6 @@ def feature_stride(cell_mm: Sequence[float], spacing_mm: Sequence[float]) -> Ind
 
 
 @dataclass(frozen=True)
-class LoadedTeacher:
-    """A teacher in memory, and the digest that its units are stored under."""
-
-    teacher: Teacher
-    indexed: IndexedTeacher
-
-
-@dataclass(frozen=True)
 class Outputs:
     """What a teacher says of a case on the student grid, as float32 before any rounding.
 
@@ -160,46 +147,6 @@ class Outputs:
     features: Mapping[str, FloatArray]
     strides: Mapping[str, Index3]
     seconds: float = 0.0
-
-
-def open_teacher(
-    name: str,
-    registry: Registry,
-    *,
-    window: WindowConfig,
-    storage: StorageConfig,
-    device: str,
-    window_batch: int,
-) -> LoadedTeacher:
-    """Loads a teacher of the registry and digests all that its numbers depend on.
-
-    Raises:
-        TeacherError: see `load_teacher`.
-    """
-    entry = registry.teachers[name]
-    weights = registry.resolve(entry.weights)
-    teacher = load_teacher(
-        name,
-        entry,
-        weights,
-        window=window,
-        batch_size=window_batch,
-        device=pick_device(device),
-    )
-    stamps = stamp_weights(entry, weights)
-    inputs = teacher_inputs(
-        weights_sha256=digest_of(entry, stamps),
-        description=teacher.describe(),
-        organs=entry.organs,
-        activation=entry.activation,
-        outputs=entry.outputs,
-        spacing_mm=registry.grid.spacing_mm,
-        storage=storage,
-    )
-    indexed = IndexedTeacher(
-        name, digest(inputs), tuple(entry.organs), entry.taps, dict(inputs), stamps
-    )
-    return LoadedTeacher(teacher, indexed)
 
 
 @dataclass(frozen=True)
@@ -367,47 +314,6 @@ def unit_arrays(outputs: Outputs, storage: StorageConfig) -> list[ArraySpec]:
 
 
 # Stage one's steps, as every engine takes them.
-
-
-@dataclass(frozen=True)
-class Teachers:
-    """The teachers of a registry, loaded when they are first asked for.
-
-    Attributes:
-        run: of which a process keeps the teachers in memory, for other objects like this one;
-            empty: only this object does.
-    """
-
-    registry: Registry
-    window: WindowConfig
-    storage: StorageConfig
-    device: str
-    window_batch: int
-    run: str = ""
-
-    @cached_property
-    def loaded(self) -> Mapping[str, LoadedTeacher]:
-        """By name.
-
-        Raises:
-            TeacherError: one does not load.
-            ConfigError: a precision that the device does not have.
-        """
-        return once_per_process(self.run, self._load) if self.run else self._load()
-
-    def _load(self) -> Mapping[str, LoadedTeacher]:
-        check_precision(self.window.precision, pick_device(self.device))
-        return {
-            name: open_teacher(
-                name, self.registry, window=self.window, storage=self.storage,
-                device=self.device, window_batch=self.window_batch,
-            )
-            for name in self.registry.teachers
-        }  # fmt: skip
-
-    def describe(self) -> Mapping[str, IndexedTeacher]:
-        """What the index says of each: only who loads one can digest it. Raises as `loaded`."""
-        return {name: loaded.indexed for name, loaded in self.loaded.items()}
 
 
 @dataclass(frozen=True)

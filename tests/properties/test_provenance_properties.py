@@ -28,7 +28,7 @@ from pipeline.networks.by_name import NetworkConfig
 from pipeline.networks.windows import WindowConfig
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.training import train
-from pipeline.teachers.units import open_teacher
+from pipeline.teachers.load import open_teacher
 from stages import cache_teachers, train_student
 from tests.stages.stage_contract import content
 from tests.tiny import (
