@@ -1,5 +1,6 @@
-"""How large the cases of a registry are, from headers alone; two of them to try things on, and parts
-that take about as long."""
+"""How large the cases of a registry are, from headers alone; two of them to try things on, and
+parts of them that take about as long.
+"""
 
 from __future__ import annotations
 
