@@ -21,10 +21,12 @@ from pathlib import Path
 
 from benchmarks.stage_one_cohort import dynunet, make_cohort
 from pipeline.data.registry import load_registry
+from pipeline.engine.here import Execution, Here
 from pipeline.log import Log
 from pipeline.networks.windows import WindowConfig
 from stages import cache_teachers
 from stages.cache_teachers import CacheTeachersConfig
+from stages.report import Scope
 
 ORGANS = ("liver", "spleen", "pancreas", "kidneys")
 NATIVE_MM, STUDENT_MM = (1.0, 0.8, 0.8), (3.0, 1.5, 1.5)
@@ -72,8 +74,11 @@ def run(arguments: argparse.Namespace) -> None:
     began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     report = cache_teachers.run(
         CacheTeachersConfig(window=WindowConfig(shape=(z, y, x), overlap=0)),
-        load_registry(arguments.folder / "data_registry.yaml"), arguments.folder / "work", log=log,
-        device="cpu", overlap=not arguments.no_overlap, tables=False, force=True,
+        Scope(
+            load_registry(arguments.folder / "data_registry.yaml"), arguments.folder / "work", log,
+            tables=False,
+        ),
+        Execution(engine=Here(not arguments.no_overlap), device="cpu", force=True),
     )  # fmt: skip
     assert report.exit_code == 0, report.failed
     print(json.dumps({"imports_gib": round(began, 2), "units": len(report.done)}))

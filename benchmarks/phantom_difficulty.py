@@ -21,9 +21,11 @@ from pipeline.cli.demo import generate_phantoms, write_settings
 from pipeline.config import load_config
 from pipeline.data.entries import ORGANS
 from pipeline.data.registry import load_registry
+from pipeline.engine.here import Execution
 from pipeline.log import Log, print_table
 from pipeline.review.metrics import organ_means
 from stages import cache_teachers, evaluate, predict, train_student
+from stages.report import Scope
 
 
 def main() -> None:
@@ -57,7 +59,8 @@ def one_seed(folder: Path, seed: int) -> dict[str, Any]:
     assert not generate_phantoms(load_registry(path, files=False), log).failed
     registry = load_registry(path)
     work = folder / "work"
-    cache_teachers.run(cache_teachers.CacheTeachersConfig(), registry, work, log=log, tables=False)
+    scope = Scope(registry, work, log, tables=False)
+    cache_teachers.run(cache_teachers.CacheTeachersConfig(), scope, Execution())
     settings = yaml.safe_load((folder / "train_student_marginal.yaml").read_text(encoding="utf-8"))
     settings["run"] = "full"
     settings["training"] |= {"supervision": {"kind": "full"}, "seed": seed}

@@ -29,11 +29,13 @@ from torch import Tensor, nn
 
 from benchmarks.stage_one_cohort import cohort_of, settings_of, stage_one_options
 from pipeline.data.registry import Registry
+from pipeline.engine.here import Execution, Here
 from pipeline.log import Log, print_table
 from pipeline.networks import windows as window_passes
 from pipeline.networks.by_name import pick_device
 from pipeline.teachers.checkpoint import read_teacher
 from stages import cache_teachers
+from stages.report import Scope
 
 WAYS = ("bare forward passes", "stage one", "stage one, plain loop")
 
@@ -69,9 +71,12 @@ class Bench:
         """All of stage one, into an empty work folder."""
         shutil.rmtree(self.work, ignore_errors=True)
         report = cache_teachers.run(
-            settings_of(self.arguments), self.registry, self.work, log=Log(quiet=True),
-            device=str(self.device), window_batch=self.arguments.window_batch, overlap=overlap,
-            tables=False, force=True,
+            settings_of(self.arguments),
+            Scope(self.registry, self.work, Log(quiet=True), tables=False),
+            Execution(
+                engine=Here(overlap), device=str(self.device),
+                window_batch=self.arguments.window_batch, force=True,
+            ),
         )  # fmt: skip
         assert report.exit_code == 0, report.failed
 

@@ -32,10 +32,11 @@ import torch
 from benchmarks.stage_one_cohort import cohort_of, dynunet, settings_of, stage_one_options
 from pipeline.data.registry import Registry
 from pipeline.engine.choose import open_engine
-from pipeline.engine.here import Engine
+from pipeline.engine.here import Engine, Execution
 from pipeline.log import Log, print_table
 from pipeline.networks.by_name import build_network
 from stages import cache_teachers
+from stages.report import Scope
 
 PLAIN, STAGE = "plain processes", "stage one"
 NUMBERS = (1, 2)
@@ -114,8 +115,8 @@ def stage(registry: Registry, arguments: argparse.Namespace, number: int) -> flo
     with _engine(number, work) as engine:
         began = time.monotonic()
         report = cache_teachers.run(
-            settings_of(arguments), registry, work, log=Log(quiet=True), engine=engine,
-            device="cpu", tables=False, force=True,
+            settings_of(arguments), Scope(registry, work, Log(quiet=True), tables=False),
+            Execution(engine=engine, device="cpu", force=True),
         )  # fmt: skip
         took = time.monotonic() - began
     assert report.exit_code == 0, report.failed

@@ -10,8 +10,10 @@ import yaml
 from pipeline.cli.demo import generate_phantoms, write_settings
 from pipeline.config import load_config
 from pipeline.data.registry import Registry, load_registry
+from pipeline.engine.here import Execution
 from pipeline.log import Log
 from stages import cache_teachers, train_teachers
+from stages.report import Scope
 
 DEMO_MM = (6.0, 6.0, 6.0)
 
@@ -46,7 +48,8 @@ def cached_cohort(folder: Path, spacing_mm: Sequence[float] = DEMO_MM) -> Regist
     assert teachers.exit_code == 0, teachers.failed
     cached = cache_teachers.run(
         load_config(folder / "cache_teachers.yaml", cache_teachers.CacheTeachersConfig),
-        registry, folder / "work", log=log, device="cpu", window_batch=4, tables=False, force=True,
-    )  # fmt: skip
+        Scope(registry, folder / "work", log, tables=False),
+        Execution(device="cpu", window_batch=4, force=True),
+    )
     assert cached.exit_code == 0, cached.failed
     return registry

@@ -112,11 +112,13 @@ def run(
         if len(devices) > 1 and len(inputs) > 1 and not dry_run:
             shares = [Share(student, where, output, how) for where in devices]
             try:
-                run_on_devices(
-                    shares[: len(inputs)], inputs.items(),
-                    tell=hears.done, lost=lambda item, error: hears.failed(item[0], error),
-                    name=lambda item: item[0],
-                )  # fmt: skip
+                for outcome in run_on_devices(
+                    shares[: len(inputs)], inputs.items(), name=lambda item: item[0]
+                ):
+                    if outcome.result is not None:
+                        hears.done(outcome.result)
+                    elif outcome.error is not None:
+                        hears.failed(outcome.item[0], outcome.error)
             except EngineError as error:
                 hears.not_begun(inputs, error)
         else:

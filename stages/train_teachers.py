@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from pipeline.cache.cases import prepare_case
+from pipeline.cache.cases import CaseToGrid, prepare_case
 from pipeline.cache.index import IndexedCase, case_path
 from pipeline.cache.reader import CachedCase, Unit
 from pipeline.cache.receipt import read_receipt
@@ -310,14 +310,11 @@ def _prepare(
     """The dataset's cases at the teacher's spacing; at the student's they are the cache's own."""
     files = [c for c in registry.cases(dataset) if c.split in ("train", "validation")]
     found: list[IndexedCase] = []
+    to_grid = CaseToGrid(registry, work, config.storage, spacing_mm, dry_run)
     with log.progress(f"{dataset} on the teacher's grid", len(files)) as advance:
         for source in files:
             try:
-                indexed, _ = prepare_case(
-                    registry, work, source,
-                    spacing_mm=spacing_mm, storage=config.storage, dry_run=dry_run, warn=log.remark,
-                )  # fmt: skip
-                found.append(indexed)
+                found.append(prepare_case(to_grid, source, warn=log.remark).indexed)
             except PipelineError as error:
                 report.failed[source.name] = error
                 log.warn(f"{source.name} is left out of training: {error}")

@@ -31,13 +31,16 @@ from pipeline.data.entries import PhantomSpec
 from pipeline.data.labels import Intensity
 from pipeline.data.nifti import read_label, write_like
 from pipeline.data.phantom.case import write_dataset
-from pipeline.data.registry import load_registry
+from pipeline.data.registry import Registry, load_registry
 from pipeline.data.resample import resample
 from pipeline.data.volume import Volume
+from pipeline.engine.here import HERE, Engine, Execution, Here
+from pipeline.folder import Folder
 from pipeline.log import Log
 from pipeline.networks.by_name import NetworkConfig, build_network
 from pipeline.teachers.checkpoint import TeacherRecord, save_teacher
 from stages import cache_teachers
+from stages.report import Scope, StageReport
 
 ORGANS = ("liver", "spleen")
 SHAPE = (24, 28, 32)
@@ -122,9 +125,29 @@ def build_cohort(folder: Path) -> Path:
     return registry
 
 
+def run_cache(
+    config: cache_teachers.CacheTeachersConfig,
+    registry: Registry,
+    work: Folder,
+    *,
+    log: Log,
+    tables: bool = True,
+    engine: Engine = HERE,
+    overlap: bool = True,
+    device: str = "auto",
+    window_batch: int = 1,
+    force: bool = False,
+    **options: Any,
+) -> StageReport:
+    """Stage one; `options`: part, accept, dry_run."""
+    engine = engine if overlap else Here(overlap=False)
+    execution = Execution(engine=engine, device=device, window_batch=window_batch, force=force)
+    return cache_teachers.run(config, Scope(registry, work, log, tables), execution, **options)
+
+
 def fill_cache(registry: Path) -> None:
     """Runs stage one over a copy."""
-    report = cache_teachers.run(
+    report = run_cache(
         cache_config(),
         load_registry(registry),
         work_of(registry),

@@ -18,10 +18,11 @@ from benchmarks.accuracy.size import Size
 from pipeline.cache.store import write_json
 from pipeline.data.phantom.case import write_dataset
 from pipeline.data.registry import load_registry
+from pipeline.engine.here import Execution, Here
 from pipeline.errors import ConfigError, PipelineError, Stopped
 from pipeline.log import Log
 from stages import cache_teachers, train_teachers
-from stages.report import StageReport
+from stages.report import Scope, StageReport
 
 COHORT = "cohort.json"  # written last
 _TAUGHT = "teachers.json"
@@ -63,8 +64,8 @@ def _fill_cache(folder: Path, size: Size, log: Log) -> None:
         registry = load_registry(folder / f"{name}_registry.yaml")
         _done(
             cache_teachers.run(
-                store, registry, folder / "work",
-                log=log, device="cpu", window_batch=4, tables=False, overlap=False,
+                store, Scope(registry, folder / "work", log, tables=False),
+                Execution(engine=Here(overlap=False), device="cpu", window_batch=4),
             )
         )  # fmt: skip
 

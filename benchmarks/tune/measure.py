@@ -28,7 +28,8 @@ from pipeline.data.sizes import case_sizes, two_cases
 from pipeline.errors import RegistryError
 from pipeline.log import Log
 from pipeline.networks.windows import WindowConfig
-from pipeline.teachers.units import Outputs, open_teacher, run_teacher
+from pipeline.teachers.load import open_teacher
+from pipeline.teachers.units import Outputs, run_teacher
 
 _CHUNKS = (32, 64, 128)
 _LEVELS = (1, 3)

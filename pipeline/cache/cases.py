@@ -35,6 +35,7 @@ from pipeline.data.nifti import NiftiVolume, read_image, read_label
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
 from pipeline.data.volume import Volume
+from pipeline.engine.here import do_one
 from pipeline.errors import CacheError, GeometryError, PipelineError, RegistryError, named
 from pipeline.folder import Folder
 
@@ -71,142 +72,142 @@ class FittedCase:
     notes: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """All that a user should hear of the case."""
-        return self.found.warnings if self.found.there else warnings_in(self.notes)
+
+@dataclass(frozen=True)
+class StoredCase:
+    """A case that is in the cache.
+
+    Attributes:
+        indexed: where.
+        num_bytes: written; None: it was there already.
+        warnings: what is improbable in it, a sentence or two each.
+    """
+
+    indexed: IndexedCase
+    num_bytes: int | None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CaseToGrid:
+    """The steps (`engine.Steps`) that bring cases onto a grid, into `cases/`.
+
+    Attributes:
+        registry: says what the dataset's label values mean.
+        work: the work folder.
+        storage: how they are stored.
+        spacing_mm: z, y, x of the grid.
+        dry_run: write nothing, and read no voxel.
+    """
+
+    registry: Registry
+    work: Folder
+    storage: StorageConfig
+    spacing_mm: Sequence[float]
+    dry_run: bool = False
+
+    def group(self, source: CaseFiles) -> str:
+        """`dataset/case`."""
+        return source.name
+
+    def read(self, source: CaseFiles) -> FoundCase:
+        """Hashes the files of a case and, where the cache lacks it, reads them.
+
+        Raises:
+            GeometryError: files that cannot be trusted; see `pipeline.data.nifti`, image and label
+                that do not lie on one grid, or an image that is no CT in HU although its dataset
+                does not say so.
+        """
+        registry = self.registry
+        indexed, inputs = identify_case(
+            registry, source, spacing_mm=self.spacing_mm, storage=self.storage
+        )
+        path = case_path(self.work, indexed)
+        try:
+            receipt = read_receipt(path, expect=indexed.digest)
+        except CacheError:
+            if self.dry_run:
+                return FoundCase(indexed, inputs, there=False)
+        else:
+            if not self.dry_run:
+                receipt = _with_file_voxels(registry, source, path, receipt)
+            return FoundCase(indexed, inputs, there=True, warnings=warnings_in(receipt.notes))
+        began = time.monotonic()
+        image, label = read_image(source.image), read_label(source.label)
+        if (image.sha256, label.sha256) != (inputs["image_sha256"], inputs["label_sha256"]):
+            raise GeometryError(
+                "the files changed while they were read.",
+                where=source.name,
+                fix="Let nothing write to the dataset, then run the stage again.",
+            )
+        check_same_grid(image, label, source.name)
+        warnings = [f"{label.path.name}: {label.note}"] if label.note else []
+        if registry.datasets[source.dataset].units == "hu":
+            warnings += check_hounsfield(image, source.name)
+        seconds = time.monotonic() - began
+        return FoundCase(indexed, inputs, False, (image, label), seconds, tuple(warnings))
+
+    def compute(self, source: CaseFiles, found: FoundCase) -> FittedCase:
+        """Resamples image and label.
+
+        Raises:
+            GeometryError: label values that the registry does not name.
+        """
+        if found.files is None:
+            return FittedCase(found)
+        began = time.monotonic()
+        image, label = found.files
+        entry = self.registry.datasets[source.dataset]
+        ids = {organ: self.registry.organs[organ] for organ in entry.annotated}
+        grid = image.volume.grid.with_spacing(self.spacing_mm)
+        mapped = Volume(organ_labels(self.registry, source, label), image.volume.grid)
+        stored_label = resample(mapped, grid, order=0).array
+        in_file, on_grid = count_organs(mapped.array, ids), count_organs(stored_label, ids)
+        seed = found.indexed.image_sha256
+        attributes = {
+            "case": source.name,
+            "grid": grid.to_json(),
+            "source_grid": image.volume.grid.to_json(),
+            "source": {"image": source.image.name, "label": source.label.name},
+            "organ_ids": ids,
+            "organ_voxels": on_grid,
+            "centres": {organ: centres(stored_label == ids[organ], seed=seed) for organ in ids},
+        }
+        arrays = [image_spec(resample(image.volume, grid, order=1).array), label_spec(stored_label)]
+        notes: dict[str, Any] = _absent_organs(in_file, on_grid)
+        if warnings := [*found.warnings, *few_voxels(in_file, on_grid).values()]:
+            notes["warnings"] = warnings
+        seconds = found.seconds + time.monotonic() - began
+        # Without the files: the volumes on their own grid are not needed any more.
+        return FittedCase(replace(found, files=None), arrays, attributes, notes, seconds)
+
+    def store(self, source: CaseFiles, fitted: FittedCase) -> StoredCase:
+        """Writes a case unless it is there.
+
+        Raises:
+            WorkFolderError: it cannot be written.
+        """
+        found = fitted.found
+        if found.there:
+            return StoredCase(found.indexed, None, found.warnings)
+        num_bytes = 0
+        if fitted.arrays:
+            receipt = write_unit(
+                case_path(self.work, found.indexed), fitted.arrays, fitted.attributes,
+                found.inputs, storage=self.storage, seconds=fitted.seconds, notes=fitted.notes,
+            )  # fmt: skip
+            num_bytes = receipt.num_bytes
+        return StoredCase(found.indexed, num_bytes, warnings_in(fitted.notes))
 
 
 def prepare_case(
-    registry: Registry,
-    work: Folder,
-    source: CaseFiles,
-    *,
-    spacing_mm: Sequence[float],
-    storage: StorageConfig,
-    dry_run: bool = False,
-    warn: Callable[[str], object],
-) -> tuple[IndexedCase, int | None]:
-    """Makes sure that a case is in `cases/` at a spacing: `find_case`, `fit_case`, `store_case`.
-
-    Args:
-        registry: says what the dataset's label values mean.
-        work: the work folder.
-        source: the case's files.
-        spacing_mm: z, y, x of the grid.
-        storage: how it is stored.
-        dry_run: write nothing.
-        warn: told what is improbable in it.
-
-    Returns:
-        Where the case is, and the bytes written; None if it was there already.
-
-    Raises:
-        GeometryError: files that cannot be trusted; see `pipeline.data.nifti`, and label values
-            that the registry does not name, image and label that do not lie on one grid, or an
-            image that is no CT in HU although its dataset does not say so.
-    """
-    found = find_case(
-        registry, work, source, spacing_mm=spacing_mm, storage=storage, dry_run=dry_run
-    )
-    fitted = fit_case(registry, source, found, spacing_mm)
-    for warning in fitted.warnings:
+    to_grid: CaseToGrid, source: CaseFiles, *, warn: Callable[[str], object]
+) -> StoredCase:
+    """One case through all steps; `warn` hears what is improbable in it. Raises what they raise."""
+    stored = do_one(to_grid, source)
+    for warning in stored.warnings:
         warn(f"{source.name}: {warning}")
-    return store_case(work, fitted, storage)
-
-
-def find_case(
-    registry: Registry,
-    work: Folder,
-    source: CaseFiles,
-    *,
-    spacing_mm: Sequence[float],
-    storage: StorageConfig,
-    dry_run: bool = False,
-) -> FoundCase:
-    """Hashes the files of a case and, where the cache lacks it, reads them.
-
-    Raises:
-        GeometryError: as `prepare_case`.
-    """
-    indexed, inputs = identify_case(registry, source, spacing_mm=spacing_mm, storage=storage)
-    path = case_path(work, indexed)
-    try:
-        receipt = read_receipt(path, expect=indexed.digest)
-    except CacheError:
-        if dry_run:
-            return FoundCase(indexed, inputs, there=False)
-    else:
-        if not dry_run:
-            receipt = _with_file_voxels(registry, source, path, receipt)
-        return FoundCase(indexed, inputs, there=True, warnings=warnings_in(receipt.notes))
-    began = time.monotonic()
-    image, label = read_image(source.image), read_label(source.label)
-    if (image.sha256, label.sha256) != (inputs["image_sha256"], inputs["label_sha256"]):
-        raise GeometryError(
-            "the files changed while they were read.",
-            where=source.name,
-            fix="Let nothing write to the dataset, then run the stage again.",
-        )
-    check_same_grid(image, label, source.name)
-    warnings = [f"{label.path.name}: {label.note}"] if label.note else []
-    if registry.datasets[source.dataset].units == "hu":
-        warnings += check_hounsfield(image, source.name)
-    seconds = time.monotonic() - began
-    return FoundCase(indexed, inputs, False, (image, label), seconds, tuple(warnings))
-
-
-def fit_case(
-    registry: Registry, source: CaseFiles, found: FoundCase, spacing_mm: Sequence[float]
-) -> FittedCase:
-    """Resamples image and label.
-
-    Raises:
-        GeometryError: label values that the registry does not name.
-    """
-    if found.files is None:
-        return FittedCase(found)
-    began = time.monotonic()
-    image, label = found.files
-    entry = registry.datasets[source.dataset]
-    ids = {organ: registry.organs[organ] for organ in entry.annotated}
-    grid = image.volume.grid.with_spacing(spacing_mm)
-    mapped = Volume(organ_labels(registry, source, label), image.volume.grid)
-    stored_label = resample(mapped, grid, order=0).array
-    in_file, on_grid = count_organs(mapped.array, ids), count_organs(stored_label, ids)
-    seed = found.indexed.image_sha256
-    attributes = {
-        "case": source.name,
-        "grid": grid.to_json(),
-        "source_grid": image.volume.grid.to_json(),
-        "source": {"image": source.image.name, "label": source.label.name},
-        "organ_ids": ids,
-        "organ_voxels": on_grid,
-        "centres": {organ: centres(stored_label == ids[organ], seed=seed) for organ in ids},
-    }
-    arrays = [image_spec(resample(image.volume, grid, order=1).array), label_spec(stored_label)]
-    notes: dict[str, Any] = _absent_organs(in_file, on_grid)
-    if warnings := [*found.warnings, *few_voxels(in_file, on_grid).values()]:
-        notes["warnings"] = warnings
-    seconds = found.seconds + time.monotonic() - began
-    # Without the files: the volumes on their own grid are not needed any more.
-    return FittedCase(replace(found, files=None), arrays, attributes, notes, seconds)
-
-
-def store_case(
-    work: Folder, fitted: FittedCase, storage: StorageConfig
-) -> tuple[IndexedCase, int | None]:
-    """Writes a case unless it is there; returns as `prepare_case`."""
-    found = fitted.found
-    if found.there:
-        return found.indexed, None
-    if not fitted.arrays:
-        return found.indexed, 0
-    receipt = write_unit(
-        case_path(work, found.indexed), fitted.arrays, fitted.attributes, found.inputs,
-        storage=storage, seconds=fitted.seconds, notes=fitted.notes,
-    )  # fmt: skip
-    return found.indexed, receipt.num_bytes
+    return stored
 
 
 def warnings_in(notes: Mapping[str, Any]) -> tuple[str, ...]:

@@ -19,10 +19,16 @@ from pipeline.cache.index import (
     IndexedDataset,
     IndexedTeacher,
     Origin,
+    case_records,
     dataset_file,
+    read_dataset_index,
     read_indexed_dataset,
+    read_sealed,
     read_teacher_index,
     teacher_file,
+    write_case_record,
+    write_dataset_index,
+    write_failed_record,
 )
 from pipeline.config import FileStamp, digest, stamp_file
 from pipeline.data.entries import CaseFiles
@@ -30,10 +36,10 @@ from pipeline.data.registry import Registry, load_registry
 from pipeline.data.splits import SPLITS
 from pipeline.data.weights import digest_of, stamp_weights
 from pipeline.errors import CacheStale, PipelineError, TeacherError, WorkFolderError
-from pipeline.folder import Folder, is_local
+from pipeline.folder import Folder, is_local, matching, remove
 from pipeline.log import Log
 
-_NAMED = 3
+_NAMED, _SEEN_NAMED = 3, 5
 
 
 def read_dataset(
@@ -198,6 +204,93 @@ def claim_teacher(
         else f"its weights are {known.place[0]} there and {mine.place[0]} here, with other bytes"
     )
     raise _refusal(f"teacher {name}", wrong, known, teacher_file(work, name, key), registry)
+
+
+def index_cases(
+    registry: Registry,
+    work: Folder,
+    indexed: Sequence[IndexedCase],
+    datasets: Iterable[str],
+    splits: Sequence[str],
+) -> None:
+    """The index of whole datasets, by a run over all their cases. Cases of splits that it leaves
+    out stay as an earlier run saw them.
+
+    Raises:
+        WorkFolderError: it cannot be written, or the entry is another project's.
+    """
+    for dataset in datasets:
+        key = registry.dataset_key(dataset)
+        origin = claim_dataset(work, registry, dataset)
+        known = registry.cases(dataset)
+        left_out = {c.case for c in known if c.split not in splits}
+        try:
+            earlier = [c for c in read_dataset_index(work, dataset, key) if c.case in left_out]
+        except CacheStale:
+            earlier = []
+        cases = [*(case for case in indexed if case.dataset == dataset), *earlier]
+        absent = {c.case for c in known} - {c.case for c in cases}
+        write_dataset_index(work, dataset, key, cases, origin=origin, left_out=absent)
+
+
+def held_out_since(registry: Registry, work: Folder, files: Sequence[CaseFiles]) -> str:
+    """What is said of validation and test cases that trained when another registry filled this
+    work folder; empty without any, and once this registry is in the index.
+
+    Raises:
+        WorkFolderError: the index cannot be listed.
+    """
+    new = {
+        dataset
+        for dataset in registry.datasets
+        for key in [registry.dataset_key(dataset)]
+        if not dataset_file(work, dataset, key).exists() and not case_records(work, dataset, key)
+    }
+    trained = set()
+    for pattern in ("datasets/[!.]*.json", "datasets/*/[!.]*.json") if new else ():
+        for path in matching(work / "index", pattern):
+            with suppress(OSError, ValueError, KeyError, TypeError):  # which others report
+                content = read_sealed(path)
+                trained |= {
+                    f"{content['dataset']}/{case['case']}"
+                    for case in content["cases"]
+                    if case["split"] == "train"
+                }
+    held_out = [c for c in files if c.dataset in new and c.split != "train"]
+    seen = [case.name for case in held_out if case.name in trained]
+    if not seen:
+        return ""
+    more = f" and {len(seen) - _SEEN_NAMED} more" if len(seen) > _SEEN_NAMED else ""
+    return (
+        "these validation and test cases were training cases when this work folder was filled "
+        f"before: {', '.join(seen[:_SEEN_NAMED])}{more}. What was trained then has seen them: "
+        "train it again, or keep the splits of then (docs/registry.md, Registries from before)."
+    )
+
+
+def record_cases(
+    registry: Registry, work: Folder, indexed: Iterable[IndexedCase], failed: Iterable[CaseFiles]
+) -> None:
+    """Leaves a record of each own case; in that of one that failed now, there is no case.
+
+    Raises:
+        WorkFolderError: it cannot be written, or the entry is another project's.
+    """
+    keys = {name: registry.dataset_key(name) for name in registry.datasets}
+    origins = {name: claim_dataset(work, registry, name) for name in registry.datasets}
+    for case in indexed:
+        name = case.dataset
+        write_case_record(work, keys[name], case, origin=origins[name])
+    for source in failed:
+        name = source.dataset
+        write_failed_record(work, name, keys[name], source.case, origin=origins[name])
+
+
+def forget_dataset(registry: Registry, work: Folder, dataset: str) -> None:
+    """Stage two must not find a dataset that turned out to be wrong as a whole."""
+    key = registry.dataset_key(dataset)
+    for record in case_records(work, dataset, key):
+        remove(record)
 
 
 def _refusal(

@@ -22,6 +22,7 @@ from pipeline.consensus.cohort import compute, lazy_consensus, open_cohort
 from pipeline.data.entries import PhantomSpec
 from pipeline.data.phantom.case import write_dataset
 from pipeline.data.registry import Registry, load_registry
+from pipeline.engine.here import Execution
 from pipeline.engine.processes import in_processes
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.figures import hex_colour, save_overlay
@@ -32,7 +33,7 @@ from stages import cache_teachers, evaluate, predict, train_teachers
 from stages.compare.plan import ComparisonSettings, load_configurations, plan_comparison
 from stages.compare.results import Results, print_results, write_results
 from stages.compare.run import compare
-from stages.report import StageReport
+from stages.report import Scope, StageReport
 
 _TITLES = {
     "ms_kd": "student: ms_kd (teachers' log-odds and features)",
@@ -123,7 +124,8 @@ def fill_demo_cache(folder: Path, *, quick: bool, log: Log) -> tuple[Registry, S
     teach = load_config(folder / "train_teachers.yaml", train_teachers.TrainTeachersConfig)
     _done(train_teachers.run(teach, registry, work, log=log), log)
     store = load_config(folder / "cache_teachers.yaml", cache_teachers.CacheTeachersConfig)
-    cached = cache_teachers.run(store, registry, work, log=log, window_batch=4, tables=False)
+    scope = Scope(registry, work, log, tables=False)
+    cached = cache_teachers.run(store, scope, Execution(window_batch=4))
     _done(cached, log)
     return registry, cached
 

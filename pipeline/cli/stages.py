@@ -94,9 +94,11 @@ def cache_teachers(
 ) -> None:
     """Stage one: run every teacher over every case once, and cache what they say."""
     from pipeline.engine.choose import open_engine
+    from pipeline.engine.here import Execution
     from pipeline.engine.parts import chosen_part
     from pipeline.folder import is_local
     from stages import cache_teachers as stage
+    from stages.report import Scope
 
     settings = open_settings(config, stage.CacheTeachersConfig)
     part = chosen_part(num_parts, part_id, os.environ)
@@ -114,17 +116,11 @@ def cache_teachers(
     ) as engine:
         report = stage.run(
             settings,
-            loaded,
-            work,
-            log=log,
-            engine=engine,
+            Scope(loaded, work, log, tables=not quiet),
+            Execution(engine=engine, device=device, window_batch=window_batch, force=force),
             part=part,
-            device=device,
-            window_batch=window_batch,
-            force=force,
             accept=accept or [],
             dry_run=dry_run,
-            tables=not quiet,
         )
     end(report)
 

@@ -249,9 +249,10 @@ class Verdict:
         refused = {f"teacher {name}": error for name, error in self.refused.items()}
         return {**self.problems, **refused}
 
-    def notes(self, teacher: str) -> Mapping[str, Any]:
-        """For the receipts of units that are written from now on."""
-        return {"accepted": self.accepted[teacher]} if teacher in self.accepted else {}
+    @property
+    def notes(self) -> Mapping[str, Mapping[str, Any]]:
+        """Teacher -> what the receipts of its units note that are written from now on."""
+        return {name: {"accepted": organs} for name, organs in self.accepted.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

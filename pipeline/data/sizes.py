@@ -1,4 +1,6 @@
-"""How large the cases of a registry are, from headers alone, and two of them to try things on."""
+"""How large the cases of a registry are, from headers alone; two of them to try things on, and
+parts of them that take about as long.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from pipeline.data.entries import CaseFiles
 from pipeline.data.nifti import read_grid
 from pipeline.data.registry import Registry
 from pipeline.data.volume import Grid
+from pipeline.engine.parts import Part, share
 from pipeline.errors import PipelineError, RegistryError
 
 
@@ -82,3 +85,18 @@ def two_cases(sizes: Sequence[CaseSize]) -> list[CaseSize]:
     elsewhere = [c for c in ordered if c.source.dataset != largest.source.dataset]
     others = elsewhere or ordered[:-1]
     return [others[len(others) // 2], largest] if others else [largest]
+
+
+def cases_of_part(
+    registry: Registry, files: Sequence[CaseFiles], splits: Sequence[str], part: Part
+) -> list[CaseFiles]:
+    """The cases of a part, so that all parts take about as long: cost follows the voxels of the CT
+    and those on the student grid, by headers alone, and is the same factor for every teacher.
+
+    A case whose header cannot be read belongs to a part too, which reports it.
+    """
+    sizes, _ = case_sizes(registry, splits)
+    known = {size.source.name: float(size.native_voxels + size.voxels) for size in sizes}
+    costs = {case.name: known.get(case.name, 1.0) for case in files}
+    own = set(share(costs, part.of)[part.number])
+    return [case for case in files if case.name in own]

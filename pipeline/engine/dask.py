@@ -18,9 +18,10 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic
 
@@ -30,7 +31,16 @@ from distributed.core import Status
 from distributed.diagnostics.plugin import NannyPlugin
 from tornado.ioloop import PeriodicCallback
 
-from pipeline.engine.here import Item, Tell, Token, Work, sendable
+from pipeline.engine.here import (
+    HERE,
+    Item,
+    Outcome,
+    Outcomes,
+    Result,
+    Steps,
+    Value,
+    sendable,
+)
 from pipeline.engine.parts import SlurmSettings
 from pipeline.errors import ConfigError, EngineError, WorkerDied
 from pipeline.log import SECONDS_BETWEEN_LINES, Log
@@ -46,9 +56,10 @@ _NAMED = 8
 
 @dataclass
 class _Try(Generic[Item]):
-    """An item and how its workers ended so far."""
+    """A group of items and how its workers ended so far."""
 
-    item: Item
+    name: str
+    items: Sequence[Item]
     deaths: list[str] = field(default_factory=list)
     leaves: int = 0
 
@@ -59,7 +70,7 @@ class _Try(Generic[Item]):
 
 @dataclass
 class _Flight(Generic[Item]):
-    """An item at a worker."""
+    """A group of items at a worker."""
 
     what: _Try[Item]
     future: Future
@@ -91,16 +102,17 @@ class DaskEngine:
         client.register_plugin(TellOfDeaths())
 
     def run(
-        self,
-        work: Work[Item, Token],
-        items: Iterable[Item],
-        *,
-        tell: Tell[Token],
-        lost: Callable[[Item, Exception], None],
-        name: Callable[[Item], str],
-    ) -> None:
-        """See `Engine.run`."""
-        _Window(self, work, items, tell, lost, name).run()
+        self, steps: Steps[Item, Any, Any, Result], items: Iterable[Item]
+    ) -> Outcomes[Item, Result]:
+        """See `Engine.run`: outcomes come as groups end, in the order of items within each."""
+        return _Window(self, steps, items).run()
+
+    def call(self, function: Callable[[], Value], *, name: str) -> Value:
+        """See `Engine.call`."""
+        (outcome,) = self.run(_Call(function), [name])
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.result  # type: ignore[return-value]
 
     def _hear(self, event: tuple[float, Mapping[str, Any]]) -> None:
         _, message = event
@@ -129,21 +141,34 @@ class DaskEngine:
         )
 
 
-class _Window(Generic[Item, Token]):
-    """One run: which items wait, which are at which worker."""
+@dataclass(frozen=True)
+class _Call(Generic[Value]):
+    """The steps of something that is asked once; the item is its name."""
+
+    function: Callable[[], Value]
+
+    def group(self, item: str) -> str:
+        return item
+
+    def read(self, item: str) -> None:
+        return None
+
+    def compute(self, item: str, read: None) -> Value:
+        return self.function()
+
+    def store(self, item: str, made: Value) -> Value:
+        return made
+
+
+class _Window(Generic[Item, Result]):
+    """One run: which groups wait, which are at which worker."""
 
     def __init__(
-        self,
-        engine: DaskEngine,
-        work: Work[Item, Token],
-        items: Iterable[Item],
-        tell: Tell[Token],
-        lost: Callable[[Item, Exception], None],
-        name: Callable[[Item], str],
+        self, engine: DaskEngine, steps: Steps[Item, Any, Any, Result], items: Iterable[Item]
     ) -> None:
         self._engine, self._client, self._log = engine, engine._client, engine._log
-        self._work, self._tell, self._lost, self._name = work, tell, lost, name
-        self._fresh: Iterator[Item] = iter(items)
+        self._steps = steps
+        self._fresh = groupby(items, key=steps.group)
         self._next: _Try[Item] | None = None
         self._again: deque[_Try[Item]] = deque()
         self._flying: dict[str, _Flight[Item]] = {}
@@ -151,23 +176,23 @@ class _Window(Generic[Item, Token]):
         self._quiet_since = time.monotonic()
         self._draw()
 
-    def run(self) -> None:
+    def run(self) -> Outcomes[Item, Result]:
         try:
             while self._flying or self._next is not None or self._again:
                 workers = self._engine.workers()
-                self._part_with_the_gone(workers)
+                yield from self._part_with_the_gone(workers)
                 self._send(workers)
                 self._beat(len(workers))
                 self._engine._renew()
-                self._take_what_ended()
+                yield from self._take_what_ended()
         finally:
             if self._flying:
                 self._client.cancel([flight.future for flight in self._flying.values()])
 
     def _draw(self) -> None:
         self._next = None
-        for item in self._fresh:
-            self._next = _Try(item)
+        for name, items in self._fresh:
+            self._next = _Try(name, list(items))
             return
 
     def _send(self, workers: Mapping[str, Mapping[str, Any]]) -> None:
@@ -178,7 +203,7 @@ class _Window(Generic[Item, Token]):
             if what is None:
                 return
             future = self._client.submit(
-                _do, self._work, what.item, key=f"organ-distill-{secrets.token_hex(8)}",
+                _do, self._steps, what.items, key=f"organ-distill-{secrets.token_hex(8)}",
                 workers=[address], allow_other_workers=False, pure=False, retries=0,
             )  # fmt: skip
             now = time.monotonic()
@@ -197,43 +222,41 @@ class _Window(Generic[Item, Token]):
             return None
         return self._again.popleft()
 
-    def _take_what_ended(self) -> None:
+    def _take_what_ended(self) -> Iterator[Outcome[Item, Result]]:
         """Waits a little; looks at whatever has ended."""
         try:
             address = self._ended.get(timeout=_LOOK_EVERY_S)
             while True:
-                self._land(address)
+                yield from self._land(address)
                 address = self._ended.get_nowait()
         except queue.Empty:
             return
 
-    def _land(self, address: str) -> None:
+    def _land(self, address: str) -> Sequence[Outcome[Item, Result]]:
         flight = self._flying.get(address)
         if flight is None or not flight.future.done():
-            return
+            return ()
         if flight.future.status == "finished":
             try:
-                done, result = flight.future.result(timeout=_GATHER_S)
+                outcomes: list[Outcome[Item, Result]] = flight.future.result(timeout=_GATHER_S)
             except Exception:  # it died before it could be asked: next look at the workers
                 flight.gone_since = flight.gone_since or time.monotonic()
-                return
+                return ()
             del self._flying[address]
             self._quiet_since = time.monotonic()
-            for token in result:
-                self._tell(token)
-            if isinstance(done, Exception):
-                self._lost(flight.what.item, done)
-        elif flight.future.status == "error":
+            return outcomes
+        if flight.future.status == "error":
             error = flight.future.exception(timeout=_GATHER_S)
-            if type(error).__name__ == "KilledWorker":
-                flight.gone_since = flight.gone_since or time.monotonic()
-                return
-            del self._flying[address]
-            self._lost(flight.what.item, sendable(error))
-        else:  # cancelled: its worker went, or so did the scheduler, which the next look tells
-            flight.gone_since = flight.gone_since or time.monotonic()
+            if type(error).__name__ != "KilledWorker":
+                del self._flying[address]
+                return _lost(flight.what.items, sendable(error))
+        # Cancelled: its worker went, or so did the scheduler, which the next look tells.
+        flight.gone_since = flight.gone_since or time.monotonic()
+        return ()
 
-    def _part_with_the_gone(self, workers: Mapping[str, Mapping[str, Any]]) -> None:
+    def _part_with_the_gone(
+        self, workers: Mapping[str, Mapping[str, Any]]
+    ) -> Iterator[Outcome[Item, Result]]:
         now = time.monotonic()
         for address, flight in list(self._flying.items()):
             here = workers.get(address)
@@ -248,10 +271,12 @@ class _Window(Generic[Item, Token]):
             del self._flying[address]
             self._client.cancel([flight.future])
             self._engine._told.pop(address, None)
-            self._try_again(flight, told)
+            yield from self._try_again(flight, told)
 
-    def _try_again(self, flight: _Flight[Item], told: Mapping[str, Any] | None) -> None:
-        what, name = flight.what, self._name(flight.what.item)
+    def _try_again(
+        self, flight: _Flight[Item], told: Mapping[str, Any] | None
+    ) -> Sequence[Outcome[Item, Result]]:
+        what = flight.what
         how = in_words(str(flight.seen.get("name", "")), told, flight.seen)
         self._quiet_since = time.monotonic()
         if left_on_purpose(told):
@@ -259,29 +284,27 @@ class _Window(Generic[Item, Token]):
         else:
             what.deaths.append(how)
         tries = len(what.deaths) + what.leaves
-        self._log.event("worker died", case=name, how=how, tries=tries)
+        self._log.event("worker died", case=what.name, how=how, tries=tries)
         if len(what.deaths) < _DEATHS and what.leaves < _LEAVES:
             self._again.append(what)
             last = ", and then alone" if what.is_last else ""
-            self._log.warn(f"{name} was at work when its {how} It is tried again{last}.")
-            return
-        self._lost(
-            what.item,
-            WorkerDied(
-                f"its worker ended each of {tries} times, the last time while no other case was at "
-                f"work: {how}",
-                where=name,
-                fix="Does it need more memory than a worker has? Run it alone without --executor "
-                "to see; other cases are not affected.",
-            ),
+            self._log.warn(f"{what.name} was at work when its {how} It is tried again{last}.")
+            return ()
+        error = WorkerDied(
+            f"its worker ended each of {tries} times, the last time while no other case was at "
+            f"work: {how}",
+            where=what.name,
+            fix="Does it need more memory than a worker has? Run it alone without --executor "
+            "to see; other cases are not affected.",
         )
+        return _lost(what.items, error)
 
     def _beat(self, num_workers: int) -> None:
         now = time.monotonic()
         if now - self._quiet_since < SECONDS_BETWEEN_LINES:
             return
         self._quiet_since = now
-        busy = [(self._name(f.what.item), now - f.began) for f in self._flying.values()]
+        busy = [(f.what.name, now - f.began) for f in self._flying.values()]
         self._log.event("at work", workers=num_workers, cases=[case for case, _ in busy])
         if not num_workers:
             self._log.info("waiting for workers: none is there")
@@ -291,15 +314,14 @@ class _Window(Generic[Item, Token]):
         self._log.info(f"at work on {num_workers} workers: {shown or 'nothing'}{more}")
 
 
-def _do(work: Work[Item, Token], item: Item) -> tuple[Exception | None, list[Token]]:
-    """In a worker: one item, and what was told of it."""
+def _do(steps: Steps[Item, Any, Any, Result], items: Sequence[Item]) -> list[Outcome[Item, Result]]:
+    """In a worker: one group, and what became of each of its items."""
     _settle_threads()
-    told: list[Token] = []
-    try:
-        work([item], told.append)
-    except Exception as error:
-        return sendable(error), told
-    return None, told
+    return list(HERE.run(steps, items))
+
+
+def _lost(items: Iterable[Item], error: Exception) -> list[Outcome[Item, Result]]:
+    return [Outcome(item, error=error, lost=True) for item in items]
 
 
 def _settle_threads() -> None:

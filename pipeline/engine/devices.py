@@ -9,13 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any, TypeVar
+from typing import Any
 
-from pipeline.engine.here import Tell, Work, sendable
+from pipeline.engine.here import Item, Outcome, Outcomes, Result
 from pipeline.errors import EngineError, WorkerDied
-
-Item = TypeVar("Item")
-Token = TypeVar("Token")
 
 
 @dataclass
@@ -28,24 +25,23 @@ class _Worker:
 
 
 def run_on_devices(
-    works: Sequence[Work[Item, Token]],
+    works: Sequence[Callable[[Item], Result]],
     items: Iterable[Item],
     *,
-    tell: Tell[Token],
-    lost: Callable[[Item, Exception], None],
     name: Callable[[Item], str],
-) -> None:
-    """Does all items, in one process per work; returns when each has been told of, or is lost.
+) -> Outcomes[Item, Result]:
+    """Does all items, in one process per work.
 
     Processes start anew (`spawn`), so that each can open a GPU. One that dies loses the item that
     it had in hand; the others go on with the rest.
 
     Args:
-        works: what to do, pickled to a process each; called with one item at a time.
+        works: what to do with an item, pickled to a process each.
         items: consumed as processes become free.
-        tell: hears, in this process, what a work tells.
-        lost: hears of items that a work raised at, or whose process died.
         name: of an item, for messages.
+
+    Yields:
+        An outcome per item, as they end.
 
     Raises:
         EngineError: all processes died while items were left.
@@ -60,12 +56,18 @@ def run_on_devices(
             process.start()
             theirs.close()
             workers.append(_Worker(process, ours))
-        busy = [worker for worker in workers if _give(worker, left, lost, name)]
-        while busy:
-            for ready in wait([worker.way for worker in busy]):
-                worker = next(w for w in busy if w.way is ready)
-                if not _hear(worker, tell, lost, name) or not _give(worker, left, lost, name):
-                    busy.remove(worker)
+        for worker in workers:
+            yield from _give(worker, left, name)
+        while busy := [worker.way for worker in workers if worker.item is not None]:
+            for ready in wait(busy):
+                worker = next(w for w in workers if w.way is ready)
+                try:
+                    yield worker.way.recv()
+                except (EOFError, OSError):
+                    yield _death(worker, name(worker.item))
+                    worker.item = None
+                else:
+                    yield from _give(worker, left, name)
         for item in left:
             raise EngineError(
                 f"all {len(workers)} processes died; this and what follows was not begun.",
@@ -77,45 +79,21 @@ def run_on_devices(
 
 
 def _give(
-    worker: _Worker,
-    left: Iterator[Item],
-    lost: Callable[[Item, Exception], None],
-    name: Callable[[Item], str],
-) -> bool:
-    """Hands the next item to a worker; False if there is none, or nobody to take it."""
+    worker: _Worker, left: Iterator[Item], name: Callable[[Item], str]
+) -> Iterator[Outcome[Item, Any]]:
+    """Hands the next item to a worker that is free; without one, it has none in hand."""
+    worker.item = None
     for item in left:
         worker.item = item
         try:
             worker.way.send(item)
         except OSError:
-            lost(item, _death(worker, name(item)))
-            return False
-        return True
-    return False
+            yield _death(worker, name(item))
+            worker.item = None
+        return
 
 
-def _hear(
-    worker: _Worker,
-    tell: Tell[Any],
-    lost: Callable[[Any, Exception], None],
-    name: Callable[[Any], str],
-) -> bool:
-    """Takes what a worker says until it is free; False if it died."""
-    while True:
-        try:
-            kind, content = worker.way.recv()
-        except (EOFError, OSError):
-            lost(worker.item, _death(worker, name(worker.item)))
-            return False
-        if kind == "told":
-            tell(content)
-            continue
-        if kind == "lost":
-            lost(worker.item, content)
-        return True
-
-
-def _death(worker: _Worker, name: str) -> WorkerDied:
+def _death(worker: _Worker, name: str) -> Outcome[Any, Any]:
     worker.process.join(timeout=10)
     code = worker.process.exitcode
     how = f"ended with status {code}"
@@ -123,11 +101,12 @@ def _death(worker: _Worker, name: str) -> WorkerDied:
         with suppress(ValueError):
             how = f"was killed by {signal.Signals(-code).name}"
     hint = " The system also kills when memory runs out." if code == -signal.SIGKILL else ""
-    return WorkerDied(
+    died = WorkerDied(
         f"the process that worked on it {how}.{hint}",
         where=name,
         fix="Run the same command again; with fewer devices if memory ran out.",
     )
+    return Outcome(worker.item, error=died, lost=True)
 
 
 def _end(workers: Sequence[_Worker]) -> None:
@@ -140,8 +119,8 @@ def _end(workers: Sequence[_Worker]) -> None:
             worker.process.join()
 
 
-def _serve(way: Connection, work: Work[Any, Any]) -> None:
-    """The life of a process: an item, what it has to tell, the next item."""
+def _serve(way: Connection, work: Callable[[Any], Any]) -> None:
+    """The life of a process: an item, what became of it, the next item."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who started it ends it
     while True:
         try:
@@ -149,8 +128,7 @@ def _serve(way: Connection, work: Work[Any, Any]) -> None:
         except EOFError:
             return
         try:
-            work([item], lambda token: way.send(("told", token)))
+            outcome = Outcome(item, work(item))
         except Exception as error:
-            way.send(("lost", sendable(error)))
-        else:
-            way.send(("free", None))
+            outcome = Outcome(item, error=error)
+        way.send(outcome)

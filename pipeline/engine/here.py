@@ -10,42 +10,151 @@ import traceback
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from pipeline.errors import PipelineError
 
-# Reading, computing and storing overlap: one item ahead, one in hand, one behind.
-#
-# Pure: the three steps are callables. What they do in native code with the GIL released
-# (decompression, interpolation, convolution, compression) runs at the same time.
-
 Item = TypeVar("Item")
+AnyItem = TypeVar("AnyItem", contravariant=True)
 Read = TypeVar("Read")
 Made = TypeVar("Made")
 Result = TypeVar("Result")
+AnyResult = TypeVar("AnyResult", covariant=True)
 Value = TypeVar("Value")
 # How long an interruption waits for what is being read and stored at that moment.
 _PATIENCE_S = 10.0
 
 
+class Steps(Protocol[AnyItem, Read, Made, AnyResult]):
+    """What is done with each item. Results go to disk, not into memory; an engine with other
+    processes pickles the steps, the items and what `store` returns."""
+
+    def group(self, item: AnyItem) -> str:
+        """Names what an item is of. Items of one group that come one after the other are worked on
+        one after the other in one process; messages call them by this name."""
+
+    def read(self, item: AnyItem) -> Read:
+        """The first step, in a thread ahead."""
+
+    def compute(self, item: AnyItem, read: Read) -> Made:
+        """The second, in the order of items."""
+
+    def store(self, item: AnyItem, made: Made) -> AnyResult:
+        """The third, in a thread behind, in the order of items."""
+
+
 @dataclass(frozen=True)
 class Outcome(Generic[Item, Result]):
-    """What became of an item: a result, or the error that stopped it."""
+    """What became of an item: a result, or the error that stopped it.
+
+    Attributes:
+        lost: nobody could tell what became of it, for example because its process died: it may
+            have been stored before that.
+    """
 
     item: Item
     result: Result | None = None
     error: Exception | None = None
+    lost: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As another process can read it."""
+        return {**self.__dict__, "error": self.error and sendable(self.error)}
+
+
+Outcomes = Generator[Outcome[Item, Result], None, None]
+
+
+class Engine(Protocol):
+    """Where work is done."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether work is done in other processes, and must be picklable."""
+
+    def run(
+        self, steps: Steps[Item, Any, Any, Result], items: Iterable[Item]
+    ) -> Outcomes[Item, Result]:
+        """Takes each item through the steps; an `Exception` in one of them ends its item alone.
+
+        Args:
+            steps: what to do.
+            items: consumed in the calling thread, as they are needed.
+
+        Yields:
+            An outcome per item; in this process in the order of items. Close it
+            (`contextlib.closing`) to stop early.
+
+        Raises:
+            PipelineError: no item can be done any more.
+        """
+
+    def call(self, function: Callable[[], Value], *, name: str) -> Value:
+        """What a function returns where items are worked on.
+
+        Args:
+            function: takes nothing.
+            name: what messages call it.
+
+        Raises:
+            Exception: what the function raised.
+        """
+
+
+@dataclass(frozen=True)
+class Here:
+    """This process.
+
+    Attributes:
+        overlap: read the next item and store the last one while one is at work; without it, one
+            thing at a time, with less memory.
+    """
+
+    overlap: bool = True
+    remote: bool = field(default=False, init=False)
+
+    def run(
+        self, steps: Steps[Item, Any, Any, Result], items: Iterable[Item]
+    ) -> Outcomes[Item, Result]:
+        """See `Engine.run`."""
+        return overlapped(steps, items) if self.overlap else in_turn(steps, items)
+
+    def call(self, function: Callable[[], Value], *, name: str) -> Value:
+        """See `Engine.call`."""
+        return function()
+
+
+HERE = Here()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Where and how fast; nothing of it changes a number.
+
+    Attributes:
+        engine: where cases are worked on; the registry and the work folder must be reached there
+            by the same paths.
+        device: auto, cpu, cuda, cuda:1.
+        window_batch: windows per forward pass, at most.
+        force: start even if what is still to be made will not fit.
+    """
+
+    engine: Engine = HERE
+    device: str = "auto"
+    window_batch: int = 1
+    force: bool = False
+
+
+# Reading, computing and storing overlap: one item ahead, one in hand, one behind. What the steps do
+# in native code with the GIL released (decompression, interpolation, convolution, compression) runs
+# at the same time.
 
 
 def overlapped(
-    items: Iterable[Item],
-    *,
-    ahead: Callable[[Item], Read],
-    work: Callable[[Item, Read], Made],
-    behind: Callable[[Item, Made], Result],
-) -> Generator[Outcome[Item, Result], None, None]:
-    """Takes each item through three steps, of which three items are at any time in different ones.
+    steps: Steps[Item, Read, Made, Result], items: Iterable[Item]
+) -> Outcomes[Item, Result]:
+    """Takes each item through the steps, of which three items are at any time in different ones.
 
     While an item is at work in the calling thread, the next is read in a thread ahead and the last
     is stored in a thread behind. No queue is longer than that: at most one item waits read, and an
@@ -53,25 +162,22 @@ def overlapped(
     `Read` waiting, one in hand, one `Made` in hand and one being stored.
 
     An `Exception` in any step ends its item alone. Anything else (Ctrl-C) ends all: no further
-    step begins, and those at it are given ten seconds. Close the iterator (`contextlib.closing`)
-    to stop early.
-
-    Args:
-        items: consumed in the calling thread, one ahead of the work.
-        ahead: reads an item.
-        work: computes; in the calling thread, in the order of items.
-        behind: stores; in the order of items.
+    step begins, and those at it are given ten seconds.
 
     Yields:
         An outcome per item, in the order of items.
     """
     reader, writer = _Side("read ahead"), _Side("store behind")
-    upcoming: _Ahead[Item, Read] = _Ahead(reader, items, ahead)
+    upcoming = _Ahead(reader, items, steps.read)
     stored: tuple[Item, Future[Result]] | None = None
     try:
         while (taken := upcoming.take()) is not None:
             item, read = taken
-            made = read if isinstance(read, _Failed) else _attempt(work, item, read)
+            made: Made | _Failed
+            try:
+                made = read if isinstance(read, _Failed) else steps.compute(item, read)
+            except Exception as error:
+                made = _Failed(error)
             del taken, read
             if stored is not None:
                 yield _outcome(*stored)
@@ -79,7 +185,7 @@ def overlapped(
             if isinstance(made, _Failed):
                 yield Outcome(item, error=made.error)
             else:
-                stored = item, writer.submit(behind, item, made)
+                stored = item, writer.submit(steps.store, item, made)
             del made
         if stored is not None:
             yield _outcome(*stored)
@@ -89,51 +195,40 @@ def overlapped(
 
 
 def in_turn(
-    items: Iterable[Item],
-    *,
-    ahead: Callable[[Item], Read],
-    work: Callable[[Item, Read], Made],
-    behind: Callable[[Item, Made], Result],
-) -> Generator[Outcome[Item, Result], None, None]:
+    steps: Steps[Item, Read, Made, Result], items: Iterable[Item]
+) -> Outcomes[Item, Result]:
     """`overlapped` without threads: one item after the other, with one item's memory."""
-
-    def all_three(item: Item) -> Result:
-        return behind(item, work(item, ahead(item)))
-
     for item in items:
-        done = _attempt(all_three, item)
-        if isinstance(done, _Failed):
-            yield Outcome(item, error=done.error)
-        else:
-            yield Outcome(item, done)
+        try:
+            outcome = Outcome(item, do_one(steps, item))
+        except Exception as error:
+            outcome = Outcome(item, error=_Failed(error).error)
+        yield outcome
 
 
-@dataclass(frozen=True)
+def do_one(steps: Steps[Item, Read, Made, Result], item: Item) -> Result:
+    """One item through all steps; raises what they raise."""
+    return steps.store(item, steps.compute(item, steps.read(item)))
+
+
 class _Failed:
-    error: Exception
+    """An error that is kept for a report must not keep the volumes of its frames in memory."""
 
-
-def _attempt(step: Callable[..., Value], *arguments: object) -> Value | _Failed:
-    try:
-        return step(*arguments)
-    except Exception as error:
-        return _Failed(_without_locals(error))
+    def __init__(self, error: Exception) -> None:
+        seen: BaseException | None = error
+        while seen is not None:
+            traceback.clear_frames(seen.__traceback__)
+            seen = seen.__cause__ or seen.__context__
+        # The first frame is the engine's own, which goes on and holds the items that come.
+        inner = error.__traceback__ and error.__traceback__.tb_next
+        self.error = error.with_traceback(inner)
 
 
 def _outcome(item: Item, future: Future[Result]) -> Outcome[Item, Result]:
     try:
         return Outcome(item, future.result())
     except Exception as error:
-        return Outcome(item, error=_without_locals(error))
-
-
-def _without_locals(error: Exception) -> Exception:
-    """An error that is kept for a report must not keep the volumes of its frames in memory."""
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen = seen.__cause__ or seen.__context__
-    return error
+        return Outcome(item, error=_Failed(error).error)
 
 
 class _Ahead(Generic[Item, Read]):
@@ -153,7 +248,7 @@ class _Ahead(Generic[Item, Read]):
         try:
             read: Read | _Failed = future.result()
         except Exception as error:
-            read = _Failed(_without_locals(error))
+            read = _Failed(error)
         self._begin()
         return item, read
 
@@ -198,64 +293,7 @@ class _Side:
             del task  # or its arguments would live until the next one comes
 
 
-# What an engine is, and the one that needs nothing: this process.
-
-Token = TypeVar("Token")
-Tell = Callable[[Token], None]
-# Does some items and tells, of each, what became of it; it keeps results on disk, not in memory.
-# An engine with other processes pickles it and calls it with one item at a time.
-Work = Callable[[Iterable[Item], Tell[Token]], None]
-
-
-class Engine(Protocol):
-    """Where work is done."""
-
-    @property
-    def remote(self) -> bool:
-        """Whether work is done in other processes, and must be picklable."""
-
-    def run(
-        self,
-        work: Work[Item, Token],
-        items: Iterable[Item],
-        *,
-        tell: Tell[Token],
-        lost: Callable[[Item, Exception], None],
-        name: Callable[[Item], str],
-    ) -> None:
-        """Does all items; returns when each has been told of, or is lost.
-
-        Args:
-            work: what to do.
-            items: consumed as they are needed.
-            tell: hears, in this process, what `work` tells.
-            lost: hears of items that `work` could not tell of: it raised, or its process died.
-            name: of an item, for messages.
-
-        Raises:
-            PipelineError: no item can be done any more.
-        """
-
-
-class Here:
-    """This process. What `work` raises is raised: nothing else could be done with the next item."""
-
-    remote = False
-
-    def run(
-        self,
-        work: Work[Item, Token],
-        items: Iterable[Item],
-        *,
-        tell: Tell[Token],
-        lost: Callable[[Item, Exception], None],
-        name: Callable[[Item], str],
-    ) -> None:
-        """See `Engine.run`."""
-        work(items, tell)
-
-
-HERE = Here()
+# What crosses between processes, and what a worker keeps.
 
 
 def sendable(error: Exception) -> Exception:
@@ -263,36 +301,19 @@ def sendable(error: Exception) -> Exception:
     and its traceback never is; it arrives as text."""
     if isinstance(error, PipelineError):
         return error
-    import traceback
-
     told = RuntimeError(f"{type(error).__name__}: {error}")
     told.add_note("".join(traceback.format_exception(error)).rstrip())
     return told
 
 
-def first_told(engine: Engine, work: Work[None, Token], *, name: str) -> Token:
-    """What `work` tells when it is called with nothing: for what is asked once.
-
-    Raises:
-        Exception: what `work` raised.
-    """
-    told: list[Token] = []
-
-    def lost(_: None, error: Exception) -> None:
-        raise error
-
-    engine.run(work, [None], tell=told.append, lost=lost, name=lambda _: name)
-    return told[0]
-
-
 _OPENED: dict[str, Any] = {}
 
 
-def once_per_process(key: str, make: Callable[[], Token]) -> Token:
+def once_per_process(key: str, make: Callable[[], Value]) -> Value:
     """What a worker keeps between tasks, for example networks in memory. It holds one thing only:
     another key takes the place of the last one, which is let go of first."""
     if key not in _OPENED:
         _OPENED.clear()
         _OPENED[key] = make()
-    found: Token = _OPENED[key]
+    found: Value = _OPENED[key]
     return found

@@ -20,7 +20,8 @@ from pipeline.folder import Folder
 from pipeline.log import Log, print_table
 from pipeline.networks.windows import WindowConfig
 from pipeline.review.units import Reached, registry_reach
-from pipeline.teachers.units import LoadedTeacher, open_teacher, run_teacher, unit_arrays
+from pipeline.teachers.load import LoadedTeacher, open_teacher
+from pipeline.teachers.units import run_teacher, unit_arrays
 
 FEATURE_TOLERANCE = 0.05
 """Of the largest magnitude in a tap."""

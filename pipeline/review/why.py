@@ -27,7 +27,7 @@ from pipeline.folder import Folder
 from pipeline.log import print_table
 from pipeline.networks.windows import WindowConfig
 from pipeline.review.units import accepted_in_words, counted, megabytes, print_changes
-from pipeline.teachers.units import open_teacher
+from pipeline.teachers.load import open_teacher
 
 # `cache why CASE`: would stage one reuse a unit, and if not, what is different, field by field.
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from pipeline.cache.cases import case_of_hashes, prepare_case
+from pipeline.cache.cases import CaseToGrid, case_of_hashes, prepare_case
 from pipeline.cache.identity import claim_dataset, claim_teacher
 from pipeline.cache.index import IndexedTeacher, case_path, unit_path
 from pipeline.cache.places import find_units
@@ -30,7 +30,8 @@ from pipeline.errors import CacheError, ConfigError, RegistryError, SpaceError
 from pipeline.folder import Folder, is_local, read_text, remove, replace_file, sizes, temporary_name
 from pipeline.log import Advance, Log, duration, print_table
 from pipeline.networks.windows import WindowConfig
-from pipeline.teachers.units import LoadedTeacher, cache_unit, open_teacher
+from pipeline.teachers.load import LoadedTeacher, open_teacher
+from pipeline.teachers.units import cache_unit
 
 # Which units stage one has to make, by headers and receipts; no voxel and no file is hashed.
 
@@ -326,10 +327,8 @@ def _probe_case(
     advance: Advance,
 ) -> list[Sample]:
     began = time.monotonic()
-    indexed, _ = prepare_case(
-        registry, scratch, case.source,
-        spacing_mm=registry.grid.spacing_mm, storage=storage, warn=log.remark,
-    )  # fmt: skip
+    to_grid = CaseToGrid(registry, scratch, storage, registry.grid.spacing_mm)
+    indexed = prepare_case(to_grid, case.source, warn=log.remark).indexed
     path = case_path(scratch, indexed)
     samples = [_sample(CASES, path, case, time.monotonic() - began)]
     advance(case.source.name)

@@ -230,14 +230,13 @@ class Share:
     output: Path
     how: How
 
-    def __call__(self, items: Any, tell: Callable[[Done], None]) -> None:
-        """Predicts (name, image) pairs; the student is read once."""
+    def __call__(self, item: tuple[str, Path]) -> Done:
+        """Predicts a (name, image) pair; the student is read once."""
         global _predictor
         if _predictor is None:
             record, network = load_student(self.student)
             _predictor = CasePredictor(record, network, self.device, self.output, self.how)
-        for name, image in items:
-            tell(_predictor.predict(name, image))
+        return _predictor.predict(*item)
 
 
 _predictor: CasePredictor | None = None

@@ -1,14 +1,24 @@
-"""From a registry entry to a loaded teacher."""
+"""From a registry entry to a loaded teacher, and the digest that its units are stored under."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from pipeline.cache.index import IndexedTeacher
+from pipeline.cache.schema import StorageConfig, teacher_inputs
+from pipeline.config import digest
 from pipeline.data.entries import TeacherEntry
+from pipeline.data.registry import Registry
+from pipeline.data.weights import digest_of, stamp_weights
+from pipeline.engine.here import once_per_process
 from pipeline.errors import named
-from pipeline.networks.windows import WindowConfig
+from pipeline.networks.by_name import pick_device
+from pipeline.networks.windows import WindowConfig, check_precision
 from pipeline.teachers.checkpoint import load_checkpoint_teacher
 from pipeline.teachers.exported import load_exported_teacher
 from pipeline.teachers.factory import load_factory_teacher
@@ -55,3 +65,92 @@ def load_teacher(
                 return load_nnunet_teacher(name, entry, weights, device=device)
             case "factory":
                 return load_factory_teacher(name, entry, weights, device=device)
+
+
+@dataclass(frozen=True)
+class LoadedTeacher:
+    """A teacher in memory, and the digest that its units are stored under."""
+
+    teacher: Teacher
+    indexed: IndexedTeacher
+
+
+def open_teacher(
+    name: str,
+    registry: Registry,
+    *,
+    window: WindowConfig,
+    storage: StorageConfig,
+    device: str,
+    window_batch: int,
+) -> LoadedTeacher:
+    """Loads a teacher of the registry and digests all that its numbers depend on.
+
+    Raises:
+        TeacherError: see `load_teacher`.
+    """
+    entry = registry.teachers[name]
+    weights = registry.resolve(entry.weights)
+    teacher = load_teacher(
+        name,
+        entry,
+        weights,
+        window=window,
+        batch_size=window_batch,
+        device=pick_device(device),
+    )
+    stamps = stamp_weights(entry, weights)
+    inputs = teacher_inputs(
+        weights_sha256=digest_of(entry, stamps),
+        description=teacher.describe(),
+        organs=entry.organs,
+        activation=entry.activation,
+        outputs=entry.outputs,
+        spacing_mm=registry.grid.spacing_mm,
+        storage=storage,
+    )
+    indexed = IndexedTeacher(
+        name, digest(inputs), tuple(entry.organs), entry.taps, dict(inputs), stamps
+    )
+    return LoadedTeacher(teacher, indexed)
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """The teachers of a registry, loaded when they are first asked for.
+
+    Attributes:
+        run: of which a process keeps the teachers in memory, for other objects like this one;
+            empty: only this object does.
+    """
+
+    registry: Registry
+    window: WindowConfig
+    storage: StorageConfig
+    device: str
+    window_batch: int
+    run: str = ""
+
+    @cached_property
+    def loaded(self) -> Mapping[str, LoadedTeacher]:
+        """By name.
+
+        Raises:
+            TeacherError: one does not load.
+            ConfigError: a precision that the device does not have.
+        """
+        return once_per_process(self.run, self._load) if self.run else self._load()
+
+    def _load(self) -> Mapping[str, LoadedTeacher]:
+        check_precision(self.window.precision, pick_device(self.device))
+        return {
+            name: open_teacher(
+                name, self.registry, window=self.window, storage=self.storage,
+                device=self.device, window_batch=self.window_batch,
+            )
+            for name in self.registry.teachers
+        }  # fmt: skip
+
+    def describe(self) -> Mapping[str, IndexedTeacher]:
+        """What the index says of each: only who loads one can digest it. Raises as `loaded`."""
+        return {name: loaded.indexed for name, loaded in self.loaded.items()}

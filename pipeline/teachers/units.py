@@ -1,20 +1,20 @@
-"""Units: what one teacher says of one case, from the CT to the cache, and the steps and work of
-stage one around it.
+"""Units: what one teacher says of one case, from the CT to the cache; and the steps of stage one
+that make them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.cache.cases import FittedCase, FoundCase, centres, find_case, fit_case, store_case
+from pipeline.cache.cases import centres
 from pipeline.cache.index import IndexedCase, IndexedTeacher, unit_digest, unit_path
 from pipeline.cache.receipt import read_receipt
 from pipeline.cache.schema import (
@@ -22,26 +22,21 @@ from pipeline.cache.schema import (
     StorageConfig,
     features_spec,
     log_odds_spec,
-    teacher_inputs,
     unit_inputs,
 )
 from pipeline.cache.store import write_unit
-from pipeline.config import digest
 from pipeline.data.entries import CaseFiles, TeacherEntry
 from pipeline.data.nifti import read_image
 from pipeline.data.patches import Index3
 from pipeline.data.registry import Registry
 from pipeline.data.resample import SlabResampler, resample
 from pipeline.data.volume import Grid, Volume, coarse, large_components
-from pipeline.data.weights import digest_of, stamp_weights
-from pipeline.engine.here import Tell, in_turn, once_per_process, overlapped, sendable
 from pipeline.errors import CacheError, CacheStale, RegistryError, TeacherError
 from pipeline.folder import Folder
-from pipeline.networks.by_name import pick_device
-from pipeline.networks.windows import Sink, WindowConfig, check_precision, is_out_of_memory
-from pipeline.teachers.load import load_teacher
+from pipeline.networks.windows import Sink, is_out_of_memory
+from pipeline.teachers.load import LoadedTeacher, Teachers
 from pipeline.teachers.outputs import OutputsOfCase
-from pipeline.teachers.teacher import StreamingTeacher, Teacher, check_finite, slab_log_odds
+from pipeline.teachers.teacher import StreamingTeacher, check_finite, slab_log_odds
 
 # What a teacher says, slab by slab on its own grid -> the same on the student grid.
 
@@ -136,14 +131,6 @@ def feature_stride(cell_mm: Sequence[float], spacing_mm: Sequence[float]) -> Ind
 
 
 @dataclass(frozen=True)
-class LoadedTeacher:
-    """A teacher in memory, and the digest that its units are stored under."""
-
-    teacher: Teacher
-    indexed: IndexedTeacher
-
-
-@dataclass(frozen=True)
 class Outputs:
     """What a teacher says of a case on the student grid, as float32 before any rounding.
 
@@ -162,48 +149,8 @@ class Outputs:
     seconds: float = 0.0
 
 
-def open_teacher(
-    name: str,
-    registry: Registry,
-    *,
-    window: WindowConfig,
-    storage: StorageConfig,
-    device: str,
-    window_batch: int,
-) -> LoadedTeacher:
-    """Loads a teacher of the registry and digests all that its numbers depend on.
-
-    Raises:
-        TeacherError: see `load_teacher`.
-    """
-    entry = registry.teachers[name]
-    weights = registry.resolve(entry.weights)
-    teacher = load_teacher(
-        name,
-        entry,
-        weights,
-        window=window,
-        batch_size=window_batch,
-        device=pick_device(device),
-    )
-    stamps = stamp_weights(entry, weights)
-    inputs = teacher_inputs(
-        weights_sha256=digest_of(entry, stamps),
-        description=teacher.describe(),
-        organs=entry.organs,
-        activation=entry.activation,
-        outputs=entry.outputs,
-        spacing_mm=registry.grid.spacing_mm,
-        storage=storage,
-    )
-    indexed = IndexedTeacher(
-        name, digest(inputs), tuple(entry.organs), entry.taps, dict(inputs), stamps
-    )
-    return LoadedTeacher(teacher, indexed)
-
-
 @dataclass(frozen=True)
-class Seen:
+class TeacherImage:
     """A case as a teacher sees it.
 
     Attributes:
@@ -225,30 +172,29 @@ def cache_unit(
     path: Folder,
     *,
     storage: StorageConfig,
-    notes: Mapping[str, Any] | None = None,
 ) -> int:
-    """Runs a teacher on a case and writes what it says on the student grid.
-
-    Args:
-        registry: says what its channels mean, and the student grid.
-        loaded: the teacher.
-        native: the CT on its own grid.
-        case: names it.
-        path: of the unit.
-        storage: how arrays are stored.
-        notes: for the receipt.
-
-    Returns:
-        Bytes written.
+    """Runs a teacher on a CT, on its own grid, and writes its outputs; returns the bytes written.
 
     Raises:
         TeacherError: outputs that cannot be used; nothing is written.
     """
-    said = compute_unit(registry, loaded, see(loaded, native, case.name), case)
-    return store_unit(loaded, said, case, path, storage=storage, notes=notes)
+    where = f"{loaded.indexed.teacher} x {case.name}"
+    outputs = compute_unit(registry, loaded, teacher_image(loaded, native, case.name), where)
+    return store_unit(loaded, outputs, case, path, storage=storage)
 
 
-def see(loaded: LoadedTeacher, native: Volume, where: str) -> Seen:
+def run_teacher(
+    registry: Registry, loaded: LoadedTeacher, native: Volume, *, where: str
+) -> Outputs:
+    """Runs a teacher on a CT, on its own grid, and brings its outputs onto the student grid.
+
+    Raises:
+        TeacherError: outputs that cannot be used, or out of memory.
+    """
+    return compute_unit(registry, loaded, teacher_image(loaded, native, where), where)
+
+
+def teacher_image(loaded: LoadedTeacher, native: Volume, where: str) -> TeacherImage:
     """Resamples a CT to the spacing that a teacher wants.
 
     Raises:
@@ -260,92 +206,43 @@ def see(loaded: LoadedTeacher, native: Volume, where: str) -> Seen:
     if wanted is not None:
         with _memory_errors_named(where):
             image = resample(native, native.grid.with_spacing(wanted), order=1)
-    return Seen(native.grid, image, time.monotonic() - began)
+    return TeacherImage(native.grid, image, time.monotonic() - began)
 
 
 def compute_unit(
-    registry: Registry, loaded: LoadedTeacher, seen: Seen, case: IndexedCase
+    registry: Registry, loaded: LoadedTeacher, seen: TeacherImage, where: str
 ) -> Outputs:
-    """The network's part of a unit: what a teacher says of a case, on the student grid.
-
-    Raises:
-        TeacherError: outputs that cannot be used, or out of memory.
-    """
-    return _run(registry, loaded, seen, where=f"{loaded.indexed.teacher} x {case.name}")
-
-
-def store_unit(
-    loaded: LoadedTeacher,
-    said: Outputs,
-    case: IndexedCase,
-    path: Folder,
-    *,
-    storage: StorageConfig,
-    notes: Mapping[str, Any] | None = None,
-) -> int:
-    """Rounds, compresses and writes what a teacher said; returns the bytes written.
-
-    Raises:
-        WorkFolderError: the unit cannot be written.
-    """
-    began = time.monotonic()
-    specs = unit_arrays(said, storage)
-    claimed = {organ: values > 0 for organ, values in said.log_odds.items()}
-    few = coarse(said.grid.spacing_mm)
-    taps = {
-        tap: {"stride": list(said.strides[tap]), "channels": int(values.shape[0])}
-        for tap, values in said.features.items()
-    }
-    attributes = {
-        "case": case.name,
-        "teacher": loaded.indexed.teacher,
-        "grid": said.grid.to_json(),
-        "centres": {o: centres(mask, seed=case.image_sha256) for o, mask in claimed.items()},
-        "regions": {
-            organ: {"voxels": int(np.count_nonzero(m)), "parts": large_components(m[few])}
-            for organ, m in claimed.items()
-        },
-        "taps": taps,
-    }
-    inputs = unit_inputs(teacher_digest=loaded.indexed.digest, image_sha256=case.image_sha256)
-    receipt = write_unit(
-        path,
-        specs,
-        attributes,
-        inputs,
-        storage=storage,
-        seconds=said.seconds + time.monotonic() - began,
-        teacher_inputs=loaded.indexed.inputs,
-        notes=notes,
-    )
-    return receipt.num_bytes
-
-
-def run_teacher(
-    registry: Registry, loaded: LoadedTeacher, native: Volume, *, where: str
-) -> Outputs:
-    """Runs a teacher on a CT and brings what it says onto the student grid.
+    """The network's part of a unit: a teacher's outputs for a case, on the student grid.
 
     Args:
-        registry: says what its channels mean, and the student grid.
+        registry: says what the teacher's channels mean, and the student grid.
         loaded: the teacher.
-        native: the CT on its own grid.
+        seen: the case.
         where: teacher and case, named in errors.
 
     Raises:
         TeacherError: outputs that cannot be used, or out of memory.
     """
-    return _run(registry, loaded, see(loaded, native, where), where=where)
-
-
-def _run(registry: Registry, loaded: LoadedTeacher, seen: Seen, *, where: str) -> Outputs:
     began = time.monotonic()
-    grid = seen.native.with_spacing(registry.grid.spacing_mm)
+    teacher, image = loaded.teacher, seen.image
     entry = registry.teachers[loaded.indexed.teacher]
+    grid = seen.native.with_spacing(registry.grid.spacing_mm)
     with _memory_errors_named(where):
-        placed = _place(loaded.teacher, seen.image, entry, grid, where)
+        if isinstance(teacher, StreamingTeacher):
+            cells = {tap: image.grid.coarsen(stride) for tap, stride in teacher.strides.items()}
+            placed = Placement(grid, entry, image.grid, cells, where=where)
+            teacher.stream(image, logits=placed.put_logits, features=placed.feature_sinks)
+        else:
+            prediction = teacher.predict(image)
+            cells = {tap: feature.grid for tap, feature in prediction.features.items()}
+            placed = Placement(grid, entry, prediction.logits.grid, cells, where=where)
+            placed.put_logits(prediction.logits.array)
+            for tap in cells:
+                placed.feature_sinks[tap](prediction.features[tap].array)
+            del prediction  # before the outputs on the student grid are put together
+    log_odds, features = placed.log_odds, placed.features
     seconds = seen.seconds + time.monotonic() - began
-    return Outputs(grid, placed.log_odds, placed.features, placed.strides, seconds)
+    return Outputs(grid, log_odds, features, placed.strides, seconds)
 
 
 @contextmanager
@@ -363,154 +260,168 @@ def _memory_errors_named(where: str) -> Iterator[None]:
         ) from error
 
 
-def _place(
-    teacher: Teacher, image: Volume, entry: TeacherEntry, grid: Grid, where: str
-) -> Placement:
-    if isinstance(teacher, StreamingTeacher):
-        cells = {tap: image.grid.coarsen(stride) for tap, stride in teacher.strides.items()}
-        placed = Placement(grid, entry, image.grid, cells, where=where)
-        teacher.stream(image, logits=placed.put_logits, features=placed.feature_sinks)
-        return placed
-    prediction = teacher.predict(image)
-    cells = {tap: feature.grid for tap, feature in prediction.features.items()}
-    placed = Placement(grid, entry, prediction.logits.grid, cells, where=where)
-    placed.put_logits(prediction.logits.array)
-    for tap, feature in prediction.features.items():
-        placed.feature_sinks[tap](feature.array)
-    return placed
-
-
-def unit_arrays(said: Outputs, storage: StorageConfig) -> list[ArraySpec]:
-    """The arrays of a unit, rounded as they are stored."""
-    log_odds = [log_odds_spec(organ, v, storage) for organ, v in said.log_odds.items()]
-    return log_odds + [features_spec(tap, v, storage) for tap, v in said.features.items()]
-
-
-# The steps of stage one, as the engine takes them: read ahead, work, store behind.
-
-
-@dataclass(frozen=True)
-class CaseSteps:
-    """A case onto the student grid."""
-
-    registry: Registry
-    work: Folder
-    storage: StorageConfig
-    dry_run: bool
-
-    def read(self, source: CaseFiles) -> FoundCase:
-        """See `find_case`."""
-        return find_case(
-            self.registry, self.work, source,
-            spacing_mm=self.registry.grid.spacing_mm, storage=self.storage, dry_run=self.dry_run,
-        )  # fmt: skip
-
-    def fit(self, source: CaseFiles, found: FoundCase) -> FittedCase:
-        """See `fit_case`."""
-        return fit_case(self.registry, source, found, self.registry.grid.spacing_mm)
-
-    def store(
-        self, source: CaseFiles, fitted: FittedCase
-    ) -> tuple[IndexedCase, int | None, tuple[str, ...]]:
-        """See `store_case`; and what is improbable in the case."""
-        return *store_case(self.work, fitted, self.storage), fitted.warnings
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One case x one teacher that the cache lacks."""
-
-    name: str
-    loaded: LoadedTeacher
-    case: IndexedCase
-    source: CaseFiles
-    path: Folder
-
-
-@dataclass(frozen=True)
-class CaseJob:
-    """A case and the teachers whose units of it are wanted."""
-
-    case: IndexedCase
-    source: CaseFiles
-    teachers: tuple[str, ...]
-
-
-def missing_units(
-    work: Folder,
-    teachers: Mapping[str, LoadedTeacher],
-    jobs: Iterable[CaseJob],
+def store_unit(
+    loaded: LoadedTeacher,
+    outputs: Outputs,
+    case: IndexedCase,
+    path: Folder,
     *,
-    there: Callable[[Unit], object],
-    damaged: Callable[[Unit, CacheError], object],
-) -> Iterator[Unit]:
-    """Case by case, so that a CT is read once. Whether a unit is there is looked at shortly before
-    its turn, since another process may be making it.
+    storage: StorageConfig,
+    notes: Mapping[str, Any] | None = None,
+) -> int:
+    """Rounds, compresses and writes a teacher's outputs; returns the bytes written.
 
-    Args:
+    Raises:
+        WorkFolderError: the unit cannot be written.
+    """
+    began = time.monotonic()
+    specs = unit_arrays(outputs, storage)
+    claimed = {organ: values > 0 for organ, values in outputs.log_odds.items()}
+    few = coarse(outputs.grid.spacing_mm)
+    taps = {
+        tap: {"stride": list(outputs.strides[tap]), "channels": int(values.shape[0])}
+        for tap, values in outputs.features.items()
+    }
+    attributes = {
+        "case": case.name,
+        "teacher": loaded.indexed.teacher,
+        "grid": outputs.grid.to_json(),
+        "centres": {o: centres(mask, seed=case.image_sha256) for o, mask in claimed.items()},
+        "regions": {
+            organ: {"voxels": int(np.count_nonzero(m)), "parts": large_components(m[few])}
+            for organ, m in claimed.items()
+        },
+        "taps": taps,
+    }
+    inputs = unit_inputs(teacher_digest=loaded.indexed.digest, image_sha256=case.image_sha256)
+    receipt = write_unit(
+        path,
+        specs,
+        attributes,
+        inputs,
+        storage=storage,
+        seconds=outputs.seconds + time.monotonic() - began,
+        teacher_inputs=loaded.indexed.inputs,
+        notes=notes,
+    )
+    return receipt.num_bytes
+
+
+def unit_arrays(outputs: Outputs, storage: StorageConfig) -> list[ArraySpec]:
+    """The arrays of a unit, rounded as they are stored."""
+    log_odds = [log_odds_spec(organ, v, storage) for organ, v in outputs.log_odds.items()]
+    return log_odds + [features_spec(tap, v, storage) for tap, v in outputs.features.items()]
+
+
+# Stage one's steps, as every engine takes them.
+
+
+@dataclass(frozen=True)
+class TeacherUnit:
+    """One teacher on one case."""
+
+    teacher: str
+    case: IndexedCase
+    source: CaseFiles
+
+    @property
+    def name(self) -> str:
+        """As reports and messages name it."""
+        return f"{self.teacher} x {self.case.name}"
+
+
+@dataclass(frozen=True)
+class StoredUnit:
+    """A unit that is in the cache.
+
+    Attributes:
+        num_bytes: written; None: it was there already.
+        damage: what was wrong with the one that it replaces.
+    """
+
+    num_bytes: int | None
+    damage: str = ""
+
+
+@dataclass
+class TeacherOnCase:
+    """The steps (`engine.Steps`) of a unit. Units of one case come one after the other, and its CT
+    is read once for all. Whether a unit is there is looked at shortly before its turn, since
+    another process may be making it.
+
+    Attributes:
         work: the work folder.
-        teachers: by name.
-        jobs: cases, their files and the teachers wanted.
-        there: told of each unit that is there already.
-        damaged: told of each that cannot stay and is made again.
-    """
-    for job in jobs:
-        for name in job.teachers:
-            loaded = teachers[name]
-            path = unit_path(work, loaded.indexed, job.case)
-            unit = Unit(f"{name} x {job.case.name}", loaded, job.case, job.source, path)
-            try:
-                read_receipt(path, expect=unit_digest(loaded.indexed, job.case))
-            except CacheError as error:
-                if path.exists():
-                    damaged(unit, error)
-                yield unit
-            else:
-                there(unit)
-
-
-class UnitSteps:
-    """A unit: units of one case come one after the other, and its CT is read once for all.
-
-    Args:
-        registry: as in `compute_unit`.
-        storage: how arrays are stored.
+        teachers: that are run; with what they are run on and how their outputs are stored.
+        known: the same teachers, as the run that these steps are of began with them.
         notes: teacher -> what its receipts note.
+        dry_run: write nothing; what is missing counts as made.
     """
 
-    def __init__(
-        self,
-        registry: Registry,
-        storage: StorageConfig,
-        notes: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        self._registry, self._storage, self._notes = registry, storage, notes
-        self._case: IndexedCase | None = None
-        self._native: Volume | None = None
+    work: Folder
+    teachers: Teachers
+    known: Mapping[str, IndexedTeacher]
+    notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    dry_run: bool = False
+    _case: IndexedCase | None = field(default=None, init=False)
+    _native: Volume | None = field(default=None, init=False)
+    _damage: dict[str, str] = field(default_factory=dict, init=False)
 
-    def read(self, unit: Unit) -> Seen:
-        """The CT at the teacher's spacing.
+    def group(self, unit: TeacherUnit) -> str:
+        """`dataset/case`."""
+        return unit.case.name
+
+    def read(self, unit: TeacherUnit) -> TeacherImage | StoredUnit:
+        """The CT at the teacher's spacing, unless there is nothing to do.
 
         Raises:
             RegistryError: the image is no longer the one that was digested.
             GeometryError: it cannot be read.
+            CacheStale: the teacher is not the one that the run began with.
         """
+        try:
+            read_receipt(self._path(unit), expect=unit_digest(self.known[unit.teacher], unit.case))
+            return StoredUnit(None)
+        except CacheError as error:
+            if self._path(unit).exists():
+                self._damage[unit.name] = str(error)
+        if self.dry_run:
+            return StoredUnit(0, self._damage.pop(unit.name, ""))
         if unit.case != self._case:
             self._native = None  # before the next one is read: not two of them in memory
             self._case = unit.case
         self._native = self._native or _read_again(unit.source, unit.case)
-        return see(unit.loaded, self._native, unit.name)
+        return teacher_image(self._loaded(unit.teacher), self._native, unit.name)
 
-    def compute(self, unit: Unit, seen: Seen) -> Outputs:
+    def compute(self, unit: TeacherUnit, seen: TeacherImage | StoredUnit) -> Outputs | StoredUnit:
         """See `compute_unit`."""
-        return compute_unit(self._registry, unit.loaded, seen, unit.case)
+        if isinstance(seen, StoredUnit):
+            return seen
+        return compute_unit(self.teachers.registry, self._loaded(unit.teacher), seen, unit.name)
 
-    def store(self, unit: Unit, said: Outputs) -> int:
+    def store(self, unit: TeacherUnit, outputs: Outputs | StoredUnit) -> StoredUnit:
         """See `store_unit`."""
-        notes = self._notes.get(unit.loaded.indexed.teacher)
-        return store_unit(
-            unit.loaded, said, unit.case, unit.path, storage=self._storage, notes=notes
-        )
+        if isinstance(outputs, StoredUnit):
+            return outputs
+        num_bytes = store_unit(
+            self._loaded(unit.teacher), outputs, unit.case, self._path(unit),
+            storage=self.teachers.storage, notes=self.notes.get(unit.teacher),
+        )  # fmt: skip
+        return StoredUnit(num_bytes, self._damage.pop(unit.name, ""))
+
+    def _path(self, unit: TeacherUnit) -> Folder:
+        return unit_path(self.work, self.known[unit.teacher], unit.case)
+
+    def _loaded(self, name: str) -> LoadedTeacher:
+        loaded = self.teachers.loaded[name]
+        if loaded.indexed.digest != self.known[name].digest:
+            registry = self.teachers.registry
+            raise CacheStale(
+                f"teacher {name} is not the one that this run began with.",
+                where=registry.resolve(registry.teachers[name].weights),
+                fix="Every machine must see the same weights and packages; nothing may change "
+                "them while a run goes on.",
+            )
+        return loaded
 
 
 def _read_again(source: CaseFiles, case: IndexedCase) -> Volume:
@@ -522,187 +433,6 @@ def _read_again(source: CaseFiles, case: IndexedCase) -> Volume:
             fix="Let nothing write to the dataset, then run the stage again.",
         )
     return image.volume
-
-
-# Stage one's work on cases, as every engine does it: the same functions in this process over all
-# cases, and in a worker over one. They write to disk and tell in a few words what became of each.
-
-Teachers = Mapping[str, LoadedTeacher]
-
-
-@dataclass(frozen=True)
-class Told:
-    """What became of a unit.
-
-    Attributes:
-        unit: its name.
-        case: `dataset/case`.
-        made: now; False: it was there already, or it failed.
-        num_bytes: written.
-        path: where it is.
-        error: what stopped it.
-        damage: what was wrong with the one that it replaces.
-        indexed: of a case that is now on the student grid.
-        warnings: what is improbable in such a case.
-    """
-
-    unit: str
-    case: str
-    made: bool = False
-    num_bytes: int = 0
-    path: str = ""
-    error: Exception | None = None
-    damage: str = ""
-    indexed: IndexedCase | None = None
-    warnings: tuple[str, ...] = ()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """As another process can read it."""
-        error = None if self.error is None else sendable(self.error)
-        return {**self.__dict__, "error": error}
-
-
-@dataclass(frozen=True)
-class OpenTeachers:
-    """Opens the teachers of a registry.
-
-    Attributes:
-        run: of which a process keeps the teachers in memory; empty: they are opened each time.
-    """
-
-    registry: Registry
-    window: WindowConfig
-    storage: StorageConfig
-    device: str
-    window_batch: int
-    run: str = ""
-
-    def __call__(self) -> Teachers:
-        """Teacher -> loaded.
-
-        Raises:
-            TeacherError: one does not load.
-            ConfigError: a precision that the device does not have.
-        """
-        return once_per_process(self.run, self._open) if self.run else self._open()
-
-    def _open(self) -> Teachers:
-        check_precision(self.window.precision, pick_device(self.device))
-        return {
-            name: open_teacher(
-                name, self.registry, window=self.window, storage=self.storage,
-                device=self.device, window_batch=self.window_batch,
-            )
-            for name in self.registry.teachers
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class DescribeTeachers:
-    """Tells, once, what the index says of each teacher: only who loads one can digest it."""
-
-    open: Callable[[], Teachers]
-
-    def __call__(self, items: Iterable[None], tell: Tell[Mapping[str, IndexedTeacher]]) -> None:
-        """Raises what `OpenTeachers` raises."""
-        for _ in items:
-            tell({name: loaded.indexed for name, loaded in self.open().items()})
-
-
-@dataclass(frozen=True)
-class PrepareCases:
-    """Cases onto the student grid."""
-
-    registry: Registry
-    work: Folder
-    storage: StorageConfig
-    dry_run: bool = False
-    overlap: bool = True
-
-    def __call__(self, sources: Iterable[CaseFiles], tell: Tell[Told]) -> None:
-        """A failing case is told of and stops no other."""
-        steps = CaseSteps(self.registry, self.work, self.storage, self.dry_run)
-        order = overlapped if self.overlap else in_turn
-        with closing(
-            order(sources, ahead=steps.read, work=steps.fit, behind=steps.store)
-        ) as outcomes:
-            for outcome in outcomes:
-                name = outcome.item.name
-                if outcome.result is None:
-                    tell(Told(name, name, error=outcome.error))
-                else:
-                    indexed, wrote, warnings = outcome.result
-                    made = wrote is not None
-                    tell(Told(name, name, made, wrote or 0, indexed=indexed, warnings=warnings))
-
-
-@dataclass(frozen=True)
-class MakeUnits:
-    """Units that the cache lacks: case by case, teacher by teacher.
-
-    Attributes:
-        registry: what exists.
-        work: the work folder.
-        storage: how units are stored.
-        open: gives the teachers.
-        digests: teacher -> the digest that it must have.
-        notes: teacher -> what its receipts note.
-        overlap: read the next case and write the last one while a network runs.
-        dry_run: tell of what is missing as if it were made.
-    """
-
-    registry: Registry
-    work: Folder
-    storage: StorageConfig
-    open: Callable[[], Teachers]
-    digests: Mapping[str, str]
-    notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    overlap: bool = True
-    dry_run: bool = False
-
-    def __call__(self, jobs: Iterable[CaseJob], tell: Tell[Told]) -> None:
-        """A failing unit is told of and stops no other.
-
-        Raises:
-            CacheStale: the teachers that were opened are not those that the run began with.
-        """
-        teachers = self.open()
-        self._check(teachers)
-        damage: dict[str, str] = {}
-        missing = missing_units(
-            self.work, teachers, jobs,
-            there=lambda unit: tell(_told(unit)),
-            damaged=lambda unit, error: damage.update({unit.name: str(error)}),
-        )  # fmt: skip
-        if self.dry_run:
-            for unit in missing:
-                tell(replace(_told(unit, damage.pop(unit.name, "")), made=True))
-            return
-        steps = UnitSteps(self.registry, self.storage, self.notes)
-        order = overlapped if self.overlap else in_turn
-        with closing(
-            order(missing, ahead=steps.read, work=steps.compute, behind=steps.store)
-        ) as outcomes:
-            for outcome in outcomes:
-                told = _told(outcome.item, damage.pop(outcome.item.name, ""))
-                if outcome.error is not None:
-                    tell(replace(told, error=outcome.error))
-                else:
-                    tell(replace(told, made=True, num_bytes=outcome.result or 0))
-
-    def _check(self, teachers: Teachers) -> None:
-        for name, expected in self.digests.items():
-            if teachers[name].indexed.digest != expected:
-                raise CacheStale(
-                    f"teacher {name} is not the one that this run began with.",
-                    where=self.registry.resolve(self.registry.teachers[name].weights),
-                    fix="Every machine must see the same weights and packages; nothing may change "
-                    "them while a run goes on.",
-                )
-
-
-def _told(unit: Unit, damage: str = "") -> Told:
-    return Told(unit.name, unit.case.name, path=str(unit.path), damage=damage)
 
 
 def is_there(work: Folder, teacher: IndexedTeacher, case: IndexedCase) -> bool:

@@ -27,7 +27,7 @@ from pipeline.folder import Folder
 from pipeline.log import Log
 from stages import cache_teachers
 from stages.report import StageReport
-from tests.tiny import copy_cohort, placeless_entry, work_of
+from tests.tiny import copy_cohort, placeless_entry, run_cache, work_of
 
 SPACING_MM = (6.0, 6.0, 6.0)
 SHAPE = (12, 14, 16)
@@ -103,7 +103,7 @@ def run_stage(
     """Stage one in this process; `work`: another work folder than the copy's own."""
     work = work or work_of(registry)
     log = Log(quiet=True, events=work / "events.jsonl")
-    return cache_teachers.run(
+    return run_cache(
         settings(bits), load_registry(registry), work, log=log,
         device="cpu", tables=False, **options,
     )  # fmt: skip

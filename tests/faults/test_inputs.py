@@ -102,16 +102,16 @@ def test_a_case_whose_files_change_meanwhile(
             repaint(image, 7)
         return real_label(path)
 
-    real_units = stages.cache_teachers._make
+    real_units = stages.cache_teachers.CacheRun.gate_units
 
-    def cache_units(*args: Any, **options: Any) -> None:
+    def gate_units(*args: Any) -> Any:
         if moment == MOMENTS[3]:
             repaint(image, 7)
-        real_units(*args, **options)
+        return real_units(*args)
 
     monkeypatch.setattr(pipeline.cache.cases, "read_image", change_image)
     monkeypatch.setattr(pipeline.cache.cases, "read_label", change_label)
-    monkeypatch.setattr(stages.cache_teachers, "_make", cache_units)
+    monkeypatch.setattr(stages.cache_teachers.CacheRun, "gate_units", gate_units)
     report = run_stage(small)
     monkeypatch.undo()
     # An image that changes after its case was read is met by the teachers, who read it again.

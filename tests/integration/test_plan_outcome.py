@@ -13,7 +13,7 @@ from pipeline.data.registry import load_registry
 from pipeline.log import Log
 from pipeline.setup.plan import make_plan
 from stages import cache_teachers
-from tests.tiny import ORGANS, TAP, teacher_data, write_teacher
+from tests.tiny import ORGANS, TAP, run_cache, teacher_data, write_teacher
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ def test_bytes_and_files_are_within_a_quarter(large_registry: Path, tmp_path: Pa
     plan = make_plan(CONFIG, registry, work, log=log, device="cpu")
     assert plan.total.units == 18
     assert all(size.voxels > 100**3 for size in plan.todo.cases)
-    report = cache_teachers.run(CONFIG, registry, work, log=log, device="cpu", tables=False)
+    report = run_cache(CONFIG, registry, work, log=log, device="cpu", tables=False)
     assert not report.failed
     files = [p for p in work.rglob("*") if p.is_file()]
     num_bytes = sum(p.stat().st_size for p in files)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from pipeline.cache.cases import identify_case
 from pipeline.cache.schema import StorageConfig, case_inputs, differing, teacher_inputs, unit_inputs
 from pipeline.config import digest
 from pipeline.data.registry import Registry, load_registry
+from pipeline.engine.here import Execution, Here
 from pipeline.networks.by_name import NetworkConfig
 from pipeline.networks.windows import WindowConfig
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.training import train
-from pipeline.teachers.units import open_teacher
+from pipeline.teachers.load import open_teacher
 from stages import cache_teachers, train_student
 from tests.stages.stage_contract import content
 from tests.tiny import (
@@ -37,6 +39,7 @@ from tests.tiny import (
     cache_config,
     change_registry,
     copy_cohort,
+    run_cache,
     work_of,
     write_teacher,
 )
@@ -412,8 +415,8 @@ def test_each_window_setting_is_in_the_teachers_digest(cohort: Path, field: str)
 # --- speed ----------------------------------------------------------------------------------------
 
 OF_THE_RUN = {
-    "config", "registry", "work", "log", "dry_run", "tables", "force", "accept", "part",
-    "allow_missing", "loggers",
+    "config", "registry", "work", "log", "scope", "execution", "dry_run", "tables", "force",
+    "accept", "part", "allow_missing", "loggers",
 }  # fmt: skip
 # Where it is done: tests/faults/test_executors.py compares the bytes. How fast: `SpeedFlags` says
 # that rounding changes, and tests/unit/student/test_speed.py how little.
@@ -422,8 +425,9 @@ ELSEWHERE = {"engine", "flags"}
 
 def test_a_stages_flags_are_its_settings_or_speed() -> None:
     """A new flag must be tried below, or be one that says what is done and not how."""
-    caching = set(inspect.signature(cache_teachers.run).parameters) - OF_THE_RUN - ELSEWHERE
-    assert caching == {"device", "window_batch", "overlap"}
+    caching = set(inspect.signature(cache_teachers.run).parameters)
+    caching |= {f.name for kind in (Execution, Here) for f in fields(kind) if f.init}
+    assert caching - OF_THE_RUN - ELSEWHERE == {"device", "window_batch", "overlap"}
     training = set(inspect.signature(train_student.run).parameters) - OF_THE_RUN - ELSEWHERE
     assert training == {"device", "workers", "checkpoint_minutes", "stage_to"}
     # A run's digest is of the configuration and of the digests of what it reads.
@@ -442,7 +446,7 @@ def test_a_run_with_other_flags_reuses_every_unit(tiny_cached: Path) -> None:
     from pipeline.log import Log
 
     before = content(work_of(tiny_cached), without=["reports/*"])
-    report = cache_teachers.run(
+    report = run_cache(
         cache_config(),
         load_registry(tiny_cached),
         work_of(tiny_cached),

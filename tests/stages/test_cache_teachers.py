@@ -13,14 +13,14 @@ from pipeline.log import Log
 from stages import cache_teachers
 from stages.report import StageReport
 from tests.stages.stage_contract import StageContract
-from tests.tiny import cache_config, change_registry, work_of
+from tests.tiny import cache_config, change_registry, run_cache, work_of
 
 
 def quiet_run(
     config: cache_teachers.CacheTeachersConfig, registry: Registry, work: Path, **options: Any
 ) -> StageReport:
     speed = {"device": "cpu", "window_batch": 8, "tables": False}
-    return cache_teachers.run(config, registry, work, log=Log(quiet=True), **(speed | options))
+    return run_cache(config, registry, work, log=Log(quiet=True), **(speed | options))
 
 
 def run(registry: Path, *, dry_run: bool = False) -> StageReport:

@@ -13,14 +13,13 @@ from pipeline.errors import SpaceError
 from pipeline.log import Log
 from pipeline.setup import plan as record
 from pipeline.setup.plan import Space, look_at, make_plan
-from stages import cache_teachers
 from stages.report import StageReport
 from tests.stages.stage_contract import snapshot
-from tests.tiny import cache_config, change_registry, work_of, write_teacher
+from tests.tiny import cache_config, change_registry, run_cache, work_of, write_teacher
 
 
 def run(registry: Path, **options: bool) -> StageReport:
-    return cache_teachers.run(
+    return run_cache(
         cache_config(), load_registry(registry), work_of(registry), log=Log(quiet=True),
         device="cpu", window_batch=8, tables=False, **options,
     )  # fmt: skip
@@ -94,7 +93,7 @@ def test_a_plan_of_another_storage_is_not_used(tiny_registry: Path, free: list[i
     with pytest.raises(SpaceError):
         run(tiny_registry)
     other = cache_config(storage={"zstd_level": 3})
-    report = cache_teachers.run(
+    report = run_cache(
         other, load_registry(tiny_registry), work_of(tiny_registry), log=Log(quiet=True)
     )
     assert report.exit_code == 0

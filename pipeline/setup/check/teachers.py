@@ -25,8 +25,8 @@ from pipeline.errors import PipelineError, RegistryError, TeacherWarning
 from pipeline.log import Log, print_table
 from pipeline.networks.by_name import pick_device
 from pipeline.networks.windows import WindowConfig
+from pipeline.teachers.load import open_teacher
 from pipeline.teachers.teacher import organ_log_odds
-from pipeline.teachers.units import open_teacher
 
 
 @dataclass(frozen=True)

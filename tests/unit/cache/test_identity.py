@@ -36,7 +36,7 @@ from tests.faults.small import (
     run_stage,
     settings,
 )
-from tests.tiny import change_registry, copy_cohort, work_of
+from tests.tiny import change_registry, copy_cohort, run_cache, work_of
 
 CASES = [f"case_{number:03}" for number in range(3)]
 
@@ -159,11 +159,11 @@ def test_it_is_refused_before_an_engine_is_asked_for_anything(a: Path, b: Path) 
         def run(self, *_: Any, **__: Any) -> None:
             pytest.fail("asked")
 
+        call = run
+
     repaint(files(b)[0])
     with pytest.raises(WorkFolderError, match=f"dataset {DATASET} of this registry is not"):
-        cache_teachers.run(
-            settings(), load_registry(b), work_of(a), log=Log(quiet=True), engine=Asked()
-        )
+        run_cache(settings(), load_registry(b), work_of(a), log=Log(quiet=True), engine=Asked())
 
 
 def test_who_comes_between_is_seen_when_the_index_is_written(
@@ -310,7 +310,7 @@ def test_a_dataset_that_its_project_gave_up_may_be_taken_over(
     with pytest.raises(CacheStale):
         reads(b, work_of(a))
     loaded, work = load_registry(b), work_of(a)
-    report = cache_teachers.run(settings(), loaded, work, log=Log(), device="cpu", tables=False)
+    report = run_cache(settings(), loaded, work, log=Log(), device="cpu", tables=False)
     assert report.exit_code == 0
     said = capsys.readouterr().err
     assert f"dataset {DATASET} was cached for {a}, which is no longer there or does not" in said
@@ -441,9 +441,7 @@ def test_cases_that_change_their_split_need_stage_one(
     a: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a split says may lie in a file beside the registry."""
-    monkeypatch.setattr(
-        SplitEntry, "assign", lambda _, cases, table=None: dict.fromkeys(cases, "test")
-    )
+    monkeypatch.setattr(SplitEntry, "assign", lambda _, cases, *__: dict.fromkeys(cases, "test"))
     with pytest.raises(CacheStale, match="case_000 was in split validation and is in test"):
         reads(a)
     assert not all_done(a, work_of(a))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from pipeline.cache import cases
-from pipeline.cache.cases import centres, organ_voxels, prepare_case
+from pipeline.cache.cases import CaseToGrid, centres, organ_voxels, prepare_case
 from pipeline.cache.index import IndexedCase, case_path
 from pipeline.cache.reader import CachedCase, Unit
 from pipeline.cache.receipt import Receipt, verify_unit, write_receipt
@@ -100,15 +100,12 @@ def run(tmp_path: Path, source: CaseFiles, told: list[str]) -> Prepare:
         dry_run: bool = False,
         **changes: Any,
     ) -> tuple[IndexedCase, int | None]:
-        return prepare_case(
-            registry(tmp_path, **changes),
-            tmp_path / work,
-            source,
-            spacing_mm=spacing_mm,
-            storage=StorageConfig() if storage is None else storage,
-            dry_run=dry_run,
-            warn=told.append,
-        )
+        to_grid = CaseToGrid(
+            registry(tmp_path, **changes), tmp_path / work,
+            StorageConfig() if storage is None else storage, spacing_mm, dry_run,
+        )  # fmt: skip
+        stored = prepare_case(to_grid, source, warn=told.append)
+        return stored.indexed, stored.num_bytes
 
     return run
 

@@ -10,11 +10,10 @@ import pytest
 
 from pipeline.engine import here
 from pipeline.engine.choose import open_engine
-from pipeline.engine.here import HERE, first_told, once_per_process, sendable
+from pipeline.engine.here import HERE, Outcome, once_per_process, sendable
 from pipeline.engine.parts import SlurmSettings
 from pipeline.errors import ConfigError, EngineError, GeometryError
 from pipeline.log import Log
-from pipeline.teachers.units import Told
 
 
 def opened(executor: str | None, **options: Any) -> Any:
@@ -141,12 +140,12 @@ class Stubborn(Exception):
 
 def test_errors_reach_another_process_whole() -> None:
     known = GeometryError("wrong", where="ct/case", fix="mend it")
-    there = pickle.loads(pickle.dumps(Told("a", "ct/case", error=known)))
+    there = pickle.loads(pickle.dumps(Outcome("ct/case", error=known)))
     assert (str(there.error), there.error.exit_code) == (str(known), 2)
     try:
         raise Stubborn("a bug", 1)
     except Stubborn as error:
-        there = pickle.loads(pickle.dumps(Told("a", "ct/case", error=error)))
+        there = pickle.loads(pickle.dumps(Outcome("ct/case", error=error)))
     assert str(there.error) == "Stubborn: a bug"
     assert "test_choose.py" in there.error.__notes__[0]
     assert sendable(known) is known
@@ -164,7 +163,3 @@ def test_a_process_keeps_what_its_run_opened_and_nothing_else() -> None:
         assert list(here._OPENED) == [name]
     assert made == ["a", "b", "a"]
     here._OPENED.clear()
-
-
-def test_what_is_asked_once() -> None:
-    assert first_told(HERE, lambda items, tell: [tell(7) for _ in items], name="x") == 7

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pytest
@@ -13,27 +12,26 @@ from pipeline.errors import ConfigError, EngineError, WorkerDied
 
 @dataclass(frozen=True)
 class Squares:
-    """Tells (item, its square, who); dies or raises at some items."""
+    """Gives (item, its square, who); dies or raises at some items."""
 
     dies_at: tuple[int, ...] = ()
 
-    def __call__(self, items: Iterable[int], tell: Callable[[tuple[int, int, int]], None]) -> None:
-        for item in items:
-            if item in self.dies_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if item < 0:
-                raise ConfigError("negative", where=str(item), fix="Give another.")
-            if item == 13:
-                raise ValueError("nobody foresaw this")
-            tell((item, item**2, os.getpid()))
+    def __call__(self, item: int) -> tuple[int, int, int]:
+        if item in self.dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item < 0:
+            raise ConfigError("negative", where=str(item), fix="Give another.")
+        if item == 13:
+            raise ValueError("nobody foresaw this")
+        return item, item**2, os.getpid()
 
 
 def run(
     works: list[Squares], items: list[int]
 ) -> tuple[dict[int, int], dict[int, Exception], set[int]]:
-    told: list[tuple[int, int, int]] = []
-    lost: dict[int, Exception] = {}
-    run_on_devices(works, items, tell=told.append, lost=lost.__setitem__, name=str)
+    outcomes = list(run_on_devices(works, items, name=str))
+    told = [outcome.result for outcome in outcomes if outcome.result is not None]
+    lost = {o.item: o.error for o in outcomes if o.error is not None}
     return {item: square for item, square, _ in told}, lost, {pid for _, _, pid in told}
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +24,17 @@ def read(item: int) -> int:
     return item * 10
 
 
-def work(item: int, seen: int) -> int:
+def compute(item: int, seen: int) -> int:
     return seen + item
 
 
 def store(item: int, made: int) -> str:
     return f"{item}: {made}"
+
+
+def steps_of(**steps: Any) -> Any:
+    """`Steps` of functions; those above where none is given."""
+    return SimpleNamespace(**{"read": read, "compute": compute, "store": store} | steps)
 
 
 def threads() -> list[str]:
@@ -38,7 +44,7 @@ def threads() -> list[str]:
 @ORDERS
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
 def test_each_item_goes_through_three_steps_in_order(order: Any, count: int) -> None:
-    outcomes = list(order(range(count), ahead=read, work=work, behind=store))
+    outcomes = list(order(steps_of(), range(count)))
     assert [o.item for o in outcomes] == list(range(count))
     assert [o.result for o in outcomes] == [f"{i}: {11 * i}" for i in range(count)]
     assert not any(o.error for o in outcomes)
@@ -46,10 +52,10 @@ def test_each_item_goes_through_three_steps_in_order(order: Any, count: int) -> 
 
 
 @ORDERS
-@pytest.mark.parametrize("step", ["ahead", "work", "behind"])
+@pytest.mark.parametrize("step", ["read", "compute", "store"])
 @pytest.mark.parametrize("bad", [{0}, {1, 2}, {4}, {0, 1, 2, 3, 4}])
 def test_an_error_ends_its_item_alone(order: Any, step: str, bad: set[int]) -> None:
-    steps: dict[str, Any] = {"ahead": read, "work": work, "behind": store}
+    steps: dict[str, Any] = {"read": read, "compute": compute, "store": store}
 
     def broken(item: int, *more: int) -> Any:
         if item in bad:
@@ -58,7 +64,7 @@ def test_an_error_ends_its_item_alone(order: Any, step: str, bad: set[int]) -> N
 
     steps_were = dict(steps)
     steps[step] = broken
-    outcomes = list(order(range(5), **steps))
+    outcomes = list(order(steps_of(**steps), range(5)))
     assert [o.item for o in outcomes] == list(range(5))
     for outcome in outcomes:
         if outcome.item in bad:
@@ -91,7 +97,7 @@ def test_the_next_is_read_and_the_last_is_stored_while_one_is_at_work() -> None:
             assert working[1].wait(PATIENCE_S)  # storing 0 is not over when work on 1 begins
         return made
 
-    outcomes = list(overlapped(range(3), ahead=ahead, work=meet, behind=behind))
+    outcomes = list(overlapped(steps_of(read=ahead, compute=meet, store=behind), range(3)))
     assert [o.result for o in outcomes] == [0, 1, 2]
 
 
@@ -107,7 +113,7 @@ def test_no_more_than_one_item_waits_at_either_side() -> None:
             wrong.append(f"{item} is read with {len(begun['work'])} begun")
         return item
 
-    def compute(item: int, seen: int) -> int:
+    def meet(item: int, seen: int) -> int:
         begun["work"].add(item)
         if item >= 2 and item - 2 not in begun["stored"]:
             wrong.append(f"work on {item} before {item - 2} is stored")
@@ -118,7 +124,7 @@ def test_no_more_than_one_item_waits_at_either_side() -> None:
         begun["stored"].add(item)
         return made
 
-    assert len(list(overlapped(range(12), ahead=ahead, work=compute, behind=behind))) == 12
+    assert len(list(overlapped(steps_of(read=ahead, compute=meet, store=behind), range(12)))) == 12
     assert wrong == []
 
 
@@ -138,7 +144,7 @@ def test_what_was_read_and_made_is_let_go() -> None:
     def ahead(item: int) -> Volume:
         return Volume()
 
-    def compute(item: int, seen: Volume) -> Volume:
+    def meet(item: int, seen: Volume) -> Volume:
         nonlocal most
         del seen
         made = Volume()
@@ -148,7 +154,7 @@ def test_what_was_read_and_made_is_let_go() -> None:
     def behind(item: int, made: Volume) -> None:
         return None
 
-    for _ in overlapped(range(10), ahead=ahead, work=compute, behind=behind):
+    for _ in overlapped(steps_of(read=ahead, compute=meet, store=behind), range(10)):
         pass
     # Read: one waits, one is in hand. Made: one in hand, one being stored.
     assert most <= 4
@@ -168,7 +174,7 @@ def test_while_all_wait_for_a_network_two_cts_are_in_memory_and_no_outputs() -> 
             last_is_read.set()
         return volume
 
-    def compute(item: int, seen: Volume) -> Volume:
+    def meet(item: int, seen: Volume) -> Volume:
         if item == 3:
             assert last_is_read.wait(PATIENCE_S)
             patience = time.monotonic() + PATIENCE_S
@@ -180,7 +186,7 @@ def test_while_all_wait_for_a_network_two_cts_are_in_memory_and_no_outputs() -> 
     def behind(item: int, made: Volume) -> None:
         return None
 
-    assert len(list(overlapped(range(5), ahead=ahead, work=compute, behind=behind))) == 5
+    assert len(list(overlapped(steps_of(read=ahead, compute=meet, store=behind), range(5)))) == 5
     assert alive == [2]
 
 
@@ -203,11 +209,11 @@ def test_a_side_that_is_stopped_begins_nothing_more(monkeypatch: pytest.MonkeyPa
     assert threads() == []
 
 
-@pytest.mark.parametrize("step", ["ahead", "work", "behind"])
+@pytest.mark.parametrize("step", ["read", "compute", "store"])
 @pytest.mark.parametrize("order", [overlapped, in_turn])
 def test_an_error_that_is_kept_keeps_no_volume(order: Any, step: str) -> None:
     Volume.alive = weakref.WeakSet()
-    steps: dict[str, Any] = {"ahead": read, "work": work, "behind": store}
+    steps: dict[str, Any] = {"read": read, "compute": compute, "store": store}
 
     def broken(*arguments: Any) -> None:
         volume = Volume()
@@ -216,7 +222,7 @@ def test_an_error_that_is_kept_keeps_no_volume(order: Any, step: str) -> None:
         except KeyError as error:
             raise ValueError(f"of {type(volume).__name__}") from error
 
-    outcomes = list(order(range(3), **steps | {step: broken}))
+    outcomes = list(order(steps_of(**steps | {step: broken}), range(3)))
     gc.collect()
     assert [str(o.error) for o in outcomes] == ["of Volume"] * 3
     assert outcomes[0].error is not None
@@ -224,20 +230,20 @@ def test_an_error_that_is_kept_keeps_no_volume(order: Any, step: str) -> None:
     assert len(Volume.alive) == 0
 
 
-@pytest.mark.parametrize("step", ["ahead", "work", "behind"])
+@pytest.mark.parametrize("step", ["read", "compute", "store"])
 def test_an_interruption_ends_all(step: str) -> None:
-    steps: dict[str, Any] = {"ahead": read, "work": work, "behind": store}
+    steps: dict[str, Any] = {"read": read, "compute": compute, "store": store}
     begun: list[int] = []
 
     def broken(item: int, *more: int) -> Any:
         begun.append(item)
         if item == 2:
             raise KeyboardInterrupt
-        return {"ahead": read, "work": work, "behind": store}[step](item, *more)  # type: ignore[operator]
+        return {"read": read, "compute": compute, "store": store}[step](item, *more)  # type: ignore[operator]
 
     outcomes: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        outcomes.extend(o.item for o in overlapped(range(50), **steps | {step: broken}))
+        outcomes.extend(o.item for o in overlapped(steps_of(**steps | {step: broken}), range(50)))
     assert max(begun) <= 4
     assert outcomes in ([0], [0, 1])
     assert threads() == []
@@ -252,7 +258,7 @@ def test_closing_stops_early_and_waits_for_what_is_being_stored() -> None:
         stored.append(item)
         return made
 
-    outcomes = overlapped(range(50), ahead=read, work=work, behind=behind)
+    outcomes = overlapped(steps_of(store=behind), range(50))
     first = next(outcomes)
     outcomes.close()
     assert first.item == 0
@@ -278,7 +284,7 @@ def test_a_step_that_hangs_does_not_hold_up_an_interruption(
 
     try:
         with pytest.raises(KeyboardInterrupt):
-            next(overlapped(range(3), ahead=hang, work=interrupted, behind=store))
+            next(overlapped(steps_of(read=hang, compute=interrupted), range(3)))
         assert threads() == ["read ahead"]
     finally:
         release.set()
@@ -295,9 +301,9 @@ def test_items_are_asked_for_as_they_are_needed(order: Any) -> None:
             asked.append(item)
             yield item
 
-    def compute(item: int, seen: int) -> int:
+    def meet(item: int, seen: int) -> int:
         assert len(asked) <= item + 2
         return seen
 
     call: Callable[..., Any] = order
-    assert len(list(call(items(), ahead=read, work=compute, behind=store))) == 5
+    assert len(list(call(steps_of(compute=meet), items()))) == 5

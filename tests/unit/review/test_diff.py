@@ -11,8 +11,7 @@ from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError
 from pipeline.log import Log
 from pipeline.review.why import Difference, diff, print_difference
-from stages import cache_teachers
-from tests.tiny import cache_config, fill_cache, work_of, write_teacher
+from tests.tiny import cache_config, fill_cache, run_cache, work_of, write_teacher
 from tests.unit.review.damage import rewrite, shard, unit_at
 
 CASE = "multi-ct/case_001"
@@ -73,7 +72,7 @@ def test_settings_that_differ_are_named_field_by_field(copies: tuple[Path, Path]
     registry = a.parent / "data_registry.yaml"
     shutil.rmtree(b)
     write_teacher(registry.parent / "teachers" / "spleen.pt", "spleen", seed=9)
-    cache_teachers.run(
+    run_cache(
         cache_config(window={"shape": (16, 16, 16), "overlap": 0.5}),
         load_registry(registry),
         b,

@@ -17,7 +17,7 @@ from pipeline.log import Log
 from pipeline.review.export import export_nifti
 from stages import cache_teachers
 from tests.stages.stage_contract import snapshot
-from tests.tiny import change_registry, work_of
+from tests.tiny import change_registry, run_cache, work_of
 from tests.unit.review.damage import rewrite, shard, unit_at
 
 CASE = "multi-ct/case_001"
@@ -117,7 +117,7 @@ def ramp(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
             }
         )
     )
-    report = cache_teachers.run(
+    report = run_cache(
         cache_teachers.CacheTeachersConfig(
             storage=StorageConfig(chunk=8, log_odds_bits=10, feature_bits=10)
         ),

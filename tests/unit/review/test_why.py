@@ -11,7 +11,7 @@ import pytest
 from pipeline.data.registry import load_registry
 from pipeline.errors import GeometryError, RegistryError
 from pipeline.review.why import Reason, print_reasons, why
-from tests.tiny import cache_config, change_registry, fill_cache, work_of, write_teacher
+from tests.tiny import cache_config, change_registry, fill_cache, run_cache, work_of, write_teacher
 from tests.unit.review.damage import flip, say, shard, unit_at
 
 CASE = "multi-ct/case_001"
@@ -118,9 +118,8 @@ def test_registry_entries_that_change_numbers(tiny_cached: Path) -> None:
 def test_the_nearest_of_several_is_named(tiny_cached: Path) -> None:
     """The index forgets an earlier run with the same registry; the receipts do not."""
     from pipeline.log import Log
-    from stages import cache_teachers
 
-    cache_teachers.run(
+    run_cache(
         cache_config(window={"shape": (16, 16, 16), "overlap": 0.5}, storage={"feature_bits": 6}),
         load_registry(tiny_cached),
         work_of(tiny_cached),

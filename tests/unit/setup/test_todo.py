@@ -8,7 +8,7 @@ from pipeline.cache.schema import StorageConfig
 from pipeline.data.registry import load_registry
 from pipeline.data.sizes import case_sizes
 from pipeline.setup.plan import CASES, Todo, find_todo
-from pipeline.teachers.units import open_teacher
+from pipeline.teachers.load import open_teacher
 from tests.tiny import cache_config, change_registry, work_of, write_teacher
 
 ALL = ("train", "validation", "test")
