@@ -57,8 +57,8 @@ class Recomputed:
         """Plain values."""
         return {
             "unit": self.unit,
-            "log_odds": dict(self.log_odds),
-            "features": dict(self.features),
+            "log_odds": self.log_odds,
+            "features": self.features,
             "seen_differs": self.seen,
             "error": None if self.error is None else str(self.error),
         }

@@ -13,7 +13,7 @@ import pytest
 from rich.text import Text
 
 from pipeline.folder import read_text, sizes
-from pipeline.log import Log, print_table
+from pipeline.log import Log, counted, print_table, size
 from stages.compare.plan import StepClock
 from website.screens import ROOT
 from website.terminal import run
@@ -266,3 +266,22 @@ def test_events_in_an_object_store_are_an_object_of_this_process(
     assert all([line["event"] for line in lines] == ["first", "second"] for lines in told)
     assert sorted(lines[0]["number"] for lines in told) == [0, 1]
     assert all(lines[1]["value"] is None for lines in told)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "said"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (2_550_000, "2.55 MB"),
+        (120e9, "120 GB"),
+        (4e12, "4 TB"),
+    ],
+)
+def test_sizes(num_bytes: float, said: str) -> None:
+    assert size(num_bytes) == said
+
+
+def test_counts() -> None:
+    assert [counted(n, "unit") for n in (0, 1, 2)] == ["0 units", "1 unit", "2 units"]

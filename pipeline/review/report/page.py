@@ -29,7 +29,7 @@ from pipeline.folder import (
     replace_file,
     writing,
 )
-from pipeline.log import Log, duration
+from pipeline.log import Log, counted, duration, size
 from pipeline.review.report.pictures import (
     LADDER,
     CaseLayers,
@@ -61,7 +61,6 @@ from pipeline.review.report.trace import (
     read_run,
     trace,
 )
-from pipeline.review.units import counted, megabytes
 
 _ORDINALS = ("", "second", "third", "fourth", "fifth", "sixth")
 
@@ -266,7 +265,7 @@ def render(content: Content) -> str:
         "score": _score,
         "ml": in_ml,
         "percent": _percent,
-        "bytes": megabytes,
+        "bytes": size,
         "duration": _duration,
         "counted": counted,
         "mm": _mm,
