@@ -61,12 +61,11 @@ def list_(
     """Datasets, teachers, cases, bytes; what the registry reaches; which students used what."""
     from pipeline.review.status import list_cache, print_listing
 
-    known = _registry_if_there(registry)
-    found = list_cache(_existing(work), known)
+    found = list_cache(_existing(work), _registry_if_there(registry))
     if as_json:
         _print_json(found.to_json())
     else:
-        print_listing(found, registry=known)
+        print_listing(found)
 
 
 @cache_app.command()

@@ -20,6 +20,7 @@ from pipeline.review.units import (
     plain,
     registry_reach,
     seconds_since,
+    student_runs,
     unit_state,
     used_by,
 )
@@ -83,8 +84,6 @@ def find_garbage(work: Folder, registries: Sequence[Registry], *, grace_hours: f
     """Looks for what none of the registries reaches; removes nothing.
 
     Args:
-        work: the work folder.
-        registries: whose units stay.
         grace_hours: unreached case units that are younger stay. Stage one writes all case units
             before it indexes them; teachers' units are indexed before they are written.
 
@@ -96,6 +95,7 @@ def find_garbage(work: Folder, registries: Sequence[Registry], *, grace_hours: f
     there = Inventory(work)
     unreached = [place for place in there.places if place.path not in kept]
     young = dict.fromkeys(p for p in unreached if _is_young(p, grace_hours))
+    runs = student_runs(work)
     old = [place for place in unreached if place not in young]
     kept_files = (*(file.path for file in there.index), *there.unreadable, *evidence_files(work))
     orphans = [path for path in kept_files if path not in entries]
@@ -107,7 +107,7 @@ def find_garbage(work: Folder, registries: Sequence[Registry], *, grace_hours: f
         tuple(dead),
         {path: unit_bytes(path) for path in paths},
         tuple(young),
-        {place.path: used_by(place, there.students) for place in old},
+        {place.path: used_by(place, runs) for place in old},
     )
 
 

@@ -31,7 +31,6 @@ class Recomputed:
     """One unit against the same unit made again.
 
     Attributes:
-        unit: its name.
         log_odds: organ -> largest difference in log-odds.
         features: tap -> largest difference, as a fraction of the largest magnitude in it.
         seen: number of values that one of the two has and the other has not.
@@ -78,13 +77,9 @@ def recompute(
     made with, and compares after the same rounding. Nothing is written.
 
     Args:
-        work: the work folder.
         registry: read with its files: images and weights must be here.
         sample: how many teacher units, drawn from those that the registry leads to.
-        seed: of the draw.
         device: auto, cpu, cuda, cuda:1; only on the device that made a unit are all bits the same.
-        window_batch: windows per forward pass.
-        log: where progress goes.
 
     Raises:
         CacheStale: a teacher that is no longer what made its units.

@@ -184,14 +184,10 @@ class Entry:
     """One dataset's case units, or the units of one teacher with one digest.
 
     Attributes:
-        name: the dataset or teacher.
         digest: of the teacher, 16 digits; empty for a dataset.
-        organs: that the teacher is expert in, as far as index or units say.
-        taps: whose features it cached.
-        cases: number of different cases.
-        units: number of units; more than cases where a case was cached in several ways.
+        organs, taps: of the teacher, as far as index or units say.
+        units: more than cases where a case was cached in several ways.
         damaged: units that fail the cheap check.
-        num_bytes: of all units.
         reached: units that the given registry leads to; None if there is none.
         keys: index entries that lead to a unit of it, as 16 digits.
         students: runs that were trained on one of them.
@@ -236,25 +232,21 @@ class Listing:
 
 
 def list_cache(work: Folder, registry: Registry | None = None) -> Listing:
-    """Reads every receipt of a work folder, and no array.
-
-    Args:
-        work: the work folder.
-        registry: whose units to count as reached; read without its files.
-    """
+    """Reads every receipt of a work folder, and no array; counts what the registry reaches."""
     there = Inventory(work)
+    runs = student_runs(work)
     mine = None if registry is None else set(registry_reach(work, registry).units)
     datasets: list[Entry] = []
     teachers: list[Entry] = []
     for places in by_folder(there.places).values():
         entries = datasets if places[0].teacher is None else teachers
-        entries.append(_entry(there, places, mine))
-    return Listing(work, datasets, teachers, there.students)
+        entries.append(_entry(there, places, mine, runs))
+    return Listing(work, datasets, teachers, runs)
 
 
-def print_listing(found: Listing, *, registry: Registry | None) -> None:
+def print_listing(found: Listing) -> None:
     """Tables, for people."""
-    by = [] if registry is None else ["reached"]
+    by = ["reached"] if any(e.reached is not None for e in found.datasets) else []
     columns = ["units", "bytes", *by, "entries", "students", "age"]
     if not found.datasets and not found.teachers:
         print_table(f"{found.work} holds no units", ["dataset", *columns], [])
@@ -267,7 +259,9 @@ def print_listing(found: Listing, *, registry: Registry | None) -> None:
         print_table("Students", ["run", "state", "teachers"], runs)
 
 
-def _entry(there: Inventory, places: Sequence[Place], mine: set[Folder] | None) -> Entry:
+def _entry(
+    there: Inventory, places: Sequence[Place], mine: set[Folder] | None, runs: Sequence[StudentRun]
+) -> Entry:
     """Of the units in one folder."""
     first = places[0]
     receipts = {place: there.receipts.get(place) for place in places}
@@ -289,7 +283,7 @@ def _entry(there: Inventory, places: Sequence[Place], mine: set[Folder] | None) 
         ),
         reached=None if mine is None else sum(place.path in mine for place in places),
         keys=tuple(sorted({key for unit in reached for key in unit.keys})),
-        students=tuple(sorted({run for place in places for run in used_by(place, there.students)})),
+        students=tuple(sorted({run for place in places for run in used_by(place, runs)})),
         age_days=round(min(ages) / 86400, 3) if ages else None,
     )
 

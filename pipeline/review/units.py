@@ -16,7 +16,6 @@ from typing import Any, Literal, get_args
 from pipeline.cache.index import (
     IndexedCase,
     IndexedTeacher,
-    IndexFile,
     case_path,
     case_records,
     dataset_file,
@@ -45,13 +44,7 @@ STATES: tuple[State, ...] = get_args(State)
 
 @dataclass(frozen=True)
 class UnitState:
-    """What a unit's receipt says.
-
-    Attributes:
-        state: done: it holds what it must, as far as its receipt tells.
-        receipt: None unless it is done.
-        problem: in words; empty if it is done.
-    """
+    """What a unit's receipt says: there is one if it is done, else a problem in words."""
 
     state: State
     receipt: Receipt | None = None
@@ -59,12 +52,7 @@ class UnitState:
 
 
 def unit_state(path: Folder, expect: str | None = None) -> UnitState:
-    """Reads the receipt, and sees whether what it names is there.
-
-    Args:
-        path: of the unit.
-        expect: the digest that it must have; None takes any.
-    """
+    """Reads the receipt and sees whether what it names is there; `expect` is its digest."""
     try:
         return UnitState("done", read_receipt(path, expect=expect))
     except CacheMissing:
@@ -79,55 +67,32 @@ def unit_state(path: Folder, expect: str | None = None) -> UnitState:
 
 
 class Inventory:
-    """The units that lie in a work folder and those that its index leads to. Each is looked at
-    once, when it is first asked for; who removes something takes a new one.
+    """The units that lie in a work folder, and its index. Receipts are read when they are first
+    asked for, and once; who removes something takes a new one.
 
-    Args:
-        work: the work folder.
-        dataset: only units of this one.
-        case: only units of this one.
+    Attributes:
+        places: of the units of a dataset or a case if one is given, else of all.
+        index: all that stage one has written into the index.
+        unreadable: index entries that cannot be read -> why.
     """
 
     def __init__(self, work: Folder, *, dataset: str = "*", case: str = "*") -> None:
         self.work = work
-        self.places: Sequence[Place] = find_units(work, dataset=dataset, case=case)
-
-    @cached_property
-    def states(self) -> Mapping[Place, UnitState]:
-        """Of all units, whatever the index says that they must be."""
-        return {place: unit_state(place.path) for place in self.places}
+        self.index, self.unreadable = read_index(work)
+        self.places = find_units(work, dataset=dataset, case=case)
 
     @cached_property
     def receipts(self) -> Mapping[Place, Receipt]:
-        """Of the units that have a valid one."""
-        return {p: found.receipt for p, found in self.states.items() if found.receipt is not None}
-
-    @cached_property
-    def _index(self) -> tuple[list[IndexFile], dict[Folder, str]]:
-        return read_index(self.work)
-
-    @property
-    def index(self) -> Sequence[IndexFile]:
-        """All that stage one has written into the index."""
-        return self._index[0]
-
-    @property
-    def unreadable(self) -> Mapping[Folder, str]:
-        """Index entries that cannot be read -> why."""
-        return self._index[1]
+        """Of the units that have a valid one, whatever the index says that they must be."""
+        states = {place: unit_state(place.path) for place in self.places}
+        return {p: found.receipt for p, found in states.items() if found.receipt is not None}
 
     @cached_property
     def reached(self) -> Mapping[Folder, Reached]:
         """Path -> unit that any pair of index entries leads to; many of them need not exist."""
         cases = [(file.key, case) for file in self.index for case in file.cases or ()]
-        return _units(
-            self.work, cases, [(file.key, file.teacher) for file in self.index if file.teacher]
-        )
-
-    @cached_property
-    def students(self) -> Sequence[StudentRun]:
-        """The runs of the work folder, by name."""
-        return student_runs(self.work)
+        teachers = [(file.key, file.teacher) for file in self.index if file.teacher is not None]
+        return _units(self.work, cases, teachers)
 
     def teacher_inputs(self, receipt: Receipt) -> Inputs:
         """What the digest of a unit's teacher is of; empty if neither unit nor index tells."""
@@ -159,7 +124,7 @@ class Reach:
     """What a registry leads to through its index entries.
 
     Attributes:
-        units: path -> unit; whether it is there is for its receipt to say.
+        units: by path; whether one is there is for its receipt to say.
         index_files: the entries, and where the evidence of its teachers is if there is any.
         absent: datasets and teachers of the registry without a readable entry -> why.
     """
@@ -225,14 +190,8 @@ def by_folder(places: Iterable[Place]) -> dict[str, list[Place]]:
 
 @dataclass(frozen=True)
 class StudentRun:
-    """A run in `students/`.
-
-    Attributes:
-        run: its name.
-        finished: whether all its steps were made.
-        teachers: teacher -> digest.
-        cases: `dataset/case` -> digest, of training and validation.
-    """
+    """A run in `students/`, and the digests of the teachers and of the cases (`dataset/case`, of
+    training and validation) that it was trained with."""
 
     run: str
     finished: bool
@@ -331,13 +290,8 @@ def accepted_in_words(notes: Mapping[str, Any]) -> str:
 
 
 def print_changes(title: str, arrow: str, changes: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """A table of `field: old -> new` lines, each once, with all that it holds for.
-
-    Args:
-        title: of the table.
-        arrow: what stands on its two sides, as `there -> now`.
-        changes: name of what changed, and its lines.
-    """
+    """A table of `field: old -> new` lines, each once, with the names of all that it holds for.
+    `arrow` says what stands on the two sides: `there -> now`."""
     names: dict[str, list[str]] = {}
     for name, lines in changes:
         for line in lines:

@@ -34,7 +34,6 @@ class Finding:
 
     Attributes:
         unit: its name, or that of an index entry.
-        path: where.
         state: missing: the registry calls for it and it is not there; damaged: it cannot be used.
         what: in words, one per problem.
     """
@@ -51,8 +50,7 @@ class Verification:
 
     Attributes:
         deep: whether every byte was read.
-        checked: units that were there.
-        num_bytes: that they take on disk.
+        checked: units that were there; `num_bytes` is what they take on disk.
         findings: what is wrong, in the order of the work folder.
         unreached: units that no index entry leads to and that were not looked at.
     """
@@ -90,11 +88,9 @@ def verify(
     """Checks the units of a work folder.
 
     Args:
-        work: the work folder.
         registry: what it calls for must be there; None leaves that open.
         deep: read every byte: checksums, values, shapes. Else receipts, presence and sizes.
         everything: also units that no index entry leads to.
-        log: where progress goes.
     """
     there = Inventory(work)
     places = [place for place in there.places if everything or place.path in there.reached]
@@ -175,12 +171,8 @@ def _missing(there: Inventory, registry: Registry) -> Sequence[Finding]:
 
 
 def cheap_problems(place: Place, expect: str | None = None) -> list[str]:
-    """Receipt, presence, sizes, digest, and whether it lies where it belongs.
-
-    Args:
-        place: of the unit.
-        expect: the digest that it must have; None takes what its path says.
-    """
+    """Receipt, presence, sizes, digest, and whether it lies where its inputs say. `expect` is the
+    digest that it must have; None takes what its path says."""
     found = unit_state(place.path, expect)
     if found.receipt is None:
         return [found.problem.rstrip(".")]

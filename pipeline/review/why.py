@@ -32,10 +32,8 @@ class Reason:
     """What the next run of stage one would do about one unit.
 
     Attributes:
-        unit: its name.
         verdict: reused; made: there is none; made again: it is damaged; left out: by its split;
             unknown: its digest cannot be computed here.
-        because: in words.
         nearest: the unit of this case and teacher that differs least; None if there is no other.
         differences: `field: its value -> value now`, against the nearest.
     """
@@ -57,14 +55,7 @@ def why(
     splits: Sequence[str] = ("train", "validation", "test"),
 ) -> list[Reason]:
     """Explains the case unit and every teacher's unit of one case; hashes its files and weights.
-
-    Args:
-        work: the work folder.
-        registry: what exists.
-        case: `dataset/case`.
-        window: as stage one would be run.
-        storage: likewise.
-        splits: likewise.
+    Window, storage and splits are those that stage one would be run with.
 
     Raises:
         RegistryError: no such case.
@@ -173,8 +164,7 @@ class Change:
 
     Attributes:
         name: `dataset/case`, or the teacher.
-        a: its digest in A, 16 digits.
-        b: the digest in B that differs least from it.
+        a, b: its digest in A, 16 digits, and the one in B that differs least from it.
         differences: `field: in A -> in B`.
     """
 
@@ -186,14 +176,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Side:
-    """How two folders differ in one kind of thing.
-
-    Attributes:
-        only_a: in A alone.
-        only_b: in B alone.
-        changed: in both, from other inputs.
-        same: in both, from the same inputs.
-    """
+    """How two folders differ in one kind of thing: what is in one of them alone, and what is in
+    both, made from other inputs or from the same."""
 
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
@@ -206,10 +190,6 @@ class Difference:
     """Two work folders side by side.
 
     Attributes:
-        a: the first.
-        b: the second.
-        cases: case units, as `dataset/case`.
-        teachers: by name.
         units: teacher units of teachers that are the same in both.
         other_bytes: units of one digest whose arrays hold other bytes: made on another device.
         num_bytes: of all units: in A, in B, and of those that both have.

@@ -107,13 +107,12 @@ def test_which_students_used_what(tiny_cached: Path) -> None:
 
 def test_the_tables(tiny_cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
     student(tiny_cached, "run-1", teachers={}, cases={})
-    registry = load_registry(tiny_cached)
-    print_listing(listing(tiny_cached), registry=registry)
+    print_listing(listing(tiny_cached))
     shown = capsys.readouterr().out
     (row,) = (line for line in shown.splitlines() if "liver + 1 tap" in line)
     assert "9 of 9" in row
     assert "run-1" in shown
-    print_listing(list_cache(work_of(tiny_cached) / "nothing"), registry=None)
+    print_listing(list_cache(work_of(tiny_cached) / "nothing"))
     assert "holds no units" in capsys.readouterr().out
 
 
