@@ -253,11 +253,6 @@ def size(num_bytes: float) -> str:
     return f"{value:.0f} {unit}" if value >= 99.5 or unit == "B" else f"{value:.3g} {unit}"
 
 
-def counted(number: int, what: str) -> str:
-    """`1 unit`, `2 units`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_text: int = 1
 ) -> None:

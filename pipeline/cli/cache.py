@@ -31,9 +31,9 @@ from pipeline.cli.options import (
     teacher_names,
 )
 from pipeline.cli.record import recorded
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, counted
 from pipeline.folder import Folder, check_answers, parse_folder
-from pipeline.log import counted, size
+from pipeline.log import size
 
 if TYPE_CHECKING:
     from pipeline.data.registry import Registry

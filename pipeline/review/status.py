@@ -25,9 +25,9 @@ from pipeline.cache.receipt import Receipt
 from pipeline.config import file_sha256, short
 from pipeline.data.entries import CaseFiles
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheStale
+from pipeline.errors import CacheStale, counted
 from pipeline.folder import Folder, matching
-from pipeline.log import counted, print_table, size
+from pipeline.log import print_table, size
 from pipeline.review.units import (
     STATES,
     Inventory,

@@ -32,9 +32,9 @@ from pipeline.cache.schema import Inputs
 from pipeline.config import short
 from pipeline.consensus.evidence import evidence_file
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError, CacheMissing, CacheStale
+from pipeline.errors import CacheError, CacheMissing, CacheStale, counted
 from pipeline.folder import Folder, matching, read_text
-from pipeline.log import counted, print_table
+from pipeline.log import print_table
 
 # In which state a unit is, by its receipt.
 

@@ -20,9 +20,9 @@ from pipeline.consensus.evidence import unreadable_evidence
 from pipeline.data.labels import IGNORE
 from pipeline.data.registry import Registry
 from pipeline.data.volume import Grid
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, counted
 from pipeline.folder import Folder, remove
-from pipeline.log import Log, counted, print_table, size
+from pipeline.log import Log, print_table, size
 from pipeline.review.units import Inventory, Reached, State, registry_reach, unit_state
 
 _MOST_ROWS = 60

@@ -13,7 +13,7 @@ import pytest
 from rich.text import Text
 
 from pipeline.folder import read_text, sizes
-from pipeline.log import Log, counted, print_table, size
+from pipeline.log import Log, print_table, size
 from stages.compare.plan import StepClock
 from website.screens import ROOT
 from website.terminal import run
@@ -281,7 +281,3 @@ def test_events_in_an_object_store_are_an_object_of_this_process(
 )
 def test_sizes(num_bytes: float, said: str) -> None:
     assert size(num_bytes) == said
-
-
-def test_counts() -> None:
-    assert [counted(n, "unit") for n in (0, 1, 2)] == ["0 units", "1 unit", "2 units"]

@@ -17,7 +17,7 @@ import yaml
 
 from pipeline.consensus.cohort import in_ml
 from pipeline.data.registry import Registry
-from pipeline.errors import CheckpointError, ConfigError, PipelineError
+from pipeline.errors import CheckpointError, ConfigError, PipelineError, counted
 from pipeline.figures import Points, draw_dice, draw_rate, draw_terms, draw_wait, svg_chart
 from pipeline.folder import (
     Folder,
@@ -28,7 +28,7 @@ from pipeline.folder import (
     replace_file,
     writing,
 )
-from pipeline.log import Log, counted, duration, size
+from pipeline.log import Log, duration, size
 from pipeline.review.report.pictures import (
     LADDER,
     CaseLayers,
