@@ -28,7 +28,7 @@ from pipeline.data.registry import Registry
 from pipeline.data.sizes import CaseSize, case_sizes, two_cases
 from pipeline.errors import CacheError, ConfigError, RegistryError, SpaceError
 from pipeline.folder import Folder, is_local, read_text, remove, replace_file, sizes, temporary_name
-from pipeline.log import Advance, Log, print_table
+from pipeline.log import Advance, Log, print_table, size
 from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.units import LoadedTeacher, cache_unit, open_teacher
 
@@ -78,16 +78,16 @@ def find_todo(
     there = _receipts(work)
     missing: dict[str, list[CaseSize]] = {CASES: [], **{name: [] for name in teachers}}
     cached: list[Receipt] = []
-    for size in sizes:
-        case, dataset = size.source.case, size.source.dataset
-        unit = _case_unit(registry, size, there.get((CASES, dataset, case), ()), storage)
+    for known in sizes:
+        case, dataset = known.source.case, known.source.dataset
+        unit = _case_unit(registry, known, there.get((CASES, dataset, case), ()), storage)
         found = {CASES: unit}
         for name, teacher in teachers.items():
             receipts = there.get((name, dataset, case), ())
             found[name] = _teacher_unit(teacher, receipts, unit)
         for what, receipt in found.items():
             if receipt is None:
-                missing[what].append(size)
+                missing[what].append(known)
             else:
                 cached.append(receipt)
     return Todo(missing, len(cached), sum(receipt.num_bytes for receipt in cached))
@@ -364,8 +364,8 @@ def _probe_case(
 def _sample(what: str, unit: Folder, case: CaseSize, seconds: float) -> Sample:
     num_bytes = dict.fromkeys((IMAGES, LOG_ODDS, FEATURES, METADATA), 0)
     found = sizes(unit)
-    for name, size in found.items():
-        num_bytes[_kind(name.split("/"))] += size
+    for name, taken in found.items():
+        num_bytes[_kind(name.split("/"))] += taken
     above = {parent for name in found for parent in PurePosixPath(name).parents}
     return Sample(
         what=what,
@@ -486,16 +486,6 @@ def shortfall(parts: Iterable[Estimate], space: Space) -> str:
             f"work folder holds this passes the quota of {size(space.quota_bytes)}."
         )
     return ""
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    value, unit = float(num_bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
-        if abs(value) < 999.5 or unit == "PB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if value >= 99.5 or unit == "B" else f"{value:.3g} {unit}"
 
 
 def parse_size(text: str) -> int:
