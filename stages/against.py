@@ -21,7 +21,7 @@ from pipeline.cache.cases import json_beside
 from pipeline.cache.store import json_text
 from pipeline.config import file_sha256
 from pipeline.data.registry import Registry
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, listed
 from pipeline.folder import contains, json_with, refuse_foreign, replace_files, writing
 from pipeline.log import Log, print_table
 from pipeline.review.metrics import RULES, known
@@ -221,8 +221,7 @@ def _usable(
     assert summary is not None
     if summary["failed"]:
         names = list(summary["failed"])
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        notices.append(f"{folder} could not be scored in {', '.join(names[:_NAMED])}{more}.")
+        notices.append(f"{folder} could not be scored in {listed(names, _NAMED)}.")
     return summary
 
 
@@ -277,10 +276,8 @@ def _left_out(
     for name, summary in zip(names, summaries, strict=True):
         extra = [r["case"] for r in summary["metric_per_case"] if r["case"] not in set(cases)]
         if extra:
-            more = f" and {len(extra) - _NAMED} more" if len(extra) > _NAMED else ""
             found.append(
-                f"left out, since not scored in all folders, of {name}: "
-                f"{', '.join(extra[:_NAMED])}{more}."
+                f"left out, since not scored in all folders, of {name}: {listed(extra, _NAMED)}."
             )
     return found
 

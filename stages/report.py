@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import PipelineError, kind_of
+from pipeline.errors import PipelineError, kind_of, listed
 
 _APART = 3  # failures alike that are named one by one
 
@@ -60,7 +60,7 @@ class StageReport:
         found = []
         for units in alike.values():
             if len(units) > _APART:
-                names = f"{', '.join(units[:_APART])} and {len(units) - _APART} more alike"
+                names = f"{listed(units, _APART)} alike"
                 found.append((names, self.failed[units[0]]))
             else:
                 found += [(unit, self.failed[unit]) for unit in units]

@@ -32,7 +32,7 @@ from tornado.ioloop import PeriodicCallback
 
 from pipeline.engine.here import Item, Tell, Token, Work, sendable
 from pipeline.engine.parts import SlurmSettings
-from pipeline.errors import ConfigError, EngineError, WorkerDied
+from pipeline.errors import ConfigError, EngineError, WorkerDied, listed
 from pipeline.log import SECONDS_BETWEEN_LINES, Log
 
 # How often a case is tried whose workers die, and whose workers leave.
@@ -286,9 +286,8 @@ class _Window(Generic[Item, Token]):
         if not num_workers:
             self._log.info("waiting for workers: none is there")
             return
-        shown = ", ".join(f"{case} ({seconds:.0f} s)" for case, seconds in busy[:_NAMED])
-        more = f" and {len(busy) - _NAMED} more" if len(busy) > _NAMED else ""
-        self._log.info(f"at work on {num_workers} workers: {shown or 'nothing'}{more}")
+        shown = listed([f"{case} ({seconds:.0f} s)" for case, seconds in busy], _NAMED)
+        self._log.info(f"at work on {num_workers} workers: {shown or 'nothing'}")
 
 
 def _do(work: Work[Item, Token], item: Item) -> tuple[Exception | None, list[Token]]:

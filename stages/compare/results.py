@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.store import json_text
+from pipeline.errors import counted, listed
 from pipeline.figures import open_figure
 from pipeline.folder import Folder, json_with, refuse_foreign, replace_files, writing
 from pipeline.log import print_table
@@ -180,8 +181,7 @@ class Results:
             rows = [row for run in self.of(config) for row in run.rows]
             seen = {f"{r['case']} ({r['organ']})" for r in rows if r["n_pred"] and not r["n_ref"]}
             if seen:
-                more = f" and {len(seen) - _NAMED} more" if len(seen) > _NAMED else ""
-                found.append(f"{config}, {', '.join(sorted(seen)[:_NAMED])}{more}")
+                found.append(f"{config}, {listed(sorted(seen), _NAMED)}")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -464,7 +464,7 @@ def draw_comparison(results: Results, path: Path) -> None:
         seeds = len(results.plan.settings.seeds)
         figure.suptitle(
             f"{results.plan.settings.name}: {len(results.plan.cases)} {results.split} cases, "
-            f"{seeds} seed{'s' if seeds > 1 else ''}",
+            f"{counted(seeds, 'seed')}",
             fontsize=11,
         )
         handles, labels = axes[0, 0].get_legend_handles_labels()
