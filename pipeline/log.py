@@ -253,6 +253,11 @@ def size(num_bytes: float) -> str:
     return f"{value:.0f} {unit}" if value >= 99.5 or unit == "B" else f"{value:.3g} {unit}"
 
 
+def number(value: float | None, form: str = ".3f") -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else format(value, form)
+
+
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_text: int = 1
 ) -> None:

@@ -28,7 +28,7 @@ from pipeline.data.registry import Registry
 from pipeline.data.volume import Grid
 from pipeline.errors import ConfigError, GeometryError, PipelineError, WorkFolderError, listed
 from pipeline.folder import contains, json_with, refuse_foreign, replace_files, writing
-from pipeline.log import Log, print_table
+from pipeline.log import Log, number, print_table
 from pipeline.review.metrics import (
     ABSENT,
     CSV_HEADER,
@@ -301,6 +301,4 @@ def _in_short(scores: tuple[OrganScore, ...]) -> str:
 
 
 def _number(value: float | None, metric: str) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.1f}" if metric == "HD95_mm" else f"{value:.3f}"
+    return number(value, ".1f" if metric == "HD95_mm" else ".3f")

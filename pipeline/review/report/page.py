@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 import yaml
 
+from pipeline.config import versions
 from pipeline.consensus.cohort import in_ml
 from pipeline.data.registry import Registry
 from pipeline.errors import CheckpointError, ConfigError, PipelineError, counted
@@ -28,7 +28,7 @@ from pipeline.folder import (
     replace_file,
     writing,
 )
-from pipeline.log import Log, duration, size
+from pipeline.log import Log, duration, number, size
 from pipeline.review.report.pictures import (
     LADDER,
     CaseLayers,
@@ -165,7 +165,7 @@ def gather(
         shown=shown,
         limits=limits,
         stored=stored(record, lineage),
-        versions=versions_here(),
+        versions={name: versions()[name] or "not installed" for name in _PACKAGES},
         made_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
 
@@ -234,9 +234,8 @@ def chosen_cases(scores: Scores | None, num_worst: int) -> Sequence[tuple[str, s
     ranked = [] if scores is None else list(scores.cases)
     if not ranked:
         return []
-    chosen = {}
-    for number, name in enumerate(ranked[:num_worst]):
-        chosen[name] = f"{_ORDINALS[number]} worst case".strip()
+    worst = zip(ranked[:num_worst], _ORDINALS, strict=False)
+    chosen = {name: f"{ordinal} worst case".strip() for name, ordinal in worst}
     chosen.setdefault(ranked[(len(ranked) - 1) // 2], "median case")
     return list(chosen.items())
 
@@ -263,13 +262,13 @@ def render(content: Content) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "score": _score,
+        "score": number,
         "ml": in_ml,
-        "percent": _percent,
+        "percent": partial(number, form=".1%"),
         "bytes": size,
         "duration": _duration,
         "counted": counted,
-        "mm": _mm,
+        "mm": partial(number, form=".1f"),
         "count": _count,
     }
     return environment.get_template("report.html").render(
@@ -282,22 +281,10 @@ def render(content: Content) -> str:
     )
 
 
-def _score(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
-
-
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "–"
     return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
-
-
-def _mm(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
 
 
 def _count(value: Any) -> str:
@@ -306,7 +293,7 @@ def _count(value: Any) -> str:
 
 # Everything that the page tells, in the order of its sections; the template only lays it out.
 
-_PACKAGES = ("organ-distill", "torch", "monai", "numpy", "zarr", "dask")
+_PACKAGES = ("python", "organ-distill", "torch", "monai", "numpy", "zarr", "dask")
 
 
 @dataclass(frozen=True)
@@ -521,17 +508,6 @@ def _of_units(what: str, units: Sequence[Any]) -> Stored:
     receipts = [unit.receipt for unit in units if unit is not None]
     seconds = sum(receipt.seconds for receipt in receipts) if receipts else None
     return Stored(what, len(receipts), sum(r.num_bytes for r in receipts), seconds)
-
-
-def versions_here() -> dict[str, str]:
-    """Of the packages on this machine, now."""
-    found = {"Python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def lineage_json(record: RunRecord, lineage: Lineage) -> dict[str, Any]:
