@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import torch
 import yaml
 
@@ -38,9 +37,9 @@ from pipeline.review.report.pictures import (
     organ_colours,
 )
 from pipeline.review.report.scores import (
-    METRICS,
     Chart,
     OrganRow,
+    OrganSummary,
     Scores,
     Student,
     kept_scores,
@@ -48,6 +47,7 @@ from pipeline.review.report.scores import (
     scores_made_now,
     scores_of_predictions,
     strip_charts,
+    summarised,
 )
 from pipeline.review.report.trace import (
     TRAINING,
@@ -310,27 +310,6 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """One metric of one organ over cases."""
-
-    mean: float
-    median: float
-    quartiles: tuple[float, float]
-    worst: float
-    worst_case: str
-
-
-@dataclass(frozen=True)
-class OrganSummary:
-    """One organ: metric -> spread, absent where nobody measured it; cases with and without."""
-
-    organ: str
-    spreads: Mapping[str, Spread]
-    num_cases: int
-    without: int
-
-
-@dataclass(frozen=True)
 class Stored:
     """What something takes on disk, and what it took to make; None where nobody measured it."""
 
@@ -457,28 +436,6 @@ def _last(points: Points, unit: str) -> str:
 def _height(curves: Mapping[str, Points]) -> float:
     """So that the legend fits."""
     return max(230.0, 60.0 + 15.0 * len(curves))
-
-
-def summarised(organs: Sequence[str], scores: Scores) -> list[OrganSummary]:
-    """Per organ of the run, in its order; organs without any row are told with no case."""
-    found = []
-    cases = {row.case for row in scores.rows}
-    for organ in organs:
-        rows = [row for row in scores.rows if row.organ == organ]
-        spreads = {m: s for m in METRICS if (s := _spread(rows, m)) is not None}
-        num = sum(row.dice is not None for row in rows)
-        found.append(OrganSummary(organ, spreads, num, len(cases) - num))
-    return found
-
-
-def _spread(rows: Sequence[OrganRow], metric: str) -> Spread | None:
-    known = [(v, row.case) for row in rows if (v := row.value(metric)) is not None]
-    if not known:
-        return None
-    low, median, high = (float(q) for q in np.quantile([v for v, _ in known], (0.25, 0.5, 0.75)))
-    worst, case = max(known) if metric == "HD95_mm" else min(known)
-    mean = sum(v for v, _ in known) / len(known)
-    return Spread(mean, median, (low, high), worst, case)
 
 
 def stored(record: RunRecord, lineage: Lineage) -> list[Stored]:

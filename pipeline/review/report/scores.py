@@ -200,7 +200,50 @@ def _judged(rows: Sequence[OrganRow]) -> list[OrganRow]:
     return [row for row in rows if row.reason != NOT_ANNOTATED]
 
 
-# Every case's value of a metric, organ by organ.
+# Metrics per organ over all cases: in numbers, and every case's value in a chart.
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One metric of one organ over cases."""
+
+    mean: float
+    median: float
+    quartiles: tuple[float, float]
+    worst: float
+    worst_case: str
+
+
+@dataclass(frozen=True)
+class OrganSummary:
+    """One organ: metric -> spread, absent where nobody measured it; cases with and without."""
+
+    organ: str
+    spreads: Mapping[str, Spread]
+    num_cases: int
+    without: int
+
+
+def summarised(organs: Sequence[str], scores: Scores) -> list[OrganSummary]:
+    """Per organ of the run, in its order; organs without any row are told with no case."""
+    found = []
+    cases = {row.case for row in scores.rows}
+    for organ in organs:
+        rows = [row for row in scores.rows if row.organ == organ]
+        spreads = {m: s for m in METRICS if (s := _spread(rows, m)) is not None}
+        num = sum(row.dice is not None for row in rows)
+        found.append(OrganSummary(organ, spreads, num, len(cases) - num))
+    return found
+
+
+def _spread(rows: Sequence[OrganRow], metric: str) -> Spread | None:
+    known = [(v, row.case) for row in rows if (v := row.value(metric)) is not None]
+    if not known:
+        return None
+    low, median, high = (float(q) for q in np.quantile([v for v, _ in known], (0.25, 0.5, 0.75)))
+    worst, case = max(known) if metric == "HD95_mm" else min(known)
+    mean = sum(v for v, _ in known) / len(known)
+    return Spread(mean, median, (low, high), worst, case)
 
 
 @dataclass(frozen=True)
