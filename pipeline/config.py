@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.errors import ConfigError, PipelineError, kind_of
+from pipeline.errors import ConfigError, PipelineError, counted, kind_of, listed
 from pipeline.folder import Folder, is_local, read_bytes
 
 Location = tuple[str | int, ...]
@@ -221,8 +221,7 @@ def _in_quotes(kind: str, those: Sequence[tuple[Location, str]]) -> Problem:
     if len(those) == 1:
         what, kind = f"must be a text, not {spellings[0]}.", kind.removesuffix("s")
         return Problem(place, what, f"YAML reads it as a {kind}: {quoted}")
-    more = f" and {len(those) - _SHOWN} more" if len(those) > _SHOWN else ""
-    what = f"must be texts, not {', '.join(spellings)}{more}."
+    what = f"must be texts, not {listed([spelt for _, spelt in those], _SHOWN)}."
     return Problem(place[:-1], what, f"YAML reads them as {kind}: {quoted}")
 
 
@@ -338,7 +337,7 @@ def _problem(item: dict[str, Any], model: type[BaseModel]) -> Problem:
         least, most = (item["ctx"].get(f"{which}_length") for which in ("min", "max"))
         number = least if most is None else most
         which = "least" if most is None else "most"
-        text = f"must have at {which} {number} item{'' if number == 1 else 's'}"
+        text = f"must have at {which} {counted(number, 'item')}"
     for said in ("Input should be ", "String should ", "Value should be "):
         text = text.replace(said, "must be " if said.endswith("be ") else "must ")
     return Problem(location, f"{_lowered(text)}, not {_as_written(item.get('input'))}.")

@@ -6,7 +6,7 @@ A message says what happened, where (case, teacher, path, YAML line) and what to
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -43,6 +43,17 @@ class PipelineError(Exception):
     def __str__(self) -> str:
         text = self.what if self.where is None else f"{self.where}: {self.what}"
         return f"{text} {self.fix}".strip()
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 unit`, `2 units`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def kind_of(text: str, name: str = "") -> str:

@@ -5,10 +5,11 @@ map. No screen is needed.
 from __future__ import annotations
 
 import colorsys
+import io
 import os
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -428,18 +429,21 @@ def save_curves(
         for column in (0, 1):
             for row in (0, 1):
                 axes[row, column].remove()
-        _draw_terms(figure.add_subplot(grid[:, 0]), terms)
-        _draw_dice(figure.add_subplot(grid[:, 1]), dice, ids or {})
+        losses, scores = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[:, 1])
         rates, waits = axes[0, 2], axes[1, 2]
-        _draw_rate(rates, samples_per_second, "#0072B2")
-        _draw_rate(waits, [(step, 100 * value) for step, value in data_wait], "#D55E00")
-        rates.set(title="Throughput", ylabel="samples per second")
-        waits.set(title="Waiting for data", ylabel="% of the time", xlabel="step")
-        waits.set_ylim(0, max(5.0, 1.2 * waits.get_ylim()[1]) if len(data_wait) else 100)
+        draw_terms(losses, terms)
+        draw_dice(scores, dice, ids or {})
+        draw_rate(rates, samples_per_second)
+        draw_wait(waits, data_wait)
+        losses.set_title("Training loss, weighted terms")
+        scores.set_title("Validation, labelled organs")
+        rates.set(title="Throughput", xlabel="")
+        waits.set_title("Waiting for data")
         figure.suptitle(title, fontsize=12, x=0.01, ha="left")
 
 
-def _draw_terms(ax: Any, terms: Curves) -> None:
+def draw_terms(ax: Any, terms: Curves) -> None:
+    """Loss terms against steps, raw and smoothed."""
     lowest = top = 0.0
     for number, name in enumerate(sorted(terms, key=lambda name: name != "total")):
         steps, values = np.array(terms[name], dtype=np.float64).T
@@ -449,13 +453,14 @@ def _draw_terms(ax: Any, terms: Curves) -> None:
         label = f"{name.replace('_', ' ')} {smooth[-1]:.3g}"
         ax.plot(steps, smooth, label=label, linewidth=1.6, **style)
         lowest, top = min(lowest, float(smooth.min())), max(top, float(smooth.max()))
-    ax.set(title="Training loss, weighted terms", xlabel="step", ylabel="loss")
+    ax.set(xlabel="step", ylabel="loss")
     if top > 0:  # raw values of single steps may stick out far above
         ax.set_ylim(min(0.0, lowest), 1.1 * top)
     _finish_axes(ax, "last")
 
 
-def _draw_dice(ax: Any, dice: Curves, ids: Mapping[str, int]) -> None:
+def draw_dice(ax: Any, dice: Curves, ids: Mapping[str, int]) -> None:
+    """Validation Dice of organs against steps, in the organs' colours."""
     for number, (organ, points) in enumerate(dice.items()):
         steps, values = np.array(points, dtype=np.float64).T
         marker = "o" if len(points) <= 40 else None
@@ -464,11 +469,24 @@ def _draw_dice(ax: Any, dice: Curves, ids: Mapping[str, int]) -> None:
             markersize=4, linewidth=1.4,
             **_line_style(number) | {"color": hex_colour(ids.get(organ, number + 1))},
         )  # fmt: skip
-    ax.set(title="Validation, labelled organs", xlabel="step", ylabel="Dice", ylim=(0, 1))
+    ax.set(xlabel="step", ylabel="Dice", ylim=(0, 1))
     _finish_axes(ax, "last")
 
 
-def _draw_rate(ax: Any, points: Points, colour: str) -> None:
+def draw_rate(ax: Any, samples_per_second: Points) -> None:
+    """Throughput against steps, raw and smoothed."""
+    _draw_smoothed(ax, samples_per_second, _LINE_COLOURS[0])
+    ax.set(xlabel="step", ylabel="samples per second")
+
+
+def draw_wait(ax: Any, data_wait: Points) -> None:
+    """The share of the time, 0 to 1, in which training waited for data, in percent."""
+    _draw_smoothed(ax, [(step, 100 * value) for step, value in data_wait], _LINE_COLOURS[1])
+    ax.set(xlabel="step", ylabel="% of the time")
+    ax.set_ylim(0, max(5.0, 1.2 * ax.get_ylim()[1]) if len(data_wait) else 100)
+
+
+def _draw_smoothed(ax: Any, points: Points, colour: str) -> None:
     if len(points):
         steps, values = np.array(points, dtype=np.float64).T
         ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
@@ -488,7 +506,7 @@ def _finish_axes(ax: Any, legend_title: str) -> None:
     if labels:
         ax.legend(
             title=legend_title, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False,
-            fontsize=8, title_fontsize=8, alignment="left",
+            fontsize="small", title_fontsize="small", alignment="left",
         )  # fmt: skip
 
 
@@ -506,3 +524,41 @@ def smoothed(values: npt.NDArray[np.float64], share: int = 10) -> npt.NDArray[np
     kernel = np.ones(width) / width
     padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
     return np.convolve(padded, kernel, mode="valid")
+
+
+# Charts as a part of a page.
+
+_INK = "#010203"
+_PAGE_STYLE: dict[Any, Any] = {
+    "font.size": 12,
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color"), _INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
+}
+
+
+def svg_chart(key: str, draw: Callable[[Any], None], *, height: float = 230) -> str:
+    """A chart as an SVG element of a page, 520 units wide: in the page's font and colour, what is
+    black in its `--ink`, lines in its `--c0` to `--c5`.
+
+    Args:
+        key: another one for each chart of a page, so that no two have an id in common.
+        draw: draws into axes.
+        height: in the same units.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    text = io.StringIO()
+    with mpl.rc_context(_PAGE_STYLE | {"svg.hashsalt": key}):
+        figure = Figure(figsize=(520 / 72, height / 72), layout="constrained")
+        draw(figure.subplots())
+        none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=none)
+    found = '<svg aria-hidden="true" viewBox=' + text.getvalue().partition("viewBox=")[2]
+    found = re.sub(r"<style.*?</style>| font-family: .*?sans-serif;", "", found)
+    found = re.sub(r'<g id=".*?"', "<g", found)
+    colours = {_INK: "currentColor", "#000000": "var(--ink)"}
+    colours |= {colour.lower(): f"var(--c{n})" for n, colour in enumerate(_LINE_COLOURS)}
+    return re.sub("#[0-9a-f]{6}", lambda hex_: colours.get(hex_[0], hex_[0]), found)

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pipeline.errors import ConfigError, PipelineError, StoreUnreachable, WorkFolderError
+from pipeline.errors import ConfigError, PipelineError, StoreUnreachable, WorkFolderError, listed
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -198,12 +198,6 @@ def changed_since(command: str, path: Path) -> ConfigError:
         where=path,
         fix="Move it away, or name another --output.",
     )
-
-
-def listed(names: list[str], most: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"
 
 
 def json_with(path: Folder, *keys: str) -> dict[str, Any] | None:

@@ -21,8 +21,8 @@ from pipeline.cache.cases import json_beside
 from pipeline.cache.store import json_text
 from pipeline.config import file_sha256
 from pipeline.data.registry import Registry
-from pipeline.errors import ConfigError
-from pipeline.folder import contains, json_with, listed, refuse_foreign, replace_files, writing
+from pipeline.errors import ConfigError, listed
+from pipeline.folder import contains, json_with, refuse_foreign, replace_files, writing
 from pipeline.log import Log, print_table
 from pipeline.review.metrics import RULES, known
 from pipeline.review.statistics import (

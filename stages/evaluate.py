@@ -26,9 +26,9 @@ from pipeline.data.entries import CaseFiles, is_absent
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry
 from pipeline.data.volume import Grid
-from pipeline.errors import ConfigError, GeometryError, PipelineError, WorkFolderError
+from pipeline.errors import ConfigError, GeometryError, PipelineError, WorkFolderError, listed
 from pipeline.folder import contains, json_with, refuse_foreign, replace_files, writing
-from pipeline.log import Log, print_table
+from pipeline.log import Log, number, print_table
 from pipeline.review.metrics import (
     ABSENT,
     CSV_HEADER,
@@ -187,10 +187,9 @@ def print_summary(summary: dict[str, Any], *, title: str) -> None:
         if row["reasons"].get(str(label)) == ABSENT and row["metrics"][str(label)]["n_pred"]
     ]
     if spurious:
-        more = f" and {len(spurious) - _NAMED} more" if len(spurious) > _NAMED else ""
         print(  # noqa: T201
             f"Predicted although the reference lacks it; Dice 0, as nnU-Net counts it: "
-            f"{', '.join(spurious[:_NAMED])}{more}."
+            f"{listed(spurious, _NAMED)}."
         )
 
 
@@ -302,6 +301,4 @@ def _in_short(scores: tuple[OrganScore, ...]) -> str:
 
 
 def _number(value: float | None, metric: str) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.1f}" if metric == "HD95_mm" else f"{value:.3f}"
+    return number(value, ".1f" if metric == "HD95_mm" else ".3f")

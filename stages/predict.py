@@ -19,7 +19,7 @@ from pydantic import Field
 from pipeline.cache.store import prepare_work_folder
 from pipeline.config import Config
 from pipeline.engine.devices import run_on_devices
-from pipeline.errors import EngineError, PipelineError
+from pipeline.errors import EngineError, PipelineError, listed
 from pipeline.folder import Folder
 from pipeline.log import SECONDS_BEFORE_THE_FIRST_LINE, Advance, Log
 from pipeline.networks.by_name import pick_device
@@ -98,10 +98,9 @@ def run(
     refuse_targets(inputs, output, how, record.label_space.organs, references)
     seen = sorted(set(inputs) & set(record.trained_on))
     if seen:
-        more = f" and {len(seen) - _NAMED} more" if len(seen) > _NAMED else ""
         log.remark(
-            f"this student was trained on {', '.join(seen[:_NAMED])}{more}: scores of them say "
-            "nothing about new patients."
+            f"this student was trained on {listed(seen, _NAMED)}: scores of them say nothing about "
+            "new patients."
         )
     if not dry_run:
         prepare_work_folder(output)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.data.registry import Registry
-from pipeline.errors import PipelineError, kind_of
+from pipeline.errors import PipelineError, kind_of, listed
 from pipeline.folder import Folder
 from pipeline.log import Log
 
@@ -80,7 +80,7 @@ class StageReport:
         found = []
         for units in alike.values():
             if len(units) > _APART:
-                names = f"{', '.join(units[:_APART])} and {len(units) - _APART} more alike"
+                names = f"{listed(units, _APART)} alike"
                 found.append((names, self.failed[units[0]]))
             else:
                 found += [(unit, self.failed[unit]) for unit in units]

@@ -31,8 +31,9 @@ from pipeline.cli.options import (
     teacher_names,
 )
 from pipeline.cli.record import recorded
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, counted
 from pipeline.folder import Folder, check_answers, parse_folder
+from pipeline.log import size
 
 if TYPE_CHECKING:
     from pipeline.data.registry import Registry
@@ -60,12 +61,11 @@ def list_(
     """Datasets, teachers, cases, bytes; what the registry reaches; which students used what."""
     from pipeline.review.status import list_cache, print_listing
 
-    known = _registry_if_there(registry)
-    found = list_cache(_existing(work), known)
+    found = list_cache(_existing(work), _registry_if_there(registry))
     if as_json:
         _print_json(found.to_json())
     else:
-        print_listing(found, registry=known)
+        print_listing(found)
 
 
 @cache_app.command()
@@ -78,6 +78,7 @@ def why(
     as_json: JsonOption = False,
 ) -> None:
     """Would cache-teachers reuse the units of a case? If not: what differs, field by field."""
+    from pipeline.review.units import plain
     from pipeline.review.why import print_reasons
     from pipeline.review.why import why as explain
     from stages.cache_teachers import CacheTeachersConfig
@@ -92,7 +93,7 @@ def why(
         splits=settings.splits,
     )
     if as_json:
-        _print_json([reason.to_json() for reason in reasons])
+        _print_json(plain(reasons))
     else:
         print_reasons(reasons)
 
@@ -127,6 +128,7 @@ def verify(
     quiet: QuietOption = False,
 ) -> None:
     """Can the cache be trusted? Exit code 1 if a unit is missing, damaged or not reproduced."""
+    from pipeline.review.units import plain
     from pipeline.review.verify import print_verification
     from pipeline.review.verify import verify as look
 
@@ -149,7 +151,7 @@ def verify(
             log=log,
         )
     if as_json:
-        _print_json({**found.to_json(), "recomputed": [one.to_json() for one in again]})
+        _print_json({**plain(found), "recomputed": [one.to_json() for one in again]})
     else:
         typer.echo(found.summary())
         print_verification(found)
@@ -195,7 +197,6 @@ def gc(
 ) -> None:
     """Remove what none of the registries can reach. Students are never removed."""
     from pipeline.review.gc import find_garbage, print_garbage, remove_garbage
-    from pipeline.review.units import counted, megabytes
 
     known = [open_registry(path, files=False) for path in registries]
     garbage = find_garbage(_existing(work), known, grace_hours=grace_hours)
@@ -210,14 +211,14 @@ def gc(
             "them (--grace-hours 0 removes them too)",
             err=True,
         )
-    amount = f"{counted(garbage.count, 'thing')}, {megabytes(garbage.total)}"
+    amount = f"{counted(garbage.count, 'thing')}, {size(garbage.total)}"
     if dry_run or not garbage.count:
         typer.echo(f"gc: would remove {amount}" if garbage.count else "gc: nothing to do", err=True)
         return
     if not yes:
         typer.confirm(f"Remove {amount}?", abort=True, err=True)
     number, freed = remove_garbage(work, known, garbage, log=open_log(quiet))
-    typer.echo(f"gc: removed {counted(number, 'thing')}, {megabytes(freed)}", err=True)
+    typer.echo(f"gc: removed {counted(number, 'thing')}, {size(freed)}", err=True)
 
 
 @cache_app.command()

@@ -27,7 +27,7 @@ from pipeline.engine.processes import in_processes
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.figures import hex_colour, save_overlay
 from pipeline.folder import refuse_foreign, replace_file, writing
-from pipeline.log import Log, print_table
+from pipeline.log import Log, number, print_table
 from pipeline.review.metrics import organ_means, overall_means
 from stages import cache_teachers, evaluate, predict, train_teachers
 from stages.compare.plan import ComparisonSettings, load_configurations, plan_comparison
@@ -150,8 +150,8 @@ def draw_overlay(registry: Registry, work: Path, predictions: Path, path: Path) 
         "reference": {o: label == i for o, i in space.ids.items()},
         "student (ms_kd)": {o: student == i for o, i in space.ids.items()},
     }
-    for number, k in enumerate(known):
-        panels[f"teacher: {space.organs[k]}"] = {space.organs[k]: organ[number]}
+    for row, k in enumerate(known):
+        panels[f"teacher: {space.organs[k]}"] = {space.organs[k]: organ[row]}
     panels["agreed background"] = {"agreed background": background}
     title = f"{case.name}: student and teachers on a test case (made-up CT)"
     colours = {organ: hex_colour(organ_id) for organ, organ_id in space.ids.items()}
@@ -218,18 +218,14 @@ def _print_results(
         means = organ_means(summary)
         dice = [means[organ]["Dice"] for organ in organs]
         overall = overall_means(summary)["Dice"]
-        rows.append([_TITLES[kind], *(_number(d) for d in dice), _number(overall)])
+        rows.append([_TITLES[kind], *(number(d) for d in dice), number(overall)])
     print_table("Dice (students: test cases)", ["", *organs, "mean"], rows)
 
 
 def _row(rows: Mapping[str, Mapping[str, Any]], organs: list[str]) -> list[str]:
     dice = [rows[o]["dice"] if o in rows else None for o in organs]
     mean = float(np.mean([d for d in dice if d is not None])) if any(dice) else None
-    return [*(_number(d) for d in dice), _number(mean)]
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return [*(number(d) for d in dice), number(mean)]
 
 
 def _say_where(folder: Path, figure: Path, quick: bool, began: float) -> None:

@@ -36,7 +36,7 @@ from pipeline.data.registry import Registry
 from pipeline.data.volume import Grid
 from pipeline.errors import CacheError, ConfigError, TeacherError, WorkFolderError
 from pipeline.folder import Folder
-from pipeline.log import Log, print_table
+from pipeline.log import Log, number, print_table
 
 # What follows from the evidence: pure functions of it and of the registry.
 #
@@ -383,10 +383,10 @@ def print_verdict(verdict: Verdict, evidence: Sequence[Evidence]) -> None:
                 r["organ"],
                 r["dataset"] or "–",
                 f"{r['num_cases']} ({r['split']})" if r["split"] else "0",
-                _number(r["dice"]),
-                _number(r["sensitivity"]),
+                number(r["dice"]),
+                number(r["sensitivity"]),
                 f"{r['threshold']:g}",
-                "–" if known is None else f"{known.temperature:.2f}",
+                number(None if known is None else known.temperature, ".2f"),
                 r["flag"],
             ]
         )
@@ -407,10 +407,6 @@ def print_verdict(verdict: Verdict, evidence: Sequence[Evidence]) -> None:
         ]
         columns = ["teacher", "organ", "dataset", "cases", "median ml", "labels, ml", ""]
         print_table("Teachers where nobody annotated their organ", columns, rows)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 # Reads units back from the cache and measures a teacher by them: scores, volumes, temperatures.

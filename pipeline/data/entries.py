@@ -28,7 +28,7 @@ from pipeline.config import Config
 from pipeline.data.labels import Intensity
 from pipeline.data.splits import SplitEntry
 from pipeline.data.volume import Orientation
-from pipeline.errors import GeometryError, RegistryError
+from pipeline.errors import GeometryError, RegistryError, counted, listed
 
 # Which files are a case: patterns and explicit pairs -> one image and one label per case.
 
@@ -117,7 +117,7 @@ def find_pairs(
     without = sorted(set(image_files) - set(label_files))
     if without:
         problems.append(
-            f"images without a label matching {labels!r}: {_some(without)}. "
+            f"images without a label matching {labels!r}: {listed(without, _MANY)}. "
             f"Add the labels, or move these images out of `images`."
         )
     return {
@@ -130,7 +130,8 @@ def find_pairs(
 def _absent(found: Mapping[str, FoundPair]) -> list[str]:
     paths = [p for f in found.values() for p in (f.image_path, f.label_path)]
     absent = [str(p) for p in paths if is_absent(p)]
-    return [f"files do not exist: {_some(absent)}. Check `root` and `pairs`."] if absent else []
+    trouble = f"files do not exist: {listed(absent, _MANY)}. Check `root` and `pairs`."
+    return [trouble] if absent else []
 
 
 def is_absent(path: Path) -> bool:
@@ -172,7 +173,7 @@ def match_files(root: Path, pattern: str, problems: list[str]) -> dict[str, Path
     for case, files in found.items():
         # By way of a link to its folder a file is found twice, and is one.
         if len(files) > 1 and len({os.path.realpath(file) for file in files}) > 1:
-            named = _some([name_of(file) for file in files])
+            named = listed([name_of(file) for file in files], _MANY)
             troubles.append(f"case {case} is found more than once: {named}. Narrow the pattern.")
     problems += [trouble for trouble in troubles if trouble not in problems]
     return {case: files[0] for case, files in found.items()}
@@ -338,17 +339,11 @@ def refuse_closed(found: Mapping[str, str], registry: Path) -> None:
         return
     more = f"\n  and {len(found) - _MANY} more." if len(found) > _MANY else ""
     listed = "".join(f"\n  {case}: {why}" for case, why in list(found.items())[:_MANY])
-    number = "1 case" if len(found) == 1 else f"{len(found)} cases"
     raise RegistryError(
-        f"{number} cannot be opened:{listed}{more}",
+        f"{counted(len(found), 'case')} cannot be opened:{listed}{more}",
         where=registry,
         fix="Mend what is named, or name the cases to use in `split`.",
     )
-
-
-def _some(items: list[str]) -> str:
-    shown = ", ".join(items[:_MANY])
-    return f"{shown} and {len(items) - _MANY} more" if len(items) > _MANY else shown
 
 
 # What determines a dataset of made-up cases. Data only: a registry is read without what draws.

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from pipeline.config import Config
-from pipeline.errors import RegistryError
+from pipeline.errors import RegistryError, listed
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -206,9 +206,7 @@ def check_patients(split: SplitEntry, cases: Iterable[str], patients: Mapping[st
     without = [case for case in cases if case not in patients]
     if not without:
         return
-    names = ", ".join(without[:_SHOWN])
-    if len(without) > _SHOWN:
-        names += f" and {len(without) - _SHOWN} more"
+    names = listed(without, _SHOWN)
     if isinstance(split.group, PatientColumn):
         raise RegistryError(
             f"`group` does not say whose these cases are: {names}.",

@@ -42,7 +42,7 @@ from pipeline.engine.here import (
     sendable,
 )
 from pipeline.engine.parts import SlurmSettings
-from pipeline.errors import ConfigError, EngineError, WorkerDied
+from pipeline.errors import ConfigError, EngineError, WorkerDied, listed
 from pipeline.log import SECONDS_BETWEEN_LINES, Log
 
 # How often a case is tried whose workers die, and whose workers leave.
@@ -309,9 +309,8 @@ class _Window(Generic[Item, Result]):
         if not num_workers:
             self._log.info("waiting for workers: none is there")
             return
-        shown = ", ".join(f"{case} ({seconds:.0f} s)" for case, seconds in busy[:_NAMED])
-        more = f" and {len(busy) - _NAMED} more" if len(busy) > _NAMED else ""
-        self._log.info(f"at work on {num_workers} workers: {shown or 'nothing'}{more}")
+        shown = listed([f"{case} ({seconds:.0f} s)" for case, seconds in busy], _NAMED)
+        self._log.info(f"at work on {num_workers} workers: {shown or 'nothing'}")
 
 
 def _do(steps: Steps[Item, Any, Any, Result], items: Sequence[Item]) -> list[Outcome[Item, Result]]:

@@ -6,21 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.cache.index import read_index
-from pipeline.cache.places import Place, dead_temporaries, find_units, unit_bytes
-from pipeline.cache.receipt import read_receipt
+from pipeline.cache.places import Place, dead_temporaries, unit_bytes
 from pipeline.cache.store import remove_unit
 from pipeline.consensus.evidence import evidence_files
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError, ConfigError
+from pipeline.errors import ConfigError
 from pipeline.folder import Folder, remove
-from pipeline.log import Log, print_table
+from pipeline.log import Log, print_table, size
 from pipeline.review.units import (
+    Inventory,
+    by_folder,
     in_few_words,
-    megabytes,
+    plain,
     registry_reach,
     seconds_since,
     student_runs,
+    unit_state,
     used_by,
 )
 
@@ -61,18 +62,19 @@ class Garbage:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
+        units = [
+            {
+                "unit": place.name,
+                "path": str(place.path),
+                "bytes": self.num_bytes[place.path],
+                "students": self.students[place.path],
+            }
+            for place in self.units
+        ]
         return {
-            "units": [
-                {
-                    "unit": place.name,
-                    "path": str(place.path),
-                    "bytes": self.num_bytes[place.path],
-                    "students": self.students[place.path],
-                }
-                for place in self.units
-            ],
-            "index_files": [str(path) for path in self.index_files],
-            "temporaries": [str(path) for path in self.temporaries],
+            "units": units,
+            "index_files": plain(self.index_files),
+            "temporaries": plain(self.temporaries),
             "kept_young": [str(place.path) for place in self.young],
             "bytes": self.total,
         }
@@ -82,8 +84,6 @@ def find_garbage(work: Folder, registries: Sequence[Registry], *, grace_hours: f
     """Looks for what none of the registries reaches; removes nothing.
 
     Args:
-        work: the work folder.
-        registries: whose units stay.
         grace_hours: unreached case units that are younger stay. Stage one writes all case units
             before it indexes them; teachers' units are indexed before they are written.
 
@@ -92,21 +92,21 @@ def find_garbage(work: Folder, registries: Sequence[Registry], *, grace_hours: f
             cannot be told from what nobody needs.
     """
     kept, entries = _reached(work, registries)
-    unreached = [place for place in find_units(work) if place.path not in kept]
-    young = {place.path for place in unreached if _is_young(place, grace_hours)}
-    old = [place for place in unreached if place.path not in young]
-    files, unreadable = read_index(work)
-    kept_files = (*(file.path for file in files), *unreadable, *evidence_files(work))
+    there = Inventory(work)
+    unreached = [place for place in there.places if place.path not in kept]
+    young = dict.fromkeys(p for p in unreached if _is_young(p, grace_hours))
+    runs = student_runs(work)
+    old = [place for place in unreached if place not in young]
+    kept_files = (*(file.path for file in there.index), *there.unreadable, *evidence_files(work))
     orphans = [path for path in kept_files if path not in entries]
     dead = dead_temporaries(work)
-    runs = student_runs(work)
     paths = [*(place.path for place in old), *orphans, *dead]
     return Garbage(
         tuple(old),
         tuple(orphans),
         tuple(dead),
         {path: unit_bytes(path) for path in paths},
-        tuple(place for place in unreached if place.path in young),
+        tuple(young),
         {place.path: used_by(place, runs) for place in old},
     )
 
@@ -145,25 +145,19 @@ def remove_garbage(
 
 def print_garbage(garbage: Garbage) -> None:
     """A table by dataset and teacher, for people."""
-    groups: dict[str, list[Place]] = {}
-    for place in garbage.units:
-        what = f"cases/{place.dataset}"
-        if place.teacher is not None:
-            what = f"teachers/{place.teacher}@{place.teacher_tag}"
-        groups.setdefault(what, []).append(place)
     rows = [
         [
             what,
             str(len(places)),
-            megabytes(sum(garbage.num_bytes[place.path] for place in places)),
+            size(sum(garbage.num_bytes[place.path] for place in places)),
             in_few_words({r for p in places for r in garbage.students[p.path]}),
         ]
-        for what, places in groups.items()
+        for what, places in by_folder(garbage.units).items()
     ]
     for what, paths in (("index", garbage.index_files), ("unfinished", garbage.temporaries)):
         if paths:
-            size = megabytes(sum(garbage.num_bytes[path] for path in paths))
-            rows.append([what, str(len(paths)), size, "–"])
+            taken = sum(garbage.num_bytes[path] for path in paths)
+            rows.append([what, str(len(paths)), size(taken), "–"])
     print_table("No registry named here reaches", ["", "number", "bytes", "students"], rows)
 
 
@@ -192,10 +186,5 @@ def _reached(work: Folder, registries: Sequence[Registry]) -> tuple[set[Folder],
 
 
 def _is_young(place: Place, grace_hours: float) -> bool:
-    if place.teacher is not None:
-        return False
-    try:
-        age = seconds_since(read_receipt(place.path).written)
-    except CacheError:
-        return False
-    return age < grace_hours * 3600
+    receipt = unit_state(place.path).receipt if place.teacher is None else None
+    return receipt is not None and seconds_since(receipt.written) < grace_hours * 3600

@@ -32,7 +32,6 @@ class Recomputed:
     """One unit against the same unit made again.
 
     Attributes:
-        unit: its name.
         log_odds: organ -> largest difference in log-odds.
         features: tap -> largest difference, as a fraction of the largest magnitude in it.
         seen: number of values that one of the two has and the other has not.
@@ -58,8 +57,8 @@ class Recomputed:
         """Plain values."""
         return {
             "unit": self.unit,
-            "log_odds": dict(self.log_odds),
-            "features": dict(self.features),
+            "log_odds": self.log_odds,
+            "features": self.features,
             "seen_differs": self.seen,
             "error": None if self.error is None else str(self.error),
         }
@@ -79,13 +78,9 @@ def recompute(
     made with, and compares after the same rounding. Nothing is written.
 
     Args:
-        work: the work folder.
         registry: read with its files: images and weights must be here.
         sample: how many teacher units, drawn from those that the registry leads to.
-        seed: of the draw.
         device: auto, cpu, cuda, cuda:1; only on the device that made a unit are all bits the same.
-        window_batch: windows per forward pass.
-        log: where progress goes.
 
     Raises:
         CacheStale: a teacher that is no longer what made its units.

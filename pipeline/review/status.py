@@ -5,10 +5,10 @@ With `cache ls`: what a work folder holds, how much, who can reach it and who us
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.cache.identity import read_teacher
 from pipeline.cache.index import (
@@ -17,32 +17,31 @@ from pipeline.cache.index import (
     IndexFile,
     case_path,
     read_dataset_index,
-    read_index,
     unit_digest,
     unit_path,
 )
-from pipeline.cache.places import Place, find_units, unit_bytes
-from pipeline.cache.receipt import Receipt, read_receipt
+from pipeline.cache.places import Place, unit_bytes
+from pipeline.cache.receipt import Receipt
 from pipeline.config import file_sha256, short
 from pipeline.data.entries import CaseFiles
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError, CacheMissing, CacheStale
+from pipeline.errors import CacheStale, counted
 from pipeline.folder import Folder, matching
-from pipeline.log import print_table
+from pipeline.log import print_table, size
 from pipeline.review.units import (
+    STATES,
+    Inventory,
+    State,
     StudentRun,
+    by_folder,
     in_few_words,
-    index_reach,
-    megabytes,
+    plain,
     registry_reach,
-    run_folders,
     seconds_since,
     student_runs,
+    unit_state,
     used_by,
 )
-
-State = Literal["done", "missing", "stale", "damaged"]
-STATES: tuple[State, ...] = ("done", "missing", "stale", "damaged")
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def status(registry: Registry, work: Folder) -> Status:
             units[dataset, "cases", case] = _state_of_case(work, entry, source, absent, current)
             for name, teacher in teachers.items():
                 units[dataset, name, case] = _state_of_unit(work, teacher, entry, current)
-    return Status(units, _runs(work))
+    return Status(units, {run.run: run.state for run in student_runs(work)})
 
 
 def print_status(found: Status) -> None:
@@ -156,11 +155,13 @@ def _state_of_case(
     """A case also holds its label, which the teachers' units do not depend on."""
     if entry is None:
         return absent
-    path = case_path(work, entry)
-    state = _receipt_state(path, entry.digest) if current else "stale"
-    if state == "done" and source is not None and (label := _sha256(source.label)) is not None:
-        return "done" if label == read_receipt(path).inputs["label_sha256"] else "stale"
-    return state
+    if not current:
+        return "stale"
+    found = unit_state(case_path(work, entry), entry.digest)
+    label = None if found.receipt is None or source is None else _sha256(source.label)
+    if found.receipt is not None and label not in (None, found.receipt.inputs["label_sha256"]):
+        return "stale"
+    return found.state
 
 
 def _state_of_unit(
@@ -172,26 +173,10 @@ def _state_of_unit(
         return "missing"
     if not current:
         return "stale"
-    return _receipt_state(unit_path(work, teacher, entry), unit_digest(teacher, entry))
+    return unit_state(unit_path(work, teacher, entry), unit_digest(teacher, entry)).state
 
 
-def _receipt_state(path: Folder, expect: str) -> State:
-    try:
-        read_receipt(path, expect=expect)
-    except CacheMissing:
-        return "missing"
-    except CacheStale:
-        return "stale"
-    except CacheError:
-        return "damaged"
-    return "done"
-
-
-def _runs(work: Folder) -> dict[str, str]:
-    return {
-        name: "finished" if (folder / "finished.json").exists() else "unfinished"
-        for name, folder in run_folders(work).items()
-    }
+# What a work folder holds, as `cache ls` lists it.
 
 
 @dataclass(frozen=True)
@@ -199,14 +184,10 @@ class Entry:
     """One dataset's case units, or the units of one teacher with one digest.
 
     Attributes:
-        name: the dataset or teacher.
         digest: of the teacher, 16 digits; empty for a dataset.
-        organs: that the teacher is expert in, as far as index or units say.
-        taps: whose features it cached.
-        cases: number of different cases.
-        units: number of units; more than cases where a case was cached in several ways.
+        organs, taps: of the teacher, as far as index or units say.
+        units: more than cases where a case was cached in several ways.
         damaged: units that fail the cheap check.
-        num_bytes: of all units.
         reached: units that the given registry leads to; None if there is none.
         keys: index entries that lead to a unit of it, as 16 digits.
         students: runs that were trained on one of them.
@@ -240,8 +221,8 @@ class Listing:
         """Plain values."""
         return {
             "work": str(self.work),
-            "datasets": [_plain(entry) for entry in self.datasets],
-            "teachers": [_plain(entry) for entry in self.teachers],
+            "datasets": plain(self.datasets),
+            "teachers": plain(self.teachers),
             "students": [
                 {"run": r.run, "finished": r.finished, "teachers": dict(r.teachers)}
                 for r in self.students
@@ -251,35 +232,21 @@ class Listing:
 
 
 def list_cache(work: Folder, registry: Registry | None = None) -> Listing:
-    """Reads every receipt of a work folder, and no array.
-
-    Args:
-        work: the work folder.
-        registry: whose units to count as reached; read without its files.
-    """
-    files, _ = read_index(work)
+    """Reads every receipt of a work folder, and no array; counts what the registry reaches."""
+    there = Inventory(work)
     runs = student_runs(work)
     mine = None if registry is None else set(registry_reach(work, registry).units)
-    keys = _keys(work, files)
-    groups: dict[tuple[bool, str, str], list[Place]] = {}
-    for place in find_units(work):
-        owner = place.dataset if place.teacher is None else place.teacher
-        groups.setdefault((place.teacher is None, owner, place.teacher_tag), []).append(place)
-    entries = {
-        group: _entry(group[1], group[2], places, files, mine, keys, runs)
-        for group, places in groups.items()
-    }
-    return Listing(
-        work,
-        [entry for (is_case, _, _), entry in entries.items() if is_case],
-        [entry for (is_case, _, _), entry in entries.items() if not is_case],
-        runs,
-    )
+    datasets: list[Entry] = []
+    teachers: list[Entry] = []
+    for places in by_folder(there.places).values():
+        entries = datasets if places[0].teacher is None else teachers
+        entries.append(_entry(there, places, mine, runs))
+    return Listing(work, datasets, teachers, runs)
 
 
-def print_listing(found: Listing, *, registry: Registry | None) -> None:
+def print_listing(found: Listing) -> None:
     """Tables, for people."""
-    by = [] if registry is None else ["reached"]
+    by = ["reached"] if any(e.reached is not None for e in found.datasets) else []
     columns = ["units", "bytes", *by, "entries", "students", "age"]
     if not found.datasets and not found.teachers:
         print_table(f"{found.work} holds no units", ["dataset", *columns], [])
@@ -288,29 +255,23 @@ def print_listing(found: Listing, *, registry: Registry | None) -> None:
     rows = [[e.name, e.digest, _organs(e), *_cells(e)] for e in found.teachers]
     print_table("Teachers", ["teacher", "digest", "organs", *columns], rows)
     if found.students:
-        runs = [
-            [r.run, "finished" if r.finished else "unfinished", _teachers(r)]
-            for r in found.students
-        ]
+        runs = [[r.run, r.state, _teachers(r)] for r in found.students]
         print_table("Students", ["run", "state", "teachers"], runs)
 
 
 def _entry(
-    name: str,
-    tag: str,
-    places: Sequence[Place],
-    files: Sequence[IndexFile],
-    mine: set[Folder] | None,
-    keys: Mapping[Folder, set[str]],
-    runs: Sequence[StudentRun],
+    there: Inventory, places: Sequence[Place], mine: set[Folder] | None, runs: Sequence[StudentRun]
 ) -> Entry:
-    receipts = {place: _receipt(place) for place in places}
+    """Of the units in one folder."""
+    first = places[0]
+    receipts = {place: there.receipts.get(place) for place in places}
     good = [receipt for receipt in receipts.values() if receipt is not None]
     ages = [seconds_since(receipt.written) for receipt in good]
-    organs, taps = _of_teacher(name, tag, files, good)
+    organs, taps = _of_teacher(first, there.index, good)
+    reached = [there.reached[place.path] for place in places if place.path in there.reached]
     return Entry(
-        name=name,
-        digest=tag,
+        name=first.teacher or first.dataset,
+        digest=first.teacher_tag,
         organs=organs,
         taps=taps,
         cases=len({place.case_name for place in places}),
@@ -321,38 +282,19 @@ def _entry(
             for place, receipt in receipts.items()
         ),
         reached=None if mine is None else sum(place.path in mine for place in places),
-        keys=tuple(sorted({key for place in places for key in keys.get(place.path, ())})),
+        keys=tuple(sorted({key for unit in reached for key in unit.keys})),
         students=tuple(sorted({run for place in places for run in used_by(place, runs)})),
         age_days=round(min(ages) / 86400, 3) if ages else None,
     )
 
 
-def _receipt(place: Place) -> Receipt | None:
-    try:
-        return read_receipt(place.path)
-    except CacheError:
-        return None
-
-
-def _keys(work: Folder, files: Sequence[IndexFile]) -> dict[Folder, set[str]]:
-    """Unit -> index entries of its own dataset (a case unit) or teacher that lead to it."""
-    found: dict[Folder, set[str]] = {}
-    cases = [file for file in files if file.cases is not None]
-    for file in files:
-        with_cases = [file] if file.cases is not None else [file, *cases]
-        for path, unit in index_reach(work, with_cases).items():
-            if (unit.teacher is None) == (file.teacher is None):
-                found.setdefault(path, set()).add(short(file.key))
-    return found
-
-
 def _of_teacher(
-    name: str, tag: str, files: Iterable[IndexFile], receipts: Sequence[Receipt]
+    place: Place, index: Iterable[IndexFile], receipts: Sequence[Receipt]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Organs and taps: the index knows those of its own teachers, arrays tell of all others."""
-    for file in files:
-        teacher = file.teacher
-        if teacher is not None and teacher.teacher == name and short(teacher.digest) == tag:
+    for teacher in (file.teacher for file in index):
+        known = teacher is not None and (teacher.teacher, short(teacher.digest))
+        if teacher is not None and known == (place.teacher, place.teacher_tag):
             return teacher.organs, teacher.taps
     arrays = sorted({array for receipt in receipts for array in receipt.arrays})
     organs = tuple(a.removeprefix("log_odds/") for a in arrays if a.startswith("log_odds/"))
@@ -365,7 +307,7 @@ def _cells(entry: Entry) -> list[str]:
     damaged = f" ({entry.damaged} damaged)" if entry.damaged else ""
     return [
         f"{entry.units}{damaged}",
-        megabytes(entry.num_bytes),
+        size(entry.num_bytes),
         *reached,
         str(len(entry.keys)),
         in_few_words(entry.students),
@@ -374,7 +316,7 @@ def _cells(entry: Entry) -> list[str]:
 
 
 def _organs(entry: Entry) -> str:
-    taps = f" + {len(entry.taps)} tap{'s' if len(entry.taps) > 1 else ''}" if entry.taps else ""
+    taps = f" + {counted(len(entry.taps), 'tap')}" if entry.taps else ""
     return ", ".join(entry.organs) + taps
 
 
@@ -384,9 +326,3 @@ def _age(days: float) -> str:
 
 def _teachers(run: StudentRun) -> str:
     return ", ".join(f"{name}@{short(digest)[:8]}" for name, digest in run.teachers.items()) or "–"
-
-
-def _plain(entry: Entry) -> dict[str, Any]:
-    values = {**vars(entry), "bytes": entry.num_bytes}
-    del values["num_bytes"]
-    return values

@@ -1,5 +1,5 @@
-"""What there is of units: what is wrong with one, which the index leads to, which student used
-it.
+"""What there is of units: which lie in a work folder, in which state, which the index leads to,
+which student used them.
 """
 
 from __future__ import annotations
@@ -8,18 +8,14 @@ import json
 import time
 from calendar import timegm
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 from pipeline.cache.index import (
     IndexedCase,
     IndexedTeacher,
-    IndexFile,
     case_path,
     case_records,
     dataset_file,
@@ -30,146 +26,90 @@ from pipeline.cache.index import (
     unit_digest,
     unit_path,
 )
-from pipeline.cache.places import Place
-from pipeline.cache.reader import Unit
-from pipeline.cache.receipt import Receipt, read_receipt, verify_object, verify_seal
-from pipeline.cache.schema import IMAGE, LABEL
+from pipeline.cache.places import Place, find_units
+from pipeline.cache.receipt import Receipt, read_receipt
+from pipeline.cache.schema import Inputs
 from pipeline.config import short
 from pipeline.consensus.evidence import evidence_file
-from pipeline.data.labels import IGNORE
 from pipeline.data.registry import Registry
-from pipeline.data.volume import Grid
-from pipeline.errors import CacheError, CacheMissing, CacheStale
+from pipeline.errors import CacheError, CacheMissing, CacheStale, counted
 from pipeline.folder import Folder, matching, read_text
 from pipeline.log import print_table
 
-# What is wrong with one unit: cheaply by its receipt, or deeply by every byte and number in it.
+# In which state a unit is, by its receipt.
+
+State = Literal["done", "missing", "stale", "damaged"]
+STATES: tuple[State, ...] = get_args(State)
 
 
-def cheap_problems(place: Place, expect: str | None = None) -> list[str]:
-    """Receipt, presence, sizes, digest, and whether it lies where it belongs.
+@dataclass(frozen=True)
+class UnitState:
+    """What a unit's receipt says: there is one if it is done, else a problem in words."""
 
-    Args:
-        place: of the unit.
-        expect: the digest that it must have; None takes what its path says.
-    """
+    state: State
+    receipt: Receipt | None = None
+    problem: str = ""
+
+
+def unit_state(path: Folder, expect: str | None = None) -> UnitState:
+    """Reads the receipt and sees whether what it names is there; `expect` is its digest."""
     try:
-        receipt = read_receipt(place.path, expect=expect)
+        return UnitState("done", read_receipt(path, expect=expect))
     except CacheMissing:
-        return ["it has no receipt"]
+        return UnitState("missing", problem="it has no receipt.")
+    except CacheStale as error:
+        return UnitState("stale", problem=error.what)
     except CacheError as error:
-        return [_words(error)]
-    return _misplaced(place, receipt)
+        return UnitState("damaged", problem=error.what)
 
 
-def deep_problems(place: Place, expect: str | None = None) -> list[str]:
-    """`cheap_problems`; if there are none: every checksum, then every array's values.
+# Which units there are, and which the index leads to.
 
-    An infinite value is a problem; NaN in log-odds and features means "not seen" and is none.
+
+class Inventory:
+    """The units that lie in a work folder, and its index. Receipts are read when they are first
+    asked for, and once; who removes something takes a new one.
+
+    Attributes:
+        places: of the units of a dataset or a case if one is given, else of all.
+        index: all that stage one has written into the index.
+        unreadable: index entries that cannot be read -> why.
     """
-    found = cheap_problems(place, expect)
-    if found:
-        return found
-    unit = Unit.open(place.path)
-    found = _says(lambda: verify_seal(unit.path, unit.receipt))
-    for name in unit.receipt.objects:
-        found += _says(partial(verify_object, unit.path, unit.receipt, name))
-    try:
-        found += _attributes(place, unit)
-        for name in unit.receipt.arrays:
-            found += _array(unit, name)
-    except CacheError as error:
-        found.append(_words(error))
-    except (KeyError, TypeError, ValueError) as error:
-        found.append(f"its attributes are not those of a unit ({type(error).__name__}: {error})")
-    return list(dict.fromkeys(found))
 
+    def __init__(self, work: Folder, *, dataset: str = "*", case: str = "*") -> None:
+        self.work = work
+        self.index, self.unreadable = read_index(work)
+        self.places = find_units(work, dataset=dataset, case=case)
 
-def _words(error: CacheError) -> str:
-    return error.what.rstrip(".")
+    @cached_property
+    def receipts(self) -> Mapping[Place, Receipt]:
+        """Of the units that have a valid one, whatever the index says that they must be."""
+        states = {place: unit_state(place.path) for place in self.places}
+        return {p: found.receipt for p, found in states.items() if found.receipt is not None}
 
+    @cached_property
+    def reached(self) -> Mapping[Folder, Reached]:
+        """Path -> unit that any pair of index entries leads to; many of them need not exist."""
+        cases = [(file.key, case) for file in self.index for case in file.cases or ()]
+        teachers = [(file.key, file.teacher) for file in self.index if file.teacher is not None]
+        return _units(self.work, cases, teachers)
 
-def _misplaced(place: Place, receipt: Receipt) -> list[str]:
-    """The digests in its path are those of its inputs."""
-    inputs = receipt.inputs
-    if place.teacher is None:
-        wanted = {"tag": short(receipt.digest)}
-    else:
-        wanted = {
-            "teacher_tag": short(str(inputs.get("teacher_digest", ""))),
-            "tag": short(str(inputs.get("image_sha256", ""))),
-        }
-    return [
-        f"it was made as {value}, but lies under {getattr(place, field)}"
-        for field, value in wanted.items()
-        if getattr(place, field) != value
-    ]
-
-
-def _says(check: Callable[[], object]) -> list[str]:
-    try:
-        check()
-    except CacheError as error:
-        return [_words(error)]
-    return []
-
-
-def _attributes(place: Place, unit: Unit) -> list[str]:
-    said = [("case", place.case_name), ("teacher", place.teacher)]
-    return [
-        f"its attribute {name} is {unit.attributes.get(name)!r}, its place says {value!r}"
-        for name, value in said
-        if value is not None and unit.attributes.get(name) != value
-    ]
-
-
-def _array(unit: Unit, name: str) -> list[str]:
-    said = unit.receipt.arrays[name]
-    try:
-        array = unit.array(name)
-        values = unit.read(name)
-    except CacheError as error:
-        return [_words(error)]
-    found = []
-    if list(array.shape) != list(said["shape"]):
-        found.append(f"{name} has shape {array.shape}, its receipt says {said['shape']}")
-    if str(array.dtype) != said["dtype"]:
-        found.append(f"{name} is {array.dtype}, its receipt says {said['dtype']}")
-    grid = Grid.from_json(unit.attributes["grid"])
-    wanted: tuple[int, ...] = grid.shape
-    if name.startswith("features/"):
-        tap = unit.attributes["taps"][name.removeprefix("features/")]
-        wanted = (tap["channels"], *grid.coarsen(tap["stride"]).shape)
-    if values.shape != wanted:
-        found.append(f"{name} has shape {values.shape}, its grid {wanted}")
-    return found + _values(unit, name, values)
-
-
-def _values(unit: Unit, name: str, values: npt.NDArray[Any]) -> list[str]:
-    match name:
-        case _ if values.dtype.kind == "f":
-            bad = int(np.count_nonzero(np.isinf(values)))
-            return [f"{name} holds {bad} infinite values"] if bad else []
-        case _ if name == LABEL:
-            known = {0, IGNORE, *unit.attributes["organ_ids"].values()}
-            strange = sorted({int(v) for v in np.unique(values)} - known)
-            return [f"label holds the values {strange}, which are no organ's"] if strange else []
-        case _ if name == IMAGE:
-            return []
-        case _:
-            return [f"{name} is {values.dtype}, neither float nor image nor label"]
-
-
-# Which units the index leads to: from one registry, or from any that was ever cached here.
+    def teacher_inputs(self, receipt: Receipt) -> Inputs:
+        """What the digest of a unit's teacher is of; empty if neither unit nor index tells."""
+        wanted = receipt.inputs.get("teacher_digest")
+        known = (file.teacher for file in self.index if file.teacher is not None)
+        return receipt.teacher_inputs or next((t.inputs for t in known if t.digest == wanted), {})
 
 
 @dataclass(frozen=True)
 class Reached:
-    """A unit that the index leads to: the digest its receipt must have, and who it is of."""
+    """A unit that the index leads to: the digest its receipt must have, who it is of, and which
+    entries of its own dataset (a case unit) or teacher lead to it, as 16 digits."""
 
     digest: str
     case: IndexedCase
-    teacher: IndexedTeacher | None
+    teacher: IndexedTeacher | None = None
+    keys: set[str] = field(default_factory=set, compare=False)
 
     @property
     def name(self) -> str:
@@ -184,7 +124,7 @@ class Reach:
     """What a registry leads to through its index entries.
 
     Attributes:
-        units: path -> unit; whether it is there is for its receipt to say.
+        units: by path; whether one is there is for its receipt to say.
         index_files: the entries, and where the evidence of its teachers is if there is any.
         absent: datasets and teachers of the registry without a readable entry -> why.
     """
@@ -196,14 +136,14 @@ class Reach:
 
 def registry_reach(work: Folder, registry: Registry) -> Reach:
     """All units that stage two, or a rerun of stage one, would use for a registry."""
-    cases: list[IndexedCase] = []
-    teachers: list[IndexedTeacher] = []
+    cases: list[tuple[str, IndexedCase]] = []
+    teachers: list[tuple[str, IndexedTeacher]] = []
     files: set[Folder] = set()
     absent: dict[str, CacheStale] = {}
     for dataset in registry.datasets:
         key = registry.dataset_key(dataset)
         try:
-            cases += read_dataset_index(work, dataset, key)
+            cases += [(key, case) for case in read_dataset_index(work, dataset, key)]
             files |= {dataset_file(work, dataset, key), *case_records(work, dataset, key)}
         except CacheStale as error:
             absent[f"dataset {dataset}"] = error
@@ -211,37 +151,38 @@ def registry_reach(work: Folder, registry: Registry) -> Reach:
         key = registry.teacher_key(teacher)
         try:
             indexed = read_teacher_index(work, teacher, key)
-            teachers.append(indexed)
+            teachers.append((key, indexed))
             files |= {teacher_file(work, teacher, key), evidence_file(work, registry, indexed)}
         except CacheStale as error:
             absent[f"teacher {teacher}"] = error
     return Reach(_units(work, cases, teachers), frozenset(files), absent)
 
 
-def index_reach(work: Folder, files: Iterable[IndexFile] | None = None) -> dict[Folder, Reached]:
-    """All units that any pair of index entries leads to; many of them need not exist.
-
-    Args:
-        work: the work folder.
-        files: the index, if it has been read already.
-    """
-    found = list(read_index(work)[0] if files is None else files)
-    cases = [case for file in found for case in file.cases or ()]
-    teachers = [file.teacher for file in found if file.teacher is not None]
-    return _units(work, cases, teachers)
-
-
 def _units(
-    work: Folder, cases: Iterable[IndexedCase], teachers: Iterable[IndexedTeacher]
+    work: Folder,
+    cases: Iterable[tuple[str, IndexedCase]],
+    teachers: Sequence[tuple[str, IndexedTeacher]],
 ) -> dict[Folder, Reached]:
+    """By keys of the index and what stands under them."""
     units: dict[Folder, Reached] = {}
-    teachers = list(teachers)
-    for case in cases:
-        units[case_path(work, case)] = Reached(case.digest, case, None)
-        for teacher in teachers:
-            path = unit_path(work, teacher, case)
-            units[path] = Reached(unit_digest(teacher, case), case, teacher)
+    for case_key, case in cases:
+        unit = Reached(case.digest, case)
+        units.setdefault(case_path(work, case), unit).keys.add(short(case_key))
+        for key, teacher in teachers:
+            unit = Reached(unit_digest(teacher, case), case, teacher)
+            units.setdefault(unit_path(work, teacher, case), unit).keys.add(short(key))
     return units
+
+
+def by_folder(places: Iterable[Place]) -> dict[str, list[Place]]:
+    """Units by dataset (`cases/ct`), and by teacher and digest (`teachers/liver@0123..`)."""
+    groups: dict[str, list[Place]] = {}
+    for place in places:
+        what = f"cases/{place.dataset}"
+        if place.teacher is not None:
+            what = f"teachers/{place.teacher}@{place.teacher_tag}"
+        groups.setdefault(what, []).append(place)
+    return groups
 
 
 # Which student was trained from which units, as its run recorded it. Nothing is loaded.
@@ -249,19 +190,18 @@ def _units(
 
 @dataclass(frozen=True)
 class StudentRun:
-    """A run in `students/`.
-
-    Attributes:
-        run: its name.
-        finished: whether all its steps were made.
-        teachers: teacher -> digest.
-        cases: `dataset/case` -> digest, of training and validation.
-    """
+    """A run in `students/`, and the digests of the teachers and of the cases (`dataset/case`, of
+    training and validation) that it was trained with."""
 
     run: str
     finished: bool
     teachers: Mapping[str, str]
     cases: Mapping[str, str]
+
+    @property
+    def state(self) -> str:
+        """As tables name it."""
+        return "finished" if self.finished else "unfinished"
 
     def used(self, place: Place) -> bool:
         """Whether it was trained on a unit."""
@@ -312,24 +252,23 @@ def in_few_words(runs: Iterable[str]) -> str:
             groups[group] += 1
         else:
             said.append(name)
-    said += [f"{group} ({n} run{'s' if n > 1 else ''})" for group, n in groups.items()]
+    said += [f"{group} ({counted(n, 'run')})" for group, n in groups.items()]
     return ", ".join(sorted(said)) or "–"
 
 
-# Sizes, ages and differences as people read them.
+# Ages and differences as people read them, and all of it for machines.
 
 
-def megabytes(num_bytes: int) -> str:
-    """A size."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if num_bytes >= limit:
-            return f"{num_bytes / limit:.1f} {unit}"
-    return f"{num_bytes} B"
-
-
-def counted(number: int, what: str) -> str:
-    """`1 unit`, `2 units`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def plain(value: Any) -> Any:
+    """For JSON: a dataclass as its fields, `num_bytes` as `bytes`, paths as text."""
+    if is_dataclass(value):
+        named = {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+        return {"bytes" if name == "num_bytes" else name: entry for name, entry in named.items()}
+    if isinstance(value, Mapping):
+        return {name: plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def seconds_since(written: str, *, now: float | None = None) -> float:
@@ -351,13 +290,8 @@ def accepted_in_words(notes: Mapping[str, Any]) -> str:
 
 
 def print_changes(title: str, arrow: str, changes: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """A table of `field: old -> new` lines, each once, with all that it holds for.
-
-    Args:
-        title: of the table.
-        arrow: what stands on its two sides, as `there -> now`.
-        changes: name of what changed, and its lines.
-    """
+    """A table of `field: old -> new` lines, each once, with the names of all that it holds for.
+    `arrow` says what stands on the two sides: `there -> now`."""
     names: dict[str, list[str]] = {}
     for name, lines in changes:
         for line in lines:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
-from pipeline.cache.index import read_index
-from pipeline.cache.places import Place, find_units, unit_bytes
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.cache.places import Place, unit_bytes
+from pipeline.cache.reader import Unit
+from pipeline.cache.receipt import Receipt, verify_object, verify_seal
+from pipeline.cache.schema import IMAGE, LABEL
 from pipeline.cache.store import remove_unit
+from pipeline.config import short
 from pipeline.consensus.evidence import unreadable_evidence
+from pipeline.data.labels import IGNORE
 from pipeline.data.registry import Registry
+from pipeline.data.volume import Grid
+from pipeline.errors import CacheError, counted
 from pipeline.folder import Folder, remove
-from pipeline.log import Log, print_table
-from pipeline.review.units import (
-    Reached,
-    cheap_problems,
-    counted,
-    deep_problems,
-    index_reach,
-    megabytes,
-    registry_reach,
-)
+from pipeline.log import Log, print_table, size
+from pipeline.review.units import Inventory, Reached, State, registry_reach, unit_state
 
 _MOST_ROWS = 60
-State = Literal["missing", "damaged"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ class Finding:
 
     Attributes:
         unit: its name, or that of an index entry.
-        path: where.
         state: missing: the registry calls for it and it is not there; damaged: it cannot be used.
         what: in words, one per problem.
     """
@@ -50,8 +50,7 @@ class Verification:
 
     Attributes:
         deep: whether every byte was read.
-        checked: units that were there.
-        num_bytes: that they take on disk.
+        checked: units that were there; `num_bytes` is what they take on disk.
         findings: what is wrong, in the order of the work folder.
         unreached: units that no index entry leads to and that were not looked at.
     """
@@ -73,22 +72,9 @@ class Verification:
         wrong = counted(len(self.findings), "thing") if self.findings else "nothing"
         rest = f" ({self.unreached} more that no index entry leads to: --all)"
         return (
-            f"verify: {counted(self.checked, 'unit')}, {megabytes(self.num_bytes)}, by {how}: "
+            f"verify: {counted(self.checked, 'unit')}, {size(self.num_bytes)}, by {how}: "
             f"{wrong} wrong{rest if self.unreached else ''}"
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "deep": self.deep,
-            "checked": self.checked,
-            "bytes": self.num_bytes,
-            "unreached": self.unreached,
-            "findings": [
-                {"unit": f.unit, "path": str(f.path), "state": f.state, "what": list(f.what)}
-                for f in self.findings
-            ],
-        }
 
 
 def verify(
@@ -102,27 +88,23 @@ def verify(
     """Checks the units of a work folder.
 
     Args:
-        work: the work folder.
         registry: what it calls for must be there; None leaves that open.
         deep: read every byte: checksums, values, shapes. Else receipts, presence and sizes.
         everything: also units that no index entry leads to.
-        log: where progress goes.
     """
-    files, unreadable = read_index(work)
-    reached = index_reach(work, files)
-    found = Verification(deep)
-    for path, why in unreadable.items():
-        found.findings.append(Finding(f"index entry {path.name}", path, "damaged", (why,)))
-    for path, why in unreadable_evidence(work).items():
-        found.findings.append(Finding(f"evidence {path.name}", path, "damaged", (why,)))
-    all_places = find_units(work)
-    places = [place for place in all_places if everything or place.path in reached]
-    found.unreached = len(all_places) - len(places)
+    there = Inventory(work)
+    places = [place for place in there.places if everything or place.path in there.reached]
+    found = Verification(deep, unreached=len(there.places) - len(places))
+    unreadable = {"index entry": there.unreadable, "evidence": unreadable_evidence(work)}
+    for kind, files in unreadable.items():
+        found.findings += [
+            Finding(f"{kind} {path.name}", path, "damaged", (why,)) for path, why in files.items()
+        ]
     if registry is not None:
-        found.findings += _missing(work, registry, {place.path for place in all_places})
+        found.findings += _missing(there, registry)
     with log.progress("units", len(places)) as advance:
         for place in places:
-            problems = check(place, reached.get(place.path), deep=deep)
+            problems = check(place, there.reached.get(place.path), deep=deep)
             found.checked += 1
             found.num_bytes += unit_bytes(place.path)
             if problems:
@@ -146,13 +128,13 @@ def repair(work: Folder, found: Verification) -> list[Folder]:
     Raises:
         WorkFolderError: something cannot be removed.
     """
-    reached = index_reach(work)
-    places = {place.path: place for place in find_units(work)}
+    there = Inventory(work)
+    places = {place.path: place for place in there.places}
     removed = []
     for finding in found.damaged:
         place = places.get(finding.path)
         # Since it was found, another process may have replaced it.
-        if place is not None and not check(place, reached.get(place.path), deep=found.deep):
+        if place is not None and not check(place, there.reached.get(place.path), deep=found.deep):
             continue
         if place is not None:
             remove_unit(place.path)
@@ -170,15 +152,126 @@ def print_verification(found: Verification) -> None:
         print_table(f"Wrong{more}", ["unit", "", "what"], rows)
 
 
-def _missing(work: Folder, registry: Registry, there: Set[Folder]) -> Sequence[Finding]:
-    reach = registry_reach(work, registry)
+def _missing(there: Inventory, registry: Registry) -> Sequence[Finding]:
+    reach = registry_reach(there.work, registry)
+    places = {place.path for place in there.places}
     gone = [
-        Finding(name, work / "index", "missing", (error.what,))
+        Finding(name, there.work / "index", "missing", (error.what,))
         for name, error in reach.absent.items()
     ]
     gone += [
         Finding(unit.name, path, "missing", ("not in the cache",))
         for path, unit in reach.units.items()
-        if path not in there
+        if path not in places
     ]
     return gone
+
+
+# What is wrong with one unit: cheaply by its receipt, or deeply by every byte and number in it.
+
+
+def cheap_problems(place: Place, expect: str | None = None) -> list[str]:
+    """Receipt, presence, sizes, digest, and whether it lies where its inputs say. `expect` is the
+    digest that it must have; None takes what its path says."""
+    found = unit_state(place.path, expect)
+    if found.receipt is None:
+        return [found.problem.rstrip(".")]
+    return _misplaced(place, found.receipt)
+
+
+def deep_problems(place: Place, expect: str | None = None) -> list[str]:
+    """`cheap_problems`; if there are none: every checksum, then every array's values.
+
+    An infinite value is a problem; NaN in log-odds and features means "not seen" and is none.
+    """
+    found = cheap_problems(place, expect)
+    if found:
+        return found
+    unit = Unit.open(place.path)
+    found = _says(lambda: verify_seal(unit.path, unit.receipt))
+    for name in unit.receipt.objects:
+        found += _says(partial(verify_object, unit.path, unit.receipt, name))
+    try:
+        found += _attributes(place, unit)
+        for name in unit.receipt.arrays:
+            found += _array(unit, name)
+    except CacheError as error:
+        found.append(_words(error))
+    except (KeyError, TypeError, ValueError) as error:
+        found.append(f"its attributes are not those of a unit ({type(error).__name__}: {error})")
+    return list(dict.fromkeys(found))
+
+
+def _words(error: CacheError) -> str:
+    return error.what.rstrip(".")
+
+
+def _misplaced(place: Place, receipt: Receipt) -> list[str]:
+    """The digests in its path are those of its inputs."""
+    inputs = receipt.inputs
+    if place.teacher is None:
+        wanted = {"tag": short(receipt.digest)}
+    else:
+        wanted = {
+            "teacher_tag": short(str(inputs.get("teacher_digest", ""))),
+            "tag": short(str(inputs.get("image_sha256", ""))),
+        }
+    return [
+        f"it was made as {value}, but lies under {getattr(place, field)}"
+        for field, value in wanted.items()
+        if getattr(place, field) != value
+    ]
+
+
+def _says(check: Callable[[], object]) -> list[str]:
+    try:
+        check()
+    except CacheError as error:
+        return [_words(error)]
+    return []
+
+
+def _attributes(place: Place, unit: Unit) -> list[str]:
+    said = [("case", place.case_name), ("teacher", place.teacher)]
+    return [
+        f"its attribute {name} is {unit.attributes.get(name)!r}, its place says {value!r}"
+        for name, value in said
+        if value is not None and unit.attributes.get(name) != value
+    ]
+
+
+def _array(unit: Unit, name: str) -> list[str]:
+    said = unit.receipt.arrays[name]
+    try:
+        array = unit.array(name)
+        values = unit.read(name)
+    except CacheError as error:
+        return [_words(error)]
+    found = []
+    if list(array.shape) != list(said["shape"]):
+        found.append(f"{name} has shape {array.shape}, its receipt says {said['shape']}")
+    if str(array.dtype) != said["dtype"]:
+        found.append(f"{name} is {array.dtype}, its receipt says {said['dtype']}")
+    grid = Grid.from_json(unit.attributes["grid"])
+    wanted: tuple[int, ...] = grid.shape
+    if name.startswith("features/"):
+        tap = unit.attributes["taps"][name.removeprefix("features/")]
+        wanted = (tap["channels"], *grid.coarsen(tap["stride"]).shape)
+    if values.shape != wanted:
+        found.append(f"{name} has shape {values.shape}, its grid {wanted}")
+    return found + _values(unit, name, values)
+
+
+def _values(unit: Unit, name: str, values: npt.NDArray[Any]) -> list[str]:
+    match name:
+        case _ if values.dtype.kind == "f":
+            bad = int(np.count_nonzero(np.isinf(values)))
+            return [f"{name} holds {bad} infinite values"] if bad else []
+        case _ if name == LABEL:
+            known = {0, IGNORE, *unit.attributes["organ_ids"].values()}
+            strange = sorted({int(v) for v in np.unique(values)} - known)
+            return [f"label holds the values {strange}, which are no organ's"] if strange else []
+        case _ if name == IMAGE:
+            return []
+        case _:
+            return [f"{name} is {values.dtype}, neither float nor image nor label"]

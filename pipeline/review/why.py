@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pipeline.cache.cases import identify_case
-from pipeline.cache.index import (
-    IndexedCase,
-    IndexedTeacher,
-    case_path,
-    read_index,
-    unit_digest,
-    unit_path,
-)
-from pipeline.cache.places import Place, find_units
-from pipeline.cache.receipt import Receipt, read_receipt
+from pipeline.cache.index import IndexedCase, IndexedTeacher, case_path, unit_digest, unit_path
+from pipeline.cache.receipt import Receipt
 from pipeline.cache.schema import Inputs, StorageConfig, differing
 from pipeline.config import short
 from pipeline.data.entries import CaseFiles
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError, CacheMissing, ConfigError, PipelineError, RegistryError
+from pipeline.errors import ConfigError, PipelineError, RegistryError, counted
 from pipeline.folder import Folder
-from pipeline.log import print_table
+from pipeline.log import print_table, size
 from pipeline.networks.windows import WindowConfig
-from pipeline.review.units import accepted_in_words, counted, megabytes, print_changes
+from pipeline.review.units import Inventory, accepted_in_words, plain, print_changes, unit_state
 from pipeline.teachers.load import open_teacher
+
+T = TypeVar("T")
 
 # `cache why CASE`: would stage one reuse a unit, and if not, what is different, field by field.
 
@@ -39,10 +32,8 @@ class Reason:
     """What the next run of stage one would do about one unit.
 
     Attributes:
-        unit: its name.
         verdict: reused; made: there is none; made again: it is damaged; left out: by its split;
             unknown: its digest cannot be computed here.
-        because: in words.
         nearest: the unit of this case and teacher that differs least; None if there is no other.
         differences: `field: its value -> value now`, against the nearest.
     """
@@ -52,16 +43,6 @@ class Reason:
     because: str
     nearest: Folder | None = None
     differences: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "unit": self.unit,
-            "verdict": self.verdict,
-            "because": self.because,
-            "nearest": None if self.nearest is None else str(self.nearest),
-            "differences": list(self.differences),
-        }
 
 
 def why(
@@ -74,14 +55,7 @@ def why(
     splits: Sequence[str] = ("train", "validation", "test"),
 ) -> list[Reason]:
     """Explains the case unit and every teacher's unit of one case; hashes its files and weights.
-
-    Args:
-        work: the work folder.
-        registry: what exists.
-        case: `dataset/case`.
-        window: as stage one would be run.
-        storage: likewise.
-        splits: likewise.
+    Window, storage and splits are those that stage one would be run with.
 
     Raises:
         RegistryError: no such case.
@@ -93,10 +67,9 @@ def why(
         return [Reason(case, "left out", because)]
     grid = registry.grid.spacing_mm
     indexed, inputs = identify_case(registry, source, spacing_mm=grid, storage=storage)
-    places = find_units(work, dataset=source.dataset, case=source.case)
-    own = [place for place in places if place.teacher is None]
-    there = {path: receipt.inputs for path, receipt in _receipts(own).items()}
-    reasons = [_reason(case, case_path(work, indexed), indexed.digest, inputs, there)]
+    there = Inventory(work, dataset=source.dataset, case=source.case)
+    others = {p.path: r.inputs for p, r in there.receipts.items() if p.teacher is None}
+    reasons = [_reason(case, case_path(work, indexed), indexed.digest, inputs, others)]
     for name in registry.teachers:
         unit = f"{name} x {case}"
         try:
@@ -106,63 +79,53 @@ def why(
         except PipelineError as error:
             reasons.append(Reason(unit, "unknown", f"the teacher cannot be loaded: {error}"))
             continue
-        theirs = [place for place in places if place.teacher == name]
-        reasons.append(_teacher_reason(work, unit, teacher, indexed, theirs))
+        reasons.append(_teacher_reason(there, unit, teacher, indexed))
     return reasons
 
 
 def _teacher_reason(
-    work: Folder, unit: str, teacher: IndexedTeacher, case: IndexedCase, places: Sequence[Place]
+    there: Inventory, unit: str, teacher: IndexedTeacher, case: IndexedCase
 ) -> Reason:
-    index = {
-        file.teacher.digest: file.teacher.inputs
-        for file in read_index(work)[0]
-        if file.teacher is not None
+    others = {
+        place.path: _explained(there, receipt)
+        for place, receipt in there.receipts.items()
+        if place.teacher == teacher.teacher
     }
-    there = {path: _explained(receipt, index) for path, receipt in _receipts(places).items()}
     wanted = {**teacher.inputs, "image_sha256": case.image_sha256}
-    path = unit_path(work, teacher, case)
-    return _reason(unit, path, unit_digest(teacher, case), wanted, there)
+    path = unit_path(there.work, teacher, case)
+    return _reason(unit, path, unit_digest(teacher, case), wanted, others)
 
 
 def _reason(
-    unit: str, path: Folder, expect: str, wanted: Inputs, there: Mapping[Folder, Inputs]
+    unit: str, path: Folder, expect: str, wanted: Inputs, others: Mapping[Folder, Inputs]
 ) -> Reason:
-    try:
-        receipt = read_receipt(path, expect=expect)
-    except CacheMissing:
-        pass
-    except CacheError as error:
-        return Reason(unit, "made again", f"what is there is damaged: {error.what}", path)
-    else:
-        because = f"same digest {short(receipt.digest)}, written {receipt.written}"
-        because += accepted_in_words(receipt.notes)
+    found = unit_state(path, expect)
+    if found.receipt is not None:
+        because = f"same digest {short(found.receipt.digest)}, written {found.receipt.written}"
+        because += accepted_in_words(found.receipt.notes)
         return Reason(unit, "reused", because, path)
-    compared = {other: differing(inputs, wanted) for other, inputs in there.items()}
+    if found.state != "missing":
+        return Reason(unit, "made again", f"what is there is damaged: {found.problem}", path)
+    compared = {other: differing(inputs, wanted) for other, inputs in others.items()}
     if not compared:
         return Reason(unit, "made", "the cache holds nothing of it")
-    nearest = min(compared, key=lambda other: (len(compared[other]), str(other)))
+    nearest = _nearest(compared)
     lines = tuple(compared[nearest])
     because = f"differs in {counted(len(lines), 'input')} from the nearest that is cached"
     return Reason(unit, "made", because, nearest, lines)
 
 
-def _explained(receipt: Receipt, index: Mapping[str, Inputs]) -> Inputs:
+def _nearest(compared: Mapping[T, Sequence[str]]) -> T:
+    """With the fewest differences."""
+    return min(compared, key=lambda other: (len(compared[other]), str(other)))
+
+
+def _explained(there: Inventory, receipt: Receipt) -> Inputs:
     """A teacher unit's inputs, with those that its teacher's digest is of, where they are known."""
-    inputs = dict(receipt.inputs)
-    teacher = receipt.teacher_inputs or index.get(inputs["teacher_digest"])
-    if teacher is None:
-        return inputs
-    del inputs["teacher_digest"]
-    return {**teacher, **inputs}
-
-
-def _receipts(places: Sequence[Place]) -> dict[Folder, Receipt]:
-    found = {}
-    for place in places:
-        with suppress(CacheError):
-            found[place.path] = read_receipt(place.path)
-    return found
+    teacher = there.teacher_inputs(receipt)
+    if not teacher:
+        return receipt.inputs
+    return {**teacher, **{k: v for k, v in receipt.inputs.items() if k != "teacher_digest"}}
 
 
 def _find(registry: Registry, case: str) -> CaseFiles:
@@ -201,8 +164,7 @@ class Change:
 
     Attributes:
         name: `dataset/case`, or the teacher.
-        a: its digest in A, 16 digits.
-        b: the digest in B that differs least from it.
+        a, b: its digest in A, 16 digits, and the one in B that differs least from it.
         differences: `field: in A -> in B`.
     """
 
@@ -214,25 +176,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Side:
-    """How two folders differ in one kind of thing.
-
-    Attributes:
-        only_a: in A alone.
-        only_b: in B alone.
-        changed: in both, from other inputs.
-        same: in both, from the same inputs.
-    """
+    """How two folders differ in one kind of thing: what is in one of them alone, and what is in
+    both, made from other inputs or from the same."""
 
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     changed: tuple[Change, ...]
     same: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        changed = [{**vars(c), "differences": list(c.differences)} for c in self.changed]
-        only = {"only_a": list(self.only_a), "only_b": list(self.only_b)}
-        return {**only, "changed": changed, "same": list(self.same)}
 
 
 @dataclass(frozen=True)
@@ -240,10 +190,6 @@ class Difference:
     """Two work folders side by side.
 
     Attributes:
-        a: the first.
-        b: the second.
-        cases: case units, as `dataset/case`.
-        teachers: by name.
         units: teacher units of teachers that are the same in both.
         other_bytes: units of one digest whose arrays hold other bytes: made on another device.
         num_bytes: of all units: in A, in B, and of those that both have.
@@ -268,27 +214,8 @@ class Difference:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        a, b, both = self.num_bytes
-        return {
-            "a": str(self.a),
-            "b": str(self.b),
-            "same": self.same,
-            "cases": self.cases.to_json(),
-            "teachers": self.teachers.to_json(),
-            "units": self.units.to_json(),
-            "other_bytes": list(self.other_bytes),
-            "bytes": {"a": a, "b": b, "both": both},
-            "unreadable": list(self.unreadable),
-        }
-
-
-@dataclass(frozen=True)
-class _Contents:
-    cases: Mapping[Key, Inputs]
-    teachers: Mapping[Key, Inputs]
-    units: Mapping[Key, Inputs]
-    receipts: Mapping[str, Receipt]
-    unreadable: tuple[str, ...]
+        sizes = dict(zip(("a", "b", "both"), self.num_bytes, strict=True))
+        return {**plain(self), "same": self.same, "bytes": sizes}
 
 
 def diff(a: Folder, b: Folder) -> Difference:
@@ -297,27 +224,89 @@ def diff(a: Folder, b: Folder) -> Difference:
     Raises:
         ConfigError: one of them is no work folder.
     """
-    first, second = _read(a), _read(b)
-    same_teachers = set(first.teachers) & set(second.teachers)
-    both = set(first.receipts) & set(second.receipts)
+    first, second = _contents(a), _contents(b)
+    both = sorted(set(first.receipts) & set(second.receipts))
     sizes = [
         sum(side.receipts[name].num_bytes for name in names)
         for side, names in ((first, first.receipts), (second, second.receipts), (first, both))
     ]
-    unlike = [n for n in sorted(both) if first.receipts[n].contents != second.receipts[n].contents]
+    unlike = [n for n in both if first.receipts[n].contents != second.receipts[n].contents]
+    teachers = set(first.teachers) & set(second.teachers)
     return Difference(
         a,
         b,
         cases=_side(first.cases, second.cases),
         teachers=_side(first.teachers, second.teachers),
-        units=_side(
-            {key: inputs for key, inputs in first.units.items() if _of(key, same_teachers)},
-            {key: inputs for key, inputs in second.units.items() if _of(key, same_teachers)},
-        ),
+        units=_side(first.units_of(teachers), second.units_of(teachers)),
         other_bytes=tuple(unlike),
         num_bytes=(sizes[0], sizes[1], sizes[2]),
-        unreadable=tuple(f"{n} in A" for n in first.unreadable)
-        + tuple(f"{n} in B" for n in second.unreadable),
+        unreadable=(
+            *(f"{name} in A" for name in first.unreadable),
+            *(f"{name} in B" for name in second.unreadable),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """Of one folder: inputs by key, receipts by the path within it, units without a valid one."""
+
+    cases: dict[Key, Inputs]
+    teachers: dict[Key, Inputs]
+    units: dict[tuple[Key, Key], Inputs]
+    receipts: dict[str, Receipt]
+    unreadable: list[str]
+
+    def units_of(self, teachers: Set[Key]) -> dict[Key, Inputs]:
+        """Of these teachers alone."""
+        return {unit: inputs for (of, unit), inputs in self.units.items() if of in teachers}
+
+
+def _contents(work: Folder) -> _Contents:
+    there = Inventory(work)
+    if not there.places and not (work / "index").is_dir():
+        raise ConfigError(
+            "there is no cache here.", where=work, fix="Give two folders that stage one has filled."
+        )
+    found = _Contents({}, {}, {}, {}, [p.name for p in there.places if p not in there.receipts])
+    for place, receipt in there.receipts.items():
+        found.receipts[str(place.path).removeprefix(f"{work}/")] = receipt
+        if place.teacher is None:
+            found.cases[place.case_name, place.tag] = receipt.inputs
+        else:
+            teacher = place.teacher, place.teacher_tag
+            unit = f"{place.teacher}@{place.teacher_tag} x {place.case_name}", place.tag
+            found.teachers[teacher] = there.teacher_inputs(receipt)
+            found.units[teacher, unit] = receipt.inputs
+    return found
+
+
+def _side(a: Mapping[Key, Inputs], b: Mapping[Key, Inputs]) -> Side:
+    """Each that has another digest in B is compared with the one in B that differs least."""
+    changed: dict[tuple[Key, Key], list[str]] = {}
+
+    def compare(pairs: Sequence[tuple[Key, Key]]) -> None:
+        lines = {(key, other): differing(a[key], b[other]) for key, other in pairs}
+        if lines:
+            nearest = _nearest(lines)
+            changed[nearest] = lines[nearest]
+
+    for key in sorted(set(a) - set(b)):
+        others = [other for other in b if other[0] == key[0]]
+        new = [other for other in others if other not in a]
+        compare([(key, other) for other in new or others])
+    paired = {other for _, other in changed}
+    for key in sorted(set(b) - set(a) - paired):
+        compare([(other, key) for other in a if other[0] == key[0]])
+    names_a, names_b = {name for name, _ in a}, {name for name, _ in b}
+    return Side(
+        only_a=tuple(sorted(names_a - names_b)),
+        only_b=tuple(sorted(names_b - names_a)),
+        changed=tuple(
+            Change(name, here, there, tuple(lines))
+            for ((name, here), (_, there)), lines in changed.items()
+        ),
+        same=tuple(name for name, _ in sorted(set(a) & set(b))),
     )
 
 
@@ -345,75 +334,5 @@ def print_difference(found: Difference) -> None:
         print_table("Same inputs, other bytes (made on another device?)", ["unit"], rows)
     if found.unreadable:
         print_table("No valid receipt", ["unit"], [[name] for name in found.unreadable])
-    a, b, both = (megabytes(n) for n in found.num_bytes)
+    a, b, both = (size(n) for n in found.num_bytes)
     print_table("Bytes", ["A", "B", "in both"], [[a, b, both]])
-
-
-def _of(key: Key, teachers: Set[Key]) -> bool:
-    name, _, _ = key[0].partition(" x ")
-    teacher, _, tag = name.rpartition("@")
-    return (teacher, tag) in teachers
-
-
-def _read(work: Folder) -> _Contents:
-    places = find_units(work)
-    if not places and not (work / "index").is_dir():
-        raise ConfigError(
-            "there is no cache here.", where=work, fix="Give two folders that stage one has filled."
-        )
-    index = {
-        short(file.teacher.digest): file.teacher.inputs
-        for file in read_index(work)[0]
-        if file.teacher is not None
-    }
-    cases: dict[Key, Inputs] = {}
-    teachers: dict[Key, Inputs] = {}
-    units: dict[Key, Inputs] = {}
-    receipts: dict[str, Receipt] = {}
-    unreadable: list[str] = []
-    for place in places:
-        try:
-            receipt = read_receipt(place.path)
-        except CacheError:
-            unreadable.append(place.name)
-            continue
-        receipts[str(place.path).removeprefix(f"{work}/")] = receipt
-        if place.teacher is None:
-            cases[place.case_name, place.tag] = receipt.inputs
-            continue
-        said = receipt.teacher_inputs or index.get(place.teacher_tag, {})
-        teachers[place.teacher, place.teacher_tag] = said
-        units[_unit_key(place)] = receipt.inputs
-    return _Contents(cases, teachers, units, receipts, tuple(unreadable))
-
-
-def _unit_key(place: Place) -> Key:
-    return f"{place.teacher}@{place.teacher_tag} x {place.case_name}", place.tag
-
-
-def _side(a: Mapping[Key, Inputs], b: Mapping[Key, Inputs]) -> Side:
-    """Each that has another digest in B is compared with the one in B that differs least."""
-    same = sorted(set(a) & set(b))
-    names_a, names_b = {name for name, _ in a}, {name for name, _ in b}
-    changed = []
-    for name, digest in sorted(set(a) - set(b)):
-        others = [key for key in b if key[0] == name and key not in a] or [
-            key for key in b if key[0] == name
-        ]
-        if others:
-            lines = {key: differing(a[name, digest], b[key]) for key in others}
-            nearest = min(others, key=lambda key: (len(lines[key]), key))
-            changed.append(Change(name, digest, nearest[1], tuple(lines[nearest])))
-    paired = {(change.name, change.b) for change in changed}
-    for name, digest in sorted(set(b) - set(a) - paired):
-        others = [key for key in a if key[0] == name]
-        if others:
-            lines = {key: differing(a[key], b[name, digest]) for key in others}
-            nearest = min(others, key=lambda key: (len(lines[key]), key))
-            changed.append(Change(name, nearest[1], digest, tuple(lines[nearest])))
-    return Side(
-        only_a=tuple(sorted(names_a - names_b)),
-        only_b=tuple(sorted(names_b - names_a)),
-        changed=tuple(changed),
-        same=tuple(name for name, _ in same),
-    )

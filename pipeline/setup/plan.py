@@ -28,7 +28,7 @@ from pipeline.data.sizes import CaseSize, case_sizes, two_cases
 from pipeline.engine.processes import memory_bytes
 from pipeline.errors import CacheError, ConfigError, RegistryError, SpaceError
 from pipeline.folder import Folder, is_local, read_text, remove, replace_file, sizes, temporary_name
-from pipeline.log import Advance, Log, duration, print_table
+from pipeline.log import Advance, Log, duration, print_table, size
 from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.load import LoadedTeacher, open_teacher
 from pipeline.teachers.units import cache_unit
@@ -79,16 +79,16 @@ def find_todo(
     there = _receipts(work)
     missing: dict[str, list[CaseSize]] = {CASES: [], **{name: [] for name in teachers}}
     cached: list[Receipt] = []
-    for size in sizes:
-        case, dataset = size.source.case, size.source.dataset
-        unit = _case_unit(registry, size, there.get((CASES, dataset, case), ()), storage)
+    for known in sizes:
+        case, dataset = known.source.case, known.source.dataset
+        unit = _case_unit(registry, known, there.get((CASES, dataset, case), ()), storage)
         of_teachers = {
             name: _teacher_unit(teacher, there.get((name, dataset, case), ()), unit)
             for name, teacher in teachers.items()
         }
         for what, receipt in {CASES: unit, **of_teachers}.items():
             if receipt is None:
-                missing[what].append(size)
+                missing[what].append(known)
             else:
                 cached.append(receipt)
     return Todo(missing, len(cached), sum(receipt.num_bytes for receipt in cached))
@@ -348,8 +348,8 @@ def _probe_case(
 def _sample(what: str, unit: Folder, case: CaseSize, seconds: float) -> Sample:
     num_bytes = dict.fromkeys(KINDS, 0)
     found = sizes(unit)
-    for name, size in found.items():
-        num_bytes[_kind(name.split("/"))] += size
+    for name, taken in found.items():
+        num_bytes[_kind(name.split("/"))] += taken
     above = {parent for name in found for parent in PurePosixPath(name).parents}
     return Sample(
         what=what,
@@ -451,16 +451,6 @@ def shortfall(parts: Iterable[Cost], space: Space) -> str:
             f"work folder holds this passes the quota of {size(space.quota_bytes)}."
         )
     return ""
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    value, unit = float(num_bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
-        if abs(value) < 999.5 or unit == "PB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if value >= 99.5 or unit == "B" else f"{value:.3g} {unit}"
 
 
 def parse_size(text: str) -> int:

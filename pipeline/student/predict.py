@@ -27,13 +27,12 @@ from pipeline.data.hounsfield import Doubt, doubts_of
 from pipeline.data.nifti import read_file, read_image, write_like
 from pipeline.data.registry import Registry
 from pipeline.data.volume import Grid, Volume
-from pipeline.errors import ConfigError, GeometryError, WorkFolderError
+from pipeline.errors import ConfigError, GeometryError, WorkFolderError, listed
 from pipeline.figures import itksnap_text, names_in, slicer_text
 from pipeline.folder import (
     Folder,
     changed_since,
     json_with,
-    listed,
     refuse_foreign,
     remove,
     replace_file,
@@ -579,8 +578,7 @@ def _left(root: Path, names: Iterable[str]) -> list[str]:
 
 
 def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(name_of(name) for name in names[:_NAMED])
-    return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
+    return listed([name_of(name) for name in names], _NAMED)
 
 
 def _told(one: Path, other: Path) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.store import json_text
+from pipeline.errors import counted, listed
 from pipeline.figures import open_figure
-from pipeline.folder import Folder, json_with, listed, refuse_foreign, replace_files, writing
+from pipeline.folder import Folder, json_with, refuse_foreign, replace_files, writing
 from pipeline.log import print_table
 from pipeline.review.statistics import (
     CONFIDENCE,
@@ -444,7 +445,7 @@ def draw_comparison(results: Results, path: Path) -> None:
         seeds = len(results.plan.settings.seeds)
         figure.suptitle(
             f"{results.plan.settings.name}: {len(results.plan.cases)} {results.split} cases, "
-            f"{seeds} seed{'s' if seeds > 1 else ''}",
+            f"{counted(seeds, 'seed')}",
             fontsize=11,
         )
         handles, labels = axes[0, 0].get_legend_handles_labels()

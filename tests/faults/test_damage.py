@@ -25,8 +25,7 @@ from pipeline.data.patches import Patch
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheError
 from pipeline.log import Log
-from pipeline.review.units import deep_problems
-from pipeline.review.verify import repair, verify
+from pipeline.review.verify import deep_problems, repair, verify
 from tests.faults.ledger import LEDGER, how_many
 from tests.faults.small import content, files_of, flip, run_stage, truncate
 from tests.tiny import work_of

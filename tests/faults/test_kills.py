@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cache.places import find_units
-from pipeline.review.units import deep_problems
+from pipeline.review.verify import deep_problems
 from tests.faults.ledger import LEDGER, how_many
 from tests.faults.nursery import Job, Nursery
 from tests.faults.small import content, files_of, flip, hidden, truncate, unit_names

@@ -15,7 +15,7 @@ from pipeline.cli.app import app
 from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheError, CacheIncomplete
-from pipeline.review.units import cheap_problems, deep_problems
+from pipeline.review.verify import cheap_problems, deep_problems
 from tests.faults.ledger import LEDGER
 from tests.faults.small import content, files_of, hidden, place_named, run_stage
 from tests.tiny import work_of

@@ -19,8 +19,7 @@ from pipeline.cache.receipt import RECEIPT, read_receipt
 from pipeline.errors import CacheError, CacheIncomplete, StoreUnreachable
 from pipeline.folder import copy_name, replace_file, sizes
 from pipeline.log import Log
-from pipeline.review.units import deep_problems
-from pipeline.review.verify import repair, verify
+from pipeline.review.verify import deep_problems, repair, verify
 from tests.faults.ledger import LEDGER, how_many
 from tests.faults.nursery import Job, Nursery
 from tests.faults.small import run_stage, unit_names

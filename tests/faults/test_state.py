@@ -33,8 +33,7 @@ from pipeline.data.registry import Registry, load_registry
 from pipeline.errors import CacheStale, ConfigError
 from pipeline.log import Log
 from pipeline.review.gc import find_garbage, remove_garbage
-from pipeline.review.units import cheap_problems, deep_problems
-from pipeline.review.verify import repair, verify
+from pipeline.review.verify import cheap_problems, deep_problems, repair, verify
 from tests.faults.ledger import LEDGER, how_many
 from tests.faults.nursery import Job, Nursery
 from tests.faults.small import (

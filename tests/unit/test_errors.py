@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from pipeline.errors import CacheCorrupt, ConfigError, PipelineError, named
+from pipeline.errors import CacheCorrupt, ConfigError, PipelineError, counted, listed, named
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,10 @@ def test_a_place_is_named_once(where: str | None, expected: str) -> None:
     assert str(caught.value) == f"{expected}: it broke. Mend it."
     again = pickle.loads(pickle.dumps(caught.value))
     assert str(again) == str(caught.value)
+
+
+def test_counts_and_lists_of_names() -> None:
+    assert [counted(n, "unit") for n in (0, 1, 2)] == ["0 units", "1 unit", "2 units"]
+    assert listed([]) == ""
+    assert listed(["a", "b"], 2) == "a, b"
+    assert listed(["a", "b", "c", "d"], 2) == "a, b and 2 more"

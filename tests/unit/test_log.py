@@ -13,7 +13,7 @@ import pytest
 from rich.text import Text
 
 from pipeline.folder import read_text, sizes
-from pipeline.log import Log, print_table
+from pipeline.log import Log, number, print_table, size
 from stages.compare.plan import StepClock
 from website.screens import ROOT
 from website.terminal import run
@@ -254,9 +254,9 @@ def test_events_in_an_object_store_are_an_object_of_this_process(
 ) -> None:
     """Nothing can be appended to there: each process renews its own."""
     monkeypatch.setattr("pipeline.log.SECONDS_BETWEEN_SENDS", -1.0)
-    for number in range(2):
+    for nth in range(2):
         log = Log(quiet=True, events=store_work / "events.jsonl")
-        log.event("first", number=number)
+        log.event("first", number=nth)
         log.event("second", value=float("nan"))
     names = sizes(store_work)
     assert len(names) == 2
@@ -266,3 +266,23 @@ def test_events_in_an_object_store_are_an_object_of_this_process(
     assert all([line["event"] for line in lines] == ["first", "second"] for lines in told)
     assert sorted(lines[0]["number"] for lines in told) == [0, 1]
     assert all(lines[1]["value"] is None for lines in told)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "said"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (2_550_000, "2.55 MB"),
+        (120e9, "120 GB"),
+        (4e12, "4 TB"),
+    ],
+)
+def test_sizes(num_bytes: float, said: str) -> None:
+    assert size(num_bytes) == said
+
+
+def test_numbers() -> None:
+    assert [number(value) for value in (None, 0.5)] == ["–", "0.500"]
+    assert number(0.123, ".1%") == "12.3%"

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import torch
 import yaml
 
+from pipeline.config import versions
 from pipeline.consensus.cohort import in_ml
 from pipeline.data.registry import Registry
-from pipeline.errors import CheckpointError, ConfigError, PipelineError
-from pipeline.figures import smoothed
+from pipeline.errors import CheckpointError, ConfigError, PipelineError, counted
+from pipeline.figures import Points, draw_dice, draw_rate, draw_terms, draw_wait, svg_chart
 from pipeline.folder import (
     Folder,
     check_writable,
@@ -29,7 +27,7 @@ from pipeline.folder import (
     replace_file,
     writing,
 )
-from pipeline.log import Log, duration
+from pipeline.log import Log, duration, number, size
 from pipeline.review.report.pictures import (
     LADDER,
     CaseLayers,
@@ -39,14 +37,17 @@ from pipeline.review.report.pictures import (
     organ_colours,
 )
 from pipeline.review.report.scores import (
-    METRICS,
+    Chart,
     OrganRow,
+    OrganSummary,
     Scores,
     Student,
     kept_scores,
     open_student,
     scores_made_now,
     scores_of_predictions,
+    strip_charts,
+    summarised,
 )
 from pipeline.review.report.trace import (
     TRAINING,
@@ -61,7 +62,6 @@ from pipeline.review.report.trace import (
     read_run,
     trace,
 )
-from pipeline.review.units import counted, megabytes
 
 _ORDINALS = ("", "second", "third", "fourth", "fifth", "sixth")
 
@@ -161,11 +161,11 @@ def gather(
         scores=scores,
         no_scores=no_scores,
         summaries=[] if scores is None else summarised(organs, scores),
-        strips=[] if scores is None else strip_charts(organs, scores.rows),
+        strips=[] if scores is None else strip_charts(record.space.ids, scores.rows),
         shown=shown,
         limits=limits,
         stored=stored(record, lineage),
-        versions=versions_here(),
+        versions={name: versions()[name] or "not installed" for name in _PACKAGES},
         made_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
 
@@ -234,9 +234,8 @@ def chosen_cases(scores: Scores | None, num_worst: int) -> Sequence[tuple[str, s
     ranked = [] if scores is None else list(scores.cases)
     if not ranked:
         return []
-    chosen = {}
-    for number, name in enumerate(ranked[:num_worst]):
-        chosen[name] = f"{_ORDINALS[number]} worst case".strip()
+    worst = zip(ranked[:num_worst], _ORDINALS, strict=False)
+    chosen = {name: f"{ordinal} worst case".strip() for name, ordinal in worst}
     chosen.setdefault(ranked[(len(ranked) - 1) // 2], "median case")
     return list(chosen.items())
 
@@ -263,13 +262,13 @@ def render(content: Content) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "score": _score,
+        "score": number,
         "ml": in_ml,
-        "percent": _percent,
-        "bytes": megabytes,
+        "percent": partial(number, form=".1%"),
+        "bytes": size,
         "duration": _duration,
         "counted": counted,
-        "mm": _mm,
+        "mm": partial(number, form=".1f"),
         "count": _count,
     }
     return environment.get_template("report.html").render(
@@ -282,256 +281,19 @@ def render(content: Content) -> str:
     )
 
 
-def _score(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
-
-
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "–"
     return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
 
 
-def _mm(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
 def _count(value: Any) -> str:
     return f"{int(value):,}".replace(",", "\u202f")
 
 
-# Geometry of the page's charts; the template draws them as SVG.
-
-Points = Sequence[tuple[float, float]]
-WIDTH, HEIGHT = 520, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 34
-_MARKED = 40  # points up to which each has a mark of its own
-_ROW, _AXIS = 40, 30
-_DOT_APART = 5.0
-_LABEL = 110
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A mark of an axis: where, in pixels, and what it says."""
-
-    at: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Line:
-    """One series: its name, its last value in words, a number for colour and dash.
-
-    `faint` are the raw values under a smoothed line; `marks` single points. Pixels.
-    """
-
-    name: str
-    last: str
-    number: int
-    path: str
-    faint: str
-    marks: Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class LineChart:
-    """Series against steps; `alt` tells who cannot see it."""
-
-    key: str
-    title: str
-    unit: str
-    lines: Sequence[Line]
-    x_ticks: Sequence[Tick]
-    y_ticks: Sequence[Tick]
-    alt: str
-    width: int = WIDTH
-    height: int = HEIGHT
-    left: int = _LEFT
-    right: int = WIDTH - _RIGHT
-    top: int = _TOP
-    bottom: int = HEIGHT - _BOTTOM
-
-
-@dataclass(frozen=True)
-class Dot:
-    """A case: place in pixels, and what it is."""
-
-    x: float
-    y: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Strip:
-    """One organ: its cases as dots, quartiles and median. `y` is the middle, in pixels."""
-
-    organ: str
-    y: float
-    dots: Sequence[Dot]
-    quartiles: tuple[float, float]
-    median: float
-
-
-@dataclass(frozen=True)
-class StripChart:
-    """One metric over all organs and cases."""
-
-    key: str
-    title: str
-    strips: Sequence[Strip]
-    x_ticks: Sequence[Tick]
-    alt: str
-    height: int
-    width: int = WIDTH
-    left: int = _LABEL
-    right: int = WIDTH - 16
-
-
-def line_chart(
-    key: str,
-    title: str,
-    series: Mapping[str, Points],
-    *,
-    unit: str = "",
-    smooth: bool = False,
-    top: float | None = None,
-) -> LineChart | None:
-    """A chart of some series against steps; None if there is no point at all.
-
-    Args:
-        key: short name.
-        title: of the chart.
-        series: name -> (step, value), steps growing.
-        unit: of the values.
-        smooth: draw a running mean, and the values faintly below it.
-        top: upper end of the axis; None for what the lines need.
-    """
-    known = {name: np.array(points, dtype=np.float64) for name, points in series.items() if points}
-    if not known:
-        return None
-    drawn = {n: smoothed(p[:, 1]) if smooth else p[:, 1] for n, p in known.items()}
-    last_step = max(float(p[-1, 0]) for p in known.values())
-    low = min(0.0, *(float(v.min()) for v in drawn.values()))
-    high = top if top is not None else max(float(v.max()) for v in drawn.values())
-    y_values = _ticks(low, high if high > low else low + 1.0)
-    x_values = _ticks(0.0, max(1.0, last_step))
-    low, high = min(low, y_values[0]), max(high, y_values[-1])
-    wide, tall = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
-
-    def x(step: float) -> float:
-        return round(_LEFT + wide * step / max(1.0, last_step, x_values[-1]), 1)
-
-    def y(value: float) -> float:
-        share = (value - low) / (high - low)
-        return round(_TOP + tall * (1 - min(1.0, max(0.0, share))), 1)
-
-    lines = []
-    for number, (name, points) in enumerate(known.items()):
-        steps, values = points[:, 0], drawn[name]
-        places = [(x(s), y(v)) for s, v in zip(steps, values, strict=True)]
-        raw = [(x(s), y(v)) for s, v in points] if smooth else []
-        marks = places if not smooth and len(places) <= _MARKED else []
-        last = f"{values[-1]:.3g}"
-        lines.append(Line(name, last, number, _path(places), _path(raw), marks))
-    ends = ", ".join(f"{name} from {drawn[name][0]:.3g} to {drawn[name][-1]:.3g}" for name in known)
-    return LineChart(
-        key,
-        title,
-        unit,
-        lines,
-        [Tick(x(v), _step(v)) for v in x_values],
-        [Tick(y(v), f"{v:g}") for v in y_values],
-        f"{title} over {last_step:g} steps: {ends}.",
-    )
-
-
-def strip_chart(metric: str, organs: Sequence[str], rows: Sequence[OrganRow]) -> StripChart | None:
-    """Every case's value of a metric, organ by organ; None if nobody measured it.
-
-    Args:
-        metric: one of `METRICS`.
-        organs: from the top.
-        rows: scores.
-    """
-    found = {}
-    for organ in organs:
-        known = [(row.value(metric), row.case) for row in rows if row.organ == organ]
-        values = sorted((value, case) for value, case in known if value is not None)
-        if values:
-            found[organ] = values
-    if not found:
-        return None
-    high = 1.0 if metric != "HD95_mm" else max(1.0, *(v[-1][0] for v in found.values()))
-    ticks = _ticks(0.0, high)
-    high = max(high, ticks[-1])
-    wide = WIDTH - 16 - _LABEL
-
-    def x(value: float) -> float:
-        return round(_LABEL + wide * value / high, 1)
-
-    unit = " mm" if metric == "HD95_mm" else ""
-    strips, said = [], []
-    for number, (organ, values) in enumerate(found.items()):
-        middle = _ROW * number + _ROW / 2 + 4
-        low, median, top = np.quantile([v for v, _ in values], (0.25, 0.5, 0.75))
-        dots = _dots([(x(v), f"{case}: {v:.3g}{unit}") for v, case in values], middle)
-        strips.append(Strip(organ, middle, dots, (x(low), x(top)), x(median)))
-        said.append(f"{organ} median {median:.3g}{unit} of {len(values)}")
-    title = {"Dice": "Dice", "NSD": "Normalised surface Dice", "HD95_mm": "HD95, mm"}[metric]
-    return StripChart(
-        metric.lower(),
-        title,
-        strips,
-        [Tick(x(v), f"{v:g}") for v in ticks],
-        f"{title} of every case: {'; '.join(said)}.",
-        _ROW * len(strips) + 4 + _AXIS,
-    )
-
-
-def strip_charts(organs: Sequence[str], rows: Sequence[OrganRow]) -> list[StripChart]:
-    """Those of the metrics that were measured."""
-    charts = [strip_chart(metric, organs, rows) for metric in METRICS]
-    return [chart for chart in charts if chart is not None]
-
-
-def _dots(places: Sequence[tuple[float, str]], middle: float) -> list[Dot]:
-    """Dots that would lie on each other go to the row above or below, up to three each way."""
-    offsets = (0, -4, 4, -8, 8, -12, 12)
-    last = dict.fromkeys(offsets, -math.inf)
-    dots = []
-    for x, text in places:
-        fitting = [offset for offset in offsets if x - last[offset] >= _DOT_APART]
-        free = fitting[0] if fitting else min(last, key=last.__getitem__)
-        last[free] = x
-        dots.append(Dot(x, middle + free, text))
-    return dots
-
-
-def _ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, roughly so many."""
-    raw = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(n * step, 10) for n in range(first, last + 1)]
-
-
-def _path(places: Sequence[tuple[float, float]]) -> str:
-    return " ".join(f"{x:g},{y:g}" for x, y in places)
-
-
-def _step(value: float) -> str:
-    return f"{value / 1000:g}k" if value >= 1e4 else f"{value:g}"
-
-
 # Everything that the page tells, in the order of its sections; the template only lays it out.
 
-_PACKAGES = ("organ-distill", "torch", "monai", "numpy", "zarr", "dask")
+_PACKAGES = ("python", "organ-distill", "torch", "monai", "numpy", "zarr", "dask")
 
 
 @dataclass(frozen=True)
@@ -545,27 +307,6 @@ class Shown:
     layers: CaseLayers | None = None
     planes: Sequence[Plane] = ()
     problem: str = ""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """One metric of one organ over cases."""
-
-    mean: float
-    median: float
-    quartiles: tuple[float, float]
-    worst: float
-    worst_case: str
-
-
-@dataclass(frozen=True)
-class OrganSummary:
-    """One organ: metric -> spread, absent where nobody measured it; cases with and without."""
-
-    organ: str
-    spreads: Mapping[str, Spread]
-    num_cases: int
-    without: int
 
 
 @dataclass(frozen=True)
@@ -607,11 +348,11 @@ class Content:
     registered: Mapping[str, Mapping[str, str]]
     gate: Gate
     regions: Regions
-    curves: Sequence[LineChart]
+    curves: Sequence[Chart]
     scores: Scores | None
     no_scores: str
     summaries: Sequence[OrganSummary]
-    strips: Sequence[StripChart]
+    strips: Sequence[Chart]
     shown: Sequence[Shown]
     limits: tuple[int, int]
     stored: Sequence[Stored]
@@ -622,11 +363,6 @@ class Content:
     def organ_colours(self) -> Mapping[int, str]:
         """Organ id -> its colour in all pictures."""
         return organ_colours(self.record.space)
-
-    @property
-    def colour_by_organ(self) -> Mapping[str, str]:
-        """The same by the organ's name, for charts."""
-        return {organ: self.organ_colours[i] for organ, i in self.record.space.ids.items()}
 
     @property
     def cache_bytes(self) -> int:
@@ -663,52 +399,43 @@ def registered_teachers(
     return found
 
 
-def training_charts(record: RunRecord) -> list[LineChart]:
+def training_charts(record: RunRecord) -> list[Chart]:
     """Loss, validation Dice, throughput and waiting, as far as they were recorded."""
     if record.training is None:
         return []
-    history = record.training.history
-    terms = {n: c.points for n, c in sorted(history.terms.items(), key=lambda t: t[0] != "total")}
-    waits = [(step, 100 * share) for step, share in history.data_wait.points]
-    charts = [
-        line_chart("loss", "Training loss, weighted terms", terms, smooth=True),
-        line_chart(
-            "dice",
-            "Validation Dice",
-            {organ: curve.points for organ, curve in history.dice.items()},
-            top=1.0,
-        ),
-        line_chart(
-            "rate",
-            "Throughput",
-            {"samples per second": history.samples_per_second.points},
-            unit="samples/s",
-        ),
-        line_chart("wait", "Waiting for data", {"share of the time": waits}, unit="%", top=100),
+    history, ids = record.training.history, record.space.ids
+    terms = {name: curve.points for name, curve in history.terms.items()}
+    dice = {organ: curve.points for organ, curve in history.dice.items()}
+    rates, waits = history.samples_per_second.points, history.data_wait.points
+    percent = [(step, 100 * share) for step, share in waits]
+    throughput = f"Throughput{_last(rates, ' samples per second')}"
+    waiting = f"Waiting for data{_last(percent, ' % of the time')}"
+    found = [
+        ("loss", "Training loss, weighted terms", terms, lambda ax: draw_terms(ax, terms)),
+        ("dice", "Validation Dice", dice, lambda ax: draw_dice(ax, dice, ids)),
+        ("rate", throughput, {"samples per second": rates}, lambda ax: draw_rate(ax, rates)),
+        ("wait", waiting, {"% of the time": percent}, lambda ax: draw_wait(ax, waits)),
     ]
-    return [chart for chart in charts if chart is not None]
+    return [
+        Chart(key, title, _in_words(title, curves), svg_chart(key, draw, height=_height(curves)))
+        for key, title, curves, draw in found
+        if any(curves.values())
+    ]
 
 
-def summarised(organs: Sequence[str], scores: Scores) -> list[OrganSummary]:
-    """Per organ of the run, in its order; organs without any row are told with no case."""
-    found = []
-    cases = {row.case for row in scores.rows}
-    for organ in organs:
-        rows = [row for row in scores.rows if row.organ == organ]
-        spreads = {m: s for m in METRICS if (s := _spread(rows, m)) is not None}
-        num = sum(row.dice is not None for row in rows)
-        found.append(OrganSummary(organ, spreads, num, len(cases) - num))
-    return found
+def _in_words(title: str, curves: Mapping[str, Points]) -> str:
+    ends = [f"{n} from {p[0][1]:.3g} to {p[-1][1]:.3g}" for n, p in curves.items() if p]
+    last_step = max(points[-1][0] for points in curves.values() if points)
+    return f"{title}. Over {last_step:g} steps: {', '.join(ends)}."
 
 
-def _spread(rows: Sequence[OrganRow], metric: str) -> Spread | None:
-    known = [(v, row.case) for row in rows if (v := row.value(metric)) is not None]
-    if not known:
-        return None
-    low, median, high = (float(q) for q in np.quantile([v for v, _ in known], (0.25, 0.5, 0.75)))
-    worst, case = max(known) if metric == "HD95_mm" else min(known)
-    mean = sum(v for v, _ in known) / len(known)
-    return Spread(mean, median, (low, high), worst, case)
+def _last(points: Points, unit: str) -> str:
+    return f", last {points[-1][1]:.3g}{unit}" if points else ""
+
+
+def _height(curves: Mapping[str, Points]) -> float:
+    """So that the legend fits."""
+    return max(230.0, 60.0 + 15.0 * len(curves))
 
 
 def stored(record: RunRecord, lineage: Lineage) -> list[Stored]:
@@ -738,17 +465,6 @@ def _of_units(what: str, units: Sequence[Any]) -> Stored:
     receipts = [unit.receipt for unit in units if unit is not None]
     seconds = sum(receipt.seconds for receipt in receipts) if receipts else None
     return Stored(what, len(receipts), sum(r.num_bytes for r in receipts), seconds)
-
-
-def versions_here() -> dict[str, str]:
-    """Of the packages on this machine, now."""
-    found = {"Python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def lineage_json(record: RunRecord, lineage: Lineage) -> dict[str, Any]:

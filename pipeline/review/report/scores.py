@@ -15,6 +15,7 @@ import torch
 from pipeline.cache.reader import CachedCase
 from pipeline.data.labels import IGNORE, LabelSpace
 from pipeline.errors import CacheError, ConfigError
+from pipeline.figures import hex_colour, svg_chart
 from pipeline.folder import read_text
 from pipeline.log import Log
 from pipeline.review.metrics import NOT_ANNOTATED, RULES, known, score_case, score_json
@@ -22,7 +23,8 @@ from pipeline.review.report.trace import RunRecord
 from pipeline.student.checkpoint import StudentRecord, load_student
 from pipeline.student.inference import predict_logits, running_argmax
 
-METRICS = ("Dice", "NSD", "HD95_mm")
+METRICS = {"Dice": "Dice", "NSD": "Normalised surface Dice", "HD95_mm": "HD95, mm"}
+"""Name -> as the page calls it."""
 _KEPT = "scores_validation.json"
 
 
@@ -196,3 +198,104 @@ def _row(case: str, organ: str, values: Mapping[str, Any]) -> OrganRow:
 def _judged(rows: Sequence[OrganRow]) -> list[OrganRow]:
     """Without organs that no label speaks of: nobody could score them."""
     return [row for row in rows if row.reason != NOT_ANNOTATED]
+
+
+# Metrics per organ over all cases: in numbers, and every case's value in a chart.
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One metric of one organ over cases."""
+
+    mean: float
+    median: float
+    quartiles: tuple[float, float]
+    worst: float
+    worst_case: str
+
+
+@dataclass(frozen=True)
+class OrganSummary:
+    """One organ: metric -> spread, absent where nobody measured it; cases with and without."""
+
+    organ: str
+    spreads: Mapping[str, Spread]
+    num_cases: int
+    without: int
+
+
+def summarised(organs: Sequence[str], scores: Scores) -> list[OrganSummary]:
+    """Per organ of the run, in its order; organs without any row are told with no case."""
+    found = []
+    cases = {row.case for row in scores.rows}
+    for organ in organs:
+        rows = [row for row in scores.rows if row.organ == organ]
+        spreads = {m: s for m in METRICS if (s := _spread(rows, m)) is not None}
+        num = sum(row.dice is not None for row in rows)
+        found.append(OrganSummary(organ, spreads, num, len(cases) - num))
+    return found
+
+
+def _spread(rows: Sequence[OrganRow], metric: str) -> Spread | None:
+    known = [(v, row.case) for row in rows if (v := row.value(metric)) is not None]
+    if not known:
+        return None
+    low, median, high = (float(q) for q in np.quantile([v for v, _ in known], (0.25, 0.5, 0.75)))
+    worst, case = max(known) if metric == "HD95_mm" else min(known)
+    mean = sum(v for v, _ in known) / len(known)
+    return Spread(mean, median, (low, high), worst, case)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of the page; `alt` tells who cannot see it."""
+
+    key: str
+    title: str
+    alt: str
+    svg: str
+
+
+def strip_charts(ids: Mapping[str, int], rows: Sequence[OrganRow]) -> list[Chart]:
+    """Those of the metrics that were measured.
+
+    Args:
+        ids: organ -> id, from the top.
+        rows: scores.
+    """
+    charts = []
+    for metric, title in METRICS.items():
+        found = {}
+        for organ in ids:
+            known = [row.value(metric) for row in rows if row.organ == organ]
+            values = sorted(value for value in known if value is not None)
+            if values:
+                found[organ] = values
+        if found:
+            unit = " mm" if metric == "HD95_mm" else ""
+            medians = (f"{o} median {np.median(v):.3g}{unit} of {len(v)}" for o, v in found.items())
+            alt = f"{title} of every case: {'; '.join(medians)}."
+            svg = _strips(f"{metric.lower()}-strips", found, ids)
+            charts.append(Chart(f"{metric.lower()}-strips", title, alt, svg))
+    return charts
+
+
+def _strips(key: str, found: Mapping[str, Sequence[float]], ids: Mapping[str, int]) -> str:
+    """A dot per case, a box from the lower to the upper quartile, a bar at the median."""
+
+    def draw(ax: Any) -> None:
+        for row, (organ, values) in enumerate(found.items()):
+            colour = hex_colour(ids[organ])
+            low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+            ax.barh(row, high - low, 0.7, low, color=colour, alpha=0.16, linewidth=0)
+            apart = row + (np.arange(len(values)) * 3 % 7 - 3) * 0.09
+            ax.plot(values, apart, "o", color=colour, markersize=4, alpha=0.75, markeredgewidth=0)
+            ax.plot([median, median], [row - 0.37, row + 0.37], color="#000000", linewidth=2)
+        ax.set_yticks(range(len(found)), list(found))
+        ax.set_ylim(len(found) - 0.5, -0.5)
+        ax.set_xlim(0, max(1.0, *(values[-1] for values in found.values())) * 1.02)
+        ax.grid(axis="x", alpha=0.25)
+        ax.tick_params(axis="y", length=0)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+
+    return svg_chart(key, draw, height=40 * len(found) + 34)

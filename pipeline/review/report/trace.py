@@ -20,7 +20,7 @@ from pipeline.consensus.evidence import Evidence, read_evidence
 from pipeline.consensus.gate import Row, elsewhere_rows, score_rows
 from pipeline.data.labels import LabelSpace
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError, CheckpointError, ConfigError, PipelineError
+from pipeline.errors import CacheError, CheckpointError, ConfigError, PipelineError, listed
 from pipeline.folder import Folder, read_bytes, read_text, sizes
 from pipeline.log import Log
 from pipeline.review.inspect.look import View
@@ -127,12 +127,11 @@ def read_run(work: Folder, run: str) -> RunRecord:
     """
     known = run_folders(work)
     if run not in known:
-        more = f" and {len(known) - _KNOWN} more" if len(known) > _KNOWN else ""
-        names = ", ".join(list(known)[:_KNOWN]) + more
+        here = f"Runs here: {listed([*known], _KNOWN)}."
         raise ConfigError(
             f"there is no run {run!r}.",
             where=work / "students",
-            fix=f"Runs here: {names}." if known else "Run `pipeline train-student` first.",
+            fix=here if known else "Run `pipeline train-student` first.",
         )
     folder = known[run]
     path = folder / "config.json"

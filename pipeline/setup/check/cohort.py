@@ -19,7 +19,7 @@ from pipeline.data.registry import Registry, check_files
 from pipeline.data.splits import SplitEntry, fitting_seed
 from pipeline.data.volume import Index3
 from pipeline.engine.processes import in_processes
-from pipeline.errors import RegistryError, WorkerDied
+from pipeline.errors import RegistryError, WorkerDied, listed
 from pipeline.log import Log
 from pipeline.setup.check.cases import (
     CaseFacts,
@@ -302,9 +302,7 @@ def _groups(facts: Sequence[CaseFacts], key: str) -> list[list[CaseFacts]]:
 
 
 def _named(cases: Sequence[CaseFacts]) -> str:
-    shown = ", ".join(f"{case.case} ({case.split})" for case in cases[:_NAMED])
-    more = len(cases) - _NAMED
-    return f"{shown} and {more} more" if more > 0 else shown
+    return listed([f"{case.case} ({case.split})" for case in cases], _NAMED)
 
 
 # Every case of a registry, in processes: what its files hold, and what is wrong with them.

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.consensus.cohort import in_ml
 from pipeline.data.registry import Registry
 from pipeline.data.splits import SPLITS
-from pipeline.errors import kind_of
+from pipeline.errors import counted, kind_of, listed
 from pipeline.log import print_table
 from pipeline.setup.check.cases import CaseFacts, Finding, count, in_order
 from pipeline.setup.check.cohort import DataReport
@@ -84,8 +84,8 @@ def print_report(report: Report) -> None:
     teachers = f", {len(report.teachers.teachers)} teachers" if report.teachers else ""
     read = len(report.data.cases)
     print(  # noqa: T201
-        f"{_number(errors, 'error')}, {_number(warnings, 'warning')} in "
-        f"{_number(read, 'case')}{teachers}."
+        f"{counted(errors, 'error')}, {counted(warnings, 'warning')} in "
+        f"{counted(read, 'case')}{teachers}."
         + (" All of them: --json." if len(rows) < errors + warnings else "")
     )
 
@@ -142,9 +142,7 @@ def _grouped(findings: Sequence[Finding]) -> list[list[str]]:
         first, *others = alike
         where, what = first.where, first.what
         if others:
-            names = ", ".join(finding.where for finding in others[:_SHOWN])
-            more = len(others) - _SHOWN
-            where += f", {names}" + (f" and {more} more" if more > 0 else "")
+            where += f", {listed([finding.where for finding in others], _SHOWN)}"
             if any(finding.what != what for finding in others):
                 what += " (This is the first; the others are alike.)"
         rows.append([first.severity, where, what, first.fix])
@@ -163,7 +161,3 @@ def _alike(finding: Finding) -> tuple[object, ...]:
     return (
         finding.severity, finding.kind, dataset, kind_of(finding.fix, finding.case), organ, what,
     )  # fmt: skip
-
-
-def _number(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

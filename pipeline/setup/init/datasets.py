@@ -23,7 +23,7 @@ from pipeline.data.entries import (
     name_of,
     search_files,
 )
-from pipeline.errors import RegistryError
+from pipeline.errors import RegistryError, listed
 from pipeline.setup.init.meanings import Named, same_name
 
 _LISTS = ("training", "validation", "testing", "test")
@@ -483,9 +483,8 @@ def require_all_taken(root: Path, images: str, labels: str) -> None:
         ]  # fmt: skip
     left = [name_of(name) for name in left if not name.rpartition("/")[2].startswith(".")]
     if left:
-        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         raise RegistryError(
-            f"{images} with {labels} leaves out {', '.join(left[:_NAMED])}{more}.",
+            f"{images} with {labels} leaves out {listed(left, _NAMED)}.",
             where=root,
             fix="Name them like the others, move them elsewhere, or say with --files "
             f"'NAME={images},{labels}' that this is meant.",

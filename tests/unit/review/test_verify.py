@@ -13,6 +13,7 @@ from pipeline.cache.receipt import read_receipt
 from pipeline.data.registry import load_registry
 from pipeline.log import Log
 from pipeline.review import verify as verifying
+from pipeline.review.units import plain
 from pipeline.review.verify import Verification, print_verification, repair, verify
 from tests.stages.stage_contract import content, snapshot
 from tests.tiny import change_registry, fill_cache, work_of
@@ -315,11 +316,11 @@ def test_a_unit_that_vanishes_while_it_is_looked_at(
 def test_the_report(tiny_cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip(shard(unit_at(work_of(tiny_cached), LIVER), "log_odds/liver"))
     found = look(tiny_cached)
-    plain = json.loads(json.dumps(found.to_json()))
-    assert plain["findings"][0]["unit"] == LIVER
-    assert plain["findings"][0]["state"] == "damaged"
-    assert Path(plain["findings"][0]["path"]).is_dir()
-    assert (plain["deep"], plain["checked"]) == (True, 27)
+    said = json.loads(json.dumps(plain(found)))
+    assert said["findings"][0]["unit"] == LIVER
+    assert said["findings"][0]["state"] == "damaged"
+    assert Path(said["findings"][0]["path"]).is_dir()
+    assert (said["deep"], said["checked"]) == (True, 27)
     print_verification(found)
     assert LIVER in capsys.readouterr().out
     assert "1 thing wrong" in found.summary()

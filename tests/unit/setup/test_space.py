@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
+from pipeline.log import size
 from pipeline.setup.plan import (
     LOG_ODDS,
     Cost,
@@ -13,7 +14,6 @@ from pipeline.setup.plan import (
     on_disk,
     parse_size,
     shortfall,
-    size,
 )
 
 ROOMY = Space(
