@@ -329,7 +329,8 @@ def refuse_targets(
     organs: tuple[str, ...],
     references: Iterable[Path],
 ) -> None:
-    """Nothing that `predict` did not write is replaced, and no image or reference whatever it says.
+    """Nothing that `predict` did not write is replaced, no image or reference whatever it says, and
+    no file of one case by another's.
 
     Args:
         inputs: name -> image.
@@ -339,17 +340,26 @@ def refuse_targets(
         references: files that are no place for a prediction, by whatever name they are reached.
 
     Raises:
-        ConfigError: it names the files that are in the way.
+        ConfigError: it names the files that are in the way, or two cases of one file.
     """
     read = {(s.st_dev, s.st_ino) for f in (*inputs.values(), *references) if (s := _status(f))}
     targets: dict[Path, bool] = {}
+    made_of: dict[Path, str] = {}
     kept = how.probabilities
     for name in inputs:
         there, stem = Written.read(output, name), Path(name).name
         beside = (output / name).with_name(f"{stem}.json")
         targets[beside] = there is not None
         for file in [f"{stem}.nii.gz", *([] if kept is None else kept.files(stem, organs))]:
-            targets[beside.parent / file] = there is not None and file in there.files
+            path = beside.parent / file
+            if path in made_of:
+                raise ConfigError(
+                    f"of {made_of[path]} and of {name} one file would be written.",
+                    where=path,
+                    fix="Rename one of the two images, or predict it into another --output.",
+                )
+            made_of[path] = name
+            targets[path] = there is not None and file in there.files
     for path in targets:
         status = _status(path)
         if status is not None and (status.st_dev, status.st_ino) in read:

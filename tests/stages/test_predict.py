@@ -624,6 +624,30 @@ class TestFilesOfOthers:
         (tmp_path / "out" / "labels.ctbl").write_bytes(b"1 Leber 0 0 0 255\n\xff")
         self._refused(student, tmp_path, "labels.ctbl: `pipeline predict` did not write this file")
 
+    @pytest.mark.parametrize(
+        ("layout", "other", "file"),
+        [
+            ("4d", "ct.probabilities", "ct.probabilities.nii.gz"),
+            ("per-organ", "ct.probabilities/liver", "ct.probabilities/liver.nii.gz"),
+        ],
+    )
+    def test_two_cases_of_one_file(
+        self, student: Path, tmp_path: Path, layout: Any, other: str, file: str
+    ) -> None:
+        for name in ("ct", other):
+            write_ct(tmp_path / "in" / f"{name}.nii.gz")
+        inputs = predict.find_inputs(tmp_path / "in" / "**" / "*.nii.gz")
+        kept = predict.Probabilities("float16", layout)
+        with pytest.raises(ConfigError) as caught:
+            predict.run(
+                PredictConfig(), student, inputs, tmp_path / "out", log=Log(quiet=True),
+                device="cpu", probabilities=kept,
+            )  # fmt: skip
+        assert f"{tmp_path / 'out' / file}: of ct and of {other} one file would" in str(
+            caught.value
+        )
+        assert not (tmp_path / "out").exists()
+
     def test_notes_within_the_folder_of_probabilities_stay(
         self, student: Path, tmp_path: Path
     ) -> None:
