@@ -144,7 +144,8 @@ class CasePredictor:
         space, kept, stem = self._record.label_space, self._how.probabilities, Path(name).name
         content: dict[str, Any] = {
             "digest": made_from, "image": image.name, "image_sha256": read.sha256,
-            "student_sha256": self._how.identity["student_sha256"], "organs": dict(space.ids),
+            "student_sha256": self._how.identity["student_sha256"],
+            "settings": self._how.identity["config"], "organs": dict(space.ids),
         }  # fmt: skip
         files = [f"{stem}.nii.gz", *([] if kept is None else kept.files(stem, space.organs))]
         if kept is not None:
