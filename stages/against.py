@@ -17,14 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.cases import json_beside
 from pipeline.cache.store import json_text
-from pipeline.config import file_sha256
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError
 from pipeline.folder import contains, json_with, refuse_foreign, replace_files, writing
 from pipeline.log import Log, print_table
-from pipeline.review.metrics import RULES, known
+from pipeline.review.metrics import known, outdated
 from pipeline.review.statistics import (
     CONFIDENCE,
     MIN_CASES,
@@ -173,6 +171,11 @@ def side_by_side(
             where="--against",
             fix="Predict the same cases; `splits` of the settings says which are scored.",
         )
+    notices += [
+        f"{name}: {text}"
+        for name, summary in zip(names, summaries, strict=True)
+        for text in summary.get("warnings", [])
+    ]
     for notice in notices:
         log.warn(notice)
     return SideBySide(names, folders, first["organs"], cases, summaries, notices)
@@ -213,7 +216,8 @@ def _usable(
     summary = _read(folder)
     if summary is not None:
         _check_settings(folder, summary, first)
-    why = "it has no summary.json yet" if summary is None else _outdated(summary, first)
+    now = {row["case"]: row for row in first["metric_per_case"]}
+    why = "it has no summary.json yet" if summary is None else outdated(summary, folder, now)
     if why:
         log.info(f"{folder}: {why}; it is evaluated now")
         evaluate.run(config, registry, folder, log=log, table=False)
@@ -248,26 +252,6 @@ def _check_settings(folder: Path, summary: Mapping[str, Any], first: Mapping[str
             where=path,
             fix="Evaluate both folders with the same registry and settings.",
         )
-
-
-def _outdated(summary: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-    """Why a summary is not of what is there now; empty if it is."""
-    if summary.get("rules") != RULES:
-        return "it was scored by an earlier version"
-    references = {r["case"]: r["reference_sha256"] for r in first["metric_per_case"]}
-    for row in summary["metric_per_case"]:
-        if references.get(row["case"], row["reference_sha256"]) != row["reference_sha256"]:
-            return f"the reference of {row['case']} has changed since it was evaluated"
-        path = Path(row["prediction_file"])
-        if _sha256(path) != row["prediction_sha256"]:
-            return f"the prediction of {row['case']} has changed since it was evaluated"
-        if _sha256(json_beside(path)) != row["prediction_json_sha256"]:
-            return f"the JSON beside {row['case']} has changed since it was evaluated"
-    return ""
-
-
-def _sha256(path: Path) -> str | None:
-    return file_sha256(path) if path.exists() else None
 
 
 def _left_out(
