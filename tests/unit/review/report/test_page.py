@@ -351,6 +351,17 @@ def test_an_unknown_run_names_those_there_are(built_runs: Path, tmp_path: Path) 
     assert isinstance(error_of(built_runs, tmp_path / "r.html", run="../cases"), ConfigError)
 
 
+def test_a_run_may_be_given_by_its_folder(
+    built_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `export` and `evaluate` take it."""
+    monkeypatch.chdir(work_of(built_runs).parent)
+    for run in ("labels/only", RUN):
+        for path in (folder_of(built_runs, run), f"{work_of(built_runs).name}/students/{run}/"):
+            found = page(built_runs, tmp_path / "r.html", "--no-regions", run=str(path))
+            assert found.one("head").one("title").text == f"Run {run}: report"
+
+
 def test_a_record_that_cannot_be_read_stops(runs: Path, tmp_path: Path) -> None:
     (folder_of(runs) / "config.json").write_text("{")
     error = error_of(runs, tmp_path / "r.html")
