@@ -17,14 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.cases import json_beside
 from pipeline.cache.store import json_text
-from pipeline.config import file_sha256
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError, listed
 from pipeline.folder import contains, json_with, refuse_foreign, replace_files, writing
 from pipeline.log import Log, print_table
-from pipeline.review.metrics import RULES, known
+from pipeline.review.metrics import known, outdated
 from pipeline.review.statistics import (
     CONFIDENCE,
     MIN_CASES,
@@ -183,6 +181,11 @@ def side_by_side(
             notices.append(
                 f"left out, since not scored in all folders, of {name}: {listed(extra)}."
             )
+    notices += [
+        f"{name}: {text}"
+        for name, summary in zip(names, summaries, strict=True)
+        for text in summary.get("warnings", [])
+    ]
     for notice in notices:
         log.warn(notice)
     return SideBySide(names, folders, first["organs"], cases, summaries, notices)
@@ -244,22 +247,7 @@ def _outdated(folder: Path, first: Mapping[str, Any]) -> str:
     if summary is None:
         return "it has no summary.json yet"
     _check_settings(folder / "summary.json", summary, first)
-    if summary.get("rules") != RULES:
-        return "it was scored by an earlier version"
-    references = {r["case"]: r["reference_sha256"] for r in first["metric_per_case"]}
-    for row in summary["metric_per_case"]:
-        if references.get(row["case"], row["reference_sha256"]) != row["reference_sha256"]:
-            return f"the reference of {row['case']} has changed since it was evaluated"
-        path = Path(row["prediction_file"])
-        if _sha256(path) != row["prediction_sha256"]:
-            return f"the prediction of {row['case']} has changed since it was evaluated"
-        if _sha256(json_beside(path)) != row["prediction_json_sha256"]:
-            return f"the JSON beside {row['case']} has changed since it was evaluated"
-    return ""
-
-
-def _sha256(path: Path) -> str | None:
-    return file_sha256(path) if path.exists() else None
+    return outdated(summary, folder, {row["case"]: row for row in first["metric_per_case"]})
 
 
 def _read(folder: Path) -> Mapping[str, Any] | None:

@@ -59,11 +59,12 @@ class EvaluateConfig(Config):
 
 @dataclass(frozen=True)
 class _Scored:
-    """Scores of a case, the files that they are of, how its prediction was read, and what was done
-    to the values of both."""
+    """Scores of a case, the files that they are of, who predicted it, how it was read, and what was
+    done to the values of both."""
 
     scores: tuple[OrganScore, ...]
     files: dict[str, str | None]
+    maker: str
     read_as: ReadAs
     notes: list[str]
 
@@ -151,6 +152,9 @@ def run(
     for row in summary["metric_per_case"]:
         row |= scored[row["case"]].files
     summary["settings"] = settings_of(config, registry)
+    mixed = _mixed({name: case.maker for name, case in scored.items()})
+    if mixed:
+        summary["warnings"] = report.warnings[written[0].name] = [mixed]
     summary["failed"] = {name: str(error) for name, error in report.failed.items()}
     try:
         texts = json_text(summary), to_csv(summary)
@@ -163,6 +167,8 @@ def run(
     report.seconds = time.monotonic() - began
     if table:
         print_summary(summary, title=f"{predictions}, tolerance {config.tolerance_mm} mm")
+    if mixed:
+        log.warn(mixed)
     return report
 
 
@@ -203,6 +209,9 @@ def _score(
             "there is no prediction.", where=f"{case.name}, {path}", fix="Run `pipeline predict`."
         )
     where = f"{case.name}, {path}"
+    beside = json_beside(path)
+    said = json_with(beside) or {}
+    image_sha256, notes = _checked_image(said, case, where)
     predicted, reference = read_label(path), read_label(case.label)
     _check_grid(reference.volume.grid, predicted.volume.grid, where)
     labels, read_as = predicted_labels(predicted, registry.organs, entry.annotated, where=where)
@@ -221,7 +230,6 @@ def _score(
         by_organ.get(organ) or OrganScore.missing(organ, NOT_ANNOTATED)
         for organ in registry.label_space.organs
     )
-    beside = json_beside(path)
     files = {
         "reference_file": str(case.label),
         "prediction_file": str(path),
@@ -229,8 +237,64 @@ def _score(
         "prediction_sha256": predicted.sha256,
         "prediction_json_sha256": file_sha256(beside) if beside.exists() else None,
     }
-    notes = [f"{one.path}: {one.note}" for one in (reference, predicted) if one.note]
-    return _Scored(scores, files, read_as, notes)
+    if "student_sha256" in said:
+        files["student_sha256"] = str(said["student_sha256"])
+    if image_sha256:
+        files["image_sha256"] = image_sha256
+    notes += [f"{one.path}: {one.note}" for one in (reference, predicted) if one.note]
+    return _Scored(scores, files, _maker(said), read_as, notes)
+
+
+def _checked_image(
+    said: Mapping[str, Any], case: CaseFiles, where: str
+) -> tuple[str | None, list[str]]:
+    """SHA-256 of the case's image where the JSON names the one that was predicted, and notes.
+
+    Raises:
+        GeometryError: they are two images.
+    """
+    known = said.get("image_sha256")
+    if known is None:
+        return None, []
+    try:
+        now = file_sha256(case.image)
+    except OSError as error:
+        why = error.strerror or error
+        return None, [
+            f"nobody knows whether the prediction is of this image: {case.image} cannot be read "
+            f"({why})."
+        ]
+    if now != known:
+        raise GeometryError(
+            f"it was predicted from another image: the SHA-256 of that one begins with "
+            f"{str(known)[:12]}, that of {case.image} with {now[:12]}.",
+            where=where,
+            fix="Predict the case again.",
+        )
+    return now, []
+
+
+def _maker(said: Mapping[str, Any]) -> str:
+    """Who predicted a case, in words."""
+    if "student_sha256" not in said:
+        return "a student that no JSON names"
+    settings = said.get("settings", {})
+    how = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return f"the student whose SHA-256 begins with {str(said['student_sha256'])[:12]} ({how})"
+
+
+def _mixed(makers: Mapping[str, str]) -> str:
+    """A sentence where cases were predicted by several students or settings; else empty."""
+    groups: dict[str, list[str]] = {}
+    for name, maker in makers.items():
+        groups.setdefault(maker, []).append(name)
+    if len(groups) < 2:
+        return ""
+    each = "; ".join(f"{len(n)} by {maker}: {listed(n)}" for maker, n in groups.items())
+    return (
+        f"the scores are of predictions by several students or settings, and so are their means: "
+        f"{each}. Predict all cases with one, unless this is meant."
+    )
 
 
 def _check_folder(predictions: Path, cases: Sequence[CaseFiles]) -> None:

@@ -40,7 +40,6 @@ from pipeline.student.predict import (
 )
 from stages.report import StageReport
 
-_NAMED = 5
 __all__ = ["PredictConfig", "chosen_inputs", "find_inputs", "pick_devices", "run"]
 
 
@@ -63,12 +62,14 @@ def run(
     window_batch: int = 1,
     probabilities: Probabilities | None = None,
     other_units: Collection[str] = (),
+    by_case: bool = False,
     references: Iterable[Path] = (),
     dry_run: bool = False,
 ) -> StageReport:
     """Predicts each input as `output/<name>.nii.gz`; what is there from the same student and image
-    is skipped. An image that cannot be CT in HU is predicted with a warning, which its JSON keeps
-    and the exit code (2).
+    is skipped. What is there of another student or other settings is replaced, and said; of another
+    image it is an error of that case, unless names are those of a registry's cases. An image that
+    cannot be CT in HU is predicted with a warning, which its JSON keeps and the exit code (2).
 
     Args:
         config: what changes numbers.
@@ -80,6 +81,7 @@ def run(
         window_batch: windows per forward pass.
         probabilities: which are written as well; None: none.
         other_units: names of inputs that are no CT in HU on purpose.
+        by_case: names are those of a registry's cases: another image of one is its new one.
         references: files beside the inputs that are never replaced, whoever wrote them.
         dry_run: say what would be done, write nothing.
 
@@ -94,13 +96,14 @@ def run(
     record, network = load_student(student)
     devices = pick_devices(device)
     identity = student_identity(student, config.model_dump(mode="json"))
-    how = How(config.overlap, window_batch, probabilities, identity, frozenset(other_units))
+    others = frozenset(other_units)
+    how = How(config.overlap, window_batch, probabilities, identity, others, by_case)
     refuse_targets(inputs, output, how, record.label_space.organs, references)
     seen = sorted(set(inputs) & set(record.trained_on))
     if seen:
         log.remark(
-            f"this student was trained on {listed(seen, _NAMED)}: scores of them say nothing about "
-            "new patients."
+            f"this student was trained on {listed(seen)}: scores of them say nothing about new "
+            "patients."
         )
     if not dry_run:
         prepare_work_folder(output)
@@ -128,6 +131,7 @@ def run(
                         hears.done(predictor.predict(name, path, tell=tell, dry_run=dry_run))
                 except PipelineError as error:
                     hears.failed(name, error)
+    hears.say_replaced(len(inputs))
     report.seconds = time.monotonic() - began
     return report
 
@@ -146,11 +150,14 @@ class _Hears:
 
     def __init__(self, report: StageReport, output: Path, log: Log, advance: Advance) -> None:
         self._report, self._output, self._log, self._advance = report, output, log, advance
+        self._replaced: dict[str, str] = {}
 
     def done(self, done: Done) -> None:
         (self._report.done if done.made else self._report.skipped).append(done.name)
         self._report.num_bytes += done.num_bytes
         target = self._output / f"{done.name}.nii.gz"
+        if done.replaced:
+            self._replaced[done.name] = done.replaced
         if done.note:
             self._log.warn(f"{done.name}: {done.note}")
         self._log.detail(f"{done.name}: {target if done.made else 'was there'}")
@@ -166,6 +173,17 @@ class _Hears:
         self._report.failed[name] = error
         self._log.warn(f"{name} failed: {error}")
         self._advance(name)
+
+    def say_replaced(self, num_cases: int) -> None:
+        """Once for all cases; each in the report."""
+        for kind in dict.fromkeys(self._replaced.values()):
+            names = [name for name, other in self._replaced.items() if other == kind]
+            self._log.warn(
+                f"replaced: what was there {kind} ({len(names)} of {num_cases} cases: "
+                f"{listed(names)})"
+            )
+        if self._replaced:
+            self._report.details["replaced"] = self._replaced
 
     def not_begun(self, inputs: Mapping[str, Path], error: EngineError) -> None:
         known = {*self._report.done, *self._report.skipped, *self._report.failed}

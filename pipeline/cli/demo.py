@@ -182,9 +182,9 @@ def _test(kind: str, folder: Path, registry: Registry, work: Path, log: Log) -> 
     cases = [c for d in registry.datasets for c in registry.cases(d) if c.split == "test"]
     output = folder / "predictions" / kind
     inputs = {case.name: case.image for case in cases}
-    _done(
-        predict.run(predict.PredictConfig(), student, inputs, output, log=log, window_batch=4), log
-    )
+    config = predict.PredictConfig()
+    made = predict.run(config, student, inputs, output, log=log, window_batch=4, by_case=True)
+    _done(made, log)
     _done(evaluate.run(evaluate.EvaluateConfig(), registry, output, log=log, table=False), log)
     summary: dict[str, Any] = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     return summary

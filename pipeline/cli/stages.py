@@ -196,6 +196,7 @@ def predict(
         window_batch=window_batch,
         probabilities=Probabilities(probabilities, layout) if probabilities else None,
         other_units=[name for name in inputs if name.partition("/")[0] in other],
+        by_case=known is not None,
         references=[file for case in cases for file in (case.image, case.label)],
         dry_run=dry_run,
     )

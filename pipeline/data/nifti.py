@@ -42,7 +42,7 @@ def read_file(path: Path) -> tuple[Any, str]:
     The bytes that were hashed are decoded, so that a file changing meanwhile cannot mix the two.
 
     Raises:
-        GeometryError: it cannot be read, or is no NIfTI.
+        GeometryError: it cannot be read, is no NIfTI, or nothing says how large its voxels are.
     """
     require_file(path)
     try:
@@ -59,7 +59,10 @@ def read_file(path: Path) -> tuple[Any, str]:
             # Of the well-kept readers the fastest, and it checks lengths and CRCs (decision 0023).
             data = igzip.decompress(data)
         kind = nib.Nifti2Image if data[:4] in _NIFTI2_HEADER_SIZE else nib.Nifti1Image
+        _check_voxel_size(kind.header_class, data, path)
         return kind.from_bytes(data), digest
+    except GeometryError:
+        raise
     except Exception as error:  # a damaged header makes nibabel raise almost anything
         raise unreadable(path, error) from error
 
@@ -68,7 +71,7 @@ def read_header(path: Path) -> tuple[Any, Any]:
     """The kind of image that a file holds, and its header; voxels are not read.
 
     Raises:
-        GeometryError: not a readable NIfTI.
+        GeometryError: not a readable NIfTI, or nothing says how large its voxels are.
     """
     require_file(path)
     try:
@@ -80,10 +83,25 @@ def read_header(path: Path) -> tuple[Any, Any]:
                 first = stream.read(4)
                 kind = nib.Nifti2Image if first in _NIFTI2_HEADER_SIZE else nib.Nifti1Image
                 # What nibabel keeps of a header is at its beginning; extensions go anyway.
-                size = kind.header_class.sizeof_hdr
-                return kind, kind.header_class(first + stream.read(size - 4))
+                data = first + stream.read(kind.header_class.sizeof_hdr - 4)
+                _check_voxel_size(kind.header_class, data, path)
+                return kind, kind.header_class(data)
+    except GeometryError:
+        raise
     except Exception as error:  # a damaged header makes nibabel raise almost anything
         raise unreadable(path, error) from error
+
+
+def _check_voxel_size(kind: Any, data: bytes, path: Path) -> None:
+    """Before nibabel mends the header: it takes a voxel size of 0 for 1 mm."""
+    header = kind(data[: kind.sizeof_hdr], check=False)
+    sizes = header["pixdim"][1:4][: max(0, int(header["dim"][0]))]
+    if header["sform_code"] <= 0 and not sizes.all():
+        raise GeometryError(
+            f"the header has no voxel size (pixdim is {', '.join(f'{s:g}' for s in sizes)}).",
+            where=path,
+            fix="Write the file again with its spacing and orientation.",
+        )
 
 
 def unreadable(path: Path, error: Exception) -> GeometryError:
@@ -323,7 +341,7 @@ def read_grid(path: Path) -> Grid:
     Raises:
         GeometryError: not a 3D NIfTI header.
     """
-    require_file(path)
+    read_header(path)
     try:
         image: Any = nib.load(path)
     except Exception as error:

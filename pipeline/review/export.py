@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def export_nifti(
     regions: bool = False,
 ) -> list[Path]:
     """Writes `<case>/<teacher>_<organ>.nii.gz`: float32 log-odds on the student grid, NaN where the
-    teacher did not see; an organ is where they are above 0.
+    teacher did not see; an organ is where they are above 0. `<teacher>=<organ>.nii.gz` where the
+    registry has two pairs that would share a name, `k` with `left_x` and `k_left` with `x`.
 
     Args:
         work: the work folder.
@@ -61,8 +63,9 @@ def export_nifti(
             )
     found = open_case(work, registry, case, list(registry.teachers) if regions else teachers)
     folder = output / case
+    names = _names(registry)
     odds = {
-        folder / f"{teacher}_{organ}{_SUFFIX}": (teacher, organ)
+        folder / f"{names[teacher, organ]}{_SUFFIX}": (teacher, organ)
         for teacher in teachers
         for organ in registry.teachers[teacher].organs
     }
@@ -76,6 +79,14 @@ def export_nifti(
             for path, array in zip(others, arrays, strict=True):
                 _write(path, array, found)
     return [*odds, *others]
+
+
+def _names(registry: Registry) -> dict[tuple[str, str], str]:
+    """Of each teacher and organ; names hold no `=`. Whatever teachers are exported: a file of one
+    call is not replaced by another array in the next."""
+    pairs = [(t, organ) for t, entry in registry.teachers.items() for organ in entry.organs]
+    taken = Counter([*map("_".join, pairs), *_REGIONS])
+    return {pair: ("_" if taken["_".join(pair)] == 1 else "=").join(pair) for pair in pairs}
 
 
 def _regions(case: CachedCase, space: LabelSpace) -> list[npt.NDArray[np.uint8]]:

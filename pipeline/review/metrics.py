@@ -20,6 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -28,6 +29,8 @@ import torch
 from monai.metrics import get_mask_edges, get_surface_distance
 from scipy.spatial import KDTree
 
+from pipeline.cache.cases import json_beside, prediction_file
+from pipeline.config import file_sha256
 from pipeline.data.volume import Array, Grid
 from pipeline.errors import GeometryError
 
@@ -400,6 +403,43 @@ def to_csv(summary: Mapping[str, Any]) -> str:
             cells |= {"dataset": dataset, "case": case, "organ": organ, "label": label}
             writer.writerow(cells | {"reason": row["reasons"].get(str(label), "")})
     return text.getvalue()
+
+
+def outdated(
+    summary: Mapping[str, Any], folder: Path, now: Mapping[str, Mapping[str, str | None]]
+) -> str:
+    """Why a summary is not of what is there now; empty if it is.
+
+    Args:
+        summary: of a folder.
+        folder: that of the predictions.
+        now: case -> `reference_sha256` and `image_sha256` as they are now, where they are known.
+    """
+    if summary.get("rules") != RULES:
+        return "it was scored by an earlier version"
+    for row in summary["metric_per_case"]:
+        case = row["case"]
+        for what in ("reference", "image"):
+            before, found = row.get(f"{what}_sha256"), now.get(case, {}).get(f"{what}_sha256")
+            if before and found and before != found:
+                return f"the {what} of {case} has changed since it was evaluated"
+        try:
+            path = prediction_file(folder, case)
+        except GeometryError as error:
+            return f"of {case}, {error.what.removesuffix('.')}"
+        if sha256_if_there(path) != row["prediction_sha256"]:
+            return f"the prediction of {case} has changed since it was evaluated"
+        if sha256_if_there(json_beside(path)) != row["prediction_json_sha256"]:
+            return f"the JSON beside {case} has changed since it was evaluated"
+    return ""
+
+
+def sha256_if_there(path: Path) -> str | None:
+    """None for a file that is not there, or cannot be read."""
+    try:
+        return file_sha256(path)
+    except OSError:
+        return None
 
 
 def known(value: float | None) -> float | None:

@@ -79,6 +79,7 @@ class How:
         probabilities: None keeps none.
         identity: what is digested with the image.
         other_units: names of inputs that are no CT in HU on purpose.
+        by_case: names are those of a registry's cases: another image of one is its new one.
     """
 
     overlap: float
@@ -86,6 +87,7 @@ class How:
     probabilities: Probabilities | None
     identity: Mapping[str, Any]
     other_units: frozenset[str] = frozenset()
+    by_case: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Done:
         num_bytes: written.
         doubts: why its image may be no CT in HU.
         note: what the user should hear of it.
+        replaced: what another prediction had that is there no more; empty: there was none.
     """
 
     name: str
@@ -105,6 +108,7 @@ class Done:
     num_bytes: int = 0
     doubts: tuple[Doubt, ...] = ()
     note: str = ""
+    replaced: str = ""
 
 
 class CasePredictor:
@@ -127,7 +131,7 @@ class CasePredictor:
         """Predicts `output/<name>.nii.gz`, unless it is there from the same student and image.
 
         Raises:
-            ConfigError: what is there is not as it was written.
+            ConfigError: what is there is not as it was written, or of another image.
             GeometryError: the image cannot be used.
             WorkFolderError: the disk is full, or cannot be written; what was there stays.
         """
@@ -138,7 +142,9 @@ class CasePredictor:
         doubts = () if known else tuple(doubts_of(read.volume.array))
         space, kept, stem = self._record.label_space, self._how.probabilities, Path(name).name
         content: dict[str, Any] = {
-            "digest": made_from, "image": image.name, "organs": dict(space.ids),
+            "digest": made_from, "image": image.name, "image_sha256": read.sha256,
+            "student_sha256": self._how.identity["student_sha256"],
+            "settings": self._how.identity["config"], "organs": dict(space.ids),
         }  # fmt: skip
         files = [f"{stem}.nii.gz", *([] if kept is None else kept.files(stem, space.organs))]
         if kept is not None:
@@ -146,13 +152,17 @@ class CasePredictor:
             content["probabilities"] = {"precision": kept.precision, "files": named}
         there = Written.read(self._output, name)
         damaged: list[str] = []
+        replaced = ""
         if there is not None:
+            if not self._how.by_case:
+                there.refuse_other_image(read.sha256, image)
             if there.is_of(content) and there.has(files) and not there.damaged(files):
                 return Done(name, made=False, doubts=doubts)
             damaged = there.damaged(there.files)
+            replaced = there.lost(content, files)
         note = f"made again, because it cannot be read: {listed(damaged)}" if damaged else ""
         if dry_run:
-            return Done(name, made=True, doubts=doubts, note=note)
+            return Done(name, made=True, doubts=doubts, note=note, replaced=replaced)
         target = self._output / f"{name}.nii.gz"
         with writing(f"{name}, {target}"), self._scratch(name) as scratch:
             held = self._room(scratch, read.volume.grid)
@@ -175,7 +185,7 @@ class CasePredictor:
                 content["warnings"] = [asdict(doubt) for doubt in doubts]
             replace_file(scratch / f"{stem}.json", json_text(content).encode())
             _appear(scratch, target.parent, stem, there, files)
-        return Done(name, made=True, num_bytes=num_bytes, doubts=doubts, note=note)
+        return Done(name, True, num_bytes, doubts, note, replaced)
 
     def _keep(
         self, held: npt.NDArray[np.float32] | None
@@ -278,6 +288,47 @@ class Written:
         wanted = [key for key in ("digest", "organs", "probabilities") if key in content]
         return all(self.content.get(key) == content[key] for key in wanted)
 
+    def refuse_other_image(self, sha256: str, image: Path) -> None:
+        """Another image of one name is more likely another patient's than a new version.
+
+        Raises:
+            ConfigError: what is there is of another image.
+        """
+        known = str(self.content.get("image_sha256", sha256))  # once it was not kept
+        here = [self.folder / name for name in self.files if (self.folder / name).exists()]
+        if known != sha256 and here:
+            raise ConfigError(
+                f"this is of another image of the same name: of {self.content['image']} whose "
+                f"SHA-256 begins with {known[:12]}; that of {image} begins with {sha256[:12]}.",
+                where=here[0],
+                fix="Name another --output, or give all images in one call by a pattern in quotes, "
+                "'cases/*/ct.nii.gz'. If the image is a new version of that one, remove this file.",
+            )
+
+    def lost(self, content: Mapping[str, Any], names: Sequence[str]) -> str:
+        """Of which other prediction the files are whose place others take; empty if of none.
+
+        Args:
+            content: of the new JSON.
+            names: of the new files, the label map's first.
+        """
+        here = [name for name in self.files if (self.folder / name).exists()]
+        if not here:
+            return ""
+        old, more = self.content, ""
+        if set(here) - set(names):
+            more = ", whose probabilities are removed"
+        if old["digest"] != content["digest"]:
+            if "image_sha256" not in old:  # of a version that kept the digest alone
+                return f"of another student, image or settings{more}"
+            keys = "image_sha256", "student_sha256"
+            of = [key.partition("_")[0] for key in keys if old.get(key) != content[key]]
+            return f"of another {' and '.join(of)}{more}" if of else f"of other settings{more}"
+        if old["organs"] != content["organs"]:
+            return f"of other ids{more}"
+        same = old.get("probabilities") == content.get("probabilities")
+        return "" if same or here == [names[0]] else "with other probabilities"
+
     def has(self, names: Iterable[str]) -> bool:
         """Whether these files are there."""
         return all((self.folder / name).exists() for name in names)
@@ -327,7 +378,8 @@ def refuse_targets(
     organs: tuple[str, ...],
     references: Iterable[Path],
 ) -> None:
-    """Nothing that `predict` did not write is replaced, and no image or reference whatever it says.
+    """Nothing that `predict` did not write is replaced, no image or reference whatever it says, and
+    no file of one case by another's.
 
     Args:
         inputs: name -> image.
@@ -337,17 +389,26 @@ def refuse_targets(
         references: files that are no place for a prediction, by whatever name they are reached.
 
     Raises:
-        ConfigError: it names the files that are in the way.
+        ConfigError: it names the files that are in the way, or two cases of one file.
     """
     read = {(s.st_dev, s.st_ino) for f in (*inputs.values(), *references) if (s := _status(f))}
     targets: dict[Path, bool] = {}
+    made_of: dict[Path, str] = {}
     kept = how.probabilities
     for name in inputs:
         there, stem = Written.read(output, name), Path(name).name
         beside = (output / name).with_name(f"{stem}.json")
         targets[beside] = there is not None
         for file in [f"{stem}.nii.gz", *([] if kept is None else kept.files(stem, organs))]:
-            targets[beside.parent / file] = there is not None and file in there.files
+            path = beside.parent / file
+            if path in made_of:
+                raise ConfigError(
+                    f"of {made_of[path]} and of {name} one file would be written.",
+                    where=path,
+                    fix="Rename one of the two images, or predict it into another --output.",
+                )
+            made_of[path] = name
+            targets[path] = there is not None and file in there.files
     for path in targets:
         status = _status(path)
         if status is not None and (status.st_dev, status.st_ino) in read:

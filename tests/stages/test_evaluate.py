@@ -166,6 +166,66 @@ class TestFilesOfOthers:
         assert snapshot(perfect.parent) == before
 
 
+def beside(registry: Path, case: str, student: str, **also: str) -> Path:
+    """What `predict` says beside a label map: of this case's image unless told otherwise."""
+    dataset, name = case.split("/")
+    image = registry.parent / "data" / dataset / "images" / f"{name}.nii.gz"
+    content = {
+        "image_sha256": file_sha256(image), "student_sha256": student,
+        "settings": {"overlap": 0.5}, "organs": {"liver": LIVER, "spleen": SPLEEN},
+    }  # fmt: skip
+    path = registry.parent / "predictions" / f"{case}.json"
+    path.write_text(json.dumps({"digest": "0", **content, **also}))
+    return image
+
+
+class TestWhoseAndOfWhat:
+    """Who predicted a case, and from which image."""
+
+    def test_an_image_that_changed_since_or_another_case_s(self, perfect: Path) -> None:
+        """Its case fails by name; the other is scored."""
+        image, _ = (beside(perfect, case, "a" * 64) for case in CASES)
+        assert (run(perfect).exit_code, run(perfect).warnings) == (0, {})
+        assert summary_of(perfect)["metric_per_case"][0]["image_sha256"] == file_sha256(image)
+        before = file_sha256(image)
+        image.write_bytes(image.read_bytes() + b"newer")
+        report = run(perfect)
+        assert (report.done, report.exit_code) == ([CASES[1]], 2)
+        path = perfect.parent / "predictions" / f"{CASES[0]}.nii.gz"
+        assert str(report.failed[CASES[0]]) == (
+            f"{CASES[0]}, {path}: it was predicted from another image: the SHA-256 of that one "
+            f"begins with {before[:12]}, that of {image} with {file_sha256(image)[:12]}. Predict "
+            "the case again."
+        )
+        image.unlink()
+        image.symlink_to("not-fetched")
+        report = run(perfect)
+        assert (report.exit_code, report.failed) == (0, {})
+        assert f"{image} cannot be read (No such file or directory)" in report.warnings[CASES[0]][0]
+
+    def test_predictions_of_two_students_are_told(
+        self, perfect: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """As after a second `predict` that was killed; kept with the scores."""
+        for case, student in zip(CASES, "ab", strict=True):
+            beside(perfect, case, student * 64)
+        report = run(perfect, table=True)
+        told = (
+            "the scores are of predictions by several students or settings, and so are their "
+            f"means: 1 by the student whose SHA-256 begins with {'a' * 12} (overlap 0.5): "
+            f"{CASES[0]}; 1 by the student whose SHA-256 begins with {'b' * 12} (overlap 0.5): "
+            f"{CASES[1]}. Predict all cases with one, unless this is meant."
+        )
+        assert (report.exit_code, report.warnings) == (0, {"summary.json": [told]})
+        assert summary_of(perfect)["warnings"] == [told]
+        assert capsys.readouterr().err.endswith(f"warning: {told}\n")
+        (perfect.parent / "predictions" / f"{CASES[1]}.json").unlink()
+        (told,) = run(perfect).warnings["summary.json"]
+        assert f"1 by a student that no JSON names: {CASES[1]}." in told
+        (perfect.parent / "predictions" / f"{CASES[0]}.json").unlink()
+        assert (run(perfect).warnings, "warnings" in summary_of(perfect)) == ({}, False)
+
+
 class TestScores:
     def test_a_perfect_prediction(self, perfect: Path) -> None:
         report = run(perfect)

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
+from pipeline.config import file_sha256
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError
 from pipeline.log import Log
@@ -152,6 +153,31 @@ def test_a_summary_is_used_again_unless_it_is_out_of_date(cohort: Path) -> None:
     compare(cohort, "poor")
     rows = {row["case"]: row["metrics"]["1"] for row in summary_of(path.parent)["metric_per_case"]}
     assert rows[CASES[1]]["n_ref"] == 0
+
+
+def test_an_image_that_changed_and_two_students_in_a_folder(
+    cohort: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = "multi-ct/case_000"
+    image = cohort.parent / "data" / "multi-ct" / "images" / "case_000.nii.gz"
+
+    def say(folder: str) -> None:
+        content = {
+            "image_sha256": file_sha256(image), "student_sha256": folder,
+            "organs": {"liver": 1, "spleen": 2},
+        }  # fmt: skip
+        (cohort.parent / folder / f"{case}.json").write_text(json.dumps(content))
+
+    say("good"), say("poor")
+    for _ in range(2):  # evaluated now, and read from its summary
+        told = [notice for notice in compare(cohort, "poor").notices if "several" in notice]
+        assert [notice.partition(": ")[0] for notice in told] == ["good", "poor"]
+        assert "8 by a student that no JSON names" in told[1]
+    image.write_bytes(image.read_bytes() + b"newer")
+    say("good")
+    found = compare(cohort, "poor")
+    assert f"{cohort.parent / 'poor'} could not be scored in {case}." in found.notices
+    assert case not in found.cases
 
 
 def test_scores_of_an_earlier_version_are_made_anew(cohort: Path) -> None:

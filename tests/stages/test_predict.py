@@ -341,20 +341,77 @@ class TestWhatIsDone:
         assert (report.done, report.skipped) == ([], ["a", "b", "c"])
         assert snapshot(tmp_path / "out") == before
 
-    def test_another_student_a_changed_image_or_other_settings_are_done_again(
-        self, student: Path, tmp_path: Path
+    def test_another_student_or_other_settings_are_done_again_and_told(
+        self, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        """Once for all cases; and of a JSON that does not say whose it is, that nobody knows."""
         for name in "ab":
             write_ct(tmp_path / "in" / f"{name}.nii.gz", seed=ord(name))
-        self._run(student, tmp_path)
-        array = write_ct(tmp_path / "in" / "a.nii.gz", seed=99)
-        assert self._run(student, tmp_path).done == ["a"]
-        found = np.asarray(nib.load(tmp_path / "out" / "a.nii.gz").dataobj)
-        assert np.array_equal(found > 0, array > THRESHOLD_HU)
+
+        def again(replaced: str, **config: Any) -> None:
+            for dry_run in (True, False):
+                report = run(
+                    student, tmp_path / "in", tmp_path / "out", PredictConfig(**config),
+                    dry_run=dry_run,
+                )  # fmt: skip
+                assert (report.done, report.exit_code) == (["a", "b"], 0)
+                assert report.details["replaced"] == {"a": replaced, "b": replaced}
+                told = f"replaced: what was there {replaced} (2 of 2 cases: a, b)\n"
+                assert told in capsys.readouterr().err
+
+        first = self._run(student, tmp_path)
+        assert "replaced" not in {*first.details, *capsys.readouterr().err.split()}
         write_student(student, seed=1)
-        assert self._run(student, tmp_path).done == ["a", "b"]
-        assert self._run(student, tmp_path, overlap=0.25).done == ["a", "b"]
+        again("of another student")
+        again("of other settings", overlap=0.25)
         assert self._run(student, tmp_path, overlap=0.25).done == []
+        for beside in (tmp_path / "out").glob("*.json"):
+            told = json.loads(beside.read_text())
+            kept = {k: v for k, v in told.items() if k not in ("image_sha256", "student_sha256")}
+            beside.write_text(json.dumps(kept))
+        assert self._run(student, tmp_path, overlap=0.25).done == []
+        again("of another student, image or settings")
+
+    def test_another_image_of_the_same_name_is_an_error_of_its_case(
+        self, student: Path, tmp_path: Path
+    ) -> None:
+        """A loop over patients whose CTs are all called ct.nii.gz."""
+        for name in ("A/ct", "B/ct", "B/other"):
+            write_ct(tmp_path / "in" / f"{name}.nii.gz", seed=ord(name[0]))
+        path, out = tmp_path / "out" / "ct.nii.gz", tmp_path / "out"
+        assert run(student, tmp_path / "in" / "A" / "ct.nii.gz", out).done == ["ct"]
+        before = snapshot(out, without=["other.*"])
+        a, b = (tmp_path / "in" / name / "ct.nii.gz" for name in "AB")
+        for dry_run in (True, False):
+            report = run(student, tmp_path / "in" / "B", out, dry_run=dry_run)
+            assert (report.exit_code, set(report.failed)) == (2, {"ct"})
+            assert report.done == ["other"]
+            assert str(report.failed["ct"]) == (
+                f"{path}: this is of another image of the same name: of ct.nii.gz whose SHA-256 "
+                f"begins with {file_sha256(a)[:12]}; that of {b} begins with "
+                f"{file_sha256(b)[:12]}. Name another --output, or give all images in one call by "
+                "a pattern in quotes, 'cases/*/ct.nii.gz'. If the image is a new version of that "
+                "one, remove this file."
+            )
+            assert snapshot(out, without=["other.*"]) == before
+        path.unlink()
+        assert run(student, b, out).done == ["ct"]
+
+    def test_another_image_of_a_case_is_its_new_one(
+        self, student: Path, tiny_registry: Path, tmp_path: Path
+    ) -> None:
+        """Of a registry's, on the command line."""
+        options = ["-r", str(tiny_registry), "--device", "cpu", "-q", "-o", str(tmp_path / "out")]
+        result = CliRunner().invoke(cli.app, ["predict", str(student), *options])
+        assert (result.exit_code, "replaced" in result.stderr) == (0, False)
+        image = tiny_registry.parent / "data" / "multi-ct" / "images" / "case_002.nii.gz"
+        source = nib.load(image)
+        nib.save(nib.Nifti1Image(np.asarray(source.dataobj)[::-1], source.affine), image)
+        result = CliRunner().invoke(cli.app, ["predict", str(student), *options])
+        told = "replaced: what was there of another image (1 of 2 cases: multi-ct/case_002)\n"
+        assert (result.exit_code, told in result.stderr) == (0, True)
+        beside = json.loads((tmp_path / "out" / "multi-ct" / "case_002.json").read_text())
+        assert beside["image_sha256"] == file_sha256(image)
 
     def test_a_label_map_that_is_gone_is_not_done(self, student: Path, tmp_path: Path) -> None:
         write_ct(tmp_path / "in" / "a.nii.gz")
@@ -624,6 +681,30 @@ class TestFilesOfOthers:
         (tmp_path / "out" / "labels.ctbl").write_bytes(b"1 Leber 0 0 0 255\n\xff")
         self._refused(student, tmp_path, "labels.ctbl: `pipeline predict` did not write this file")
 
+    @pytest.mark.parametrize(
+        ("layout", "other", "file"),
+        [
+            ("4d", "ct.probabilities", "ct.probabilities.nii.gz"),
+            ("per-organ", "ct.probabilities/liver", "ct.probabilities/liver.nii.gz"),
+        ],
+    )
+    def test_two_cases_of_one_file(
+        self, student: Path, tmp_path: Path, layout: Any, other: str, file: str
+    ) -> None:
+        for name in ("ct", other):
+            write_ct(tmp_path / "in" / f"{name}.nii.gz")
+        inputs = predict.find_inputs(tmp_path / "in" / "**" / "*.nii.gz")
+        kept = predict.Probabilities("float16", layout)
+        with pytest.raises(ConfigError) as caught:
+            predict.run(
+                PredictConfig(), student, inputs, tmp_path / "out", log=Log(quiet=True),
+                device="cpu", probabilities=kept,
+            )  # fmt: skip
+        assert f"{tmp_path / 'out' / file}: of ct and of {other} one file would" in str(
+            caught.value
+        )
+        assert not (tmp_path / "out").exists()
+
     def test_notes_within_the_folder_of_probabilities_stay(
         self, student: Path, tmp_path: Path
     ) -> None:
@@ -634,7 +715,6 @@ class TestFilesOfOthers:
         predict.run(PredictConfig(), student, inputs, out, **options)
         (out / "ct.probabilities" / "notes.txt").write_text("mine")
         write_student(student, organs={"spleen": 7, "kidney": 3}, seed=1)
-        write_ct(tmp_path / "in" / "ct.nii.gz", seed=1)
         assert predict.run(PredictConfig(), student, inputs, out, **options).done == ["ct"]
         assert run(student, tmp_path / "in", out, PredictConfig(overlap=0.25)).done == ["ct"]
         assert [p.name for p in (out / "ct.probabilities").iterdir()] == ["notes.txt"]

@@ -270,9 +270,12 @@ class TestProbabilities:
         assert run(student, image, out).skipped == ["ct"]
         (out / "ct.probabilities" / "liver.nii.gz").unlink()
         assert run(student, image, out, probabilities=kept).done == ["ct"]
-        assert run(student, image, out, probabilities=Probabilities("float32")).done == ["ct"]
+        again = run(student, image, out, probabilities=Probabilities("float32"))
+        assert again.details == {"replaced": {"ct": "with other probabilities"}}
         write_student(student, seed=1)
-        assert run(student, image, out).done == ["ct"]
+        again = run(student, image, out)
+        gone = "of another student, whose probabilities are removed"
+        assert again.details == {"replaced": {"ct": gone}}
         assert sorted(p.name for p in out.iterdir()) == [
             "ct.json", "ct.nii.gz", "labels.ctbl", "labels.itksnap.txt",
         ]  # fmt: skip

@@ -140,7 +140,9 @@ def gather(
 ) -> Content:
     """All that the page tells; see `write_report`."""
     folder = settings.predictions
-    given = None if folder is None else scores_of_predictions(folder)
+    given = None if folder is None else scores_of_predictions(folder, registry, record)
+    for note in () if given is None else given.notes:
+        log.warn(note)
     lineage = trace(work, record)
     student, broken = _student(record, device)
     scores, no_scores = _scores(record, lineage, student, broken, given, log)

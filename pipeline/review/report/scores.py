@@ -13,12 +13,22 @@ import numpy.typing as npt
 import torch
 
 from pipeline.cache.reader import CachedCase
+from pipeline.config import file_sha256
 from pipeline.data.labels import IGNORE, LabelSpace
-from pipeline.errors import CacheError, ConfigError
+from pipeline.data.registry import Registry
+from pipeline.errors import CacheError, ConfigError, listed
 from pipeline.figures import hex_colour, svg_chart
 from pipeline.folder import read_text
 from pipeline.log import Log
-from pipeline.review.metrics import NOT_ANNOTATED, RULES, known, score_case, score_json
+from pipeline.review.metrics import (
+    NOT_ANNOTATED,
+    RULES,
+    known,
+    outdated,
+    score_case,
+    score_json,
+    sha256_if_there,
+)
 from pipeline.review.report.trace import RunRecord
 from pipeline.student.checkpoint import StudentRecord, load_student
 from pipeline.student.inference import predict_logits, running_argmax
@@ -57,6 +67,7 @@ class Scores:
         source: in words.
         failed: case -> why it has no scores.
         tolerance_mm: of NSD, where it is known.
+        notes: what a reader has to know, in sentences.
     """
 
     rows: Sequence[OrganRow]
@@ -64,6 +75,7 @@ class Scores:
     source: str
     failed: Mapping[str, str]
     tolerance_mm: float | None = None
+    notes: Sequence[str] = ()
 
     @property
     def cases(self) -> dict[str, float]:
@@ -108,11 +120,17 @@ def open_student(record: RunRecord, device: torch.device) -> Student | None:
     return Student(found, network, device)
 
 
-def scores_of_predictions(folder: Path) -> Scores:
+def scores_of_predictions(folder: Path, registry: Registry, record: RunRecord) -> Scores:
     """What `pipeline evaluate` wrote beside predictions.
 
+    Args:
+        folder: of the predictions.
+        registry: says where references and images are; those that cannot be read here are not
+            compared with what was evaluated.
+        record: of the run that is reported.
+
     Raises:
-        ConfigError: there is no summary.json that it wrote.
+        ConfigError: there is no summary.json that it wrote, or it is of other files than are there.
     """
     path = folder / "summary.json"
     try:
@@ -124,21 +142,49 @@ def scores_of_predictions(folder: Path) -> Scores:
             if (values := entry["metrics"].get(str(label))) is not None
         ]
         failed = {str(case): str(why) for case, why in content.get("failed", {}).items()}
-        tolerance_mm, rules = content["settings"]["tolerance_mm"], content.get("rules")
+        tolerance_mm = content["settings"]["tolerance_mm"]
+        why = outdated(content, folder, _files_now(content, registry))
+        notes = [*content.get("warnings", []), *_of_others(content, record)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"no scores of predictions can be read ({type(error).__name__}: {error}).",
             where=path,
             fix="Run `pipeline evaluate FOLDER` first, or leave --predictions out.",
         ) from error
-    if rules != RULES:
+    if why:
         raise ConfigError(
-            "the predictions were scored by an earlier version, which may have mixed up organs.",
+            f"the scores are out of date: {why}.",
             where=path,
-            fix="Run `pipeline evaluate FOLDER` again.",
+            fix=f"Run `pipeline evaluate {folder}` again.",
         )
     source = f"predictions in {folder}, scored on the images' own grids"
-    return Scores(_judged(rows), "predictions", source, failed, tolerance_mm)
+    return Scores(_judged(rows), "predictions", source, failed, tolerance_mm, notes)
+
+
+def _files_now(summary: Mapping[str, Any], registry: Registry) -> dict[str, dict[str, str | None]]:
+    """Case -> SHA-256 of its reference, and of its image where the prediction named its own."""
+    rows = {row["case"]: row for row in summary["metric_per_case"]}
+    cases = [case for d in registry.datasets for case in registry.cases(d) if case.name in rows]
+    return {
+        case.name: {
+            f"{what}_sha256": sha256_if_there(path)
+            for what, path in (("reference", case.label), ("image", case.image))
+            if f"{what}_sha256" in rows[case.name]
+        }
+        for case in cases
+    }
+
+
+def _of_others(summary: Mapping[str, Any], record: RunRecord) -> list[str]:
+    """Which predictions say that another student than the run's made them."""
+    rows = summary["metric_per_case"]
+    if record.student is None:
+        return []
+    own = file_sha256(record.folder / record.student)
+    others = [row["case"] for row in rows if row.get("student_sha256", own) != own]
+    number = f"{len(others)} of {len(rows)}"
+    told = f"{number} predictions are by another student than this run's: {listed(others)}."
+    return [told] if others else []
 
 
 def kept_scores(record: RunRecord) -> Scores | None:

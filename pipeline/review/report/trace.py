@@ -21,7 +21,7 @@ from pipeline.consensus.gate import Row, elsewhere_rows, score_rows
 from pipeline.data.labels import LabelSpace
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CheckpointError, ConfigError, PipelineError, listed
-from pipeline.folder import Folder, read_bytes, read_text, sizes
+from pipeline.folder import Folder, is_local, parse_folder, read_bytes, read_text, sizes
 from pipeline.log import Log
 from pipeline.review.inspect.look import View
 from pipeline.review.inspect.numbers import CaseNumbers, measure_cohort, pair_rows
@@ -119,13 +119,15 @@ def read_run(work: Folder, run: str) -> RunRecord:
 
     Args:
         work: the work folder.
-        run: its name; of a comparison's run `<comparison>/<run>`.
+        run: its name, of a comparison's run `<comparison>/<run>`; or the path of its folder.
 
     Raises:
         ConfigError: there is no such run.
         CheckpointError: its config.json cannot be read.
     """
     known = run_folders(work)
+    if run not in known:
+        run = next((n for n, f in known.items() if _place(f) == _place(parse_folder(run))), run)
     if run not in known:
         here = f"Runs here: {listed([*known], _KNOWN)}."
         raise ConfigError(
@@ -157,6 +159,10 @@ def read_run(work: Folder, run: str) -> RunRecord:
             "what the run was trained from.",
         ) from error
     return record
+
+
+def _place(folder: Folder) -> str:
+    return str(folder.resolve() if is_local(folder) else folder).rstrip("/")
 
 
 def _marker(folder: Folder) -> Mapping[str, Any] | None:

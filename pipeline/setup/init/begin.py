@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.data.nifti import read_grid
 from pipeline.data.registry import Registry, load_registry
 from pipeline.errors import ConfigError, GeometryError, RegistryError, WorkFolderError
-from pipeline.folder import temporary_name
+from pipeline.folder import contains, refuse_foreign, temporary_name
 from pipeline.setup.init.datasets import FoundDataset, look_at_dataset
 from pipeline.setup.init.meanings import (
     BACKGROUND,
@@ -75,9 +75,11 @@ def look(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = N
         ask: puts a question to the user; None: what is not known is refused, all at once.
 
     Raises:
-        ConfigError: something is not known, or contradicts the files.
+        ConfigError: something is not known, or contradicts the files; a file there is no registry.
         RegistryError, TeacherError: folders that cannot be used, or a registry that exists.
     """
+    ours = all(contains(path, key) for key in ("schema_version", "organs", "datasets"))
+    refuse_foreign("init", [(path, ours)], fix="Name another file with -r.")
     if path.exists() and not force:
         raise RegistryError(
             "there is a registry already.",

@@ -18,7 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import nifti
-from pipeline.data.nifti import NiftiVolume, read_grid, read_image, read_label, write_image
+from pipeline.data.nifti import (
+    NiftiVolume,
+    read_grid,
+    read_header,
+    read_image,
+    read_label,
+    write_image,
+)
 from pipeline.data.nifti import write_like as write_like_file
 from pipeline.data.volume import Grid, Volume
 from pipeline.errors import GeometryError
@@ -443,6 +450,34 @@ def test_colour_and_complex_voxels(read: Reader, tmp_path: Path) -> None:
     refuses(read, save(tmp_path / "rgb.nii", colour), "not one real number")
     wave = np.zeros((3, 3, 3), dtype=np.complex64)
     refuses(read, save(tmp_path / "complex.nii", wave), "not one real number")
+
+
+@pytest.mark.parametrize("read", [read_image, read_label, read_grid, read_header])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_file_without_voxel_size(
+    read: Callable[[Path], object], kind: Any, code: int, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """nibabel would take it for 1 mm, by a qform too."""
+    data = bytearray(kind(ramp(), affine_of("RAS")).to_bytes())
+    header = np.frombuffer(data, dtype=kind.header_class.template_dtype, count=1)
+    header["sform_code"], header["qform_code"] = 0, code
+    path = tmp_path / "a.nii"
+    path.write_bytes(data)
+    read(path)  # the size alone is said: `check` doubts it
+    header["pixdim"][0, 2:4] = 0
+    path.write_bytes(data)
+    with pytest.raises(GeometryError) as caught:
+        read(path)
+    assert str(caught.value) == (
+        f"{path}: the header has no voxel size (pixdim is 1.5, 0, 0). Write the file again with "
+        "its spacing and orientation."
+    )
+    assert not caplog.records
+    header["sform_code"] = 1  # then it alone counts
+    path.write_bytes(data)
+    read(path)
 
 
 @pytest.mark.parametrize("read", [read_image, read_label, read_grid])

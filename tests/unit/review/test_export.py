@@ -17,7 +17,7 @@ from pipeline.log import Log
 from pipeline.review.export import export_nifti
 from stages import cache_teachers
 from tests.stages.stage_contract import snapshot
-from tests.tiny import change_registry, run_cache, work_of
+from tests.tiny import change_registry, fill_cache, run_cache, work_of
 from tests.unit.review.damage import rewrite, shard, unit_at
 
 CASE = "multi-ct/case_001"
@@ -217,6 +217,36 @@ def test_conflicts_and_what_nobody_saw_are_no_organ(tiny_cached: Path, tmp_path:
     assert by_slice["regions.nii.gz"][:5] == [{1}, {2}, {255}, {255}, {0}]
     assert by_slice["conflict.nii.gz"][:5] == [{0}, {0}, {1}, {0}, {0}]
     assert by_slice["agreed_background.nii.gz"][:5] == [{0}, {0}, {0}, {0}, {1}]
+
+
+def test_names_that_would_be_one_are_kept_apart(tiny_registry: Path, tmp_path: Path) -> None:
+    """Teacher `k` of organ `left_x` and teacher `k_left` of `x`, exported in one call or in two."""
+    by_hu = {
+        "kind": "factory",
+        "factory": "tests.unit.teachers.made_teachers:threshold",
+        "weights": "teachers/liver.pt",
+    }
+
+    def change(data: dict[str, Any]) -> None:
+        data["organs"] = {"left_x": 1, "x": 2, "y": 3}
+        data["datasets"] = {"multi-ct": data["datasets"]["multi-ct"]}
+        data["datasets"]["multi-ct"]["annotated"] = {"left_x": 1, "x": 2}
+        data["teachers"] = {
+            "k": {**by_hu, "args": {"hu": 50}, "organs": {"left_x": 1}},
+            "k_left": {**by_hu, "args": {"hu": 150}, "organs": {"x": 1}},
+            "z": {**by_hu, "args": {"hu": 0}, "organs": {"y": 1}},
+        }
+
+    fill_cache(change_registry(tiny_registry, change))
+    found = export(tiny_registry, tmp_path, "k", "k_left", "z")
+    assert list(found) == ["k=left_x.nii.gz", "k_left=x.nii.gz", "z_y.nii.gz"]
+    one, other, _ = (np.asanyarray(nib.load(path).dataobj) for path in found.values())
+    assert not np.array_equal(one, other)
+    before = snapshot(tmp_path / "out")
+    assert [*export(tiny_registry, tmp_path, "k"), *export(tiny_registry, tmp_path, "k_left")] == (
+        list(found)[:2]
+    )
+    assert set(snapshot(tmp_path / "out")) == set(before)
 
 
 def test_a_second_export_writes_the_same(built_cache: Path, tmp_path: Path) -> None:

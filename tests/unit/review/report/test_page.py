@@ -16,12 +16,13 @@ import torch
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
+from pipeline.config import file_sha256
 from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import load_registry
 from pipeline.errors import CheckpointError, ConfigError, PipelineError, WorkFolderError
 from pipeline.log import Log
 from pipeline.review.inspect.run import inspect_cohort
-from pipeline.review.metrics import RULES, OrganScore, summarise
+from pipeline.review.metrics import RULES, OrganScore, sha256_if_there, summarise
 from pipeline.review.report import page as make
 from stages.compare.scoring import ScoringSettings, score_student
 from tests.stages.stage_contract import snapshot
@@ -197,6 +198,11 @@ def predictions(folder: Path, registry: Path, reason: str = "") -> Path:
     labels = registry.parent / "data" / "multi-ct" / "labels"
     shutil.copy(labels / "case_002.nii.gz", folder / "multi-ct")
     summary = summarise(scores, {"liver": 1}) | {"settings": {"tolerance_mm": 2.0}, "failed": {}}
+    for row in summary["metric_per_case"]:
+        label = labels / f"{row['case'].split('/')[1]}.nii.gz"
+        row["reference_sha256"] = file_sha256(label)
+        row["prediction_sha256"] = sha256_if_there(folder / f"{row['case']}.nii.gz")
+        row["prediction_json_sha256"] = None
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -345,6 +351,17 @@ def test_an_unknown_run_names_those_there_are(built_runs: Path, tmp_path: Path) 
     assert isinstance(error_of(built_runs, tmp_path / "r.html", run="../cases"), ConfigError)
 
 
+def test_a_run_may_be_given_by_its_folder(
+    built_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `export` and `evaluate` take it."""
+    monkeypatch.chdir(work_of(built_runs).parent)
+    for run in ("labels/only", RUN):
+        for path in (folder_of(built_runs, run), f"{work_of(built_runs).name}/students/{run}/"):
+            found = page(built_runs, tmp_path / "r.html", "--no-regions", run=str(path))
+            assert found.one("head").one("title").text == f"Run {run}: report"
+
+
 def test_a_record_that_cannot_be_read_stops(runs: Path, tmp_path: Path) -> None:
     (folder_of(runs) / "config.json").write_text("{")
     error = error_of(runs, tmp_path / "r.html")
@@ -381,6 +398,48 @@ def test_predictions_without_scores_stop(built_runs: Path, tmp_path: Path) -> No
     error = error_of(built_runs, tmp_path / "r.html", "-p", str(given))
     assert isinstance(error, ConfigError)
     assert "scored by an earlier version" in error.what
+
+
+@pytest.mark.parametrize("what", ["prediction", "JSON beside", "reference", "image"])
+def test_scores_of_other_files_than_are_there_stop(runs: Path, tmp_path: Path, what: str) -> None:
+    """After another student predicted, or a label was corrected, and nobody evaluated again."""
+    given = predictions(tmp_path / "predicted", runs)
+    case, data = "multi-ct/case_002", runs.parent / "data" / "multi-ct"
+    image = data / "images" / "case_002.nii.gz"
+    summary = json.loads((given / "summary.json").read_text())
+    summary["metric_per_case"][1] |= {"image_sha256": file_sha256(image)}
+    (given / "summary.json").write_text(json.dumps(summary))
+    page(runs, tmp_path / "before.html", "-p", str(given), "--no-regions")
+    changed = {
+        "prediction": given / f"{case}.nii.gz",
+        "JSON beside": given / f"{case}.json",
+        "reference": data / "labels" / "case_002.nii.gz",
+        "image": image,
+    }[what]
+    with changed.open("ab") as file:
+        file.write(b"newer")
+    error = error_of(runs, tmp_path / "r.html", "-p", str(given))
+    of = f"{what} {case}" if what == "JSON beside" else f"{what} of {case}"
+    assert str(error) == (
+        f"{given / 'summary.json'}: the scores are out of date: the {of} has changed since it was "
+        f"evaluated. Run `pipeline evaluate {given}` again."
+    )
+
+
+def test_predictions_of_others_are_told(built_runs: Path, tmp_path: Path) -> None:
+    """Of several students as `evaluate` says it, and of another one than the run's."""
+    given = predictions(tmp_path / "predicted", built_runs)
+    summary = json.loads((given / "summary.json").read_text())
+    summary["warnings"] = ["by several students."]
+    own = file_sha256(folder_of(built_runs) / "student.pt")
+    for row, student in zip(summary["metric_per_case"], (own, "0" * 64), strict=True):
+        row["student_sha256"] = student
+    (given / "summary.json").write_text(json.dumps(summary))
+    found = page(built_runs, tmp_path / "r.html", "-p", str(given), "--no-regions")
+    text = found.one(id="scores").text
+    assert "by several students." in text
+    other = "1 of 2 predictions are by another student than this run's: multi-ct/case_002."
+    assert other in text
 
 
 def test_only_an_html_file_is_written(

@@ -10,7 +10,7 @@ import pytest
 from pipeline.data.nifti import read_grid
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError, PipelineError, RegistryError
-from pipeline.setup.init.begin import Wishes, begin
+from pipeline.setup.init.begin import Wishes, begin, look
 
 V2 = {
     "channel_names": {"0": "CT"},
@@ -234,14 +234,30 @@ class TestRefused:
     def test_an_existing_registry_stays(self, tmp_path: Path) -> None:
         nnunet(tmp_path / "d")
         path = tmp_path / "data_registry.yaml"
-        path.write_text("mine")
+        mine = "schema_version: 1\norgans: {}\ndatasets: {}\n"
+        path.write_text(mine)
         with pytest.raises(RegistryError, match="--force"):
             begin(path, Wishes([f"d={tmp_path}/d:liver=1+2"]))
         with pytest.raises(ConfigError):
             begin(path, Wishes([f"d={tmp_path}/d:liver=1"]), force=True)
-        assert path.read_text() == "mine"
+        assert path.read_text() == mine
         begin(path, Wishes([f"d={tmp_path}/d:liver=1+2"]), force=True)
         assert load_registry(path).organs == {"liver": 1}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_that_is_no_registry_stays(tmp_path: Path, force: bool) -> None:
+    nnunet(tmp_path / "d")
+    notes = tmp_path / "notes.txt"
+    notes.write_text("the datasets of Monday")
+    for look_or_begin in (look, begin):
+        with pytest.raises(ConfigError) as caught:
+            look_or_begin(notes, Wishes([f"d={tmp_path}/d:liver=1+2"]), force=force)
+        assert str(caught.value) == (
+            f"{notes}: `pipeline init` did not write this file and does not replace it. Name "
+            "another file with -r."
+        )
+    assert notes.read_text() == "the datasets of Monday"
 
 
 def test_rest_is_background_where_the_file_names_it(tmp_path: Path) -> None:
