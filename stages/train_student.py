@@ -131,6 +131,8 @@ def _run(
     processes.same([config.model_dump(mode="json"), asdict(flags or SpeedFlags())], "the settings")
     folder = work / "students" / config.run
     digest = run_digest(config.training, inputs)
+    for name in inputs.get("missing_cases", ()):
+        report.warnings[name] = ["it is not in the cache, and was left out."]
     if processes.from_first(lambda: is_finished(folder, digest)):
         report.skipped.append(config.run)
         log.info(f"{folder} is finished already")

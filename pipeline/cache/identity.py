@@ -29,8 +29,8 @@ from pipeline.data.entries import CaseFiles
 from pipeline.data.registry import Registry, load_registry
 from pipeline.data.splits import SPLITS
 from pipeline.data.weights import digest_of, stamp_weights
-from pipeline.errors import CacheStale, PipelineError, TeacherError, WorkFolderError
-from pipeline.folder import Folder, is_local
+from pipeline.errors import CacheMissing, CacheStale, PipelineError, TeacherError, WorkFolderError
+from pipeline.folder import Folder, is_local, matching
 from pipeline.log import Log
 
 _NAMED = 3
@@ -43,19 +43,33 @@ def read_dataset(
     *,
     splits: Collection[str] = SPLITS,
     compare: bool = True,
-) -> list[IndexedCase]:
-    """The cases of a dataset that are in the cache.
+) -> tuple[list[IndexedCase], dict[str, CacheMissing]]:
+    """The cases of a dataset that are in the cache; and of the others that the registry calls for,
+    as far as that can be told, `dataset/case` -> why. With `compare` off nobody asks for these.
 
     Files that lie where stage one read them, with the size and time that they had, are not read;
     others are hashed. Where no file can be listed, the entry is taken as it is.
 
     Raises:
-        CacheStale: stage one has not seen this registry entry, or other cases or other files.
+        CacheStale: stage one has not seen this registry entry, or other files, or it has cases
+            that are gone or in another split; in another project's entry also cases that it lacks.
     """
-    found = read_indexed_dataset(work, dataset, registry.dataset_key(dataset))
     mine, sources = _origin(work, registry, dataset), _listed(registry, dataset)
-    if compare and (wrong := _differences(found, sources, mine, splits)):
-        stranger = _stranger(found, mine)
+    try:
+        found = read_indexed_dataset(work, dataset, registry.dataset_key(dataset))
+    except CacheStale:
+        of_it = f"{dataset}.{'[0-9a-f]' * 16}*"
+        if not compare or not sources or matching(work / "index" / "datasets", of_it):
+            raise
+        found = IndexedDataset([], frozenset(), ())  # other parts of a job array have its cases
+    cases = [case for case in found.cases if case.split in splits]
+    if not compare:
+        return cases, {}
+    stranger = _stranger(found, mine)
+    wrong = _differences(found, sources, mine, splits)
+    if stranger:
+        wrong += _not_cached(found, sources, splits)
+    if wrong:
         cached = f", for {stranger.registry[0]}," if stranger else ""
         raise CacheStale(
             f"dataset {dataset} is in the cache{cached} with other cases or files than this "
@@ -63,7 +77,15 @@ def read_dataset(
             where=f"{registry.path}, {work}",
             fix="Run `pipeline cache-teachers` with this registry; what is still valid is reused.",
         )
-    return [case for case in found.cases if case.split in splits]
+    # Where no file can be listed, the index and the registry say which cases there are.
+    called = {case: source.split for case, source in sources.items()}
+    called = called or registry.splits(dataset, found.left_out)
+    absent = {*called} - {case.case for case in found.cases}
+    return cases, {
+        f"{dataset}/{case}": _absent(work, f"{dataset}/{case}", left_out=case in found.left_out)
+        for case in sorted(absent)
+        if called[case] in splits
+    }
 
 
 def read_teacher(
@@ -117,7 +139,10 @@ def unchecked(work: Folder, registry: Registry, teachers: Iterable[str]) -> list
             f"cached units were made by: {', '.join(names)}."
         )
     for dataset in registry.datasets:
-        found = read_indexed_dataset(work, dataset, registry.dataset_key(dataset))
+        try:
+            found = read_indexed_dataset(work, dataset, registry.dataset_key(dataset))
+        except CacheStale:  # none of its cases has been cached yet
+            continue
         stranger = _stranger(found, _origin(work, registry, dataset))
         files = [source.image for source in _listed(registry, dataset).values()]
         if stranger is not None and not any(file.is_file() for file in files):
@@ -161,7 +186,8 @@ def claim_dataset(
         if log is not None:
             log.remark(_taken(f"dataset {dataset}", known, registry))
         return mine
-    if not (wrong := _differences(found, sources, mine, SPLITS)):
+    wrong = _differences(found, sources, mine, SPLITS) + _not_cached(found, sources, SPLITS)
+    if not wrong:
         return known
     path = dataset_file(work, dataset, key)
     raise _refusal(f"dataset {dataset}", _some(wrong), known, path, registry)
@@ -293,13 +319,29 @@ def _differences(
                 wrong.append(f"{case.case} was in split {case.split} and is in {source.split}")
             elif other := _other_file(case, source, trusted):
                 wrong.append(f"the {other} of {case.case} has other bytes")
+    return wrong
+
+
+def _not_cached(
+    found: IndexedDataset, sources: Mapping[str, CaseFiles], splits: Collection[str]
+) -> list[str]:
+    """Likewise of the cases that the index does not have, nor says that they were left out."""
     seen = found.left_out.union(case.case for case in found.cases)
-    wrong += [
+    return [
         f"{name} has not been cached"
         for name, source in sources.items()
         if name not in seen and source.split in splits
     ]
-    return wrong
+
+
+def _absent(work: Folder, name: str, *, left_out: bool) -> CacheMissing:
+    return CacheMissing(
+        "stage one left this case out: it could not be read, or its split was not asked for."
+        if left_out
+        else "this case has not been cached.",
+        where=f"{name}, {work}",
+        fix="`pipeline cache-teachers` makes it, or says what is wrong with it.",
+    )
 
 
 def _share_a_case(found: IndexedDataset, sources: Mapping[str, CaseFiles], trusted: bool) -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,17 +21,26 @@ from pipeline.cache.index import read_dataset_index, read_teacher_index
 from pipeline.cli import app as cli
 from pipeline.consensus.evidence import read_evidence, write_evidence
 from pipeline.data.registry import load_registry
+from pipeline.engine.parts import Part
 from pipeline.errors import CacheMissing, CacheStale, CheckpointError, ConfigError, PipelineError
 from pipeline.log import Log
 from pipeline.student import dataset as loading
 from pipeline.student import training
 from pipeline.student.checkpoint import load_student
 from pipeline.student.supervision import Kind
-from stages import train_student
+from stages import cache_teachers, train_student
 from stages.report import StageReport
 from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import ROOT, StageContract, snapshot
-from tests.tiny import ORGANS, TAP, change_registry, fill_cache, training_settings, work_of
+from tests.tiny import (
+    ORGANS,
+    TAP,
+    cache_config,
+    change_registry,
+    fill_cache,
+    training_settings,
+    work_of,
+)
 
 # Refuses pipeline.teachers as if it were not installed, then runs the command line.
 _WITHOUT_TEACHERS = """
@@ -389,6 +399,53 @@ class TestMissingUnits:
         run(tiny_cached, settings(allow_missing=True))
         record, _ = load_student(run_folder(tiny_cached) / "student.pt")
         assert f"liver-ct/{case.name.split('@')[0]}" not in record.trained_on
+
+    @pytest.mark.parametrize("split", ["train", "validation"])
+    def test_a_case_that_stage_one_could_not_take_is_one_of_them(
+        self, tiny_cached: Path, capsys: pytest.CaptureFixture[str], split: str
+    ) -> None:
+        """Like a unit that somebody removed: whether its CT is here or not."""
+        lost = next(c for c in load_registry(tiny_cached).cases("liver-ct") if c.split == split)
+        lost.image.write_text("x\n")
+        with pytest.raises(CacheStale, match=f"the image of {lost.case} has other bytes"):
+            run(tiny_cached, settings(allow_missing=True))
+        report = cache_teachers.run(
+            cache_config(), load_registry(tiny_cached), work_of(tiny_cached),
+            log=Log(quiet=True), device="cpu", window_batch=8, tables=False,
+        )  # fmt: skip
+        assert (set(report.failed), report.exit_code) == ({lost.name}, 2)
+        for _ in ("with CTs", "without"):
+            with pytest.raises(CacheMissing) as caught:
+                run(tiny_cached)
+            text = str(caught.value)
+            assert f"1 case on the student grid ({lost.name})" in text
+            assert "stage one left this case out: it could not be read" in text
+            assert "--allow-missing" in text
+            assert not run_folder(tiny_cached).exists()
+            shutil.rmtree(tiny_cached.parent / "data", ignore_errors=True)
+        capsys.readouterr()
+        report = run(tiny_cached, settings(allow_missing=True))
+        assert (report.done, list(report.warnings)) == (["student"], [lost.name])
+        assert f"left out: 1 case on the student grid ({lost.name})" in capsys.readouterr().err
+        inputs = json.loads((run_folder(tiny_cached) / "config.json").read_text())["inputs"]
+        assert inputs["missing_cases"] == [lost.name]
+        assert lost.name not in {**inputs["cases"], **inputs["validation"]}
+
+    def test_a_job_array_of_which_one_part_has_run(
+        self, tiny_registry: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        cache_teachers.run(
+            cache_config(), load_registry(tiny_registry), work_of(tiny_registry), part=Part(0, 2),
+            log=Log(quiet=True), device="cpu", window_batch=8, tables=False,
+        )  # fmt: skip
+        with pytest.raises(CacheMissing, match=r"this case has not been cached") as caught:
+            run(tiny_registry)
+        named = re.findall(r"[a-z]+-ct/case_\d+", str(caught.value))
+        assert named
+        report = run(tiny_registry, settings(allow_missing=True))
+        assert report.done == ["student"]
+        assert set(report.warnings) == {*named}
+        assert "left out: " in capsys.readouterr().err
 
     def test_a_cache_of_another_registry_is_stale(self, tiny_cached: Path) -> None:
         change_registry(tiny_cached, lambda data: data["grid"].update(spacing_mm=[9, 9, 9]))
