@@ -260,12 +260,13 @@ def _origin_of_weights(work: Folder, registry: Registry, teacher: str) -> Origin
 
 
 def _origin_at(work: Folder, registry: Registry, place: Path, files: str) -> Origin:
-    def spelled(path: Path) -> tuple[str, ...]:
-        seen_from_work = (os.path.relpath(path, work.resolve()),) if is_local(work) else ()
-        return (str(path), *seen_from_work)
+    return Origin(_spelled(work, registry), _spelled(work, place), files, socket.gethostname())
 
-    file = registry.path.resolve()
-    return Origin(spelled(file), spelled(place), files, socket.gethostname())
+
+def _spelled(work: Folder, what: Registry | Path) -> tuple[str, ...]:
+    """A registry's file is where it is named: its paths begin there, whatever a link leads to."""
+    path = what.path.parent.resolve() / what.path.name if isinstance(what, Registry) else what
+    return (str(path), *((os.path.relpath(path, work.resolve()),) if is_local(work) else ()))
 
 
 def _stranger(found: IndexedDataset, mine: Origin) -> Origin | None:

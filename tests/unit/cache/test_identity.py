@@ -200,6 +200,32 @@ def test_a_copy_may_share_the_cache_and_its_owner_still_go_on(a: Path, b: Path) 
         run_stage(b, work=work)
 
 
+def test_a_link_to_the_registry_of_another_project_is_a_project_of_its_own(
+    a: Path, b: Path
+) -> None:
+    """Paths in a registry begin where it is named, not where a link leads."""
+    repaint(files(b)[0])
+    b.unlink()
+    b.symlink_to(Path("..") / a.parent.name / a.name)
+    before = content(work_of(a))
+    with pytest.raises(WorkFolderError, match="the image of case_000 has other bytes") as refused:
+        run_stage(b, work=work_of(a))
+    assert f"for {a} on " in str(refused.value)
+    with pytest.raises(CacheStale, match=f"is in the cache, for {a}, with other cases"):
+        reads(b, work_of(a))
+    assert content(work_of(a)) == before
+    garbage = find_garbage(work_of(a), [load_registry(b)], grace_hours=0)
+    assert (garbage.units, garbage.index_files) == ((), ())
+    # Beside the registry it leads to the same files, and through a linked folder, too.
+    beside = a.with_name("link.yaml")
+    beside.symlink_to(a.name)
+    (a.parent.parent / "linked").symlink_to(a.parent)
+    repaint(files(a)[0])
+    for registry in (beside, a.parent.parent / "linked" / a.name):
+        assert run_stage(registry, work=work_of(a)).exit_code == 0
+        assert names(reads(a))
+
+
 def test_two_registries_over_the_same_files_are_one_project(a: Path) -> None:
     other = a.with_name("ablation.yaml")
     shutil.copy(a, other)
