@@ -18,6 +18,7 @@ from pipeline.cache.index import (
     IndexedCase,
     IndexedDataset,
     IndexedTeacher,
+    IndexFile,
     Origin,
     dataset_file,
     read_indexed_dataset,
@@ -224,6 +225,27 @@ def claim_teacher(
         else f"its weights are {known.place[0]} there and {mine.place[0]} here, with other bytes"
     )
     raise _refusal(f"teacher {name}", wrong, known, teacher_file(work, name, key), registry)
+
+
+def entries_of_others(
+    work: Folder, registries: Iterable[Registry], files: Iterable[IndexFile]
+) -> list[IndexFile]:
+    """Those of some entries that were written for none of these registries, but for one that calls
+    for them still, as far as that can be told: another host may have files that are not here."""
+    named = {path for registry in registries for path in _spelled(work, registry)}
+    here, asked = socket.gethostname(), dict[tuple[str, str, str], bool]()
+    found = []
+    for file in files:
+        if (origin := file.origin) is None or named & {*origin.registry}:
+            continue
+        what = "dataset" if file.teacher is None else "teacher"
+        who = (origin.registry[0], file.name, file.key)
+        if who not in asked:
+            away = origin.host != here and not Path(who[0]).exists()
+            asked[who] = away or _calls_for(origin, file.key, **{what: file.name})
+        if asked[who]:
+            found.append(file)
+    return found
 
 
 def _refusal(

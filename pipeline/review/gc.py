@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.cache.identity import entries_of_others
 from pipeline.cache.index import read_index
 from pipeline.cache.places import Place, dead_temporaries, find_units, unit_bytes
 from pipeline.cache.receipt import read_receipt
@@ -17,6 +18,7 @@ from pipeline.folder import Folder, remove
 from pipeline.log import Log, print_table
 from pipeline.review.units import (
     in_few_words,
+    index_reach,
     megabytes,
     registry_reach,
     seconds_since,
@@ -40,6 +42,7 @@ class Garbage:
         num_bytes: path -> size of each of these.
         young: case units that nobody reaches yet: stage one may be about to index them.
         students: unit -> runs that were trained on it.
+        others: registries that are not named and whose entries call for something: it stays.
     """
 
     units: tuple[Place, ...]
@@ -48,6 +51,7 @@ class Garbage:
     num_bytes: dict[Folder, int]
     young: tuple[Place, ...]
     students: dict[Folder, list[str]]
+    others: tuple[str, ...]
 
     @property
     def total(self) -> int:
@@ -74,6 +78,7 @@ class Garbage:
             "index_files": [str(path) for path in self.index_files],
             "temporaries": [str(path) for path in self.temporaries],
             "kept_young": [str(place.path) for place in self.young],
+            "kept_for": list(self.others),
             "bytes": self.total,
         }
 
@@ -91,7 +96,7 @@ def find_garbage(work: Folder, registries: Sequence[Registry], *, grace_hours: f
         ConfigError: no registry is named, or one is not in the index as it stands: what it needs
             cannot be told from what nobody needs.
     """
-    kept, entries = _reached(work, registries)
+    kept, entries, others = _reached(work, registries)
     unreached = [place for place in find_units(work) if place.path not in kept]
     young = {place.path for place in unreached if _is_young(place, grace_hours)}
     old = [place for place in unreached if place.path not in young]
@@ -108,6 +113,7 @@ def find_garbage(work: Folder, registries: Sequence[Registry], *, grace_hours: f
         {path: unit_bytes(path) for path in paths},
         tuple(place for place in unreached if place.path in young),
         {place.path: used_by(place, runs) for place in old},
+        others,
     )
 
 
@@ -124,11 +130,11 @@ def remove_garbage(
         WorkFolderError: something cannot be removed.
     """
     gone: list[Folder] = []
-    kept, entries = _reached(work, registries)
+    kept, entries, _ = _reached(work, registries)
     with log.progress("units removed", len(garbage.units)) as advance:
         for number, place in enumerate(garbage.units):
             if number % _LOOK_AGAIN == 0:
-                kept, entries = _reached(work, registries)
+                kept, entries, _ = _reached(work, registries)
             if place.path not in kept:
                 remove_unit(place.path)
                 gone.append(place.path)
@@ -167,8 +173,11 @@ def print_garbage(garbage: Garbage) -> None:
     print_table("No registry named here reaches", ["", "number", "bytes", "students"], rows)
 
 
-def _reached(work: Folder, registries: Sequence[Registry]) -> tuple[set[Folder], set[Folder]]:
-    """Units and index entries of all registries."""
+def _reached(
+    work: Folder, registries: Sequence[Registry]
+) -> tuple[set[Folder], set[Folder], tuple[str, ...]]:
+    """Units and index entries of all registries, and of others for which the index has entries;
+    which these are."""
     if not registries:
         raise ConfigError(
             "no registry is named.",
@@ -188,7 +197,20 @@ def _reached(work: Folder, registries: Sequence[Registry]) -> tuple[set[Folder],
             )
         units |= set(reach.units)
         entries |= reach.index_files
-    return units, entries
+    files, _ = read_index(work)
+    if not (others := entries_of_others(work, registries, files)):
+        return units, entries, ()
+    cases = {case for file in others for case in file.cases or ()}
+    teachers = {file.teacher.digest for file in others if file.teacher is not None}
+    units |= {
+        path
+        for path, of in index_reach(work, files).items()
+        if of.case in cases or (of.teacher is not None and of.teacher.digest in teachers)
+    }
+    # Whose a measurement is, only its registry can tell.
+    entries |= {*(file.path for file in others), *evidence_files(work)}
+    names = {f"{o.registry[0]} on {o.host}" for file in others if (o := file.origin) is not None}
+    return units, entries, tuple(sorted(names))
 
 
 def _is_young(place: Place, grace_hours: float) -> bool:
