@@ -32,7 +32,7 @@ from pipeline.student.speed import SpeedFlags
 from pipeline.student.staging import staged_inputs
 from pipeline.student.training import train
 from stages.compare.scoring import organs_without_cases
-from stages.train_student import RUN_NAME, TrainStudentConfig, is_finished
+from stages.train_student import RUN_NAME, TrainStudentConfig, check_own_files, is_finished
 
 # What a comparison is of, beside its configurations: name, seeds, budget, and what is scored.
 
@@ -226,6 +226,7 @@ def _runs(
             done = is_finished(group / name, run_digest(training, identity))
             if not done:
                 check_same_units(group / name, identity)
+                check_own_files(group / name, run_digest(training, identity))
                 _check_same_settings(group / name, training, identity)
             runs.append(Run(changed, config.run, group / name, done))
     return runs

@@ -461,6 +461,62 @@ class TestTheRun:
             run(tiny_cached, settings(seed=1))
         assert snapshot(run_folder(tiny_cached)) == before
 
+    @pytest.mark.parametrize("left", ["all", "student.pt", "best.pt", "finished.json"])
+    def test_a_student_of_other_settings_is_not_replaced(
+        self, tiny_cached: Path, left: str
+    ) -> None:
+        """Whatever tells of it, once its checkpoints have been removed."""
+        run(tiny_cached)
+        shutil.rmtree(run_folder(tiny_cached) / "checkpoints")
+        for name in {"student.pt", "best.pt", "finished.json"} - {left} if left != "all" else ():
+            (run_folder(tiny_cached) / name).unlink()
+        before = snapshot(run_folder(tiny_cached))
+        with pytest.raises(CheckpointError) as caught:
+            run(tiny_cached, settings(seed=1))
+        assert str(caught.value) == (
+            f"{run_folder(tiny_cached) / (left if left != 'all' else 'student.pt')}: it is of a "
+            "student that was trained with other settings or on other data, or it was changed "
+            "since. It is not replaced. Name another `run` in the settings, or move away what is "
+            "there."
+        )
+        assert caught.value.exit_code == 2
+        assert snapshot(run_folder(tiny_cached)) == before
+
+    def test_a_finished_run_without_checkpoints_is_done_as_long_as_its_student_is_there(
+        self, tiny_cached: Path
+    ) -> None:
+        run(tiny_cached)
+        shutil.rmtree(run_folder(tiny_cached) / "checkpoints")
+        student = run_folder(tiny_cached) / "student.pt"
+        whole = student.read_bytes()
+        assert run(tiny_cached).skipped == ["student"]
+        student.unlink()
+        assert run(tiny_cached).done == ["student"]
+        assert student.read_bytes() == whole
+        # Nor is one replaced that somebody else put there, though checkpoints are the run's own.
+        (run_folder(tiny_cached) / "finished.json").unlink()
+        student.write_bytes(b"of somebody else")
+        with pytest.raises(CheckpointError, match=r"student\.pt: it is of a student that"):
+            run(tiny_cached)
+        assert student.read_bytes() == b"of somebody else"
+
+    @pytest.mark.parametrize("config", [None, "{}"])
+    def test_files_that_no_training_wrote_stay(self, tiny_cached: Path, config: str | None) -> None:
+        folder = run_folder(tiny_cached)
+        folder.mkdir(parents=True)
+        for name in ("student.pt", "metrics.jsonl", "progress.png"):
+            (folder / name).write_text("mine")
+        if config is not None:
+            (folder / "config.json").write_text(config)
+        before = snapshot(folder)
+        with pytest.raises(ConfigError) as caught:
+            run(tiny_cached)
+        text = str(caught.value)
+        assert text.startswith(f"{folder / 'student.pt'}: `pipeline train-student` did not write")
+        assert "metrics.jsonl, progress.png" in text
+        assert "Name another `run` in the settings, or move away what is there." in text
+        assert snapshot(folder) == before
+
     def test_a_run_that_a_signal_stopped_is_not_done(
         self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

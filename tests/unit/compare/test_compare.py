@@ -414,6 +414,15 @@ class TestInterruptions:
         assert snapshot(finished.parent) == before
 
 
+def test_a_student_of_another_origin_stays(tiny_cached: Path) -> None:
+    folder = work_of(tiny_cached) / "students" / settings().name / "labels-seed0"
+    folder.mkdir(parents=True)
+    (folder / "student.pt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"student\.pt: `pipeline train-student` did not write"):
+        plan(tiny_cached)
+    assert [path.read_text() for path in folder.iterdir()] == ["mine"]
+
+
 def test_flags_of_speed_reach_every_run(tiny_cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, seen, flags = train_student.run, [], SpeedFlags(channels_last=True)
 
