@@ -13,13 +13,22 @@ from pydantic import Field
 
 from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.config import Config
+from pipeline.config import digest as digest_of
 from pipeline.data.registry import Registry
-from pipeline.errors import Stopped
-from pipeline.folder import Folder, mirrored, read_text
+from pipeline.errors import CheckpointError, Stopped
+from pipeline.folder import (
+    Folder,
+    contains,
+    json_with,
+    matching,
+    mirrored,
+    read_text,
+    refuse_foreign,
+)
 from pipeline.log import Log
 from pipeline.networks.by_name import pick_device
 from pipeline.student.augment import check_sides
-from pipeline.student.checkpoint import StudentRecord, save_student
+from pipeline.student.checkpoint import StudentRecord, load_student, save_student
 from pipeline.student.inputs import check_same_units, open_inputs
 from pipeline.student.loggers import RunLogger, open_loggers
 from pipeline.student.processes import Processes, joined
@@ -30,6 +39,15 @@ from pipeline.student.staging import staged_inputs
 from pipeline.student.training import train
 from stages.report import StageReport
 
+# Students first.
+_WRITTEN = (
+    "student.pt",
+    "best.pt",
+    "finished.json",
+    "config.json",
+    "metrics.jsonl",
+    "progress.png",
+)
 RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 
 
@@ -86,8 +104,9 @@ def run(
         CacheStale, CacheMissing: the cache lacks what this supervision needs: units, or the
             temperatures of a calibrated one; see `open_inputs`.
         ConfigError: no case to train on, taps that do not fit, a logger that is not installed,
-            augmentation that mixes up left and right organs.
-        CheckpointError: the run was started with other settings, or with other units.
+            augmentation that mixes up left and right organs, files that no training wrote.
+        CheckpointError: the run was started with other settings, or with other units, or its
+            folder holds another student.
     """
     began = time.monotonic()
     others = open_loggers(loggers)
@@ -131,11 +150,14 @@ def _run(
     processes.same([config.model_dump(mode="json"), asdict(flags or SpeedFlags())], "the settings")
     folder = work / "students" / config.run
     digest = run_digest(config.training, inputs)
+    for name in inputs.get("missing_cases", ()):
+        report.warnings[name] = ["it is not in the cache, and was left out."]
     if processes.from_first(lambda: is_finished(folder, digest)):
         report.skipped.append(config.run)
         log.info(f"{folder} is finished already")
         return report
     processes.from_first(lambda: check_same_units(folder, inputs))
+    processes.from_first(lambda: check_own_files(folder, digest))
     log.info(
         f"{config.run}: {supervision.kind}, {len(found.training)} training and "
         f"{len(found.validation)} validation cases, {config.training.steps} steps"
@@ -205,12 +227,49 @@ def _run(
 
 
 def is_finished(folder: Folder, digest: str) -> bool:
-    """ "Finished" is a marker on disk, written last; exit codes lie."""
-    marker = folder / "finished.json"
+    """ "Finished" is a marker on disk, written last; exit codes lie. A student that somebody took
+    away is made again."""
     try:
-        return digest in read_text(marker)
+        said = read_text(folder / "finished.json")
     except FileNotFoundError:
         return False
+    return digest in said and (folder / "student.pt").exists()
+
+
+def check_own_files(folder: Folder, digest: str) -> None:
+    """Refuses to train where files would be replaced that this run did not write. Checkpoints of
+    other settings are for resuming to refuse.
+
+    Raises:
+        ConfigError: the folder holds files, and nothing says that a training wrote them.
+        CheckpointError: it holds what is of a student of other settings or data.
+    """
+    before = json_with(folder / "config.json", "config", "inputs")
+    resumes = bool(matching(folder / "checkpoints", "step_*.pt"))
+    fix = "Name another `run` in the settings, or move away what is there."
+    files = [folder / name for name in _WRITTEN]
+    is_ours = before is not None or resumes
+    refuse_foreign("train-student", [(path, is_ours) for path in files], fix=fix)
+    if resumes and before is not None and digest_of(before) != digest:
+        return
+    for path in files[:3]:
+        if path.exists() and not _is_of_run(path, digest):
+            raise CheckpointError(
+                "it is of a student that was trained with other settings or on other data, or it "
+                "was changed since.",
+                where=path,
+                fix=f"It is not replaced. {fix}",
+            )
+
+
+def _is_of_run(path: Folder, digest: str) -> bool:
+    if path.name == "finished.json":
+        return contains(path, digest)
+    try:
+        record, _ = load_student(path)
+    except CheckpointError:
+        return False
+    return record.run_digest == digest
 
 
 def _record(

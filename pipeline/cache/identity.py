@@ -18,6 +18,7 @@ from pipeline.cache.index import (
     IndexedCase,
     IndexedDataset,
     IndexedTeacher,
+    IndexFile,
     Origin,
     case_records,
     dataset_file,
@@ -35,7 +36,7 @@ from pipeline.data.entries import CaseFiles
 from pipeline.data.registry import Registry, load_registry
 from pipeline.data.splits import SPLITS
 from pipeline.data.weights import digest_of, stamp_weights
-from pipeline.errors import CacheStale, PipelineError, TeacherError, WorkFolderError
+from pipeline.errors import CacheMissing, CacheStale, PipelineError, TeacherError, WorkFolderError
 from pipeline.folder import Folder, is_local, matching, remove
 from pipeline.log import Log
 
@@ -49,19 +50,33 @@ def read_dataset(
     *,
     splits: Collection[str] = SPLITS,
     compare: bool = True,
-) -> list[IndexedCase]:
-    """The cases of a dataset that are in the cache.
+) -> tuple[list[IndexedCase], dict[str, CacheMissing]]:
+    """The cases of a dataset that are in the cache; and of the others that the registry calls for,
+    as far as that can be told, `dataset/case` -> why. With `compare` off nobody asks for these.
 
     Files that lie where stage one read them, with the size and time that they had, are not read;
     others are hashed. Where no file can be listed, the entry is taken as it is.
 
     Raises:
-        CacheStale: stage one has not seen this registry entry, or other cases or other files.
+        CacheStale: stage one has not seen this registry entry, or other files, or it has cases
+            that are gone or in another split; in another project's entry also cases that it lacks.
     """
-    found = read_indexed_dataset(work, dataset, registry.dataset_key(dataset))
     mine, sources = _origin(work, registry, dataset), _listed(registry, dataset)
-    if compare and (wrong := _differences(found, sources, mine, splits)):
-        stranger = _stranger(found, mine)
+    try:
+        found = read_indexed_dataset(work, dataset, registry.dataset_key(dataset))
+    except CacheStale:
+        of_it = f"{dataset}.{'[0-9a-f]' * 16}*"
+        if not compare or not sources or matching(work / "index" / "datasets", of_it):
+            raise
+        found = IndexedDataset([], frozenset(), ())  # other parts of a job array have its cases
+    cases = [case for case in found.cases if case.split in splits]
+    if not compare:
+        return cases, {}
+    stranger = _stranger(found, mine)
+    wrong = _differences(found, sources, mine, splits)
+    if stranger:
+        wrong += _not_cached(found, sources, splits)
+    if wrong:
         cached = f", for {stranger.registry[0]}," if stranger else ""
         raise CacheStale(
             f"dataset {dataset} is in the cache{cached} with other cases or files than this "
@@ -69,7 +84,15 @@ def read_dataset(
             where=f"{registry.path}, {work}",
             fix="Run `pipeline cache-teachers` with this registry; what is still valid is reused.",
         )
-    return [case for case in found.cases if case.split in splits]
+    # Where no file can be listed, the index and the registry say which cases there are.
+    called: Mapping[str, str] = {case: source.split for case, source in sources.items()}
+    called = called or registry.splits(dataset, found.left_out)
+    absent = {*called} - {case.case for case in found.cases}
+    return cases, {
+        f"{dataset}/{case}": _absent(work, f"{dataset}/{case}", left_out=case in found.left_out)
+        for case in sorted(absent)
+        if called[case] in splits
+    }
 
 
 def read_teacher(
@@ -123,7 +146,10 @@ def unchecked(work: Folder, registry: Registry, teachers: Iterable[str]) -> list
             f"cached units were made by: {', '.join(names)}."
         )
     for dataset in registry.datasets:
-        found = read_indexed_dataset(work, dataset, registry.dataset_key(dataset))
+        try:
+            found = read_indexed_dataset(work, dataset, registry.dataset_key(dataset))
+        except CacheStale:  # none of its cases has been cached yet
+            continue
         stranger = _stranger(found, _origin(work, registry, dataset))
         files = [source.image for source in _listed(registry, dataset).values()]
         if stranger is not None and not any(file.is_file() for file in files):
@@ -167,7 +193,8 @@ def claim_dataset(
         if log is not None:
             log.remark(_taken(f"dataset {dataset}", known, registry))
         return mine
-    if not (wrong := _differences(found, sources, mine, SPLITS)):
+    wrong = _differences(found, sources, mine, SPLITS) + _not_cached(found, sources, SPLITS)
+    if not wrong:
         return known
     path = dataset_file(work, dataset, key)
     raise _refusal(f"dataset {dataset}", _some(wrong), known, path, registry)
@@ -293,6 +320,27 @@ def forget_dataset(registry: Registry, work: Folder, dataset: str) -> None:
         remove(record)
 
 
+def entries_of_others(
+    work: Folder, registries: Iterable[Registry], files: Iterable[IndexFile]
+) -> list[IndexFile]:
+    """Those of some entries that were written for none of these registries, but for one that calls
+    for them still, as far as that can be told: another host may have files that are not here."""
+    named = {path for registry in registries for path in _spelled(work, registry)}
+    here, asked = socket.gethostname(), dict[tuple[str, str, str], bool]()
+    found = []
+    for file in files:
+        if (origin := file.origin) is None or named & {*origin.registry}:
+            continue
+        what = "dataset" if file.teacher is None else "teacher"
+        who = (origin.registry[0], file.name, file.key)
+        if who not in asked:
+            away = origin.host != here and not Path(who[0]).exists()
+            asked[who] = away or _calls_for(origin, file.key, **{what: file.name})
+        if asked[who]:
+            found.append(file)
+    return found
+
+
 def _refusal(
     what: str, wrong: str, known: Origin, path: Folder, registry: Registry
 ) -> WorkFolderError:
@@ -327,12 +375,13 @@ def _origin_of_weights(work: Folder, registry: Registry, teacher: str) -> Origin
 
 
 def _origin_at(work: Folder, registry: Registry, place: Path, files: str) -> Origin:
-    def spelled(path: Path) -> tuple[str, ...]:
-        seen_from_work = (os.path.relpath(path, work.resolve()),) if is_local(work) else ()
-        return (str(path), *seen_from_work)
+    return Origin(_spelled(work, registry), _spelled(work, place), files, socket.gethostname())
 
-    file = registry.path.resolve()
-    return Origin(spelled(file), spelled(place), files, socket.gethostname())
+
+def _spelled(work: Folder, what: Registry | Path) -> tuple[str, ...]:
+    """A registry's file is where it is named: its paths begin there, whatever a link leads to."""
+    path = what.path.parent.resolve() / what.path.name if isinstance(what, Registry) else what
+    return (str(path), *((os.path.relpath(path, work.resolve()),) if is_local(work) else ()))
 
 
 def _stranger(found: IndexedDataset, mine: Origin) -> Origin | None:
@@ -386,13 +435,29 @@ def _differences(
                 wrong.append(f"{case.case} was in split {case.split} and is in {source.split}")
             elif other := _other_file(case, source, trusted):
                 wrong.append(f"the {other} of {case.case} has other bytes")
+    return wrong
+
+
+def _not_cached(
+    found: IndexedDataset, sources: Mapping[str, CaseFiles], splits: Collection[str]
+) -> list[str]:
+    """Likewise of the cases that the index does not have, nor says that they were left out."""
     seen = found.left_out.union(case.case for case in found.cases)
-    wrong += [
+    return [
         f"{name} has not been cached"
         for name, source in sources.items()
         if name not in seen and source.split in splits
     ]
-    return wrong
+
+
+def _absent(work: Folder, name: str, *, left_out: bool) -> CacheMissing:
+    return CacheMissing(
+        "stage one left this case out: it could not be read, or its split was not asked for."
+        if left_out
+        else "this case has not been cached.",
+        where=f"{name}, {work}",
+        fix="`pipeline cache-teachers` makes it, or says what is wrong with it.",
+    )
 
 
 def _share_a_case(found: IndexedDataset, sources: Mapping[str, CaseFiles], trusted: bool) -> bool:

@@ -108,13 +108,17 @@ class IndexFile:
 
     Attributes:
         path: the file.
+        name: of the dataset or teacher.
         key: the registry's key that it was written under.
+        origin: for whom it was written.
         cases: what it says of a dataset, or of one case in a case's record; None in a teacher's.
         teacher: what it says of a teacher; None in a dataset's file.
     """
 
     path: Folder
+    name: str
     key: str
+    origin: Origin | None
     cases: tuple[IndexedCase, ...] | None
     teacher: IndexedTeacher | None
 
@@ -153,10 +157,13 @@ def read_index(work: Folder) -> tuple[list[IndexFile], dict[Folder, str]]:
         for path in matching(work / "index", pattern):
             try:
                 content = read_sealed(path)
+                key, origin = content["key"], _origin(content)
                 if pattern.startswith("datasets"):
-                    found.append(IndexFile(path, content["key"], _cases(content), None))
+                    name, cases = content["dataset"], _cases(content)
+                    found.append(IndexFile(path, name, key, origin, cases, None))
                 else:
-                    found.append(IndexFile(path, content["key"], None, _teacher(content)))
+                    name, teacher = content["teacher"], _teacher(content)
+                    found.append(IndexFile(path, name, key, origin, None, teacher))
             except _UNREADABLE as error:
                 unreadable[path] = f"{type(error).__name__}: {error}"
     return found, unreadable

@@ -211,6 +211,12 @@ def gc(
             "them (--grace-hours 0 removes them too)",
             err=True,
         )
+    if garbage.others:
+        typer.echo(
+            f"gc: kept what the index has for other registries: {', '.join(garbage.others)}. "
+            "Name them as well; entries of one that is given up are in index/ of the work folder",
+            err=True,
+        )
     amount = f"{counted(garbage.count, 'thing')}, {size(garbage.total)}"
     if dry_run or not garbage.count:
         typer.echo(f"gc: would remove {amount}" if garbage.count else "gc: nothing to do", err=True)

@@ -81,7 +81,8 @@ def inspect(
         typer.Option("--reliability/--no-reliability", help="Whether teachers may be doubted."),
     ] = True,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Leave out teachers that a case lacks.")
+        bool,
+        typer.Option("--allow-missing", help="Leave out what the cache lacks."),
     ] = False,
     workers: WorkersOption = 0,
     as_json: JsonOption = False,

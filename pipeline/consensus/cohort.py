@@ -47,7 +47,8 @@ class Cohort:
     Attributes:
         cases: those whose receipts are in order.
         teachers: teacher -> what the index says of it.
-        problems: unit -> why it cannot be used.
+        problems: unit -> why it cannot be used; also cases that the registry calls for and that
+            stage one could not take, or has not come to.
     """
 
     cases: Sequence[CachedCase]
@@ -85,7 +86,9 @@ def open_cohort(
     problems: dict[str, CacheError] = {}
     for dataset in datasets if datasets is not None else list(registry.datasets):
         annotated = tuple(registry.datasets[dataset].annotated)
-        for entry in read_dataset(work, registry, dataset, splits=splits, compare=look):
+        entries, absent = read_dataset(work, registry, dataset, splits=splits, compare=look)
+        problems |= absent
+        for entry in entries:
             units: dict[str, Unit] = {}
             for name, teacher in indexed.items():
                 path = unit_path(work, teacher, entry)

@@ -32,7 +32,14 @@ from pipeline.data.entries import (
     TeacherEntry,
 )
 from pipeline.data.labels import MAX_ORGAN_ID, LabelSpace
-from pipeline.data.splits import SPLITS, PatientColumn, SplitEntry, check_patients, fitting_seed
+from pipeline.data.splits import (
+    SPLITS,
+    PatientColumn,
+    SplitEntry,
+    SplitName,
+    check_patients,
+    fitting_seed,
+)
 from pipeline.errors import RegistryError, named
 
 
@@ -76,13 +83,21 @@ class Registry(Config):
             RegistryError: `split.group` does not say whose a case is.
         """
         pairs, _ = self.datasets[dataset].find(self._path.parent)
-        with named(f"{self._path}, dataset {dataset}"):
-            splits = self.datasets[dataset].split.assign(sorted(pairs), self._patients.get(dataset))
+        splits = self.splits(dataset, pairs)
         return [
             CaseFiles(dataset, case, pair.image_path, pair.label_path, splits[case])
             for case, pair in sorted(pairs.items())
             if case in splits
         ]
+
+    def splits(self, dataset: str, cases: Iterable[str]) -> dict[str, SplitName]:
+        """Case -> split, of these names, or of those that a split by list names; no file is read.
+
+        Raises:
+            RegistryError: `split.group` does not say whose a case is.
+        """
+        with named(f"{self._path}, dataset {dataset}"):
+            return self.datasets[dataset].split.assign(sorted(cases), self._patients.get(dataset))
 
     def dataset_key(self, dataset: str) -> str:
         """Digest of what this registry says that a dataset and the grid mean, wherever its files

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.cache.identity import entries_of_others
 from pipeline.cache.places import Place, dead_temporaries, unit_bytes
 from pipeline.cache.store import remove_unit
 from pipeline.consensus.evidence import evidence_files
@@ -41,6 +42,7 @@ class Garbage:
         num_bytes: path -> size of each of these.
         young: case units that nobody reaches yet: stage one may be about to index them.
         students: unit -> runs that were trained on it.
+        others: registries that are not named and whose entries call for something: it stays.
     """
 
     units: tuple[Place, ...]
@@ -49,6 +51,7 @@ class Garbage:
     num_bytes: dict[Folder, int]
     young: tuple[Place, ...]
     students: dict[Folder, list[str]]
+    others: tuple[str, ...]
 
     @property
     def total(self) -> int:
@@ -76,6 +79,7 @@ class Garbage:
             "index_files": plain(self.index_files),
             "temporaries": plain(self.temporaries),
             "kept_young": [str(place.path) for place in self.young],
+            "kept_for": list(self.others),
             "bytes": self.total,
         }
 
@@ -91,8 +95,8 @@ def find_garbage(work: Folder, registries: Sequence[Registry], *, grace_hours: f
         ConfigError: no registry is named, or one is not in the index as it stands: what it needs
             cannot be told from what nobody needs.
     """
-    kept, entries = _reached(work, registries)
     there = Inventory(work)
+    kept, entries, others = _reached(there, registries)
     unreached = [place for place in there.places if place.path not in kept]
     young = dict.fromkeys(p for p in unreached if _is_young(p, grace_hours))
     runs = student_runs(work)
@@ -108,6 +112,7 @@ def find_garbage(work: Folder, registries: Sequence[Registry], *, grace_hours: f
         {path: unit_bytes(path) for path in paths},
         tuple(young),
         {place.path: used_by(place, runs) for place in old},
+        others,
     )
 
 
@@ -124,11 +129,11 @@ def remove_garbage(
         WorkFolderError: something cannot be removed.
     """
     gone: list[Folder] = []
-    kept, entries = _reached(work, registries)
+    kept, entries, _ = _reached(Inventory(work), registries)
     with log.progress("units removed", len(garbage.units)) as advance:
         for number, place in enumerate(garbage.units):
             if number % _LOOK_AGAIN == 0:
-                kept, entries = _reached(work, registries)
+                kept, entries, _ = _reached(Inventory(work), registries)
             if place.path not in kept:
                 remove_unit(place.path)
                 gone.append(place.path)
@@ -161,8 +166,11 @@ def print_garbage(garbage: Garbage) -> None:
     print_table("No registry named here reaches", ["", "number", "bytes", "students"], rows)
 
 
-def _reached(work: Folder, registries: Sequence[Registry]) -> tuple[set[Folder], set[Folder]]:
-    """Units and index entries of all registries."""
+def _reached(
+    there: Inventory, registries: Sequence[Registry]
+) -> tuple[set[Folder], set[Folder], tuple[str, ...]]:
+    """Units and index entries of all registries, and of others for which the index has entries;
+    which these are."""
     if not registries:
         raise ConfigError(
             "no registry is named.",
@@ -172,17 +180,29 @@ def _reached(work: Folder, registries: Sequence[Registry]) -> tuple[set[Folder],
     units: set[Folder] = set()
     entries: set[Folder] = set()
     for registry in registries:
-        reach = registry_reach(work, registry)
+        reach = registry_reach(there.work, registry)
         if reach.absent:
             raise ConfigError(
                 f"{next(iter(reach.absent.values())).what} What this registry needs cannot be told "
                 "from what nobody needs. Nothing was removed.",
-                where=f"{registry.path}, {work}",
+                where=f"{registry.path}, {there.work}",
                 fix="Run `pipeline cache-teachers` with it first; what is valid is reused.",
             )
         units |= set(reach.units)
         entries |= reach.index_files
-    return units, entries
+    if not (others := entries_of_others(there.work, registries, there.index)):
+        return units, entries, ()
+    cases = {case for file in others for case in file.cases or ()}
+    teachers = {file.teacher.digest for file in others if file.teacher is not None}
+    units |= {
+        path
+        for path, of in there.reached.items()
+        if of.case in cases or (of.teacher is not None and of.teacher.digest in teachers)
+    }
+    # Whose a measurement is, only its registry can tell.
+    entries |= {*(file.path for file in others), *evidence_files(there.work)}
+    names = {f"{o.registry[0]} on {o.host}" for file in others if (o := file.origin) is not None}
+    return units, entries, tuple(sorted(names))
 
 
 def _is_young(place: Place, grace_hours: float) -> bool:

@@ -38,7 +38,7 @@ class StudentInputs:
         taps: cached taps of the feature term; empty without one.
         temperatures: (teacher, organ) -> T of a calibrated supervision; empty for others.
         identity: all of this by digest, for the run's digest. `missing_units`, teacher -> training
-            cases, is in it only where units are missing.
+            cases, is in it only where units are missing, and `missing_cases` only where cases are.
     """
 
     training: Sequence[CachedCase]
@@ -102,6 +102,8 @@ def open_inputs(
     taps = cached_taps(training, space) if supervision.uses_features else {}
     heat = _temperatures(work, registry, teachers, log) if supervision.uses_temperatures else {}
     identity = _identity(cohort, training, labelled.cases, space)
+    if gone := sorted(unit for unit in {*cohort.problems, *labelled.problems} if " x " not in unit):
+        identity["missing_cases"] = gone  # only where there are some, as with units
     _tell_of_unknown_organs(training, log)
     if supervision.uses_reliability and supervision.reliability is not None:
         training = believed_cases(

@@ -32,7 +32,7 @@ from pipeline.student.speed import SpeedFlags
 from pipeline.student.staging import staged_inputs
 from pipeline.student.training import train
 from stages.compare.scoring import organs_without_cases
-from stages.train_student import RUN_NAME, TrainStudentConfig, is_finished
+from stages.train_student import RUN_NAME, TrainStudentConfig, check_own_files, is_finished
 
 # What a comparison is of, beside its configurations: name, seeds, budget, and what is scored.
 
@@ -173,7 +173,7 @@ def plan_comparison(
     baseline = settings.baseline or (configs[0].run if configs else "")
     check_configurations(configs, baseline)
     check_settings(settings)
-    cases = _scored_cases(registry, work, settings, log)
+    cases, unscored = _scored_cases(registry, work, settings, log)
     space = registry.label_space
     inputs: dict[str, StudentInputs] = {}
     parameters: dict[str, int] = {}
@@ -199,7 +199,7 @@ def plan_comparison(
         )  # fmt: skip
     identities = {name: found.identity for name, found in inputs.items()}
     runs = _runs(configs, settings, steps, identities, group)
-    notices = _notices(configs, cases, registry, settings)
+    notices = [*unscored, *_notices(configs, cases, registry, settings)]
     return Comparison(settings, configs, baseline, runs, steps, parameters, cases, notices)
 
 
@@ -226,6 +226,7 @@ def _runs(
             done = is_finished(group / name, run_digest(training, identity))
             if not done:
                 check_same_units(group / name, identity)
+                check_own_files(group / name, run_digest(training, identity))
                 _check_same_settings(group / name, training, identity)
             runs.append(Run(changed, config.run, group / name, done))
     return runs
@@ -255,7 +256,8 @@ def _check_same_settings(
 
 def _scored_cases(
     registry: Registry, work: Folder, settings: ComparisonSettings, log: Log
-) -> Sequence[CachedCase]:
+) -> tuple[Sequence[CachedCase], list[str]]:
+    """And what a reader of the table has to know of cases that are left out."""
     split = "test" if settings.test else "validation"
     cohort = open_cohort(work, registry, splits=(split,))
     if cohort.problems and not settings.allow_missing:
@@ -272,9 +274,12 @@ def _scored_cases(
             where=registry.path,
             fix="Set `split` in the registry and run `pipeline cache-teachers`.",
         )
+    notices = []
     if cohort.problems:
-        log.warn(f"{split} cases that are left out: {', '.join(cohort.problems)}")
-    return cohort.cases
+        names = ", ".join(cohort.problems)
+        notices = [f"{split} cases that are left out, as the cache lacks them: {names}."]
+        log.warn(notices[0])
+    return cohort.cases, notices
 
 
 def _notices(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,17 +21,26 @@ from pipeline.cache.index import read_dataset_index, read_teacher_index
 from pipeline.cli import app as cli
 from pipeline.consensus.evidence import read_evidence, write_evidence
 from pipeline.data.registry import load_registry
+from pipeline.engine.parts import Part
 from pipeline.errors import CacheMissing, CacheStale, CheckpointError, ConfigError, PipelineError
 from pipeline.log import Log
 from pipeline.student import dataset as loading
 from pipeline.student import training
 from pipeline.student.checkpoint import load_student
 from pipeline.student.supervision import Kind
-from stages import train_student
+from stages import cache_teachers, train_student
 from stages.report import StageReport
 from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import ROOT, StageContract, snapshot
-from tests.tiny import ORGANS, TAP, change_registry, fill_cache, training_settings, work_of
+from tests.tiny import (
+    ORGANS,
+    TAP,
+    cache_config,
+    change_registry,
+    fill_cache,
+    training_settings,
+    work_of,
+)
 
 # Refuses pipeline.teachers as if it were not installed, then runs the command line.
 _WITHOUT_TEACHERS = """
@@ -390,6 +400,53 @@ class TestMissingUnits:
         record, _ = load_student(run_folder(tiny_cached) / "student.pt")
         assert f"liver-ct/{case.name.split('@')[0]}" not in record.trained_on
 
+    @pytest.mark.parametrize("split", ["train", "validation"])
+    def test_a_case_that_stage_one_could_not_take_is_one_of_them(
+        self, tiny_cached: Path, capsys: pytest.CaptureFixture[str], split: str
+    ) -> None:
+        """Like a unit that somebody removed: whether its CT is here or not."""
+        lost = next(c for c in load_registry(tiny_cached).cases("liver-ct") if c.split == split)
+        lost.image.write_text("x\n")
+        with pytest.raises(CacheStale, match=f"the image of {lost.case} has other bytes"):
+            run(tiny_cached, settings(allow_missing=True))
+        report = cache_teachers.run(
+            cache_config(), load_registry(tiny_cached), work_of(tiny_cached),
+            log=Log(quiet=True), device="cpu", window_batch=8, tables=False,
+        )  # fmt: skip
+        assert (set(report.failed), report.exit_code) == ({lost.name}, 2)
+        for _ in ("with CTs", "without"):
+            with pytest.raises(CacheMissing) as caught:
+                run(tiny_cached)
+            text = str(caught.value)
+            assert f"1 case on the student grid ({lost.name})" in text
+            assert "stage one left this case out: it could not be read" in text
+            assert "--allow-missing" in text
+            assert not run_folder(tiny_cached).exists()
+            shutil.rmtree(tiny_cached.parent / "data", ignore_errors=True)
+        capsys.readouterr()
+        report = run(tiny_cached, settings(allow_missing=True))
+        assert (report.done, list(report.warnings)) == (["student"], [lost.name])
+        assert f"left out: 1 case on the student grid ({lost.name})" in capsys.readouterr().err
+        inputs = json.loads((run_folder(tiny_cached) / "config.json").read_text())["inputs"]
+        assert inputs["missing_cases"] == [lost.name]
+        assert lost.name not in {**inputs["cases"], **inputs["validation"]}
+
+    def test_a_job_array_of_which_one_part_has_run(
+        self, tiny_registry: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        cache_teachers.run(
+            cache_config(), load_registry(tiny_registry), work_of(tiny_registry), part=Part(0, 2),
+            log=Log(quiet=True), device="cpu", window_batch=8, tables=False,
+        )  # fmt: skip
+        with pytest.raises(CacheMissing, match=r"this case has not been cached") as caught:
+            run(tiny_registry)
+        named = re.findall(r"[a-z]+-ct/case_\d+", str(caught.value))
+        assert named
+        report = run(tiny_registry, settings(allow_missing=True))
+        assert report.done == ["student"]
+        assert set(report.warnings) == {*named}
+        assert "left out: " in capsys.readouterr().err
+
     def test_a_cache_of_another_registry_is_stale(self, tiny_cached: Path) -> None:
         change_registry(tiny_cached, lambda data: data["grid"].update(spacing_mm=[9, 9, 9]))
         with pytest.raises(CacheStale, match="not in the cache as the registry describes it now"):
@@ -403,6 +460,62 @@ class TestTheRun:
         with pytest.raises(CheckpointError, match=r"config\.seed was 0, now 1"):
             run(tiny_cached, settings(seed=1))
         assert snapshot(run_folder(tiny_cached)) == before
+
+    @pytest.mark.parametrize("left", ["all", "student.pt", "best.pt", "finished.json"])
+    def test_a_student_of_other_settings_is_not_replaced(
+        self, tiny_cached: Path, left: str
+    ) -> None:
+        """Whatever tells of it, once its checkpoints have been removed."""
+        run(tiny_cached)
+        shutil.rmtree(run_folder(tiny_cached) / "checkpoints")
+        for name in {"student.pt", "best.pt", "finished.json"} - {left} if left != "all" else ():
+            (run_folder(tiny_cached) / name).unlink()
+        before = snapshot(run_folder(tiny_cached))
+        with pytest.raises(CheckpointError) as caught:
+            run(tiny_cached, settings(seed=1))
+        assert str(caught.value) == (
+            f"{run_folder(tiny_cached) / (left if left != 'all' else 'student.pt')}: it is of a "
+            "student that was trained with other settings or on other data, or it was changed "
+            "since. It is not replaced. Name another `run` in the settings, or move away what is "
+            "there."
+        )
+        assert caught.value.exit_code == 2
+        assert snapshot(run_folder(tiny_cached)) == before
+
+    def test_a_finished_run_without_checkpoints_is_done_as_long_as_its_student_is_there(
+        self, tiny_cached: Path
+    ) -> None:
+        run(tiny_cached)
+        shutil.rmtree(run_folder(tiny_cached) / "checkpoints")
+        student = run_folder(tiny_cached) / "student.pt"
+        whole = student.read_bytes()
+        assert run(tiny_cached).skipped == ["student"]
+        student.unlink()
+        assert run(tiny_cached).done == ["student"]
+        assert student.read_bytes() == whole
+        # Nor is one replaced that somebody else put there, though checkpoints are the run's own.
+        (run_folder(tiny_cached) / "finished.json").unlink()
+        student.write_bytes(b"of somebody else")
+        with pytest.raises(CheckpointError, match=r"student\.pt: it is of a student that"):
+            run(tiny_cached)
+        assert student.read_bytes() == b"of somebody else"
+
+    @pytest.mark.parametrize("config", [None, "{}"])
+    def test_files_that_no_training_wrote_stay(self, tiny_cached: Path, config: str | None) -> None:
+        folder = run_folder(tiny_cached)
+        folder.mkdir(parents=True)
+        for name in ("student.pt", "metrics.jsonl", "progress.png"):
+            (folder / name).write_text("mine")
+        if config is not None:
+            (folder / "config.json").write_text(config)
+        before = snapshot(folder)
+        with pytest.raises(ConfigError) as caught:
+            run(tiny_cached)
+        text = str(caught.value)
+        assert text.startswith(f"{folder / 'student.pt'}: `pipeline train-student` did not write")
+        assert "metrics.jsonl, progress.png" in text
+        assert "Name another `run` in the settings, or move away what is there." in text
+        assert snapshot(folder) == before
 
     def test_a_run_that_a_signal_stopped_is_not_done(
         self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch

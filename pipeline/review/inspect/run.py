@@ -114,7 +114,7 @@ def inspect_cohort(
         work: the work folder.
         view: how regions are formed.
         output: where to write.
-        allow_missing: measure a case by the teachers that it has.
+        allow_missing: measure the cases that there are, each by the teachers that it has.
         workers: processes; 0 for this one. Changes speed only.
         log: where progress goes.
 
@@ -133,8 +133,15 @@ def inspect_cohort(
     refuse_foreign("inspect", ours.items())
     cohort = open_cohort(work, registry, teachers=list(registry.teachers))
     failed: dict[str, PipelineError] = {}
+    absent = [
+        unit
+        for unit, error in cohort.problems.items()
+        if isinstance(error, CacheMissing) and " x " not in unit
+    ]
+    if allow_missing and absent:
+        log.remark(f"cases that are not in the cache and left out: {', '.join(absent)}")
     for unit, error in cohort.problems.items():
-        if not allow_missing or " x " not in unit:
+        if not allow_missing or (" x " not in unit and unit not in absent):
             failed[unit] = error
     incomplete = {unit.rpartition(" x ")[2] for unit in failed}
     cases = [case for case in cohort.cases if case.name not in incomplete]

@@ -27,7 +27,7 @@ from pipeline.student import training
 from pipeline.student.checkpoint import load_student
 from pipeline.student.inference import predict_logits
 from pipeline.student.speed import SpeedFlags
-from stages import train_student
+from stages import cache_teachers, train_student
 from stages.compare import plan as budget
 from stages.compare import results as tables
 from stages.compare import scoring
@@ -38,6 +38,7 @@ from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import snapshot
 from tests.tiny import (
     ORGANS,
+    cache_config,
     change_registry,
     copy_cohort,
     fill_cache,
@@ -413,6 +414,15 @@ class TestInterruptions:
         assert snapshot(finished.parent) == before
 
 
+def test_a_student_of_another_origin_stays(tiny_cached: Path) -> None:
+    folder = work_of(tiny_cached) / "students" / settings().name / "labels-seed0"
+    folder.mkdir(parents=True)
+    (folder / "student.pt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"student\.pt: `pipeline train-student` did not write"):
+        plan(tiny_cached)
+    assert [path.read_text() for path in folder.iterdir()] == ["mine"]
+
+
 def test_flags_of_speed_reach_every_run(tiny_cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, seen, flags = train_student.run, [], SpeedFlags(channels_last=True)
 
@@ -534,6 +544,22 @@ class TestBadInput:
         with pytest.raises(CacheMissing, match="multi-ct/case_000"):
             plan(tiny_cached)
         assert len(plan(tiny_cached, allow_missing=True).cases) == 2
+
+    def test_a_case_that_stage_one_could_not_take_is_missing_too(self, tiny_cached: Path) -> None:
+        loaded, work = load_registry(tiny_cached), work_of(tiny_cached)
+        lost = loaded.resolve("data/multi-ct/images/case_000.nii.gz")
+        lost.write_text("x\n")
+        cache_teachers.run(
+            cache_config(), loaded, work, log=Log(quiet=True), device="cpu", tables=False
+        )
+        with pytest.raises(CacheMissing, match=r"1 validation cases .*multi-ct/case_000") as caught:
+            plan(tiny_cached)
+        assert "stage one left this case out" in str(caught.value)
+        found = plan(tiny_cached, allow_missing=True)
+        assert len(found.cases) == 2
+        assert found.notices[0] == (
+            "validation cases that are left out, as the cache lacks them: multi-ct/case_000."
+        )
 
 
 def test_the_command_line(compared: tuple[Path, Results, Path], tmp_path: Path) -> None:

@@ -9,18 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from pipeline.cache.places import find_units
 from pipeline.cache.store import write_json
+from pipeline.cli.app import app
 from pipeline.data.registry import Registry, load_registry
+from pipeline.engine.parts import Part
 from pipeline.errors import ConfigError
 from pipeline.log import Log
 from pipeline.review import gc
 from pipeline.review.gc import Garbage, find_garbage, print_garbage, remove_garbage
 from pipeline.review.units import registry_reach
 from pipeline.review.verify import verify
+from stages import cache_teachers
 from tests.stages.stage_contract import content, snapshot
-from tests.tiny import change_registry, fill_cache, work_of, write_teacher
+from tests.tiny import (
+    cache_config,
+    change_registry,
+    copy_cohort,
+    fill_cache,
+    work_of,
+    write_teacher,
+)
 from tests.unit.review.damage import lose_receipt, unit_at
 
 QUIET = Log(quiet=True)
@@ -87,6 +98,58 @@ def test_what_another_named_registry_reaches_stays(tiny_cached: Path) -> None:
     change_registry(tiny_cached, drop("liver"))
     assert garbage_of(tiny_cached, other).count == 0
     assert {place.teacher for place in garbage_of(tiny_cached).units} == {"liver"}
+
+
+@pytest.mark.parametrize("parts", [None, 2])
+def test_what_the_entries_of_another_project_call_for_stays_until_it_is_given_up(
+    tiny_cached: Path, parts: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of another folder, with datasets and teachers of its own and some in common."""
+    work = work_of(tiny_cached)
+    other = copy_cohort(tiny_cached, tiny_cached.parent.parent / "B")
+    shutil.rmtree(work_of(other))
+    write_teacher(other.parent / "teachers" / "liver.pt", "liver", seed=9)
+
+    def change(data: dict[str, Any]) -> None:
+        data["datasets"]["theirs"] = data["datasets"].pop("spleen-ct")
+        data["teachers"]["theirs"] = data["teachers"].pop("liver")
+        data["teachers"]["spleen"]["trained_on"] = "theirs"
+
+    change_registry(other, change)
+    for part in [None] if parts is None else [Part(number, parts) for number in range(parts)]:
+        report = cache_teachers.run(
+            cache_config(), load_registry(other), work,
+            log=QUIET, device="cpu", part=part, tables=False,
+        )  # fmt: skip
+        assert not report.failed
+    before = snapshot(work)
+    found = garbage_of(tiny_cached)
+    assert (found.count, found.others) == (0, (f"{other} on {socket.gethostname()}",))
+    assert collect(tiny_cached) == (0, 0)
+    assert snapshot(work) == before
+    arguments = ["cache", "gc", str(tiny_cached), "-w", str(work), "--grace-hours", "0", "--yes"]
+    result = CliRunner().invoke(app, arguments)
+    assert f"gc: kept what the index has for other registries: {other} on " in result.output
+    assert snapshot(work) == before
+    change_registry(other, drop("theirs"))
+    assert {place.teacher for place in garbage_of(tiny_cached).units} == {"theirs"}
+    other.unlink()
+    gone = garbage_of(tiny_cached)
+    assert {place.dataset for place in gone.units if place.teacher != "theirs"} == {"theirs"}
+    assert gone.others == ()
+    collect(tiny_cached)
+    assert verify(work, known(tiny_cached), deep=False, everything=True, log=QUIET).checked == 27
+
+
+def test_entries_of_another_host_stay_if_their_registry_is_not_here(
+    tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_cache(tiny_cached)
+    moved = tiny_cached.rename(tiny_cached.with_name("moved.yaml"))
+    change_registry(moved, drop("liver"))
+    assert {place.teacher for place in garbage_of(moved).units} == {"liver"}
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    assert garbage_of(moved).count == 0
 
 
 def test_older_weights_and_older_cases_go(tiny_cached: Path) -> None:
@@ -221,10 +284,10 @@ def test_temporaries_of_the_living_and_of_other_hosts_stay(tiny_cached: Path) ->
 
 def test_young_case_units_stay_for_stage_one_to_index_them(tiny_cached: Path) -> None:
     """Between writing the cases and indexing them, a running stage has nobody who reaches them."""
-    other = second_registry(
+    change_registry(
         tiny_cached, lambda data: data["datasets"].pop("multi-ct") and data["teachers"].pop("liver")
     )
-    registries = [known(other)]
+    registries = [known(tiny_cached)]
     young = find_garbage(work_of(tiny_cached), registries, grace_hours=1)
     assert {place.name for place in young.young} == {f"multi-ct/case_00{n}" for n in range(3)}
     # Units of teachers are indexed before they are written, so that their age does not matter.
@@ -253,7 +316,8 @@ def test_the_index_is_read_again_while_units_go(
     tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = work_of(tiny_cached)
-    registry = second_registry(tiny_cached, drop("liver"))
+    before = tiny_cached.read_text()
+    registry = change_registry(tiny_cached, drop("liver"))
     found = find_garbage(work, [known(registry)], grace_hours=0)
     monkeypatch.setattr(gc, "_LOOK_AGAIN", 2)
     real, calls = gc.remove_unit, []
@@ -263,7 +327,7 @@ def test_the_index_is_read_again_while_units_go(
         real(path)
         calls.append(path)
         if len(calls) == 3:
-            shutil.copy(tiny_cached, registry)
+            registry.write_text(before)
 
     def reread(work: Path, registries: Any) -> Any:
         return real_reached(work, [known(registry)])

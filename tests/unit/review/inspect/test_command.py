@@ -51,6 +51,22 @@ def error_of(registry: Path, output: Path, *arguments: str) -> PipelineError:
     return error
 
 
+def test_cases_that_are_not_in_the_cache_are_named_or_left_out(
+    tiny_cached: Path, tmp_path: Path
+) -> None:
+    for part in ("images", "labels"):
+        there = tiny_cached.parent / "data" / "liver-ct" / part / "case_001.nii.gz"
+        shutil.copy(there, there.with_name("case_010.nii.gz"))
+    lost = "liver-ct/case_010"
+    result = call(tiny_cached, tmp_path / "out", "--json")
+    assert result.exit_code == 1
+    assert list(json.loads(result.stdout)["failed"]) == [lost]
+    result = call(tiny_cached, tmp_path / "out", "--json", "--allow-missing")
+    assert result.exit_code == 0, result.output
+    assert f"cases that are not in the cache and left out: {lost}" in result.stderr
+    assert json.loads(result.stdout)["failed"] == {}
+
+
 def test_files_of_others_stay(built_cache: Path, tmp_path: Path) -> None:
     """A folder of cases, each with its image, is no place for what is drawn of them."""
     image = tmp_path / CASE / "image.nii.gz"
