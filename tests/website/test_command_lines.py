@@ -14,7 +14,7 @@ from tests.website.command_lines import CommandLine, command_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-_PLACEHOLDER = re.compile(r"^[A-Z_]+$")
+_PLACEHOLDER = re.compile(r"^(?:[A-Z_]+|‹.+›)$")
 
 
 def mistake(line: CommandLine) -> str | None:
@@ -24,7 +24,7 @@ def mistake(line: CommandLine) -> str | None:
     while children := getattr(command, "commands", None):
         if not words or words[0].startswith("-"):
             return None if not line.whole or words else f"`{name}` wants a command"
-        if _PLACEHOLDER.match(words[0]) and not line.whole:
+        if _PLACEHOLDER.match(words[0]) and (not line.whole or words[0][0] == "‹"):
             return None
         if words[0] not in children:
             return f"`{name}` has no command `{words[0]}`. It has: {', '.join(children)}"
