@@ -41,7 +41,7 @@ from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.config import Config, digest
 from pipeline.consensus.cohort import print_regions, region_rows
 from pipeline.consensus.evidence import Look, plan_looks, units_of
-from pipeline.consensus.gate import NOT_JUDGED, Verdict, check_accepted, run_gate
+from pipeline.consensus.gate import NOT_JUDGED, Verdict, check_accepted, print_verdict, run_gate
 from pipeline.data.entries import CaseFiles
 from pipeline.data.sizes import cases_of_part
 from pipeline.engine.here import Execution, Item, Outcome, Outcomes, Result, Steps
@@ -364,10 +364,9 @@ class CacheRun:
                     "other parts. Whichever part finds them all there judges."
                 )
                 return NOT_JUDGED
-        verdict = run_gate(
-            registry, work, self.known, looks,
-            accept=self.accept, log=log, show=self.scope.tables,
-        )  # fmt: skip
+        verdict = run_gate(registry, work, self.known, looks, accept=self.accept, log=log)
+        if self.scope.tables:
+            print_verdict(verdict)
         for what, error in verdict.failed.items():
             if what not in self.report.failed:
                 self.fail(what, error)

@@ -235,6 +235,7 @@ class Verdict:
         refused: teacher -> why stage one must not go on.
         accepted: teacher -> organ -> Dice, threshold and cases, for those that `--accept` lets by.
         problems: unit, or file -> why it could not be read or written.
+        evidence: that it is judged by, one per teacher.
     """
 
     scores: Sequence[Row]
@@ -242,6 +243,7 @@ class Verdict:
     refused: Mapping[str, TeacherError]
     accepted: Mapping[str, Mapping[str, Any]]
     problems: Mapping[str, Exception]
+    evidence: Sequence[Evidence] = ()
 
     @property
     def failed(self) -> Mapping[str, Exception]:
@@ -290,7 +292,6 @@ def run_gate(
     *,
     accept: Sequence[str] = (),
     log: Log,
-    show: bool = True,
 ) -> Verdict:
     """Judges every teacher by the units in the cache that the gate looks at.
 
@@ -304,7 +305,6 @@ def run_gate(
         looks: from `plan_looks`.
         accept: teachers to go on with all the same.
         log: hears of what is odd.
-        show: also print the tables.
     """
     evidence: list[Evidence] = []
     problems: dict[str, Exception] = {}
@@ -321,29 +321,19 @@ def run_gate(
         evidence.append(known)
     scores = score_rows(registry, evidence, accept)
     verdict = Verdict(
-        scores, elsewhere_rows(evidence), refusals(scores), acceptance(scores), problems
+        scores, elsewhere_rows(evidence), refusals(scores), acceptance(scores), problems, evidence
     )
-    _tell(work, verdict, evidence, problems, log=log, show=show)
+    _tell(work, verdict, problems, log)
     return verdict
 
 
-def _tell(
-    work: Folder,
-    verdict: Verdict,
-    evidence: Sequence[Evidence],
-    problems: dict[str, Exception],
-    *,
-    log: Log,
-    show: bool,
-) -> None:
+def _tell(work: Folder, verdict: Verdict, problems: dict[str, Exception], log: Log) -> None:
     path = work / "reports" / "admission.json"
     try:
         write_json(path, verdict.to_json())
     except WorkFolderError as error:
         problems[path.name] = error
     log.event("admission", **verdict.to_json())
-    if show:
-        print_verdict(verdict, evidence)
     hopeful = [row["teacher"] for row in verdict.scores if row["split"] == "train"]
     if hopeful:
         log.warn(
@@ -365,13 +355,13 @@ def _tell(
             log.warn(f"{where}: {row['flag'].removeprefix('ODD: ')}. Look at it before you train.")
 
 
-def print_verdict(verdict: Verdict, evidence: Sequence[Evidence]) -> None:
+def print_verdict(verdict: Verdict) -> None:
     """Both tables and the temperatures, for people."""
     if not verdict.scores:
         return
     measured = {
         (found.teacher, organ): seen.calibration
-        for found in evidence
+        for found in verdict.evidence
         for organ, seen in found.organs.items()
     }
     rows = []
