@@ -18,8 +18,10 @@ The student grid is 12 mm; volumes have about 24 x 28 x 32 voxels.
 from __future__ import annotations
 
 import json
+import resource
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,17 @@ def shrink_organ(label: Path, value: int, spacing_mm: float) -> None:
     kept = np.where(volume.array == value, 0, volume.array).astype(np.uint8)
     kept[tuple(np.argwhere(passed_by)[0])] = value
     write_like(label, Volume(kept, volume.grid), label)
+
+
+@contextmanager
+def file_limit(num_bytes: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes: what a full disk does, to any writer."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def copy_cohort(source: Path, folder: Path) -> Path:

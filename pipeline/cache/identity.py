@@ -85,8 +85,11 @@ def read_dataset(
             fix="Run `pipeline cache-teachers` with this registry; what is still valid is reused.",
         )
     # Where no file can be listed, the index and the registry say which cases there are.
-    called: Mapping[str, str] = {case: source.split for case, source in sources.items()}
-    called = called or registry.splits(dataset, found.left_out)
+    called = (
+        {case: source.split for case, source in sources.items()}
+        if sources
+        else registry.splits(dataset, found.left_out)
+    )
     absent = {*called} - {case.case for case in found.cases}
     return cases, {
         f"{dataset}/{case}": _absent(work, f"{dataset}/{case}", left_out=case in found.left_out)

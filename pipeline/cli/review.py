@@ -82,7 +82,7 @@ def inspect(
     ] = True,
     allow_missing: Annotated[
         bool,
-        typer.Option("--allow-missing", help="Leave out what the cache lacks."),
+        typer.Option("--allow-missing", help="Leave out teachers that a case lacks."),
     ] = False,
     workers: WorkersOption = 0,
     as_json: JsonOption = False,

@@ -13,13 +13,14 @@ import pickle
 import struct
 import zipfile
 import zlib
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from pipeline.errors import CheckpointError
-from pipeline.folder import Folder, storage_errors
+from pipeline.folder import Folder, replace_file, storage_errors, writing
 
 _END = b"PK\x05\x06"  # of the last record of a zip file: 22 bytes and the comment
 _END_BYTES = 22
@@ -29,18 +30,17 @@ _BLOCK = 1 << 20
 
 
 def save_atomically(path: Path, content: Any) -> None:
-    """Sealed, to a temporary name, fsync, rename: a reader sees the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w+b") as file:
-            torch.save(content, file)
-            _seal(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Sealed, and on the disk: a reader sees the old file or the new.
+
+    Raises:
+        WorkFolderError: the disk refuses it; what was there stays.
+    """
+    # In memory first: torch's own writer does not say why a disk refuses it.
+    file = BytesIO()
+    torch.save(content, file)
+    _seal(file)
+    with writing(path):
+        replace_file(path, file.getvalue())
 
 
 def load_sealed(path: Folder, *, unsealed: bool = False) -> Any:

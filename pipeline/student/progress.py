@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.errors import WorkFolderError
 from pipeline.figures import save_curves
-from pipeline.folder import Folder
+from pipeline.folder import Folder, writing
 from pipeline.log import Log
 from pipeline.student.loggers import LoggedRun, Loggers, RunLogger
 
@@ -71,13 +72,14 @@ class Metrics:
         loggers: Loggers | None = None,
         warn: Callable[[str], None] | None = None,
     ) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            path.touch()
         self.name = name or path.parent.name
         self.history = History()
-        for line in kept_lines(path, keep_until):
-            self.history.add(line)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                path.touch()
+            for line in kept_lines(path, keep_until):
+                self.history.add(line)
         self._path, self._batch_size, self._loggers = path, batch_size, loggers
         self._unwritten: list[dict[str, Any]] = []
         self._window = _Window(began=time.monotonic())
@@ -227,7 +229,7 @@ def followed(
         well = True
     finally:
         if not well:
-            with suppress(OSError):  # of a full disk: the error on its way says more
+            with suppress(WorkFolderError):  # of a full disk: the error on its way says more
                 metrics.flush()
         others.finish(folder / "progress.png", well=well)
 
@@ -394,15 +396,23 @@ def without_timing(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Appends, in one write."""
+    """Appends, in one write.
+
+    Raises:
+        WorkFolderError: the disk refuses it; a line that is cut short goes with the next resume.
+    """
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 
 def sync(path: Path) -> None:
-    """Returns when all that was appended is on the disk."""
-    with path.open("rb") as file:
+    """Returns when all that was appended is on the disk.
+
+    Raises:
+        WorkFolderError: the disk refuses it.
+    """
+    with writing(path), path.open("rb") as file:
         os.fsync(file.fileno())
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -22,7 +23,14 @@ from pipeline.cli import app as cli
 from pipeline.consensus.evidence import read_evidence, write_evidence
 from pipeline.data.registry import load_registry
 from pipeline.engine.parts import Part
-from pipeline.errors import CacheMissing, CacheStale, CheckpointError, ConfigError, PipelineError
+from pipeline.errors import (
+    CacheMissing,
+    CacheStale,
+    CheckpointError,
+    ConfigError,
+    PipelineError,
+    WorkFolderError,
+)
 from pipeline.log import Log
 from pipeline.student import dataset as loading
 from pipeline.student import training
@@ -31,12 +39,13 @@ from pipeline.student.supervision import Kind
 from stages import cache_teachers, train_student
 from stages.report import StageReport
 from stages.train_student import TrainStudentConfig
-from tests.stages.stage_contract import ROOT, StageContract, snapshot
+from tests.stages.stage_contract import ROOT, StageContract, content, snapshot
 from tests.tiny import (
     ORGANS,
     TAP,
     cache_config,
     change_registry,
+    copy_cohort,
     fill_cache,
     training_settings,
     work_of,
@@ -516,6 +525,39 @@ class TestTheRun:
         assert "metrics.jsonl, progress.png" in text
         assert "Name another `run` in the settings, or move away what is there." in text
         assert snapshot(folder) == before
+
+    @pytest.mark.parametrize(
+        "name", ["config.json", "metrics.jsonl", "best.pt", "checkpoints", "student.pt"]
+    )
+    def test_a_full_disk_is_one_sentence_and_the_run_goes_on(
+        self, tiny_cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        whole = copy_cohort(tiny_cached, tmp_path / "whole")
+        run(whole, settings(seed=4))
+        real = Path.open
+
+        def full(path: Path, mode: str = "r", **more: Any) -> Any:
+            if "r" not in mode and f"/{name}" in str(path).replace("/.", "/"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(path, mode, **more)
+
+        with monkeypatch.context() as context:
+            context.setattr(Path, "open", full)
+            with pytest.raises(WorkFolderError) as caught:
+                run(tiny_cached, settings(seed=4))
+        text = str(caught.value)
+        assert text.startswith(f"{run_folder(tiny_cached)}/{name}")
+        assert "written (No space left on device). Check free space, quota and perm" in text
+        assert caught.value.exit_code == 2
+        assert [p.name for p in run_folder(tiny_cached).rglob("*.tmp")] == []
+        assert not (run_folder(tiny_cached) / "finished.json").exists()
+        assert run(tiny_cached, settings(seed=4)).done == ["student"]
+        same = ("student.pt", "best.pt", "metrics.jsonl")
+        found, wanted = (
+            {n: digest for n, digest in content(run_folder(r)).items() if n in same}
+            for r in (tiny_cached, whole)
+        )
+        assert found == wanted
 
     def test_a_run_that_a_signal_stopped_is_not_done(
         self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -91,6 +92,28 @@ class TestTrainTeachers(StageContract):
         image = registry.parent / "data" / "liver-ct" / "images" / "case_001.nii.gz"
         image.write_bytes(image.read_bytes()[:2000])
         return {"liver-ct/case_001": "not a readable NIfTI"}
+
+
+def test_a_full_disk_is_the_error_of_one_teacher_whose_training_is_kept(
+    untrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.open
+
+    def full(path: Path, mode: str = "r", **more: Any) -> Any:
+        if "w" in mode and path.name.startswith(".liver.pt"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, mode, **more)
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "open", full)
+        report = run(untrained)
+    assert (report.done, set(report.failed), report.exit_code) == (["spleen"], {"liver"}, 2)
+    assert str(report.failed["liver"]) == (
+        f"{weights(untrained)}: it cannot be written (No space left on device). Check free space, "
+        "quota and permissions, then run the same command again."
+    )
+    assert [path.name for path in weights(untrained).parent.iterdir()] == ["spleen.pt"]
+    assert run(untrained).done == ["liver"]
 
 
 def test_the_file_holds_all_that_is_needed(untrained: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.data.labels import Intensity
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, WorkFolderError
 from pipeline.networks.by_name import build_network
 from pipeline.student.checkpoint import (
     StudentRecord,
@@ -21,7 +21,7 @@ from pipeline.student.checkpoint import (
     training_checkpoints,
 )
 from pipeline.student.network import build_student
-from tests.tiny import NETWORK
+from tests.tiny import NETWORK, file_limit
 
 
 def record() -> StudentRecord:
@@ -187,6 +187,20 @@ class TestTraining:
         (tmp_path / ".step_00000003.pt.123.tmp").write_bytes(b"half")
         self._save(tmp_path, 4)
         assert self._names(tmp_path) == ["step_00000004.pt"]
+
+    def test_on_a_full_disk_the_one_before_stays(self, tmp_path: Path) -> None:
+        """As a limit on the size of files does it, to torch's own writer, too."""
+        self._save(tmp_path, 9)
+        before = training_checkpoints(tmp_path)[0].read_bytes()
+        for limit in (len(before) - 1, 100):
+            with file_limit(limit), pytest.raises(WorkFolderError) as caught:
+                self._save(tmp_path, 10)
+            assert str(caught.value) == (
+                f"{tmp_path / 'step_00000010.pt'}: it cannot be written (File too large). Check "
+                "free space, quota and permissions, then run the same command again."
+            )
+            assert self._names(tmp_path) == ["step_00000009.pt"]
+            assert training_checkpoints(tmp_path)[0].read_bytes() == before
 
     def test_none_readable_is_an_error_and_nothing_is_deleted(self, tmp_path: Path) -> None:
         self._save(tmp_path, 9, 10)
