@@ -403,7 +403,7 @@ def refuse_targets(
             path = beside.parent / file
             if path in made_of:
                 raise ConfigError(
-                    f"of {made_of[path]} and of {name} one file would be written.",
+                    f"{made_of[path]} and {name} would both be written to this file.",
                     where=path,
                     fix="Rename one of the two images, or predict it into another --output.",
                 )

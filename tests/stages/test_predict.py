@@ -700,9 +700,7 @@ class TestFilesOfOthers:
                 PredictConfig(), student, inputs, tmp_path / "out", log=Log(quiet=True),
                 device="cpu", probabilities=kept,
             )  # fmt: skip
-        assert f"{tmp_path / 'out' / file}: of ct and of {other} one file would" in str(
-            caught.value
-        )
+        assert f"{tmp_path / 'out' / file}: ct and {other} would both" in str(caught.value)
         assert not (tmp_path / "out").exists()
 
     def test_notes_within_the_folder_of_probabilities_stay(
