@@ -116,15 +116,16 @@ def uploaded(tiny_cached: Path, store_work: UPath) -> UPath:
 
 @pytest.mark.slow
 def test_a_dropped_teacher_goes_with_gc_and_nothing_else(
-    run: Run, tiny_cached: Path, uploaded: UPath
+    run: Run, settings: dict[str, str], tiny_cached: Path, store_work: UPath
 ) -> None:
-    before = set(sizes(uploaded))
+    run("cache-teachers", "-q", "-c", settings["cache"])
+    before = set(sizes(store_work))
     change_registry(tiny_cached, lambda data: data["teachers"].pop("spleen"))
-    arguments = ["cache", "gc", str(tiny_cached), "-w", str(uploaded), "--yes", "-q"]
+    arguments = ["cache", "gc", str(tiny_cached), "-w", str(store_work), "--yes", "-q"]
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 0, done.output
     spleen = ("teachers/spleen@", "index/teachers/spleen", "index/evidence/spleen")
-    gone = before - set(sizes(uploaded))
+    gone = before - set(sizes(store_work))
     assert gone == {name for name in before if name.startswith(spleen)}
     assert gone
     assert "18 units" in run("cache", "verify", "-q").stdout
