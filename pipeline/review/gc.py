@@ -198,7 +198,8 @@ def _reached(
         units |= set(reach.units)
         entries |= reach.index_files
     files, _ = read_index(work)
-    if not (others := entries_of_others(work, registries, files)):
+    unnamed = [file for file in files if file.path not in entries]
+    if not (others := entries_of_others(work, registries, unnamed)):
         return units, entries, ()
     cases = {case for file in others for case in file.cases or ()}
     teachers = {file.teacher.digest for file in others if file.teacher is not None}
