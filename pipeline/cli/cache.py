@@ -213,8 +213,8 @@ def gc(
         )
     if garbage.others:
         typer.echo(
-            f"gc: kept what the index has for other registries: {', '.join(garbage.others)}. "
-            "Name them as well; entries of one that is given up are in index/ of the work folder",
+            f"gc: kept what the index has for other registries: {', '.join(garbage.others)}. If "
+            "one is given up, remove it, or its entries in index/ of the work folder, first",
             err=True,
         )
     amount = f"{counted(garbage.count, 'thing')}, {size(garbage.total)}"

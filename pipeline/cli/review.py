@@ -81,8 +81,7 @@ def inspect(
         typer.Option("--reliability/--no-reliability", help="Whether teachers may be doubted."),
     ] = True,
     allow_missing: Annotated[
-        bool,
-        typer.Option("--allow-missing", help="Leave out teachers that a case lacks."),
+        bool, typer.Option("--allow-missing", help="Leave out teachers that a case lacks.")
     ] = False,
     workers: WorkersOption = 0,
     as_json: JsonOption = False,

@@ -190,7 +190,8 @@ def _reached(
             )
         units |= set(reach.units)
         entries |= reach.index_files
-    if not (others := entries_of_others(there.work, registries, there.index)):
+    unnamed = [file for file in there.index if file.path not in entries]
+    if not (others := entries_of_others(there.work, registries, unnamed)):
         return units, entries, ()
     cases = {case for file in others for case in file.cases or ()}
     teachers = {file.teacher.digest for file in others if file.teacher is not None}

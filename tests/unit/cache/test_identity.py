@@ -217,7 +217,7 @@ def test_a_link_to_the_registry_of_another_project_is_a_project_of_its_own(
         reads(b, work_of(a))
     assert content(work_of(a)) == before
     garbage = find_garbage(work_of(a), [load_registry(b)], grace_hours=0)
-    assert (garbage.units, garbage.index_files) == ((), ())
+    assert (garbage.units, garbage.index_files, garbage.others) == ((), (), ())
     # Beside the registry it leads to the same files, and through a linked folder, too.
     beside = a.with_name("link.yaml")
     beside.symlink_to(a.name)
