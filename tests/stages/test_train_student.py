@@ -36,7 +36,7 @@ from pipeline.student import dataset as loading
 from pipeline.student import training
 from pipeline.student.checkpoint import load_student
 from pipeline.student.supervision import Kind
-from stages import cache_teachers, train_student
+from stages import train_student
 from stages.report import StageReport
 from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import ROOT, StageContract, content, snapshot
@@ -47,6 +47,7 @@ from tests.tiny import (
     change_registry,
     copy_cohort,
     fill_cache,
+    run_cache,
     training_settings,
     work_of,
 )
@@ -418,7 +419,7 @@ class TestMissingUnits:
         lost.image.write_text("x\n")
         with pytest.raises(CacheStale, match=f"the image of {lost.case} has other bytes"):
             run(tiny_cached, settings(allow_missing=True))
-        report = cache_teachers.run(
+        report = run_cache(
             cache_config(), load_registry(tiny_cached), work_of(tiny_cached),
             log=Log(quiet=True), device="cpu", window_batch=8, tables=False,
         )  # fmt: skip
@@ -443,7 +444,7 @@ class TestMissingUnits:
     def test_a_job_array_of_which_one_part_has_run(
         self, tiny_registry: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        cache_teachers.run(
+        run_cache(
             cache_config(), load_registry(tiny_registry), work_of(tiny_registry), part=Part(0, 2),
             log=Log(quiet=True), device="cpu", window_batch=8, tables=False,
         )  # fmt: skip

@@ -27,7 +27,7 @@ from pipeline.student import training
 from pipeline.student.checkpoint import load_student
 from pipeline.student.inference import predict_logits
 from pipeline.student.speed import SpeedFlags
-from stages import cache_teachers, train_student
+from stages import train_student
 from stages.compare import plan as budget
 from stages.compare import results as tables
 from stages.compare import scoring
@@ -42,6 +42,7 @@ from tests.tiny import (
     change_registry,
     copy_cohort,
     fill_cache,
+    run_cache,
     training_settings,
     work_of,
 )
@@ -549,9 +550,7 @@ class TestBadInput:
         loaded, work = load_registry(tiny_cached), work_of(tiny_cached)
         lost = loaded.resolve("data/multi-ct/images/case_000.nii.gz")
         lost.write_text("x\n")
-        cache_teachers.run(
-            cache_config(), loaded, work, log=Log(quiet=True), device="cpu", tables=False
-        )
+        run_cache(cache_config(), loaded, work, log=Log(quiet=True), device="cpu", tables=False)
         with pytest.raises(CacheMissing, match=r"1 validation cases .*multi-ct/case_000") as caught:
             plan(tiny_cached)
         assert "stage one left this case out" in str(caught.value)

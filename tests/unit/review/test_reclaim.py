@@ -22,13 +22,13 @@ from pipeline.review import gc
 from pipeline.review.gc import Garbage, find_garbage, print_garbage, remove_garbage
 from pipeline.review.units import registry_reach
 from pipeline.review.verify import verify
-from stages import cache_teachers
 from tests.stages.stage_contract import content, snapshot
 from tests.tiny import (
     cache_config,
     change_registry,
     copy_cohort,
     fill_cache,
+    run_cache,
     work_of,
     write_teacher,
 )
@@ -117,7 +117,7 @@ def test_what_the_entries_of_another_project_call_for_stays_until_it_is_given_up
 
     change_registry(other, change)
     for part in [None] if parts is None else [Part(number, parts) for number in range(parts)]:
-        report = cache_teachers.run(
+        report = run_cache(
             cache_config(), load_registry(other), work,
             log=QUIET, device="cpu", part=part, tables=False,
         )  # fmt: skip
