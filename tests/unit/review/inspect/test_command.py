@@ -225,4 +225,5 @@ def test_an_output_that_cannot_be_written(built_cache: Path, tmp_path: Path) -> 
     for arguments in ([], [CASE]):
         error = call(built_cache, tmp_path / "file", *arguments).exception
         assert isinstance(error, PipelineError)
-        assert "--output" in str(error)
+        assert "a file is in the way" in str(error)
+        assert "Name another folder" in str(error)
