@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from pipeline.config import load_config
-from pipeline.consensus.cohort import compute, lazy_consensus, open_cohort
+from pipeline.consensus.cohort import RegionRules, compute, lazy_consensus, open_cohort
 from pipeline.data.entries import PhantomSpec
 from pipeline.data.phantom.case import write_dataset
 from pipeline.data.registry import Registry, load_registry
@@ -141,7 +141,7 @@ def draw_overlay(registry: Registry, work: Path, predictions: Path, path: Path) 
     space = registry.label_space
     cases = open_cohort(work, registry, teachers=list(registry.teachers), splits=("test",)).cases
     case = cases[0]
-    regions, known = lazy_consensus(case, space, use_labels=False)
+    regions, known = lazy_consensus(case, space, RegionRules(labels_win=False))
     organ, background = compute(regions.organ, regions.background)
     dataset, name = case.name.split("/")
     predicted = read_label(predictions / dataset / f"{name}.nii.gz").volume

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from typing import Any
@@ -24,7 +25,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pipeline.cache.reader import POOL, CachedCase
-from pipeline.consensus.cohort import Temperatures, compute, known_organs, lazy_consensus
+from pipeline.consensus.cohort import (
+    RegionRules,
+    Temperatures,
+    compute,
+    known_organs,
+    lazy_consensus,
+)
 from pipeline.consensus.regions import Consensus, consensus
 from pipeline.data.labels import IGNORE, Intensity, LabelSpace
 from pipeline.data.patches import Index3, Patch, patch_at
@@ -113,7 +120,9 @@ class PatchDataset(Dataset[dict[str, Any]]):
         self.augment = augment
         self.batch_share, self.rank = batch_size // world_size, rank
         self.num_steps, self.seed = num_steps, seed
-        self.temperatures = dict(temperatures or {})
+        self.rules = RegionRules(
+            supervision.margin, supervision.labels_win, supervision.confidence, temperatures or {}
+        )
         self.pool_bytes = pool_bytes
         self._teachers = sorted({teacher for case in cases for teacher in case.teachers})
         self._sampler = Sampler(
@@ -149,7 +158,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         flags = [organ in case.annotated for organ in organs]
         sample["annotated"] = sample["known"] = torch.tensor(flags)
         if self.supervision.uses_teachers:
-            known = known_organs(case, self.space, use_labels=self.supervision.labels_win)
+            known = known_organs(case, self.space, labels_win=self.rules.labels_win)
             sample["known"] = torch.tensor([k in known for k in range(len(organs))])
             if self.supervision.uses_experts:
                 sample["experts"] = self._experts(case, known)
@@ -177,11 +186,10 @@ class PatchDataset(Dataset[dict[str, Any]]):
         arrays: dict[str, npt.NDArray[Any]] = {"image": image, "classes": classes}
         if not self.supervision.uses_teachers:
             return arrays
-        how = case, self.space, self.supervision, self.temperatures
         if warp is None:
-            arrays |= read_regions(*how, patch)
+            arrays |= read_regions(case, self.space, self.rules, patch)
         else:
-            arrays |= resampled_regions(*how, warp, classes)
+            arrays |= resampled_regions(case, self.space, self.rules, warp, classes)
         for number, ((teacher, tap), cached) in enumerate(self.taps.items()):
             cells = patch.coarsen(cached.stride)
             if teacher in case.teachers:
@@ -247,38 +255,23 @@ def to_batch(collated: dict[str, Any], taps: Sequence[TapKey], device: torch.dev
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-def read_regions(
-    case: CachedCase,
-    space: LabelSpace,
-    supervision: SupervisionConfig,
-    temperatures: Temperatures,
-    patch: Patch,
-) -> Arrays:
+def read_regions(case: CachedCase, space: LabelSpace, rules: RegionRules, patch: Patch) -> Arrays:
     """What teachers and labels say on a patch, read and combined in one go.
 
     Returns:
         log_odds: float32 (K, D, H, W), NaN where nobody knows; organ: bool (K, D, H, W), the organ
         regions; background: bool (D, H, W), background as far as anybody speaks.
     """
-    if not known_organs(case, space, use_labels=supervision.labels_win):
+    if not known_organs(case, space, labels_win=rules.labels_win):
         return _nobody_knows(space, patch.shape)
-    regions, known = lazy_consensus(
-        case,
-        space,
-        patch=patch,
-        margin=supervision.margin,
-        use_labels=supervision.labels_win,
-        confidence=supervision.confidence,
-        temperatures=temperatures,
-    )
+    regions, known = lazy_consensus(case, space, rules, patch)
     return _over_all_organs(regions, known, space)
 
 
 def resampled_regions(
     case: CachedCase,
     space: LabelSpace,
-    supervision: SupervisionConfig,
-    temperatures: Temperatures,
+    rules: RegionRules,
     warp: Warp,
     classes: npt.NDArray[np.uint8],
 ) -> Arrays:
@@ -291,24 +284,21 @@ def resampled_regions(
     Args:
         case: open for reading.
         space: the student's organs.
-        supervision: margin, and how labels win.
-        temperatures: as in `lazy_consensus`.
+        rules: of the regions.
         warp: of the patch.
         classes: (D, H, W), the label of the moved patch.
     """
-    known = known_organs(case, space, use_labels=supervision.labels_win)
+    known = known_organs(case, space, labels_win=rules.labels_win)
     if not known:
         return _nobody_knows(space, classes.shape)
     odds = np.full((len(known), *classes.shape), np.nan, dtype=np.float32)
-    taught = known_organs(case, space, use_labels=False)
+    taught = known_organs(case, space, labels_win=False)
     if taught:
-        said, _ = lazy_consensus(
-            case, space, patch=warp.box, use_labels=False, temperatures=temperatures
-        )
+        said, _ = lazy_consensus(case, space, replace(rules, labels_win=False), warp.box)
         odds[[known.index(k) for k in taught]] = warp.linear(*compute(said.log_odds))
     annotated = [n for n, k in enumerate(known) if space.organs[k] in case.annotated]
     label = None
-    if supervision.labels_win and annotated:
+    if rules.labels_win and annotated:
         # Classes of all organs -> 1 + position among the known ones.
         among_known = LabelSpace({space.organs[k]: k + 1 for k in known}).to_classes(classes)
         label = da.from_array(among_known, chunks=-1, name=False)
@@ -316,8 +306,8 @@ def resampled_regions(
         da.from_array(odds, chunks=-1, name=False),
         label,
         annotated,
-        margin=supervision.margin,
-        confidence=supervision.confidence,
+        margin=rules.margin,
+        confidence=rules.confidence,
     )
     return _over_all_organs(regions, known, space)
 
