@@ -258,7 +258,8 @@ def measure_step(case: CachedCase, steps: int) -> dict[str, float]:
     import torch
     from torch.utils.data import default_collate
 
-    from pipeline.student.dataset import patches_of, to_batch
+    from pipeline.student.dataset import PatchDataset, to_batch
+    from pipeline.student.inputs import TrainingInputs
     from pipeline.student.network import seeded_network
     from pipeline.student.processes import ALONE
     from pipeline.student.settings import TrainingConfig, build_optimiser
@@ -276,7 +277,7 @@ def measure_step(case: CachedCase, steps: int) -> dict[str, float]:
     )
     network = seeded_network(config.network, len(ORGANS), seed=0, patch=config.patch)
     optimiser = build_optimiser(config.optimiser, network)
-    data = patches_of(config, SPACE, [case], network, None, POOL_BYTES // 1_000_000, ALONE)
+    data = PatchDataset(config, TrainingInputs([case], [], SPACE, {}), pool_bytes=POOL_BYTES)
     ways = {READING: reading(case), DIRECT: direct(case), OURS: ours(case)}
     rng, shape = np.random.default_rng(3), case.case.array("image").shape
     taken: dict[str, list[float]] = {name: [] for name in ("step", *ways)}

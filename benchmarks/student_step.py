@@ -42,8 +42,8 @@ from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import Registry
 from pipeline.log import Log, print_table
 from pipeline.networks.by_name import NetworkConfig, build_network, pick_device
-from pipeline.student.dataset import loaded_batches, patches_of, to_batch
-from pipeline.student.inputs import cached_taps
+from pipeline.student.dataset import PatchDataset, loaded_batches, to_batch
+from pipeline.student.inputs import TrainingInputs, cached_taps
 from pipeline.student.network import StudentNetwork, seeded_network
 from pipeline.student.processes import ALONE
 from pipeline.student.settings import TrainingConfig, build_optimiser
@@ -188,8 +188,9 @@ class Bench:
     ) -> Iterator[Batch]:
         # Online, nothing of the teachers is read: what they say is computed.
         reads = self._config("marginal", features=False) if teachers is not None else config
-        data = patches_of(reads, self.space, self.cases, network, None, 512, ALONE)
-        loader = stack.enter_context(loaded_batches(data, 0, reads, workers, ALONE))
+        inputs = TrainingInputs(self.cases, [], self.space, {}, network.cached)
+        data = PatchDataset(reads, inputs, pool_bytes=512_000_000)
+        loader = stack.enter_context(loaded_batches(data, 0, workers))
         taps = list(network.cached)
 
         def loaded() -> Iterator[Batch]:

@@ -5,7 +5,7 @@ outputs for deep supervision.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +43,13 @@ class CachedTap:
     channels: int
     stride: Index3
     organs: tuple[int, ...]
+
+
+def common_stride(taps: Iterable[CachedTap]) -> Index3:
+    """Voxels z, y, x of which patches must be multiples, for whole cells of every tap."""
+    strides = [tap.stride for tap in taps]
+    z, y, x = (math.lcm(*(stride[axis] for stride in strides)) for axis in range(3))
+    return (z, y, x)
 
 
 class OneVsRest(nn.Module):
@@ -119,13 +126,6 @@ class StudentNetwork(nn.Module):
             self.adapters.append(nn.Conv3d(channels, self.cached[key].channels, kernel_size=1))
         for layer in sorted(set(self.layer_of.values())):
             find_module(self.network, layer).register_forward_hook(self._keep(layer))
-
-    @property
-    def tap_stride(self) -> Index3:
-        """Voxels z, y, x of which patches must be multiples, for whole cells of every tap."""
-        strides = [entry.stride for entry in self.cached.values()]
-        z, y, x = (math.lcm(*(stride[axis] for stride in strides)) for axis in range(3))
-        return (z, y, x)
 
     def forward(self, image: Tensor) -> tuple[Outputs, dict[str, Tensor]]:
         """(N, 1, D, H, W) -> logits (N, K + 1, D, H, W), and layer -> tapped feature.

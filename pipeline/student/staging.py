@@ -20,7 +20,7 @@ from pipeline.cache.staged import Copy
 from pipeline.errors import CacheError
 from pipeline.folder import temporary_name
 from pipeline.log import Log
-from pipeline.student.inputs import StudentInputs
+from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import TapKey
 from pipeline.student.processes import ALONE, Processes
 
@@ -46,8 +46,8 @@ class _Outcome:
 
 
 def staged_inputs(
-    found: StudentInputs, folder: Path | None, *, log: Log, processes: Processes = ALONE
-) -> StudentInputs:
+    found: TrainingInputs, folder: Path | None, *, log: Log, processes: Processes = ALONE
+) -> TrainingInputs:
     """A training's cases, read from copies below a folder; None leaves them as they are.
 
     `identity` stays what it is: copies are of the very bytes.

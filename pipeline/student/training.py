@@ -22,8 +22,9 @@ from pipeline.consensus.cohort import Temperatures
 from pipeline.data.labels import IGNORE, Intensity, LabelSpace
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.log import Log
-from pipeline.student.dataset import PatchDataset, loaded_batches, patches_of, to_batch
+from pipeline.student.dataset import PatchDataset, loaded_batches, to_batch
 from pipeline.student.inference import predict_logits
+from pipeline.student.inputs import TrainingInputs
 from pipeline.student.loggers import RunLogger
 from pipeline.student.network import CachedTap, StudentNetwork, TapKey, seeded_network
 from pipeline.student.processes import ALONE, Processes
@@ -135,7 +136,8 @@ def train(
         network = _network(config, space, taps).to(device)
         processes.check_network(network)
         speed.prepare(network, network.network, log)
-        return network, patches_of(config, space, cases, network, temperatures, pool_mb, processes)
+        read = TrainingInputs(cases, validation, space, inputs, network.cached, temperatures or {})
+        return network, PatchDataset(config, read, processes, pool_mb * 1_000_000)
 
     network, data = processes.together(built)
     for remark in data.remarks():
@@ -178,7 +180,7 @@ def train(
         processes.folder_to_write(folder) as written,
         ExitStack() as following,
         log.progress("steps", config.steps, done=start) as advance,
-        loaded_batches(data, start, config, workers, processes) as loader,
+        loaded_batches(data, start, workers) as loader,
     ):
         followers = followed(
             written, identity["config"], resumed_from=start, batch_size=config.batch_size,

@@ -25,7 +25,7 @@ from pipeline.errors import CacheMissing, CheckpointError, ConfigError
 from pipeline.folder import Folder, matching, read_text
 from pipeline.log import Advance, Log
 from pipeline.networks.by_name import pick_device
-from pipeline.student.inputs import StudentInputs, check_same_units, open_inputs
+from pipeline.student.inputs import TrainingInputs, check_same_units, open_inputs
 from pipeline.student.network import build_student
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.speed import SpeedFlags
@@ -175,7 +175,7 @@ def plan_comparison(
     check_settings(settings)
     cases = _scored_cases(registry, work, settings, log)
     space = registry.label_space
-    inputs: dict[str, StudentInputs] = {}
+    inputs: dict[str, TrainingInputs] = {}
     parameters: dict[str, int] = {}
     for config in configs:
         allowed = settings.allow_missing or config.allow_missing
@@ -477,7 +477,7 @@ def equal_steps(configs: Sequence[TrainStudentConfig], steps: int | None) -> dic
 
 def steps_for_seconds(
     configs: Sequence[TrainStudentConfig],
-    inputs: Mapping[str, StudentInputs],
+    inputs: Mapping[str, TrainingInputs],
     space: LabelSpace,
     seconds: float,
     record: Folder,
@@ -546,7 +546,7 @@ def recorded_steps(
 
 def _probe(
     config: TrainStudentConfig,
-    inputs: StudentInputs,
+    inputs: TrainingInputs,
     space: LabelSpace,
     log: Log,
     device: torch.device,
