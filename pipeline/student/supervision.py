@@ -211,21 +211,13 @@ def batch_loss(
         batch: on the network's device.
         fraction: t = step / steps, for the schedules.
     """
-    terms = terms_of_batch(config, network, batch, fraction)
-    loss = torch.stack(list(terms.values())).sum()
-    return loss, {name: float(value.detach()) for name, value in terms.items()}
-
-
-def terms_of_batch(
-    config: SupervisionConfig, network: StudentNetwork, batch: Batch, fraction: float
-) -> dict[str, Tensor]:
-    """Each weighted term of the loss of a batch; see `batch_loss`, which is their sum."""
     outputs, features = network(batch.image)
     terms = over_outputs(outputs, lambda logits: terms_of_logits(config, logits, batch, fraction))
     weight = config.features.at(fraction) if config.uses_features else 0.0
     if weight > 0:
         terms["features"] = weight * _features_term(network, features, batch)
-    return terms
+    loss = torch.stack(list(terms.values())).sum()
+    return loss, {name: float(value.detach()) for name, value in terms.items()}
 
 
 def terms_of_logits(
