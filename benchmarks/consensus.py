@@ -261,7 +261,7 @@ def measure_step(case: CachedCase, steps: int) -> dict[str, float]:
     from pipeline.student.dataset import PatchDataset, to_batch
     from pipeline.student.inputs import TrainingInputs
     from pipeline.student.network import seeded_network
-    from pipeline.student.processes import ALONE
+    from pipeline.student.resume import TrainingState
     from pipeline.student.settings import TrainingConfig, build_optimiser
     from pipeline.student.speed import Speed
     from pipeline.student.training import make_step
@@ -277,7 +277,9 @@ def measure_step(case: CachedCase, steps: int) -> dict[str, float]:
     )
     network = seeded_network(config.network, len(ORGANS), seed=0, patch=config.patch)
     optimiser = build_optimiser(config.optimiser, network)
-    data = PatchDataset(config, TrainingInputs([case], [], SPACE, {}), pool_bytes=POOL_BYTES)
+    inputs = TrainingInputs([case], [], SPACE, {})
+    state = TrainingState(config, inputs, network, optimiser, Speed())
+    data = PatchDataset(config, inputs, pool_bytes=POOL_BYTES)
     ways = {READING: reading(case), DIRECT: direct(case), OURS: ours(case)}
     rng, shape = np.random.default_rng(3), case.case.array("image").shape
     taken: dict[str, list[float]] = {name: [] for name in ("step", *ways)}
@@ -286,7 +288,7 @@ def measure_step(case: CachedCase, steps: int) -> dict[str, float]:
         def make(step: int = step) -> None:
             samples = [data[step * DEMO_BATCH + n] for n in range(DEMO_BATCH)]
             batch = to_batch(default_collate(samples), [], torch.device("cpu"))
-            make_step(config, network, optimiser, batch, Speed(), ALONE, step)
+            make_step(state, batch, step)
 
         taken["step"].append(timed(make)[1])
         patches = [draw(rng, shape, DEMO_PATCH) for _ in range(DEMO_BATCH)]

@@ -11,6 +11,7 @@ from pipeline.cli.demo import generate_phantoms, write_settings
 from pipeline.config import load_config
 from pipeline.data.registry import Registry, load_registry
 from pipeline.log import Log
+from pipeline.student.speed import Execution
 from stages import cache_teachers, train_teachers
 
 DEMO_MM = (6.0, 6.0, 6.0)
@@ -41,7 +42,7 @@ def cached_cohort(folder: Path, spacing_mm: Sequence[float] = DEMO_MM) -> Regist
     assert tuple(registry.grid.spacing_mm) == tuple(spacing_mm), "name another folder"
     teachers = train_teachers.run(
         load_config(folder / "train_teachers.yaml", train_teachers.TrainTeachersConfig),
-        registry, folder / "work", log=log, device="cpu",
+        registry, folder / "work", Execution(device="cpu"), log=log,
     )  # fmt: skip
     assert teachers.exit_code == 0, teachers.failed
     cached = cache_teachers.run(

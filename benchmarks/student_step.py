@@ -45,7 +45,7 @@ from pipeline.networks.by_name import NetworkConfig, build_network, pick_device
 from pipeline.student.dataset import PatchDataset, loaded_batches, to_batch
 from pipeline.student.inputs import TrainingInputs, cached_taps
 from pipeline.student.network import StudentNetwork, seeded_network
-from pipeline.student.processes import ALONE
+from pipeline.student.resume import TrainingState
 from pipeline.student.settings import TrainingConfig, build_optimiser
 from pipeline.student.speed import Speed, SpeedFlags
 from pipeline.student.supervision import Batch
@@ -145,6 +145,8 @@ class Bench:
         speed = Speed(SpeedFlags(self.arguments.precision), self.device)
         speed.prepare(network, network.network, Log(quiet=True))
         batches = self._batches(stack, config, network, workers, in_memory, teachers)
+        inputs = TrainingInputs(self.cases, [], self.space, {}, network.cached)
+        state = TrainingState(config, inputs, network, optimiser, speed)
         count = iter(range(config.steps))
 
         def one() -> float:
@@ -154,7 +156,7 @@ class Bench:
             if teachers is not None:
                 with speed.autocast():
                     batch = teachers.asked(batch)
-            make_step(config, network, optimiser, batch, speed, ALONE, next(count))
+            make_step(state, batch, next(count))
             return waited
 
         def block() -> dict[str, float]:

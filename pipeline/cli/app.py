@@ -101,23 +101,16 @@ def train_teachers(
     quiet: QuietOption = False,
 ) -> None:
     """Train one network per organ from its own dataset, for those who have none."""
-    from pipeline.student.speed import SpeedFlags
+    from pipeline.student.speed import Execution, SpeedFlags
     from stages import train_teachers as stage
 
-    report = stage.run(
-        open_settings(config, stage.TrainTeachersConfig),
-        open_registry(registry),
-        work,
-        log=open_log(quiet, work, dry_run),
-        device=device,
-        workers=workers,
-        checkpoint_minutes=checkpoint_minutes,
-        loggers=logger or [],
-        flags=SpeedFlags(precision, channels_last, compile_),
-        only=only,
-        dry_run=dry_run,
-    )
-    end(report)
+    settings, known = open_settings(config, stage.TrainTeachersConfig), open_registry(registry)
+    flags = SpeedFlags(precision, channels_last, compile_)
+    execution = Execution(device, workers, flags, logger or (), checkpoint_minutes)
+    if only is not None:
+        known = stage.one_teacher(known, only)
+    log = open_log(quiet, work, dry_run)
+    end(stage.run(settings, known, work, execution, log=log, dry_run=dry_run))
 
 
 @app.command("train-student")
@@ -145,7 +138,7 @@ def train_student(
     from pipeline.cli.record import note_silence
     from pipeline.cli.self_test import refuse_without_self_test, run_self_test
     from pipeline.student.processes import launched
-    from pipeline.student.speed import SpeedFlags
+    from pipeline.student.speed import Execution, SpeedFlags
     from stages import train_student as stage
 
     if not (is_first := launched().is_first):
@@ -158,20 +151,12 @@ def train_student(
         )  # fmt: skip
         return
     refuse_without_self_test(steps, seed)
-    report = stage.run(
-        open_settings(config, stage.TrainStudentConfig),
-        open_registry(registry, files=False),
-        work,
-        log=open_log(quiet, work, dry_run),
-        device=device,
-        workers=workers,
-        checkpoint_minutes=checkpoint_minutes,
-        loggers=logger or [],
-        allow_missing=allow_missing,
-        flags=flags,
-        stage_to=stage_to,
-        dry_run=dry_run,
-    )
+    settings = open_settings(config, stage.TrainStudentConfig)
+    if allow_missing:
+        settings = settings.model_copy(update={"allow_missing": True})
+    known, log = open_registry(registry, files=False), open_log(quiet, work, dry_run)
+    execution = Execution(device, workers, flags, logger or (), checkpoint_minutes, stage_to)
+    report = stage.run(settings, known, work, execution, log=log, dry_run=dry_run)
     if not is_first:
         raise typer.Exit(report.exit_code)
     end(report)

@@ -39,7 +39,8 @@ from pipeline.student.checkpoint import training_checkpoints
 from pipeline.student.dataset import forks_of_a_server
 from pipeline.student.inputs import open_inputs
 from pipeline.student.processes import Silent
-from pipeline.student.speed import SpeedFlags
+from pipeline.student.resume import RunFolder
+from pipeline.student.speed import Execution, SpeedFlags
 from pipeline.student.training import train
 from stages.train_student import TrainStudentConfig
 
@@ -203,20 +204,11 @@ def _train(life: Life) -> None:
         note_step(life.folder)  # killed between a checkpoint and its note
     train(
         config.training,
-        registry.label_space,
-        found.training,
-        found.validation[:1],  # whether validation disturbs training shows on one case
-        life.folder,
-        taps=found.taps,
-        inputs=found.identity,
-        log=Silent(),
-        device=pick_device(setup.device),
-        temperatures=found.temperatures,
-        flags=setup.flags,
-        workers=life.workers,
-        checkpoint_minutes=0,
-        saved=saved,
-        pictures=False,
+        # Whether validation disturbs training shows on one case.
+        replace(found, validation=found.validation[:1]),
+        RunFolder(life.folder, saved=saved, pictures=False),
+        Execution(setup.device, life.workers, setup.flags or SpeedFlags(), checkpoint_minutes=0),
+        Silent(),
     )
     for timer in timers:
         timer.cancel()
@@ -288,7 +280,6 @@ def run_self_test(
         PipelineError: the resumed training is not the undisturbed one; it names the first tensor.
     """
     from pipeline.config import load_config
-    from pipeline.networks.by_name import pick_device
     from pipeline.student.processes import refuse_several
     from pipeline.student.speed import check_device
     from stages.train_student import TrainStudentConfig

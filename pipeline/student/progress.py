@@ -190,36 +190,29 @@ class Metrics:
 
 @contextmanager
 def followed(
-    folder: Path,
-    settings: Mapping[str, Any],
-    *,
-    resumed_from: int,
+    run: LoggedRun,
     batch_size: int,
     warn: Callable[[str], None],
-    name: str = "",
     loggers: Iterable[RunLogger] = (),
 ) -> Iterator[Metrics]:
     """The metrics of a run while it trains; what loggers began is finished whatever happens.
 
     Args:
-        folder: of the run.
-        settings: nested, for loggers.
-        resumed_from: step of the checkpoint; 0 at the start.
+        run: as loggers are told of it.
         batch_size: samples in a step, over all processes.
         warn: hears of a logger that fails, or of a picture.
-        name: of the run, for people; by default the folder's.
         loggers: who is told beside metrics.jsonl.
     """
     others = Loggers(loggers, warn)
     metrics = Metrics(
-        folder / "metrics.jsonl",
-        keep_until=resumed_from,
+        run.folder / "metrics.jsonl",
+        keep_until=run.resumed_from,
         batch_size=batch_size,
-        name=name,
+        name=run.name,
         loggers=others,
         warn=warn,
     )
-    others.start(LoggedRun(metrics.name, folder, settings, resumed_from))
+    others.start(run)
     well = False
     try:
         yield metrics
@@ -229,7 +222,7 @@ def followed(
         if not well:
             with suppress(OSError):  # of a full disk: the error on its way says more
                 metrics.flush()
-        others.finish(folder / "progress.png", well=well)
+        others.finish(run.folder / "progress.png", well=well)
 
 
 def _scalars(lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -25,6 +25,7 @@ from pipeline.log import Log
 from pipeline.student import dataset as loading
 from pipeline.student import training
 from pipeline.student.checkpoint import load_student
+from pipeline.student.speed import Execution
 from pipeline.student.supervision import Kind
 from stages import train_student
 from stages.report import StageReport
@@ -92,8 +93,8 @@ def run(
         config or settings(),
         load_registry(registry, files=False),
         work_of(registry),
+        Execution(device="cpu"),
         log=log or Log(quiet=True),
-        device="cpu",
         dry_run=dry_run,
     )
 

@@ -19,6 +19,7 @@ from pipeline.folder import Folder
 from pipeline.log import Log
 from pipeline.student.checkpoint import load_student
 from pipeline.student.progress import metric_lines, without_timing
+from pipeline.student.speed import Execution
 from stages import train_student
 from tests.stages.test_train_student import settings
 from tests.tiny import copy_cohort, training_settings, work_of
@@ -32,7 +33,7 @@ def trained(registry: Path, work: Folder | None = None, **options: Any) -> tuple
     work = work or work_of(registry)
     report = train_student.run(
         settings(steps=2, validate_every=1), load_registry(registry, files=False), work,
-        log=Log(), device="cpu", **options,
+        Execution(device="cpu", **options), log=Log(),
     )  # fmt: skip
     assert report.exit_code == 0, report.failed
     run = work / "students" / "student"

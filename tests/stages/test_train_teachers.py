@@ -16,6 +16,7 @@ from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError, RegistryError, Stopped, TeacherError
 from pipeline.log import Log
 from pipeline.student import training
+from pipeline.student.speed import Execution
 from pipeline.teachers.checkpoint import read_teacher
 from stages import train_teachers
 from stages.report import StageReport
@@ -36,14 +37,13 @@ def config(**changes: Any) -> train_teachers.TrainTeachersConfig:
 
 
 def run(registry: Path, *, dry_run: bool = False, **changes: Any) -> StageReport:
-    only = changes.pop("only", None)
+    only, known = changes.pop("only", None), load_registry(registry)
     return train_teachers.run(
         config(**changes),
-        load_registry(registry),
+        known if only is None else train_teachers.one_teacher(known, only),
         work_of(registry),
+        Execution(device="cpu"),
         log=Log(quiet=True),
-        device="cpu",
-        only=only,
         dry_run=dry_run,
     )
 

@@ -11,6 +11,7 @@ import pytest
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError
 from pipeline.log import Log
+from pipeline.student.speed import Execution
 from stages import train_student, train_teachers
 from stages.report import StageReport
 from stages.train_student import TrainStudentConfig
@@ -27,8 +28,8 @@ def train(registry: Path, **changes: Any) -> StageReport:
         TrainStudentConfig.model_validate({"training": training}),
         load_registry(registry, files=False),
         work_of(registry),
+        Execution(device="cpu"),
         log=Log(quiet=True),
-        device="cpu",
     )
 
 
@@ -65,11 +66,10 @@ class TestMirroredSides:
         training = training_settings(augment=MIRRORED)
         report = train_teachers.run(
             TrainTeachersConfig.model_validate({"training": training}),
-            load_registry(registry),
+            train_teachers.one_teacher(load_registry(registry), "spleen_left"),
             work_of(registry),
+            Execution(device="cpu"),
             log=Log(quiet=True),
-            device="cpu",
-            only="spleen_left",
         )
         assert isinstance(report.failed["spleen_left"], ConfigError)
         assert "left and right" in str(report.failed["spleen_left"])

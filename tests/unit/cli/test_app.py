@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app as cli
 from pipeline.errors import CacheMissing, ConfigError, PipelineError
 from pipeline.log import Log
-from pipeline.student.speed import SpeedFlags
+from pipeline.student.speed import Execution, SpeedFlags
 from stages.report import StageReport
 from tests.tiny import cache_config, change_registry, work_of
 
@@ -265,8 +266,10 @@ class TestEnd:
     ) -> None:
         seen: dict[str, object] = {}
 
-        def remember(config: object, registry: object, work: object, **options: object) -> object:
-            seen.update(options, config=config, work=work)
+        def remember(
+            config: object, registry: object, work: object, execution: Execution, **options: object
+        ) -> object:
+            seen.update(options, **asdict(execution), work=work, flags=execution.flags)
             return StageReport("train-student")
 
         monkeypatch.setattr(cli, "open_registry", lambda *a, **k: None)

@@ -25,6 +25,7 @@ from pipeline.cli.self_test import (
 from pipeline.errors import CacheMissing, PipelineError
 from pipeline.log import Log
 from pipeline.student import resume, training
+from pipeline.student.resume import RunFolder
 from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import snapshot
 from tests.tiny import NETWORK, TAP, training_settings, work_of
@@ -52,12 +53,15 @@ def without_random_state(life: Life) -> None:
 
 
 def without_optimiser_state(life: Life) -> None:
-    real = training.restore_state
+    real = RunFolder.restore
 
-    def restore(folder: Any, identity: Any, parts: Any, **rest: Any) -> int:
-        return real(folder, identity, {n: p for n, p in parts.items() if n != "optimiser"}, **rest)
+    def restore(run: RunFolder, state: Any, log: Log) -> int:
+        fresh = state.optimiser.state_dict()
+        step = real(run, state, log)
+        state.optimiser.load_state_dict(fresh)
+        return step
 
-    training.restore_state = restore  # type: ignore[assignment]
+    RunFolder.restore = restore  # type: ignore[method-assign]
     train_until_killed(life)
 
 

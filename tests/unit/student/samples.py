@@ -16,9 +16,11 @@ from pipeline.data.labels import LabelSpace
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.dataset import PatchDataset
 from pipeline.student.inputs import TrainingInputs
-from pipeline.student.network import CachedTap, TapKey
+from pipeline.student.network import CachedTap, StudentNetwork, TapKey
 from pipeline.student.processes import ALONE, Processes
+from pipeline.student.resume import TrainingState
 from pipeline.student.settings import TrainingConfig
+from pipeline.student.speed import Speed
 from pipeline.student.supervision import SupervisionConfig
 from tests.unit.student.coded import (
     CHANNELS,
@@ -62,6 +64,16 @@ def dataset(
     config = TrainingConfig(**(settings | changes))
     inputs = TrainingInputs(cases, [], space, {}, taps or {}, temperatures or {})
     return PatchDataset(config, inputs, processes, pool_bytes)
+
+
+def state_of(
+    config: TrainingConfig,
+    network: StudentNetwork,
+    optimiser: torch.optim.Optimizer,
+    speed: Speed | None = None,
+) -> TrainingState:
+    inputs = TrainingInputs([], [], SPACE, {})
+    return TrainingState(config, inputs, network, optimiser, speed or Speed())
 
 
 def fingerprint(sample: dict[str, Any]) -> str:

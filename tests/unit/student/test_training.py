@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,15 +20,16 @@ import torch
 from pipeline.data.labels import LabelSpace
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 from pipeline.log import Log
-from pipeline.student import training
+from pipeline.student import resume, training
 from pipeline.student.checkpoint import training_checkpoints
 from pipeline.student.dataset import forks_of_a_server
+from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import CachedTap
 from pipeline.student.progress import without_timing
-from pipeline.student.resume import stop_signals
+from pipeline.student.resume import RunFolder, stop_signals
 from pipeline.student.settings import OptimiserConfig, TrainingConfig, run_digest
-from pipeline.student.speed import SpeedFlags
-from pipeline.student.training import KeepBest, Trained, train
+from pipeline.student.speed import Execution, SpeedFlags
+from pipeline.student.training import Trained, train
 from tests.tiny import NETWORK
 from tests.unit.student.coded import CHANNELS, SPACE, STRIDE, TAP, write_case
 from tests.unit.student.ranks import steep
@@ -39,6 +40,7 @@ STEPS = 8
 STUDENT_TAP = "model.0.conv"
 INPUTS = {"cases": {"liver-ct/a": "digest"}}
 NEVER = 1e9
+KeepBest = Callable[[Any, int, Mapping[str, float | None]], None]
 
 
 def settings(*, features: bool = False, **changes: Any) -> TrainingConfig:
@@ -56,6 +58,17 @@ def settings(*, features: bool = False, **changes: Any) -> TrainingConfig:
     return TrainingConfig.model_validate(values | changes)
 
 
+class _Watched(RunFolder):
+    """Tells what would be kept as best.pt."""
+
+    keep_best: KeepBest
+
+    def save_student(
+        self, name: str, network: Any, step: int, scores: Mapping[str, float | None]
+    ) -> None:
+        self.keep_best(network, step, scores)
+
+
 def start(
     cases: Path,
     folder: Path,
@@ -65,7 +78,6 @@ def start(
     minutes: float = NEVER,
     config: TrainingConfig | None = None,
     inputs: Mapping[str, Any] = INPUTS,
-    resume: bool = True,
     flags: SpeedFlags | None = None,
     keep_best: KeepBest | None = None,
     log: Log | None = None,
@@ -76,21 +88,17 @@ def start(
         write_case(cases, "liver-ct/a"),
         write_case(cases, "spleen-ct/b", annotated=("spleen",)),
     ]
+    taps = {TAP: CachedTap(CHANNELS, STRIDE, (0,))} if features else {}
+    run = RunFolder(folder)
+    if keep_best is not None:
+        run = _Watched(folder, record=lambda step, scores: pytest.fail("not asked for"))
+        run.keep_best = keep_best
     return train(
         config or settings(features=features),
-        SPACE,
-        found,
-        found[:1],
-        folder,
-        taps={TAP: CachedTap(CHANNELS, STRIDE, (0,))} if features else {},
-        inputs=inputs,
-        log=log or Log(quiet=True),
-        device=torch.device("cpu"),
-        workers=workers,
-        checkpoint_minutes=minutes,
-        resume=resume,
-        flags=flags,
-        keep_best=keep_best,
+        TrainingInputs(found, found[:1], SPACE, inputs, taps),
+        run,
+        Execution("cpu", workers, flags or SpeedFlags(), checkpoint_minutes=minutes),
+        log or Log(quiet=True),
     )
 
 
@@ -112,7 +120,7 @@ def _threads_as_before() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _no_pictures(straight: dict[bool, Straight], monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the undisturbed runs draw theirs: a picture takes longer than eight steps."""
-    monkeypatch.setattr(training, "draw_progress", lambda *args: None)
+    monkeypatch.setattr(resume, "draw_progress", lambda *args: None)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +161,7 @@ def _signalled_with_its_loaders(cases: Path, folder: Path, number: int) -> None:
         return real(*args)
 
     training.make_step = fatal  # type: ignore[assignment]
-    training.draw_progress = lambda *args: None
+    resume.draw_progress = lambda *args: None
     raise SystemExit(start(cases, folder, workers=1).step)
 
 
@@ -274,10 +282,6 @@ class TestResume:
     def test_other_data_are_refused(self, cases: Path, straight: dict[bool, Straight]) -> None:
         with pytest.raises(CheckpointError, match=r"inputs\.cases\.liver-ct/a was digest, now 2"):
             start(cases, straight[False].folder, inputs={"cases": {"liver-ct/a": "2"}})
-
-    def test_going_on_may_be_forbidden(self, cases: Path, straight: dict[bool, Straight]) -> None:
-        with pytest.raises(CheckpointError, match="this run has checkpoints"):
-            start(cases, straight[False].folder, resume=False)
 
     def test_a_run_killed_before_its_first_checkpoint_starts_over(
         self, cases: Path, straight: dict[bool, Straight], tmp_path: Path
@@ -431,11 +435,11 @@ class TestNotFinite:
     ) -> None:
         real, calls, best = training.make_step, [], []
 
-        def overflowing(config: Any, network: Any, *rest: Any) -> dict[str, Any]:
-            line = real(config, network, *rest)
+        def overflowing(state: Any, *rest: Any) -> dict[str, Any]:
+            line = real(state, *rest)
             calls.append(1)
             if len(calls) == 3:  # also a step of validation
-                next(network.parameters()).data[0] = math.inf
+                next(state.network.parameters()).data[0] = math.inf
                 if signalled:
                     os.kill(os.getpid(), signal.SIGTERM)
             return line
@@ -467,8 +471,8 @@ class TestRefusals:
     def test_no_case(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no case to train on"):
             train(
-                settings(), SPACE, [], [], tmp_path,
-                taps={}, inputs={}, log=Log(quiet=True), device=torch.device("cpu"),
+                settings(), TrainingInputs([], [], SPACE, {}), RunFolder(tmp_path),
+                Execution(device="cpu"), Log(quiet=True),
             )  # fmt: skip
         assert list(tmp_path.iterdir()) == []
 
@@ -547,7 +551,7 @@ class TestStopSignals:
     ) -> None:
         now = 100.0
         monkeypatch.setattr("pipeline.student.resume.time.monotonic", lambda: now)
-        with stop_signals(aloud=True) as stopping:
+        with stop_signals(answered=True) as stopping:
             os.kill(os.getpid(), signal.SIGINT)
             assert stopping()
             now = 100.5  # the same one, handed on by torchrun

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.data.registry import load_registry
 from pipeline.log import Log
+from pipeline.student.speed import Execution
 from stages import train_student
 from tests.tiny import copy_cohort, training_settings, work_of
 from tests.unit.review.report.pages import RUN
@@ -24,8 +25,8 @@ def _train(registry: Path, run: str, kind: str) -> None:
         }
     )
     report = train_student.run(
-        config, load_registry(registry, files=False), work_of(registry), log=Log(quiet=True),
-        device="cpu",
+        config, load_registry(registry, files=False), work_of(registry), Execution(device="cpu"),
+        log=Log(quiet=True),
     )  # fmt: skip
     assert not report.failed, report.failed
 
