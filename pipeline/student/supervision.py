@@ -284,9 +284,7 @@ def logits_term(config: LogitsConfig, log_p: Tensor, p: Tensor, batch: Batch) ->
     joint = losses.joint_log_q_and_q(odds) if same else None
     term = losses.kl(
         log_p,
-        odds,
-        organ,
-        background,
+        losses.Targets(odds, organ, background),
         _experts(config, batch),
         temperature=config.temperature,
         per_region=config.mean == "region",
