@@ -275,7 +275,7 @@ def measure_step(case: CachedCase, steps: int) -> dict[str, float]:
             "supervision": {"features": {"weight": 0.0}},
         }
     )
-    network = seeded_network(config.network, len(ORGANS), seed=0, patch=config.patch)
+    network = seeded_network(config, len(ORGANS))
     optimiser = build_optimiser(config.optimiser, network)
     inputs = TrainingInputs([case], [], SPACE, {})
     state = TrainingState(config, inputs, network, optimiser, Speed())

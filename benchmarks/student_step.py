@@ -135,12 +135,8 @@ class Bench:
     ) -> Callable[[], dict[str, float]]:
         teachers = Teachers(self.registry, wider, self.device) if wider else None
         config = self._config(kind, features)
-        network = seeded_network(
-            config.network, len(self.space.organs), seed=0, patch=config.patch,
-            taps=(self.tap,) if features else (),
-            cached=cached_taps(self.cases, self.space) if features else {},
-            deep_supervision=config.deep_supervision,
-        ).to(self.device).train()  # fmt: skip
+        taps = cached_taps(self.cases, self.space) if features else {}
+        network = seeded_network(config, len(self.space.organs), taps).to(self.device).train()
         optimiser = build_optimiser(config.optimiser, network)
         speed = Speed(SpeedFlags(self.arguments.precision), self.device)
         speed.prepare(network, network.network, Log(quiet=True))

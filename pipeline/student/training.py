@@ -134,18 +134,8 @@ def _begin(
     processes: Processes,
 ) -> tuple[TrainingState, PatchDataset]:
     """The state before the first step, and the samples."""
-    uses = config.supervision.uses_features
     device = processes.device(pick_device(execution.device))
-    network = seeded_network(
-        config.network,
-        len(inputs.space.organs),
-        seed=config.seed,
-        patch=config.patch,
-        head=config.supervision.head,
-        taps=config.supervision.features.student_taps if uses else (),
-        cached=inputs.taps if uses else {},
-        deep_supervision=config.deep_supervision,
-    ).to(device)
+    network = seeded_network(config, len(inputs.space.organs), inputs.taps).to(device)
     processes.check_network(network)
     speed = Speed(execution.flags, device)
     speed.prepare(network, network.network, log)

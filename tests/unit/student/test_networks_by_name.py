@@ -83,7 +83,7 @@ def settings(name: str, args: dict[str, Any], edge: int) -> TrainingConfig:
 
 
 def student(config: TrainingConfig) -> StudentNetwork:
-    return seeded_network(config.network, NUM_ORGANS, seed=0, patch=config.patch)
+    return seeded_network(config, NUM_ORGANS)
 
 
 def batch_of(edge: int) -> Batch:

@@ -16,6 +16,7 @@ from pipeline.student import training
 from pipeline.student.network import CachedTap, StudentNetwork, seeded_network
 from pipeline.student.settings import TrainingConfig, build_optimiser
 from pipeline.student.speed import Speed, SpeedFlags, check_device
+from pipeline.student.supervision import FeaturesConfig, SupervisionConfig
 from pipeline.student.training import make_step
 from tests.tiny import NETWORK
 from tests.unit.student.same import assert_same
@@ -35,7 +36,7 @@ class One:
 
     def __init__(self, norm: str = "instance", **flags: Any) -> None:
         network = NetworkConfig(name="UNet", args={**NETWORK.args, "norm": norm})
-        self.network = seeded_network(network, 2, seed=0, patch=(8, 8, 8)).train()
+        self.network = seeded_network(CONFIG.model_copy(update={"network": network}), 2).train()
         self.optimiser = build_optimiser(CONFIG.optimiser, self.network)
         self.speed = Speed(SpeedFlags(**flags), CPU)
         self.speed.prepare(self.network, self.network.network, Log(quiet=True))
@@ -207,11 +208,12 @@ class TestCompile:
         monkeypatch.setattr(nn.Module, "compile", lambda self: real(self, backend="eager"))
         monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
         cached = {("one", "deep"): CachedTap(3, (2, 2, 2), (0,))}
+        features = FeaturesConfig(student_taps=("model.0.conv",))
+        supervision = SupervisionConfig(features=features)
+        config = CONFIG.model_copy(update={"supervision": supervision})
         found = []
         for flags in (SpeedFlags(), SpeedFlags(compile=True)):
-            network = seeded_network(
-                CONFIG.network, 2, seed=0, patch=(8, 8, 8), taps=["model.0.conv"], cached=cached
-            )
+            network = seeded_network(config, 2, cached)
             Speed(flags, CPU).prepare(network, network.network, Log(quiet=True))
             logits, features = network(batch().image)
             found.append((logits, features["model.0.conv"]))
