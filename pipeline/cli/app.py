@@ -144,9 +144,10 @@ def train_student(
     if not (is_first := launched().is_first):
         note_silence()
     flags = SpeedFlags(precision, channels_last, compile_)
+    execution = Execution(device, workers, flags, logger or (), checkpoint_minutes, stage_to)
     if self_test:
         run_self_test(
-            registry, config, work, device=device, workers=workers, flags=flags,
+            registry, config, work, execution,
             allow_missing=allow_missing, steps=steps, seed=seed, log=open_log(quiet),
         )  # fmt: skip
         return
@@ -155,7 +156,6 @@ def train_student(
     if allow_missing:
         settings = settings.model_copy(update={"allow_missing": True})
     known, log = open_registry(registry, files=False), open_log(quiet, work, dry_run)
-    execution = Execution(device, workers, flags, logger or (), checkpoint_minutes, stage_to)
     report = stage.run(settings, known, work, execution, log=log, dry_run=dry_run)
     if not is_first:
         raise typer.Exit(report.exit_code)
