@@ -106,7 +106,7 @@ def open_inputs(
         _temperatures(work, registry, teachers, log) if supervision.uses_temperatures else {}
     )
     identity = _identity(cohort, training, labelled.cases, space)
-    _tell_of_unknown_organs(training, log)
+    _warn_of_unknown_organs(training, log)
     if supervision.uses_reliability and supervision.reliability is not None:
         training = believed_cases(
             training, labelled.cases, registry, work, supervision.reliability, log
@@ -216,7 +216,7 @@ def swallowed_organs(cases: Sequence[CachedCase]) -> dict[str, Any]:
     return {"swallowed_organs": found} if found else {}
 
 
-def _tell_of_unknown_organs(cases: Sequence[CachedCase], log: Log) -> None:
+def _warn_of_unknown_organs(cases: Sequence[CachedCase], log: Log) -> None:
     """Cases that were cached before voxels of the label's file were noted: where the grid has none
     of an organ, they cannot tell an absent organ from one that is too small for it."""
     unknown = [
@@ -283,7 +283,7 @@ def _grouped(units: set[tuple[str, str]]) -> str:
 def _temperatures(
     work: Folder, registry: Registry, teachers: Sequence[str], log: Log
 ) -> dict[tuple[str, str], float]:
-    """What stage one measured; 1, said aloud, where no label could tell."""
+    """What stage one measured; 1, with a remark, where no label could tell."""
     found = temperatures(work, registry, teachers)
     for (teacher, organ), value in found.items():
         if value is None:

@@ -439,8 +439,7 @@ def _region_sizes(targets: Targets, spoken: Tensor, experts: Tensor) -> Tensor:
 # Sums over all processes of a training, so that a loss is that of the whole batch.
 #
 # A Dice or a mean over regions is a ratio of sums. Averaged over processes, ratios of parts are
-# not
-# the ratio of the whole; summed before the division, they are.
+# not the ratio of the whole; summed before the division, they are.
 
 
 def over_ranks(total: Tensor) -> Tensor:

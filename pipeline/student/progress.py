@@ -362,12 +362,10 @@ def _mean_point(points: Any) -> tuple[float, float]:
 
 # The file metrics.jsonl: one JSON object a line, in the order of the steps.
 #
-# A line of a step: `step`, `loss`, `terms` (weighted, they sum to the loss), `lr`,
-# `gradient_norm`.
+# A line of a step: `step`, `loss`, `terms` (weighted, they sum to the loss), `lr`, `gradient_norm`.
 # A line of a validation: `step`, `validation_dice`. All of that is the same in every run with the
 # same settings, interrupted or not. What a clock measured stands under one further key, `timing`:
-# in
-# lines of steps once per window of some steps (`steps`, `seconds`, `data_wait`,
+# in lines of steps once per window of some steps (`steps`, `seconds`, `data_wait`,
 # `samples_per_second`), in lines of validations `seconds`.
 
 

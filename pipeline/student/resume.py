@@ -373,9 +373,8 @@ def live_as_long_as_the_loop(worker: int) -> None:
     """Makes a loader process outlive signals to the whole job, but not the process that trains.
 
     A scheduler signals all processes of a job, and Ctrl-C all of a terminal's; the loop alone says
-    when loading ends. If the loop
-    is killed outright, a worker of forkserver would wait for it for ever, since its own parent,
-    the server, waits for the workers.
+    when loading ends. If the loop is killed outright, a worker of forkserver would wait for it for
+    ever, since its own parent, the server, waits for the workers.
     """
     for name in _STOPS:
         signal.signal(name, signal.SIG_IGN)
