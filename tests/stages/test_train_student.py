@@ -22,7 +22,6 @@ from pipeline.consensus.evidence import read_evidence, write_evidence
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheMissing, CacheStale, CheckpointError, ConfigError, PipelineError
 from pipeline.log import Log
-from pipeline.student import dataset as loading
 from pipeline.student import training
 from pipeline.student.checkpoint import load_student
 from pipeline.student.speed import Execution
@@ -510,13 +509,13 @@ class TestCalibrated:
     ) -> None:
         expected = self.warm(tiny_cached, 2.0)
         seen = []
-        real = loading.PatchDataset
+        real = training.PatchDataset
 
-        def spy(*args: Any, **options: Any) -> Any:
-            seen.append(options["temperatures"])
-            return real(*args, **options)
+        def spy(config: Any, inputs: Any, *rest: Any) -> Any:
+            seen.append(inputs.temperatures)
+            return real(config, inputs, *rest)
 
-        monkeypatch.setattr(loading, "PatchDataset", spy)
+        monkeypatch.setattr(training, "PatchDataset", spy)
         assert run(tiny_cached, self.settings()).exit_code == 0
         assert seen == [expected]
         assert self.inputs_of(tiny_cached)["temperatures"] == {

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -269,7 +268,7 @@ class TestEnd:
         def remember(
             config: object, registry: object, work: object, execution: Execution, **options: object
         ) -> object:
-            seen.update(options, **asdict(execution), work=work, flags=execution.flags)
+            seen.update(options, **vars(execution), work=work)
             return StageReport("train-student")
 
         monkeypatch.setattr(cli, "open_registry", lambda *a, **k: None)
