@@ -18,7 +18,7 @@ from pipeline.student.augment import check_sides
 from pipeline.student.checkpoint import StudentRecord
 from pipeline.student.inputs import TrainingInputs, check_same_units, open_inputs
 from pipeline.student.processes import Processes, joined
-from pipeline.student.progress import tell_validations
+from pipeline.student.progress import show_validations
 from pipeline.student.resume import RunFolder, open_run
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.speed import Execution
@@ -101,7 +101,7 @@ def run(
             trained = train(config.training, inputs, files, execution, log, processes)
             if trained.finished:
                 processes.from_first(lambda: _finish(files, trained, digest))
-                tell_validations(log, files.path / "metrics.jsonl", folder)
+                show_validations(log, files.path / "metrics.jsonl", folder)
         if trained.finished:
             report.done.append(config.run)
         else:

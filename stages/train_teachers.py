@@ -37,7 +37,7 @@ from pipeline.log import Log
 from pipeline.student.augment import check_sides
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.processes import refuse_several
-from pipeline.student.progress import tell_validations
+from pipeline.student.progress import show_validations
 from pipeline.student.resume import open_run
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.speed import Execution
@@ -225,7 +225,7 @@ def _train_one(
     with open_run(folder, name=name) as run_folder:
         trained = train(training, inputs, run_folder, execution, log)
         if trained.finished:
-            tell_validations(log, run_folder.path / "metrics.jsonl", folder)
+            show_validations(log, run_folder.path / "metrics.jsonl", folder)
     report.signalled = trained.signalled
     if not trained.finished:
         raise trained.stopped(f"teacher {name}")

@@ -164,8 +164,8 @@ class Metrics:
         self.history.add(line)
         append_lines(self._path, [line])
         known = {organ: dice for organ, dice in scores.items() if dice is not None}
-        if known and self._loggers is not None:
-            mean = sum(known.values()) / len(known)
+        mean = mean_dice(scores)
+        if mean is not None and self._loggers is not None:
             values = {f"dice/{organ}": dice for organ, dice in {**known, "mean": mean}.items()}
             self._loggers.scalars(step, values)
 
@@ -223,6 +223,12 @@ def followed(
             with suppress(OSError):  # of a full disk: the error on its way says more
                 metrics.flush()
         others.finish(run.folder / "progress.png", well=well)
+
+
+def mean_dice(scores: Mapping[str, float | None]) -> float | None:
+    """Over the organs that have a score; None if none has."""
+    found = [score for score in scores.values() if score is not None]
+    return sum(found) / len(found) if found else None
 
 
 def _scalars(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -343,12 +349,12 @@ class History:
 
     def _add_validation(self, scores: Mapping[str, float | None]) -> None:
         self.last_validation = dict(scores)
-        known = {organ: dice for organ, dice in scores.items() if dice is not None}
-        for organ, dice in known.items():
-            self.dice.setdefault(organ, Curve()).add(self.step, dice)
-            self._score(organ, dice)
-        if known:
-            self._score("mean", sum(known.values()) / len(known))
+        for organ, dice in scores.items():
+            if dice is not None:
+                self.dice.setdefault(organ, Curve()).add(self.step, dice)
+                self._score(organ, dice)
+        if (mean := mean_dice(scores)) is not None:
+            self._score("mean", mean)
 
     def _score(self, name: str, dice: float) -> None:
         now = (self.step, dice)
@@ -453,7 +459,7 @@ def draw_progress(path: Path, metrics: Metrics, ids: Mapping[str, int] | None = 
     metrics.picture_drawn(failed)
 
 
-def tell_validations(log: Log, metrics: Path, where: Folder) -> None:
+def show_validations(log: Log, metrics: Path, where: Folder) -> None:
     """A table of first, best and last validation Dice per organ, and where the run's files are.
 
     Args:

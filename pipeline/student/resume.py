@@ -31,7 +31,7 @@ from pipeline.student.inputs import TrainingInputs
 from pipeline.student.loggers import LoggedRun, open_loggers
 from pipeline.student.network import StudentNetwork
 from pipeline.student.processes import ALONE, Processes
-from pipeline.student.progress import Metrics, draw_progress, followed
+from pipeline.student.progress import Metrics, draw_progress, followed, mean_dice
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.speed import Speed
 
@@ -269,12 +269,6 @@ def open_run(
         return
     with mirrored(folder) as (local, send):
         yield RunFolder(local, name, send, record)
-
-
-def mean_dice(scores: Mapping[str, float | None]) -> float | None:
-    """Over the organs that have a score; None if none has."""
-    found = [score for score in scores.values() if score is not None]
-    return sum(found) / len(found) if found else None
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class Speed:
 
     def is_lost(self, norm: float) -> bool:
         """Whether a gradient is not finite, and that is not fp16's overflow."""
-        return not math.isfinite(norm) and self._scale() <= _SMALLEST_SCALE
+        return not math.isfinite(norm) and self.scaler.get_scale() <= _SMALLEST_SCALE
 
     def state_dict(self) -> dict[str, Any]:
         """What the steps to come depend on: the scaler's state, empty without fp16; and flags."""
@@ -163,10 +163,6 @@ class Speed:
         self.resumed_flags = SpeedFlags(**state["flags"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-
-    def _scale(self) -> float:
-        """1 without fp16."""
-        return self.scaler.get_scale()
 
 
 def _check_compiler(device: torch.device) -> None:
