@@ -1,4 +1,4 @@
-"""What a stage did, for people, machines and the exit code."""
+"""What a stage works on, and what it did: for people, machines and the exit code."""
 
 from __future__ import annotations
 
@@ -8,9 +8,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.data.registry import Registry
 from pipeline.errors import PipelineError, kind_of
+from pipeline.folder import Folder
+from pipeline.log import Log
 
 _APART = 3  # failures alike that are named one by one
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a stage works on, where to, and who hears of it.
+
+    Attributes:
+        registry: read with its files.
+        work: the work folder.
+        log: where progress goes.
+        tables: also print tables of results.
+    """
+
+    registry: Registry
+    work: Folder
+    log: Log
+    tables: bool = True
 
 
 @dataclass

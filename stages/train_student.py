@@ -13,7 +13,6 @@ from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.config import Config
 from pipeline.data.registry import Registry
 from pipeline.folder import Folder, read_text
-from pipeline.log import Log
 from pipeline.student.augment import check_sides
 from pipeline.student.checkpoint import StudentRecord
 from pipeline.student.inputs import TrainingInputs, check_same_units, open_inputs
@@ -21,10 +20,10 @@ from pipeline.student.processes import Processes, joined
 from pipeline.student.progress import show_validations
 from pipeline.student.resume import RunFolder, open_run
 from pipeline.student.settings import TrainingConfig, run_digest
-from pipeline.student.speed import Execution
+from pipeline.student.speed import TrainingExecution
 from pipeline.student.staging import staged_inputs
 from pipeline.student.training import Trained, train
-from stages.report import StageReport
+from stages.report import Scope, StageReport
 
 RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 
@@ -44,13 +43,7 @@ class TrainStudentConfig(Config):
 
 
 def run(
-    config: TrainStudentConfig,
-    registry: Registry,
-    work: Folder,
-    execution: Execution,
-    *,
-    log: Log,
-    dry_run: bool = False,
+    config: TrainStudentConfig, scope: Scope, execution: TrainingExecution, *, dry_run: bool = False
 ) -> StageReport:
     """Trains the student, or goes on training it; a finished run does nothing.
 
@@ -59,10 +52,8 @@ def run(
 
     Args:
         config: what changes numbers, and the run's name.
-        registry: read without its files.
-        work: the work folder that stage one filled.
+        scope: the registry may be read without its files; stage one filled the work folder.
         execution: where and how; changes speed and rounding.
-        log: where progress goes.
         dry_run: say what would be done, write nothing.
 
     Raises:
@@ -72,10 +63,11 @@ def run(
             augmentation that mixes up left and right organs.
         CheckpointError: the run was started with other settings, or with other units.
     """
+    registry, work = scope.registry, scope.work
     execution.check()
     check_sides(config.training.augment, registry.label_space)
     with StageReport("train-student").timed() as report, joined() as processes:
-        log = processes.log(log)
+        log = processes.log(scope.log)
         supervision, allowed = config.training.supervision, config.allow_missing
         inputs = processes.together(
             lambda: open_inputs(supervision, registry, work, allow_missing=allowed, log=log)

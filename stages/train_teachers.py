@@ -32,7 +32,6 @@ from pipeline.errors import (
     TeacherError,
     named,
 )
-from pipeline.folder import Folder
 from pipeline.log import Log
 from pipeline.student.augment import check_sides
 from pipeline.student.inputs import TrainingInputs
@@ -40,11 +39,11 @@ from pipeline.student.processes import refuse_several
 from pipeline.student.progress import show_validations
 from pipeline.student.resume import open_run
 from pipeline.student.settings import TrainingConfig, run_digest
-from pipeline.student.speed import Execution
+from pipeline.student.speed import TrainingExecution
 from pipeline.student.supervision import SupervisionConfig
 from pipeline.student.training import Trained, train
 from pipeline.teachers.checkpoint import TeacherRecord, read_teacher, save_teacher
-from stages.report import StageReport
+from stages.report import Scope, StageReport
 
 _SPLITS = ("train", "validation")
 
@@ -73,33 +72,31 @@ class TrainTeachersConfig(Config):
 
 def run(
     config: TrainTeachersConfig,
-    registry: Registry,
-    work: Folder,
-    execution: Execution,
+    scope: Scope,
+    execution: TrainingExecution,
     *,
-    log: Log,
+    only: str | None = None,
     dry_run: bool = False,
 ) -> StageReport:
     """Trains every teacher of kind `checkpoint` with `trained_on` whose file is not there yet.
 
     Args:
         config: what changes numbers.
-        registry: read with its files.
-        work: cases on the teachers' grids and checkpoints go there; the finished teacher goes to
-            `weights` of its registry entry.
+        scope: cases on the teachers' grids and checkpoints go to the work folder; the finished
+            teacher goes to `weights` of its registry entry.
         execution: where and how; changes speed and rounding.
-        log: where progress goes.
+        only: one teacher by name.
         dry_run: say what would be done, write nothing.
 
     Raises:
-        ConfigError: no teacher to train; a logger that is not installed; or several processes were
-            started.
+        ConfigError: no such teacher, or none to train; a logger that is not installed; or several
+            processes were started.
     """
     refuse_several("train-teachers")
-    names = _to_train(registry)
+    names = _to_train(scope.registry, only)
     execution.check()
     if not dry_run:
-        prepare_work_folder(work)
+        prepare_work_folder(scope.work)
     with StageReport("train-teachers").timed() as report:
         for name in names:
             if report.signalled:
@@ -109,7 +106,7 @@ def run(
                     fix="Run the same command again: it goes on from there.",
                 )
                 break
-            teacher = _Teacher(name, config, registry, work, log)
+            teacher = _Teacher(name, config, scope)
             try:
                 made = _train_one(teacher, execution, report, dry_run=dry_run)
                 (report.done if made else report.skipped).append(name)
@@ -118,34 +115,21 @@ def run(
                 break
             except PipelineError as error:
                 report.failed[name] = error
-                log.warn(f"teacher {name} failed: {error}")
+                scope.log.warn(f"teacher {name} failed: {error}")
     return report
 
 
-def one_teacher(registry: Registry, name: str) -> Registry:
-    """The registry with this teacher alone.
-
-    Raises:
-        ConfigError: there is none of that name to train.
-    """
-    if name not in registry.teachers or name not in _to_train(registry):
-        raise _none_to_train(registry, f" named {name}")
-    return registry.model_copy(update={"teachers": {name: registry.teachers[name]}})
-
-
-def _to_train(registry: Registry) -> list[str]:
+def _to_train(registry: Registry, only: str | None) -> list[str]:
     names = [n for n, e in registry.teachers.items() if e.kind == "checkpoint" and e.trained_on]
+    if only is not None:
+        names = [name for name in names if name == only]
     if not names:
-        raise _none_to_train(registry)
+        raise ConfigError(
+            f"no teacher to train{f' named {only}' if only else ''}.",
+            where=registry.path,
+            fix="A teacher to train has kind `checkpoint` and names a dataset in `trained_on`.",
+        )
     return names
-
-
-def _none_to_train(registry: Registry, named: str = "") -> ConfigError:
-    return ConfigError(
-        f"no teacher to train{named}.",
-        where=registry.path,
-        fix="A teacher to train has kind `checkpoint` and names a dataset in `trained_on`.",
-    )
 
 
 @dataclass(frozen=True)
@@ -155,16 +139,22 @@ class _Teacher:
     Attributes:
         name: in the registry.
         config: of the stage.
-        registry: read with its files.
-        work: work folder.
-        log: where progress goes.
+        scope: of the stage.
     """
 
     name: str
     config: TrainTeachersConfig
-    registry: Registry
-    work: Folder
-    log: Log
+    scope: Scope
+
+    @property
+    def registry(self) -> Registry:
+        """With its files."""
+        return self.scope.registry
+
+    @property
+    def log(self) -> Log:
+        """Of the stage."""
+        return self.scope.log
 
     @property
     def entry(self) -> TeacherEntry:
@@ -199,7 +189,7 @@ class _Teacher:
 
 
 def _train_one(
-    teacher: _Teacher, execution: Execution, report: StageReport, *, dry_run: bool
+    teacher: _Teacher, execution: TrainingExecution, report: StageReport, *, dry_run: bool
 ) -> bool:
     """Trains one teacher; False if its file is there already."""
     name, log, training = teacher.name, teacher.log, teacher.training
@@ -221,7 +211,7 @@ def _train_one(
     if note := teacher.registry.empty_split(teacher.dataset):
         log.remark(f"dataset {teacher.dataset}: {' '.join(note)}")
     inputs = _open(teacher, files, identity)
-    folder = teacher.work / "teachers-in-training" / name
+    folder = teacher.scope.work / "teachers-in-training" / name
     with open_run(folder, name=name) as run_folder:
         trained = train(training, inputs, run_folder, execution, log)
         if trained.finished:
@@ -291,7 +281,7 @@ def _open(
     annotated = tuple(teacher.registry.datasets[teacher.dataset].annotated)
     cases = []
     for file in files:
-        unit = Unit.open(case_path(teacher.work, file), expect=file.digest)
+        unit = Unit.open(case_path(teacher.scope.work, file), expect=file.digest)
         cases.append(CachedCase(file.name, file.split, annotated, unit, {}, {}))
     return TrainingInputs(
         training=[case for case in cases if case.split == "train"],
@@ -309,7 +299,7 @@ def _prepare(teacher: _Teacher, report: StageReport, *, dry_run: bool) -> list[I
         for source in files:
             try:
                 indexed, _ = prepare_case(
-                    teacher.registry, teacher.work, source, spacing_mm=teacher.spacing_mm,
+                    teacher.registry, teacher.scope.work, source, spacing_mm=teacher.spacing_mm,
                     storage=teacher.config.storage, dry_run=dry_run, warn=log.remark,
                 )  # fmt: skip
                 found.append(indexed)
@@ -324,7 +314,9 @@ def _is_swallowed(teacher: _Teacher, case: IndexedCase) -> bool:
     """Whether the teacher's grid leaves nothing of an organ that the label shows: the case would
     teach that it is absent. A case that a dry run does not make is not known to."""
     try:
-        receipt = read_receipt(case_path(teacher.work, case), expect=case.digest, objects=False)
+        receipt = read_receipt(
+            case_path(teacher.scope.work, case), expect=case.digest, objects=False
+        )
     except CacheError:
         return False
     lost = [organ for organ in teacher.space.organs if organ in receipt.swallowed]

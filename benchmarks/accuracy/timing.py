@@ -20,7 +20,7 @@ from pipeline.data.registry import load_registry
 from pipeline.log import Log
 from pipeline.student.inputs import open_inputs
 from pipeline.student.resume import RunFolder
-from pipeline.student.speed import Execution
+from pipeline.student.speed import TrainingExecution
 from pipeline.student.training import train
 from stages.compare.plan import StepClock
 
@@ -72,7 +72,7 @@ def _measure(kinds: Sequence[Configuration], job: Path, log: Log) -> Mapping[str
                         kind.training.model_copy(update={"steps": _WARM_UP + STEPS}),
                         replace(inputs, validation=()),
                         RunFolder(Path(temporary), pictures=False),
-                        Execution(device="cpu"),
+                        TrainingExecution(device="cpu"),
                         clock,
                     )  # fmt: skip
                 times = clock.times[_WARM_UP - 1 :]

@@ -101,16 +101,15 @@ def train_teachers(
     quiet: QuietOption = False,
 ) -> None:
     """Train one network per organ from its own dataset, for those who have none."""
-    from pipeline.student.speed import Execution, SpeedFlags
+    from pipeline.student.speed import SpeedFlags, TrainingExecution
     from stages import train_teachers as stage
+    from stages.report import Scope
 
-    settings, known = open_settings(config, stage.TrainTeachersConfig), open_registry(registry)
+    settings = open_settings(config, stage.TrainTeachersConfig)
+    scope = Scope(open_registry(registry), work, open_log(quiet, work, dry_run))
     flags = SpeedFlags(precision, channels_last, compile_)
-    execution = Execution(device, workers, flags, logger or (), checkpoint_minutes)
-    if only is not None:
-        known = stage.one_teacher(known, only)
-    log = open_log(quiet, work, dry_run)
-    end(stage.run(settings, known, work, execution, log=log, dry_run=dry_run))
+    execution = TrainingExecution(device, workers, flags, logger or (), checkpoint_minutes)
+    end(stage.run(settings, scope, execution, only=only, dry_run=dry_run))
 
 
 @app.command("train-student")
@@ -138,13 +137,16 @@ def train_student(
     from pipeline.cli.record import note_silence
     from pipeline.cli.self_test import refuse_without_self_test, run_self_test
     from pipeline.student.processes import launched
-    from pipeline.student.speed import Execution, SpeedFlags
+    from pipeline.student.speed import SpeedFlags, TrainingExecution
     from stages import train_student as stage
+    from stages.report import Scope
 
     if not (is_first := launched().is_first):
         note_silence()
     flags = SpeedFlags(precision, channels_last, compile_)
-    execution = Execution(device, workers, flags, logger or (), checkpoint_minutes, stage_to)
+    execution = TrainingExecution(
+        device, workers, flags, logger or (), checkpoint_minutes, stage_to
+    )
     if self_test:
         run_self_test(
             registry, config, work, execution,
@@ -155,8 +157,8 @@ def train_student(
     settings = open_settings(config, stage.TrainStudentConfig)
     if allow_missing:
         settings = settings.model_copy(update={"allow_missing": True})
-    known, log = open_registry(registry, files=False), open_log(quiet, work, dry_run)
-    report = stage.run(settings, known, work, execution, log=log, dry_run=dry_run)
+    scope = Scope(open_registry(registry, files=False), work, open_log(quiet, work, dry_run))
+    report = stage.run(settings, scope, execution, dry_run=dry_run)
     if not is_first:
         raise typer.Exit(report.exit_code)
     end(report)

@@ -29,12 +29,12 @@ from pipeline.figures import hex_colour, save_overlay
 from pipeline.folder import refuse_foreign, replace_file, writing
 from pipeline.log import Log, print_table
 from pipeline.review.metrics import organ_means, overall_means
-from pipeline.student.speed import Execution
+from pipeline.student.speed import TrainingExecution
 from stages import cache_teachers, evaluate, predict, train_teachers
 from stages.compare.plan import Settings, load_configurations, plan_comparison
 from stages.compare.results import Results, print_results, write_results
 from stages.compare.run import compare
-from stages.report import StageReport
+from stages.report import Scope, StageReport
 
 _TITLES = {
     "ms_kd": "student: ms_kd (teachers' log-odds and features)",
@@ -126,7 +126,7 @@ def fill_demo_cache(folder: Path, *, quick: bool, log: Log) -> tuple[Registry, S
     _done(generate_phantoms(load_registry(registry_path, files=False), log), log)
     registry = load_registry(registry_path)
     teach = load_config(folder / "train_teachers.yaml", train_teachers.TrainTeachersConfig)
-    _done(train_teachers.run(teach, registry, work, Execution(), log=log), log)
+    _done(train_teachers.run(teach, Scope(registry, work, log), TrainingExecution()), log)
     store = load_config(folder / "cache_teachers.yaml", cache_teachers.CacheTeachersConfig)
     cached = cache_teachers.run(store, registry, work, log=log, window_batch=4, tables=False)
     _done(cached, log)

@@ -40,7 +40,7 @@ from pipeline.student.dataset import forks_of_a_server
 from pipeline.student.inputs import open_inputs
 from pipeline.student.processes import Silent
 from pipeline.student.resume import RunFolder
-from pipeline.student.speed import Execution
+from pipeline.student.speed import TrainingExecution
 from pipeline.student.training import train
 from stages.train_student import TrainStudentConfig
 
@@ -63,7 +63,7 @@ class Setup:
     config: TrainStudentConfig
     registry: Path
     work: str
-    execution: Execution
+    execution: TrainingExecution
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def run_self_test(
     registry: Path,
     config: Path | None,
     work: Folder,
-    execution: Execution,
+    execution: TrainingExecution,
     *,
     allow_missing: bool,
     steps: int | None,

@@ -49,7 +49,7 @@ class SpeedFlags:
 
 
 @dataclass(frozen=True)
-class Execution:
+class TrainingExecution:
     """Where and how a training runs; no part of its digest.
 
     Attributes:

@@ -26,7 +26,7 @@ from pipeline.student.network import StudentNetwork, seeded_network
 from pipeline.student.processes import ALONE, Processes
 from pipeline.student.resume import RunFolder, TrainingState, stop_signals
 from pipeline.student.settings import TrainingConfig, build_optimiser
-from pipeline.student.speed import Execution, Speed
+from pipeline.student.speed import Speed, TrainingExecution
 from pipeline.student.supervision import Batch, batch_loss
 
 
@@ -66,7 +66,7 @@ def train(
     config: TrainingConfig,
     inputs: TrainingInputs,
     run: RunFolder,
-    execution: Execution,
+    execution: TrainingExecution,
     log: Log,
     processes: Processes = ALONE,
 ) -> Trained:
@@ -129,7 +129,7 @@ def train(
 def _begin(
     config: TrainingConfig,
     inputs: TrainingInputs,
-    execution: Execution,
+    execution: TrainingExecution,
     log: Log,
     processes: Processes,
 ) -> tuple[TrainingState, PatchDataset]:

@@ -28,7 +28,7 @@ from pipeline.student.inputs import TrainingInputs, check_same_units, open_input
 from pipeline.student.network import build_student
 from pipeline.student.resume import RunFolder
 from pipeline.student.settings import TrainingConfig, run_digest
-from pipeline.student.speed import Execution, SpeedFlags
+from pipeline.student.speed import SpeedFlags, TrainingExecution
 from pipeline.student.staging import staged_inputs
 from pipeline.student.training import train
 from stages.compare.scoring import organs_without_cases
@@ -561,7 +561,7 @@ def _probe(
             config.training.model_copy(update={"steps": steps}),
             replace(inputs, validation=()),
             RunFolder(Path(folder)),
-            Execution(str(device), workers, flags or SpeedFlags()),
+            TrainingExecution(str(device), workers, flags or SpeedFlags()),
             clock,
         )
     return (clock.times[-1] - clock.times[warm - 1]) / MEASURED_STEPS

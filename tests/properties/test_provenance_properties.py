@@ -26,7 +26,7 @@ from pipeline.data.registry import Registry, load_registry
 from pipeline.networks.by_name import NetworkConfig
 from pipeline.networks.windows import WindowConfig
 from pipeline.student.settings import TrainingConfig, run_digest
-from pipeline.student.speed import Execution
+from pipeline.student.speed import TrainingExecution
 from pipeline.teachers.units import open_teacher
 from stages import cache_teachers, train_student
 from tests.stages.stage_contract import content
@@ -424,8 +424,11 @@ def test_a_stages_flags_are_its_settings_or_speed() -> None:
     """A new flag must be tried below, or be one that says what is done and not how."""
     caching = set(inspect.signature(cache_teachers.run).parameters) - OF_THE_RUN - ELSEWHERE
     assert caching == {"device", "window_batch", "overlap"}
-    assert set(inspect.signature(train_student.run).parameters) - OF_THE_RUN == {"execution"}
-    execution = {field.name for field in fields(Execution)}
+    assert set(inspect.signature(train_student.run).parameters) - OF_THE_RUN == {
+        "scope",
+        "execution",
+    }
+    execution = {field.name for field in fields(TrainingExecution)}
     training = execution - OF_THE_RUN - ELSEWHERE
     assert training == {"device", "workers", "checkpoint_minutes", "stage_to", "pool_bytes"}
     # A run's digest is of the configuration and of the digests of what it reads.

@@ -24,10 +24,10 @@ from pipeline.errors import CacheMissing, CacheStale, CheckpointError, ConfigErr
 from pipeline.log import Log
 from pipeline.student import training
 from pipeline.student.checkpoint import load_student
-from pipeline.student.speed import Execution
+from pipeline.student.speed import TrainingExecution
 from pipeline.student.supervision import Kind
 from stages import train_student
-from stages.report import StageReport
+from stages.report import Scope, StageReport
 from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import ROOT, StageContract, snapshot
 from tests.tiny import ORGANS, TAP, change_registry, fill_cache, training_settings, work_of
@@ -90,10 +90,8 @@ def run(
 ) -> StageReport:
     return train_student.run(
         config or settings(),
-        load_registry(registry, files=False),
-        work_of(registry),
-        Execution(device="cpu"),
-        log=log or Log(quiet=True),
+        Scope(load_registry(registry, files=False), work_of(registry), log or Log(quiet=True)),
+        TrainingExecution(device="cpu"),
         dry_run=dry_run,
     )
 

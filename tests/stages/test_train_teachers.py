@@ -16,10 +16,10 @@ from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError, RegistryError, Stopped, TeacherError
 from pipeline.log import Log
 from pipeline.student import training
-from pipeline.student.speed import Execution
+from pipeline.student.speed import TrainingExecution
 from pipeline.teachers.checkpoint import read_teacher
 from stages import train_teachers
-from stages.report import StageReport
+from stages.report import Scope, StageReport
 from tests.stages.stage_contract import StageContract, snapshot
 from tests.tiny import (
     NETWORK,
@@ -37,13 +37,12 @@ def config(**changes: Any) -> train_teachers.TrainTeachersConfig:
 
 
 def run(registry: Path, *, dry_run: bool = False, **changes: Any) -> StageReport:
-    only, known = changes.pop("only", None), load_registry(registry)
+    only = changes.pop("only", None)
     return train_teachers.run(
         config(**changes),
-        known if only is None else train_teachers.one_teacher(known, only),
-        work_of(registry),
-        Execution(device="cpu"),
-        log=Log(quiet=True),
+        Scope(load_registry(registry), work_of(registry), Log(quiet=True)),
+        TrainingExecution(device="cpu"),
+        only=only,
         dry_run=dry_run,
     )
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from pipeline.cli import app as cli
 from pipeline.errors import CacheMissing, ConfigError, PipelineError
 from pipeline.log import Log
-from pipeline.student.speed import Execution, SpeedFlags
-from stages.report import StageReport
+from pipeline.student.speed import SpeedFlags, TrainingExecution
+from stages.report import Scope, StageReport
 from tests.tiny import cache_config, change_registry, work_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -266,9 +266,9 @@ class TestEnd:
         seen: dict[str, object] = {}
 
         def remember(
-            config: object, registry: object, work: object, execution: Execution, **options: object
+            config: object, scope: Scope, execution: TrainingExecution, **options: object
         ) -> object:
-            seen.update(options, **vars(execution), work=work)
+            seen.update(options, **vars(execution), work=scope.work, log=scope.log)
             return StageReport("train-student")
 
         monkeypatch.setattr(cli, "open_registry", lambda *a, **k: None)

@@ -26,7 +26,7 @@ from pipeline.errors import CacheMissing, PipelineError
 from pipeline.log import Log
 from pipeline.student import resume, training
 from pipeline.student.resume import RunFolder
-from pipeline.student.speed import Execution
+from pipeline.student.speed import TrainingExecution
 from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import snapshot
 from tests.tiny import NETWORK, TAP, training_settings, work_of
@@ -45,7 +45,7 @@ def setup(built_cache: Path) -> Setup:
         supervision={"features": {"student_taps": [TAP]}},
     )
     config = TrainStudentConfig.model_validate({"training": values})
-    return Setup(config, built_cache, str(work_of(built_cache)), Execution("cpu"))
+    return Setup(config, built_cache, str(work_of(built_cache)), TrainingExecution("cpu"))
 
 
 def without_random_state(attempt: Attempt) -> None:
@@ -78,7 +78,7 @@ def with_another_batch(attempt: Attempt) -> None:
 
 def failing(attempt: Attempt) -> None:
     train_until_killed(
-        replace(attempt, setup=replace(attempt.setup, execution=Execution("cuda:99")))
+        replace(attempt, setup=replace(attempt.setup, execution=TrainingExecution("cuda:99")))
     )
 
 

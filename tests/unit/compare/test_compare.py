@@ -417,7 +417,7 @@ def test_flags_of_speed_reach_every_run(tiny_cached: Path, monkeypatch: pytest.M
     real, seen, flags = train_student.run, [], SpeedFlags(channels_last=True)
 
     def spy(*arguments: Any, **options: Any) -> Any:
-        seen.append(arguments[3].flags)
+        seen.append(arguments[2].flags)
         return real(*arguments, **options)
 
     monkeypatch.setattr(train_student, "run", spy)

@@ -31,7 +31,7 @@ from pipeline.student.network import CachedTap
 from pipeline.student.processes import ALONE, Processes, joined
 from pipeline.student.resume import RunFolder
 from pipeline.student.settings import TrainingConfig
-from pipeline.student.speed import Execution
+from pipeline.student.speed import TrainingExecution
 from pipeline.student.training import Trained, train
 from tests.tiny import NETWORK
 from tests.unit.student.coded import CHANNELS, SPACE, STRIDE, TAP, write_case
@@ -118,7 +118,7 @@ def start(scenario: Scenario, processes: Processes = ALONE) -> Trained:
         settings(scenario.dropout, scenario.sgd),
         TrainingInputs(found, found, SPACE, {}, {TAP: CachedTap(CHANNELS, STRIDE, (0,))}),
         RunFolder(Path(scenario.folder), pictures=False),
-        Execution(device="cpu", checkpoint_minutes=0.0 if scenario.every_step else 1e9),
+        TrainingExecution(device="cpu", checkpoint_minutes=0.0 if scenario.every_step else 1e9),
         Log(quiet=True),
         processes,
     )

@@ -28,7 +28,7 @@ from pipeline.student.network import CachedTap
 from pipeline.student.progress import without_timing
 from pipeline.student.resume import RunFolder, stop_signals
 from pipeline.student.settings import OptimiserConfig, TrainingConfig, run_digest
-from pipeline.student.speed import Execution, SpeedFlags
+from pipeline.student.speed import SpeedFlags, TrainingExecution
 from pipeline.student.training import Trained, train
 from tests.tiny import NETWORK
 from tests.unit.student.coded import CHANNELS, SPACE, STRIDE, TAP, write_case
@@ -97,7 +97,7 @@ def start(
         config or settings(features=features),
         TrainingInputs(found, found[:1], SPACE, inputs, taps),
         run,
-        Execution("cpu", workers, flags or SpeedFlags(), checkpoint_minutes=minutes),
+        TrainingExecution("cpu", workers, flags or SpeedFlags(), checkpoint_minutes=minutes),
         log or Log(quiet=True),
     )
 
@@ -472,7 +472,7 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="no case to train on"):
             train(
                 settings(), TrainingInputs([], [], SPACE, {}), RunFolder(tmp_path),
-                Execution(device="cpu"), Log(quiet=True),
+                TrainingExecution(device="cpu"), Log(quiet=True),
             )  # fmt: skip
         assert list(tmp_path.iterdir()) == []
 
