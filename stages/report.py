@@ -1,14 +1,36 @@
-"""What a stage did, for people, machines and the exit code."""
+"""What a stage works on, and what it did: for people, machines and the exit code."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.data.registry import Registry
 from pipeline.errors import PipelineError, kind_of
+from pipeline.folder import Folder
+from pipeline.log import Log
 
 _APART = 3  # failures alike that are named one by one
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a stage works on, where to, and who hears of it.
+
+    Attributes:
+        registry: read with its files.
+        work: the work folder.
+        log: where progress goes.
+        tables: also print tables of results.
+    """
+
+    registry: Registry
+    work: Folder
+    log: Log
+    tables: bool = True
 
 
 @dataclass
@@ -51,6 +73,15 @@ class StageReport:
         if not codes:
             return 0
         return 2 if codes == {2} else 1
+
+    @contextmanager
+    def timed(self) -> Iterator[StageReport]:
+        """`seconds` are those of the block."""
+        began = time.monotonic()
+        try:
+            yield self
+        finally:
+            self.seconds = time.monotonic() - began
 
     def failures(self) -> list[tuple[str, Exception]]:
         """Which units failed, and why; many that failed alike are named together."""
