@@ -444,8 +444,9 @@ def fill(template: str, values: Mapping[str, str]) -> str:
             return _JINJA.from_string(parsed).render(values)
     except Exception as error:  # what an expression raises is of any kind
         line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        why = str(getattr(error, "message", error)).rstrip(".")
         raise ConfigError(
-            f"double braces cannot be filled in{line} ({getattr(error, 'message', error)}).",
+            f"double braces cannot be filled in{line} ({why}).",
             where=where,
             fix=f"Write a name between them. {there}",
         ) from error
