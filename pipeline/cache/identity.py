@@ -36,11 +36,18 @@ from pipeline.data.entries import CaseFiles
 from pipeline.data.registry import Registry, load_registry
 from pipeline.data.splits import SPLITS
 from pipeline.data.weights import digest_of, stamp_weights
-from pipeline.errors import CacheMissing, CacheStale, PipelineError, TeacherError, WorkFolderError
+from pipeline.errors import (
+    CacheMissing,
+    CacheStale,
+    PipelineError,
+    TeacherError,
+    WorkFolderError,
+    listed,
+)
 from pipeline.folder import Folder, is_local, matching, remove
 from pipeline.log import Log
 
-_NAMED, _SEEN_NAMED = 3, 5
+_NAMED = 3
 
 
 def read_dataset(
@@ -290,10 +297,9 @@ def held_out_since(registry: Registry, work: Folder, files: Sequence[CaseFiles])
     seen = [case.name for case in held_out if case.name in trained]
     if not seen:
         return ""
-    more = f" and {len(seen) - _SEEN_NAMED} more" if len(seen) > _SEEN_NAMED else ""
     return (
         "these validation and test cases were training cases when this work folder was filled "
-        f"before: {', '.join(seen[:_SEEN_NAMED])}{more}. What was trained then has seen them: "
+        f"before: {listed(seen)}. What was trained then has seen them: "
         "train it again, or keep the splits of then (docs/registry.md, Registries from before)."
     )
 
