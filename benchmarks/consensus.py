@@ -258,9 +258,10 @@ def measure_step(case: CachedCase, steps: int) -> dict[str, float]:
     import torch
     from torch.utils.data import default_collate
 
-    from pipeline.student.dataset import patches_of, to_batch
+    from pipeline.student.dataset import PatchDataset, to_batch
+    from pipeline.student.inputs import TrainingInputs
     from pipeline.student.network import seeded_network
-    from pipeline.student.processes import ALONE
+    from pipeline.student.resume import TrainingState
     from pipeline.student.settings import TrainingConfig, build_optimiser
     from pipeline.student.speed import Speed
     from pipeline.student.training import make_step
@@ -274,9 +275,11 @@ def measure_step(case: CachedCase, steps: int) -> dict[str, float]:
             "supervision": {"features": {"weight": 0.0}},
         }
     )
-    network = seeded_network(config.network, len(ORGANS), seed=0, patch=config.patch)
+    network = seeded_network(config, len(ORGANS))
     optimiser = build_optimiser(config.optimiser, network)
-    data = patches_of(config, SPACE, [case], network, None, POOL_BYTES // 1_000_000, ALONE)
+    inputs = TrainingInputs([case], [], SPACE, {})
+    state = TrainingState(config, inputs, network, optimiser, Speed())
+    data = PatchDataset(config, inputs, pool_bytes=POOL_BYTES)
     ways = {READING: reading(case), DIRECT: direct(case), OURS: ours(case)}
     rng, shape = np.random.default_rng(3), case.case.array("image").shape
     taken: dict[str, list[float]] = {name: [] for name in ("step", *ways)}
@@ -285,7 +288,7 @@ def measure_step(case: CachedCase, steps: int) -> dict[str, float]:
         def make(step: int = step) -> None:
             samples = [data[step * DEMO_BATCH + n] for n in range(DEMO_BATCH)]
             batch = to_batch(default_collate(samples), [], torch.device("cpu"))
-            make_step(config, network, optimiser, batch, Speed(), ALONE, step)
+            make_step(state, batch, step)
 
         taken["step"].append(timed(make)[1])
         patches = [draw(rng, shape, DEMO_PATCH) for _ in range(DEMO_BATCH)]

@@ -24,6 +24,7 @@ from pipeline.data.registry import load_registry
 from pipeline.engine.here import Execution
 from pipeline.log import Log, print_table
 from pipeline.review.metrics import organ_means
+from pipeline.student.speed import TrainingExecution
 from stages import cache_teachers, evaluate, predict, train_student
 from stages.report import Scope
 
@@ -66,9 +67,8 @@ def one_seed(folder: Path, seed: int) -> dict[str, Any]:
     settings["training"] |= {"supervision": {"kind": "full"}, "seed": seed}
     config = folder / "train_student_full.yaml"
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    train_student.run(
-        load_config(config, train_student.TrainStudentConfig), registry, work, log=log
-    )
+    full = load_config(config, train_student.TrainStudentConfig)
+    train_student.run(full, Scope(registry, work, log), TrainingExecution())
     cases = [c for d in registry.datasets for c in registry.cases(d) if c.split == "test"]
     output = folder / "predictions"
     predict.run(

@@ -12,6 +12,7 @@ from pipeline.config import load_config
 from pipeline.data.registry import Registry, load_registry
 from pipeline.engine.here import Execution
 from pipeline.log import Log
+from pipeline.student.speed import TrainingExecution
 from stages import cache_teachers, train_teachers
 from stages.report import Scope
 
@@ -43,7 +44,7 @@ def cached_cohort(folder: Path, spacing_mm: Sequence[float] = DEMO_MM) -> Regist
     assert tuple(registry.grid.spacing_mm) == tuple(spacing_mm), "name another folder"
     teachers = train_teachers.run(
         load_config(folder / "train_teachers.yaml", train_teachers.TrainTeachersConfig),
-        registry, folder / "work", log=log, device="cpu",
+        Scope(registry, folder / "work", log), TrainingExecution(device="cpu"),
     )  # fmt: skip
     assert teachers.exit_code == 0, teachers.failed
     cached = cache_teachers.run(

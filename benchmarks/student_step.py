@@ -42,10 +42,10 @@ from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import Registry
 from pipeline.log import Log, print_table
 from pipeline.networks.by_name import NetworkConfig, build_network, pick_device
-from pipeline.student.dataset import loaded_batches, patches_of, to_batch
-from pipeline.student.inputs import cached_taps
+from pipeline.student.dataset import PatchDataset, loaded_batches, to_batch
+from pipeline.student.inputs import TrainingInputs, cached_taps
 from pipeline.student.network import StudentNetwork, seeded_network
-from pipeline.student.processes import ALONE
+from pipeline.student.resume import TrainingState
 from pipeline.student.settings import TrainingConfig, build_optimiser
 from pipeline.student.speed import Speed, SpeedFlags
 from pipeline.student.supervision import Batch
@@ -135,16 +135,14 @@ class Bench:
     ) -> Callable[[], dict[str, float]]:
         teachers = Teachers(self.registry, wider, self.device) if wider else None
         config = self._config(kind, features)
-        network = seeded_network(
-            config.network, len(self.space.organs), seed=0, patch=config.patch,
-            taps=(self.tap,) if features else (),
-            cached=cached_taps(self.cases, self.space) if features else {},
-            deep_supervision=config.deep_supervision,
-        ).to(self.device).train()  # fmt: skip
+        taps = cached_taps(self.cases, self.space) if features else {}
+        network = seeded_network(config, len(self.space.organs), taps).to(self.device).train()
         optimiser = build_optimiser(config.optimiser, network)
         speed = Speed(SpeedFlags(self.arguments.precision), self.device)
         speed.prepare(network, network.network, Log(quiet=True))
         batches = self._batches(stack, config, network, workers, in_memory, teachers)
+        inputs = TrainingInputs(self.cases, [], self.space, {}, network.cached)
+        state = TrainingState(config, inputs, network, optimiser, speed)
         count = iter(range(config.steps))
 
         def one() -> float:
@@ -154,7 +152,7 @@ class Bench:
             if teachers is not None:
                 with speed.autocast():
                     batch = teachers.asked(batch)
-            make_step(config, network, optimiser, batch, speed, ALONE, next(count))
+            make_step(state, batch, next(count))
             return waited
 
         def block() -> dict[str, float]:
@@ -188,8 +186,9 @@ class Bench:
     ) -> Iterator[Batch]:
         # Online, nothing of the teachers is read: what they say is computed.
         reads = self._config("marginal", features=False) if teachers is not None else config
-        data = patches_of(reads, self.space, self.cases, network, None, 512, ALONE)
-        loader = stack.enter_context(loaded_batches(data, 0, reads, workers, ALONE))
+        inputs = TrainingInputs(self.cases, [], self.space, {}, network.cached)
+        data = PatchDataset(reads, inputs, pool_bytes=512_000_000)
+        loader = stack.enter_context(loaded_batches(data, 0, workers))
         taps = list(network.cached)
 
         def loaded() -> Iterator[Batch]:

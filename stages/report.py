@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +73,15 @@ class StageReport:
         if not codes:
             return 0
         return 2 if codes == {2} else 1
+
+    @contextmanager
+    def timed(self) -> Iterator[StageReport]:
+        """`seconds` are those of the block."""
+        began = time.monotonic()
+        try:
+            yield self
+        finally:
+            self.seconds = time.monotonic() - began
 
     def failures(self) -> list[tuple[str, Exception]]:
         """Which units failed, and why; many that failed alike are named together."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from pydantic import Field
@@ -15,29 +13,19 @@ from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.config import Config
 from pipeline.config import digest as digest_of
 from pipeline.data.registry import Registry
-from pipeline.errors import CheckpointError, Stopped
-from pipeline.folder import (
-    Folder,
-    contains,
-    json_with,
-    matching,
-    mirrored,
-    read_text,
-    refuse_foreign,
-)
-from pipeline.log import Log
-from pipeline.networks.by_name import pick_device
+from pipeline.errors import CheckpointError
+from pipeline.folder import Folder, contains, json_with, matching, read_text, refuse_foreign
 from pipeline.student.augment import check_sides
-from pipeline.student.checkpoint import StudentRecord, load_student, save_student
-from pipeline.student.inputs import check_same_units, open_inputs
-from pipeline.student.loggers import RunLogger, open_loggers
+from pipeline.student.checkpoint import StudentRecord, load_student
+from pipeline.student.inputs import TrainingInputs, check_same_units, open_inputs
 from pipeline.student.processes import Processes, joined
-from pipeline.student.progress import tell_validations
+from pipeline.student.progress import show_validations
+from pipeline.student.resume import RunFolder, open_run
 from pipeline.student.settings import TrainingConfig, run_digest
-from pipeline.student.speed import SpeedFlags, check_device
+from pipeline.student.speed import TrainingExecution
 from pipeline.student.staging import staged_inputs
-from pipeline.student.training import train
-from stages.report import StageReport
+from pipeline.student.training import Trained, train
+from stages.report import Scope, StageReport
 
 # Students first.
 _WRITTEN = (
@@ -66,19 +54,7 @@ class TrainStudentConfig(Config):
 
 
 def run(
-    config: TrainStudentConfig,
-    registry: Registry,
-    work: Folder,
-    *,
-    log: Log,
-    device: str = "auto",
-    workers: int = 0,
-    checkpoint_minutes: float = 10.0,
-    loggers: Sequence[str] = (),
-    allow_missing: bool = False,
-    flags: SpeedFlags | None = None,
-    stage_to: Path | None = None,
-    dry_run: bool = False,
+    config: TrainStudentConfig, scope: Scope, execution: TrainingExecution, *, dry_run: bool = False
 ) -> StageReport:
     """Trains the student, or goes on training it; a finished run does nothing.
 
@@ -87,17 +63,8 @@ def run(
 
     Args:
         config: what changes numbers, and the run's name.
-        registry: read without its files.
-        work: the work folder that stage one filled.
-        log: where progress goes.
-        device: auto, cpu, cuda, cuda:1.
-        workers: loader processes.
-        checkpoint_minutes: at most so much work is lost to a kill.
-        loggers: names of loggers that are told beside metrics.jsonl.
-        allow_missing: train with the cases and units that exist, as `config.allow_missing` does.
-        flags: precision, memory format, compiling.
-        stage_to: folder on the machine's own disk that is read from instead of the cache; see
-            `pipeline.student.staging`.
+        scope: the registry may be read without its files; stage one filled the work folder.
+        execution: where and how; changes speed and rounding.
         dry_run: say what would be done, write nothing.
 
     Raises:
@@ -108,122 +75,71 @@ def run(
         CheckpointError: the run was started with other settings, or with other units, or its
             folder holds another student.
     """
-    began = time.monotonic()
-    others = open_loggers(loggers)
+    registry, work = scope.registry, scope.work
+    execution.check()
     check_sides(config.training.augment, registry.label_space)
-    check_device(flags, pick_device(device))
-    with joined() as processes:
-        report = _run(
-            config, registry, work,
-            log=processes.log(log), device=device, workers=workers,
-            checkpoint_minutes=checkpoint_minutes, loggers=others,
-            allow_missing=allow_missing or config.allow_missing, flags=flags, stage_to=stage_to,
-            dry_run=dry_run, processes=processes,
-        )  # fmt: skip
-    report.seconds = time.monotonic() - began
-    return report
-
-
-def _run(
-    config: TrainStudentConfig,
-    registry: Registry,
-    work: Folder,
-    *,
-    log: Log,
-    device: str,
-    workers: int,
-    checkpoint_minutes: float,
-    loggers: Sequence[RunLogger],
-    allow_missing: bool,
-    flags: SpeedFlags | None,
-    stage_to: Path | None,
-    dry_run: bool,
-    processes: Processes,
-) -> StageReport:
-    """In each process; the first alone writes."""
-    report = StageReport("train-student")
-    supervision = config.training.supervision
-    found = processes.together(
-        lambda: open_inputs(supervision, registry, work, allow_missing=allow_missing, log=log)
-    )
-    inputs = processes.same(found.identity, "the cache")
-    processes.same([config.model_dump(mode="json"), asdict(flags or SpeedFlags())], "the settings")
-    folder = work / "students" / config.run
-    digest = run_digest(config.training, inputs)
-    for name in inputs.get("missing_cases", ()):
-        report.warnings[name] = ["it is not in the cache, and was left out."]
-    if processes.from_first(lambda: is_finished(folder, digest)):
-        report.skipped.append(config.run)
-        log.info(f"{folder} is finished already")
-        return report
-    processes.from_first(lambda: check_same_units(folder, inputs))
-    processes.from_first(lambda: check_own_files(folder, digest))
-    log.info(
-        f"{config.run}: {supervision.kind}, {len(found.training)} training and "
-        f"{len(found.validation)} validation cases, {config.training.steps} steps"
-        f"{f' in {processes.size} processes' if processes.size > 1 else ''} -> {folder}"
-    )
-    if dry_run:
-        report.done.append(config.run)
-        return report
-    processes.from_first(lambda: prepare_work_folder(work))
-    found = staged_inputs(found, stage_to, log=log, processes=processes)
-
-    def student(step: int, scores: Mapping[str, float | None]) -> StudentRecord:
-        return _record(config, registry, inputs, digest, step, scores)
-
-    # The others write nothing, and name the folder in errors alone.
-    place = mirrored(folder) if processes.is_first else nullcontext((Path(str(folder)), None))
-    with place as (local, keep):
-        trained = train(
-            config.training,
-            registry.label_space,
-            found.training,
-            found.validation,
-            local,
-            taps=found.taps,
-            inputs=inputs,
-            log=log,
-            device=processes.device(pick_device(device)),
-            temperatures=found.temperatures,
-            workers=workers,
-            checkpoint_minutes=checkpoint_minutes,
-            processes=processes,
-            saved=keep,
-            keep_best=lambda network, step, scores: save_student(
-                local / "best.pt", student(step, scores), network
-            ),
-            name=config.run,
-            loggers=loggers,
-            flags=flags,
+    with StageReport("train-student").timed() as report, joined() as processes:
+        log = processes.log(scope.log)
+        supervision, allowed = config.training.supervision, config.allow_missing
+        inputs = processes.together(
+            lambda: open_inputs(supervision, registry, work, allow_missing=allowed, log=log)
         )
-
-        def finish() -> None:
-            record = student(trained.step, trained.validation_dice)
-            save_student(local / "student.pt", record, trained.network.network)
-            write_json(local / "finished.json", {"run_digest": digest, "steps": trained.step})
-            if keep is not None:
-                keep()
-            tell_validations(log, local / "metrics.jsonl", folder)
-
+        processes.same(inputs.identity, "the cache")
+        flags = asdict(execution.flags)
+        processes.same([config.model_dump(mode="json"), flags], "the settings")
+        folder = work / "students" / config.run
+        digest = run_digest(config.training, inputs.identity)
+        for name in inputs.identity.get("missing_cases", ()):
+            report.warnings[name] = ["it is not in the cache, and was left out."]
+        if processes.from_first(lambda: is_finished(folder, digest)):
+            log.info(f"{folder} is finished already")
+            report.skipped.append(config.run)
+            return report
+        processes.from_first(lambda: check_same_units(folder, inputs.identity))
+        processes.from_first(lambda: check_own_files(folder, digest))
+        log.info(f"{config.run}: {_in_words(config, inputs, processes)} -> {folder}")
+        if dry_run:
+            report.done.append(config.run)
+            return report
+        processes.from_first(lambda: prepare_work_folder(work))
+        inputs = staged_inputs(inputs, execution.stage_to, log=log, processes=processes)
+        record = partial(_record, config, registry, inputs.identity)
+        with open_run(folder, processes, name=config.run, record=record) as files:
+            trained = train(config.training, inputs, files, execution, log, processes)
+            if trained.finished:
+                processes.from_first(lambda: _finish(files, trained, digest))
+                show_validations(log, files.path / "metrics.jsonl", folder)
         if trained.finished:
-            processes.from_first(finish)
-    report.signalled = trained.signalled
-    if trained.finished:
-        report.done.append(config.run)
-    else:
-        report.failed[config.run] = Stopped(
-            f"stopped at step {trained.step} of {config.training.steps}.",
-            where=folder,
-            fix="Run the same command again: it goes on from there.",
-        )
-    report.details = {
+            report.done.append(config.run)
+        else:
+            report.failed[config.run] = trained.stopped(folder)
+        report.signalled = trained.signalled
+        report.details = _details(config, trained)
+        return report
+
+
+def _in_words(config: TrainStudentConfig, inputs: TrainingInputs, processes: Processes) -> str:
+    several = f" in {processes.size} processes" if processes.size > 1 else ""
+    return (
+        f"{config.training.supervision.kind}, {len(inputs.training)} training and "
+        f"{len(inputs.validation)} validation cases, {config.training.steps} steps{several}"
+    )
+
+
+def _finish(files: RunFolder, trained: Trained, digest: str) -> None:
+    """The marker is written last."""
+    files.save_student("student.pt", trained.network.network, trained.step, trained.validation_dice)
+    write_json(files.path / "finished.json", {"run_digest": digest, "steps": trained.step})
+    files.saved()
+
+
+def _details(config: TrainStudentConfig, trained: Trained) -> dict[str, Any]:
+    return {
         "run": config.run,
         "steps": trained.step,
         "finished": trained.finished,
         "validation_dice": dict(trained.validation_dice),
     }
-    return report
 
 
 def is_finished(folder: Folder, digest: str) -> bool:
@@ -275,8 +191,7 @@ def _is_of_run(path: Folder, digest: str) -> bool:
 def _record(
     config: TrainStudentConfig,
     registry: Registry,
-    inputs: Mapping[str, Any],
-    digest: str,
+    identity: Mapping[str, Any],
     step: int,
     scores: Mapping[str, float | None],
 ) -> StudentRecord:
@@ -292,7 +207,7 @@ def _record(
         seed=training.seed,
         supervision=training.supervision.model_dump(mode="json"),
         validation_dice=dict(scores),
-        teachers=dict(inputs["teachers"]),
-        trained_on=tuple(inputs["cases"]),
-        run_digest=digest,
+        teachers=dict(identity["teachers"]),
+        trained_on=tuple(identity["cases"]),
+        run_digest=run_digest(training, identity),
     )

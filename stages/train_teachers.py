@@ -6,8 +6,8 @@ A teacher is trained as a student of one organ with full labels: the same loop, 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,20 @@ from pipeline.errors import (
     TeacherError,
     named,
 )
-from pipeline.folder import Folder, mirrored
 from pipeline.log import Log
-from pipeline.networks.by_name import pick_device
 from pipeline.student.augment import check_sides
-from pipeline.student.loggers import RunLogger, open_loggers
+from pipeline.student.inputs import TrainingInputs
 from pipeline.student.processes import refuse_several
-from pipeline.student.progress import tell_validations
+from pipeline.student.progress import show_validations
+from pipeline.student.resume import open_run
 from pipeline.student.settings import TrainingConfig, run_digest
-from pipeline.student.speed import SpeedFlags, check_device
+from pipeline.student.speed import TrainingExecution
 from pipeline.student.supervision import SupervisionConfig
 from pipeline.student.training import Trained, train
 from pipeline.teachers.checkpoint import TeacherRecord, read_teacher, save_teacher
-from stages.report import StageReport
+from stages.report import Scope, StageReport
+
+_SPLITS = ("train", "validation")
 
 
 def _full() -> TrainingConfig:
@@ -71,15 +72,9 @@ class TrainTeachersConfig(Config):
 
 def run(
     config: TrainTeachersConfig,
-    registry: Registry,
-    work: Folder,
+    scope: Scope,
+    execution: TrainingExecution,
     *,
-    log: Log,
-    device: str = "auto",
-    workers: int = 0,
-    checkpoint_minutes: float = 10.0,
-    loggers: Sequence[str] = (),
-    flags: SpeedFlags | None = None,
     only: str | None = None,
     dry_run: bool = False,
 ) -> StageReport:
@@ -87,15 +82,9 @@ def run(
 
     Args:
         config: what changes numbers.
-        registry: read with its files.
-        work: cases on the teachers' grids and checkpoints go there; the finished teacher goes to
-            `weights` of its registry entry.
-        log: where progress goes.
-        device: auto, cpu, cuda, cuda:1.
-        workers: loader processes.
-        checkpoint_minutes: at most so much work is lost to a kill.
-        loggers: names of loggers that are told beside metrics.jsonl.
-        flags: precision, memory format, compiling.
+        scope: cases on the teachers' grids and checkpoints go to the work folder; the finished
+            teacher goes to `weights` of its registry entry.
+        execution: where and how; changes speed and rounding.
         only: one teacher by name.
         dry_run: say what would be done, write nothing.
 
@@ -104,158 +93,165 @@ def run(
             processes were started.
     """
     refuse_several("train-teachers")
-    began = time.monotonic()
-    report = StageReport("train-teachers")
+    names = _to_train(scope.registry, only)
+    execution.check()
+    if not dry_run:
+        prepare_work_folder(scope.work)
+    with StageReport("train-teachers").timed() as report:
+        for name in names:
+            if report.signalled:
+                report.failed[name] = Stopped(
+                    "not begun: a signal to stop came while the teacher before it was finished.",
+                    where=f"teacher {name}",
+                    fix="Run the same command again: it goes on from there.",
+                )
+                break
+            teacher = _Teacher(name, config, scope)
+            try:
+                made = _train_one(teacher, execution, report, dry_run=dry_run)
+                (report.done if made else report.skipped).append(name)
+            except Stopped as error:
+                report.failed[name] = error
+                break
+            except PipelineError as error:
+                report.failed[name] = error
+                scope.log.warn(f"teacher {name} failed: {error}")
+    return report
+
+
+def _to_train(registry: Registry, only: str | None) -> list[str]:
     names = [n for n, e in registry.teachers.items() if e.kind == "checkpoint" and e.trained_on]
     if only is not None:
-        names = [n for n in names if n == only]
+        names = [name for name in names if name == only]
     if not names:
         raise ConfigError(
             f"no teacher to train{f' named {only}' if only else ''}.",
             where=registry.path,
             fix="A teacher to train has kind `checkpoint` and names a dataset in `trained_on`.",
         )
-    check_device(flags, pick_device(device))
-    open_loggers(loggers)  # what is missing is said before hours of training
-    if not dry_run:
-        prepare_work_folder(work)
-    for name in names:
-        if report.signalled:
-            report.failed[name] = Stopped(
-                "not begun: a signal to stop came while the teacher before it was finished.",
-                where=f"teacher {name}",
-                fix="Run the same command again: it goes on from there.",
-            )
-            break
-        try:
-            if _train_one(
-                name, config, registry, work,
-                log=log, device=device, workers=workers,
-                checkpoint_minutes=checkpoint_minutes, loggers=open_loggers(loggers),
-                flags=flags, report=report, dry_run=dry_run,
-            ):  # fmt: skip
-                report.done.append(name)
-            else:
-                report.skipped.append(name)
-        except Stopped as error:
-            report.failed[name] = error
-            break
-        except PipelineError as error:
-            report.failed[name] = error
-            log.warn(f"teacher {name} failed: {error}")
-    report.seconds = time.monotonic() - began
-    return report
+    return names
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """A teacher to be trained.
+
+    Attributes:
+        name: in the registry.
+        config: of the stage.
+        scope: of the stage.
+    """
+
+    name: str
+    config: TrainTeachersConfig
+    scope: Scope
+
+    @property
+    def registry(self) -> Registry:
+        """With its files."""
+        return self.scope.registry
+
+    @property
+    def log(self) -> Log:
+        """Of the stage."""
+        return self.scope.log
+
+    @property
+    def entry(self) -> TeacherEntry:
+        """Of the registry."""
+        return self.registry.teachers[self.name]
+
+    @property
+    def dataset(self) -> str:
+        """That it is trained on."""
+        assert self.entry.trained_on is not None
+        return self.entry.trained_on
+
+    @property
+    def weights(self) -> Path:
+        """Its file."""
+        return self.registry.resolve(self.entry.weights)
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Of its grid."""
+        return self.entry.spacing_mm or self.registry.grid.spacing_mm
+
+    @property
+    def space(self) -> LabelSpace:
+        """Its organs."""
+        return LabelSpace({organ: self.registry.organs[organ] for organ in self.entry.organs})
+
+    @property
+    def training(self) -> TrainingConfig:
+        """The stage's, with the intensity that its entry names."""
+        return self.config.training.model_copy(update={"intensity": self.entry.intensity})
 
 
 def _train_one(
-    name: str,
-    config: TrainTeachersConfig,
-    registry: Registry,
-    work: Folder,
-    *,
-    log: Log,
-    device: str,
-    workers: int,
-    checkpoint_minutes: float,
-    loggers: Sequence[RunLogger],
-    flags: SpeedFlags | None,
-    report: StageReport,
-    dry_run: bool,
+    teacher: _Teacher, execution: TrainingExecution, report: StageReport, *, dry_run: bool
 ) -> bool:
     """Trains one teacher; False if its file is there already."""
-    entry = registry.teachers[name]
-    assert entry.trained_on is not None
-    weights = registry.resolve(entry.weights)
-    spacing = entry.spacing_mm or registry.grid.spacing_mm
-    space = LabelSpace({organ: registry.organs[organ] for organ in entry.organs})
-    _check_channels(name, registry, space)
-    check_sides(config.training.augment, space)
-    training = config.training.model_copy(update={"intensity": entry.intensity})
-    files = _prepare(config, registry, work, entry.trained_on, spacing, log, report, dry_run)
-    files = [case for case in files if not _is_swallowed(work, case, space, log)]
-    inputs = {
+    name, log, training = teacher.name, teacher.log, teacher.training
+    _check_channels(teacher)
+    check_sides(training.augment, teacher.space)
+    files = _prepare(teacher, report, dry_run=dry_run)
+    identity = {
         "cases": {c.name: c.digest for c in files},
-        "organs": dict(space.ids),
-        "spacing_mm": list(spacing),
+        "organs": dict(teacher.space.ids),
+        "spacing_mm": list(teacher.spacing_mm),
     }
-    digest = run_digest(training, inputs)
-    if _is_there(name, weights, digest):
+    digest = run_digest(training, identity)
+    if _is_there(teacher, digest):
         return False
     if dry_run:
-        log.info(f"teacher {name} would be trained on {entry.trained_on}")
+        log.info(f"teacher {name} would be trained on {teacher.dataset}")
         return True
-    annotated = tuple(registry.datasets[entry.trained_on].annotated)
-    cases = [_open(work, indexed, annotated) for indexed in files]
-    log.info(f"teacher {name}: {len(cases)} cases of {entry.trained_on}, {training.steps} steps")
-    if note := registry.empty_split(entry.trained_on):
-        log.remark(f"dataset {entry.trained_on}: {' '.join(note)}")
-    with mirrored(work / "teachers-in-training" / name) as (local, keep):
-        trained = train(
-            training,
-            space,
-            [c for c in cases if c.split == "train"],
-            [c for c in cases if c.split == "validation"],
-            local,
-            taps={},
-            inputs=inputs,
-            log=log,
-            device=pick_device(device),
-            workers=workers,
-            checkpoint_minutes=checkpoint_minutes,
-            saved=keep,
-            name=name,
-            loggers=loggers,
-            flags=flags,
-        )
+    log.info(f"teacher {name}: {len(files)} cases of {teacher.dataset}, {training.steps} steps")
+    if note := teacher.registry.empty_split(teacher.dataset):
+        log.remark(f"dataset {teacher.dataset}: {' '.join(note)}")
+    inputs = _open(teacher, files, identity)
+    folder = teacher.scope.work / "teachers-in-training" / name
+    with open_run(folder, name=name) as run_folder:
+        trained = train(training, inputs, run_folder, execution, log)
         if trained.finished:
-            tell_validations(log, local / "metrics.jsonl", work / "teachers-in-training" / name)
+            show_validations(log, run_folder.path / "metrics.jsonl", folder)
     report.signalled = trained.signalled
     if not trained.finished:
-        raise Stopped(
-            f"stopped at step {trained.step} of {training.steps}.",
-            where=f"teacher {name}",
-            fix="Run the same command again: it goes on from there.",
-        )
-    record = _record(entry, training, space, cases, spacing, trained, digest)
-    save_teacher(weights, record, trained.network.network.state_dict())
-    log.info(f"teacher {name} -> {weights}")
+        raise trained.stopped(f"teacher {name}")
+    record = _record(teacher, inputs, trained, digest)
+    save_teacher(teacher.weights, record, trained.network.network.state_dict())
+    log.info(f"teacher {name} -> {teacher.weights}")
     return True
 
 
-def _is_there(name: str, weights: Path, digest: str) -> bool:
-    if not weights.exists():
+def _is_there(teacher: _Teacher, digest: str) -> bool:
+    if not teacher.weights.exists():
         return False
-    with named(f"teacher {name}"):
-        record, _ = read_teacher(weights)
+    with named(f"teacher {teacher.name}"):
+        record, _ = read_teacher(teacher.weights)
     if record.training_digest != digest:
         raise TeacherError(
             "there is a teacher already, trained with other settings or on other data.",
-            where=f"teacher {name}, {weights}",
+            where=f"teacher {teacher.name}, {teacher.weights}",
             fix="It is not overwritten: remove it, or name another file in `weights`.",
         )
     return True
 
 
 def _record(
-    entry: TeacherEntry,
-    training: TrainingConfig,
-    space: LabelSpace,
-    cases: Sequence[CachedCase],
-    spacing_mm: tuple[float, float, float],
-    trained: Trained,
-    digest: str,
+    teacher: _Teacher, inputs: TrainingInputs, trained: Trained, digest: str
 ) -> TeacherRecord:
-    assert entry.trained_on is not None
     return TeacherRecord(
-        network=training.network,
-        num_channels=len(space.organs) + 1,
-        channels=_channels(space),
-        spacing_mm=spacing_mm,
-        intensity=entry.intensity,
+        network=teacher.training.network,
+        num_channels=len(teacher.space.organs) + 1,
+        channels=_channels(teacher.space),
+        spacing_mm=teacher.spacing_mm,
+        intensity=teacher.entry.intensity,
         validation_dice=dict(trained.validation_dice),
-        num_validation_cases=sum(c.split == "validation" for c in cases),
-        trained_on=entry.trained_on,
-        trained_on_cases=tuple(c.name for c in cases if c.split == "train"),
+        num_validation_cases=len(inputs.validation),
+        trained_on=teacher.dataset,
+        trained_on_cases=tuple(c.name for c in inputs.training),
         training_digest=digest,
     )
 
@@ -265,53 +261,43 @@ def _channels(space: LabelSpace) -> dict[str, tuple[int, ...]]:
     return {organ: (k + 1,) for k, organ in enumerate(space.organs)}
 
 
-def _check_channels(name: str, registry: Registry, space: LabelSpace) -> None:
+def _check_channels(teacher: _Teacher) -> None:
     """Before hours of training: `cache-teachers` would refuse a teacher that says otherwise."""
-    entry, wanted = registry.teachers[name], _channels(space)
+    entry, wanted = teacher.entry, _channels(teacher.space)
     fits = entry.organs == wanted and entry.activation == "softmax" and entry.outputs == "logits"
-    if not fits or entry.num_channels not in (None, len(space.organs) + 1):
+    if not fits or entry.num_channels not in (None, len(wanted) + 1):
         plain = ", ".join(f"{organ}: {channels[0]}" for organ, channels in wanted.items())
         raise RegistryError(
             "a teacher trained here has a softmax over background and one channel per organ.",
-            where=f"{registry.path}, teachers.{name}",
+            where=f"{teacher.registry.path}, teachers.{teacher.name}",
             fix=f"Write organs: {{{plain}}}, num_channels: {len(wanted) + 1}, activation: softmax; "
             "its outputs are logits.",
         )
 
 
-def _open(work: Folder, indexed: IndexedCase, annotated: tuple[str, ...]) -> CachedCase:
-    unit = Unit.open(case_path(work, indexed), expect=indexed.digest)
-    return CachedCase(indexed.name, indexed.split, annotated, unit, {}, {})
+def _open(
+    teacher: _Teacher, files: Sequence[IndexedCase], identity: Mapping[str, Any]
+) -> TrainingInputs:
+    annotated = tuple(teacher.registry.datasets[teacher.dataset].annotated)
+    cases = []
+    for file in files:
+        unit = Unit.open(case_path(teacher.scope.work, file), expect=file.digest)
+        cases.append(CachedCase(file.name, file.split, annotated, unit, {}, {}))
+    return TrainingInputs(
+        training=[case for case in cases if case.split == "train"],
+        validation=[case for case in cases if case.split == "validation"],
+        space=teacher.space,
+        identity=identity,
+    )
 
 
-def _is_swallowed(work: Folder, case: IndexedCase, space: LabelSpace, log: Log) -> bool:
-    """Whether the teacher's grid leaves nothing of an organ that the label shows: the case would
-    teach that it is absent. A case that a dry run does not make is not known to."""
-    try:
-        receipt = read_receipt(case_path(work, case), expect=case.digest, objects=False)
-    except CacheError:
-        return False
-    lost = [organ for organ in space.organs if organ in receipt.swallowed]
-    if lost:
-        log.remark(f"{case.name} is left out: its grid has no voxel of {', '.join(lost)}.")
-    return bool(lost)
-
-
-def _prepare(
-    config: TrainTeachersConfig,
-    registry: Registry,
-    work: Folder,
-    dataset: str,
-    spacing_mm: tuple[float, float, float],
-    log: Log,
-    report: StageReport,
-    dry_run: bool,
-) -> list[IndexedCase]:
+def _prepare(teacher: _Teacher, report: StageReport, *, dry_run: bool) -> list[IndexedCase]:
     """The dataset's cases at the teacher's spacing; at the student's they are the cache's own."""
-    files = [c for c in registry.cases(dataset) if c.split in ("train", "validation")]
-    found: list[IndexedCase] = []
-    to_grid = CaseToGrid(registry, work, config.storage, spacing_mm, dry_run)
-    with log.progress(f"{dataset} on the teacher's grid", len(files)) as advance:
+    log, found = teacher.log, list[IndexedCase]()
+    files = [c for c in teacher.registry.cases(teacher.dataset) if c.split in _SPLITS]
+    storage = teacher.config.storage
+    to_grid = CaseToGrid(teacher.registry, teacher.scope.work, storage, teacher.spacing_mm, dry_run)
+    with log.progress(f"{teacher.dataset} on the teacher's grid", len(files)) as advance:
         for source in files:
             try:
                 found.append(prepare_case(to_grid, source, warn=log.remark).indexed)
@@ -319,4 +305,19 @@ def _prepare(
                 report.failed[source.name] = error
                 log.warn(f"{source.name} is left out of training: {error}")
             advance(source.name)
-    return found
+    return [case for case in found if not _is_swallowed(teacher, case)]
+
+
+def _is_swallowed(teacher: _Teacher, case: IndexedCase) -> bool:
+    """Whether the teacher's grid leaves nothing of an organ that the label shows: the case would
+    teach that it is absent. A case that a dry run does not make is not known to."""
+    try:
+        receipt = read_receipt(
+            case_path(teacher.scope.work, case), expect=case.digest, objects=False
+        )
+    except CacheError:
+        return False
+    lost = [organ for organ in teacher.space.organs if organ in receipt.swallowed]
+    if lost:
+        teacher.log.remark(f"{case.name} is left out: its grid has no voxel of {', '.join(lost)}.")
+    return bool(lost)

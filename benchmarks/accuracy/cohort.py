@@ -21,6 +21,7 @@ from pipeline.data.registry import load_registry
 from pipeline.engine.here import Execution, Here
 from pipeline.errors import ConfigError, PipelineError, Stopped
 from pipeline.log import Log
+from pipeline.student.speed import TrainingExecution
 from stages import cache_teachers, train_teachers
 from stages.report import Scope, StageReport
 
@@ -151,7 +152,7 @@ def _train_teachers(folder: Path, regime: Regime, size: Size, seed: int, log: Lo
     registry = load_registry(folder / f"{name}_registry.yaml")
     # Apart from the student's cache, where no outside case has a place.
     work = folder / ("outside" if regime.outside_cases else "work")
-    report = train_teachers.run(config, registry, work, log=log, device="cpu")
+    report = train_teachers.run(config, Scope(registry, work, log), TrainingExecution(device="cpu"))
     _done(report)
     write_json(folder / _TAUGHT, report.to_json())
 

@@ -26,8 +26,10 @@ from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import Registry, load_registry
 from pipeline.errors import PipelineError, Stopped
 from pipeline.log import Log
+from pipeline.student.speed import TrainingExecution
 from stages import train_student
 from stages.compare.scoring import ScoringSettings, score_student
+from stages.report import Scope
 from stages.train_student import TrainStudentConfig
 
 FAILED = 1
@@ -103,7 +105,9 @@ def _train(run: Mapping[str, Any], registry: Registry, work: Path, place: Path, 
     config = TrainStudentConfig.model_validate({"run": run["folder"], "training": run["training"]})
     began = time.process_time()
     with teachers_in_the_loop(registry) if run["online"] else nullcontext():
-        report = train_student.run(config, registry, work, log=log, device="cpu")
+        report = train_student.run(
+            config, Scope(registry, work, log), TrainingExecution(device="cpu")
+        )
     for error in report.failed.values():
         raise error
     if report.done:

@@ -6,6 +6,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +19,8 @@ from pipeline.cache.store import write_json
 from pipeline.data.registry import load_registry
 from pipeline.log import Log
 from pipeline.student.inputs import open_inputs
+from pipeline.student.resume import RunFolder
+from pipeline.student.speed import TrainingExecution
 from pipeline.student.training import train
 from stages.compare.plan import StepClock
 
@@ -67,10 +70,10 @@ def _measure(kinds: Sequence[Configuration], job: Path, log: Log) -> Mapping[str
                 with tempfile.TemporaryDirectory() as temporary:
                     train(
                         kind.training.model_copy(update={"steps": _WARM_UP + STEPS}),
-                        registry.label_space, inputs.training, [], Path(temporary),
-                        taps=inputs.taps, inputs=inputs.identity, log=clock,
-                        device=torch.device("cpu"), temperatures=inputs.temperatures,
-                        pictures=False,
+                        replace(inputs, validation=()),
+                        RunFolder(Path(temporary), pictures=False),
+                        TrainingExecution(device="cpu"),
+                        clock,
                     )  # fmt: skip
                 times = clock.times[_WARM_UP - 1 :]
                 rounds[kind.name].append((times[-1] - times[0]) / (len(times) - 1))

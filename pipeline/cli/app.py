@@ -101,23 +101,15 @@ def train_teachers(
     quiet: QuietOption = False,
 ) -> None:
     """Train one network per organ from its own dataset, for those who have none."""
-    from pipeline.student.speed import SpeedFlags
+    from pipeline.student.speed import SpeedFlags, TrainingExecution
     from stages import train_teachers as stage
+    from stages.report import Scope
 
-    report = stage.run(
-        open_settings(config, stage.TrainTeachersConfig),
-        open_registry(registry),
-        work,
-        log=open_log(quiet, work, dry_run),
-        device=device,
-        workers=workers,
-        checkpoint_minutes=checkpoint_minutes,
-        loggers=logger or [],
-        flags=SpeedFlags(precision, channels_last, compile_),
-        only=only,
-        dry_run=dry_run,
-    )
-    end(report)
+    settings = open_settings(config, stage.TrainTeachersConfig)
+    scope = Scope(open_registry(registry), work, open_log(quiet, work, dry_run))
+    flags = SpeedFlags(precision, channels_last, compile_)
+    execution = TrainingExecution(device, workers, flags, logger or (), checkpoint_minutes)
+    end(stage.run(settings, scope, execution, only=only, dry_run=dry_run))
 
 
 @app.command("train-student")
@@ -145,33 +137,28 @@ def train_student(
     from pipeline.cli.record import note_silence
     from pipeline.cli.self_test import refuse_without_self_test, run_self_test
     from pipeline.student.processes import launched
-    from pipeline.student.speed import SpeedFlags
+    from pipeline.student.speed import SpeedFlags, TrainingExecution
     from stages import train_student as stage
+    from stages.report import Scope
 
     if not (is_first := launched().is_first):
         note_silence()
     flags = SpeedFlags(precision, channels_last, compile_)
+    execution = TrainingExecution(
+        device, workers, flags, logger or (), checkpoint_minutes, stage_to
+    )
     if self_test:
         run_self_test(
-            registry, config, work, device=device, workers=workers, flags=flags,
+            registry, config, work, execution,
             allow_missing=allow_missing, steps=steps, seed=seed, log=open_log(quiet),
         )  # fmt: skip
         return
     refuse_without_self_test(steps, seed)
-    report = stage.run(
-        open_settings(config, stage.TrainStudentConfig),
-        open_registry(registry, files=False),
-        work,
-        log=open_log(quiet, work, dry_run),
-        device=device,
-        workers=workers,
-        checkpoint_minutes=checkpoint_minutes,
-        loggers=logger or [],
-        allow_missing=allow_missing,
-        flags=flags,
-        stage_to=stage_to,
-        dry_run=dry_run,
-    )
+    settings = open_settings(config, stage.TrainStudentConfig)
+    if allow_missing:
+        settings = settings.model_copy(update={"allow_missing": True})
+    scope = Scope(open_registry(registry, files=False), work, open_log(quiet, work, dry_run))
+    report = stage.run(settings, scope, execution, dry_run=dry_run)
     if not is_first:
         raise typer.Exit(report.exit_code)
     end(report)

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from pipeline.config import load_config
-from pipeline.consensus.cohort import compute, lazy_consensus, open_cohort
+from pipeline.consensus.cohort import RegionRules, compute, lazy_consensus, open_cohort
 from pipeline.data.entries import PhantomSpec
 from pipeline.data.phantom.case import write_dataset
 from pipeline.data.registry import Registry, load_registry
@@ -29,6 +29,7 @@ from pipeline.figures import hex_colour, save_overlay
 from pipeline.folder import refuse_foreign, replace_file, writing
 from pipeline.log import Log, number, print_table
 from pipeline.review.metrics import organ_means, overall_means
+from pipeline.student.speed import TrainingExecution
 from stages import cache_teachers, evaluate, predict, train_teachers
 from stages.compare.plan import ComparisonSettings, load_configurations, plan_comparison
 from stages.compare.results import Results, print_results, write_results
@@ -122,7 +123,7 @@ def fill_demo_cache(folder: Path, *, quick: bool, log: Log) -> tuple[Registry, S
     _done(generate_phantoms(load_registry(registry_path, files=False), log), log)
     registry = load_registry(registry_path)
     teach = load_config(folder / "train_teachers.yaml", train_teachers.TrainTeachersConfig)
-    _done(train_teachers.run(teach, registry, work, log=log), log)
+    _done(train_teachers.run(teach, Scope(registry, work, log), TrainingExecution()), log)
     store = load_config(folder / "cache_teachers.yaml", cache_teachers.CacheTeachersConfig)
     scope = Scope(registry, work, log, tables=False)
     cached = cache_teachers.run(store, scope, Execution(window_batch=4))
@@ -139,7 +140,7 @@ def draw_overlay(registry: Registry, work: Path, predictions: Path, path: Path) 
     space = registry.label_space
     cases = open_cohort(work, registry, teachers=list(registry.teachers), splits=("test",)).cases
     case = cases[0]
-    regions, known = lazy_consensus(case, space, use_labels=False)
+    regions, known = lazy_consensus(case, space, RegionRules(labels_win=False))
     organ, background = compute(regions.organ, regions.background)
     dataset, name = case.name.split("/")
     predicted = read_label(predictions / dataset / f"{name}.nii.gz").volume

@@ -39,7 +39,8 @@ from pipeline.student.checkpoint import training_checkpoints
 from pipeline.student.dataset import forks_of_a_server
 from pipeline.student.inputs import open_inputs
 from pipeline.student.processes import Silent
-from pipeline.student.speed import SpeedFlags
+from pipeline.student.resume import RunFolder
+from pipeline.student.speed import TrainingExecution
 from pipeline.student.training import train
 from stages.train_student import TrainStudentConfig
 
@@ -56,21 +57,17 @@ class Setup:
         config: `training.steps` is how long the test takes.
         registry: read without its files.
         work: the work folder; read only.
-        device: auto, cpu, cuda, cuda:1.
-        workers: loader processes of the undisturbed training.
-        flags: precision, memory format, compiling.
+        execution: of the undisturbed training.
     """
 
     config: TrainStudentConfig
     registry: Path
     work: str
-    device: str = "auto"
-    workers: int = 0
-    flags: SpeedFlags | None = None
+    execution: TrainingExecution
 
 
 @dataclass(frozen=True)
-class Life:
+class Attempt:
     """One process of a training, from its start to its end or its kill.
 
     Attributes:
@@ -90,7 +87,7 @@ class Life:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one life.
+    """What came of one attempt.
 
     Attributes:
         workers: loader processes.
@@ -108,7 +105,12 @@ class Row:
 
 
 def self_test(
-    setup: Setup, *, kills: int, seed: int, log: Log, live: Callable[[Life], None] | None = None
+    setup: Setup,
+    *,
+    kills: int,
+    seed: int,
+    log: Log,
+    train_once: Callable[[Attempt], None] | None = None,
 ) -> list[Row]:
     """Trains straight, then killed and resumed; one row for each process, the straight one first.
 
@@ -119,34 +121,35 @@ def self_test(
         kills: how often the second training is killed; fewer where there are fewer steps.
         seed: of steps, moments and numbers of loader processes.
         log: says what is being done.
-        live: what a process does; the tests break it on purpose.
+        train_once: what a process does; the tests break it on purpose.
 
     Raises:
         PipelineError: the training itself failed.
     """
     drawn = random.Random(seed)
     steps = setup.config.training.steps
-    live = live or train_until_killed
+    train_once = train_once or train_until_killed
     with (
         _no_word_of_leaks(),
         tempfile.TemporaryDirectory(prefix="organ-distill-self-test-") as scratch,
     ):
         straight, killed = Path(scratch, "straight"), Path(scratch, "killed")
         log.info(f"self-test: {steps} steps undisturbed")
-        rows = [_live(live, Life(setup, straight, setup.workers), straight)]
+        undisturbed = Attempt(setup, straight, setup.execution.workers)
+        rows = [_row(train_once, undisturbed, straight)]
         pace = seconds_per_step(straight)
         at = sorted(drawn.sample(range(1, steps - 1), min(kills, steps - 2)))
-        workers = setup.workers
+        workers = setup.execution.workers
         for kill_after in (*at, None):
-            others = sorted({*WORKERS, setup.workers} - {workers})
+            others = sorted({*WORKERS, setup.execution.workers} - {workers})
             workers = drawn.choice(others) if others else workers
-            life = Life(setup, killed, workers, kill_after, drawn.random() * pace)
+            attempt = Attempt(setup, killed, workers, kill_after, drawn.random() * pace)
             end = "to the end" if kill_after is None else f"to a kill after step {kill_after}"
             log.info(f"self-test: {end}, {workers} loader processes")
-            rows.append(_live(live, life, straight))
+            rows.append(_row(train_once, attempt, straight))
             if rows[-1].difference or rows[-1].reached == steps:
                 break
-        if rows[-1].difference and not _repeats(live, Life(setup, straight, setup.workers)):
+        if rows[-1].difference and not _repeats(train_once, undisturbed):
             rows[-1] = replace(
                 rows[-1],
                 difference=rows[-1].difference + "; two undisturbed trainings differ as well, so "
@@ -155,12 +158,12 @@ def self_test(
     return rows
 
 
-def train_until_killed(life: Life) -> None:
+def train_until_killed(attempt: Attempt) -> None:
     """The work of one process; runs in a child process, which it may kill."""
     try:
-        _train(life)
+        _train(attempt)
     except PipelineError as error:
-        write_json(life.folder / "error.json", {"what": str(error)})
+        write_json(attempt.folder / "error.json", {"what": str(error)})
         raise SystemExit(1) from None
 
 
@@ -178,8 +181,8 @@ def _no_word_of_leaks() -> Iterator[None]:
             os.environ["PYTHONWARNINGS"] = before
 
 
-def _train(life: Life) -> None:
-    setup = life.setup
+def _train(attempt: Attempt) -> None:
+    setup = attempt.setup
     registry = load_registry(setup.registry, files=False)
     config = setup.config
     found = open_inputs(
@@ -189,61 +192,57 @@ def _train(life: Life) -> None:
     timers: list[threading.Timer] = []
 
     def saved() -> None:
-        reached = note_step(life.folder)
-        if life.kill_after is None or reached < life.kill_after:
+        reached = note_step(attempt.folder)
+        if attempt.kill_after is None or reached < attempt.kill_after:
             return
         kill = partial(os.kill, os.getpid(), signal.SIGKILL)
         if timers:  # a step was faster than those before: no later than here
             kill()
         else:
-            timers.append(threading.Timer(life.delay_s, kill))
+            timers.append(threading.Timer(attempt.delay_s, kill))
             timers[0].start()
 
-    if training_checkpoints(life.folder / "checkpoints"):
-        note_step(life.folder)  # killed between a checkpoint and its note
+    if training_checkpoints(attempt.folder / "checkpoints"):
+        note_step(attempt.folder)  # killed between a checkpoint and its note
     train(
         config.training,
-        registry.label_space,
-        found.training,
-        found.validation[:1],  # whether validation disturbs training shows on one case
-        life.folder,
-        taps=found.taps,
-        inputs=found.identity,
-        log=Silent(),
-        device=pick_device(setup.device),
-        temperatures=found.temperatures,
-        flags=setup.flags,
-        workers=life.workers,
-        checkpoint_minutes=0,
-        saved=saved,
-        pictures=False,
+        # Whether validation disturbs training shows on one case.
+        replace(found, validation=found.validation[:1]),
+        RunFolder(attempt.folder, saved=saved, pictures=False),
+        replace(
+            setup.execution,
+            workers=attempt.workers,
+            loggers=(),
+            checkpoint_minutes=0,
+        ),
+        Silent(),
     )
     for timer in timers:
         timer.cancel()
 
 
-def _live(live: Callable[[Life], None], life: Life, straight: Path) -> Row:
-    before = notes_of(life.folder)
-    began = max(steps_of_checkpoints(life.folder), default=0)
-    process = forks_of_a_server(*PRELOADED).Process(target=live, args=(life,))
+def _row(train_once: Callable[[Attempt], None], attempt: Attempt, straight: Path) -> Row:
+    before = notes_of(attempt.folder)
+    began = max(steps_of_checkpoints(attempt.folder), default=0)
+    process = forks_of_a_server(*PRELOADED).Process(target=train_once, args=(attempt,))
     process.start()
     process.join()
     code = process.exitcode
-    if code not in (0, -signal.SIGKILL) or (code and life.kill_after is None):
-        raise _failure(life, code)
-    notes = notes_of(life.folder)
-    reached = max(steps_of_checkpoints(life.folder), default=0)
+    if code not in (0, -signal.SIGKILL) or (code and attempt.kill_after is None):
+        raise _failure(attempt, code)
+    notes = notes_of(attempt.folder)
+    reached = max(steps_of_checkpoints(attempt.folder), default=0)
     difference = ""
-    if life.folder != straight:
+    if attempt.folder != straight:
         new = {step: note for step, note in notes.items() if step not in before}
         difference = first_difference(straight, new)
         if not difference and code == 0:
-            difference = metrics_difference(straight, life.folder)
-    return Row(life.workers, began, reached, code != 0, difference)
+            difference = metrics_difference(straight, attempt.folder)
+    return Row(attempt.workers, began, reached, code != 0, difference)
 
 
-def _failure(life: Life, code: int | None) -> PipelineError:
-    told = life.folder / "error.json"
+def _failure(attempt: Attempt, code: int | None) -> PipelineError:
+    told = attempt.folder / "error.json"
     if told.exists():
         what = json.loads(told.read_text(encoding="utf-8"))["what"]
         return PipelineError(
@@ -256,10 +255,10 @@ def _failure(life: Life, code: int | None) -> PipelineError:
     )
 
 
-def _repeats(live: Callable[[Life], None], life: Life) -> bool:
+def _repeats(train_once: Callable[[Attempt], None], attempt: Attempt) -> bool:
     """Whether a second undisturbed training is the first one again."""
-    again = replace(life, folder=life.folder.with_name("again"))
-    return not _live(live, again, life.folder).difference
+    again = replace(attempt, folder=attempt.folder.with_name("again"))
+    return not _row(train_once, again, attempt.folder).difference
 
 
 # `pipeline train-student --self-test`: whether this setup resumes exactly.
@@ -271,10 +270,8 @@ def run_self_test(
     registry: Path,
     config: Path | None,
     work: Folder,
+    execution: TrainingExecution,
     *,
-    device: str,
-    workers: int,
-    flags: SpeedFlags,
     allow_missing: bool,
     steps: int | None,
     seed: int | None,
@@ -288,13 +285,12 @@ def run_self_test(
         PipelineError: the resumed training is not the undisturbed one; it names the first tensor.
     """
     from pipeline.config import load_config
-    from pipeline.networks.by_name import pick_device
     from pipeline.student.processes import refuse_several
     from pipeline.student.speed import check_device
     from stages.train_student import TrainStudentConfig
 
     refuse_several("train-student --self-test")
-    check_device(flags, pick_device(device))
+    check_device(execution.flags, pick_device(execution.device))
     seed = secrets.randbelow(10**6) if seed is None else seed
     with tempfile.TemporaryDirectory(prefix="organ-distill-made-up-") as scratch:
         if (work / "cases").exists():
@@ -311,7 +307,7 @@ def run_self_test(
             )
         if allow_missing:
             settings = settings.model_copy(update={"allow_missing": True})
-        setup = Setup(settings, registry, str(work), device, workers, flags)
+        setup = Setup(settings, registry, str(work), execution)
         _try(setup, steps or STEPS, seed, log)
 
 

@@ -6,7 +6,7 @@ This is the only place where cache, consensus and registry meet; stage two start
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import dask
@@ -38,6 +38,24 @@ from pipeline.log import print_table
 
 # (teacher, organ) -> T
 Temperatures = Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
+class RegionRules:
+    """How regions follow from what teachers and labels say.
+
+    Attributes:
+        margin: m of the regions, in log-odds.
+        labels_win: the case's own labels correct the teachers first.
+        confidence: c of labels that win, in calibrated log-odds.
+        temperatures: T that a teacher's log-odds of an organ are divided by before anything else;
+            those that are absent stay as they are.
+    """
+
+    margin: float = 0.0
+    labels_win: bool = True
+    confidence: float = DEFAULT_CONFIDENCE
+    temperatures: Temperatures = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,12 +168,12 @@ def open_case(
     return cases[name]
 
 
-def known_organs(case: CachedCase, space: LabelSpace, *, use_labels: bool = True) -> list[int]:
+def known_organs(case: CachedCase, space: LabelSpace, *, labels_win: bool = True) -> list[int]:
     """Numbers of the organs that a teacher, or the label, speaks of in this case."""
     return [
         k
         for k, organ in enumerate(space.organs)
-        if case.experts.get(organ) or (use_labels and organ in case.annotated)
+        if case.experts.get(organ) or (labels_win and organ in case.annotated)
     ]
 
 
@@ -185,35 +203,27 @@ class Votes:
             [_average(list(who.values())) if who else nobody for who in self.experts]
         )
 
-    def consensus(
-        self,
-        *,
-        margin: float = 0.0,
-        use_labels: bool = True,
-        confidence: float = DEFAULT_CONFIDENCE,
-    ) -> Consensus:
+    def consensus(self, rules: RegionRules) -> Consensus:
         """Its regions; see `pipeline.consensus.regions.consensus`."""
-        classes = self.classes if use_labels and self.annotated else None
+        classes = self.classes if rules.labels_win and self.annotated else None
         return consensus(
-            self.log_odds, classes, self.annotated, margin=margin, confidence=confidence
+            self.log_odds, classes, self.annotated, margin=rules.margin, confidence=rules.confidence
         )
 
 
 def lazy_votes(
     case: CachedCase,
     space: LabelSpace,
-    *,
+    rules: RegionRules = RegionRules(),
     patch: Patch | None = None,
-    use_labels: bool = True,
-    temperatures: Temperatures | None = None,
 ) -> Votes:
     """Every teacher's log-odds and the label, lazily; see `lazy_consensus` for the arguments."""
-    known = known_organs(case, space, use_labels=use_labels)
+    known = known_organs(case, space, labels_win=rules.labels_win)
     names = [space.organs[k] for k in known]
     classes = LabelSpace({name: space.ids[name] for name in names}).to_classes
     return Votes(
         known=known,
-        experts=[_experts(case, name, patch, temperatures or {}) for name in names],
+        experts=[_experts(case, name, patch, rules.temperatures) for name in names],
         annotated=[k for k, name in enumerate(names) if name in case.annotated],
         classes=lazy_array(case.case, LABEL, patch, IGNORE, classes),
     )
@@ -222,12 +232,8 @@ def lazy_votes(
 def lazy_consensus(
     case: CachedCase,
     space: LabelSpace,
-    *,
+    rules: RegionRules = RegionRules(),
     patch: Patch | None = None,
-    margin: float = 0.0,
-    use_labels: bool = True,
-    confidence: float = DEFAULT_CONFIDENCE,
-    temperatures: Temperatures | None = None,
 ) -> tuple[Consensus, list[int]]:
     """The consensus over one case, or one patch of it, without reading anything yet.
 
@@ -238,19 +244,14 @@ def lazy_consensus(
     Args:
         case: open for reading.
         space: the organs.
+        rules: of the regions.
         patch: the part of it; None for all.
-        margin: m of the regions.
-        use_labels: labels win.
-        confidence: c of labels that win, in calibrated log-odds.
-        temperatures: (teacher, organ) -> T that its log-odds are divided by before anything else;
-            those that are absent stay as they are.
 
     Returns:
         Regions over the known organs, and those organs' numbers; axis K follows that order.
     """
-    votes = lazy_votes(case, space, patch=patch, use_labels=use_labels, temperatures=temperatures)
-    found = votes.consensus(margin=margin, use_labels=use_labels, confidence=confidence)
-    return found, list(votes.known)
+    votes = lazy_votes(case, space, rules, patch)
+    return votes.consensus(rules), list(votes.known)
 
 
 def compute(*lazy: da.Array) -> tuple[npt.NDArray[Any], ...]:

@@ -176,8 +176,8 @@ def _low_resolution(image: FloatArray, zoom: float, spacing_mm: Sequence[float])
         max(1, round(n * min(1.0, zoom * edge)))
         for n, edge in zip(full, _relative(spacing_mm), strict=True)
     ]
-    few = functional.interpolate(torch.from_numpy(image)[None], size=kept, mode="nearest-exact")
-    return functional.interpolate(few, size=full, mode="trilinear")[0].numpy()
+    coarse = functional.interpolate(torch.from_numpy(image)[None], size=kept, mode="nearest-exact")
+    return functional.interpolate(coarse, size=full, mode="trilinear")[0].numpy()
 
 
 def _gamma(image: FloatArray, exponent: float) -> FloatArray:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.cache.identity import unchecked
 from pipeline.cache.index import read_index
 from pipeline.cache.reader import CachedCase
-from pipeline.consensus.cohort import Cohort, open_cohort
+from pipeline.consensus.cohort import Cohort, Temperatures, open_cohort
 from pipeline.consensus.evidence import temperatures
 from pipeline.consensus.reliability import believed_cases, doubted
 from pipeline.data.labels import LabelSpace
@@ -29,23 +29,25 @@ _NAMED = 4
 
 
 @dataclass(frozen=True)
-class StudentInputs:
-    """What one supervision is trained from.
+class TrainingInputs:
+    """What a network is trained from.
 
     Attributes:
         training: cases to train on, each with the units that exist.
         validation: labelled cases; their teachers' units are not opened, since nobody reads them.
-        taps: cached taps of the feature term; empty without one.
-        temperatures: (teacher, organ) -> T of a calibrated supervision; empty for others.
+        space: the organs.
         identity: all of this by digest, for the run's digest. `missing_units`, teacher -> training
             cases, is in it only where units are missing, and `missing_cases` only where cases are.
+        taps: cached taps of the feature term; empty without one.
+        temperatures: (teacher, organ) -> T of a calibrated supervision; empty for others.
     """
 
     training: Sequence[CachedCase]
     validation: Sequence[CachedCase]
-    taps: Mapping[TapKey, CachedTap]
-    temperatures: Mapping[tuple[str, str], float]
+    space: LabelSpace
     identity: Mapping[str, Any]
+    taps: Mapping[TapKey, CachedTap] = field(default_factory=dict)
+    temperatures: Temperatures = field(default_factory=dict)
 
 
 def open_inputs(
@@ -55,7 +57,7 @@ def open_inputs(
     *,
     allow_missing: bool,
     log: Log,
-) -> StudentInputs:
+) -> TrainingInputs:
     """Opens what the cache holds for a supervision.
 
     Args:
@@ -100,22 +102,24 @@ def open_inputs(
                 fix="Choose ms_kd or marginal, which are made for partial labels.",
             )
     taps = cached_taps(training, space) if supervision.uses_features else {}
-    heat = _temperatures(work, registry, teachers, log) if supervision.uses_temperatures else {}
+    calibration = (
+        _temperatures(work, registry, teachers, log) if supervision.uses_temperatures else {}
+    )
     identity = _identity(cohort, training, labelled.cases, space)
     if gone := sorted(unit for unit in {*cohort.problems, *labelled.problems} if " x " not in unit):
         identity["missing_cases"] = gone  # only where there are some, as with units
-    _tell_of_unknown_organs(training, log)
+    _warn_of_unknown_organs(training, log)
     if supervision.uses_reliability and supervision.reliability is not None:
         training = believed_cases(
             training, labelled.cases, registry, work, supervision.reliability, log
         )
         if doubts := doubted(training):
             identity["doubted"] = doubts
-    if heat:
+    if calibration:
         identity["temperatures"] = {
-            f"{teacher}: {organ}": t for (teacher, organ), t in heat.items()
+            f"{teacher}: {organ}": t for (teacher, organ), t in calibration.items()
         }
-    return StudentInputs(training, labelled.cases, taps, heat, identity)
+    return TrainingInputs(training, labelled.cases, space, identity, taps, calibration)
 
 
 def check_same_units(folder: Folder, identity: Mapping[str, Any]) -> None:
@@ -123,7 +127,7 @@ def check_same_units(folder: Folder, identity: Mapping[str, Any]) -> None:
 
     Args:
         folder: of the run; one that was never started may be absent.
-        identity: see `StudentInputs`.
+        identity: see `TrainingInputs`.
 
     Raises:
         CheckpointError: units are there that were missing then, or the other way round.
@@ -214,7 +218,7 @@ def swallowed_organs(cases: Sequence[CachedCase]) -> dict[str, Any]:
     return {"swallowed_organs": found} if found else {}
 
 
-def _tell_of_unknown_organs(cases: Sequence[CachedCase], log: Log) -> None:
+def _warn_of_unknown_organs(cases: Sequence[CachedCase], log: Log) -> None:
     """Cases that were cached before voxels of the label's file were noted: where the grid has none
     of an organ, they cannot tell an absent organ from one that is too small for it."""
     unknown = [
@@ -281,7 +285,7 @@ def _grouped(units: set[tuple[str, str]]) -> str:
 def _temperatures(
     work: Folder, registry: Registry, teachers: Sequence[str], log: Log
 ) -> dict[tuple[str, str], float]:
-    """What stage one measured; 1, said aloud, where no label could tell."""
+    """What stage one measured; 1, with a remark, where no label could tell."""
     found = temperatures(work, registry, teachers)
     for (teacher, organ), value in found.items():
         if value is None:

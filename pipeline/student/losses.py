@@ -11,6 +11,7 @@ softmax take log p or p, made once by `softmax_both`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -206,6 +207,21 @@ def _taken(classes: Tensor) -> Tensor:
 _SURE = 1e30
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What teachers, and labels that win, say of a batch.
+
+    Attributes:
+        log_odds: d, (N, K, D, H, W); NaN where nobody speaks.
+        organ: bool (N, K, D, H, W), R_k.
+        background: bool (N, D, H, W), B, and what is B as far as anybody speaks.
+    """
+
+    log_odds: Tensor
+    organ: Tensor
+    background: Tensor
+
+
 def joint_target(log_odds: Tensor, temperature: float) -> Tensor:
     """Logits of q_T = softmax([0, d_1 .. d_K] / T): what experts say together.
 
@@ -245,9 +261,7 @@ def hard(log_odds: Tensor) -> Tensor:
 
 def kl(
     log_p: Tensor,
-    log_odds: Tensor,
-    organ: Tensor,
-    background: Tensor,
+    targets: Targets,
     experts: Tensor,
     *,
     temperature: float = 1.0,
@@ -270,10 +284,8 @@ def kl(
 
     Args:
         log_p: student's log softmax (N, C, D, H, W).
-        log_odds: (N, K, D, H, W); where it is NaN, whoever speaks of k is silent: there k is not
-            in O_i, and w_i is 0 where all of O_i are silent.
-        organ: bool (N, K, D, H, W), R_k.
-        background: bool (N, D, H, W), B, and what is B as far as anybody speaks.
+        targets: d, R_k and B. Where d is NaN, whoever speaks of k is silent: there k is not in O_i,
+            and w_i is 0 where all of O_i are silent.
         experts: bool (N, I, K), whether teacher i speaks of organ k in a sample. A sample in which
             it speaks of no organ takes no part in its mean; a teacher without any voxel is left
             out.
@@ -283,42 +295,28 @@ def kl(
             teacher who speaks of all organs that have log-odds.
     """
     log_p = at_least_float32(log_p)
-    some = experts.any(dim=0).tolist()
-    assert joint is None or (len(some) == 1 and temperature == 1)
-    spoken = ~torch.isnan(log_odds)
-    regions = None
-    if per_region:
-        regions = _region_sizes(organ, background, spoken, experts).to(log_p.dtype)
-    # Part of the graph though empty: every process goes back through the same sums.
-    totals, sizes = [log_p[:0].sum()] * len(some), [log_p.new_zeros(())] * len(some)
-    for i, flags in enumerate(some):
+    assert joint is None or (experts.shape[1] == 1 and temperature == 1)
+    spoken = ~torch.isnan(targets.log_odds)
+    regions = _region_sizes(targets, spoken, experts).to(log_p.dtype) if per_region else None
+    totals, sizes = [], []
+    for i, flags in enumerate(experts.any(dim=0).tolist()):
         organs = [k for k, speaks in enumerate(flags) if speaks]
-        if not organs:
-            continue
         here = experts[:, i, organs][:, :, None, None, None] & spoken[:, organs]
-        student, d = _merged(log_p, organs), log_odds[:, organs]
-        d = d.masked_fill(~here, torch.nan)
-        # Not the same organs in every sample, or somebody is silent. Where all are (as outside of a
-        # case, so in many patches) nothing has a weight, and nothing has to be merged.
-        if bool((here.any(dim=1, keepdim=True) & ~here).any()):
-            student = merge_into_background(student, here)
-        if temperature != 1:
-            student = torch.log_softmax(student / temperature, dim=1)
-        own = organ[:, organs] & here
-        agreed = background & here.any(dim=1)
-        if regions is None:
-            weight = (own.any(dim=1) | agreed).to(log_p.dtype)
-        else:
-            shares = 1 / regions[i].clamp(min=1)
-            weight = (own * shares[organs][:, None, None, None]).sum(dim=1) + agreed * shares[-1]
+        student = _student_for(log_p, organs, here, temperature)
         if joint is None:
+            d = targets.log_odds[:, organs].masked_fill(~here, torch.nan)
             log_q, q = softmax_both(joint_target(d, temperature))
         else:
             log_q, q = (_without_silent(x, organs) for x in joint)
+        weight = _weight(
+            targets.organ[:, organs] & here,
+            targets.background & here.any(dim=1),
+            None if regions is None else regions[i, [*organs, -1]],
+        ).to(log_p.dtype)
         wq = q * weight[:, None]
         # One product with log p: all else is constant and needs no gradient.
-        totals[i] = (wq * log_q).sum() - (wq * student).sum()
-        sizes[i] = weight.sum()
+        totals.append((wq * log_q).sum() - (wq * student).sum())
+        sizes.append(weight.sum())
     return temperature**2 * mean_of_means(torch.stack(totals), torch.stack(sizes))
 
 
@@ -388,12 +386,38 @@ def filled_cells(region: Tensor, stride: tuple[int, int, int]) -> Tensor:
     return ~touched_cells(~region, stride)
 
 
-def _merged(log_p: Tensor, organs: list[int]) -> Tensor:
-    """[log of all that is not in organs, log p of organs]: (N, 1 + organs, D, H, W)."""
+def _student_for(log_p: Tensor, organs: list[int], here: Tensor, temperature: float) -> Tensor:
+    """log p_i for a teacher of these organs: (N, 1 + organs, D, H, W), all others in background.
+
+    Args:
+        log_p: (N, C, D, H, W).
+        organs: O_i.
+        here: bool (N, organs, D, H, W), where the teacher speaks of them.
+        temperature: T.
+    """
     rest = [c for c in range(log_p.shape[1]) if c - 1 not in organs]
-    if len(rest) == 1:
-        return log_p
-    return torch.cat([logsumexp(log_p[:, rest]), log_p[:, [k + 1 for k in organs]]], dim=1)
+    student = log_p
+    if len(rest) > 1:
+        student = torch.cat([logsumexp(log_p[:, rest]), log_p[:, [k + 1 for k in organs]]], dim=1)
+    # Not the same organs in every sample, or somebody is silent. Where all are (as outside of a
+    # case, so in many patches) nothing has a weight, and nothing has to be merged.
+    if bool((here.any(dim=1, keepdim=True) & ~here).any()):
+        student = merge_into_background(student, here)
+    return student if temperature == 1 else torch.log_softmax(student / temperature, dim=1)
+
+
+def _weight(own: Tensor, agreed: Tensor, sizes: Tensor | None) -> Tensor:
+    """w_i, (N, D, H, W).
+
+    Args:
+        own: bool (N, organs, D, H, W), R_k where the teacher speaks.
+        agreed: bool (N, D, H, W), B there.
+        sizes: (organs + 1,), voxels of each of them in all processes; None: all together count.
+    """
+    if sizes is None:
+        return own.any(dim=1) | agreed
+    shares = 1 / sizes.clamp(min=1)
+    return (own * shares[:-1, None, None, None]).sum(dim=1) + agreed * shares[-1]
 
 
 def _without_silent(x: Tensor, organs: list[int]) -> Tensor:
@@ -401,21 +425,21 @@ def _without_silent(x: Tensor, organs: list[int]) -> Tensor:
     return x if len(organs) == x.shape[1] - 1 else x[:, [0, *(k + 1 for k in organs)]]
 
 
-def _region_sizes(organ: Tensor, background: Tensor, spoken: Tensor, experts: Tensor) -> Tensor:
+def _region_sizes(targets: Targets, spoken: Tensor, experts: Tensor) -> Tensor:
     """Voxels of R_1 .. R_K and B where teacher i speaks, over all processes: float32 (I, C)."""
-    own = (organ & spoken).flatten(2).sum(dim=2)[:, None] * experts
-    agreed = [
-        (background & (speaks[:, :, None, None, None] & spoken).any(dim=1)).flatten(1).sum(dim=1)
+    own = (targets.organ & spoken).flatten(2).sum(dim=2)[:, None] * experts
+    where = [
+        targets.background & (speaks[:, :, None, None, None] & spoken).any(dim=1)
         for speaks in experts.unbind(dim=1)
     ]
-    return over_ranks(torch.cat([own, torch.stack(agreed, dim=1)[:, :, None]], 2).sum(0).float())
+    agreed = torch.stack([voxels.flatten(1).sum(dim=1) for voxels in where], dim=1)
+    return over_ranks(torch.cat([own, agreed[:, :, None]], dim=2).sum(dim=0).float())
 
 
 # Sums over all processes of a training, so that a loss is that of the whole batch.
 #
 # A Dice or a mean over regions is a ratio of sums. Averaged over processes, ratios of parts are
-# not
-# the ratio of the whole; summed before the division, they are.
+# not the ratio of the whole; summed before the division, they are.
 
 
 def over_ranks(total: Tensor) -> Tensor:

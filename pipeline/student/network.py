@@ -5,9 +5,9 @@ outputs for deep supervision.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from pipeline.networks.by_name import (
     output_shapes,
     tap_shapes,
 )
+
+if TYPE_CHECKING:
+    from pipeline.student.settings import TrainingConfig
 
 TapKey = tuple[str, str]
 Head = Literal["softmax", "sigmoid"]
@@ -43,6 +46,13 @@ class CachedTap:
     channels: int
     stride: Index3
     organs: tuple[int, ...]
+
+
+def common_stride(taps: Iterable[CachedTap]) -> Index3:
+    """Voxels z, y, x of which patches must be multiples, for whole cells of every tap."""
+    strides = [tap.stride for tap in taps]
+    z, y, x = (math.lcm(*(stride[axis] for stride in strides)) for axis in range(3))
+    return (z, y, x)
 
 
 class OneVsRest(nn.Module):
@@ -91,20 +101,17 @@ class StudentNetwork(nn.Module):
 
     def __init__(
         self,
-        config: NetworkConfig,
+        config: TrainingConfig,
         num_organs: int,
-        *,
-        patch: Sequence[int],
-        head: Head = "softmax",
-        taps: StudentTaps = (),
         cached: Mapping[TapKey, CachedTap] | None = None,
-        deep_supervision: bool | None = None,
     ) -> None:
         super().__init__()
-        self.network = build_student(config, num_organs, head)
+        supervision, patch = config.supervision, config.patch
+        taps: StudentTaps = supervision.features.student_taps if supervision.uses_features else ()
+        self.network = build_student(config.network, num_organs, supervision.head)
         shapes_out = output_shapes(self.network, patch)
-        check_outputs(config, shapes_out, (num_organs + 1, *patch), deep_supervision)
-        self.deep_supervision = deep_supervision is not False
+        check_outputs(config, shapes_out, num_organs)
+        self.deep_supervision = config.deep_supervision is not False
         self._features: dict[str, Tensor] = {}
         self.adapters = nn.ModuleList()
         layers = sorted(set(taps.values() if isinstance(taps, Mapping) else taps))
@@ -119,13 +126,6 @@ class StudentNetwork(nn.Module):
             self.adapters.append(nn.Conv3d(channels, self.cached[key].channels, kernel_size=1))
         for layer in sorted(set(self.layer_of.values())):
             find_module(self.network, layer).register_forward_hook(self._keep(layer))
-
-    @property
-    def tap_stride(self) -> Index3:
-        """Voxels z, y, x of which patches must be multiples, for whole cells of every tap."""
-        strides = [entry.stride for entry in self.cached.values()]
-        z, y, x = (math.lcm(*(stride[axis] for stride in strides)) for axis in range(3))
-        return (z, y, x)
 
     def forward(self, image: Tensor) -> tuple[Outputs, dict[str, Tensor]]:
         """(N, 1, D, H, W) -> logits (N, K + 1, D, H, W), and layer -> tapped feature.
@@ -222,39 +222,21 @@ def _with_background(organs: Tensor) -> Tensor:
 
 
 def seeded_network(
-    config: NetworkConfig,
-    num_organs: int,
-    *,
-    seed: int,
-    patch: Sequence[int],
-    head: Head = "softmax",
-    taps: StudentTaps = (),
-    cached: Mapping[TapKey, CachedTap] | None = None,
-    deep_supervision: bool | None = None,
+    config: TrainingConfig, num_organs: int, cached: Mapping[TapKey, CachedTap] | None = None
 ) -> StudentNetwork:
     """A student whose first weights depend on the seed alone, whatever ran before."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return StudentNetwork(
-            config,
-            num_organs,
-            patch=patch,
-            head=head,
-            taps=taps,
-            cached=cached,
-            deep_supervision=deep_supervision,
-        )
+        torch.manual_seed(config.seed)
+        return StudentNetwork(config, num_organs, cached)
 
 
 # Deep supervision: every output of a network is taught, coarser ones with less weight.
 #
 # A coarser output is brought to full size by repeating its values (nearest), as MONAI's DynUNet
-# does
-# of itself, and meets the very targets of the full-size output. So nothing that is cached is
-# averaged
-# or thinned out: a voxel that is ignored, not seen or in no region stays so, and a small organ
-# cannot
-# fall through a coarse grid. What a coarse cell learns is the mean of the targets of its voxels.
+# does of itself, and meets the very targets of the full-size output. So nothing that is cached is
+# averaged or thinned out: a voxel that is ignored, not seen or in no region stays so, and a small
+# organ cannot fall through a coarse grid. What a coarse cell learns is the mean of the targets of
+# its voxels.
 
 Outputs = Tensor | tuple[Tensor, ...]
 
@@ -290,33 +272,24 @@ def over_outputs(
 
 
 def check_outputs(
-    config: NetworkConfig,
-    shapes: Sequence[tuple[int, ...]],
-    wanted: tuple[int, ...],
-    deep_supervision: bool | None,
+    config: TrainingConfig, shapes: Sequence[tuple[int, ...]], num_organs: int
 ) -> None:
-    """Whether a network can be a student.
-
-    Args:
-        config: of the network.
-        shapes: (C, D, H, W) of its outputs while training.
-        wanted: that of the full-size output.
-        deep_supervision: True: there must be several outputs.
+    """Whether a network can be a student. `shapes`: (C, D, H, W) of its outputs while training.
 
     Raises:
         ConfigError: other outputs than logits of the patch, or only one where several are needed.
     """
+    name, wanted = config.network.name, (num_organs + 1, *config.patch)
     if shapes[0] != wanted or any(s[:1] != wanted[:1] for s in shapes):
         raise ConfigError(
-            f"{config.name} gives outputs of shape {', '.join(map(str, shapes))} while training, "
+            f"{name} gives outputs of shape {', '.join(map(str, shapes))} while training, "
             f"where logits of {wanted} (channels, z, y, x) are needed.",
             where="network",
             fix="Choose a segmentation network whose output has the size of its input.",
         )
-    if deep_supervision and len(shapes) == 1:
+    if config.deep_supervision and len(shapes) == 1:
         raise ConfigError(
-            f"{config.name} with these arguments has one output: there is nothing to supervise "
-            "deeply.",
+            f"{name} with these arguments has one output: there is nothing to supervise deeply.",
             where="training.deep_supervision",
             fix="Give network.args what makes it several (DynUNet, MedNeXt, BasicUNetPlusPlus: "
             "deep_supervision: true; SegResNetDS: dsdepth: 3), or take this setting out.",

@@ -166,8 +166,8 @@ class Metrics:
         self.history.add(line)
         append_lines(self._path, [line])
         known = {organ: dice for organ, dice in scores.items() if dice is not None}
-        if known and self._loggers is not None:
-            mean = sum(known.values()) / len(known)
+        mean = mean_dice(scores)
+        if mean is not None and self._loggers is not None:
             values = {f"dice/{organ}": dice for organ, dice in {**known, "mean": mean}.items()}
             self._loggers.scalars(step, values)
 
@@ -192,36 +192,29 @@ class Metrics:
 
 @contextmanager
 def followed(
-    folder: Path,
-    settings: Mapping[str, Any],
-    *,
-    resumed_from: int,
+    run: LoggedRun,
     batch_size: int,
     warn: Callable[[str], None],
-    name: str = "",
     loggers: Iterable[RunLogger] = (),
 ) -> Iterator[Metrics]:
     """The metrics of a run while it trains; what loggers began is finished whatever happens.
 
     Args:
-        folder: of the run.
-        settings: nested, for loggers.
-        resumed_from: step of the checkpoint; 0 at the start.
+        run: as loggers are told of it.
         batch_size: samples in a step, over all processes.
         warn: hears of a logger that fails, or of a picture.
-        name: of the run, for people; by default the folder's.
         loggers: who is told beside metrics.jsonl.
     """
     others = Loggers(loggers, warn)
     metrics = Metrics(
-        folder / "metrics.jsonl",
-        keep_until=resumed_from,
+        run.folder / "metrics.jsonl",
+        keep_until=run.resumed_from,
         batch_size=batch_size,
-        name=name,
+        name=run.name,
         loggers=others,
         warn=warn,
     )
-    others.start(LoggedRun(metrics.name, folder, settings, resumed_from))
+    others.start(run)
     well = False
     try:
         yield metrics
@@ -231,7 +224,13 @@ def followed(
         if not well:
             with suppress(WorkFolderError):  # of a full disk: the error on its way says more
                 metrics.flush()
-        others.finish(folder / "progress.png", well=well)
+        others.finish(run.folder / "progress.png", well=well)
+
+
+def mean_dice(scores: Mapping[str, float | None]) -> float | None:
+    """Over the organs that have a score; None if none has."""
+    found = [score for score in scores.values() if score is not None]
+    return sum(found) / len(found) if found else None
 
 
 def _scalars(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -352,12 +351,12 @@ class History:
 
     def _add_validation(self, scores: Mapping[str, float | None]) -> None:
         self.last_validation = dict(scores)
-        known = {organ: dice for organ, dice in scores.items() if dice is not None}
-        for organ, dice in known.items():
-            self.dice.setdefault(organ, Curve()).add(self.step, dice)
-            self._score(organ, dice)
-        if known:
-            self._score("mean", sum(known.values()) / len(known))
+        for organ, dice in scores.items():
+            if dice is not None:
+                self.dice.setdefault(organ, Curve()).add(self.step, dice)
+                self._score(organ, dice)
+        if (mean := mean_dice(scores)) is not None:
+            self._score("mean", mean)
 
     def _score(self, name: str, dice: float) -> None:
         now = (self.step, dice)
@@ -371,12 +370,10 @@ def _mean_point(points: Any) -> tuple[float, float]:
 
 # The file metrics.jsonl: one JSON object a line, in the order of the steps.
 #
-# A line of a step: `step`, `loss`, `terms` (weighted, they sum to the loss), `lr`,
-# `gradient_norm`.
+# A line of a step: `step`, `loss`, `terms` (weighted, they sum to the loss), `lr`, `gradient_norm`.
 # A line of a validation: `step`, `validation_dice`. All of that is the same in every run with the
 # same settings, interrupted or not. What a clock measured stands under one further key, `timing`:
-# in
-# lines of steps once per window of some steps (`steps`, `seconds`, `data_wait`,
+# in lines of steps once per window of some steps (`steps`, `seconds`, `data_wait`,
 # `samples_per_second`), in lines of validations `seconds`.
 
 
@@ -472,7 +469,7 @@ def draw_progress(path: Path, metrics: Metrics, ids: Mapping[str, int] | None = 
     metrics.picture_drawn(failed)
 
 
-def tell_validations(log: Log, metrics: Path, where: Folder) -> None:
+def show_validations(log: Log, metrics: Path, where: Folder) -> None:
     """A table of first, best and last validation Dice per organ, and where the run's files are.
 
     Args:

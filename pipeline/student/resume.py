@@ -1,4 +1,6 @@
-"""Stopping and going on: the state of a training at a step, and the signals that end it early."""
+"""A run's folder: the state of a training at a step, kept there and gone on from; and the signals
+that end a training early.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +11,29 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from pipeline.cache.store import write_json
 from pipeline.config import canonical_json
 from pipeline.errors import CheckpointError, PipelineError
+from pipeline.folder import Folder, mirrored
 from pipeline.log import Log
-from pipeline.student.checkpoint import load_newest, save_training
+from pipeline.student.checkpoint import StudentRecord, load_newest, save_student, save_training
+from pipeline.student.inputs import TrainingInputs
+from pipeline.student.loggers import LoggedRun, open_loggers
+from pipeline.student.network import StudentNetwork
 from pipeline.student.processes import ALONE, Processes
+from pipeline.student.progress import Metrics, draw_progress, followed, mean_dice
+from pipeline.student.settings import TrainingConfig
+from pipeline.student.speed import Speed
 
 
 class Stateful(Protocol):
@@ -57,82 +69,206 @@ class BestSoFar:
         self._dice = state["mean_dice"]
 
 
-def save_state(
-    folder: Path,
-    step: int,
-    identity: Mapping[str, Any],
-    parts: Mapping[str, Stateful],
-    rng: Sequence[Mapping[str, Any]],
-) -> None:
-    """Writes the checkpoint of a step: all that the steps after it depend on.
+@dataclass(frozen=True)
+class TrainingState:
+    """A training at a step: its settings, and all that later steps depend on.
 
-    Args:
-        folder: of the run.
-        step: that has been made.
-        identity: settings and inputs that the run was started with.
-        parts: by name.
-        rng: `random_state` of each process, by rank.
-
-    Raises:
-        PipelineError: a weight or a number of the optimiser is not finite; nothing is written.
-    """
-    states = {name: part.state_dict() for name, part in parts.items()}
-    check_finite(states, folder, step)
-    save_training(
-        folder / "checkpoints",
-        step,
-        {**states, "identity": canonical_json(identity), "rng": list(rng)},
-    )
-
-
-def restore_state(
-    folder: Path,
-    identity: Mapping[str, Any],
-    parts: Mapping[str, Stateful],
-    *,
-    seed: int,
-    log: Log,
-    resume: bool,
-    device: torch.device,
-    processes: Processes = ALONE,
-) -> int:
-    """Loads the newest checkpoint of this very run; returns the step to go on from.
-
-    The first process reads it for all.
-
-    Args:
-        folder: of the run.
-        identity: settings and inputs that the run was started with.
-        parts: by name; their state is replaced.
-        seed: of the global random state where there is no checkpoint.
-        log: hears of checkpoints that cannot be read.
-        resume: False refuses to go on.
-        device: whose random state is restored beside the CPU's.
+    Attributes:
+        config: what changes numbers.
+        inputs: what is read.
+        network: on its device.
+        optimiser: of the network's weights.
+        speed: precision, memory format and compiling at work, and the device.
         processes: that train together.
-
-    Raises:
-        CheckpointError: a run with other settings, or no checkpoint of several can be read.
+        best: of the validations so far.
     """
-    state = processes.from_first(lambda: _read_state(folder, identity, log, resume))
-    if state is None:
-        torch.manual_seed(_stream(seed, 0, processes.rank))
-        if processes.size > 1:  # equal already, if the machines are
-            network = parts["network"]
-            network.load_state_dict(processes.from_first(lambda: _on_cpu(network.state_dict())))
-        return 0
-    step = int(state["step"])
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    torch.manual_seed(_stream(seed, step, processes.rank))
-    if len(state["rng"]) == processes.size:
-        set_random_state(state["rng"][processes.rank], device)
-    else:
-        log.warn(
-            f"the checkpoint is of {len(state['rng'])} processes, now there are {processes.size}: "
-            "the same samples and losses follow, but not bit for bit."
+
+    config: TrainingConfig
+    inputs: TrainingInputs
+    network: StudentNetwork
+    optimiser: torch.optim.Optimizer
+    speed: Speed
+    processes: Processes = ALONE
+    best: BestSoFar = field(default_factory=BestSoFar)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Settings and inputs: with others it is another run."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "inputs": dict(self.inputs.identity),
+        }
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """What is in a checkpoint, by name."""
+        return {
+            "network": self.network,
+            "optimiser": self.optimiser,
+            "speed": self.speed,
+            "best": self.best,
+        }
+
+
+@dataclass
+class RunFolder:
+    """The folder of a run: config.json, checkpoints, metrics.jsonl, progress.png, and the student.
+
+    Of processes that train together the first alone writes to it.
+
+    Attributes:
+        path: on this machine.
+        name: of the run, for people; by default the folder's.
+        saved: called whenever a checkpoint has been written.
+        record: what a student's file says beside its weights, for a step and its Dice per organ;
+            None: best.pt is not kept.
+        pictures: draw progress.png beside each checkpoint.
+    """
+
+    path: Path
+    name: str = ""
+    saved: Callable[[], None] = lambda: None
+    record: Callable[[int, Mapping[str, float | None]], StudentRecord] | None = None
+    pictures: bool = True
+    _metrics: Metrics = field(init=False, repr=False)
+
+    def restore(self, state: TrainingState, log: Log) -> int:
+        """Loads the newest checkpoint of this very run; returns the step to go on from.
+
+        The first process reads it for all.
+
+        Raises:
+            CheckpointError: a run with other settings, or no checkpoint of several can be read.
+        """
+        config, processes, speed = state.config, state.processes, state.speed
+        found = processes.from_first(lambda: self._read(state.identity, log))
+        if found is None:
+            torch.manual_seed(_stream(config.seed, 0, processes.rank))
+            if processes.size > 1:  # equal already, if the machines are
+                first = processes.from_first(lambda: _on_cpu(state.network.state_dict()))
+                state.network.load_state_dict(first)
+            return 0
+        step = int(found["step"])
+        for name, part in state.parts.items():
+            part.load_state_dict(found[name])
+        torch.manual_seed(_stream(config.seed, step, processes.rank))
+        if len(found["rng"]) == processes.size:
+            set_random_state(found["rng"][processes.rank], speed.device)
+        else:
+            log.warn(
+                f"the checkpoint is of {len(found['rng'])} processes, now there are "
+                f"{processes.size}: the same samples and losses follow, but not bit for bit."
+            )
+        log.info(f"going on after step {step}")
+        if speed.resumed_flags != speed.flags:
+            log.warn(
+                f"the run was trained with {speed.resumed_flags} and goes on with {speed.flags}: "
+                "not bit for bit what it would have been."
+            )
+        return step
+
+    @contextmanager
+    def followed(
+        self, state: TrainingState, start: int, loggers: Sequence[str], log: Log
+    ) -> Iterator[Metrics]:
+        """The metrics of the steps after `start`; what loggers began is finished whatever happens.
+
+        Metrics of other processes than the first are seen by nobody.
+        """
+        processes, config = state.processes, state.identity["config"]
+        with processes.folder_to_write(self.path) as written, ExitStack() as following:
+
+            def opened() -> Metrics:
+                run = LoggedRun(self.name or written.name, written, config, start)
+                others = open_loggers(loggers if processes.is_first else ())
+                size = state.config.batch_size
+                return following.enter_context(followed(run, size, log.warn, others))
+
+            self._metrics = processes.together(opened)
+            yield self._metrics
+
+    def add_validation(
+        self, state: TrainingState, step: int, scores: Mapping[str, float | None]
+    ) -> None:
+        """Dice per organ; the student of the highest mean so far is kept as best.pt."""
+        state.processes.from_first(partial(self._add_validation, state, step, scores))
+
+    def save(self, state: TrainingState, step: int) -> None:
+        """Writes the checkpoint of a step: all that the steps after it depend on.
+
+        Raises:
+            PipelineError: a weight or a number of the optimiser is not finite; nothing is written.
+        """
+        random = state.processes.gathered(lambda: random_state(state.speed.device))
+        state.processes.from_first(partial(self._save, state, step, random))
+
+    def save_student(
+        self, name: str, network: nn.Module, step: int, scores: Mapping[str, float | None]
+    ) -> None:
+        """Writes student.pt or best.pt."""
+        assert self.record is not None
+        save_student(self.path / name, self.record(step, scores), network)
+
+    def _add_validation(
+        self, state: TrainingState, step: int, scores: Mapping[str, float | None]
+    ) -> None:
+        if state.best.beaten_by(mean_dice(scores)) and self.record is not None:
+            check_finite(state.network.state_dict(), self.path, step)
+            self.save_student("best.pt", state.network.network, step, scores)
+        self._metrics.add_validation(step, scores)
+        if self._metrics.picture_is_old:
+            self._draw(state)
+
+    def _save(self, state: TrainingState, step: int, random: Sequence[Mapping[str, Any]]) -> None:
+        self._metrics.flush()
+        states = {name: part.state_dict() for name, part in state.parts.items()}
+        check_finite(states, self.path, step)
+        identity = canonical_json(state.identity)
+        save_training(
+            self.path / "checkpoints", step, {**states, "identity": identity, "rng": list(random)}
         )
-    log.info(f"going on after step {step}")
-    return step
+        self._draw(state)
+        self.saved()
+
+    def _draw(self, state: TrainingState) -> None:
+        if self.pictures:
+            draw_progress(self.path / "progress.png", self._metrics, state.inputs.space.ids)
+
+    def _read(self, identity: Mapping[str, Any], log: Log) -> dict[str, Any] | None:
+        """The newest checkpoint; where there is none, config.json is written instead."""
+        found, complaints = load_newest(self.path / "checkpoints")
+        for complaint in complaints:
+            log.warn(f"{complaint} The checkpoint before it is used.")
+        if found is None:
+            write_json(self.path / "config.json", identity)
+            return None
+        differing = _differing(json.loads(found["identity"]), json.loads(canonical_json(identity)))
+        if differing:
+            raise CheckpointError(
+                f"this run was started with other settings: {'; '.join(differing[:6])}.",
+                where=self.path,
+                fix="Use the same settings to go on, or name another `run` in them to start over.",
+            )
+        return found
+
+
+@contextmanager
+def open_run(
+    folder: Folder,
+    processes: Processes = ALONE,
+    *,
+    name: str,
+    record: Callable[[int, Mapping[str, float | None]], StudentRecord] | None = None,
+) -> Iterator[RunFolder]:
+    """A run's folder; of one in an object store a copy, sent back whenever a checkpoint is written.
+
+    Other processes than the first write nothing, and name the folder in errors alone.
+    """
+    if not processes.is_first:
+        yield RunFolder(Path(str(folder)), name, record=record)
+        return
+    with mirrored(folder) as (local, send):
+        yield RunFolder(local, name, send, record)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -154,26 +290,6 @@ def check_finite(state: Any, where: object, step: int) -> None:
             where=where,
             fix="The last checkpoint is intact. Lower optimiser.lr.",
         )
-
-
-def _read_state(
-    folder: Path, identity: Mapping[str, Any], log: Log, resume: bool
-) -> dict[str, Any] | None:
-    state, complaints = load_newest(folder / "checkpoints")
-    for complaint in complaints:
-        log.warn(f"{complaint} The checkpoint before it is used.")
-    if state is None:
-        write_json(folder / "config.json", identity)
-        return None
-    differing = _differing(json.loads(state["identity"]), json.loads(canonical_json(identity)))
-    if differing or not resume:
-        settings = f"was started with other settings: {'; '.join(differing[:6])}."
-        raise CheckpointError(
-            f"this run {settings if differing else 'has checkpoints.'}",
-            where=folder,
-            fix="Use the same settings to go on, or name another `run` in them to start over.",
-        )
-    return state
 
 
 def _on_cpu(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -209,14 +325,14 @@ _ONE_PRESS_SECONDS = 1.0
 
 
 @contextmanager
-def stop_signals(*, aloud: bool = False) -> Iterator[Callable[[], bool]]:
+def stop_signals(*, answered: bool = False) -> Iterator[Callable[[], bool]]:
     """SIGTERM, SIGUSR1 and Ctrl-C set a flag; the loop stops at the next step with a checkpoint.
 
     A second Ctrl-C ends the program at once. One that follows within a second is still the first:
     torchrun hands on to its processes what the terminal sent to all of them.
 
     Args:
-        aloud: the first Ctrl-C is answered, since the step may take a while.
+        answered: the first Ctrl-C is answered, since the step may take a while.
     """
     caught: list[float] = []
     pressed: list[float] = []
@@ -229,7 +345,7 @@ def stop_signals(*, aloud: bool = False) -> Iterator[Callable[[], bool]]:
         pressed.append(now)
         if now - pressed[0] > _ONE_PRESS_SECONDS:
             raise KeyboardInterrupt
-        if aloud and len(pressed) == 1:
+        if answered and len(pressed) == 1:
             # No print: the signal may have come in the middle of one.
             os.write(2, b"\nCtrl-C: stopping after this step, with a checkpoint. "
                         b"Once more ends at once, without one.\n")  # fmt: skip
@@ -251,9 +367,8 @@ def live_as_long_as_the_loop(worker: int) -> None:
     """Makes a loader process outlive signals to the whole job, but not the process that trains.
 
     A scheduler signals all processes of a job, and Ctrl-C all of a terminal's; the loop alone says
-    when loading ends. If the loop
-    is killed outright, a worker of forkserver would wait for it for ever, since its own parent,
-    the server, waits for the workers.
+    when loading ends. If the loop is killed outright, a worker of forkserver would wait for it for
+    ever, since its own parent, the server, waits for the workers.
     """
     for name in _STOPS:
         signal.signal(name, signal.SIG_IGN)

@@ -10,8 +10,10 @@ import importlib.util
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +21,8 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.log import Log
+from pipeline.networks.by_name import pick_device
+from pipeline.student.loggers import open_loggers
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _SMALLEST_SCALE = 1.0
@@ -42,6 +46,40 @@ class SpeedFlags:
         """Those that are set."""
         others = {"channels last": self.channels_last, "compiled": self.compile}
         return ", ".join([self.precision, *(name for name, is_set in others.items() if is_set)])
+
+
+@dataclass(frozen=True)
+class TrainingExecution:
+    """Where and how a training runs; no part of its digest.
+
+    Attributes:
+        device: auto, cpu, cuda, cuda:1.
+        workers: loader processes.
+        flags: precision, memory format, compiling.
+        loggers: names of loggers that are told beside metrics.jsonl.
+        checkpoint_minutes: at most so much work is lost to a kill.
+        stage_to: folder on the machine's own disk that is read from instead of the cache; see
+            `pipeline.student.staging`.
+        pool_bytes: decoded chunks kept in each loader process.
+    """
+
+    device: str = "auto"
+    workers: int = 0
+    flags: SpeedFlags = SpeedFlags()
+    loggers: Sequence[str] = ()
+    checkpoint_minutes: float = 10.0
+    stage_to: Path | None = None
+    pool_bytes: int = 512_000_000
+
+    def check(self) -> None:
+        """What cannot be is refused before hours of training.
+
+        Raises:
+            ConfigError: no such device, half precision on a CPU, or a logger that is unknown or
+                not installed.
+        """
+        open_loggers(self.loggers)
+        check_device(self.flags, pick_device(self.device))
 
 
 def check_device(flags: SpeedFlags | None, device: torch.device) -> None:
@@ -114,7 +152,7 @@ class Speed:
 
     def is_lost(self, norm: float) -> bool:
         """Whether a gradient is not finite, and that is not fp16's overflow."""
-        return not math.isfinite(norm) and self._scale() <= _SMALLEST_SCALE
+        return not math.isfinite(norm) and self.scaler.get_scale() <= _SMALLEST_SCALE
 
     def state_dict(self) -> dict[str, Any]:
         """What the steps to come depend on: the scaler's state, empty without fp16; and flags."""
@@ -125,10 +163,6 @@ class Speed:
         self.resumed_flags = SpeedFlags(**state["flags"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-
-    def _scale(self) -> float:
-        """1 without fp16."""
-        return self.scaler.get_scale()
 
 
 def _check_compiler(device: torch.device) -> None:

@@ -20,7 +20,7 @@ from pipeline.cache.staged import Copy
 from pipeline.errors import CacheError
 from pipeline.folder import temporary_name
 from pipeline.log import Log
-from pipeline.student.inputs import StudentInputs
+from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import TapKey
 from pipeline.student.processes import ALONE, Processes
 
@@ -46,8 +46,8 @@ class _Outcome:
 
 
 def staged_inputs(
-    found: StudentInputs, folder: Path | None, *, log: Log, processes: Processes = ALONE
-) -> StudentInputs:
+    found: TrainingInputs, folder: Path | None, *, log: Log, processes: Processes = ALONE
+) -> TrainingInputs:
     """A training's cases, read from copies below a folder; None leaves them as they are.
 
     `identity` stays what it is: copies are of the very bytes.
@@ -84,16 +84,16 @@ def staged_cases(
         for copy in (_of_case(case, root), *_of_teachers(case, root, taps))
     }
     host, share = socket.gethostname(), list[Copy]()
-    looks = processes.gathered(lambda: (host, _why_not(root, list(copies.values()))))
-    mates = [rank for rank, (name, _) in enumerate(looks) if name == host]
-    problems = tuple(why for name, why in looks if name == host and why)
+    found = processes.gathered(lambda: (host, _why_not(root, list(copies.values()))))
+    ranks_here = [rank for rank, (name, _) in enumerate(found) if name == host]
+    problems = tuple(why for name, why in found if name == host and why)
     if not problems:
-        share = _shares(list(copies.values()), len(mates))[mates.index(processes.rank)]
+        share = _shares(list(copies.values()), len(ranks_here))[ranks_here.index(processes.rank)]
     own = _make(_Outcome(host, problems=problems), share, folder, log, processes)
     outcomes = processes.gathered(lambda: own)
     ready = {name for outcome in outcomes if outcome.host == host for name in outcome.ready}
     opened = {name: copies[name].open() for name in ready if copies[name].is_there()}
-    _tell(outcomes, copies, folder, log)
+    _report(outcomes, copies, folder, log)
     return [_reading(case, root, taps, opened) for case in cases]
 
 
@@ -180,7 +180,9 @@ def _make(
     return replace(own, ready=frozenset(ready), num_bytes=num_bytes, problems=tuple(problems))
 
 
-def _tell(outcomes: Sequence[_Outcome], copies: Mapping[str, Copy], folder: Path, log: Log) -> None:
+def _report(
+    outcomes: Sequence[_Outcome], copies: Mapping[str, Copy], folder: Path, log: Log
+) -> None:
     """One line for all, and for each host one about what is read from the cache after all."""
     hosts = list(dict.fromkeys(outcome.host for outcome in outcomes))
     for host in hosts:

@@ -196,6 +196,14 @@ class Batch:
     experts: Tensor | None = None
     features: Mapping[TapKey, Tensor] = field(default_factory=dict)
 
+    @property
+    def targets(self) -> losses.Targets:
+        """What teachers say, where they are read."""
+        assert self.log_odds is not None
+        assert self.organ is not None
+        assert self.background is not None
+        return losses.Targets(self.log_odds, self.organ, self.background)
+
 
 def batch_loss(
     config: SupervisionConfig,
@@ -211,21 +219,13 @@ def batch_loss(
         batch: on the network's device.
         fraction: t = step / steps, for the schedules.
     """
-    terms = terms_of_batch(config, network, batch, fraction)
-    loss = torch.stack(list(terms.values())).sum()
-    return loss, {name: float(value.detach()) for name, value in terms.items()}
-
-
-def terms_of_batch(
-    config: SupervisionConfig, network: StudentNetwork, batch: Batch, fraction: float
-) -> dict[str, Tensor]:
-    """Each weighted term of the loss of a batch; see `batch_loss`, which is their sum."""
     outputs, features = network(batch.image)
     terms = over_outputs(outputs, lambda logits: terms_of_logits(config, logits, batch, fraction))
     weight = config.features.at(fraction) if config.uses_features else 0.0
     if weight > 0:
         terms["features"] = weight * _features_term(network, features, batch)
-    return terms
+    loss = torch.stack(list(terms.values())).sum()
+    return loss, {name: float(value.detach()) for name, value in terms.items()}
 
 
 def terms_of_logits(
@@ -279,30 +279,25 @@ def pseudo_labels(batch: Batch) -> Tensor:
 
 def logits_term(config: LogitsConfig, log_p: Tensor, p: Tensor, batch: Batch) -> Tensor:
     """KL and soft Dice over R_1 .. R_K and B; see method.md and `losses`."""
-    assert batch.log_odds is not None
-    assert batch.organ is not None
-    assert batch.background is not None
-    organ, background, odds = batch.organ, batch.background, batch.log_odds
+    targets = batch.targets
     if config.hard:
-        odds = losses.hard(odds)
+        targets = replace(targets, log_odds=losses.hard(targets.log_odds))
     if not config.agreed_background:
-        background = torch.zeros_like(background)
+        targets = replace(targets, background=torch.zeros_like(targets.background))
     # The KL of all experts together is of the very target that soft Dice has: made once for both.
     same = config.soft_dice and config.target == "joint" and config.temperature == 1
-    joint = losses.joint_log_q_and_q(odds) if same else None
+    joint = losses.joint_log_q_and_q(targets.log_odds) if same else None
     term = losses.kl(
         log_p,
-        odds,
-        organ,
-        background,
+        targets,
         _experts(config, batch),
         temperature=config.temperature,
         per_region=config.mean == "region",
         joint=joint,
     )
     if config.soft_dice:
-        inside = organ.any(dim=1) | background
-        term = term + losses.soft_dice(p[:, 1:], odds, inside, batch.known, joint=joint)
+        inside = targets.organ.any(dim=1) | targets.background
+        term = term + losses.soft_dice(p[:, 1:], targets.log_odds, inside, batch.known, joint=joint)
     return term
 
 
@@ -337,17 +332,14 @@ def _experts(config: LogitsConfig, batch: Batch) -> Tensor:
 
 def _features_term(network: StudentNetwork, student: Mapping[str, Tensor], batch: Batch) -> Tensor:
     """Per teacher and tap: cosine over the teacher's organ regions plus over B; mean over them."""
-    assert batch.log_odds is not None
-    assert batch.organ is not None
-    assert batch.background is not None
-    terms = []
+    targets, terms = batch.targets, []
     for key, cached in batch.features.items():
         stride = network.cached[key].stride
         organs = list(network.cached[key].organs)
-        region = losses.touched_cells(batch.organ[:, organs].any(dim=1), stride)
+        region = losses.touched_cells(targets.organ[:, organs].any(dim=1), stride)
         # Beside its organ a teacher may be silent: its features say nothing of the others there.
-        speaks = ~torch.isnan(batch.log_odds[:, organs]).all(dim=1)
-        background = losses.filled_cells(batch.background & speaks, stride)
+        speaks = ~torch.isnan(targets.log_odds[:, organs]).all(dim=1)
+        background = losses.filled_cells(targets.background & speaks, stride)
         adapted = network.adapt(key, student)
         terms.append(losses.feature_cosine(adapted, cached, region, background))
     return torch.stack(terms).mean()

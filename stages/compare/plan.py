@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,16 @@ from pipeline.cache.reader import CachedCase
 from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.config import canonical_json, digest, load_config
 from pipeline.consensus.cohort import open_cohort
-from pipeline.data.labels import LabelSpace
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheMissing, CheckpointError, ConfigError
 from pipeline.folder import Folder, matching, read_text
 from pipeline.log import Advance, Log
 from pipeline.networks.by_name import pick_device
-from pipeline.student.inputs import StudentInputs, check_same_units, open_inputs
+from pipeline.student.inputs import TrainingInputs, check_same_units, open_inputs
 from pipeline.student.network import build_student
+from pipeline.student.resume import RunFolder
 from pipeline.student.settings import TrainingConfig, run_digest
-from pipeline.student.speed import SpeedFlags
+from pipeline.student.speed import SpeedFlags, TrainingExecution
 from pipeline.student.staging import staged_inputs
 from pipeline.student.training import train
 from stages.compare.scoring import organs_without_cases
@@ -175,7 +175,7 @@ def plan_comparison(
     check_settings(settings)
     cases, unscored = _scored_cases(registry, work, settings, log)
     space = registry.label_space
-    inputs: dict[str, StudentInputs] = {}
+    inputs: dict[str, TrainingInputs] = {}
     parameters: dict[str, int] = {}
     for config in configs:
         allowed = settings.allow_missing or config.allow_missing
@@ -193,7 +193,7 @@ def plan_comparison(
     else:
         prepare_work_folder(work)
         steps = steps_for_seconds(
-            configs, inputs, space, settings.seconds, group / "budget.json",
+            configs, inputs, settings.seconds, group / "budget.json",
             log=log, device=pick_device(device), workers=workers, flags=flags,
             stage_to=stage_to,
         )  # fmt: skip
@@ -482,8 +482,7 @@ def equal_steps(configs: Sequence[TrainStudentConfig], steps: int | None) -> dic
 
 def steps_for_seconds(
     configs: Sequence[TrainStudentConfig],
-    inputs: Mapping[str, StudentInputs],
-    space: LabelSpace,
+    inputs: Mapping[str, TrainingInputs],
     seconds: float,
     record: Folder,
     *,
@@ -525,7 +524,7 @@ def steps_for_seconds(
     rounds: dict[str, list[float]] = {config.run: [] for config in new}
     for number in range(ROUNDS if new else 0):
         for config in new:
-            found = _probe(config, staged[config.run], space, log, device, workers, flags)
+            found = _probe(config, staged[config.run], log, device, workers, flags)
             rounds[config.run].append(found)
             log.info(f"{config.run}: {found:.3f} s a step (round {number + 1} of {ROUNDS})")
     measured = {keys[run]: min(times) for run, times in rounds.items()}
@@ -551,8 +550,7 @@ def recorded_steps(
 
 def _probe(
     config: TrainStudentConfig,
-    inputs: StudentInputs,
-    space: LabelSpace,
+    inputs: TrainingInputs,
     log: Log,
     device: torch.device,
     workers: int,
@@ -566,17 +564,10 @@ def _probe(
     with tempfile.TemporaryDirectory() as folder:
         train(
             config.training.model_copy(update={"steps": steps}),
-            space,
-            inputs.training,
-            [],
-            Path(folder),
-            taps=inputs.taps,
-            inputs=inputs.identity,
-            log=clock,
-            device=device,
-            temperatures=inputs.temperatures,
-            workers=workers,
-            flags=flags,
+            replace(inputs, validation=()),
+            RunFolder(Path(folder)),
+            TrainingExecution(str(device), workers, flags or SpeedFlags()),
+            clock,
         )
     return (clock.times[-1] - clock.times[warm - 1]) / MEASURED_STEPS
 

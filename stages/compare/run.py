@@ -16,11 +16,12 @@ from pipeline.errors import PipelineError, Stopped
 from pipeline.folder import Folder, matching, read_text
 from pipeline.log import Advance, Log
 from pipeline.networks.by_name import pick_device
-from pipeline.student.speed import SpeedFlags
+from pipeline.student.speed import SpeedFlags, TrainingExecution
 from stages import train_student
 from stages.compare.plan import Comparison, Run, StepClock
 from stages.compare.results import Results, RunResult
 from stages.compare.scoring import ScoringSettings, score_student, scored_before
+from stages.report import Scope
 
 
 def compare(
@@ -57,6 +58,10 @@ def compare(
         PipelineError: no run at all is finished.
     """
     failed: dict[str, Exception] = {}
+    execution = TrainingExecution(
+        device, workers, flags or SpeedFlags(),
+        checkpoint_minutes=checkpoint_minutes, stage_to=stage_to,
+    )  # fmt: skip
     left = sum(_steps_left(run) for run in plan.runs)
     with log.progress("steps of all runs", left) as advance:
         for number, run in enumerate(plan.runs, start=1):
@@ -65,10 +70,7 @@ def compare(
             at = f"run {number} of {len(plan.runs)}, {run.folder.name}"
             clock = StepClock(log, _noting(advance, at))
             try:
-                report = train_student.run(
-                    run.config, registry, work, log=clock, device=device, workers=workers,
-                    checkpoint_minutes=checkpoint_minutes, flags=flags, stage_to=stage_to,
-                )  # fmt: skip
+                report = train_student.run(run.config, Scope(registry, work, clock), execution)
             except (PipelineError, torch.OutOfMemoryError) as error:
                 failed[run.config.run] = error
                 log.warn(f"{run.folder.name} failed, the others go on: {error}")

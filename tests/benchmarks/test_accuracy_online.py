@@ -13,6 +13,7 @@ from pipeline.data.registry import load_registry
 from pipeline.networks.by_name import build_network
 from pipeline.student import training
 from pipeline.student.dataset import PatchDataset, collate, to_batch
+from pipeline.student.inputs import TrainingInputs
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.supervision import Batch
 from pipeline.teachers.checkpoint import read_teacher
@@ -20,16 +21,12 @@ from tests.tiny import ORGANS, training_settings, work_of
 
 
 def collated_of(registry_path: Path) -> dict[str, Any]:
-    config = TrainingConfig.model_validate(training_settings())
+    config = TrainingConfig.model_validate(training_settings(batch_size=4, steps=1, seed=0))
     registry = load_registry(registry_path, files=False)
     cohort = open_cohort(
         work_of(registry_path), registry, teachers=list(registry.teachers), splits=("train",)
     )
-    data = PatchDataset(
-        cohort.cases, registry.label_space, supervision=config.supervision, taps={},
-        patch=config.patch, align=(1, 1, 1), intensity=config.intensity,
-        sampling=config.sampling, augment=config.augment, batch_size=4, num_steps=1, seed=0,
-    )  # fmt: skip
+    data = PatchDataset(config, TrainingInputs(cohort.cases, [], registry.label_space, {}))
     found = collate([data[i] for i in range(4)])
     assert isinstance(found, dict)
     return found

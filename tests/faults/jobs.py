@@ -114,15 +114,16 @@ def modules(registry: str) -> list[str]:
 
 def train(registry: str, run: str = "student", **changes: Any) -> dict[str, Any]:
     """A student of two steps; which files it wrote."""
+    from pipeline.student.speed import TrainingExecution
     from stages import train_student
+    from stages.report import Scope
 
     path = Path(registry)
     training = training_settings(**{"steps": 2, "supervision": {"kind": "ms_kd"}} | changes)
     config = train_student.TrainStudentConfig.model_validate({"run": run, "training": training})
     watch = Watch(work_of(path))
-    report = train_student.run(
-        config, load_registry(path, files=False), work_of(path), log=Log(quiet=True), device="cpu"
-    )
+    scope = Scope(load_registry(path, files=False), work_of(path), Log(quiet=True))
+    report = train_student.run(config, scope, TrainingExecution(device="cpu"))
     return {**_told(report), "written": sorted(watch.written)}
 
 

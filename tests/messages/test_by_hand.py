@@ -300,7 +300,7 @@ class TestOfFiles:
         record.write_text('{"seconds": 5}')
         with pytest.raises(ConfigError, match="begun with 5 seconds, not 7"):
             plan.steps_for_seconds(
-                [], {}, None, 7, record,  # type: ignore[arg-type]
+                [], {}, 7, record,
                 log=LOG, device=torch.device("cpu"), workers=0, flags=None,
             )  # fmt: skip
         with pytest.raises(PipelineError, match=r"the run is not finished\. Run"):

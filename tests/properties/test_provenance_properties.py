@@ -27,7 +27,7 @@ from pipeline.engine.here import Execution, Here
 from pipeline.networks.by_name import NetworkConfig
 from pipeline.networks.windows import WindowConfig
 from pipeline.student.settings import TrainingConfig, run_digest
-from pipeline.student.training import train
+from pipeline.student.speed import TrainingExecution
 from pipeline.teachers.load import open_teacher
 from stages import cache_teachers, train_student
 from tests.stages.stage_contract import content
@@ -428,12 +428,13 @@ def test_a_stages_flags_are_its_settings_or_speed() -> None:
     caching = set(inspect.signature(cache_teachers.run).parameters)
     caching |= {f.name for kind in (Execution, Here) for f in fields(kind) if f.init}
     assert caching - OF_THE_RUN - ELSEWHERE == {"device", "window_batch", "overlap"}
-    training = set(inspect.signature(train_student.run).parameters) - OF_THE_RUN - ELSEWHERE
-    assert training == {"device", "workers", "checkpoint_minutes", "stage_to"}
+    assert set(inspect.signature(train_student.run).parameters) <= OF_THE_RUN
+    execution = {field.name for field in fields(TrainingExecution)}
+    training = execution - OF_THE_RUN - ELSEWHERE
+    assert training == {"device", "workers", "checkpoint_minutes", "stage_to", "pool_bytes"}
     # A run's digest is of the configuration and of the digests of what it reads.
     assert set(inspect.signature(run_digest).parameters) == {"config", "inputs"}
-    assert {*training, "pool_mb"}.isdisjoint(TrainingConfig.model_fields)
-    assert "pool_mb" in inspect.signature(train).parameters
+    assert execution.isdisjoint(TrainingConfig.model_fields)
 
 
 @pytest.mark.parametrize("speed", [{"window_batch": 7}, {"device": "auto"}, {"device": "cpu"}])

@@ -12,7 +12,13 @@ import torch
 
 from pipeline.cache.reader import CachedCase
 from pipeline.cache.schema import round_bits
-from pipeline.consensus.cohort import compute, lazy_consensus, open_cohort, print_regions
+from pipeline.consensus.cohort import (
+    RegionRules,
+    compute,
+    lazy_consensus,
+    open_cohort,
+    print_regions,
+)
 from pipeline.data.labels import Intensity, log_odds
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import load_registry
@@ -213,7 +219,7 @@ def test_a_teacher_that_sees_a_box_is_silent_outside(tiny_registry: Path) -> Non
         inside = np.zeros(odds.shape, bool)
         inside[:10, :12, :14] = True
         np.testing.assert_array_equal(np.isfinite(odds), inside)
-        regions, _ = lazy_consensus(case, space, use_labels=False)
+        regions, _ = lazy_consensus(case, space, RegionRules(labels_win=False))
         (abstained, background) = compute(regions.abstained, regions.background)
         assert abstained[~inside].all()
         assert not background[~inside].any()
@@ -231,7 +237,7 @@ def test_two_teachers_of_one_organ_are_averaged(tiny_registry: Path) -> None:
     case = cases_of(tiny_registry)[0]
     assert case.experts["liver"] == ["high", "low"]
     space = load_registry(tiny_registry).label_space
-    regions, _ = lazy_consensus(case, space, use_labels=False)
+    regions, _ = lazy_consensus(case, space, RegionRules(labels_win=False))
     (mean,) = compute(regions.log_odds)
     np.testing.assert_allclose(
         mean[0],

@@ -32,12 +32,12 @@ from pipeline.errors import (
     WorkFolderError,
 )
 from pipeline.log import Log
-from pipeline.student import dataset as loading
 from pipeline.student import training
 from pipeline.student.checkpoint import load_student
+from pipeline.student.speed import TrainingExecution
 from pipeline.student.supervision import Kind
 from stages import train_student
-from stages.report import StageReport
+from stages.report import Scope, StageReport
 from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import ROOT, StageContract, content, snapshot
 from tests.tiny import (
@@ -110,10 +110,8 @@ def run(
 ) -> StageReport:
     return train_student.run(
         config or settings(),
-        load_registry(registry, files=False),
-        work_of(registry),
-        log=log or Log(quiet=True),
-        device="cpu",
+        Scope(load_registry(registry, files=False), work_of(registry), log or Log(quiet=True)),
+        TrainingExecution(device="cpu"),
         dry_run=dry_run,
     )
 
@@ -665,13 +663,13 @@ class TestCalibrated:
     ) -> None:
         expected = self.warm(tiny_cached, 2.0)
         seen = []
-        real = loading.PatchDataset
+        real = training.PatchDataset
 
-        def spy(*args: Any, **options: Any) -> Any:
-            seen.append(options["temperatures"])
-            return real(*args, **options)
+        def spy(config: Any, inputs: Any, *rest: Any) -> Any:
+            seen.append(inputs.temperatures)
+            return real(config, inputs, *rest)
 
-        monkeypatch.setattr(loading, "PatchDataset", spy)
+        monkeypatch.setattr(training, "PatchDataset", spy)
         assert run(tiny_cached, self.settings()).exit_code == 0
         assert seen == [expected]
         assert self.inputs_of(tiny_cached)["temperatures"] == {

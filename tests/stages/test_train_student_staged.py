@@ -19,7 +19,9 @@ from pipeline.folder import Folder
 from pipeline.log import Log
 from pipeline.student.checkpoint import load_student
 from pipeline.student.progress import metric_lines, without_timing
+from pipeline.student.speed import TrainingExecution
 from stages import train_student
+from stages.report import Scope
 from tests.stages.test_train_student import settings
 from tests.tiny import copy_cohort, training_settings, work_of
 
@@ -30,10 +32,9 @@ if TYPE_CHECKING:
 def trained(registry: Path, work: Folder | None = None, **options: Any) -> tuple[Any, ...]:
     """What a training of two steps with features came to."""
     work = work or work_of(registry)
-    report = train_student.run(
-        settings(steps=2, validate_every=1), load_registry(registry, files=False), work,
-        log=Log(), device="cpu", **options,
-    )  # fmt: skip
+    scope = Scope(load_registry(registry, files=False), work, Log())
+    execution = TrainingExecution(device="cpu", **options)
+    report = train_student.run(settings(steps=2, validate_every=1), scope, execution)
     assert report.exit_code == 0, report.failed
     run = work / "students" / "student"
     record, network = load_student(run / "student.pt")

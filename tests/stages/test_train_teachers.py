@@ -17,9 +17,10 @@ from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError, RegistryError, Stopped, TeacherError
 from pipeline.log import Log
 from pipeline.student import training
+from pipeline.student.speed import TrainingExecution
 from pipeline.teachers.checkpoint import read_teacher
 from stages import train_teachers
-from stages.report import StageReport
+from stages.report import Scope, StageReport
 from tests.stages.stage_contract import StageContract, snapshot
 from tests.tiny import (
     NETWORK,
@@ -40,10 +41,8 @@ def run(registry: Path, *, dry_run: bool = False, **changes: Any) -> StageReport
     only = changes.pop("only", None)
     return train_teachers.run(
         config(**changes),
-        load_registry(registry),
-        work_of(registry),
-        log=Log(quiet=True),
-        device="cpu",
+        Scope(load_registry(registry), work_of(registry), Log(quiet=True)),
+        TrainingExecution(device="cpu"),
         only=only,
         dry_run=dry_run,
     )

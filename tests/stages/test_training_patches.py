@@ -11,8 +11,9 @@ import pytest
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError
 from pipeline.log import Log
+from pipeline.student.speed import TrainingExecution
 from stages import train_student, train_teachers
-from stages.report import StageReport
+from stages.report import Scope, StageReport
 from stages.train_student import TrainStudentConfig
 from stages.train_teachers import TrainTeachersConfig
 from tests.stages.stage_contract import snapshot
@@ -25,10 +26,8 @@ def train(registry: Path, **changes: Any) -> StageReport:
     training = training_settings(**{"steps": 2} | changes)
     return train_student.run(
         TrainStudentConfig.model_validate({"training": training}),
-        load_registry(registry, files=False),
-        work_of(registry),
-        log=Log(quiet=True),
-        device="cpu",
+        Scope(load_registry(registry, files=False), work_of(registry), Log(quiet=True)),
+        TrainingExecution(device="cpu"),
     )
 
 
@@ -65,10 +64,8 @@ class TestMirroredSides:
         training = training_settings(augment=MIRRORED)
         report = train_teachers.run(
             TrainTeachersConfig.model_validate({"training": training}),
-            load_registry(registry),
-            work_of(registry),
-            log=Log(quiet=True),
-            device="cpu",
+            Scope(load_registry(registry), work_of(registry), Log(quiet=True)),
+            TrainingExecution(device="cpu"),
             only="spleen_left",
         )
         assert isinstance(report.failed["spleen_left"], ConfigError)

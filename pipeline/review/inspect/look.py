@@ -18,7 +18,7 @@ Three kinds of disagreement are told apart, m being the margin:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -27,9 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.cache.reader import CachedCase, ReliabilityConfig
-from pipeline.consensus.cohort import Temperatures, Votes, lazy_votes
+from pipeline.consensus.cohort import RegionRules, Votes, lazy_votes
 from pipeline.consensus.regions import (
-    DEFAULT_CONFIDENCE,
     Consensus,
     count_blocks,
     excluded_by_label,
@@ -42,21 +41,13 @@ from pipeline.errors import CacheMissing
 
 
 @dataclass(frozen=True)
-class View:
+class View(RegionRules):
     """How regions are formed; as in `supervision` of a student's configuration.
 
     Attributes:
-        margin: m, in log-odds.
-        labels_win: whether labels correct the teachers first.
-        confidence: c of labels that win.
-        temperatures: (teacher, organ) -> T; empty for log-odds as they are.
         reliability: when the word of a teacher counts; None: always.
     """
 
-    margin: float = 0.0
-    labels_win: bool = True
-    confidence: float = DEFAULT_CONFIDENCE
-    temperatures: Temperatures = field(default_factory=dict)
     reliability: ReliabilityConfig | None = None
 
 
@@ -88,7 +79,7 @@ class CaseLook:
         """Regions as a student is taught them."""
         if not (self.view.labels_win and self.votes.annotated):
             return self.alone
-        return self.votes.consensus(margin=self.view.margin, confidence=self.view.confidence)
+        return self.votes.consensus(self.view)
 
     @cached_property
     def channels(self) -> Sequence[tuple[str, int]]:
@@ -197,9 +188,7 @@ def look_at(case: CachedCase, space: LabelSpace, view: View) -> CaseLook:
             where=case.name,
             fix="Run `pipeline cache-teachers`, then this again.",
         )
-    votes = lazy_votes(
-        case, space, use_labels=view.labels_win, temperatures=view.temperatures or None
-    )
+    votes = lazy_votes(case, space, view)
     organs = [space.organs[k] for k in votes.known]
     ids = [space.ids[organ] for organ in organs]
     return CaseLook(votes, organs, ids, view, is_doubted=bool(case.trust))

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from pipeline.cli import app as cli
 from pipeline.errors import CacheMissing, ConfigError, PipelineError
 from pipeline.log import Log
-from pipeline.student.speed import SpeedFlags
-from stages.report import StageReport
+from pipeline.student.speed import SpeedFlags, TrainingExecution
+from stages.report import Scope, StageReport
 from tests.tiny import cache_config, change_registry, work_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -265,8 +265,10 @@ class TestEnd:
     ) -> None:
         seen: dict[str, object] = {}
 
-        def remember(config: object, registry: object, work: object, **options: object) -> object:
-            seen.update(options, config=config, work=work)
+        def remember(
+            config: object, scope: Scope, execution: TrainingExecution, **options: object
+        ) -> object:
+            seen.update(options, **vars(execution), work=scope.work, log=scope.log)
             return StageReport("train-student")
 
         monkeypatch.setattr(cli, "open_registry", lambda *a, **k: None)

@@ -15,7 +15,7 @@ import yaml
 from pipeline.cli import app as cli
 from pipeline.cli import self_test as tested
 from pipeline.cli.self_test import (
-    Life,
+    Attempt,
     Setup,
     metrics_difference,
     self_test,
@@ -25,6 +25,8 @@ from pipeline.cli.self_test import (
 from pipeline.errors import CacheMissing, PipelineError
 from pipeline.log import Log
 from pipeline.student import resume, training
+from pipeline.student.resume import RunFolder
+from pipeline.student.speed import TrainingExecution
 from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import snapshot
 from tests.tiny import NETWORK, TAP, training_settings, work_of
@@ -43,36 +45,41 @@ def setup(built_cache: Path) -> Setup:
         supervision={"features": {"student_taps": [TAP]}},
     )
     config = TrainStudentConfig.model_validate({"training": values})
-    return Setup(config, built_cache, str(work_of(built_cache)), "cpu")
+    return Setup(config, built_cache, str(work_of(built_cache)), TrainingExecution("cpu"))
 
 
-def without_random_state(life: Life) -> None:
+def without_random_state(attempt: Attempt) -> None:
     resume.set_random_state = lambda *args: None
-    train_until_killed(life)
+    train_until_killed(attempt)
 
 
-def without_optimiser_state(life: Life) -> None:
-    real = training.restore_state
+def without_optimiser_state(attempt: Attempt) -> None:
+    real = RunFolder.restore
 
-    def restore(folder: Any, identity: Any, parts: Any, **rest: Any) -> int:
-        return real(folder, identity, {n: p for n, p in parts.items() if n != "optimiser"}, **rest)
+    def restore(run: RunFolder, state: Any, log: Log) -> int:
+        fresh = state.optimiser.state_dict()
+        step = real(run, state, log)
+        state.optimiser.load_state_dict(fresh)
+        return step
 
-    training.restore_state = restore  # type: ignore[assignment]
-    train_until_killed(life)
+    RunFolder.restore = restore  # type: ignore[method-assign]
+    train_until_killed(attempt)
 
 
-def with_another_batch(life: Life) -> None:
+def with_another_batch(attempt: Attempt) -> None:
     real = training.loaded_batches
 
     def batches(data: Any, start: int, *rest: Any) -> Any:
         return real(data, 0 if start else start, *rest)
 
     training.loaded_batches = batches
-    train_until_killed(life)
+    train_until_killed(attempt)
 
 
-def failing(life: Life) -> None:
-    train_until_killed(replace(life, setup=replace(life.setup, device="cuda:99")))
+def failing(attempt: Attempt) -> None:
+    train_until_killed(
+        replace(attempt, setup=replace(attempt.setup, execution=TrainingExecution("cuda:99")))
+    )
 
 
 def test_an_exact_resume_passes_and_leaves_the_work_folder_alone(setup: Setup) -> None:
@@ -89,16 +96,16 @@ def test_an_exact_resume_passes_and_leaves_the_work_folder_alone(setup: Setup) -
 
 
 @pytest.mark.parametrize(
-    "live", [without_random_state, without_optimiser_state, with_another_batch]
+    "train_once", [without_random_state, without_optimiser_state, with_another_batch]
 )
 def test_what_is_not_exact_is_named(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch, live: Any
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, train_once: Any
 ) -> None:
     monkeypatch.setattr(tested, "WORKERS", (0,))
     monkeypatch.setattr(tested, "_repeats", lambda *args: True)  # the one above is run for real
     short = setup.config.training.model_copy(update={"steps": 4})
     setup = replace(setup, config=setup.config.model_copy(update={"training": short}))
-    rows = self_test(setup, kills=1, seed=3, log=Log(quiet=True), live=live)
+    rows = self_test(setup, kills=1, seed=3, log=Log(quiet=True), train_once=train_once)
     difference = rows[-1].difference
     assert difference.startswith("network.network.model.")
     assert f"after step {rows[-1].resumed_from + 1}" in difference
@@ -106,7 +113,7 @@ def test_what_is_not_exact_is_named(
 
 def test_a_training_that_fails_says_why(setup: Setup) -> None:
     with pytest.raises(PipelineError, match="torch sees no CUDA GPU"):
-        self_test(setup, kills=1, seed=0, log=Log(quiet=True), live=failing)
+        self_test(setup, kills=1, seed=0, log=Log(quiet=True), train_once=failing)
 
 
 def test_digests_name_every_tensor_and_tell_a_bit() -> None:
@@ -152,7 +159,7 @@ class TestTheCommand:
             "-r", str(built_cache), "-w", work, "-c", str(config),
         )  # fmt: skip
         assert seen[0].config.training.seed == 17
-        assert (seen[0].config.training.steps, seen[0].workers) == (9, 2)
+        assert (seen[0].config.training.steps, seen[0].execution.workers) == (9, 2)
         assert seen[0].work == work
         out = capsys.readouterr().out
         assert "9 steps, seed 5" in out

@@ -376,10 +376,10 @@ class TestInterruptions:
     ) -> None:
         real = training.make_step
 
-        def broken(settings: Any, *rest: Any) -> dict[str, Any]:
-            if settings.seed == 1 and settings.supervision.kind == "pseudo_label":
+        def broken(state: Any, *rest: Any) -> dict[str, Any]:
+            if state.config.seed == 1 and state.config.supervision.kind == "pseudo_label":
                 raise FloatingPointError("the loss became NaN in dice.")
-            return real(settings, *rest)
+            return real(state, *rest)
 
         with monkeypatch.context() as context:
             context.setattr(training, "make_step", broken)
@@ -428,7 +428,7 @@ def test_flags_of_speed_reach_every_run(tiny_cached: Path, monkeypatch: pytest.M
     real, seen, flags = train_student.run, [], SpeedFlags(channels_last=True)
 
     def spy(*arguments: Any, **options: Any) -> Any:
-        seen.append(options["flags"])
+        seen.append(arguments[2].flags)
         return real(*arguments, **options)
 
     monkeypatch.setattr(train_student, "run", spy)

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from pipeline.cache.reader import CachedCase, Unit
-from pipeline.consensus.cohort import Cohort, compute, known_organs, lazy_consensus, open_cohort
+from pipeline.consensus.cohort import (
+    Cohort,
+    RegionRules,
+    compute,
+    known_organs,
+    lazy_consensus,
+    open_cohort,
+)
 from pipeline.data.patches import Patch
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheIncomplete, CacheMissing, CacheStale
@@ -36,7 +43,7 @@ def regions(
     case: CachedCase, registry: Path, patch: Patch | None = None, **options: Any
 ) -> dict[str, Any]:
     space = load_registry(registry, files=False).label_space
-    found, _ = lazy_consensus(case, space, patch=patch, **options)
+    found, _ = lazy_consensus(case, space, RegionRules(**options), patch)
     return dict(zip(NAMES, compute(*(getattr(found, n) for n in NAMES)), strict=True))
 
 
@@ -110,7 +117,7 @@ def test_the_consensus_is_of_what_is_cached(built_cache: Path) -> None:
     elsewhere = label != 1
     np.testing.assert_array_equal(found["log_odds"][1][elsewhere], spleen[elsewhere])
     assert np.all(found["log_odds"][1][label == 1] <= -6)
-    teachers_alone = regions(case, built_cache, use_labels=False)
+    teachers_alone = regions(case, built_cache, labels_win=False)
     np.testing.assert_array_equal(teachers_alone["log_odds"][1], spleen)
     np.testing.assert_array_equal(teachers_alone["organ"][0], case.log_odds("liver", "liver") > 0)
 
@@ -119,7 +126,7 @@ def test_margin_and_confidence_reach_the_regions(built_cache: Path) -> None:
     case = find(opened(built_cache), "liver-ct/case_001")
     odds = case.log_odds("spleen", "spleen").astype(np.float32)
     margin = float(np.median(np.abs(odds)))
-    found = regions(case, built_cache, margin=margin, use_labels=False)
+    found = regions(case, built_cache, margin=margin, labels_win=False)
     np.testing.assert_array_equal(found["organ"][1], odds > margin)
     assert 0 < np.sum(odds > margin) < np.sum(odds > 0)
     sure = regions(case, built_cache, confidence=9.0)["log_odds"]
@@ -146,7 +153,7 @@ def test_organs_that_nobody_knows_are_left_out(built_cache: Path) -> None:
     space = load_registry(built_cache, files=False).label_space
     case = find(opened(built_cache, teachers=["spleen"]), "liver-ct/case_001")
     assert known_organs(case, space) == [0, 1]
-    assert known_organs(case, space, use_labels=False) == [1]
+    assert known_organs(case, space, labels_win=False) == [1]
     assert known_organs(find(opened(built_cache, teachers=[]), "liver-ct/case_001"), space) == [0]
 
 

@@ -26,9 +26,12 @@ from pipeline.log import Log
 from pipeline.networks.by_name import NetworkConfig
 from pipeline.student import losses, training
 from pipeline.student.dataset import PatchDataset, forks_of_a_server
+from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import CachedTap
 from pipeline.student.processes import ALONE, Processes, joined
+from pipeline.student.resume import RunFolder
 from pipeline.student.settings import TrainingConfig
+from pipeline.student.speed import TrainingExecution
 from pipeline.student.training import Trained, train
 from tests.tiny import NETWORK
 from tests.unit.student.coded import CHANNELS, SPACE, STRIDE, TAP, write_case
@@ -113,17 +116,11 @@ def start(scenario: Scenario, processes: Processes = ALONE) -> Trained:
     ]
     return train(
         settings(scenario.dropout, scenario.sgd),
-        SPACE,
-        found,
-        found,
-        Path(scenario.folder),
-        taps={TAP: CachedTap(CHANNELS, STRIDE, (0,))},
-        inputs={},
-        log=Log(quiet=True),
-        device=torch.device("cpu"),
-        checkpoint_minutes=0.0 if scenario.every_step else 1e9,
-        processes=processes,
-        pictures=False,
+        TrainingInputs(found, found, SPACE, {}, {TAP: CachedTap(CHANNELS, STRIDE, (0,))}),
+        RunFolder(Path(scenario.folder), pictures=False),
+        TrainingExecution(device="cpu", checkpoint_minutes=0.0 if scenario.every_step else 1e9),
+        Log(quiet=True),
+        processes,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,16 @@ import numpy.typing as npt
 import torch
 
 from pipeline.cache.reader import CachedCase
+from pipeline.consensus.cohort import Temperatures
+from pipeline.data.labels import LabelSpace
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.dataset import PatchDataset
-from pipeline.student.network import CachedTap
-from pipeline.student.sampling import SamplingConfig
+from pipeline.student.inputs import TrainingInputs
+from pipeline.student.network import CachedTap, StudentNetwork, TapKey
+from pipeline.student.processes import ALONE, Processes
+from pipeline.student.resume import TrainingState
+from pipeline.student.settings import TrainingConfig
+from pipeline.student.speed import Speed
 from pipeline.student.supervision import SupervisionConfig
 from tests.unit.student.coded import (
     CHANNELS,
@@ -36,22 +42,38 @@ STILL = AugmentConfig(intensity=0)
 MOVING = AugmentConfig(intensity=0, flip_axes=(0, 1, 2), rotate_axes=(0, 1, 2))
 
 
-def dataset(cases: Sequence[CachedCase], **changes: Any) -> PatchDataset:
+def dataset(
+    cases: Sequence[CachedCase],
+    *,
+    space: LabelSpace = SPACE,
+    taps: Mapping[TapKey, CachedTap] | None = None,
+    temperatures: Temperatures | None = None,
+    processes: Processes = ALONE,
+    pool_bytes: int = 50_000_000,
+    **changes: Any,
+) -> PatchDataset:
     settings: dict[str, Any] = {
         "supervision": TEACHERS,
-        "taps": {},
         "patch": PATCH,
-        "align": (1, 1, 1),
         "intensity": RAW,
-        "sampling": SamplingConfig(),
         "augment": STILL,
         "batch_size": BATCH_SIZE,
-        "num_steps": NUM_STEPS,
+        "steps": NUM_STEPS,
         "seed": 3,
-        "pool_bytes": 50_000_000,
     }
-    space = changes.pop("space", SPACE)
-    return PatchDataset(cases, space, **(settings | changes))
+    config = TrainingConfig(**(settings | changes))
+    inputs = TrainingInputs(cases, [], space, {}, taps or {}, temperatures or {})
+    return PatchDataset(config, inputs, processes, pool_bytes)
+
+
+def state_of(
+    config: TrainingConfig,
+    network: StudentNetwork,
+    optimiser: torch.optim.Optimizer,
+    speed: Speed | None = None,
+) -> TrainingState:
+    inputs = TrainingInputs([], [], SPACE, {})
+    return TrainingState(config, inputs, network, optimiser, speed or Speed())
 
 
 def fingerprint(sample: dict[str, Any]) -> str:

@@ -61,6 +61,10 @@ class RandomBatch:
         return self.organs[:, None]
 
     @property
+    def targets(self) -> losses.Targets:
+        return losses.Targets(self.log_odds, self.organ, self.background)
+
+    @property
     def one_each(self) -> Tensor:
         """One teacher for each known organ."""
         return torch.diag_embed(self.organs)
@@ -70,9 +74,7 @@ def kl_of(batch: RandomBatch, experts: Tensor, *, t: float = 1.0, per_region: bo
     def term(s: Tensor) -> Tensor:
         return losses.kl(
             torch.log_softmax(s, 1),
-            batch.log_odds,
-            batch.organ,
-            batch.background,
+            batch.targets,
             experts,
             temperature=t,
             per_region=per_region,

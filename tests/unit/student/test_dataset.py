@@ -35,7 +35,7 @@ class TestWhatASampleHolds:
     def test_everything_lies_where_the_image_lies(
         self, coded_case: CachedCase, augment: AugmentConfig
     ) -> None:
-        data = dataset([coded_case], augment=augment, num_steps=12)
+        data = dataset([coded_case], augment=augment, steps=12)
         seen = set()
         for item in range(len(data)):
             voxels = check_places(data[item], SHAPE)
@@ -66,7 +66,7 @@ class TestWhatASampleHolds:
         assert np.array_equal(sample["log_odds"][1], np.where(liver, -strong[1], raw[1]))
 
     def test_features_are_those_of_the_same_place(self, coded_case: CachedCase) -> None:
-        data = dataset([coded_case], taps={TAP: CACHED}, align=STRIDE, num_steps=10)
+        data = dataset([coded_case], taps={TAP: CACHED}, steps=10)
         starts = set()
         for item in range(len(data)):
             sample = arrays(data[item])
@@ -93,7 +93,7 @@ class TestWhatASampleHolds:
         monkeypatch.setattr(CachedCase, "features", features)
         strides = ((2, 2, 2), (4, 1, 5))
         taps = {("one", str(s)): CachedTap(1, s, (0,)) for s in strides}
-        data = dataset([coded_case], taps=taps, align=(4, 2, 10))
+        data = dataset([coded_case], taps=taps)
         for item in range(len(data)):
             read.clear()
             voxels = place(arrays(data[item])["image"][0])[1]
@@ -111,7 +111,7 @@ class TestWhatASampleHolds:
             assert np.array_equal(array, changed[name], equal_nan=array.dtype.kind == "f"), name
 
     def test_dtypes_and_shapes(self, coded_cases: list[CachedCase]) -> None:
-        data = dataset(coded_cases, taps={TAP: CACHED}, align=STRIDE)
+        data = dataset(coded_cases, taps={TAP: CACHED})
         collated = torch.utils.data.default_collate([data[0], data[1]])
         batch = to_batch(collated, [TAP], torch.device("cpu"))
         assert batch.image.shape == (2, 1, *PATCH)
@@ -191,7 +191,7 @@ class TestWhoIsKnown:
 
     def test_features_of_a_missing_unit_are_not_seen(self, coded_folder: Path) -> None:
         case = write_case(coded_folder, "liver-ct/two", teachers=("two",))
-        sample = dataset([case], taps={TAP: CACHED}, align=STRIDE)[0]
+        sample = dataset([case], taps={TAP: CACHED})[0]
         assert sample["feature0"].shape == (CHANNELS, 4, 5, 5)
         assert torch.isnan(sample["feature0"]).all()
 

@@ -21,7 +21,6 @@ from pipeline.student.supervision import SupervisionConfig
 from tests.unit.student.coded import (
     LIVER_PLANES,
     SHAPE,
-    STRIDE,
     TAP,
     expected_odds,
     write_case,
@@ -156,7 +155,7 @@ def test_it_is_a_function_of_the_number(coded_cases: list[CachedCase]) -> None:
 @pytest.mark.parametrize("augment", [TURNED, AugmentConfig(flip_axes=(0,))])
 def test_no_features_with_moved_voxels(coded_case: CachedCase, augment: AugmentConfig) -> None:
     with pytest.raises(ConfigError, match="not legal with cached features"):
-        dataset([coded_case], augment=augment, taps={TAP: CACHED}, align=STRIDE)
+        dataset([coded_case], augment=augment, taps={TAP: CACHED})
 
 
 def test_no_mirror_images_of_organs_with_a_side(coded_case: CachedCase) -> None:

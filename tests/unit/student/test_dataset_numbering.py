@@ -12,7 +12,8 @@ import torch
 from pipeline.cache.reader import CachedCase
 from pipeline.errors import ConfigError
 from pipeline.student.augment import AugmentConfig
-from tests.unit.student.coded import STRIDE, TAP
+from pipeline.student.processes import Processes
+from tests.unit.student.coded import TAP
 from tests.unit.student.samples import CACHED, MOVING, dataset, fingerprint, fingerprints
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,7 +30,7 @@ class TestPureFunctionOfItsNumber:
 
     @pytest.mark.parametrize("pool_bytes", [0, 20_000])
     def test_the_pool_does_not_matter(self, coded_cases: list[CachedCase], pool_bytes: int) -> None:
-        settings = {"taps": {TAP: CACHED}, "align": STRIDE, "augment": AugmentConfig()}
+        settings = {"taps": {TAP: CACHED}, "augment": AugmentConfig()}
         roomy = fingerprints(dataset(coded_cases, **settings))
         assert fingerprints(dataset(coded_cases, pool_bytes=pool_bytes, **settings)) == roomy
 
@@ -49,7 +50,7 @@ class TestPureFunctionOfItsNumber:
         assert set(fingerprints(dataset(coded_cases, augment=MOVING))).isdisjoint(other)
 
     def test_the_length_of_training_does_not_matter(self, coded_cases: list[CachedCase]) -> None:
-        longer = dataset(coded_cases, num_steps=500)
+        longer = dataset(coded_cases, steps=500)
         short = dataset(coded_cases)
         assert [fingerprint(longer[item]) for item in range(len(short))] == fingerprints(short)
 
@@ -65,7 +66,7 @@ class TestPureFunctionOfItsNumber:
     def test_another_process_gives_the_same(
         self, coded_cases: list[CachedCase], coded_folder: Path
     ) -> None:
-        data = dataset(coded_cases, taps={TAP: CACHED}, align=STRIDE, augment=AugmentConfig())
+        data = dataset(coded_cases, taps={TAP: CACHED}, augment=AugmentConfig())
         torch.save(data, coded_folder / "data.pt")
         code = (
             "import sys, torch\n"
@@ -90,10 +91,10 @@ class TestProcesses:
     def test_all_processes_together_make_the_batches_of_one(
         self, coded_cases: list[CachedCase], world_size: int
     ) -> None:
-        settings = {"batch_size": 6, "num_steps": 3, "augment": MOVING}
+        settings = {"batch_size": 6, "steps": 3, "augment": MOVING}
         whole = fingerprints(dataset(coded_cases, **settings))
         shares = [
-            fingerprints(dataset(coded_cases, rank=rank, world_size=world_size, **settings))
+            fingerprints(dataset(coded_cases, processes=Processes(rank, world_size), **settings))
             for rank in range(world_size)
         ]
         size = 6 // world_size
@@ -109,6 +110,6 @@ class TestProcesses:
     def test_a_batch_that_cannot_be_shared_evenly_is_refused(
         self, coded_cases: list[CachedCase]
     ) -> None:
-        with pytest.raises(ConfigError, match="3 cannot be shared evenly by 2 processes") as caught:
-            dataset(coded_cases, batch_size=3, world_size=2)
+        with pytest.raises(ConfigError, match="3 cannot be shared equally by 2") as caught:
+            dataset(coded_cases, batch_size=3, processes=Processes(0, 2))
         assert caught.value.exit_code == 2

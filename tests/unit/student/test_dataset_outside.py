@@ -13,7 +13,7 @@ from pipeline.data.labels import IGNORE
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.dataset import AIR_HU
 from pipeline.student.supervision import Kind, SupervisionConfig
-from tests.unit.student.coded import STRIDE, TAP, place, write_case
+from tests.unit.student.coded import TAP, place, write_case
 from tests.unit.student.samples import CACHED, MOVING, STILL, arrays, check_places, dataset
 
 SMALL = (16, 12, 14)
@@ -58,7 +58,7 @@ def test_labels_do_not_win_where_there_is_no_case(small: CachedCase) -> None:
 
 
 def test_cells_outside_are_not_seen(small: CachedCase) -> None:
-    data = dataset([small], patch=(20, 12, 20), taps={TAP: CACHED}, align=STRIDE)
+    data = dataset([small], patch=(20, 12, 20), taps={TAP: CACHED})
     found = arrays(data[0])
     cells = place(found["image"][0], SMALL)[0][::2, ::2, ::2]
     assert 0 < cells.sum() < cells.size

@@ -8,6 +8,7 @@ from pipeline.data.labels import IGNORE
 from pipeline.errors import ConfigError
 from pipeline.networks.by_name import NetworkConfig
 from pipeline.student.network import StudentNetwork, output_weights, over_outputs, seeded_network
+from pipeline.student.settings import TrainingConfig
 from pipeline.student.supervision import Batch, SupervisionConfig, batch_loss
 from tests.tiny import NETWORK
 from tests.unit.student.test_networks_by_name import NAMES, NETWORKS, NUM_ORGANS
@@ -15,16 +16,18 @@ from tests.unit.student.test_networks_by_name import NAMES, NETWORKS, NUM_ORGANS
 EDGE = 8
 
 
+def settings(network: NetworkConfig, deep_supervision: bool | None) -> TrainingConfig:
+    return TrainingConfig(
+        network=network, patch=(EDGE, EDGE, EDGE), deep_supervision=deep_supervision
+    )
+
+
 def deep(*, deep_supervision: bool | None = None) -> StudentNetwork:
     """Outputs of 8^3 and 4^3."""
     name, args, edge, _ = NETWORKS[NAMES.index("SegResNetDS")]
     assert edge == EDGE
     network = seeded_network(
-        NetworkConfig(name=name, args=args),
-        NUM_ORGANS,
-        seed=0,
-        patch=(EDGE,) * 3,
-        deep_supervision=deep_supervision,
+        settings(NetworkConfig(name=name, args=args), deep_supervision), NUM_ORGANS
     )
     for module in network.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -102,9 +105,7 @@ def test_every_head_is_taught_or_with_false_the_final_one_alone() -> None:
 
 def test_a_network_without_it_is_trained_as_ever_and_refused_if_it_is_asked_for() -> None:
     def student(setting: bool | None) -> StudentNetwork:
-        return seeded_network(
-            NETWORK, NUM_ORGANS, seed=0, patch=(EDGE,) * 3, deep_supervision=setting
-        )
+        return seeded_network(settings(NETWORK, setting), NUM_ORGANS)
 
     assert isinstance(student(None).train()(batch().image)[0], Tensor)
     with pytest.raises(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -101,9 +102,8 @@ class TestKlPerTeacher:
     def test_sure_teachers_lose_no_digits(self) -> None:
         one = torch.ones((1, 1, 1, 1, 1), dtype=torch.bool)
         logits = torch.tensor([0.0, 3.0]).reshape(1, 2, 1, 1, 1)
-        found = losses.kl(
-            torch.log_softmax(logits, 1), 1e4 * one.float(), one, ~one[:, 0], one[:, :, 0, 0]
-        )
+        targets = losses.Targets(1e4 * one.float(), one, ~one[:, 0])
+        found = losses.kl(torch.log_softmax(logits, 1), targets, one[:, :, 0, 0])
         assert float(found) == pytest.approx(math.log(1 + math.exp(-3.0)), rel=1e-5)
 
 
@@ -147,7 +147,7 @@ class TestKlMarginal:
         experts = torch.tensor([[[True, True, False]]])
         q, merged = (1 / 8, 2 / 8, 5 / 8), (0.5, 0.2, 0.3)
         expected = sum(a * math.log(a / b) for a, b in zip(q, merged, strict=True))
-        found = losses.kl(p.log(), d, organ, nowhere, experts)
+        found = losses.kl(p.log(), losses.Targets(d, organ, nowhere), experts)
         assert float(found) == pytest.approx(expected)
 
     def test_zero_with_zero_gradient_at_its_target_and_descent_reaches_it(self) -> None:
@@ -214,9 +214,8 @@ class TestJointMadeOnce:
         joint = losses.joint_log_q_and_q(odds)
 
         def kl(s: Tensor, made: tuple[Tensor, Tensor] | None) -> Tensor:
-            where = batch.organ, batch.background, batch.everyone
-            log_p = torch.log_softmax(s, 1)
-            return losses.kl(log_p, odds, *where, per_region=per_region, joint=made)
+            log_p, targets = torch.log_softmax(s, 1), replace(batch.targets, log_odds=odds)
+            return losses.kl(log_p, targets, batch.everyone, per_region=per_region, joint=made)
 
         def dice(s: Tensor, made: tuple[Tensor, Tensor] | None) -> Tensor:
             p = torch.softmax(s, 1)[:, 1:]
@@ -232,9 +231,10 @@ class TestJointMadeOnce:
     def test_against_loops_over_voxels(self, seed: int, per_region: bool) -> None:
         batch = self._batch(seed, 0.3)
         joint = losses.joint_log_q_and_q(batch.log_odds)
-        where = batch.organ, batch.background, batch.everyone
-        found = losses.kl(batch.log_p, batch.log_odds, *where, per_region=per_region, joint=joint)
-        arrays = (batch.logits, batch.log_odds, *where)
+        found = losses.kl(
+            batch.log_p, batch.targets, batch.everyone, per_region=per_region, joint=joint
+        )
+        arrays = (batch.logits, batch.log_odds, batch.organ, batch.background, batch.everyone)
         plain = slow.kl(*(x.numpy() for x in arrays), per_region=per_region)
         assert float(found) == pytest.approx(plain, rel=1e-9)
         dice = losses.soft_dice(

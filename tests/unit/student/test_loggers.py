@@ -59,9 +59,8 @@ class Recorder:
 def train_a_little(folder: Path, *loggers: Any, start: int = 0, until: int = 4) -> list[str]:
     """Steps with loss 1/step, a validation every second one; returns the warnings."""
     said: list[str] = []
-    with followed(
-        folder, SETTINGS, resumed_from=start, batch_size=2, warn=said.append, loggers=loggers
-    ) as metrics:
+    run = LoggedRun(folder.name, folder, SETTINGS, start)
+    with followed(run, 2, said.append, loggers) as metrics:
         for step in range(start + 1, until + 1):
             loss = 1 / step
             metrics.add(step, loss=loss, terms={"dice": loss}, lr=0.1, gradient_norm=1.0)
@@ -99,9 +98,8 @@ class TestFollowed:
         recorder = Recorder()
 
         def train() -> None:
-            with followed(
-                tmp_path, {}, resumed_from=0, batch_size=1, warn=print, loggers=[recorder]
-            ) as metrics:
+            run = LoggedRun("run", tmp_path, {}, 0)
+            with followed(run, 1, print, [recorder]) as metrics:
                 metrics.add(1, loss=1.0, terms={}, lr=0.1, gradient_norm=1.0)
                 raise KeyError
 

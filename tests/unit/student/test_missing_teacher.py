@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.student.augment import AugmentConfig
-from pipeline.student.dataset import PatchDataset, SamplingConfig, collate, to_batch
+from pipeline.student.dataset import PatchDataset, collate, to_batch
+from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import StudentNetwork
+from pipeline.student.settings import TrainingConfig
 from pipeline.student.supervision import Batch, SupervisionConfig, batch_loss
 from tests.unit.student.coded import RAW, SPACE, write_case
 
@@ -33,11 +35,11 @@ class Given(StudentNetwork):
 def batch_of(folder: Path, supervision: SupervisionConfig, *teachers: str) -> Batch:
     """One patch of a case that annotates the liver."""
     case = write_case(folder, "set/case", annotated=("liver",), teachers=teachers)
-    data = PatchDataset(
-        [case], SPACE, supervision=supervision, taps={}, patch=PATCH, align=(1, 1, 1),
-        intensity=RAW, sampling=SamplingConfig(), augment=AugmentConfig(flip_axes=()),
-        batch_size=1, num_steps=4, seed=3,
+    config = TrainingConfig(
+        supervision=supervision, patch=PATCH, intensity=RAW, augment=AugmentConfig(flip_axes=()),
+        batch_size=1, steps=4, seed=3,
     )  # fmt: skip
+    data = PatchDataset(config, TrainingInputs([case], [], SPACE, {}))
     collated = collate([data[0]])
     assert isinstance(collated, dict)
     return to_batch(collated, [], torch.device("cpu"))

@@ -13,9 +13,11 @@ from pipeline.student.network import (
     StudentNetwork,
     StudentTaps,
     build_student,
+    common_stride,
     pair_taps,
     seeded_network,
 )
+from pipeline.student.settings import TrainingConfig
 from tests.tiny import NETWORK, TAP
 
 PATCH = (16, 16, 16)
@@ -26,15 +28,15 @@ CACHED = {
 }
 
 
+def settings(*taps: str, **changes: Any) -> TrainingConfig:
+    values = {"network": NETWORK.model_dump(), "patch": PATCH}
+    supervision = {"features": {"student_taps": taps}}
+    return TrainingConfig.model_validate({**values, "supervision": supervision, **changes})
+
+
 def student(tap: str = "", *, seed: int = 0, cached: bool = False) -> StudentNetwork:
-    return seeded_network(
-        NETWORK,
-        NUM_ORGANS,
-        seed=seed,
-        patch=PATCH,
-        taps=[tap] if tap else [],
-        cached=CACHED if cached else None,
-    )
+    config = settings(*([tap] if tap else []), seed=seed)
+    return seeded_network(config, NUM_ORGANS, CACHED if cached else None)
 
 
 def stride_two(network: torch.nn.Module) -> str:
@@ -72,7 +74,7 @@ class TestSeeds:
 class TestTaps:
     def test_feature_and_adapters_fit_the_cache(self, tap: str) -> None:
         network = student(tap, cached=True)
-        assert network.tap_stride == (2, 2, 2)
+        assert common_stride(network.cached.values()) == (2, 2, 2)
         image = torch.randn(2, 1, *PATCH)
         logits, features = network(image)
         assert logits.shape == (2, NUM_ORGANS + 1, *PATCH)
@@ -104,7 +106,7 @@ class TestTaps:
 
     def test_a_patch_that_the_network_cannot_take_is_refused_before_training(self) -> None:
         with pytest.raises(ConfigError, match=r"patch: .*cannot take a patch of \(16, 16, 18\)"):
-            seeded_network(NETWORK, NUM_ORGANS, seed=0, patch=(16, 16, 18))
+            seeded_network(settings(patch=(16, 16, 18)), NUM_ORGANS)
 
     def test_the_taps_of_the_tiny_cohort_exist(self) -> None:
         network = build_network(NETWORK, in_channels=1, out_channels=2)
@@ -155,10 +157,8 @@ class TestPairing:
 
     def test_two_layers_are_tapped_in_one_pass(self, tap: str) -> None:
         deep = "model.1.submodule.1.submodule"
-        network = seeded_network(
-            NETWORK, NUM_ORGANS, seed=0, patch=PATCH, taps=[tap, deep], cached=BOTH_STRIDES
-        )
-        assert network.tap_stride == (4, 4, 4)
+        network = seeded_network(settings(tap, deep), NUM_ORGANS, BOTH_STRIDES)
+        assert common_stride(network.cached.values()) == (4, 4, 4)
         _, features = network(torch.randn(1, 1, *PATCH))
         assert network.adapt(("liver", "a"), features).shape == (1, 6, 8, 8, 8)
         assert network.adapt(("liver", "deep"), features).shape == (1, 5, 4, 4, 4)
@@ -170,14 +170,14 @@ class TestPairing:
             ("x", "a"): CachedTap(1, (1, 2, 4), ()),
             ("x", "b"): CachedTap(1, (2, 3, 2), ()),
         }
-        assert network.tap_stride == (2, 6, 4)
+        assert common_stride(network.cached.values()) == (2, 6, 4)
         network.cached = {}
-        assert network.tap_stride == (1, 1, 1)
+        assert common_stride(network.cached.values()) == (1, 1, 1)
 
 
 class TestSigmoidHead:
     def test_background_is_a_logit_of_zero_before_one_channel_per_organ(self) -> None:
-        network = seeded_network(NETWORK, NUM_ORGANS, seed=0, patch=PATCH, head="sigmoid")
+        network = seeded_network(settings(supervision={"kind": "masked_bce"}), NUM_ORGANS)
         alone = build_network(NETWORK, in_channels=1, out_channels=NUM_ORGANS)
         state = network.network.state_dict()
         alone.load_state_dict({name.removeprefix("organs."): w for name, w in state.items()})

@@ -16,11 +16,10 @@ from pipeline.networks.by_name import NetworkConfig, build_network, output_shape
 from pipeline.student.checkpoint import StudentRecord, load_student, save_student
 from pipeline.student.inference import predict_logits
 from pipeline.student.network import StudentNetwork, seeded_network
-from pipeline.student.processes import ALONE
 from pipeline.student.settings import TrainingConfig, build_optimiser
-from pipeline.student.speed import Speed
 from pipeline.student.supervision import Batch
 from pipeline.student.training import make_step
+from tests.unit.student.samples import state_of
 
 # Name, arguments, patch edge, number of outputs while training.
 NETWORKS: list[tuple[str, dict[str, Any], int, int]] = [
@@ -84,7 +83,7 @@ def settings(name: str, args: dict[str, Any], edge: int) -> TrainingConfig:
 
 
 def student(config: TrainingConfig) -> StudentNetwork:
-    return seeded_network(config.network, NUM_ORGANS, seed=0, patch=config.patch)
+    return seeded_network(config, NUM_ORGANS)
 
 
 def batch_of(edge: int) -> Batch:
@@ -110,7 +109,7 @@ def test_it_trains_a_step_is_saved_and_predicts(
 
     before = {n: w.clone() for n, w in network.named_parameters()}
     optimiser = build_optimiser(config.optimiser, network)
-    make_step(config, network, optimiser, batch_of(edge), Speed(), ALONE, 0)
+    make_step(state_of(config, network, optimiser), batch_of(edge), 0)
     still = [n for n, w in network.named_parameters() if w.grad is not None and w.equal(before[n])]
     assert not still
 

@@ -19,7 +19,7 @@ from pipeline.student.progress import (
     draw_progress,
     kept_lines,
     metric_lines,
-    tell_validations,
+    show_validations,
     without_timing,
 )
 
@@ -260,7 +260,7 @@ class TestTable:
                 for n, a, b in scores
             ),
         )  # fmt: skip
-        tell_validations(Log(), path, tmp_path / "students" / "ms_kd")
+        show_validations(Log(), path, tmp_path / "students" / "ms_kd")
         text = capsys.readouterr().err
         cells = [line.replace("│", " ").split() for line in text.splitlines()]
         assert ["liver", "0.250", "0.750", "20", "0.500"] in cells
@@ -276,7 +276,7 @@ class TestTable:
     ) -> None:
         path = tmp_path / "metrics.jsonl"
         write(path, step_line(9), {"step": 9, "validation_dice": {"liver": 0.5}})
-        tell_validations(Log(), path, tmp_path)
+        show_validations(Log(), path, tmp_path)
         text = capsys.readouterr().err
         cells = [line.replace("│", " ").replace("┃", " ").split() for line in text.splitlines()]
         assert ["organ", "step", "9"] in cells
@@ -288,5 +288,5 @@ class TestTable:
     ) -> None:
         path = tmp_path / "metrics.jsonl"
         write(path, step_line(1), {"step": 1, "validation_dice": {"liver": None}})
-        tell_validations(Log(), path, tmp_path)
+        show_validations(Log(), path, tmp_path)
         assert "Dice" not in capsys.readouterr().err

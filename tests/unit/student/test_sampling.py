@@ -171,12 +171,12 @@ class TestPatches:
         found = []
         for item in range(len(data)):
             sample = data[item]
-            voxels = place(sample["image"][0].numpy())[1].reshape(*data.patch, 3)
-            found.append((sample["case"], voxels[tuple(n // 2 for n in data.patch)]))
+            voxels = place(sample["image"][0].numpy())[1].reshape(*data.config.patch, 3)
+            found.append((sample["case"], voxels[tuple(n // 2 for n in data.config.patch)]))
         return found
 
     def test_foreground_patches_are_centred_on_organs_equally(self, coded_case: CachedCase) -> None:
-        data = dataset([coded_case], sampling=ALWAYS, patch=(2, 2, 2), num_steps=25)
+        data = dataset([coded_case], sampling=ALWAYS, patch=(2, 2, 2), steps=25)
         labelled = {tuple(c) for c in coded_case.case.attributes["centres"]["liver"]}
         taught = {tuple(c) for c in coded_case.teachers["two"].attributes["centres"]["spleen"]}
         middles = [tuple(int(v) for v in middle) for _, middle in self.middles(data)]

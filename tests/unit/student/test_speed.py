@@ -14,12 +14,13 @@ from pipeline.log import Log
 from pipeline.networks.by_name import NetworkConfig
 from pipeline.student import training
 from pipeline.student.network import CachedTap, StudentNetwork, seeded_network
-from pipeline.student.processes import ALONE
 from pipeline.student.settings import TrainingConfig, build_optimiser
 from pipeline.student.speed import Speed, SpeedFlags, check_device
+from pipeline.student.supervision import FeaturesConfig, SupervisionConfig
 from pipeline.student.training import make_step
 from tests.tiny import NETWORK
 from tests.unit.student.same import assert_same
+from tests.unit.student.samples import state_of
 from tests.unit.student.test_deep_supervision import batch
 from tests.unit.student.test_training import newest, start
 from tests.unit.student.test_training import settings as run_settings
@@ -35,13 +36,17 @@ class One:
 
     def __init__(self, norm: str = "instance", **flags: Any) -> None:
         network = NetworkConfig(name="UNet", args={**NETWORK.args, "norm": norm})
-        self.network = seeded_network(network, 2, seed=0, patch=(8, 8, 8)).train()
+        self.network = seeded_network(CONFIG.model_copy(update={"network": network}), 2).train()
         self.optimiser = build_optimiser(CONFIG.optimiser, self.network)
         self.speed = Speed(SpeedFlags(**flags), CPU)
         self.speed.prepare(self.network, self.network.network, Log(quiet=True))
 
     def step(self, number: int = 0) -> dict[str, Any]:
-        return make_step(CONFIG, self.network, self.optimiser, batch(), self.speed, ALONE, number)
+        return self.step_of(CONFIG, number)
+
+    def step_of(self, config: TrainingConfig, number: int = 0) -> dict[str, Any]:
+        state = state_of(config, self.network, self.optimiser, self.speed)
+        return make_step(state, batch(), number)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: w.clone() for name, w in self.network.state_dict().items()}
@@ -121,7 +126,7 @@ class TestScaler:
             update={"optimiser": CONFIG.optimiser.model_copy(update={"clip_norm": 0.01})}
         )
         one = One(precision="fp16")
-        make_step(config, one.network, one.optimiser, batch(), one.speed, ALONE, 0)
+        one.step_of(config)
         norms = [w.grad.norm() for w in one.network.parameters() if w.grad is not None]
         assert float(torch.stack(norms).norm()) == pytest.approx(0.01, rel=1e-3)
 
@@ -129,7 +134,7 @@ class TestScaler:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Stopped after 2 of 4 steps, one of which overflowed, and gone on: as if undisturbed."""
-        monkeypatch.setattr("pipeline.student.training.draw_progress", lambda *args: None)
+        monkeypatch.setattr("pipeline.student.resume.draw_progress", lambda *args: None)
         real, calls = training.batch_loss, []
 
         def overflowing(*arguments: Any) -> Any:
@@ -164,7 +169,7 @@ class TestScaler:
 def test_going_on_with_other_flags_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pipeline.student.training.draw_progress", lambda *args: None)
+    monkeypatch.setattr("pipeline.student.resume.draw_progress", lambda *args: None)
     config = run_settings(steps=2, validate_every=2)
     start(tmp_path / "cases", tmp_path / "a", config=config, minutes=0.0)
     (tmp_path / "a" / "checkpoints" / "step_00000002.pt").unlink()
@@ -203,11 +208,12 @@ class TestCompile:
         monkeypatch.setattr(nn.Module, "compile", lambda self: real(self, backend="eager"))
         monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
         cached = {("one", "deep"): CachedTap(3, (2, 2, 2), (0,))}
+        features = FeaturesConfig(student_taps=("model.0.conv",))
+        supervision = SupervisionConfig(features=features)
+        config = CONFIG.model_copy(update={"supervision": supervision})
         found = []
         for flags in (SpeedFlags(), SpeedFlags(compile=True)):
-            network = seeded_network(
-                CONFIG.network, 2, seed=0, patch=(8, 8, 8), taps=["model.0.conv"], cached=cached
-            )
+            network = seeded_network(config, 2, cached)
             Speed(flags, CPU).prepare(network, network.network, Log(quiet=True))
             logits, features = network(batch().image)
             found.append((logits, features["model.0.conv"]))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cache.reader import CachedCase
-from pipeline.data.labels import Intensity, LabelSpace
+from pipeline.data.labels import LabelSpace
+from pipeline.student.settings import TrainingConfig
 from pipeline.student.training import validate
 from tests.unit.student.coded import RAW, SHAPE, SPACE, place, write_case
 
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Settings:
-    intensity: Intensity = RAW
-    patch: tuple[int, int, int] = (16, 16, 16)
+SETTINGS = TrainingConfig(intensity=RAW, patch=(16, 16, 16))
 
 
 class FirstPlanes(nn.Module):
@@ -40,14 +38,14 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> CachedCase:
 
 
 def test_dice_by_hand(case: CachedCase) -> None:
-    found = validate(FirstPlanes(6), [case], SPACE, Settings(), CPU)
+    found = validate(FirstPlanes(6), [case], SPACE, SETTINGS, CPU)
     # Of 18 planes 6 are liver, 6 are predicted, and 0 and 3 are both.
     assert found == {"liver": pytest.approx(2 * 2 / (6 + 6), abs=1e-4), "spleen": None}
 
 
 def test_the_network_stays_in_evaluation_mode(case: CachedCase) -> None:
     network = FirstPlanes(6).train()
-    validate(network, [case], SPACE, Settings(), CPU)
+    validate(network, [case], SPACE, SETTINGS, CPU)
     assert not network.training
 
 
@@ -56,7 +54,7 @@ def test_ignored_voxels_do_not_count(case: CachedCase, monkeypatch: pytest.Monke
     z = place(case.image().astype(np.float32))[1].reshape(*SHAPE, 3)[..., 0]
     label[(z == 1) | (z == 2)] = 255
     monkeypatch.setattr(CachedCase, "label", lambda self: label)
-    found = validate(FirstPlanes(6), [case], SPACE, Settings(), CPU)
+    found = validate(FirstPlanes(6), [case], SPACE, SETTINGS, CPU)
     assert found["liver"] == pytest.approx(2 * 2 / (6 + 4), abs=1e-4)
 
 
@@ -70,15 +68,15 @@ def test_the_mean_is_over_cases_that_show_the_organ(
         "label",
         lambda self: np.zeros(SHAPE, np.uint8) if self.name.endswith("empty") else real(self),
     )
-    both = validate(FirstPlanes(6), [empty, case], SPACE, Settings(), CPU)
-    assert both == validate(FirstPlanes(6), [case], SPACE, Settings(), CPU)
+    both = validate(FirstPlanes(6), [empty, case], SPACE, SETTINGS, CPU)
+    assert both == validate(FirstPlanes(6), [case], SPACE, SETTINGS, CPU)
 
 
 def test_a_missed_organ_is_zero_and_an_unknown_one_is_not_asked_for(case: CachedCase) -> None:
-    assert validate(FirstPlanes(0), [case], SPACE, Settings(), CPU)["liver"] == 0.0
+    assert validate(FirstPlanes(0), [case], SPACE, SETTINGS, CPU)["liver"] == 0.0
     spleen_alone = LabelSpace({"spleen": 2})
-    assert validate(FirstPlanes(6), [case], spleen_alone, Settings(), CPU) == {"spleen": None}
+    assert validate(FirstPlanes(6), [case], spleen_alone, SETTINGS, CPU) == {"spleen": None}
 
 
 def test_no_case_is_no_score() -> None:
-    assert validate(FirstPlanes(1), [], SPACE, Settings(), CPU) == {"liver": None, "spleen": None}
+    assert validate(FirstPlanes(1), [], SPACE, SETTINGS, CPU) == {"liver": None, "spleen": None}

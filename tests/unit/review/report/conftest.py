@@ -8,7 +8,9 @@ import pytest
 
 from pipeline.data.registry import load_registry
 from pipeline.log import Log
+from pipeline.student.speed import TrainingExecution
 from stages import train_student
+from stages.report import Scope
 from tests.tiny import copy_cohort, training_settings, work_of
 from tests.unit.review.report.pages import RUN
 
@@ -24,8 +26,8 @@ def _train(registry: Path, run: str, kind: str) -> None:
         }
     )
     report = train_student.run(
-        config, load_registry(registry, files=False), work_of(registry), log=Log(quiet=True),
-        device="cpu",
+        config, Scope(load_registry(registry, files=False), work_of(registry), Log(quiet=True)),
+        TrainingExecution(device="cpu"),
     )  # fmt: skip
     assert not report.failed, report.failed
 
