@@ -163,10 +163,11 @@ def _compare_students(folder: Path, registry: Registry, work: Path, log: Log) ->
     """Trains the students on equal terms and scores them on validation cases: with one seed."""
     configs = load_configurations([folder / f"train_student_{kind}.yaml" for kind in STUDENTS])
     settings = ComparisonSettings(name=_COMPARISON, seeds=(0,), baseline=_BASELINE, surface=False)
-    plan = plan_comparison(configs, registry, work, settings, log=log)
+    scope = Scope(registry, work, log)
+    plan = plan_comparison(configs, settings, scope, None)
     # In --quick, starting a loader process would take longer than the training.
     workers = 0 if min(plan.steps.values()) < 100 else 1
-    results = compare(plan, registry, work, log=log, workers=workers, window_batch=4)
+    results = compare(plan, scope, TrainingExecution(workers=workers), window_batch=4)
     write_results(results, folder / _COMPARISON)
     if results.failed:
         first = results.failed[0]

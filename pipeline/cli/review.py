@@ -258,16 +258,20 @@ def compare(
 ) -> None:
     """Train several students from one cache on equal terms; one table and one figure."""
     from pipeline.student.processes import refuse_several
-    from pipeline.student.speed import SpeedFlags
+    from pipeline.student.speed import SpeedFlags, TrainingExecution
     from stages.compare.plan import ComparisonSettings, load_configurations, plan_comparison
     from stages.compare.results import check_place, print_results, write_results
     from stages.compare.run import compare as run
+    from stages.report import Scope
 
     refuse_several("compare")
     check_place(output, "test" if test else "validation")
-    flags = SpeedFlags(precision, channels_last, compile_)
     log = open_log(quiet, work, dry_run)
-    opened = open_registry(registry, files=False)
+    scope = Scope(open_registry(registry, files=False), work, log)
+    execution = TrainingExecution(
+        device, workers, SpeedFlags(precision, channels_last, compile_),
+        checkpoint_minutes=checkpoint_minutes, stage_to=stage_to,
+    )  # fmt: skip
     settings = ComparisonSettings(
         name=name or output.resolve().name,
         seeds=_numbers(seeds),
@@ -278,18 +282,13 @@ def compare(
         allow_missing=allow_missing,
     )
     plan = plan_comparison(
-        load_configurations(configs), opened, work, settings,
-        log=log, device=device, workers=workers, flags=flags, measure=not dry_run,
-        stage_to=stage_to,
-    )  # fmt: skip
+        load_configurations(configs), settings, scope, None if dry_run else execution
+    )
     if dry_run:
         for one in plan.runs:
             typer.echo(f"{'finished' if one.finished else 'to train'}  {one.folder}")
         return
-    results = run(
-        plan, opened, work, log=log, device=device, workers=workers, window_batch=window_batch,
-        checkpoint_minutes=checkpoint_minutes, flags=flags, stage_to=stage_to,
-    )  # fmt: skip
+    results = run(plan, scope, execution, window_batch=window_batch)
     written = write_results(results, output)
     if not quiet:
         print_results(results)

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.cache.reader import CachedCase
 from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.config import canonical_json, digest, load_config
@@ -28,10 +26,11 @@ from pipeline.student.inputs import TrainingInputs, check_same_units, open_input
 from pipeline.student.network import build_student
 from pipeline.student.resume import RunFolder
 from pipeline.student.settings import TrainingConfig, run_digest
-from pipeline.student.speed import SpeedFlags, TrainingExecution
+from pipeline.student.speed import TrainingExecution
 from pipeline.student.staging import staged_inputs
 from pipeline.student.training import train
 from stages.compare.scoring import organs_without_cases
+from stages.report import Scope
 from stages.train_student import RUN_NAME, TrainStudentConfig, check_own_files, is_finished
 
 # What a comparison is of, beside its configurations: name, seeds, budget, and what is scored.
@@ -139,31 +138,18 @@ class Comparison:
 
 def plan_comparison(
     configs: Sequence[TrainStudentConfig],
-    registry: Registry,
-    work: Folder,
     settings: ComparisonSettings,
-    *,
-    log: Log,
-    device: str = "auto",
-    workers: int = 0,
-    flags: SpeedFlags | None = None,
-    measure: bool = True,
-    stage_to: Path | None = None,
+    scope: Scope,
+    execution: TrainingExecution | None,
 ) -> Comparison:
     """Checks everything before the first step; with `seconds`, measures unless that was done.
 
     Args:
         configs: `run` is each one's name.
-        registry: read without its files.
-        work: the work folder that stage one filled.
         settings: see there.
-        log: where progress goes.
-        device: auto, cpu, cuda, cuda:1.
-        workers: loader processes.
-        flags: precision, memory format, compiling; for measuring.
-        measure: False takes what was measured before; a configuration that was not is as if its
-            runs were new. For a look.
-        stage_to: for measuring; see `train_student.run`.
+        scope: the registry may be read without its files; stage one filled the work folder.
+        execution: of what is measured. None, for a look, takes what was measured before; a
+            configuration that was not is as if its runs were new.
 
     Raises:
         ConfigError: configurations that cannot stand in one table, or nothing to score them on.
@@ -173,30 +159,29 @@ def plan_comparison(
     baseline = settings.baseline or (configs[0].run if configs else "")
     check_configurations(configs, baseline)
     check_settings(settings)
-    cases, unscored = _scored_cases(registry, work, settings, log)
-    space = registry.label_space
+    registry, work = scope.registry, scope.work
+    cases, unscored = _scored_cases(scope, settings)
     inputs: dict[str, TrainingInputs] = {}
     parameters: dict[str, int] = {}
     for config in configs:
         allowed = settings.allow_missing or config.allow_missing
         supervision = config.training.supervision
         inputs[config.run] = open_inputs(
-            supervision, registry, work, allow_missing=allowed, log=log
+            supervision, registry, work, allow_missing=allowed, log=scope.log
         )
-        network = build_student(config.training.network, len(space.organs), supervision.head)
+        num_organs = len(registry.label_space.organs)
+        network = build_student(config.training.network, num_organs, supervision.head)
         parameters[config.run] = sum(weights.numel() for weights in network.parameters())
     group = work / "students" / settings.name
     if settings.seconds is None:
         steps = equal_steps(configs, settings.steps)
-    elif not measure:
+    elif execution is None:
         steps = recorded_steps(configs, settings.seconds, group / "budget.json")
     else:
         prepare_work_folder(work)
         steps = steps_for_seconds(
-            configs, inputs, settings.seconds, group / "budget.json",
-            log=log, device=pick_device(device), workers=workers, flags=flags,
-            stage_to=stage_to,
-        )  # fmt: skip
+            configs, inputs, settings.seconds, group / "budget.json", execution, scope.log
+        )
     identities = {name: found.identity for name, found in inputs.items()}
     runs = _runs(configs, settings, steps, identities, group)
     notices = [*unscored, *_notices(configs, cases, registry, settings)]
@@ -255,9 +240,10 @@ def _check_same_settings(
 
 
 def _scored_cases(
-    registry: Registry, work: Folder, settings: ComparisonSettings, log: Log
+    scope: Scope, settings: ComparisonSettings
 ) -> tuple[Sequence[CachedCase], list[str]]:
     """And what a reader of the table has to know of cases that are left out."""
+    registry, work = scope.registry, scope.work
     split = "test" if settings.test else "validation"
     cohort = open_cohort(work, registry, splits=(split,))
     if cohort.problems and not settings.allow_missing:
@@ -278,7 +264,7 @@ def _scored_cases(
     if cohort.problems:
         names = ", ".join(cohort.problems)
         notices = [f"{split} cases that are left out, as the cache lacks them: {names}."]
-        log.warn(notices[0])
+        scope.log.warn(notices[0])
     return cohort.cases, notices
 
 
@@ -485,12 +471,8 @@ def steps_for_seconds(
     inputs: Mapping[str, TrainingInputs],
     seconds: float,
     record: Folder,
-    *,
+    execution: TrainingExecution,
     log: Log,
-    device: torch.device,
-    workers: int,
-    flags: SpeedFlags | None,
-    stage_to: Path | None = None,
 ) -> dict[str, int]:
     """Steps that fit in `seconds` of training, measured once and then read from `record`.
 
@@ -503,7 +485,8 @@ def steps_for_seconds(
             was to be measured on another device or with other workers than the others.
     """
     before = _read(record)
-    here = {"device": device.type, "workers": workers, "flags": str(flags or SpeedFlags())}
+    device = pick_device(execution.device).type
+    here = {"device": device, "workers": execution.workers, "flags": str(execution.flags)}
     known: dict[str, Any] = before.get("seconds_per_step", {})
     keys = {c.run: digest(without_seed_and_steps(c.training)) for c in configs}
     new = [config for config in configs if keys[config.run] not in known]
@@ -520,11 +503,11 @@ def steps_for_seconds(
             where=record,
             fix="Add configurations where the others were measured, or begin anew: another --name.",
         )
-    staged = {c.run: staged_inputs(inputs[c.run], stage_to, log=log) for c in new}
+    staged = {c.run: staged_inputs(inputs[c.run], execution.stage_to, log=log) for c in new}
     rounds: dict[str, list[float]] = {config.run: [] for config in new}
     for number in range(ROUNDS if new else 0):
         for config in new:
-            found = _probe(config, staged[config.run], log, device, workers, flags)
+            found = _probe(config, staged[config.run], execution, log)
             rounds[config.run].append(found)
             log.info(f"{config.run}: {found:.3f} s a step (round {number + 1} of {ROUNDS})")
     measured = {keys[run]: min(times) for run, times in rounds.items()}
@@ -551,13 +534,11 @@ def recorded_steps(
 def _probe(
     config: TrainStudentConfig,
     inputs: TrainingInputs,
+    execution: TrainingExecution,
     log: Log,
-    device: torch.device,
-    workers: int,
-    flags: SpeedFlags | None,
 ) -> float:
     """Seconds per step, once loader processes and caches are warm."""
-    warm = WARM_UP_STEPS + 2 * workers  # batches that were loaded ahead come too fast
+    warm = WARM_UP_STEPS + 2 * execution.workers  # batches that were loaded ahead come too fast
     steps = warm + MEASURED_STEPS
     clock = StepClock(log)
     clock.quiet = True
@@ -566,7 +547,7 @@ def _probe(
             config.training.model_copy(update={"steps": steps}),
             replace(inputs, validation=()),
             RunFolder(Path(folder)),
-            TrainingExecution(str(device), workers, flags or SpeedFlags()),
+            TrainingExecution(execution.device, execution.workers, execution.flags),
             clock,
         )
     return (clock.times[-1] - clock.times[warm - 1]) / MEASURED_STEPS

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pipeline.cache.store import write_json
-from pipeline.data.registry import Registry
 from pipeline.errors import PipelineError, Stopped
-from pipeline.folder import Folder, matching, read_text
+from pipeline.folder import matching, read_text
 from pipeline.log import Advance, Log
 from pipeline.networks.by_name import pick_device
-from pipeline.student.speed import SpeedFlags, TrainingExecution
+from pipeline.student.speed import TrainingExecution
 from stages import train_student
 from stages.compare.plan import Comparison, Run, StepClock
 from stages.compare.results import Results, RunResult
@@ -25,17 +24,7 @@ from stages.report import Scope
 
 
 def compare(
-    plan: Comparison,
-    registry: Registry,
-    work: Folder,
-    *,
-    log: Log,
-    device: str = "auto",
-    workers: int = 0,
-    window_batch: int = 1,
-    checkpoint_minutes: float = 10.0,
-    flags: SpeedFlags | None = None,
-    stage_to: Path | None = None,
+    plan: Comparison, scope: Scope, execution: TrainingExecution, *, window_batch: int = 1
 ) -> Results:
     """Makes what a plan lacks and returns all results; a second call trains and scores nothing.
 
@@ -43,25 +32,16 @@ def compare(
 
     Args:
         plan: see `plan_comparison`.
-        registry: the same.
-        work: the same.
-        log: where progress goes.
-        device: auto, cpu, cuda, cuda:1.
-        workers: loader processes.
+        scope: the same.
+        execution: of all runs.
         window_batch: windows per forward pass when cases are scored.
-        checkpoint_minutes: at most so much work is lost to a kill.
-        flags: precision, memory format, compiling, of all runs.
-        stage_to: see `train_student.run`.
 
     Raises:
         Stopped: a signal ended a training; the same call goes on from there.
         PipelineError: no run at all is finished.
     """
     failed: dict[str, Exception] = {}
-    execution = TrainingExecution(
-        device, workers, flags or SpeedFlags(),
-        checkpoint_minutes=checkpoint_minutes, stage_to=stage_to,
-    )  # fmt: skip
+    log = scope.log
     left = sum(_steps_left(run) for run in plan.runs)
     with log.progress("steps of all runs", left) as advance:
         for number, run in enumerate(plan.runs, start=1):
@@ -70,7 +50,7 @@ def compare(
             at = f"run {number} of {len(plan.runs)}, {run.folder.name}"
             clock = StepClock(log, _noting(advance, at))
             try:
-                report = train_student.run(run.config, Scope(registry, work, clock), execution)
+                report = train_student.run(run.config, replace(scope, log=clock), execution)
             except (PipelineError, torch.OutOfMemoryError) as error:
                 failed[run.config.run] = error
                 log.warn(f"{run.folder.name} failed, the others go on: {error}")
@@ -92,13 +72,19 @@ def compare(
             where=f"comparison {plan.settings.name}",
             fix="Correct that, then run the same command again.",
         )
-    results = _score(plan, failed, log=log, device=device, window_batch=window_batch)
-    group = work / "students" / plan.settings.name
-    return Results(plan, registry.label_space.organs, results, scored_before(group, "test"))
+    device = pick_device(execution.device)
+    results = _score(plan, failed, log, device, window_batch)
+    group = scope.work / "students" / plan.settings.name
+    organs = scope.registry.label_space.organs
+    return Results(plan, organs, results, scored_before(group, "test"))
 
 
 def _score(
-    plan: Comparison, failed: Mapping[str, Exception], *, log: Log, device: str, window_batch: int
+    plan: Comparison,
+    failed: Mapping[str, Exception],
+    log: Log,
+    device: torch.device,
+    window_batch: int,
 ) -> list[RunResult]:
     settings = ScoringSettings(
         split="test" if plan.settings.test else "validation", surface=plan.settings.surface
@@ -110,7 +96,7 @@ def _score(
             rows: Sequence[Mapping[str, Any]] = ()
             if error is None:
                 rows = score_student(
-                    run.folder, plan.cases, settings, device=pick_device(device),
+                    run.folder, plan.cases, settings, device=device,
                     window_batch=window_batch, advance=advance,
                 )  # fmt: skip
             said = None if error is None else str(error)

@@ -299,10 +299,7 @@ class TestOfFiles:
             plan._read(record)
         record.write_text('{"seconds": 5}')
         with pytest.raises(ConfigError, match="begun with 5 seconds, not 7"):
-            plan.steps_for_seconds(
-                [], {}, 7, record,
-                log=LOG, device=torch.device("cpu"), workers=0, flags=None,
-            )  # fmt: skip
+            plan.steps_for_seconds([], {}, 7, record, speed.TrainingExecution("cpu"), LOG)
         with pytest.raises(PipelineError, match=r"the run is not finished\. Run"):
             scoring._key(tmp_path, [], scoring.ScoringSettings(split="test", surface=False))
 

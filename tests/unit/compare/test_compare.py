@@ -26,7 +26,7 @@ from pipeline.review.units import run_folders
 from pipeline.student import training
 from pipeline.student.checkpoint import load_student
 from pipeline.student.inference import predict_logits
-from pipeline.student.speed import SpeedFlags
+from pipeline.student.speed import SpeedFlags, TrainingExecution
 from stages import train_student
 from stages.compare import plan as budget
 from stages.compare import results as tables
@@ -34,6 +34,7 @@ from stages.compare import scoring
 from stages.compare.plan import Comparison, ComparisonSettings, load_configurations, plan_comparison
 from stages.compare.results import Results, RunResult, print_results, to_markdown, write_results
 from stages.compare.run import compare
+from stages.report import Scope
 from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import snapshot
 from tests.tiny import (
@@ -63,6 +64,10 @@ def settings(**changes: Any) -> ComparisonSettings:
     return ComparisonSettings(**({"name": "both", "seeds": (0, 1)} | changes))
 
 
+def scope(registry: Path) -> Scope:
+    return Scope(load_registry(registry, files=False), work_of(registry), Log(quiet=True))
+
+
 def plan(
     registry: Path,
     configs: Sequence[TrainStudentConfig] | None = None,
@@ -70,19 +75,16 @@ def plan(
     **changes: Any,
 ) -> Comparison:
     return plan_comparison(
-        two() if configs is None else configs, load_registry(registry, files=False),
-        work_of(registry), settings(**changes), log=Log(quiet=True), device="cpu",
-        measure=measure,
+        two() if configs is None else configs, settings(**changes), scope(registry),
+        TrainingExecution("cpu") if measure else None,
     )  # fmt: skip
 
 
 def run(
     registry: Path, configs: Sequence[TrainStudentConfig] | None = None, **changes: Any
 ) -> Results:
-    return compare(
-        plan(registry, configs, **changes), load_registry(registry, files=False),
-        work_of(registry), log=Log(quiet=True), device="cpu", window_batch=8,
-    )  # fmt: skip
+    planned = plan(registry, configs, **changes)
+    return compare(planned, scope(registry), TrainingExecution("cpu"), window_batch=8)
 
 
 def students(registry: Path) -> Path:
@@ -433,10 +435,7 @@ def test_flags_of_speed_reach_every_run(tiny_cached: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(train_student, "run", spy)
     planned = plan(tiny_cached, [config("labels")], steps=1)
-    compare(
-        planned, load_registry(tiny_cached, files=False), work_of(tiny_cached),
-        log=Log(quiet=True), device="cpu", flags=flags,
-    )  # fmt: skip
+    compare(planned, scope(tiny_cached), TrainingExecution("cpu", flags=flags))
     assert seen == [flags] * len(planned.runs)
 
 
