@@ -28,6 +28,7 @@ from pipeline.cache.schema import (
 )
 from pipeline.cache.store import add_notes, write_unit
 from pipeline.config import digest, stamp_file
+from pipeline.data.dicom import stamp_image
 from pipeline.data.entries import CaseFiles, is_absent, require_file
 from pipeline.data.hounsfield import doubts_of
 from pipeline.data.labels import map_labels
@@ -141,7 +142,7 @@ class CaseToGrid:
                 fix="Let nothing write to the dataset, then run the stage again.",
             )
         check_same_grid(image, label, source.name)
-        warnings = [f"{label.path.name}: {label.note}"] if label.note else []
+        warnings = [f"{read.path.name}: {read.note}" for read in (image, label) if read.note]
         if registry.datasets[source.dataset].units == "hu":
             warnings += check_hounsfield(image, source.name)
         seconds = time.monotonic() - began
@@ -269,7 +270,7 @@ def identify_case(
         require_file(source.image)
         require_file(source.label)
     try:
-        image, label = stamp_file(source.image), stamp_file(source.label)
+        image, label = stamp_image(source.image), stamp_file(source.label)
     except OSError as error:
         raise GeometryError(
             f"the file cannot be read ({error.strerror}).",

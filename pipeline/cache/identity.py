@@ -31,7 +31,8 @@ from pipeline.cache.index import (
     write_dataset_index,
     write_failed_record,
 )
-from pipeline.config import FileStamp, digest, stamp_file
+from pipeline.config import FileStamp, digest
+from pipeline.data.dicom import stamp_image
 from pipeline.data.entries import CaseFiles
 from pipeline.data.registry import Registry, load_registry
 from pipeline.data.splits import SPLITS
@@ -506,14 +507,14 @@ def _stamped(path: Path, known: FileStamp | None, trusted: bool) -> FileStamp:
     """`stamp_file`. What lies where it was hashed, with its size and time, is not read again;
     elsewhere these prove nothing, and it is read, once a process."""
     if trusted:
-        return stamp_file(path, known)
+        return stamp_image(path, known)
     status = path.stat()
     return _hashed(path, status.st_size, status.st_mtime_ns)
 
 
 @cache
 def _hashed(path: Path, size: int, mtime_ns: int) -> FileStamp:
-    return stamp_file(path)
+    return stamp_image(path)
 
 
 def _some(wrong: Sequence[str]) -> str:

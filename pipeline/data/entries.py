@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from pipeline.config import Config
+from pipeline.data.dicom import is_series
 from pipeline.data.labels import Intensity
 from pipeline.data.splits import SplitEntry
 from pipeline.data.volume import Orientation
@@ -294,11 +295,14 @@ def require_file(path: Path) -> None:
     """Without reading it: that a file can be opened, and that its name can be written down.
 
     Raises:
-        GeometryError: a link to what is not there, a folder, no permission, a name not in UTF-8.
+        GeometryError: a link to what is not there, a folder without DICOM files, no permission, a
+            name not in UTF-8.
     """
     fix = "Check the path and its permissions; for a phantom run `pipeline phantom`."
     try:
         mode = path.stat().st_mode
+        if stat.S_ISDIR(mode) and is_series(path):
+            return
         if not stat.S_ISREG(mode):
             why = "it is a folder" if stat.S_ISDIR(mode) else "it is no file"
             fix = "Put the file itself there."

@@ -1,4 +1,4 @@
-"""NIfTI in and out: bytes, headers, images and label maps.
+"""NIfTI in and out: bytes, headers, images and label maps. A CT may also be a DICOM series.
 
 Images come back in the closest canonical orientation (RAS+), with axes (D, H, W) = z, y, x; an
 oblique affine is kept as it is, never straightened by interpolation.
@@ -23,6 +23,7 @@ from isal import igzip
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from nibabel.volumeutils import apply_read_scaling
 
+from pipeline.data.dicom import is_series, open_series, read_series
 from pipeline.data.entries import require_file
 from pipeline.data.volume import Grid, Volume, orientation_of
 from pipeline.errors import GeometryError
@@ -38,6 +39,7 @@ _COMMENT_EXTENSION = 6
 
 def read_file(path: Path) -> tuple[Any, str]:
     """A NIfTI as nibabel has it, with its voxels in memory, and the SHA-256 of the file's bytes.
+    A DICOM series comes as a NIfTI of it would.
 
     The bytes that were hashed are decoded, so that a file changing meanwhile cannot mix the two.
 
@@ -45,6 +47,8 @@ def read_file(path: Path) -> tuple[Any, str]:
         GeometryError: it cannot be read, is no NIfTI, or nothing says how large its voxels are.
     """
     require_file(path)
+    if is_series(path):
+        return read_series(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -74,6 +78,8 @@ def read_header(path: Path) -> tuple[Any, Any]:
         GeometryError: not a readable NIfTI, or nothing says how large its voxels are.
     """
     require_file(path)
+    if is_series(path):
+        return nib.Nifti1Image, open_series(path).header()
     try:
         with path.open("rb") as file:
             begin = file.read(4)
@@ -242,7 +248,7 @@ class NiftiVolume:
         file_affine: 4 x 4 as stored, (x, y, z) voxels to RAS+ mm.
         doubts: what its header makes doubtful.
         names: label value -> organ, of each header extension that says it.
-        note: what was done to its values, as a sentence; empty: nothing.
+        note: what was done to its values or left out of a series, a sentence; empty: nothing.
     """
 
     volume: Volume
@@ -339,11 +345,12 @@ def read_grid(path: Path) -> Grid:
     """The grid of a file in RAS+, from its header alone (the voxels are not read).
 
     Raises:
-        GeometryError: not a 3D NIfTI header.
+        GeometryError: not a 3D NIfTI header, or not one DICOM series.
     """
-    read_header(path)
+    kind, header = read_header(path)
     try:
-        image: Any = nib.load(path)
+        affine, shape = header.get_best_affine(), header.get_data_shape()
+        image = kind(np.broadcast_to(np.int16(0), shape), affine)
     except Exception as error:
         raise unreadable(path, error) from error
     shape = _check_shape(image, path)
@@ -473,7 +480,8 @@ def _wrap(image: Any, array: npt.NDArray[Any], path: Path, sha256: str) -> Nifti
     canonical = affine @ nib.orientations.inv_ornt_aff(io_orientation(affine), shape)
     volume = Volume(array, _grid_from_file(array.shape[::-1], canonical), orientation_of(affine))
     doubts, names = header_doubts(image), names_in(image.header)
-    return NiftiVolume(volume, path, sha256, shape, affine, doubts, names)
+    note = str(image.extra.get("note", ""))
+    return NiftiVolume(volume, path, sha256, shape, affine, doubts, names, note)
 
 
 def _grid_from_file(shape_xyz: Any, affine_xyz: npt.NDArray[np.float64]) -> Grid:

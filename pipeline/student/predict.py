@@ -22,6 +22,7 @@ from torch import nn
 
 from pipeline.cache.store import json_text
 from pipeline.config import digest, file_sha256
+from pipeline.data.dicom import holds_dicom, is_series
 from pipeline.data.entries import MAGIC, is_absent, name_of, search_files
 from pipeline.data.hounsfield import Doubt, doubts_of
 from pipeline.data.nifti import read_file, read_image, write_like
@@ -160,7 +161,9 @@ class CasePredictor:
                 return Done(name, made=False, doubts=doubts)
             damaged = there.damaged(there.files)
             replaced = there.lost(content, files)
-        note = f"made again, because it cannot be read: {listed(damaged)}" if damaged else ""
+        note = read.note
+        if damaged:
+            note = f"made again, because it cannot be read: {listed(damaged)}. {note}".strip()
         if dry_run:
             return Done(name, made=True, doubts=doubts, note=note, replaced=replaced)
         target = self._output / f"{name}.nii.gz"
@@ -507,17 +510,20 @@ def prediction_digest(identity: Mapping[str, Any], image_sha256: str) -> str:
 # The images that are to be predicted, by the names of their label maps.
 
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+_IMAGE = re.compile(r"\.(nii(\.gz)?|zip)$", re.IGNORECASE)
 _PAIR = re.compile(r"\.(hdr|img)(\.gz)?$", re.IGNORECASE)
 _NAMED = 3
 
 
 def find_inputs(*given: Path, left: list[str] | None = None) -> dict[str, Path]:
-    """NIfTI files by the names that their label maps get; they need not be readable.
+    """NIfTI files and DICOM series by the names that their label maps get; they need not be
+    readable.
 
     Args:
-        given: a file, a folder (all files in it but hidden ones), or a pattern such as
-            `scans/*.nii.gz` or `scans/**/ct.nii.gz`. Names are those of files without suffix; of
-            a pattern with folders, paths from the first folder that is not spelt out.
+        given: a file (a zip file is a DICOM series), a folder (all files in it but hidden ones; one
+            with DICOM files is itself an image, one of such folders gives them all), or a pattern
+            such as `scans/*.nii.gz` or `scans/**/ct.nii.gz`. Names are those of files without
+            suffix; of a pattern with folders, paths from the first folder that is not spelt out.
         left: gets sentences on what was not taken, and why.
 
     Raises:
@@ -530,9 +536,10 @@ def find_inputs(*given: Path, left: list[str] | None = None) -> dict[str, Path]:
         here = _found(path, left)
         if not here:
             raise ConfigError(
-                " ".join(["no NIfTI file there.", *left[before:]]),
+                " ".join(["no NIfTI file and no DICOM series there.", *left[before:]]),
                 where=path,
-                fix="Give a .nii.gz file, a folder of them, or a pattern in quotes.",
+                fix="Give a .nii.gz file, a folder of them or of a DICOM series, or a pattern in "
+                "quotes.",
             )
         for name, file in here:
             if name in found and found[name] != file:
@@ -585,9 +592,16 @@ def chosen_inputs(
 
 def _found(path: Path, left: list[str]) -> list[tuple[str, Path]]:
     if os.path.isdir(path):  # noqa: PTH112 - never raises
+        if holds_dicom(path):
+            others = sorted(file.name for file in path.iterdir() if _NIFTI.search(file.name))
+            if others:
+                left.append(
+                    f"{path}: a DICOM series; NIfTI files in it are not taken ({_some(others)})."
+                )
+            return [(name_of(path.resolve().name), path)]
         root, pattern = path, "*"
     elif not is_absent(path):
-        return [(_stem(path.name), path)] if _NIFTI.search(path.name) else []
+        return [(_stem(path.name), path)] if _IMAGE.search(path.name) else []
     else:
         parts, root = list(path.parts), Path()
         while len(parts) > 1 and _is_spelt_out(root / parts[0]):
@@ -597,8 +611,13 @@ def _found(path: Path, left: list[str]) -> list[tuple[str, Path]]:
     if problems:
         raise ConfigError(problems[0], where=path, fix="Or name the files.")
     names = [n for n in names if not any(part.startswith(".") for part in n.split("/"))]
-    left += _left(root, [name for name in names if not _NIFTI.search(name)])
-    return [(_stem(name), root / name) for name in names if _NIFTI.search(name)]
+    images = [n for n in names if _IMAGE.search(n) or _is_series_folder(root / n)]
+    left += _left(root, [name for name in names if name not in set(images)])
+    return [(_stem(name), root / name) for name in images]
+
+
+def _is_series_folder(path: Path) -> bool:
+    return os.path.isdir(path) and is_series(path)  # noqa: PTH112 - never raises
 
 
 def _is_spelt_out(path: Path) -> bool:
@@ -649,4 +668,4 @@ def _told(one: Path, other: Path) -> str:
 
 
 def _stem(name: str) -> str:
-    return name_of(_NIFTI.sub("", name))
+    return name_of(_IMAGE.sub("", name))

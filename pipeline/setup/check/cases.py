@@ -222,6 +222,9 @@ def _image_facts(
 ) -> CaseFacts:
     name, volume = facts.case, image.volume
     z, y, x = (round(mm, 4) for mm in volume.spacing_mm)
+    if image.note:
+        fix = "Nothing need be done; move it elsewhere to be rid of this."
+        found.append(of_case("warning", "file", name, image.note, fix))
     for doubt in image.doubts:
         severity: Severity = "error" if doubt.certain else "warning"
         found.append(of_case(severity, "header", name, doubt.what, doubt.fix))
