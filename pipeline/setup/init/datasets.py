@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline.data.dicom import is_series
 from pipeline.data.entries import (
     FoundPair,
     Pair,
@@ -396,7 +397,8 @@ def _as_name(text: str) -> str:
 _ENDING = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _CHANNEL = re.compile(r"(_\d{4})?\.nii(\.gz)?$", re.IGNORECASE)
 _NAMED = 3
-_IMAGE_FOLDERS = ("imagesTr", "images", "image", "imgs", "img", "ct", "CT", "scans", "volumes")
+_IMAGE_FOLDERS = ("imagesTr", "images", "image", "imgs", "img", "ct", "CT", "scans", "volumes",
+                  "dicom", "DICOM")  # fmt: skip
 _LABEL_FOLDERS = ("labelsTr", "labels", "label", "masks", "mask", "segmentations", "segmentation",
                   "segs", "seg", "gt")  # fmt: skip
 _IN_FOLDERS = (
@@ -410,7 +412,7 @@ _IN_FOLDERS = (
     ("image{case}", "label{case}"),
     ("volume-{case}", "segmentation-{case}"),
 )
-_IMAGE_OF_CASE = ("imaging", "image", "img", "ct", "CT", "volume")
+_IMAGE_OF_CASE = ("imaging", "image", "img", "ct", "CT", "volume", "dicom", "DICOM")
 _LABEL_OF_CASE = ("segmentation", "label", "labels", "seg", "mask", "gt")
 _SIDE_BY_SIDE = (
     ("volume-{case}", "segmentation-{case}"),
@@ -501,6 +503,8 @@ def _candidates(root: Path) -> Iterator[tuple[str, str]]:
     for image, label, ending in product(image_folders, label_folders, endings):
         for images, labels in _IN_FOLDERS:
             yield f"{image}/{images}{ending}", f"{label}/{labels}{ending}"
+            if _holds_series(root, f"{image}/*"):
+                yield f"{image}/{{case}}", f"{label}/{labels}{ending}"
     for ending in endings:
         for images, labels in _SIDE_BY_SIDE:
             # One folder, or batches of it: ** stands for no folder too.
@@ -508,3 +512,11 @@ def _candidates(root: Path) -> Iterator[tuple[str, str]]:
     if folders:
         for image, label, ending in product(_IMAGE_OF_CASE, _LABEL_OF_CASE, endings):
             yield f"{{case}}/{image}{ending}", f"{{case}}/{label}{ending}"
+            if _holds_series(root, f"*/{image}"):
+                yield f"{{case}}/{image}", f"{{case}}/{label}{ending}"
+
+
+def _holds_series(root: Path, pattern: str) -> bool:
+    """Whether the first folder that a pattern finds is a DICOM series."""
+    first = next((path for path in sorted(root.glob(pattern)) if path.is_dir()), None)
+    return first is not None and is_series(first)

@@ -14,6 +14,7 @@ from pipeline.data.dicom import stamp_image, write_segmentation
 from pipeline.data.nifti import read_grid, read_header, read_image, write_like
 from pipeline.data.volume import Volume
 from pipeline.errors import GeometryError
+from pipeline.setup.init.datasets import look_at_dataset
 from pipeline.student.predict import find_inputs
 
 pydicom = pytest.importorskip("pydicom")
@@ -341,3 +342,23 @@ def test_a_segmentation_is_where_an_independent_reader_puts_it(
     write_like(labels, Volume(np.zeros_like(array), read.volume.grid), folder)
     assert not write_segmentation(tmp_path / "none.dcm", labels, folder, ids, colours)
     assert not (tmp_path / "none.dcm").exists()
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "found"),
+    [
+        ("ct/{}", "seg/{}.nii.gz", ("ct/{case}", "seg/{case}.nii.gz")),
+        ("{}/dicom", "{}/label.nii.gz", ("{case}/dicom", "{case}/label.nii.gz")),
+    ],
+)
+def test_init_finds_images_that_are_series(
+    tmp_path: Path, image: str, label: str, found: tuple[str, str]
+) -> None:
+    for case in ("p1", "p2"):
+        folder = write_series(tmp_path / image.format(case), voxels())
+        read = read_image(folder)
+        labels = Volume((read.volume.array > 0).astype(np.uint8), read.volume.grid)
+        write_like(tmp_path / label.format(case), labels, folder)
+    dataset = look_at_dataset(tmp_path)
+    assert (dataset.images, dataset.labels) == found
+    assert dataset.cases() == ["p1", "p2"]
