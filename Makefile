@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check faults docs clean
+.PHONY: demo test check faults docs build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.run-installed
@@ -38,5 +38,8 @@ $(VENV)/.test-installed: $(VENV)/.run-installed
 	$(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@
 
+build: $(VENV)/.run-installed
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
 clean:
-	rm -rf $(VENV) demo site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) demo dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
