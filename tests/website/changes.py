@@ -244,6 +244,18 @@ PAGES: Mapping[str, Page] = {
     "planning.md": Page(said=["Plan of stage one", "quota", "stored as", "float16, 5 bits *"]),
     "predict.md": Page(
         layout=folders.without_predictions,
+        changes=[
+            Change("pip install 'organ-distill[dicom]'", "", "it is installed"),
+            *(
+                Change(
+                    f"pipeline predict student.pt {images} -o out/",
+                    "",
+                    "no DICOM is made here",
+                    ("tests/unit/data/test_dicom.py", "test_predict_takes_a_series"),
+                )
+                for images in ("patient.zip", "patients/")
+            ),
+        ],
         written=[
             "out/ct.nii.gz",
             "out/ct.json",
