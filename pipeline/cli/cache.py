@@ -52,6 +52,7 @@ class ExportFormat(StrEnum):
     """What `export` writes."""
 
     nifti = "nifti"
+    nnunet = "nnunet"
 
 
 @cache_app.command("ls")
@@ -230,7 +231,6 @@ def gc(
 @cache_app.command()
 @partial(recorded, group="cache")
 def export(
-    case: CaseOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")],
     teacher: Annotated[
         list[str] | None,
@@ -240,15 +240,29 @@ def export(
     regions: Annotated[
         bool, typer.Option("--regions", help="Also organ regions, agreed background, conflicts.")
     ] = False,
+    case: Annotated[
+        str | None,
+        typer.Option("--case", help="dataset/case, for nifti.", autocompletion=case_names),
+    ] = None,
     registry: RegistryOption = REGISTRY,
     work: WorkOption = WORK,
+    quiet: QuietOption = False,
 ) -> None:
-    """Log-odds of a case as NIfTI on the student grid, to be looked at over the CT."""
-    from pipeline.review.export import export_nifti
+    """nifti: log-odds of a case on the student grid, to be looked at over the CT. nnunet: labels
+    and experts of all cases together, as a raw dataset (OUTPUT: nnUNet_raw/Dataset123_Name)."""
+    from pipeline.review.export import export_nifti, export_nnunet
 
-    known = open_registry(registry, files=False)
+    if (case is None) != (to is ExportFormat.nnunet) or (regions and case is None):
+        raise ConfigError(
+            "--to nifti is of one case, and --to nnunet of all, without --regions.",
+            where="pipeline cache export",
+            fix="Add --case dataset/case, or --to nnunet.",
+        )
+    known = open_registry(registry, files=to is ExportFormat.nnunet)
     teachers = teacher or list(known.teachers)
-    assert to is ExportFormat.nifti
+    if case is None:
+        typer.echo(str(export_nnunet(work, known, teachers, output, open_log(quiet))))
+        return
     for path in export_nifti(work, known, case, teachers, output, regions=regions):
         typer.echo(str(path))
 

@@ -148,7 +148,7 @@ def labels_win(
     # All organs of a voxel have to be in one block: where one is annotated, the others follow.
     whole = log_odds.rechunk({0: -1}) if len(log_odds.chunks[0]) > 1 else log_odds
     return in_blocks(
-        _correct,
+        correct,
         "kzyx",
         np.float32,
         (whole, "kzyx"),
@@ -278,7 +278,7 @@ def _in_none(organ: BoolArray, background: BoolArray) -> BoolArray:
     return np.asarray(~(organ.any(axis=0) | background))
 
 
-def _correct(
+def correct(
     d: FloatArray, label: npt.NDArray[np.uint8], annotated: tuple[int, ...], confidence: float
 ) -> FloatArray:
     """`labels_win` on one block that holds all K organs."""

@@ -1,23 +1,40 @@
-"""`cache export`: what is cached of a case, as NIfTI files that any viewer lays over the CT."""
+"""`cache export`: what is cached of a case, as NIfTI files that any viewer lays over the CT; and
+what labels and experts say together of all cases, as a raw dataset of nnU-Net."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.cache.cases import check_same_grid, organ_labels
 from pipeline.cache.reader import CachedCase
-from pipeline.consensus.cohort import compute, lazy_consensus, open_case
+from pipeline.cache.store import json_text
+from pipeline.config import digest
+from pipeline.consensus.cohort import compute, lazy_consensus, lazy_votes, open_case, open_cohort
+from pipeline.consensus.regions import DEFAULT_CONFIDENCE, correct
+from pipeline.data.entries import CaseFiles
 from pipeline.data.labels import IGNORE, LabelSpace
-from pipeline.data.nifti import read_header, write_image
+from pipeline.data.nifti import (
+    NiftiVolume,
+    read_header,
+    read_image,
+    read_label,
+    write_image,
+    write_like,
+)
+from pipeline.data.patches import Patch
 from pipeline.data.registry import Registry
+from pipeline.data.resample import SlabRows
 from pipeline.data.volume import Volume
-from pipeline.errors import GeometryError, RegistryError
-from pipeline.folder import Folder, refuse_foreign, writing
+from pipeline.errors import ConfigError, GeometryError, RegistryError, listed
+from pipeline.folder import Folder, json_with, refuse_foreign, replace_file, writing
+from pipeline.log import Log
 
 _SUFFIX = ".nii.gz"
 _REGIONS = ("regions", "agreed_background", "conflict")
@@ -109,3 +126,197 @@ def _is_ours(path: Path) -> bool:
         return bool(read_header(path)[1]["descrip"].item().decode() == _MARK)
     except (GeometryError, UnicodeDecodeError):
         return False
+
+
+# The cohort as a raw dataset of nnU-Net v2.
+
+_DATASET = re.compile(r"Dataset\d{3}_\w[\w.-]*")
+_TOLD = "consensus.json"  # what each label map was made from: those that are there are kept
+_SLAB_VOXELS = 4_000_000
+
+
+def export_nnunet(
+    work: Folder, registry: Registry, teachers: Sequence[str], output: Path, log: Log
+) -> Path:
+    """Writes what labels and experts say together as a dataset that nnU-Net trains on.
+
+    `imagesTr/<dataset>__<case>_0000.nii.gz` leads to the CT (a link; a copy of what is no .nii.gz),
+    `labelsTr/` has a label map in its geometry: the dataset's labels where there are any, else the
+    organ whose experts have the highest log-odds above 0, background where all organs' experts are
+    below 0, and nnU-Net's `ignore` where somebody is silent. Log-odds, not labels, are resampled
+    from the student grid. `imagesTs/` has the CTs of the test split. A case that is there, from the
+    same cache and files, is not made again; `dataset.json` is written last.
+
+    Args:
+        work: the work folder.
+        registry: read with its files.
+        teachers: those who are asked.
+        output: `.../nnUNet_raw/Dataset123_Name`.
+        log: hears of progress.
+
+    Returns:
+        The path of dataset.json.
+
+    Raises:
+        ConfigError: a name that nnU-Net does not take, files that were not written here, cases
+            that would share a name, or no training case.
+        CacheStale, CacheMissing, CacheError: the registry, a case or a unit is not in the cache.
+        GeometryError: a CT or label that cannot be read.
+    """
+    if not _DATASET.fullmatch(output.resolve().name):
+        raise ConfigError(
+            "nnU-Net takes folders named Dataset123_Name: three digits and a name.",
+            where=output,
+            fix="Name --output so, in your nnUNet_raw: nnUNet_raw/Dataset501_Organs.",
+        )
+    asked = [name for name in registry.teachers if name in teachers]
+    splits = ("train", "validation")
+    cohort = open_cohort(work, registry, teachers=asked, splits=splits)
+    for problem in cohort.problems.values():
+        raise problem
+    cached = {case.name: case for case in cohort.cases}
+    sources = [case for name in registry.datasets for case in registry.cases(name)]
+    names = _nnunet_names(sources, output)
+    before = json_with(output / _TOLD, "cases", "labels") or {"cases": {}}
+    kept = {name: made for name, made in before["cases"].items() if name in cached}
+    told: dict[str, Any] = {"labels": _nnunet_labels(registry.label_space), "cases": kept}
+    targets = [output / "dataset.json", output / "splits_final.json", output / _TOLD]
+    targets += [_place(output, source, names) for source in sources]
+    targets += [output / "labelsTr" / f"{names[name]}{_SUFFIX}" for name in cached]
+    is_ours = (output / _TOLD).exists() and "labels" in before
+    refuse_foreign("cache export", [(path, is_ours) for path in targets])
+    if not cached:
+        raise ConfigError(
+            "no case is in the training or validation split.",
+            where=registry.path,
+            fix="Set `split` in the registry and run `pipeline cache-teachers`.",
+        )
+    with writing(output), log.progress("nnU-Net dataset", len(sources)) as advance:
+        replace_file(output / _TOLD, json_text(told).encode())  # from here on the folder is ours
+        for source in sources:
+            _link(_place(output, source, names), source)
+            if source.name in cached:
+                path = output / "labelsTr" / f"{names[source.name]}{_SUFFIX}"
+                known = kept.get(source.name, {})
+                made = _consensus_label(path, registry, source, cached[source.name], known)
+                kept[source.name] = made
+                replace_file(output / _TOLD, json_text(told).encode())
+            advance(source.name)
+        _write_lists(output, registry, sources, names, told)
+    return output / "dataset.json"
+
+
+def _nnunet_names(sources: Sequence[CaseFiles], output: Path) -> dict[str, str]:
+    names = {source.name: source.name.replace("/", "__") for source in sources}
+    twice = [name for name, number in Counter(names.values()).items() if number > 1]
+    if twice:
+        raise ConfigError(
+            f"two cases would be named {listed(twice)}.",
+            where=output,
+            fix="Rename one of the datasets or cases in the registry.",
+        )
+    return names
+
+
+def _nnunet_labels(space: LabelSpace) -> dict[str, int]:
+    """nnU-Net wants 0, 1, 2 .. without a gap, and `ignore` last."""
+    return {"background": 0, **{organ: k + 1 for k, organ in enumerate(space.organs)}}
+
+
+def _place(output: Path, source: CaseFiles, names: Mapping[str, str]) -> Path:
+    folder = "imagesTs" if source.split == "test" else "imagesTr"
+    return output / folder / f"{names[source.name]}_0000{_SUFFIX}"
+
+
+def _link(path: Path, source: CaseFiles) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if source.image.name.endswith(_SUFFIX):
+        if not path.is_symlink() or path.resolve() != source.image.resolve():
+            path.unlink(missing_ok=True)
+            path.symlink_to(source.image.resolve())
+    elif not path.exists():
+        image = read_image(source.image)
+        write_image(path, image.volume, affine_xyz=image.file_affine, description=_MARK)
+
+
+def _consensus_label(
+    path: Path,
+    registry: Registry,
+    source: CaseFiles,
+    case: CachedCase,
+    known: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Writes a label map, unless it is there; says what it is of, and the voxels of each value."""
+    made_of = digest(
+        [case.case.receipt.digest, {t: unit.receipt.digest for t, unit in case.teachers.items()},
+         list(registry.label_space.organs)]
+    )  # fmt: skip
+    if path.exists() and known.get("digest") == made_of:
+        return dict(known)
+    image, label = read_image(source.image), read_label(source.label)
+    check_same_grid(image, label, source.name)
+    classes = np.empty(image.volume.grid.shape, dtype=np.uint8)
+    for begin, rows in _consensus_rows(registry, source, case, image, label):
+        classes[begin : begin + len(rows)] = rows
+    write_like(path, Volume(classes, image.volume.grid), source.image)
+    values, voxels = np.unique(classes, return_counts=True)
+    return {
+        "digest": made_of,
+        "voxels": {str(v): int(n) for v, n in zip(values, voxels, strict=True)},
+    }
+
+
+def _consensus_rows(
+    registry: Registry, source: CaseFiles, case: CachedCase, image: NiftiVolume, label: NiftiVolume
+) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """Rows of the CT's grid along z: 0 background, k + 1 for organ k of the registry, K + 1
+    ignore."""
+    space, grid = registry.label_space, image.volume.grid
+    votes = lazy_votes(case, space)
+    within = LabelSpace({space.organs[k]: space.ids[space.organs[k]] for k in votes.known})
+    labels = within.to_classes(organ_labels(registry, source, label))
+    numbers = np.array([0, *(k + 1 for k in votes.known)], dtype=np.uint8)
+    silent = len(votes.known) < len(space.organs)
+    rows = SlabRows(case.grid, grid, outside=np.nan)
+    depth, height, width = case.grid.shape
+    at_once = max(1, _SLAB_VOXELS // (height * width * max(1, len(votes.known))))
+    for begin in range(0, depth, at_once):
+        patch = Patch((begin, 0, 0), (min(at_once, depth - begin), height, width))
+        (odds,) = compute(lazy_votes(case, space, patch=patch).log_odds)
+        for z, d in rows.put(odds):
+            said = labels[z : z + d.shape[1]]
+            d = correct(d, said, tuple(votes.annotated), DEFAULT_CONFIDENCE)
+            best = np.where(np.isnan(d), -np.inf, d)
+            found = np.where(best.max(axis=0) > 0, best.argmax(axis=0) + 1, 0)
+            unknown = (found == 0) & (silent | np.isnan(d).any(axis=0))
+            yield z, np.where(unknown, len(space.organs) + 1, numbers[found]).astype(np.uint8)
+    rows.check_complete()
+
+
+def _write_lists(
+    output: Path,
+    registry: Registry,
+    sources: Sequence[CaseFiles],
+    names: Mapping[str, str],
+    told: Mapping[str, Any],
+) -> None:
+    labels = dict(told["labels"])
+    ignore = str(len(labels))
+    if any(ignore in case["voxels"] for case in told["cases"].values()):
+        labels["ignore"] = len(labels)
+    training = [source for source in sources if source.name in told["cases"]]
+    fold = {
+        short: [names[source.name] for source in training if source.split == split]
+        for short, split in (("train", "train"), ("val", "validation"))
+    }
+    if fold["val"]:
+        replace_file(output / "splits_final.json", json_text([fold]).encode())
+    dataset = {
+        "channel_names": {"0": "CT"}, "labels": labels, "numTraining": len(training),
+        "file_ending": _SUFFIX, "name": output.resolve().name,
+        "description": f"Labels and experts together, by {_MARK}; see {_TOLD}.",
+        "licence": "; ".join(
+            f"{name}: {entry.licence}" for name, entry in registry.datasets.items() if entry.licence
+        ),
+    }  # fmt: skip
+    replace_file(output / "dataset.json", json_text(dataset).encode())

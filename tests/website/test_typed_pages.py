@@ -114,6 +114,8 @@ def test_from_nnunet(shell: Shell, nnunet: Path, tmp_path: Path) -> None:
         said = reader.type_next()
         assert_there(folder / "out", "ct_0000.nii.gz", "*-ct/*.nii.gz", "summary.json")
         assert_there(work / "students" / "student", "report.html")
+        reader.type_next()
+        assert_there(folder / "nnUNet_raw" / "Dataset501_Organs", "dataset.json", "labelsTr/*.gz")
 
 
 def as_the_page_advises(data: dict[str, Any]) -> None:

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import json
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,14 @@ import pytest
 import yaml
 
 from pipeline.cache.schema import StorageConfig
+from pipeline.consensus.cohort import open_case
+from pipeline.data.nifti import read_image, read_label
 from pipeline.data.registry import load_registry
+from pipeline.data.resample import resample
+from pipeline.data.volume import Volume
 from pipeline.errors import CacheError, CacheMissing, CacheStale, ConfigError, RegistryError
 from pipeline.log import Log
-from pipeline.review.export import export_nifti
+from pipeline.review.export import export_nifti, export_nnunet
 from stages import cache_teachers
 from tests.stages.stage_contract import snapshot
 from tests.tiny import change_registry, fill_cache, run_cache, work_of
@@ -283,3 +291,127 @@ def test_what_is_not_or_no_longer_cached(tiny_cached: Path, tmp_path: Path) -> N
     change_registry(tiny_cached, lambda data: data["teachers"]["spleen"].update(taps=[]))
     with pytest.raises(CacheStale, match="teacher spleen"):
         export(tiny_cached, tmp_path, "spleen")
+
+
+# --- as a raw dataset of nnU-Net ------------------------------------------------------------------
+
+
+def export_raw(registry: Path, output: Path, *teachers: str) -> dict[str, Any]:
+    known = load_registry(registry)
+    export_nnunet(work_of(registry), known, teachers or list(known.teachers), output, Log())
+    return dict(json.loads((output / "dataset.json").read_text("utf-8")))
+
+
+def expected_label(registry: Path, case: str, teachers: Sequence[str], ignore: int) -> Any:
+    """The whole volume at once, voxel by voxel as the docstring says."""
+    known = load_registry(registry)
+    dataset, _, name = case.partition("/")
+    [source] = [one for one in known.cases(dataset) if one.case == name]
+    found = open_case(work_of(registry), known, case, teachers)
+    image, label = read_image(source.image), read_label(source.label).volume.array
+    annotated = known.datasets[dataset].annotated
+    odds, speaks = [], []
+    for organ in known.label_space.organs:
+        who = [t for t in found.experts.get(organ, ()) if t in teachers]
+        each = [
+            resample(
+                Volume(found.log_odds(t, organ).astype(np.float32), found.grid),
+                image.volume.grid, order=1, outside=np.nan,
+            ).array
+            for t in who
+        ]  # fmt: skip
+        d = np.nanmean(each, axis=0) if each else np.full(label.shape, np.nan, np.float32)
+        if organ in annotated:
+            is_organ = np.isin(label, annotated[organ])
+            strong = np.fmax(np.abs(d), 6)
+            d = np.where(is_organ, strong, -strong)
+        odds.append(d)
+        speaks.append(bool(who) or organ in annotated)
+    for organ in annotated:
+        k = known.label_space.organs.index(organ)
+        here = odds[k] > 0
+        others = [j for j in range(len(odds)) if j != k and speaks[j]]
+        for j in others:
+            odds[j] = np.where(here, -np.fmax(np.abs(odds[j]), 6), odds[j])
+    stack = np.stack(odds)
+    best = np.where(np.isnan(stack), -np.inf, stack)
+    out = np.where(best.max(axis=0) > 0, best.argmax(axis=0) + 1, 0)
+    out[(out == 0) & np.isnan(stack).any(axis=0)] = ignore
+    return out, image
+
+
+@pytest.mark.parametrize("teachers", [(), ("liver",)], ids=["all", "liver alone"])
+def test_labels_and_experts_together_are_a_dataset_of_nnunet(
+    tiny_cached: Path, tmp_path: Path, teachers: tuple[str, ...]
+) -> None:
+    output = tmp_path / "nnUNet_raw" / "Dataset501_Organs"
+    dataset = export_raw(tiny_cached, output, *teachers)
+    known = load_registry(tiny_cached)
+    organs = known.label_space.organs
+    ignored = {"ignore": len(organs) + 1} if teachers else {}  # only where somebody is silent
+    named = {organ: k + 1 for k, organ in enumerate(organs)}
+    assert dataset["labels"] == {"background": 0, **named, **ignored}
+    cases = [c for d in known.datasets for c in known.cases(d)]
+    training = [c for c in cases if c.split != "test"]
+    assert dataset["numTraining"] == len(training)
+    for case in cases:
+        short = case.name.replace("/", "__")
+        image = (
+            output / ("imagesTs" if case.split == "test" else "imagesTr") / f"{short}_0000.nii.gz"
+        )
+        assert image.is_symlink()
+        assert image.resolve() == case.image.resolve()
+        path = output / "labelsTr" / f"{short}.nii.gz"
+        assert path.exists() == (case.split != "test")
+    for case in (training[0], training[-1]):
+        wanted, image = expected_label(
+            tiny_cached, case.name, teachers or list(known.teachers), len(organs) + 1
+        )
+        path = output / "labelsTr" / f"{case.name.replace('/', '__')}.nii.gz"
+        written = read_label(path)
+        assert written.volume.grid == image.volume.grid
+        assert np.array_equal(written.volume.array, wanted)
+    [fold] = json.loads((output / "splits_final.json").read_text("utf-8"))
+    assert [len(fold["train"]), len(fold["val"])] == [
+        sum(c.split == split for c in cases) for split in ("train", "validation")
+    ]
+
+
+def test_label_maps_that_are_there_are_kept_and_others_files_stay(
+    tiny_cached: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "Dataset501_Organs"
+    export_raw(tiny_cached, output)
+    first = sorted((output / "labelsTr").iterdir())[0]
+    before = first.stat().st_mtime_ns
+    (output / "dataset.json").unlink()  # as if it had been killed
+    export_raw(tiny_cached, output)
+    assert first.stat().st_mtime_ns == before
+    export_raw(tiny_cached, output, "liver")
+    assert first.stat().st_mtime_ns != before
+    with pytest.raises(ConfigError, match="nnU-Net takes folders named Dataset123_Name"):
+        export_raw(tiny_cached, tmp_path / "mine")
+    other = tmp_path / "Dataset502_Mine"
+    other.mkdir()
+    (other / "dataset.json").write_text("{}")
+    with pytest.raises(ConfigError, match="did not write this file and does not replace it"):
+        export_raw(tiny_cached, other)
+    assert [path.name for path in other.iterdir()] == ["dataset.json"]
+
+
+@pytest.mark.slow
+def test_nnunet_takes_the_dataset_as_it_is(tiny_cached: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nnunetv2")
+    export_raw(tiny_cached, tmp_path / "nnUNet_raw" / "Dataset501_Organs", "liver")
+    folders = {name: str(tmp_path / name) for name in ("nnUNet_raw", "nnUNet_preprocessed")}
+    command = ["nnUNetv2_plan_and_preprocess", "-d", "501", "--verify_dataset_integrity"]
+    done = subprocess.run(
+        [Path(sys.executable).parent / command[0], *command[1:], "-c", "3d_fullres", "-np", "1"],
+        env={**os.environ, **folders, "nnUNet_results": str(tmp_path / "results")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = tmp_path / "nnUNet_preprocessed" / "Dataset501_Organs" / "nnUNetPlans_3d_fullres"
+    known = load_registry(tiny_cached)
+    cases = [c for d in known.datasets for c in known.cases(d) if c.split != "test"]
+    assert len(list(made.glob("*.pkl"))) == len(cases)
