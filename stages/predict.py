@@ -49,6 +49,9 @@ class PredictConfig(Config):
     overlap: float = Field(
         default=0.5, ge=0, lt=1, description="fraction that neighbouring windows share"
     )
+    postprocessing: bool = Field(
+        default=True, description="remove the parts of organs that the student learnt to remove"
+    )
 
 
 def run(
@@ -95,9 +98,13 @@ def run(
     report = StageReport("predict")
     record, network = load_student(student)
     devices = pick_devices(device)
-    identity = student_identity(student, config.model_dump(mode="json"))
+    as_ever = {"postprocessing"} if config.postprocessing else set()  # digests of before it hold
+    identity = student_identity(student, config.model_dump(mode="json", exclude=as_ever))
     others = frozenset(other_units)
-    how = How(config.overlap, window_batch, probabilities, identity, others, by_case)
+    how = How(
+        config.overlap, window_batch, probabilities, identity, others, by_case,
+        config.postprocessing,
+    )  # fmt: skip
     refuse_targets(inputs, output, how, record.label_space.organs, references)
     seen = sorted(set(inputs) & set(record.trained_on))
     if seen:

@@ -18,13 +18,14 @@ from pipeline.folder import Folder, contains, json_with, matching, read_text, re
 from pipeline.student.augment import check_sides
 from pipeline.student.checkpoint import StudentRecord, load_student
 from pipeline.student.inputs import TrainingInputs, check_same_units, open_inputs
+from pipeline.student.postprocessing import Rule
 from pipeline.student.processes import Processes, joined
 from pipeline.student.progress import show_validations
 from pipeline.student.resume import RunFolder, open_run
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.speed import TrainingExecution
 from pipeline.student.staging import staged_inputs
-from pipeline.student.training import Trained, train
+from pipeline.student.training import Trained, learn_postprocessing, train
 from stages.report import Scope, StageReport
 
 # Students first.
@@ -107,7 +108,8 @@ def run(
         with open_run(folder, processes, name=config.run, record=record) as files:
             trained = train(config.training, inputs, files, execution, log, processes)
             if trained.finished:
-                processes.from_first(lambda: _finish(files, trained, digest))
+                rules = learn_postprocessing(trained, inputs, config.training, processes)
+                processes.from_first(lambda: _finish(files, trained, digest, rules))
                 show_validations(log, files.path / "metrics.jsonl", folder)
         if trained.finished:
             report.done.append(config.run)
@@ -126,9 +128,10 @@ def _in_words(config: TrainStudentConfig, inputs: TrainingInputs, processes: Pro
     )
 
 
-def _finish(files: RunFolder, trained: Trained, digest: str) -> None:
+def _finish(files: RunFolder, trained: Trained, digest: str, rules: Mapping[str, Rule]) -> None:
     """The marker is written last."""
-    files.save_student("student.pt", trained.network.network, trained.step, trained.validation_dice)
+    network, scores = trained.network.network, trained.validation_dice
+    files.save_student("student.pt", network, trained.step, scores, postprocessing=dict(rules))
     write_json(files.path / "finished.json", {"run_digest": digest, "steps": trained.step})
     files.saved()
 

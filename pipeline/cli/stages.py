@@ -166,6 +166,9 @@ def predict(
     probabilities_4d: Annotated[
         bool, typer.Option("--probabilities-4d", help="One 4D file, not a file per organ.")
     ] = False,
+    no_postprocessing: Annotated[
+        bool, typer.Option("--no-postprocessing", help="Keep all parts of each organ.")
+    ] = False,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -186,8 +189,11 @@ def predict(
     log = open_log(quiet)
     for text in left:
         log.warn(text)
+    settings = open_settings(config, stage.PredictConfig)
+    if no_postprocessing:
+        settings = settings.model_copy(update={"postprocessing": False})
     report = stage.run(
-        open_settings(config, stage.PredictConfig),
+        settings,
         student,
         inputs,
         output,

@@ -314,7 +314,7 @@ def orientation_of(affine: npt.NDArray[np.float64]) -> Orientation:
 COMPONENT_MM: Final = 6.0
 # A part is large if it has this share of all of the mask.
 LARGE_SHARE: Final = 0.1
-_TOUCHING: Final = np.ones((3, 3, 3), dtype=np.bool_)
+TOUCHING: Final = np.ones((3, 3, 3), dtype=np.bool_)
 
 
 def coarse(spacing_mm: Sequence[float]) -> tuple[slice, slice, slice]:
@@ -327,6 +327,6 @@ def large_components(mask: npt.NDArray[np.bool_]) -> int:
     """How many connected parts (26 neighbours) have a tenth of the mask (D, H, W) or more."""
     from scipy import ndimage
 
-    parts: Any = ndimage.label(mask, structure=_TOUCHING)[0]
+    parts: Any = ndimage.label(mask, structure=TOUCHING)[0]
     sizes = np.bincount(parts.ravel())[1:]
     return int(np.count_nonzero(sizes >= LARGE_SHARE * max(1, sizes.sum())))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.config import Config
@@ -15,6 +16,7 @@ from pipeline.folder import Folder
 from pipeline.networks.by_name import NetworkConfig
 from pipeline.networks.tensor_file import load_sealed, save_atomically
 from pipeline.student.network import Head, build_student
+from pipeline.student.postprocessing import Rule
 
 FORMAT_VERSION = 1
 STATE_VERSION = 2
@@ -38,6 +40,7 @@ class StudentRecord(Config):
     teachers: dict[str, str]
     trained_on: tuple[str, ...]
     run_digest: str
+    postprocessing: dict[str, Rule] = Field(default_factory=dict)
 
     @property
     def label_space(self) -> LabelSpace:

@@ -44,6 +44,7 @@ from pipeline.folder import (
 )
 from pipeline.student.checkpoint import StudentRecord, load_student
 from pipeline.student.inference import FloatArray, TellWindows, organ_probabilities, segment
+from pipeline.student.postprocessing import postprocess
 
 ITKSNAP_TABLE = "labels.itksnap.txt"
 SLICER_TABLE = "labels.ctbl"
@@ -81,6 +82,7 @@ class How:
         identity: what is digested with the image.
         other_units: names of inputs that are no CT in HU on purpose.
         by_case: names are those of a registry's cases: another image of one is its new one.
+        postprocessing: parts of organs are removed as the student learnt it.
     """
 
     overlap: float
@@ -89,6 +91,7 @@ class How:
     identity: Mapping[str, Any]
     other_units: frozenset[str] = frozenset()
     by_case: bool = False
+    postprocessing: bool = True
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,10 @@ class CasePredictor:
                 overlap=self._how.overlap, window_batch=self._how.window_batch,
                 device=self._device, tell=tell,
             )  # fmt: skip
+            rules = self._record.postprocessing if self._how.postprocessing else {}
+            if rules:
+                removed = postprocess(classes, space, rules, read.volume.grid.voxel_ml)
+                content["postprocessing"] = {"rules": rules, "removed_ml": removed}
             labels = Volume(space.to_ids(classes), read.volume.grid)
             names = {organ_id: organ for organ, organ_id in space.ids.items()}
             write_like(scratch / files[0], labels, image, names=names)

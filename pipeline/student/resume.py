@@ -203,11 +203,17 @@ class RunFolder:
         state.processes.from_first(partial(self._save, state, step, random))
 
     def save_student(
-        self, name: str, network: nn.Module, step: int, scores: Mapping[str, float | None]
+        self,
+        name: str,
+        network: nn.Module,
+        step: int,
+        scores: Mapping[str, float | None],
+        **learnt: Any,
     ) -> None:
-        """Writes student.pt or best.pt."""
+        """Writes student.pt or best.pt; `learnt`: further fields of its record."""
         assert self.record is not None
-        save_student(self.path / name, self.record(step, scores), network)
+        record = self.record(step, scores).model_copy(update=learnt)
+        save_student(self.path / name, record, network)
 
     def _add_validation(
         self, state: TrainingState, step: int, scores: Mapping[str, float | None]

@@ -23,6 +23,13 @@ from pipeline.student.dataset import PatchDataset, loaded_batches, to_batch
 from pipeline.student.inference import predict_logits
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import StudentNetwork, seeded_network
+from pipeline.student.postprocessing import (
+    BoolArray,
+    Rule,
+    best_rule,
+    candidates,
+    dice_by_rule,
+)
 from pipeline.student.processes import ALONE, Processes
 from pipeline.student.resume import RunFolder, TrainingState, stop_signals
 from pipeline.student.settings import TrainingConfig, build_optimiser
@@ -238,6 +245,42 @@ def validate(
     return {o: round(float(np.mean(found)), 4) if found else None for o, found in scores.items()}
 
 
+def learn_postprocessing(
+    trained: Trained, inputs: TrainingInputs, config: TrainingConfig, processes: Processes = ALONE
+) -> dict[str, Rule]:
+    """Which parts of an organ are better removed, by the validation cases; organs without a rule
+    are left as they are. Processes share the cases."""
+    network, space = trained.network.network, inputs.space
+    volumes: dict[str, list[float]] = {}
+    for case in inputs.validation:
+        for organ, voxels in case.case.noted.get("organ_voxels", {}).items():
+            if voxels:
+                volumes.setdefault(organ, []).append(voxels * case.grid.voxel_ml)
+    rules = {organ: candidates(found) for organ, found in volumes.items() if organ in space.organs}
+    mine = inputs.validation[processes.rank :: processes.size]
+    network.eval()
+    device = next(network.parameters()).device
+
+    def judged() -> list[dict[str, list[float]]]:
+        return [
+            {
+                organ: dice_by_rule(ours, theirs, rules[organ], case.grid.voxel_ml)
+                for organ, (ours, theirs) in _masks(network, case, space, config, device).items()
+            }
+            for case in mine
+        ]
+
+    found: dict[str, list[list[float]]] = {}
+    for share in processes.gathered(judged):
+        for case_dice in share:
+            for organ, dice in case_dice.items():
+                found.setdefault(organ, []).append(dice)
+    best = {
+        organ: best_rule(rules[organ], found[organ]) for organ in space.organs if organ in found
+    }
+    return {organ: rule for organ, rule in best.items() if rule is not None}
+
+
 def _scores(
     network: nn.Module,
     case: CachedCase,
@@ -246,19 +289,24 @@ def _scores(
     device: torch.device,
 ) -> dict[str, float]:
     """Dice of one case per organ that its label shows."""
+    masks = _masks(network, case, space, config, device)
+    return {organ: dice_by_rule(*pair, [], 0.0)[0] for organ, pair in masks.items()}
+
+
+def _masks(
+    network: nn.Module,
+    case: CachedCase,
+    space: LabelSpace,
+    config: TrainingConfig,
+    device: torch.device,
+) -> dict[str, tuple[BoolArray, BoolArray]]:
+    """Prediction and reference (D, H, W) of each organ that the case's label shows."""
     logits = predict_logits(
         network, case.image(), config.intensity, config.patch, overlap=0.25, device=device
     )
     predicted = logits.argmax(axis=0)
     reference = space.to_classes(case.label())
     predicted[reference == IGNORE] = 0
-    scores = {}
-    for organ in case.annotated:
-        if organ not in space.organs:
-            continue
-        number = space.index(organ) + 1
-        theirs, ours = reference == number, predicted == number
-        if theirs.any():
-            both = 2.0 * np.count_nonzero(theirs & ours)
-            scores[organ] = float(both / (np.count_nonzero(theirs) + np.count_nonzero(ours)))
-    return scores
+    numbers = {o: space.index(o) + 1 for o in case.annotated if o in space.organs}
+    masks = {o: (predicted == n, reference == n) for o, n in numbers.items()}
+    return {organ: pair for organ, pair in masks.items() if pair[1].any()}

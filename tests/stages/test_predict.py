@@ -141,6 +141,34 @@ def threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "load_student", lambda path: (record(), Threshold()))
 
 
+def test_parts_are_removed_as_the_student_learnt_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two bright blobs are liver to this network; the rule keeps the larger one."""
+    image = np.full(file_shape("RAS"), -500, dtype=np.int16)
+    image[1:6, 1:6, 1:6], image[7:9, 8:10, 9:11] = 900, 900
+    nib.save(nib.Nifti1Image(image, oriented("RAS")), tmp_path / "ct.nii.gz")
+    learnt = record(postprocessing={"liver": "largest"})
+    write_student(tmp_path / "student.pt", postprocessing={"liver": "largest"})
+    monkeypatch.setattr(predict, "load_student", lambda path: (learnt, Threshold()))
+    maps = {}
+    for kept in (True, False):
+        output = tmp_path / str(kept)
+        config = PredictConfig(postprocessing=kept)
+        assert run(tmp_path / "student.pt", tmp_path / "ct.nii.gz", output, config).exit_code in (
+            0,
+            2,
+        )
+        maps[kept] = nib.load(output / "ct.nii.gz").get_fdata() == ORGANS["liver"]
+        beside = json.loads((output / "ct.json").read_text("utf-8"))
+        voxel_ml = float(np.prod(SPACING_XYZ)) / 1000
+        told = {"rules": {"liver": "largest"}, "removed_ml": {"liver": round(8 * voxel_ml, 3)}}
+        assert beside.get("postprocessing") == (told if kept else None)
+    assert maps[False].sum() == 125 + 8
+    assert maps[True].sum() == 125
+    assert not (maps[True] & ~maps[False]).any()
+
+
 class TestPredict(StageContract):
     kill_at = "pipeline.student.predict:write_like"
     # The command line is given the dataset's folder, so that its tables are there.

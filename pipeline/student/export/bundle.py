@@ -466,6 +466,12 @@ def readme(record: StudentRecord, name: str) -> str:
     spacing = " x ".join(f"{mm:g}" for mm in record.spacing_mm)
     patch = " x ".join(map(str, record.patch))
     channels = bundle_channels(record)
+    left_out = (
+        "\n`pipeline predict` also removes parts of organs that are too small, as "
+        "`postprocessing_left_out` in metadata.json says; this bundle does not.\n"
+        if record.postprocessing
+        else ""
+    )
     dice = "\n".join(
         f"| {organ} | {'-' if value is None else f'{value:.3f}'} |"
         for organ, value in record.validation_dice.items()
@@ -494,7 +500,7 @@ The network sees arrays whose axes point to superior, anterior and right, at {sp
 windows of {patch} voxels. `models/model.pt` holds its weights, `models/model.ts` the same network
 as TorchScript for windows of that size. Its {len(channels)} channels are logits ({record.head}):
 {", ".join(channels)}.
-
+{left_out}
 `export.json` says how far the label maps that MONAI made by this bundle were from those of the
 student itself, on one image: on the student's grid they are the same; on others MONAI resamples a
 little differently from `pipeline predict`.

@@ -83,7 +83,10 @@ def origin(record: StudentRecord) -> dict[str, Any]:
     told = record.model_dump(mode="json")
     names = ("network", "steps", "seed", "supervision", "teachers", "trained_on", "run_digest",
              "validation_dice")  # fmt: skip
-    return {name: told[name] for name in names}
+    rules = told["postprocessing"]  # of label maps, by `pipeline predict`
+    return {name: told[name] for name in names} | (
+        {"postprocessing_left_out": rules} if rules else {}
+    )
 
 
 def teacher_entry(record: StudentRecord, *, weights: str) -> dict[str, Any]:
