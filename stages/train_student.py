@@ -110,7 +110,7 @@ def run(
     """
     began = time.monotonic()
     others = open_loggers(loggers)
-    check_sides(config.training.augment, registry.label_space)
+    check_sides(config.training.augment, registry.label_space, config.training.patch)
     check_device(flags, pick_device(device))
     with joined() as processes:
         report = _run(

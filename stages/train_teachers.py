@@ -169,7 +169,7 @@ def _train_one(
     spacing = entry.spacing_mm or registry.grid.spacing_mm
     space = LabelSpace({organ: registry.organs[organ] for organ in entry.organs})
     _check_channels(name, registry, space)
-    check_sides(config.training.augment, space)
+    check_sides(config.training.augment, space, config.training.patch)
     training = config.training.model_copy(update={"intensity": entry.intensity})
     files = _prepare(config, registry, work, entry.trained_on, spacing, log, report, dry_run)
     files = [case for case in files if not _is_swallowed(work, case, space, log)]

@@ -74,6 +74,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         pool_bytes: decoded chunks kept per process; changes speed only.
 
     Raises:
+        GeometryError: a case is one slice, and the patch is thicker.
         ConfigError: the batch cannot be shared evenly; augmentation that is not legal for the
             organs (see `check_sides`) or for cached features.
         CacheError: a unit whose attributes cannot be read.
@@ -107,7 +108,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
             )
         if taps and augment.moves_voxels:
             raise ConfigError(f"{FEATURES_STAY}.", where="augment", fix="Set features.weight to 0.")
-        check_sides(augment, space)
+        check_sides(augment, space, patch)
         self.space, self.supervision, self.taps = space, supervision, dict(taps)
         self.patch, self.align, self.intensity = patch, align, intensity
         self.augment = augment
@@ -119,6 +120,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         self._sampler = Sampler(
             cases, space.organs, sampling, use_teachers=supervision.uses_teachers
         )
+        self._sampler.check_patch(patch)
 
     def __len__(self) -> int:
         return self.num_steps * self.batch_share
@@ -139,7 +141,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         grid = case.grid
         patch = patch_at(centre, self.patch, grid.shape, self.align)
         movement = draw_movement(self.augment, self.patch, rng)
-        arrays = self._read(case, patch, movement.warp(patch, grid.spacing_mm))
+        arrays = self._read(case, patch, movement.warp(patch, grid))
         moved = {name: movement.apply(array) for name, array in arrays.items()}
         spacing_mm = movement.spacing_after(grid.spacing_mm)
         moved["image"] = change_intensity(moved["image"], self.augment, rng, spacing_mm)
