@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.data.patches import Patch
+from pipeline.data.volume import Grid
 from pipeline.student.augment import (
     Affine,
     AppearanceConfig,
@@ -49,8 +50,9 @@ def box_volumes(degrees: float, scale: tuple[float, float], patch: Patch) -> Non
     config = AugmentConfig.model_validate({"affine": affine})
     rng = np.random.default_rng(0)
     boxes = []
+    grid = Grid.axis_aligned(patch.shape, SPACING_MM)
     for _ in range(60):
-        warp = draw_movement(config, patch.shape, rng).warp(patch, SPACING_MM)
+        warp = draw_movement(config, patch.shape, rng).warp(patch, grid)
         assert warp is not None
         boxes.append(np.prod(warp.box.shape) / np.prod(patch.shape))
     print(

@@ -168,6 +168,15 @@ PLANE_ENDS = {
 }
 
 
+def planes_of_shape(shape: Sequence[int]) -> dict[str, int]:
+    """Plane -> the axis that it lies across; of one slice its own plane alone, since the others
+    would be a line."""
+    planes = {name: axis for axis, name in enumerate(PLANE_ENDS)}
+    if list(shape).count(1) == 1:
+        return {name: axis for name, axis in planes.items() if shape[axis] == 1}
+    return planes
+
+
 def save_planes(
     path: Path,
     image_hu: npt.NDArray[Any],
@@ -179,7 +188,8 @@ def save_planes(
     title: str,
     notes: Sequence[str] = (),
 ) -> None:
-    """Axial, coronal and sagittal planes through the regions, one column per panel.
+    """Axial, coronal and sagittal planes through the regions, one column per panel; of one slice
+    its own plane.
 
     Regions are filled and outlined, so that the CT stays visible. Planes are shown as radiologists
     look at them: the patient's right on the left, anterior at the top or, sagittal, on the left.
@@ -197,18 +207,19 @@ def save_planes(
     regions = [(n, m) for panel in panels for n, m in panel.regions.items()]
     centre = _busiest_voxel((m.mask() for n, m in regions if n != "agreed background"), image_hu)
     size_mm = [n * mm for n, mm in zip(image_hu.shape, spacing_mm, strict=True)]
-    heights = [size_mm[1] / size_mm[2], size_mm[0] / size_mm[2], size_mm[0] / size_mm[1]]
-    width = 2.5 * len(panels)
-    tall = 2.5 * sum(heights) + 1.2 + 0.22 * len(notes)
-    with open_figure(path, 3, len(panels), size=(width, tall), heights=heights) as (figure, axes):
+    ratios = [size_mm[1] / size_mm[2], size_mm[0] / size_mm[2], size_mm[0] / size_mm[1]]
+    planes = planes_of_shape(image_hu.shape)
+    heights = [ratios[axis] for axis in planes.values()]
+    size = (2.5 * len(panels), 2.5 * sum(heights) + 1.2 + 0.22 * len(notes))
+    rows = len(planes)
+    with open_figure(path, rows, len(panels), size=size, heights=heights) as (figure, axes):
         for column, panel in enumerate(panels):
             axes[0, column].set_title(panel.heading, fontsize=10)
-            for row, plane in enumerate(PLANE_ENDS):
+            for row, (plane, axis) in enumerate(planes.items()):
                 ax = axes[row, column]
                 _draw_plane(ax, image_hu, panel.regions, plane, centre, spacing_mm, colours)
                 if column == 0:
-                    index = centre[row] + 1
-                    ax.set_ylabel(f"{plane}, slice {index}", fontsize=9)
+                    ax.set_ylabel(f"{plane}, slice {centre[axis] + 1}", fontsize=9)
         handles = [_patch(colours[name]) for name in legend]
         text = "\n".join([title, *(f"improbable: {note}" for note in notes)])
         figure.suptitle(text, fontsize=11, x=0.01, ha="left")

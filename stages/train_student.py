@@ -78,7 +78,7 @@ def run(
     """
     registry, work = scope.registry, scope.work
     execution.check()
-    check_sides(config.training.augment, registry.label_space)
+    check_sides(config.training.augment, registry.label_space, config.training.patch)
     with StageReport("train-student").timed() as report, joined() as processes:
         log = processes.log(scope.log)
         supervision, allowed = config.training.supervision, config.allow_missing

@@ -194,7 +194,7 @@ def _train_one(
     """Trains one teacher; False if its file is there already."""
     name, log, training = teacher.name, teacher.log, teacher.training
     _check_channels(teacher)
-    check_sides(training.augment, teacher.space)
+    check_sides(training.augment, teacher.space, training.patch)
     files = _prepare(teacher, report, dry_run=dry_run)
     identity = {
         "cases": {c.name: c.digest for c in files},

@@ -277,10 +277,16 @@ class Region(Config):
 
 
 class Circumstances(Config):
-    """What a case is like: spacing (z, y, x) of its file, 1st and 99th percentile of its HU."""
+    """What a case is like: spacing (z, y, x) of its file, 0 across one slice; 1st and 99th
+    percentile of its HU."""
 
     spacing_mm: tuple[float, float, float]
     hu: tuple[float, float]
+
+    @property
+    def one_slice(self) -> bool:
+        """Whether its file holds one slice."""
+        return 0.0 in self.spacing_mm
 
 
 class OrganEvidence(Config):

@@ -106,7 +106,10 @@ def elsewhere_rows(evidence: Sequence[Evidence]) -> list[Row]:
                     "median_ml": round(float(np.median(sizes)), 1),
                     "label_ml": None if seen.label_ml is None else list(seen.label_ml),
                     "empty": sum(ml == 0 for ml in sizes),
-                    "odd_volume": sum(is_odd_volume(ml, seen.label_ml) for ml in sizes),
+                    "odd_volume": sum(
+                        is_odd_volume(ml, seen.label_ml) and not case.one_slice
+                        for ml, case in zip(sizes, cases, strict=True)
+                    ),
                     "odd_spacing": sum(_is_coarse(c, found, own) for c in cases),
                     "odd_hu": sum(_is_odd_hu(c, own) for c in cases),
                 }
@@ -209,7 +212,9 @@ def _is_coarse(case: Circumstances, found: Evidence, own: Sequence[Circumstances
             return False
         z, y, x = (max(c.spacing_mm[axis] for c in own) for axis in range(3))
         usual = (z, y, x)
-    return any(mm > SPACING_FACTOR * most for mm, most in zip(case.spacing_mm, usual, strict=True))
+    # How thick one slice is says nothing of how far apart slices are.
+    spacings = zip(case.spacing_mm, usual, strict=True)
+    return any(mm > SPACING_FACTOR * most for mm, most in spacings if most)
 
 
 def _is_odd_hu(case: Circumstances, own: Sequence[Circumstances]) -> bool:
@@ -504,15 +509,18 @@ def _overlap(
 def _circumstances(case: Unit) -> Circumstances:
     image = case.read(IMAGE)[::2, ::2, ::2]
     low, high = np.percentile(image, _PERCENTILES)
+    grid = Grid.from_json(case.attributes["source_grid"])
     z, y, x = (
-        round(float(mm), 4) for mm in Grid.from_json(case.attributes["source_grid"]).spacing_mm
+        0.0 if axis == grid.slice_axis else round(float(mm), 4)
+        for axis, mm in enumerate(grid.spacing_mm)
     )
     return Circumstances(spacing_mm=(z, y, x), hu=(round(float(low), 1), round(float(high), 1)))
 
 
 def _label_range(work: Folder, look: Look) -> tuple[float, float] | None:
-    """Smallest and largest organ in ml by the labels, as far as they can be read; no array is."""
-    sizes = []
+    """Smallest and largest organ in ml by the labels, those of volumes where there are any, as far
+    as they can be read; no array is."""
+    sizes: dict[bool, list[float]] = {False: [], True: []}  # of volumes, of slices
     for case in look.labelled:
         try:
             attributes = Unit.open(case_path(work, case), expect=case.digest).attributes
@@ -520,5 +528,7 @@ def _label_range(work: Folder, look: Look) -> tuple[float, float] | None:
             continue  # the case is reported where it is needed
         voxels = attributes["organ_voxels"][look.organ]
         if voxels:
-            sizes.append(voxels * Grid.from_json(attributes["grid"]).voxel_ml)
-    return (round(min(sizes), 3), round(max(sizes), 3)) if sizes else None
+            grid = Grid.from_json(attributes["grid"])
+            sizes[grid.slice_axis is not None].append(voxels * grid.voxel_ml)
+    found = sizes[False] or sizes[True]
+    return (round(min(found), 3), round(max(found), 3)) if found else None

@@ -100,11 +100,20 @@ def region_of(unit: Unit, organ: str) -> Region:
     return Region(regions[organ]["voxels"] * grid.voxel_ml, regions[organ]["parts"])
 
 
-def usual_ml(cases: Sequence[CachedCase], organ: str) -> tuple[float, float] | None:
-    """5 % and 95 % quantile of an organ's size in the labels; None without a label of it."""
+def is_slice(case: CachedCase) -> bool:
+    """Whether a case is one slice: it may show anything of an organ, from nothing to its largest
+    section, in any number of pieces."""
+    return Grid.from_json(case.case.noted["grid"]).slice_axis is not None
+
+
+def usual_ml(
+    cases: Sequence[CachedCase], organ: str, *, of_slices: bool = False
+) -> tuple[float, float] | None:
+    """5 % and 95 % quantile of an organ's size in the labels of volumes, or 0 and 95 % of that of
+    its sections in those of slices; None without a label of it."""
     sizes = []
     for case in cases:
-        if organ in case.annotated:
+        if organ in case.annotated and is_slice(case) == of_slices:
             noted = case.case.noted
             voxels = noted["organ_voxels"].get(organ, 0)
             if voxels:
@@ -112,7 +121,7 @@ def usual_ml(cases: Sequence[CachedCase], organ: str) -> tuple[float, float] | N
     if not sizes:
         return None
     low, high = np.quantile(sizes, QUANTILES)
-    return float(low), float(high)
+    return 0.0 if of_slices else float(low), float(high)
 
 
 def trust_of(
@@ -240,8 +249,13 @@ def trusting(
         config: when a word counts.
     """
     organs = {organ for case in cases for organ in case.experts}
-    usual = {organ: usual_ml(labelled, organ) for organ in organs}
-    return [_believing(case, usual, witnesses, config) for case in cases]
+    usual, sections = (
+        {organ: usual_ml(labelled, organ, of_slices=flat) for organ in organs}
+        for flat in (False, True)
+    )
+    return [
+        _believing(case, sections if is_slice(case) else usual, witnesses, config) for case in cases
+    ]
 
 
 def _believing(
@@ -256,6 +270,8 @@ def _believing(
         believed = list(who)
         for teacher in who if organ not in case.annotated else ():
             region = region_of(case.teachers[teacher], organ)
+            if is_slice(case):
+                region = replace(region, parts=min(region.parts, MOST_PARTS))
             seen = witnesses.get((teacher, organ), UNKNOWN)
             found = trust_of(seen, region, usual[organ], config)
             if found != FULL:

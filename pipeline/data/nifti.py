@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -217,7 +217,7 @@ def _forms(header: Any, shape: tuple[int, ...]) -> list[HeaderDoubt]:
         apart = header.get_sform() - header.get_qform()
     except Exception as error:  # nibabel raises what it likes for a damaged quaternion
         return [HeaderDoubt(f"its qform cannot be read ({error}).", fix)]
-    corners = np.array([[*c, 1] for c in product(*((0, n - 1) for n in shape[:3]))]).T
+    corners = np.array([[*c, 1] for c in product(*((0, n - 1) for n in _spatial(shape)[:3]))]).T
     most = float(np.linalg.norm((apart @ corners)[:3], axis=0).max())
     if not most > _TOLERANCE_MM:
         return []
@@ -402,13 +402,16 @@ def write_like(
     affine = header.get_best_affine()
     back = ornt_transform(_RAS, io_orientation(affine))
     array = apply_orientation(_to_file_order(volume.array), back)
-    shape = header.get_data_shape()[:3]
+    stored = header.get_data_shape()
+    shape = _spatial(stored)[:3]
     if array.shape[:3] != shape:
         raise GeometryError(
             f"a volume of shape {array.shape[:3]} (x, y, z) cannot be written like one of {shape}.",
             where=like,
             fix="Did the file change while it was read? Run the command again.",
         )
+    if len(stored) < 3 and array.ndim == 3:
+        array = array.reshape(stored)
     header["scl_slope"], header["scl_inter"] = 1, 0
     header["cal_min"], header["cal_max"] = 0, 0
     header.extensions.clear()
@@ -421,14 +424,13 @@ def write_like(
 
 
 def _check_shape(image: Any, path: Path) -> tuple[int, int, int]:
-    shape = tuple(int(n) for n in image.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3 or min(shape) < 2:
+    shape = _spatial(image.shape)
+    # One slice has one voxel along one axis; a row of voxels, or a single one, is no image.
+    if len(shape) != 3 or sorted(shape)[1] < 2 or min(shape) < 1:
         raise GeometryError(
-            f"expected one 3D volume of at least 2 voxels a side, found shape {shape}.",
+            f"expected one volume or one slice, found shape {shape}.",
             where=path,
-            fix="Split a 4D file into one file per volume; a 2D slice cannot be used.",
+            fix="Split a 4D file into one file per volume; a slice has at least 2 x 2 voxels.",
         )
     if not _is_invertible(image.affine):
         raise GeometryError(
@@ -437,6 +439,14 @@ def _check_shape(image: Any, path: Path) -> tuple[int, int, int]:
             fix="Write the file again with its spacing and orientation.",
         )
     return shape
+
+
+def _spatial(shape: Sequence[int]) -> tuple[int, ...]:
+    """Sizes along x, y, z: a 2D file is one slice, and axes of one beyond the third are none."""
+    sizes = [*map(int, shape), *[1] * (3 - len(shape))]
+    while len(sizes) > 3 and sizes[-1] == 1:
+        sizes.pop()
+    return tuple(sizes)
 
 
 def _is_invertible(affine: npt.NDArray[np.float64]) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from pipeline.errors import GeometryError
+
 Index3 = tuple[int, int, int]
 Slices3 = tuple[slice, slice, slice]
 
@@ -83,6 +85,32 @@ def windows(
     starts = [window_starts(n, w, overlap, a) for n, w, a in zip(shape, window, align, strict=True)]
     d, h, w = window
     return [Patch((z, y, x), (d, h, w)) for z, y, x in product(*starts)]
+
+
+# What a student's patches must be for slices, and volumes beside them.
+FLAT_PATCH = (
+    "Set `patch` to [1, h, w], with a network of kernels [1, 3, 3] and strides [1, 2, 2] (it sees "
+    "volumes slice by slice), or leave slices out."
+)
+
+
+def check_slice(shape: Sequence[int], window: Sequence[int], fix: str) -> None:
+    """Refuses windows that are thicker than the one slice that an image is: a network would see one
+    row of image among rows of padding, and answer all the same.
+
+    Args:
+        shape: of the image, in voxels.
+        window: in voxels.
+        fix: what to do about it.
+
+    Raises:
+        GeometryError: see there.
+    """
+    if list(shape).count(1) == 1 and window[list(shape).index(1)] > 1:
+        size, patch = (" x ".join(str(n) for n in sizes) for sizes in (shape, window))
+        raise GeometryError(
+            f"one slice, {size} voxels, would be all but padding in patches of {patch}.", fix=fix
+        )
 
 
 def padded_shape(shape: Sequence[int], window: Sequence[int], align: Sequence[int]) -> Index3:

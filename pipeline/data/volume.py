@@ -74,6 +74,12 @@ class Grid:
         return float(z), float(y), float(x)
 
     @property
+    def slice_axis(self) -> int | None:
+        """The axis along which there is one voxel, if it is the only one: the grid is one slice;
+        None for a volume."""
+        return self.shape.index(1) if self.shape.count(1) == 1 else None
+
+    @property
     def voxel_ml(self) -> float:
         """Volume of one voxel in millilitres."""
         return float(abs(np.linalg.det(self.matrix[:3, :3]))) / 1000.0
@@ -81,9 +87,12 @@ class Grid:
     @property
     def shear_degrees(self) -> float:
         """By how much two of the axes miss a right angle, at most: 0 but for sheared grids, such as
-        those of a CT with tilted gantry."""
+        those of a CT with tilted gantry. Of a slice, the two in its plane: how the stack that it
+        was taken from leant changes nothing in it."""
         unit = self.matrix[:3, :3] / self.spacing_mm
-        cosines = np.abs(unit.T @ unit)[np.triu_indices(3, 1)]
+        if self.slice_axis is not None:
+            unit = np.delete(unit, self.slice_axis, axis=1)
+        cosines = np.abs(unit.T @ unit)[np.triu_indices(len(unit.T), 1)]
         return float(np.degrees(np.arcsin(min(1.0, cosines.max()))))
 
     @property
@@ -95,9 +104,12 @@ class Grid:
         """The same field of view, same directions and centre, at another spacing.
 
         The shape is rounded to whole voxels; since the centre is kept, every new voxel centre lies
-        inside the old field of view, so that nothing is extrapolated.
+        inside the old field of view, so that nothing is extrapolated. One slice stays one, with its
+        thickness: there is nothing to interpolate between.
         """
-        old, new = np.array(self.spacing_mm), np.asarray(spacing_mm, dtype=np.float64)
+        old, new = np.array(self.spacing_mm), np.array(spacing_mm, dtype=np.float64)
+        if self.slice_axis is not None:
+            new[self.slice_axis] = old[self.slice_axis]
         size = np.array(self.shape)
         shape = np.maximum(1, np.rint(size * old / new)).astype(int)
         matrix = self.matrix

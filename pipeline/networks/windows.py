@@ -24,7 +24,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from pipeline.config import Config
-from pipeline.data.patches import Index3, Patch, padded_shape, windows
+from pipeline.data.patches import Index3, Patch, check_slice, padded_shape, windows
 from pipeline.errors import ConfigError, TeacherWarning
 from pipeline.networks.by_name import tapped
 
@@ -317,6 +317,10 @@ def _first_output(out: object) -> Tensor:
 # and let go. The Gaussian weights are MONAI's own.
 
 FloatArray = npt.NDArray[np.float32]
+_FLAT_WINDOW = (
+    "Set `window.shape` to [1, h, w] if network and taps have stride 1 along that axis; a network "
+    "of volumes cannot teach slices: leave them out."
+)
 # Takes the next rows, (C, n, H, W), of an array that arrives slab by slab along z.
 Sink = Callable[[FloatArray], None]
 
@@ -430,10 +434,12 @@ def stream_windows(
 
     Raises:
         ConfigError: mixed precision without a GPU.
+        GeometryError: the image is one slice, and windows are thicker.
         MemoryError, RuntimeError: out of memory with one window at a time.
     """
     align = _lcm(list(strides.values()))
     window = padded_shape(config.shape, (1, 1, 1), align)
+    check_slice(image.shape, window, _FLAT_WINDOW)
     shape = padded_shape(image.shape, window, align)
     plan = windows(shape, window, config.overlap, align)
     passes = WindowPasses(

@@ -10,6 +10,9 @@ rules make a score readable without a footnote:
 2. The reference has the organ and the prediction is empty: Dice 0, NSD 0, HD95 the diagonal of the
    image. A miss is never NaN, or a mean over cases would reward it.
 3. Spacing is always asked for; there is no default under which a distance would be in voxels.
+
+One slice (an axis of one voxel) is measured in its plane: its outlines are the surfaces, nothing is
+known of what lies before and behind it.
 """
 
 from __future__ import annotations
@@ -107,6 +110,9 @@ def score_case(
     from each border voxel of one mask to the nearest border voxel of the other, in mm. A border
     voxel has at least one of its six neighbours outside the mask; outside the image is outside.
 
+    In one slice an outline is what a surface is in a volume: |S| is a length in mm, a border voxel
+    has one of its four neighbours in the plane outside, and the diagonal is that of the plane.
+
     Ignored voxels become background on both sides before anything is counted. Where an organ runs
     into an ignored region both surfaces are therefore cut along that region's edge.
 
@@ -132,7 +138,7 @@ def score_case(
         ValueError: the tolerance is negative or not finite, or an organ has the ignored value.
     """
     _check_labels(prediction, reference)
-    _check_grid(grid, reference)
+    _check_grid(grid, reference, surface)
     tolerance = float(tolerance_mm)
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance_mm must be finite and not negative, not {tolerance_mm}")
@@ -185,21 +191,35 @@ def _score_organ(
     if surface and num_predicted == 0:
         nsd, hd95 = 0.0, _diagonal_mm(grid)
     elif surface:
-        nsd, hd95 = _surface_scores(*_crop(predicted, expected), grid, tolerance)
+        nsd, hd95 = _surface_scores(*_crop(predicted, expected, grid), grid, tolerance)
     reason = "" if num_predicted else EMPTY_PREDICTION
     return OrganScore(organ, dice, nsd, hd95, num_reference, num_predicted, reason, overlap)
 
 
+def _measured_axes(grid: Grid) -> list[int]:
+    """Those along which surfaces are: all three, or the two of a slice."""
+    return [axis for axis in range(3) if axis != grid.slice_axis]
+
+
+def _upright_mm(grid: Grid) -> tuple[float, ...] | None:
+    """Spacing along the measured axes; None where it does not say how far apart voxels are."""
+    if grid.is_sheared:
+        return None
+    return tuple(grid.spacing_mm[axis] for axis in _measured_axes(grid))
+
+
 def _diagonal_mm(grid: Grid) -> float:
     """The longest one, voxel edge to voxel edge; only on a sheared grid do they differ."""
-    if not grid.is_sheared:
-        return math.hypot(*(np.array(grid.shape) * grid.spacing_mm))
+    upright = _upright_mm(grid)
+    if upright is not None:
+        return math.hypot(*(np.array(grid.shape)[_measured_axes(grid)] * upright))
     edges = grid.matrix[:3, :3] * grid.shape
     return max(float(np.linalg.norm(edges @ (1, *signs))) for signs in product((1, -1), repeat=2))
 
 
-def _crop(predicted: Mask, expected: Mask) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both masks within their common bounding box, and one voxel of background around it.
+def _crop(predicted: Mask, expected: Mask, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both masks within their common bounding box, and one voxel of background around it; (H, W)
+    of a slice.
 
     The voxel around is added, not cut out: an organ that touches the edge of the image must be
     closed there as well. Nothing else changes, for surfaces lie within the box.
@@ -213,7 +233,9 @@ def _crop(predicted: Mask, expected: Mask) -> tuple[torch.Tensor, torch.Tensor]:
         part = slice(int(inside[0]), int(inside[-1]) + 1)
         union = union[(slice(None),) * axis + (part,)]
         box.append(part)
-    cut = tuple(box)
+    cut: tuple[slice | int, ...] = tuple(box)
+    if grid.slice_axis is not None:
+        cut = (*cut[: grid.slice_axis], 0, *cut[grid.slice_axis + 1 :])
     return torch.from_numpy(np.pad(predicted[cut], 1)), torch.from_numpy(np.pad(expected[cut], 1))
 
 
@@ -228,10 +250,11 @@ def _surface_scores(
     """
     # With spacing, monai puts surface elements on voxel corners and weighs them by area, which is
     # Nikolov's definition. Without, it counts border voxels alike: a 5 x 1 mm face as a 1 x 1 mm.
+    upright = _upright_mm(grid)
     edges_p, edges_e, areas_p, areas_e = get_mask_edges(
-        predicted, expected, crop=False, spacing=grid.spacing_mm
+        predicted, expected, crop=False, spacing=upright or grid.spacing_mm
     )
-    if grid.is_sheared:
+    if upright is None:
         areas_p, areas_e = _sheared_areas(predicted, grid), _sheared_areas(expected, grid)
     # monai's distances are float32 and numpy compares them to a Python float in float32: 3 x 0.1
     # mm is within 0.3 mm, although it is not in float64.
@@ -249,10 +272,11 @@ def _both_ways(
     one: torch.Tensor, other: torch.Tensor, grid: Grid
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Distance in mm from each element of one edge to the nearest of the other, and back."""
-    if not grid.is_sheared:
+    upright = _upright_mm(grid)
+    if upright is not None:
         return (
-            get_surface_distance(one, other, spacing=grid.spacing_mm).numpy(),
-            get_surface_distance(other, one, spacing=grid.spacing_mm).numpy(),
+            get_surface_distance(one, other, spacing=upright).numpy(),
+            get_surface_distance(other, one, spacing=upright).numpy(),
         )
     # What monai does, with places in mm for indices times spacing.
     a, b = (np.argwhere(edge.numpy()) @ grid.matrix[:3, :3].T for edge in (one, other))
@@ -275,7 +299,7 @@ def _sheared_areas(mask: torch.Tensor, grid: Grid) -> torch.Tensor:
     return areas[codes]
 
 
-def _check_grid(grid: Grid, reference: Array) -> None:
+def _check_grid(grid: Grid, reference: Array, surface: bool) -> None:
     if grid.shape != reference.shape:
         raise GeometryError(
             f"the label maps have shape {reference.shape}, their grid {grid.shape}.",
@@ -287,6 +311,13 @@ def _check_grid(grid: Grid, reference: Array) -> None:
             f"the spacing must be three positive numbers of mm, not {list(grid.spacing_mm)}.",
             where="prediction and reference",
             fix="Write the file again with its spacing and orientation.",
+        )
+    if surface and grid.slice_axis is not None and grid.is_sheared:
+        raise GeometryError(
+            "the rows and columns of this slice are not at right angles, so that its outlines "
+            "cannot be measured.",
+            where="prediction and reference",
+            fix="Set `surface: false` for Dice alone, or write the file again with square pixels.",
         )
 
 

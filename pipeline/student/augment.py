@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, combinations, product
 from typing import Annotated, Any, Literal
 
@@ -24,6 +24,7 @@ from torch.nn import functional
 from pipeline.config import Config
 from pipeline.data.labels import LabelSpace
 from pipeline.data.patches import Index3, Patch
+from pipeline.data.volume import Grid
 from pipeline.errors import ConfigError
 
 # How a patch looks: changes of intensity, of the image alone.
@@ -158,13 +159,14 @@ def change_intensity(
     return out.astype(np.float32)
 
 
-def _relative(spacing_mm: Sequence[float]) -> list[float]:
-    """Voxel edges in units of the finest one."""
-    return [edge / min(spacing_mm) for edge in spacing_mm]
+def _relative(image: FloatArray, spacing_mm: Sequence[float]) -> list[float]:
+    """Voxel edges in units of the finest one; the thickness of one slice is no spacing."""
+    edges = [edge for edge, n in zip(spacing_mm, image.shape[1:], strict=True) if n > 1]
+    return [edge / min(edges or spacing_mm) for edge in spacing_mm]
 
 
 def _blur(image: FloatArray, sigma: float, spacing_mm: Sequence[float]) -> FloatArray:
-    sigmas = [0.0, *(sigma / edge for edge in _relative(spacing_mm))]
+    sigmas = [0.0, *(sigma / edge for edge in _relative(image, spacing_mm))]
     blurred: FloatArray = gaussian_filter(image, sigmas, mode="nearest", truncate=3)
     return blurred
 
@@ -174,7 +176,7 @@ def _low_resolution(image: FloatArray, zoom: float, spacing_mm: Sequence[float])
     full = image.shape[1:]
     kept = [
         max(1, round(n * min(1.0, zoom * edge)))
-        for n, edge in zip(full, _relative(spacing_mm), strict=True)
+        for n, edge in zip(full, _relative(image, spacing_mm), strict=True)
     ]
     coarse = functional.interpolate(torch.from_numpy(image)[None], size=kept, mode="nearest-exact")
     return functional.interpolate(coarse, size=full, mode="trilinear")[0].numpy()
@@ -240,10 +242,11 @@ class AugmentConfig(AppearanceConfig):
         """Whether any spatial transform may be drawn."""
         return bool(self.flip_axes or self.rotate_axes or self.affine.probability)
 
-    @property
-    def swaps_sides(self) -> bool:
-        """Whether a patient and the same one mirrored left to right can come out alike."""
-        cube = np.arange(8).reshape(2, 2, 2)
+    def swaps_sides(self, patch: Index3) -> bool:
+        """Whether a patient and the same one mirrored left to right can come out alike. Of a patch
+        of one slice half a turn about an axis in it is a mirror image."""
+        shape = [min(2, n) for n in patch]
+        cube = np.arange(math.prod(shape)).reshape(shape)
         mirrored = np.flip(cube, axis=2)
         return not {m.apply(cube).tobytes() for m in _movements(self)}.isdisjoint(
             m.apply(mirrored).tobytes() for m in _movements(self)
@@ -258,7 +261,7 @@ def _movements(config: AugmentConfig) -> Iterator[Movement]:
     return (Movement(some, (z, y, x)) for some, (z, y, x) in product(flips, turns))
 
 
-def check_sides(config: AugmentConfig, space: LabelSpace) -> None:
+def check_sides(config: AugmentConfig, space: LabelSpace, patch: Index3) -> None:
     """Organs named by their side, and mirror images of patients, do not go together.
 
     The mirrored image of a left kidney is that of a right one, with the label and log-odds of a
@@ -268,7 +271,7 @@ def check_sides(config: AugmentConfig, space: LabelSpace) -> None:
         ConfigError: both are wanted.
     """
     sided = [organ for organ in space.organs if _is_sided(organ, space.organs)]
-    if sided and config.swaps_sides:
+    if sided and config.swaps_sides(patch):
         raise ConfigError(
             f"flip_axes {list(config.flip_axes)} with rotate_axes {list(config.rotate_axes)} "
             f"mirrors left and right, which the student is to tell apart: {', '.join(sided)}.",
@@ -344,6 +347,14 @@ class Affine:
         in_voxels: npt.NDArray[np.float64] = turned * spacing[None, :] / spacing[:, None]
         return in_voxels / self.scale
 
+    def within(self, slice_axis: int | None) -> Affine:
+        """The same for a volume (None); of one slice only the turn about the axis across it, since
+        nothing is known of what the others would turn into it."""
+        if slice_axis is None:
+            return self
+        z, y, x = (a if axis == slice_axis else 0.0 for axis, a in enumerate(self.degrees))
+        return replace(self, degrees=(z, y, x))
+
 
 class Warp:
     """Resamples a patch from the box that an affine needs for it.
@@ -363,9 +374,11 @@ class Warp:
         half = (np.asarray(patch.shape) - 1) / 2
         middle = np.asarray(patch.start) + half
         reach = np.abs(matrix) @ half
-        # A voxel to spare, so that rounding never takes a value from beyond the box.
-        first = np.floor(middle - reach).astype(int) - 1
-        last = np.ceil(middle + reach).astype(int) + 1
+        # A voxel to spare, so that rounding never takes a value from beyond the box; none along an
+        # axis where each value comes from the middle itself: next to one slice nothing is known.
+        spare = (reach > 0).astype(int)
+        first = np.floor(middle - reach).astype(int) - spare
+        last = np.ceil(middle + reach).astype(int) + spare
         z, y, x = (int(n) for n in first)
         d, h, w = (int(n) for n in last - first + 1)
         self.box = Patch((z, y, x), (d, h, w))
@@ -400,7 +413,7 @@ def _grid(
     )
     grid = np.empty((*shape, 3), dtype=np.float32)
     for axis in range(3):
-        scale = 2 / (box[axis] - 1)
+        scale = 2 / max(1, box[axis] - 1)
         parts = [offsets[i] * (matrix[axis, i] * scale) for i in range(3)]
         grid[..., 2 - axis] = parts[0] + (middle[axis] * scale - 1) + parts[1] + parts[2]
     return torch.from_numpy(grid)[None]
@@ -420,7 +433,8 @@ class Movement:
         for axis, turns in enumerate(self.turns):
             a, b = PLANES[axis]
             moved = np.rot90(moved, turns, axes=(a - 3, b - 3))
-        return np.ascontiguousarray(moved)
+        # To numpy an axis of one voxel is contiguous in either direction, to torch in one.
+        return moved.copy() if min(moved.strides) < 0 else np.ascontiguousarray(moved)
 
     def spacing_after(self, spacing_mm: Sequence[float]) -> tuple[float, ...]:
         """mm per voxel along z, y, x of what `apply` returns."""
@@ -431,6 +445,8 @@ class Movement:
                 moved[a], moved[b] = moved[b], moved[a]
         return tuple(moved)
 
-    def warp(self, patch: Patch, spacing_mm: Sequence[float]) -> Warp | None:
-        """The resampling that comes before `apply`; None if there is no affine."""
-        return None if self.affine is None else Warp(self.affine, patch, spacing_mm)
+    def warp(self, patch: Patch, grid: Grid) -> Warp | None:
+        """The resampling of a case on a grid that comes before `apply`; None without an affine."""
+        if self.affine is None:
+            return None
+        return Warp(self.affine.within(grid.slice_axis), patch, grid.spacing_mm)

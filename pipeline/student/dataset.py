@@ -68,6 +68,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         pool_bytes: decoded chunks kept per process; changes speed only.
 
     Raises:
+        GeometryError: a case is one slice, and the patch is thicker.
         ConfigError: the batch cannot be shared evenly; the patch is not a whole number of feature
             cells; augmentation that is not legal for the organs (see `check_sides`) or for cached
             features.
@@ -92,7 +93,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
             )
         if inputs.taps and config.augment.moves_voxels:
             raise ConfigError(f"{FEATURES_STAY}.", where="augment", fix="Set features.weight to 0.")
-        check_sides(config.augment, inputs.space)
+        check_sides(config.augment, inputs.space, config.patch)
         supervision = config.supervision
         self.config, self.space, self.taps = config, inputs.space, dict(inputs.taps)
         self.rules = RegionRules(
@@ -106,6 +107,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
             config.sampling,
             use_teachers=supervision.uses_teachers,
         )
+        self._sampler.check_patch(config.patch)
 
     def __len__(self) -> int:
         return self.config.steps * self.batch_share
@@ -127,7 +129,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
         grid = case.grid
         patch = patch_at(centre, config.patch, grid.shape, self.align)
         movement = draw_movement(config.augment, config.patch, rng)
-        arrays = self._read(case, patch, movement.warp(patch, grid.spacing_mm))
+        arrays = self._read(case, patch, movement.warp(patch, grid))
         moved = {name: movement.apply(array) for name, array in arrays.items()}
         spacing_mm = movement.spacing_after(grid.spacing_mm)
         moved["image"] = change_intensity(moved["image"], config.augment, rng, spacing_mm)

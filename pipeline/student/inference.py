@@ -18,7 +18,7 @@ from scipy.special import expit, softmax
 from torch import Tensor, nn
 
 from pipeline.data.labels import Intensity
-from pipeline.data.patches import Index3, Patch, padded_shape, windows
+from pipeline.data.patches import Index3, Patch, check_slice, padded_shape, windows
 from pipeline.data.resample import SlabRows, resample
 from pipeline.data.volume import Volume
 from pipeline.networks.windows import BlendedSlabs
@@ -57,7 +57,11 @@ def stream_logits(
         window_batch: windows per forward pass.
         device: where the network is.
         tell: hears after each pass how many windows are done, and of how many.
+
+    Raises:
+        GeometryError: the image is one slice, and patches are thicker.
     """
+    check_slice(hu.shape, patch, "Use a student that was trained on patches of one slice.")
     padded = padded_shape(hu.shape, patch, (1, 1, 1))
     before = tuple((n - size) // 2 for n, size in zip(padded, hu.shape, strict=True))
     plan = windows(padded, patch, overlap)

@@ -14,8 +14,9 @@ from pydantic import Field
 
 from pipeline.cache.reader import FULL, CachedCase, Unit
 from pipeline.config import Config
-from pipeline.data.patches import Index3
+from pipeline.data.patches import FLAT_PATCH, Index3, check_slice
 from pipeline.data.volume import Grid
+from pipeline.errors import named
 
 Choice = TypeVar("Choice")
 
@@ -69,6 +70,16 @@ class Sampler:
             for organ in organs:
                 if any(organ in unit.noted["held"] for unit in self._telling(case, organ)):
                     self._holders[organ].setdefault(dataset, []).append(case)
+
+    def check_patch(self, patch: Index3) -> None:
+        """Refuses patches that are thicker than a case of one slice.
+
+        Raises:
+            GeometryError: names the case.
+        """
+        for name, shape in self._shapes.items():
+            with named(name):
+                check_slice(shape, patch, FLAT_PATCH)
 
     def draw(self, rng: np.random.Generator) -> tuple[CachedCase, Sequence[int]]:
         """A case, and a voxel (z, y, x) of it."""

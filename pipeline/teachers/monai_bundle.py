@@ -226,8 +226,18 @@ class BundleTeacher:
         """Int16 HU (D, H, W) in RAS+ -> logits and features on the grid of the bundle's network.
 
         Raises:
-            TeacherError: the bundle's transforms or its network fail, or lose the geometry.
+            TeacherError: the bundle's transforms or its network fail, or lose the geometry; or the
+                image is one slice, and the inferer's windows are thicker.
         """
+        inferer = self.parts.inferer
+        if image.grid.slice_axis is not None and hasattr(inferer, "roi_size"):
+            window = _window(inferer).shape
+            if 1 not in window:
+                raise TeacherError(
+                    f"the image is one slice, and the inferer's windows have {window} voxels.",
+                    where=f"teacher {self.name}",
+                    fix="Use a bundle whose `roi_size` is 1 across such slices, or leave them out.",
+                )
         array, affine = self._preprocess(image)
         try:
             with torch.inference_mode():

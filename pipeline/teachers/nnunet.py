@@ -62,11 +62,22 @@ class NnunetTeacher:
         """Int16 HU (D, H, W) in RAS+, on its own grid -> logits where nnU-Net computes them.
 
         Raises:
-            TeacherError: nnU-Net could not sum the logits in half precision.
+            TeacherError: nnU-Net could not sum the logits in half precision, or the image is one
+                slice and the configuration sees volumes, or slices across another axis.
         """
         plans, configuration = self.predictor.plans_manager, self.predictor.configuration_manager
         orientation = self._orientation(image)
         seen = orientation.apply(image)
+        transposed = Orientation(axes=_triple(plans.transpose_forward))
+        slice_axis = transposed.apply(seen).grid.slice_axis
+        volumes = len(configuration.patch_size) == 3
+        if slice_axis is not None and (slice_axis > 0 or volumes):
+            raise TeacherError(
+                f"the image is one slice, and configuration {self.configuration_name} sees "
+                f"{'volumes' if volumes else 'slices across another axis'}.",
+                where=f"teacher {self.name}",
+                fix="Use a model of configuration 2d for such slices, or leave them out.",
+            )
         properties: dict[str, Any] = {"spacing": file_spacing(seen.grid)}
         preprocessor = configuration.preprocessor_class(verbose=False)
         prepared, _, properties = preprocessor.run_case_npy(
@@ -90,7 +101,6 @@ class NnunetTeacher:
                 where=f"teacher {self.name}",
                 fix="Look at this case's intensities; nothing was cached for it.",
             ) from error
-        transposed = Orientation(axes=_triple(plans.transpose_forward))
         grid = prepared_grid(transposed.apply(seen).grid, properties, prepared.shape[1:])
         on_grid = Volume(logits.float().numpy(), grid)
         return Prediction(orientation.undo(transposed.undo(on_grid)))

@@ -31,7 +31,7 @@ from pipeline.data.patches import Index3
 from pipeline.data.registry import Registry
 from pipeline.data.resample import SlabResampler, resample
 from pipeline.data.volume import Grid, Volume, coarse, large_components
-from pipeline.errors import CacheError, CacheStale, RegistryError, TeacherError
+from pipeline.errors import CacheError, CacheStale, RegistryError, TeacherError, named
 from pipeline.folder import Folder
 from pipeline.networks.windows import Sink, is_out_of_memory
 from pipeline.teachers.load import LoadedTeacher, Teachers
@@ -227,7 +227,7 @@ def compute_unit(
     teacher, image = loaded.teacher, seen.image
     entry = registry.teachers[loaded.indexed.teacher]
     grid = seen.native.with_spacing(registry.grid.spacing_mm)
-    with _memory_errors_named(where):
+    with named(where), _memory_errors_named(where):
         if isinstance(teacher, StreamingTeacher):
             cells = {tap: image.grid.coarsen(stride) for tap, stride in teacher.strides.items()}
             placed = Placement(grid, entry, image.grid, cells, where=where)

@@ -178,6 +178,18 @@ class TestPlanes:
         assert np.nonzero(other)[1].mean() > other.shape[1] / 2
         assert rows.mean() < np.nonzero(other)[0].mean(), "superior and anterior lie at the top"
 
+    def test_one_slice_is_one_plane(self, tmp_path: Path) -> None:
+        values = np.zeros((1, *SHAPE[1:]), dtype=np.uint8)
+        values[0, 3:9, 3:9] = 7
+        save_planes(
+            tmp_path / "a.png", image()[:1], [Panel("x", {"r": Marked(values, (7,))})],
+            (3.0, 2.0, 2.0), colours={"r": "#ff0000"}, legend={}, title="a slice",
+        )  # fmt: skip
+        found = picture(tmp_path / "a.png")
+        red = np.nonzero(found[..., 0] - found[..., 1] > 0.2)[0]
+        assert set(np.diff(np.unique(red))) == {1}
+        assert found.shape[0] < 2 * found.shape[1]
+
     def test_nothing_to_show_is_a_picture_too(self, tmp_path: Path) -> None:
         assert not self.drawn(tmp_path / "a.png", z=slice(0, 0)).any()
 

@@ -20,7 +20,7 @@ from pipeline.cache.reader import CachedCase
 from pipeline.config import Config
 from pipeline.consensus.cohort import compute, in_ml
 from pipeline.consensus.gate import is_odd_volume
-from pipeline.consensus.reliability import MOST_PARTS, QUANTILES
+from pipeline.consensus.reliability import MOST_PARTS, QUANTILES, is_slice
 from pipeline.data.labels import LabelSpace
 from pipeline.data.volume import coarse, large_components
 from pipeline.engine.processes import in_processes
@@ -112,6 +112,7 @@ class CaseNumbers(Config):
         pairs: each pair of teachers.
         doubts: each teacher and organ that is not fully believed here.
         flags: why the case is improbable, in words.
+        one_slice: whether it is one slice.
     """
 
     case: str
@@ -127,6 +128,7 @@ class CaseNumbers(Config):
     pairs: tuple[PairNumbers, ...]
     doubts: tuple[DoubtNumbers, ...] = Field(default=())
     flags: tuple[str, ...] = Field(default=())
+    one_slice: bool = Field(default=False, exclude_if=lambda value: not value)
 
 
 def measure_case(case: CachedCase, space: LabelSpace, view: View) -> CaseNumbers:
@@ -209,6 +211,7 @@ def numbers_of(
         case=case.name,
         split=case.split,
         volume_ml=round(total * voxel_ml, 3),
+        one_slice=is_slice(case),
         organs=organs,
         agreed_background=share("background"),
         unclaimed=share("unclaimed"),
@@ -256,12 +259,14 @@ class Usual:
 
 
 def usual_of(cases: Sequence[CaseNumbers]) -> Mapping[str, Usual]:
-    """Organ -> what its labels look like; test cases are not looked at."""
+    """Organ -> what its labels look like, those of volumes where there are any; test cases are not
+    looked at."""
     found = {}
     known = [case for case in cases if case.split in ("train", "validation")]
     for organ in dict.fromkeys(name for case in cases for name in case.organs):
-        seen = [case.organs[organ] for case in known if organ in case.organs]
-        labelled = [numbers for numbers in seen if numbers.label_ml]
+        seen = [c for c in known if organ in c.organs and c.organs[organ].label_ml]
+        volumes = [case for case in seen if not case.one_slice]
+        labelled = [case.organs[organ] for case in volumes or seen]
         sizes = [numbers.label_ml or 0.0 for numbers in labelled]
         ends = None
         if sizes:
@@ -281,7 +286,9 @@ def flagged(case: CaseNumbers, usual: Mapping[str, Usual]) -> CaseNumbers:
     """
     flags: list[str] = []
     for organ, numbers in case.organs.items():
-        flags += _own_label(organ, numbers) + _region(organ, numbers, usual.get(organ))
+        flags += _own_label(organ, numbers)
+        if not case.one_slice:  # which shows anything of an organ, see `is_slice`
+            flags += _region(organ, numbers, usual.get(organ))
     return case.model_copy(update={"flags": tuple(flags)})
 
 

@@ -23,7 +23,13 @@ from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
 from pipeline.data.volume import Volume
 from pipeline.errors import PipelineError
-from pipeline.figures import BACKGROUND_COLOUR, PLANE_ENDS, WINDOW_HU, hex_colour
+from pipeline.figures import (
+    BACKGROUND_COLOUR,
+    PLANE_ENDS,
+    WINDOW_HU,
+    hex_colour,
+    planes_of_shape,
+)
 from pipeline.folder import Folder
 from pipeline.review.inspect.look import View, look_at
 from pipeline.review.inspect.run import CONFLICT_COLOUR
@@ -111,7 +117,7 @@ def fitting_planes(
 
 
 def planes_of(case: CaseLayers, most_slices: int, side: int) -> list[Plane]:
-    """Axial, coronal and sagittal, all at one scale.
+    """Axial, coronal and sagittal, all at one scale; of one slice its own plane.
 
     Args:
         case: what is shown.
@@ -125,7 +131,7 @@ def planes_of(case: CaseLayers, most_slices: int, side: int) -> list[Plane]:
     grey = np.rint(grey).astype(np.uint8)
     busy = _busy(case)
     planes = []
-    for axis, name in enumerate(PLANE_ENDS):
+    for name, axis in planes_of_shape(case.image.shape).items():
         height, width = (n for a, n in enumerate(pixels) if a != axis)
         total = case.image.shape[axis]
         chosen = np.unique(np.linspace(0, total - 1, min(total, most_slices)).round().astype(int))

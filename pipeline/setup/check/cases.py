@@ -26,6 +26,7 @@ from pipeline.data.hounsfield import (
 )
 from pipeline.data.labels import some_values
 from pipeline.data.nifti import NiftiVolume, read_image, read_label
+from pipeline.data.patches import FLAT_PATCH, check_slice
 from pipeline.data.resample import resample
 from pipeline.data.volume import Grid, Index3, Spacing, Volume
 from pipeline.errors import GeometryError, PipelineError
@@ -133,6 +134,11 @@ class CaseFacts:
     organ_place: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     organ_air: Mapping[str, float] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether its image is one slice."""
+        return self.shape is not None and self.shape.count(1) == 1
 
 
 def look_at(task: Task) -> CaseFacts:
@@ -247,6 +253,10 @@ def _sizes(task: Task, grid: Grid) -> list[Finding]:
     shape, patch = grid.with_spacing(task.spacing_mm).shape, task.patch
     if all(n >= p for n, p in zip(shape, patch, strict=True)):
         return []
+    try:
+        check_slice(shape, patch, FLAT_PATCH)
+    except GeometryError as error:
+        return [of_case("error", "patch", task.source.name, error.what, error.fix)]
     filled = math.prod(min(n, p) / p for n, p in zip(shape, patch, strict=True))
     return [
         of_case(

@@ -136,9 +136,10 @@ def check_teachers(
 
 
 def middle(image: Volume, side_mm: float) -> Volume:
-    """The box about the middle of an image whose sides are `side_mm`, or the image's if shorter."""
+    """The box about the middle of an image whose sides are `side_mm`, or the image's if shorter; of
+    a volume never one slice."""
     spacing = np.array(image.spacing_mm)
-    shape = np.minimum(image.grid.shape, np.maximum(1, np.rint(side_mm / spacing))).astype(int)
+    shape = np.minimum(image.grid.shape, np.maximum(2, np.rint(side_mm / spacing))).astype(int)
     start = (np.array(image.grid.shape) - shape) // 2
     z, y, x = (slice(a, a + n) for a, n in zip(start.tolist(), shape.tolist(), strict=True))
     grid = image.grid.crop(start.tolist(), shape.tolist())

@@ -43,7 +43,7 @@ def describe(record: StudentRecord, *, file: str, overlap: float) -> dict[str, A
         "resampling": {
             "grid": "directions and centre of the field of view are the image's; "
             "max(1, round(size * old_spacing / spacing_mm)) voxels per axis; old_spacing is the "
-            "length of the affine's columns",
+            "length of the affine's columns; one slice keeps its voxel and its thickness",
             "image": "linear between voxel centres, the outermost value holds outside; rounded to "
             "whole HU, before and after",
             "logits": "linear, back onto the image's own grid, before argmax",

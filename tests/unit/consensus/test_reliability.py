@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,6 +153,30 @@ class TestCases:
         assert (said.ravel()[3:30] == -6).all()
         assert agreed.sum() == 0
         assert unclaimed.sum() == SHAPE[0] * SHAPE[1] * SHAPE[2] - 30
+
+    def test_one_slice_may_show_anything_of_an_organ(self, tmp_path: Path) -> None:
+        """Nothing, a little, in pieces; but no more than the sections that labels show."""
+
+        def flat(name: str, claimed: Sequence[int], annotated: str = "liver") -> CachedCase:
+            label = np.zeros((1, 12, 10), np.uint8)
+            label[0, :3] = SPACE.ids[annotated]
+            said = np.full(label.shape, -4.0, np.float16)
+            said.ravel()[list(claimed)] = 4
+            return made_case(tmp_path, name, {("two", "spleen"): said}, label, [annotated])
+
+        cases = [
+            flat("livers/none", []),
+            flat("livers/pieces", [0, 5, 40, 45, 80]),
+            flat("livers/all", range(99)),
+            flat("spleens/own", range(30), "spleen"),
+        ]
+        volume = case_of(tmp_path, "spleens/volume", 30, annotated="spleen")
+        assert usual_ml([*cases, volume], "spleen") == pytest.approx((30, 30))
+        assert usual_ml(cases, "spleen") is None
+        assert usual_ml(cases, "spleen", of_slices=True) == pytest.approx((0, 30))
+        found = trusting(cases, [*cases, volume], WITNESSES, ReliabilityConfig())
+        assert [list(case.trust) for case in found] == [[], [], [("two", "spleen")], []]
+        assert found[2].trust["two", "spleen"][:2] == (False, True)
 
     def test_who_is_silent_altogether_is_no_expert(self, tmp_path: Path) -> None:
         poor = WITNESSES | {("two", "spleen"): replace(GOOD, found=0.1, right=0.1)}

@@ -413,12 +413,43 @@ def test_an_absent_file_and_a_folder(read: Callable[[Path], object], tmp_path: P
 
 
 @pytest.mark.parametrize("read", [read_image, read_label, read_grid])
-@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1), (1, 5, 6), (4, 5, 6, 2), (4, 5, 6, 1, 3)])
-def test_two_and_four_dimensions(
+@pytest.mark.parametrize(
+    "shape", [(5,), (5, 1), (1, 5, 1), (1, 1, 1), (4, 5, 6, 2), (4, 5, 6, 1, 3)]
+)
+def test_rows_and_four_dimensions(
     read: Callable[[Path], object], shape: tuple[int, ...], tmp_path: Path
 ) -> None:
     path = save(tmp_path / "a.nii", np.zeros(shape, dtype=np.int16))
-    refuses(read, path, "expected one 3D volume", str(shape), "4D")
+    shape = (*shape, 1, 1)[: max(3, len(shape))]
+    refuses(read, path, "expected one volume or one slice", str(shape), "4D")
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPS", "PIR"])
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1), (1, 5, 6), (5, 1, 6), (5, 6, 1, 1)])
+def test_one_slice_is_read_and_written_back(
+    shape: tuple[int, ...], code: str, tmp_path: Path
+) -> None:
+    """A 2D file is one slice of its third axis, and a label map of it is a 2D file again."""
+    array = np.arange(30, dtype=np.int16).reshape(shape)
+    path = save(tmp_path / "a.nii", array, affine_of(code))
+    spatial = (*shape, 1)[:3]
+    volume = read_image(path).volume
+    assert volume.grid.slice_axis is not None
+    assert volume.grid == read_grid(path) == read_label(path).volume.grid
+    assert world_of(volume) == value_by_world(array.reshape(spatial), affine_of(code))
+    write_like_file(tmp_path / "b.nii", volume, path)
+    back: Any = nib.load(tmp_path / "b.nii")
+    assert back.shape == shape[:3]
+    np.testing.assert_array_equal(np.asarray(back.dataobj), array.reshape(shape[:3]))
+    np.testing.assert_array_equal(back.affine, affine_of(code))
+
+
+def test_headers_of_2d_files_are_doubted_as_others_are(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.zeros((5, 6), np.int16), affine_of("RAS"))
+    image.set_qform(affine_of("LPS"), code=1)
+    nib.save(image, tmp_path / "a.nii")
+    (doubt,) = read_image(tmp_path / "a.nii").doubts
+    assert "sform and qform" in doubt.what
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -55,6 +55,18 @@ def test_shear_is_the_angle_that_axes_miss_a_right_one_by() -> None:
     assert not rounded.is_sheared
 
 
+def test_one_slice_stays_one_at_any_spacing_and_leans_in_its_plane_alone() -> None:
+    new = turned((1, 6, 8)).with_spacing((1.0, 4.0, 3.0))
+    assert (new.slice_axis, new.shape) == (0, (1, 3, 4))
+    assert new.spacing_mm == pytest.approx((3.0, 4.0, 3.0))
+    assert turned((1, 1, 8)).slice_axis is None
+    matrix = np.diag([5.0, 2, 2, 1])
+    matrix[1, 0] = 2.0
+    assert Grid.from_matrix((2, 6, 8), matrix).is_sheared
+    assert not Grid.from_matrix((1, 6, 8), matrix).is_sheared
+    assert Grid.from_matrix((6, 1, 8), matrix[[1, 0, 2, 3]]).slice_axis == 1
+
+
 def test_axis_aligned() -> None:
     grid = Grid.axis_aligned((2, 3, 4), (3, 2, 1), (10, 20, 30))
     np.testing.assert_array_equal(grid.matrix @ [1, 1, 1, 1], [13, 22, 31, 1])

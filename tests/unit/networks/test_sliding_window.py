@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline.data.patches import windows
+from pipeline.errors import GeometryError
 from pipeline.networks.windows import WindowConfig, sliding_window
 
 RNG = np.random.default_rng(0)
@@ -63,11 +64,27 @@ def seeded(stride: tuple[int, int, int]) -> Local:
 def test_a_network_that_returns_its_input_gives_it_back(
     shape: tuple[int, int, int], window: tuple[int, int, int], overlap: float, batch: int
 ) -> None:
+    if shape.count(1) == 1:  # of one slice, windows are one slice too
+        z, y, x = (1 if n == 1 else w for n, w in zip(shape, window, strict=True))
+        window = (z, y, x)
     image = RNG.normal(size=shape).astype(np.float32)
     config = WindowConfig(shape=window, overlap=overlap)
     logits, _ = run(Echo(), image, config, batch_size=batch)
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, np.stack([image, -image]), rtol=1e-5, atol=1e-6)
+
+
+def test_one_slice_takes_flat_windows_alone() -> None:
+    """A network would see padding but for one row, and normalise with it."""
+    image = np.ones((1, 9, 9), np.float32)
+    with pytest.raises(GeometryError, match=r"1 x 9 x 9 .* patches of 4 x 8 x 8"):
+        run(Echo(), image, WindowConfig(shape=(4, 8, 8)))
+    thick = {"taps": ["cells"], "strides": [(2, 2, 2)]}
+    with pytest.raises(GeometryError, match="patches of 2 x 8 x 8"):
+        run(seeded((2, 2, 2)), image, WindowConfig(shape=(1, 8, 8)), **thick)
+    flat = {"taps": ["cells"], "strides": [(1, 2, 2)]}
+    _, features = run(seeded((1, 2, 2)), image, WindowConfig(shape=(1, 8, 8)), **flat)
+    assert features["cells"].shape == (3, 1, 5, 5)
 
 
 def test_gaussian_blending_against_an_obvious_loop() -> None:

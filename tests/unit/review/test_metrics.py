@@ -165,6 +165,32 @@ def test_shifted_cube_is_off_by_voxels_times_the_spacing_of_that_axis(
     assert score(prediction, reference, spacing, tolerance_mm=shift_mm - 0.01).nsd < 0.95
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_outlines_of_one_slice_are_its_surfaces(axis: int) -> None:
+    """Closed in front and behind, every voxel of a slice would be surface: NSD .5 for these."""
+    shape: list[int] = [60, 60, 60]
+    spacing = [2.0, 2.0, 2.0]
+    shape[axis], spacing[axis] = 1, 9.0
+    z, y, x = shape
+    inner, outer = ball((z, y, x), spacing, 20), ball((z, y, x), spacing, 36)
+    found = score(inner, outer, spacing, tolerance_mm=10.0)
+    assert found.nsd == 0
+    assert found.hd95_mm == pytest.approx(16, abs=2.0)
+    assert score(inner, outer, spacing, tolerance_mm=20.0).nsd == 1
+    assert score(outer, outer, spacing).hd95_mm == 0
+    assert score(outer & False, outer, spacing).hd95_mm == pytest.approx(math.hypot(120, 120))
+
+
+def test_the_tilt_of_the_stack_of_a_slice_changes_nothing_and_a_skewed_slice_is_refused() -> None:
+    mask, other = box((1, 20, 20), (0, 4, 4), (1, 9, 9)), box((1, 20, 20), (0, 5, 7), (1, 9, 9))
+    tilted, skewed = np.diag([5.0, 1.0, 2.0]), np.diag([5.0, 1.0, 2.0])
+    tilted[1, 0], skewed[1, 2] = 1.5, 0.5
+    assert score(mask, other, grid_on(mask.shape, tilted)) == score(mask, other, ANISOTROPIC)
+    with pytest.raises(GeometryError, match="not at right angles"):
+        score(mask, other, grid_on(mask.shape, skewed))
+    assert score(mask, other, grid_on(mask.shape, skewed), surface=False).dice > 0
+
+
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.0, 1.0, 0.5)])
 def test_concentric_spheres_are_apart_by_the_difference_of_their_radii(spacing: Any) -> None:
     shape = tuple(int(50 / s) for s in spacing)

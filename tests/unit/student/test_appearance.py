@@ -153,6 +153,13 @@ class TestThickSlices:
         rows = np.broadcast_to(image((1, 1, 8, 1)), (1, 8, 8, 8)).copy()
         assert not np.allclose(change_intensity(rows, half, rng(), (4, 1, 1)), rows, atol=0.1)
 
+    def test_the_thickness_of_one_slice_is_no_spacing(self) -> None:
+        one = image((1, 1, 16, 16))
+        for kind in (only("blur", sigma=(1, 1)), only("low_resolution", zoom=(0.5, 0.5))):
+            thick, thin = (change_intensity(one, kind, rng(), (z, 2, 2)) for z in (9, 0.5))
+            np.testing.assert_array_equal(thick, thin)
+            assert not np.allclose(thick, one)
+
     def test_low_resolution_keeps_a_ramp_where_it_is(self) -> None:
         """Down and up again must not shift the image by a part of a voxel."""
         ramp = np.broadcast_to(np.arange(12, dtype=np.float32), (1, 12, 12, 12)).copy()

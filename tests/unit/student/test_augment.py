@@ -79,7 +79,7 @@ class TestSides:
         self, organs: tuple[str, ...]
     ) -> None:
         with pytest.raises(ConfigError, match="left and right") as caught:
-            check_sides(AugmentConfig(flip_axes=(0, 2)), space(*organs))
+            check_sides(AugmentConfig(flip_axes=(0, 2)), space(*organs), (8, 8, 8))
         sided = [o for o in organs if o != "liver"]
         assert all(organ in str(caught.value) for organ in sided)
         assert "liver" not in str(caught.value)
@@ -88,7 +88,9 @@ class TestSides:
         "organs", [("liver", "kidneys"), ("vertebra_L1", "vertebra_L2"), ("bright_spot", "cleft")]
     )
     def test_other_organs_may_be_mirrored(self, organs: tuple[str, ...]) -> None:
-        check_sides(AugmentConfig(flip_axes=(0, 1, 2), rotate_axes=(0, 1, 2)), space(*organs))
+        check_sides(
+            AugmentConfig(flip_axes=(0, 1, 2), rotate_axes=(0, 1, 2)), space(*organs), (8, 8, 8)
+        )
 
     @pytest.mark.parametrize(
         ("flips", "rotates", "mixed_up"),
@@ -111,7 +113,12 @@ class TestSides:
         self, flips: tuple[int, ...], rotates: tuple[int, ...], mixed_up: bool
     ) -> None:
         config = AugmentConfig.model_validate({"flip_axes": flips, "rotate_axes": rotates})
-        assert config.swaps_sides is mixed_up
+        assert config.swaps_sides((8, 8, 8)) is mixed_up
+
+    @pytest.mark.parametrize(("axis", "mixed_up"), [(0, False), (1, True), (2, False)])
+    def test_half_a_turn_of_one_slice_is_its_mirror_image(self, axis: int, mixed_up: bool) -> None:
+        config = AugmentConfig(rotate_axes=(axis,))  # type: ignore[arg-type]
+        assert config.swaps_sides((1, 8, 8)) is mixed_up
 
 
 class TestConfig:

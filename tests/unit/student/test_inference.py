@@ -11,6 +11,7 @@ from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from pipeline.data.labels import Intensity
+from pipeline.errors import GeometryError
 from pipeline.networks.by_name import build_network
 from pipeline.student.inference import (
     first_output,
@@ -138,6 +139,14 @@ class TestStreaming:
         assert max(slab.shape[1] for slab in slabs) <= 16
         assert sum(slab.shape[1] for slab in slabs) == 90
         assert told == [(n + 1, 11) for n in range(11)]
+
+
+def test_one_slice_takes_a_student_of_flat_patches_alone() -> None:
+    image = hu((1, 20, 20))
+    with pytest.raises(GeometryError, match="one slice, 1 x 20 x 20 voxels"):
+        predict_logits(Pointwise(), image, RAW, (8, 16, 16), device=CPU)
+    assert predict_logits(Pointwise(), image, RAW, (1, 16, 16), device=CPU).shape == (3, 1, 20, 20)
+    assert predict_logits(Pointwise(), hu((3, 20, 20)), RAW, (8, 16, 16), device=CPU).shape[1] == 3
 
 
 def test_the_first_of_several_outputs() -> None:

@@ -5,11 +5,13 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from pipeline.data.patches import Patch
+from pipeline.data.volume import Grid
 from pipeline.student.augment import Affine, Movement, Warp
 
 SHAPE = (3, 4, 5)
@@ -47,6 +49,14 @@ class TestMovement:
         assert np.array_equal(movement.apply(odds)[0, 0], movement.apply(label) + 0.5)
         assert np.array_equal(movement.apply(odds)[0, 1], -movement.apply(label))
         assert np.array_equal(movement.apply(label > 200), movement.apply(label) > 200)
+
+    @given(movements, st.integers(0, 2))
+    @settings(max_examples=40)
+    def test_torch_takes_a_slice_whichever_way_it_was_turned(
+        self, movement: Movement, axis: int
+    ) -> None:
+        slice_ = np.moveaxis(np.zeros((1, 4, 4), np.float32), 0, axis)
+        assert torch.from_numpy(movement.apply(slice_)).numel() == 16
 
     @given(movements)
     @settings(max_examples=40)
@@ -160,6 +170,22 @@ class TestWarp:
         place = places(warp)[axis] - warp.box.start[axis]
         assert known[place < edge - 1.001].all()
         assert not known[place > edge - 0.999].any()
+
+    @given(affines)
+    @settings(max_examples=20)
+    def test_one_slice_is_turned_and_scaled_in_its_plane(self, affine: Affine) -> None:
+        grid = Grid.axis_aligned((1, 40, 40), SPACING)
+        patch = Patch((0, 5, 6), (1, 10, 12))
+        warp = Movement(affine=affine).warp(patch, grid)
+        assert warp is not None
+        assert (warp.box.start[0], warp.box.shape[0]) == (0, 1)  # nothing is known beside it
+        found = places(warp)
+        assert (found[0] == 0).all()
+        ends_mm = (found[1:, 0, 0, -1] - found[1:, 0, 0, 0]) * SPACING[1:]
+        assert np.linalg.norm(ends_mm) == pytest.approx(11 / affine.scale, abs=1e-2)
+        volume = Movement(affine=affine).warp(patch, Grid.axis_aligned((9, 40, 40), SPACING))
+        assert volume is not None
+        assert volume.box.shape[0] > 1 or not any(affine.degrees[1:])
 
     def test_nearest_takes_one_of_the_values(self) -> None:
         warp = Warp(Affine((10, 20, 30), 1.2), PATCH, SPACING)

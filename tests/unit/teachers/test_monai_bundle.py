@@ -190,6 +190,13 @@ def test_features_lie_where_the_logits_lie(tmp_path: Path) -> None:
     np.testing.assert_allclose(feature.array, expected[:, :d, :h, :w], atol=1e-5)
 
 
+def test_one_slice_needs_windows_of_one_slice(tmp_path: Path) -> None:
+    ct = read_image(write_ct(tmp_path / "case.nii.gz")).volume
+    one = Volume(ct.array[5:6], ct.grid.crop((5, 0, 0), (1, *ct.grid.shape[1:])))
+    with pytest.raises(TeacherError, match="one slice, and the inferer's windows have"):
+        load(write_bundle(tmp_path / "bundle"), taps=[]).predict(one)
+
+
 def test_taps_need_windows(tmp_path: Path) -> None:
     simple: Change = lambda config: config.update(inferer={"_target_": "SimpleInferer"})  # noqa: E731
     folder = write_bundle(tmp_path / "bundle", simple)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -22,7 +23,8 @@ import torch
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.nifti import read_image
 from pipeline.data.resample import resample
-from pipeline.data.volume import Orientation, Volume
+from pipeline.data.volume import Grid, Orientation, Volume
+from pipeline.errors import TeacherError
 from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.nnunet import NnunetTeacher
@@ -175,6 +177,37 @@ def test_the_same_numbers_as_nnunet(
         by_label = dice(mine, theirs.labels == channel)
         record_property(f"Dice {organ}, label map", by_label)
         assert by_label >= 0.99
+
+
+def one_slice(path: Path) -> Volume:
+    write_blobs(path, shape=(52, 45, 50), seed=9)
+    scan: Any = nib.load(path)
+    nib.save(scan.slicer[:, :, 24:25], path)
+    return read_image(path).volume
+
+
+def test_one_slice_gets_the_numbers_of_nnunets_2d_configuration(
+    nnunet_models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "slice.nii.gz"
+    image, entry = one_slice(path), entry_of("2d", nnunet={"mirroring": False})
+    said = load(nnunet_models["2d"], entry).predict(image)
+    worst, same = difference(
+        said, image.stored, entry, own(nnunet_models["2d"], path, mirroring=False)
+    )
+    assert worst < LARGEST_DIFFERENCE
+    assert same
+
+
+def test_one_slice_is_refused_by_a_3d_configuration(
+    nnunet_models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    image = one_slice(tmp_path / "slice.nii.gz")
+    with pytest.raises(TeacherError, match="configuration 3d_fullres sees volumes"):
+        load(nnunet_models["labels"], entry_of("labels")).predict(image)
+    across = Volume(image.array.transpose(1, 0, 2), Grid.axis_aligned((45, 1, 52), (2, 2, 2)))
+    with pytest.raises(TeacherError, match="2d sees slices across another axis"):
+        load(nnunet_models["2d"], entry_of("2d")).predict(across)
 
 
 @pytest.mark.parametrize("kind", ["labels", "regions"])

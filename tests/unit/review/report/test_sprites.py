@@ -71,6 +71,16 @@ def test_right_is_on_the_left_and_anterior_and_superior_are_at_the_top() -> None
         assert not tile(plane, sheet.uri, 0)[..., 3].any()
 
 
+@pytest.mark.parametrize(("axis", "name"), enumerate(["axial", "coronal", "sagittal"]))
+def test_one_slice_is_shown_in_its_own_plane_alone(axis: int, name: str) -> None:
+    shape = list(SHAPE)
+    shape[axis] = 1
+    image = np.full(shape, -1000, dtype=np.int16)
+    values = np.full(shape, 7, dtype=np.uint8)
+    (plane,) = planes_of(made(layer(values), image=image), 48, 60)
+    assert (plane.name, plane.slices, max(plane.width, plane.height)) == (name, (1,), 60)
+
+
 def test_the_ct_lies_as_its_layers_do() -> None:
     image = np.full(SHAPE, -1000, dtype=np.int16)
     image[:3, :4, :5] = 1000
