@@ -150,8 +150,8 @@ def ours(case: CachedCase) -> Way:
 
     def run(patch: Patch) -> Found:
         classes = SPACE.to_classes(case.label(patch, fill=IGNORE))
-        (found,) = compute(lazy_patch(case, SPACE, RegionRules(), patch, classes))
-        return found
+        found: tuple[Found] = compute(lazy_patch(case, SPACE, RegionRules(), patch, classes))
+        return found[0]
 
     return run
 

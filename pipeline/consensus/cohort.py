@@ -298,18 +298,19 @@ def _patch(
         for k, organ in enumerate(space.organs)
         if case.experts.get(organ)
     }
+    spoken = list(said)
     d = stacked(*said.values()) if said else np.empty((0, *box.shape), dtype=np.float32)
-    if resample is not None and said:
+    if resample is not None and spoken:
         d = resample(d)
     known = known_organs(case, space, labels_win=rules.labels_win)
     annotated = tuple(n for n, k in enumerate(known) if space.organs[k] in case.annotated)
     if rules.labels_win and annotated:
         if len(known) < len(space.organs):
             classes = LabelSpace({space.organs[k]: k + 1 for k in known}).to_classes(classes)
-        d = _among(d, [known.index(k) for k in said], len(known), classes.shape)
+        d = _among(d, [known.index(k) for k in spoken], len(known), classes.shape)
         d = corrected(d, classes, annotated, rules.confidence)
-        said = dict.fromkeys(known)
-    d = _among(d, list(said), len(space.organs), classes.shape)
+        spoken = known
+    d = _among(d, spoken, len(space.organs), classes.shape)
     return d, above(d, rules.margin), spoken_below(d, rules.margin)
 
 

@@ -207,11 +207,12 @@ def variants(draw: st.DrawFn, stored: CachedCase) -> tuple[CachedCase, RegionRul
     return case, rules
 
 
-def cut(values: Array, patch: Patch, fill: object) -> Array:
+def cut(values: Array, patch: Patch, fill: float) -> Array:
     """A patch of a whole case's array; `fill` outside."""
     inside, missing = patch.clip(values.shape[-3:])
     padding = [(0, 0)] * (values.ndim - 3) + list(missing)
-    return np.pad(values[(..., *inside)], padding, constant_values=fill)
+    part: Array = np.pad(values[(..., *inside)], padding, constant_values=fill)
+    return part
 
 
 @settings(max_examples=40, deadline=None)
