@@ -170,7 +170,7 @@ class Copy:
             values = Unit(copy.path, self.unit.receipt).read(name)
         finally:
             shutil.rmtree(stored, ignore_errors=True)
-        data = memoryview(np.ascontiguousarray(values)).cast("B")
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
         with target.open("wb") as writer:
             writer.write(data)
             writer.write(hashlib.sha256(data).digest())
@@ -214,7 +214,8 @@ class StagedUnit(Unit):
     def _decoded(self, name: str, patch: Patch | None) -> npt.NDArray[Any]:
         """The file is looked at each time: who changes it below its mapping changes numbers, and
         who shortens it ends this process."""
-        path, stamp, array = self.path / _raw(name), self.stamps[name], self.receipt.arrays[name]
+        path, stamp = Path(str(self.path), _raw(name)), self.stamps[name]
+        array = self.receipt.arrays[name]
         if _stamp(path) != stamp:
             raise CacheCorrupt(
                 f"{_raw(name)} was changed or removed.", where=path, fix="Remove the copies."

@@ -91,15 +91,14 @@ def staged_cases(
     decoded = {name: replace(copy, decoded=True) for name, copy in copies.items()}
     host, share = socket.gethostname(), list[Copy]()
     found = processes.gathered(
-        lambda: (host, *(_why_not(root, list(of.values())) for of in (decoded, copies)))
+        lambda: (host, [_why_not(root, list(of.values())) for of in (decoded, copies)])
     )
-    here = [(rank, *why) for rank, (name, *why) in enumerate(found) if name == host]
-    is_decoded = not any(why for _, why, _ in here)
+    ranks_here = [rank for rank, (name, _) in enumerate(found) if name == host]
+    is_decoded = not any(found[rank][1][0] for rank in ranks_here)
     copies = decoded if is_decoded else copies
-    problems = tuple(why for _, _, why in here if why and not is_decoded)
+    problems = tuple(why for rank in ranks_here if (why := found[rank][1][1]) and not is_decoded)
     if not problems:
-        number = [rank for rank, *_ in here].index(processes.rank)
-        share = _shares(list(copies.values()), len(here))[number]
+        share = _shares(list(copies.values()), len(ranks_here))[ranks_here.index(processes.rank)]
     own = _Outcome(host, decoded=is_decoded, problems=problems)
     own = _make(own, share, folder, log, processes)
     outcomes = processes.gathered(lambda: own)
