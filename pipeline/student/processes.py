@@ -159,7 +159,10 @@ class Processes:
             yield
             return
         buckets = _Buckets([weight for weight in weights if weight.requires_grad], self.size)
-        hooks = [w.register_post_accumulate_grad_hook(buckets.ready) for w in buckets.bucket_of]
+        hooks = [
+            w.register_post_accumulate_grad_hook(buckets.ready)  # type: ignore[no-untyped-call]
+            for w in buckets.bucket_of
+        ]
         try:
             yield
         finally:
