@@ -32,7 +32,13 @@ from pipeline.cache.schema import (
     log_odds_spec,
 )
 from pipeline.cache.store import write_unit
-from pipeline.consensus.cohort import compute, lazy_consensus, lazy_votes
+from pipeline.consensus.cohort import (
+    RegionRules,
+    compute,
+    lazy_consensus,
+    lazy_patch,
+    lazy_votes,
+)
 from pipeline.consensus.regions import consensus, stack_organs
 from pipeline.data.entries import ORGANS, PhantomSpec
 from pipeline.data.labels import IGNORE, LabelSpace
@@ -46,7 +52,7 @@ Way = Callable[[Patch], Found]
 SPACE = LabelSpace({organ: k + 1 for k, organ in enumerate(ORGANS)})
 ANNOTATED = ORGANS[0]
 CONFIDENCE = 6.0
-DIRECT, OURS = "direct: read + numpy", "one chunk per slice (ours)"
+DIRECT, OURS = "direct: read + numpy", "each patch one task (ours)"
 READING = "reading alone"
 POOL_BYTES = 512_000_000
 DEMO_SHAPE, DEMO_PATCH, DEMO_BATCH = (48, 56, 64), (32, 40, 40), 2
@@ -143,8 +149,9 @@ def ours(case: CachedCase) -> Way:
     """As a training sample is made."""
 
     def run(patch: Patch) -> Found:
-        found, _ = lazy_consensus(case, SPACE, patch=patch)
-        return compute(found.log_odds, found.organ, found.background)
+        classes = SPACE.to_classes(case.label(patch, fill=IGNORE))
+        found: tuple[Found] = compute(lazy_patch(case, SPACE, RegionRules(), patch, classes))
+        return found[0]
 
     return run
 
@@ -179,20 +186,6 @@ def _all(way: Way, patches: Sequence[Patch]) -> None:
         way(patch)
 
 
-def sliced_at_the_end(case: CachedCase) -> Way:
-    """One chunk per volume; no slice is pushed through the consensus into the reader."""
-    depth, height, width = case.case.array("image").shape
-    shape = (depth, height, width)
-    whole, _ = lazy_consensus(case, SPACE, patch=Patch((0, 0, 0), shape))
-
-    def run(patch: Patch) -> Found:
-        box = patch.slices
-        parts = whole.log_odds[(..., *box)], whole.organ[(..., *box)], whole.background[box]
-        return compute(*parts)
-
-    return run
-
-
 # --- measuring ------------------------------------------------------------------------------------
 
 
@@ -206,7 +199,6 @@ def measure(
         OURS: (ours(case), 0),
         "chunked as stored, built per patch": (built_after_slicing(case), 0),
         "chunked as stored, built per case": (sliced_from_the_case(case), 0),
-        "one chunk per volume, sliced at the end": (sliced_at_the_end(case), 0),
         f"{READING}, pool": (reading(case), POOL_BYTES),
         f"{DIRECT}, pool": (direct(case), POOL_BYTES),
         f"{OURS}, pool": (ours(case), POOL_BYTES),

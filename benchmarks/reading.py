@@ -31,6 +31,7 @@ from pipeline.cache.schema import (
     log_odds_name,
     log_odds_spec,
 )
+from pipeline.cache.staged import Copy
 from pipeline.cache.store import write_unit
 from pipeline.data.patches import Patch
 from pipeline.log import print_table
@@ -111,6 +112,10 @@ def all_ways(folder: Path) -> dict[str, Read]:
         ways[f"cache, chunk {chunk}, pool"] = _through_cache(unit, 1 << 30)
         ways[f"zarr-python, chunk {chunk}"] = _zarr(path)
         ways[f"tensorstore, chunk {chunk}"] = _tensorstore(path)
+    copy = Copy(Unit.open(folder / "chunk64.zarr"), folder / "copies", NAMES, decoded=True)
+    (folder / "copies").mkdir(exist_ok=True)
+    copy.make()
+    ways["decoded copy (--stage-to)"] = _through_cache(copy.open(), 0)
     return ways
 
 

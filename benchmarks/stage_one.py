@@ -95,7 +95,11 @@ class Bench:
 
     def bare(self, windows: Mapping[str, list[Tensor]]) -> None:
         """Nothing but the networks."""
-        with torch.inference_mode():
+        half = self.arguments.precision == "bfloat16"
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half),
+        ):
             for name, batches in windows.items():
                 network = self._network(name)
                 for batch in batches:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,8 @@ def stage_one_options(doc: str | None, *, num_cases: int) -> argparse.ArgumentPa
     parser.add_argument("--teachers", type=int, default=2, choices=range(1, 4))
     parser.add_argument("--filters", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--window", type=int, nargs=3, default=[96, 96, 96])
+    parser.add_argument("--student-mm", type=float, nargs=3, default=list(STUDENT_MM))
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     return parser
@@ -45,7 +50,8 @@ def cohort_of(arguments: argparse.Namespace) -> Registry:
     return load_registry(
         make_cohort(
             arguments.folder, num_cases=arguments.cases, shape=arguments.shape,
-            native_mm=NATIVE_MM, teacher_mm=TEACHER_MM, student_mm=STUDENT_MM,
+            native_mm=NATIVE_MM, teacher_mm=TEACHER_MM,
+            student_mm=arguments.student_mm,
             networks={o: dynunet(arguments.filters) for o in ORGANS[: arguments.teachers]},
             taps=["bottleneck"],
         )
@@ -53,9 +59,9 @@ def cohort_of(arguments: argparse.Namespace) -> Registry:
 
 
 def settings_of(arguments: argparse.Namespace) -> CacheTeachersConfig:
-    """How stage one computes: the window that these arguments name."""
+    """How stage one computes: the window and the precision that these arguments name."""
     z, y, x = arguments.window
-    return CacheTeachersConfig(window=WindowConfig(shape=(z, y, x)))
+    return CacheTeachersConfig(window=WindowConfig(shape=(z, y, x), precision=arguments.precision))
 
 
 def dynunet(filters: Sequence[int]) -> NetworkConfig:
@@ -83,8 +89,11 @@ def make_cohort(
     taps: Sequence[str],
 ) -> Path:
     """Writes cases, one teacher per organ and a registry; returns the registry's path."""
-    for number in range(num_cases):
-        _write_case(folder, number, shape, native_mm, len(networks))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        write = partial(
+            _write_case, folder, shape=shape, spacing_mm=native_mm, organs=len(networks)
+        )
+        list(pool.map(write, range(num_cases)))
     for seed, (organ, network) in enumerate(networks.items()):
         _write_teacher(folder / f"{organ}.pt", organ, network, teacher_mm, seed)
     ids = {organ: number + 1 for number, organ in enumerate(networks)}

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from benchmarks.stage_one_cohort import dynunet
@@ -51,22 +52,26 @@ from pipeline.student.speed import Speed, SpeedFlags
 from pipeline.student.supervision import Batch
 from pipeline.student.training import make_step
 from pipeline.teachers.checkpoint import read_teacher
+from stages import train_student
 
+SETTINGS_24GB = Path(train_student.__file__).parent / "train_student.24gb.yaml"
 NETWORKS: Mapping[str, tuple[NetworkConfig, str]] = {
     "demo": (NetworkConfig(), "model.1.submodule.1.submodule.2"),
     "realistic": (dynunet([16, 32, 64, 128]), "upsamples.0"),
     "dynunet": (dynunet([32, 64, 128, 256, 320, 320]), "upsamples.2"),
 }
 NUM_BATCHES = 12
+# What train_student.24gb.yaml sets beside the network and the patch.
+LIKE_NNUNET = ("deep_supervision", "optimiser")
 
 
-def main() -> None:
-    """Prints milliseconds per way and their ratios."""
+def options() -> argparse.ArgumentParser:
+    """The arguments of this benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--network", choices=list(NETWORKS), default="demo")
+    parser.add_argument("--network", choices=[*NETWORKS, "24gb"], default="demo")
     parser.add_argument("--patch", type=int, nargs=3, default=[32, 40, 40])
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--spacing-mm", type=float, nargs=3, default=list(DEMO_MM))
@@ -77,10 +82,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="per way and round")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Prints milliseconds per way and their ratios."""
+    arguments = options().parse_args()
     torch.set_num_threads(1)
-    registry = cached_cohort(arguments.folder, arguments.spacing_mm)
+    report(measure(cached_cohort(arguments.folder, arguments.spacing_mm), arguments), arguments)
+
+
+def measure(registry: Registry, arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Way -> a row per round, on what is cached in `arguments.folder / "work"`."""
     rows: dict[str, list[dict[str, float]]] = {}
     with ExitStack() as stack:
         ways = Bench(registry, arguments).ways(stack)
@@ -89,7 +105,7 @@ def main() -> None:
                 row = way()
                 if number >= 0:  # the round before the first warms up
                     rows.setdefault(name, []).append(row)
-    report(rows, arguments)
+    return rows
 
 
 class Bench:
@@ -104,7 +120,13 @@ class Bench:
         )
         assert not cohort.problems, cohort.problems
         self.cases = cohort.cases
-        self.network, self.tap = NETWORKS[arguments.network]
+        self.more: dict[str, Any] = {}
+        if arguments.network == "24gb":
+            settings = yaml.safe_load(SETTINGS_24GB.read_text(encoding="utf-8"))["training"]
+            self.network, self.tap = NetworkConfig(**settings["network"]), "upsamples.1"
+            self.more = {name: settings[name] for name in LIKE_NNUNET}
+        else:
+            self.network, self.tap = NETWORKS[arguments.network]
 
     def ways(self, stack: ExitStack) -> dict[str, Callable[[], dict[str, float]]]:
         """Name -> a block of steps that says how long one took."""
@@ -138,7 +160,8 @@ class Bench:
         taps = cached_taps(self.cases, self.space) if features else {}
         network = seeded_network(config, len(self.space.organs), taps).to(self.device).train()
         optimiser = build_optimiser(config.optimiser, network)
-        speed = Speed(SpeedFlags(self.arguments.precision), self.device)
+        told = self.arguments
+        speed = Speed(SpeedFlags(told.precision, told.channels_last, told.compile), self.device)
         speed.prepare(network, network.network, Log(quiet=True))
         batches = self._batches(stack, config, network, workers, in_memory, teachers)
         inputs = TrainingInputs(self.cases, [], self.space, {}, network.cached)
@@ -219,6 +242,7 @@ class Bench:
                 "patch": self.arguments.patch,
                 "batch_size": self.arguments.batch_size,
                 "steps": 100_000,
+                **self.more,
             }
         )
 
@@ -235,7 +259,8 @@ class Teachers:
         for entry in registry.teachers.values():
             record, state = read_teacher(registry.resolve(entry.weights))
             args = dict(record.network.args)
-            args["channels"] = [wider * n for n in args["channels"]]
+            if wider != 1:
+                args["channels"] = [wider * n for n in args["channels"]]
             config = NetworkConfig(name=record.network.name, args=args)
             network: nn.Module = build_network(config, in_channels=1, out_channels=2)
             if wider == 1:

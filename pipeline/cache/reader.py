@@ -328,7 +328,7 @@ class Unit:
     def read_padded(self, name: str, patch: Patch, fill: float) -> npt.NDArray[Any]:
         """Like `read`, with voxels of the patch outside the volume set to `fill`."""
         inside = self.read(name, patch)
-        missing = patch.clip(self.array(name).shape[-3:])[1]
+        missing = patch.clip(self.receipt.arrays[name]["shape"][-3:])[1]
         if not any(before or after for before, after in missing):
             return inside
         padding = [(0, 0)] * (inside.ndim - 3) + list(missing)

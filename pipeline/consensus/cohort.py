@@ -7,29 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import dask
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
-from dask.highlevelgraph import HighLevelGraph
+from dask.delayed import Delayed
 
 from pipeline.cache.identity import read_dataset, read_teacher
 from pipeline.cache.index import IndexedTeacher, case_path, unit_digest, unit_path
-from pipeline.cache.lazy import as_stored, lazy_array
+from pipeline.cache.lazy import Convert, lazy_array
 from pipeline.cache.reader import FULL, CachedCase, Unit
 from pipeline.cache.schema import LABEL, log_odds_name
 from pipeline.consensus.regions import (
     DEFAULT_CONFIDENCE,
     Consensus,
+    above,
     average_experts,
+    averaged,
     believed,
     consensus,
+    corrected,
     region_voxels,
+    spoken_below,
     stack_organs,
+    stacked,
 )
-from pipeline.data.labels import IGNORE, LabelSpace
+from pipeline.data.labels import LabelSpace
 from pipeline.data.patches import Patch
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheMissing, RegistryError
@@ -56,6 +63,12 @@ class RegionRules:
     labels_win: bool = True
     confidence: float = DEFAULT_CONFIDENCE
     temperatures: Temperatures = field(default_factory=dict)
+
+    def word(self, case: CachedCase, teacher: str, organ: str) -> Convert:
+        """What a teacher's log-odds of an organ count for in a case; see `believed`."""
+        trust = case.trust.get((teacher, organ), FULL)
+        temperature = self.temperatures.get((teacher, organ))
+        return partial(believed, here=trust.here, not_here=trust.not_here, temperature=temperature)
 
 
 @dataclass(frozen=True)
@@ -179,7 +192,7 @@ def known_organs(case: CachedCase, space: LabelSpace, *, labels_win: bool = True
 
 @dataclass(frozen=True)
 class Votes:
-    """What teachers and label say of one case, or of one patch of it; nothing is read yet.
+    """What teachers and label say of one case; nothing is read yet.
 
     Attributes:
         known: numbers of the organs that somebody speaks of; below, k counts these.
@@ -200,7 +213,7 @@ class Votes:
         shape = self.classes.shape
         nobody = da.full(shape, np.nan, np.float32) if not all(self.experts) else None
         return stack_organs(
-            [_average(list(who.values())) if who else nobody for who in self.experts]
+            [average_experts(list(who.values())) if who else nobody for who in self.experts]
         )
 
     def consensus(self, rules: RegionRules) -> Consensus:
@@ -211,82 +224,132 @@ class Votes:
         )
 
 
-def lazy_votes(
-    case: CachedCase,
-    space: LabelSpace,
-    rules: RegionRules = RegionRules(),
-    patch: Patch | None = None,
-) -> Votes:
-    """Every teacher's log-odds and the label, lazily; see `lazy_consensus` for the arguments."""
+def lazy_votes(case: CachedCase, space: LabelSpace, rules: RegionRules = RegionRules()) -> Votes:
+    """Every teacher's log-odds and the label, lazily, in the chunks they are stored in."""
     known = known_organs(case, space, labels_win=rules.labels_win)
     names = [space.organs[k] for k in known]
     classes = LabelSpace({name: space.ids[name] for name in names}).to_classes
     return Votes(
         known=known,
-        experts=[_experts(case, name, patch, rules.temperatures) for name in names],
+        experts=[_experts(case, name, rules) for name in names],
         annotated=[k for k, name in enumerate(names) if name in case.annotated],
-        classes=lazy_array(case.case, LABEL, patch, IGNORE, classes),
+        classes=lazy_array(case.case, LABEL, classes),
     )
 
 
 def lazy_consensus(
-    case: CachedCase,
-    space: LabelSpace,
-    rules: RegionRules = RegionRules(),
-    patch: Patch | None = None,
+    case: CachedCase, space: LabelSpace, rules: RegionRules = RegionRules()
 ) -> tuple[Consensus, list[int]]:
-    """The consensus over one case, or one patch of it, without reading anything yet.
-
-    A patch is given to the consensus as one-chunk arrays over lazy views of exactly that slice
-    (measured: 1.2 times reading and plain numpy; sliced afterwards it is 2 to 20 times); a whole
-    case keeps the chunks it is stored in.
-
-    Args:
-        case: open for reading.
-        space: the organs.
-        rules: of the regions.
-        patch: the part of it; None for all.
+    """The consensus over one case, without reading anything yet.
 
     Returns:
         Regions over the known organs, and those organs' numbers; axis K follows that order.
     """
-    votes = lazy_votes(case, space, rules, patch)
+    votes = lazy_votes(case, space, rules)
     return votes.consensus(rules), list(votes.known)
 
 
-def compute(*lazy: da.Array) -> tuple[npt.NDArray[Any], ...]:
-    """Arrays of one graph, together and in this thread: safe in a worker, nothing is read twice.
+def lazy_patch(
+    case: CachedCase,
+    space: LabelSpace,
+    rules: RegionRules,
+    box: Patch,
+    classes: npt.NDArray[np.uint8],
+    resample: Convert | None = None,
+) -> Delayed:
+    """What teachers and labels say on a training patch, over all organs; nothing is read yet.
+
+    One task, which calls the very functions that the graph of a whole case calls block by block:
+    for so little, layers and a scheduler would cost more than reading and arithmetic.
+
+    Args:
+        case: open for reading.
+        space: the student's organs.
+        rules: of the regions.
+        box: what is read of the log-odds.
+        classes: uint8 (D, H, W), the label of the patch, in classes of `space`.
+        resample: of an affine, float32 (K, *box.shape) -> (K, D, H, W): log-odds first, then the
+            label wins, so that regions are those of the log-odds beside them.
+
+    Returns:
+        Of three arrays: log-odds, float32 (K, D, H, W), NaN where nobody knows; organ regions, bool
+        (K, D, H, W); background as far as anybody speaks, bool (D, H, W).
+    """
+    key = f"patch-{uuid4().hex}"
+    return Delayed(key, {key: (partial(_patch, case, space, rules, box, classes, resample),)})
+
+
+def _patch(
+    case: CachedCase,
+    space: LabelSpace,
+    rules: RegionRules,
+    box: Patch,
+    classes: npt.NDArray[np.uint8],
+    resample: Convert | None,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """See `lazy_patch`."""
+    said = {
+        k: averaged(
+            *(
+                rules.word(case, teacher, organ)(case.log_odds(teacher, organ, box))
+                for teacher in case.experts[organ]
+            )
+        )
+        for k, organ in enumerate(space.organs)
+        if case.experts.get(organ)
+    }
+    spoken = list(said)
+    d = stacked(*said.values()) if said else np.empty((0, *box.shape), dtype=np.float32)
+    if resample is not None and spoken:
+        d = resample(d)
+    known = known_organs(case, space, labels_win=rules.labels_win)
+    annotated = tuple(n for n, k in enumerate(known) if space.organs[k] in case.annotated)
+    if rules.labels_win and annotated:
+        if len(known) < len(space.organs):
+            classes = LabelSpace({space.organs[k]: k + 1 for k in known}).to_classes(classes)
+        d = _among(d, [known.index(k) for k in spoken], len(known), classes.shape)
+        d = corrected(d, classes, annotated, rules.confidence)
+        spoken = known
+    d = _among(d, spoken, len(space.organs), classes.shape)
+    return d, above(d, rules.margin), spoken_below(d, rules.margin)
+
+
+def _among(
+    d: npt.NDArray[np.float32], numbers: Sequence[int], num_organs: int, shape: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
+    """Log-odds of some organs among those of all, NaN for the others."""
+    if len(numbers) == num_organs:
+        return d
+    out = np.full((num_organs, *shape), np.nan, dtype=np.float32)
+    out[numbers] = d.reshape(-1, *shape)
+    return out
+
+
+def compute(*lazy: da.Array | Delayed) -> tuple[Any, ...]:
+    """What one graph says, together and in this thread: safe in a worker, nothing is read twice.
 
     By Dask's synchronous scheduler itself. `dask.compute` would first make an expression of the
-    arrays, name it by a hash and look for what can be fused: of a patch's handful of tasks that
-    takes as long as running them.
+    arrays, name it by a hash and look for what can be fused: of a patch's task that takes as long
+    as running it.
     """
-    graph = HighLevelGraph.merge(*(array.dask for array in lazy)).to_dict()
-    blocks = dask.get(graph, [array.__dask_keys__() for array in lazy])
+    graph: dict[Any, Any] = {}
+    for part in lazy:
+        graph.update(part.__dask_graph__())
+    blocks = dask.get(graph, [part.__dask_keys__() for part in lazy])
     results = []
-    for array, found in zip(lazy, blocks, strict=True):
-        finish, arguments = array.__dask_postcompute__()
+    for part, found in zip(lazy, blocks, strict=True):
+        finish, arguments = part.__dask_postcompute__()
         results.append(finish(found, *arguments))
     return tuple(results)
 
 
-def _experts(
-    case: CachedCase, organ: str, patch: Patch | None, temperatures: Temperatures
-) -> dict[str, da.Array]:
-    found = {}
-    for teacher in case.experts.get(organ, ()):
-        odds = lazy_array(case.teachers[teacher], log_odds_name(organ), patch, np.nan, as_stored)
-        trust = case.trust.get((teacher, organ), FULL)
-        odds = believed(odds, here=trust.here, not_here=trust.not_here)
-        if (teacher, organ) in temperatures:
-            odds = odds.astype("float32") / np.float32(temperatures[teacher, organ])
-        found[teacher] = odds
-    return found
-
-
-def _average(experts: Sequence[da.Array]) -> da.Array:
-    """One expert needs no layer: what stacks organs makes float32 of them anyway."""
-    return average_experts(experts) if len(experts) > 1 else experts[0]
+def _experts(case: CachedCase, organ: str, rules: RegionRules) -> dict[str, da.Array]:
+    return {
+        teacher: lazy_array(
+            case.teachers[teacher], log_odds_name(organ), rules.word(case, teacher, organ)
+        )
+        for teacher in case.experts.get(organ, ())
+    }
 
 
 # What stage one tells about its cache, read back from it: region sizes per case.

@@ -17,7 +17,7 @@ from pipeline.cache.reader import CachedCase
 from pipeline.cache.store import json_text
 from pipeline.config import digest
 from pipeline.consensus.cohort import compute, lazy_consensus, lazy_votes, open_case, open_cohort
-from pipeline.consensus.regions import DEFAULT_CONFIDENCE, correct
+from pipeline.consensus.regions import DEFAULT_CONFIDENCE, corrected
 from pipeline.data.entries import CaseFiles
 from pipeline.data.labels import IGNORE, LabelSpace
 from pipeline.data.nifti import (
@@ -285,7 +285,7 @@ def _consensus_rows(
         (odds,) = compute(lazy_votes(case, space, patch=patch).log_odds)
         for z, d in rows.put(odds):
             said = labels[z : z + d.shape[1]]
-            d = correct(d, said, tuple(votes.annotated), DEFAULT_CONFIDENCE)
+            d = corrected(d, said, tuple(votes.annotated), DEFAULT_CONFIDENCE)
             best = np.where(np.isnan(d), -np.inf, d)
             found = np.where(best.max(axis=0) > 0, best.argmax(axis=0) + 1, 0)
             unknown = (found == 0) & (silent | np.isnan(d).any(axis=0))

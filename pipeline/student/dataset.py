@@ -12,12 +12,10 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
-import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -29,10 +27,9 @@ from pipeline.consensus.cohort import (
     RegionRules,
     compute,
     known_organs,
-    lazy_consensus,
+    lazy_patch,
 )
-from pipeline.consensus.regions import Consensus, consensus
-from pipeline.data.labels import IGNORE, LabelSpace
+from pipeline.data.labels import IGNORE
 from pipeline.data.patches import Patch, patch_at
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.student.augment import (
@@ -167,10 +164,9 @@ class PatchDataset(Dataset[dict[str, Any]]):
         arrays: dict[str, npt.NDArray[Any]] = {"image": image, "classes": classes}
         if not self.config.supervision.uses_teachers:
             return arrays
-        if warp is None:
-            arrays |= read_regions(case, self.space, self.rules, patch)
-        else:
-            arrays |= resampled_regions(case, self.space, self.rules, warp, classes)
+        resample = None if warp is None else warp.linear
+        (said,) = compute(lazy_patch(case, self.space, self.rules, box, classes, resample))
+        arrays |= zip(("log_odds", "organ", "background"), said, strict=True)
         for number, ((teacher, tap), cached) in enumerate(self.taps.items()):
             cells = patch.coarsen(cached.stride)
             if teacher in case.teachers:
@@ -229,84 +225,6 @@ def to_batch(collated: dict[str, Any], taps: Sequence[TapKey], device: torch.dev
         experts=get("experts") if "experts" in collated else None,
         features={key: get(f"feature{n}") for n, key in enumerate(taps)} if with_teachers else {},
     )
-
-
-# Log-odds, organ regions and agreed background of one training patch, over all organs.
-
-Arrays = dict[str, npt.NDArray[Any]]
-
-
-def read_regions(case: CachedCase, space: LabelSpace, rules: RegionRules, patch: Patch) -> Arrays:
-    """What teachers and labels say on a patch, read and combined in one go.
-
-    Returns:
-        log_odds: float32 (K, D, H, W), NaN where nobody knows; organ: bool (K, D, H, W), the organ
-        regions; background: bool (D, H, W), background as far as anybody speaks.
-    """
-    if not known_organs(case, space, labels_win=rules.labels_win):
-        return _nobody_knows(space, patch.shape)
-    regions, known = lazy_consensus(case, space, rules, patch)
-    return _over_all_organs(regions, known, space)
-
-
-def resampled_regions(
-    case: CachedCase,
-    space: LabelSpace,
-    rules: RegionRules,
-    warp: Warp,
-    classes: npt.NDArray[np.uint8],
-) -> Arrays:
-    """The same on a patch that an affine moved.
-
-    The teachers' log-odds are resampled first, next to NaN to NaN. Then the label, resampled
-    likewise, wins, and the regions are formed. So they are the regions of the log-odds that stand
-    beside them, and no label is contradicted.
-
-    Args:
-        case: open for reading.
-        space: the student's organs.
-        rules: of the regions.
-        warp: of the patch.
-        classes: (D, H, W), the label of the moved patch.
-    """
-    known = known_organs(case, space, labels_win=rules.labels_win)
-    if not known:
-        return _nobody_knows(space, classes.shape)
-    odds = np.full((len(known), *classes.shape), np.nan, dtype=np.float32)
-    taught = known_organs(case, space, labels_win=False)
-    if taught:
-        said, _ = lazy_consensus(case, space, replace(rules, labels_win=False), warp.box)
-        odds[[known.index(k) for k in taught]] = warp.linear(*compute(said.log_odds))
-    annotated = [n for n, k in enumerate(known) if space.organs[k] in case.annotated]
-    label = None
-    if rules.labels_win and annotated:
-        # Classes of all organs -> 1 + position among the known ones.
-        among_known = LabelSpace({space.organs[k]: k + 1 for k in known}).to_classes(classes)
-        label = da.from_array(among_known, chunks=-1, name=False)
-    regions = consensus(
-        da.from_array(odds, chunks=-1, name=False),
-        label,
-        annotated,
-        margin=rules.margin,
-        confidence=rules.confidence,
-    )
-    return _over_all_organs(regions, known, space)
-
-
-def _over_all_organs(regions: Consensus, known: list[int], space: LabelSpace) -> Arrays:
-    log_odds, organ, background = compute(regions.log_odds, regions.organ, regions.unclaimed)
-    found = _nobody_knows(space, background.shape)
-    found["log_odds"][known], found["organ"][known] = log_odds, organ
-    return {**found, "background": background}
-
-
-def _nobody_knows(space: LabelSpace, shape: tuple[int, ...]) -> Arrays:
-    all_organs = (len(space.organs), *shape)
-    return {
-        "log_odds": np.full(all_organs, np.nan, dtype=np.float32),
-        "organ": np.zeros(all_organs, dtype=np.bool_),
-        "background": np.zeros(shape, dtype=np.bool_),
-    }
 
 
 # Samples of a training as batches, made in this process or in loader processes.

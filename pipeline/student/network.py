@@ -127,6 +127,11 @@ class StudentNetwork(nn.Module):
         for layer in sorted(set(self.layer_of.values())):
             find_module(self.network, layer).register_forward_hook(self._keep(layer))
 
+    def from_the_loss(self) -> list[nn.Parameter]:
+        """Weights about as a backward pass reaches them; adapters last, which not every step
+        uses."""
+        return [*reversed(list(self.network.parameters())), *self.adapters.parameters()]
+
     def forward(self, image: Tensor) -> tuple[Outputs, dict[str, Tensor]]:
         """(N, 1, D, H, W) -> logits (N, K + 1, D, H, W), and layer -> tapped feature.
 

@@ -1,15 +1,15 @@
 """Several processes that train one student: how torchrun or srun started them, who they are, and
 how they keep together.
 
-Each loads its share of every batch, and gradients are averaged after the backward pass. What one
-process finds out (an error, a signal, a checkpoint) all learn by asking each other at fixed places,
-so that none waits for one that has left.
+Each loads its share of every batch, and gradients are averaged while the backward pass runs. What
+one process finds out (an error, a signal, a checkpoint) all learn by asking each other at fixed
+places, so that none waits for one that has left.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.config import digest
@@ -142,27 +142,33 @@ class Processes:
         if any(self.any(error is not None)):
             self.together(lambda: _raise(error))
 
-    def average_gradients(self, network: nn.Module) -> None:
-        """Gradient := mean over all processes; with `ranks.over_ranks`, that of the whole batch.
+    @contextmanager
+    def averaging(self, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+        """For one backward pass: gradient := mean over all processes; with `ranks.over_ranks`, that
+        of the whole batch. Gradients travel in buckets, each as soon as it is full.
 
         A weight without a gradient counts as 0, unless it has none anywhere: then it keeps none, as
-        in one process (an optimiser moves a weight whose gradient is 0). All weights go as one sum,
-        in one order, so the result is the same bits whenever the number of processes is.
+        in one process (an optimiser moves a weight whose gradient is 0). Each bucket is one sum of
+        the same weights in the same order, so the result is the same bits whenever the number of
+        processes is.
+
+        Args:
+            weights: about in the order in which the pass reaches them, alike in all processes.
         """
         if self.size == 1:
+            yield
             return
-        weights = [weight for weight in network.parameters() if weight.requires_grad]
-        if not weights:
-            return
-        present = torch.tensor([w.grad is not None for w in weights], device=weights[0].device)
-        parts = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-        flat = torch.cat([present.float(), *(part.float().flatten() for part in parts)])
-        dist.all_reduce(flat)
-        used, *sums = torch.split(flat, [len(weights), *(w.numel() for w in weights)])
-        for weight, total, use in zip(weights, sums, used.tolist(), strict=True):
-            if use:
-                grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                weight.grad = grad.copy_(total.view_as(weight) / self.size)
+        buckets = _Buckets([weight for weight in weights if weight.requires_grad], self.size)
+        hooks = [
+            w.register_post_accumulate_grad_hook(buckets.ready)  # type: ignore[no-untyped-call]
+            for w in buckets.bucket_of
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        buckets.finish()
 
     def log(self, log: Log) -> Log:
         """The first process speaks; the others keep silent."""
@@ -210,6 +216,61 @@ class Processes:
 
 
 ALONE = Processes()
+
+# Small enough that the first travel early, large enough that a network has few.
+_BUCKET_BYTES = 8 << 20
+
+
+class _Buckets:
+    """Gradients of one backward pass on their way through all processes.
+
+    Every process sends its buckets in the same order, the only one that all of them know: a bucket
+    that is full waits for those before it. Sums within the losses come before the first bucket,
+    since a weight's gradient needs that of all losses.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], size: int) -> None:
+        self._size = size
+        self._buckets: list[list[nn.Parameter]] = []
+        self.bucket_of: dict[nn.Parameter, int] = {}
+        filled = _BUCKET_BYTES
+        for weight in weights:
+            if filled >= _BUCKET_BYTES:
+                self._buckets.append([])
+                filled = 0
+            self._buckets[-1].append(weight)
+            self.bucket_of[weight] = len(self._buckets) - 1
+            filled += weight.numel() * weight.element_size()
+        self._missing = [len(bucket) for bucket in self._buckets]
+        self._sent: list[tuple[Tensor, Any]] = []
+
+    def ready(self, weight: Tensor) -> None:
+        """Its gradient is complete."""
+        assert isinstance(weight, nn.Parameter)
+        self._missing[self.bucket_of[weight]] -= 1
+        while len(self._sent) < len(self._buckets) and not self._missing[len(self._sent)]:
+            self._send()
+
+    def finish(self) -> None:
+        """Sends what no gradient came for, and waits for all."""
+        while len(self._sent) < len(self._buckets):
+            self._send()
+        for bucket, (flat, work) in zip(self._buckets, self._sent, strict=True):
+            work.wait()
+            used, *sums = torch.split(flat, [len(bucket), *(w.numel() for w in bucket)])
+            for weight, total, use in zip(bucket, sums, used.tolist(), strict=True):
+                if use:
+                    grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                    weight.grad = grad.copy_(total.view_as(weight) / self._size)
+
+    @torch.no_grad()
+    def _send(self) -> None:
+        """The next bucket: which of its weights have a gradient, and their gradients."""
+        bucket = self._buckets[len(self._sent)]
+        present = torch.tensor([w.grad is not None for w in bucket], device=bucket[0].device)
+        parts = [torch.zeros_like(w) if w.grad is None else w.grad for w in bucket]
+        flat = torch.cat([present.float(), *(part.float().flatten() for part in parts)])
+        self._sent.append((flat, dist.all_reduce(flat, async_op=True)))
 
 
 class Silent(Log):

@@ -1,7 +1,8 @@
 """What a training reads, on the node's own disk: copied once per node, read from there.
 
-The processes of a node copy shares of it, and wait for each other. What cannot be copied is read
-where it is, and somebody says so; no number depends on it.
+Copies are decoded where the disk has room for that, else they are as the cache stores them. The
+processes of a node copy shares of it, and wait for each other. What cannot be copied is read where
+it is, and somebody says so; no number depends on it.
 """
 
 from __future__ import annotations
@@ -36,12 +37,16 @@ class _Outcome:
         host: that it runs on.
         ready: names of the copies that it made or found in order.
         num_bytes: that it copied.
+        read_bytes: of the ready copies.
+        decoded: whether they are.
         problems: why others are not; a sentence each.
     """
 
     host: str
     ready: frozenset[str] = frozenset()
     num_bytes: int = 0
+    read_bytes: int = 0
+    decoded: bool = False
     problems: tuple[str, ...] = ()
 
 
@@ -83,17 +88,23 @@ def staged_cases(
         for case in cases
         for copy in (_of_case(case, root), *_of_teachers(case, root, taps))
     }
+    decoded = {name: replace(copy, decoded=True) for name, copy in copies.items()}
     host, share = socket.gethostname(), list[Copy]()
-    found = processes.gathered(lambda: (host, _why_not(root, list(copies.values()))))
+    found = processes.gathered(
+        lambda: (host, [_why_not(root, list(of.values())) for of in (decoded, copies)])
+    )
     ranks_here = [rank for rank, (name, _) in enumerate(found) if name == host]
-    problems = tuple(why for name, why in found if name == host and why)
+    is_decoded = not any(found[rank][1][0] for rank in ranks_here)
+    copies = decoded if is_decoded else copies
+    problems = tuple(why for rank in ranks_here if (why := found[rank][1][1]) and not is_decoded)
     if not problems:
         share = _shares(list(copies.values()), len(ranks_here))[ranks_here.index(processes.rank)]
-    own = _make(_Outcome(host, problems=problems), share, folder, log, processes)
+    own = _Outcome(host, decoded=is_decoded, problems=problems)
+    own = _make(own, share, folder, log, processes)
     outcomes = processes.gathered(lambda: own)
     ready = {name for outcome in outcomes if outcome.host == host for name in outcome.ready}
     opened = {name: copies[name].open() for name in ready if copies[name].is_there()}
-    _report(outcomes, copies, folder, log)
+    _report(outcomes, len(copies), folder, log)
     return [_reading(case, root, taps, opened) for case in cases]
 
 
@@ -162,7 +173,7 @@ def _make(
     another that it takes it for dead."""
     left = list(share)
     ready: set[str] = set()
-    problems, num_bytes = list(own.problems), 0
+    problems, num_bytes, read_bytes = list(own.problems), 0, 0
     with log.progress(f"copying to {folder}", len(left)) as advance:
         while any(processes.any(bool(left))):
             if not left:
@@ -171,18 +182,20 @@ def _make(
             try:
                 num_bytes += copy.make()
                 ready.add(copy.name)
+                read_bytes += copy.num_bytes
             except CacheError as error:
                 problems.append(str(error))
             except OSError as error:  # mostly a full disk, which the next unit would find too
                 problems.append(f"{error.filename or copy.path} ({error.strerror or error})")
                 left.clear()
             advance(copy.path.name)
-    return replace(own, ready=frozenset(ready), num_bytes=num_bytes, problems=tuple(problems))
+    return replace(
+        own, ready=frozenset(ready), num_bytes=num_bytes, read_bytes=read_bytes,
+        problems=tuple(problems),
+    )  # fmt: skip
 
 
-def _report(
-    outcomes: Sequence[_Outcome], copies: Mapping[str, Copy], folder: Path, log: Log
-) -> None:
+def _report(outcomes: Sequence[_Outcome], num_copies: int, folder: Path, log: Log) -> None:
     """One line for all, and for each host one about what is read from the cache after all."""
     hosts = list(dict.fromkeys(outcome.host for outcome in outcomes))
     for host in hosts:
@@ -190,17 +203,18 @@ def _report(
         ready = {name for outcome in of_host for name in outcome.ready}
         where = f"{host}: " if len(hosts) > 1 else ""
         if ready:
-            read = sum(copies[name].num_bytes for name in ready)
+            read = sum(outcome.read_bytes for outcome in of_host)
+            how = "decoded" if of_host[0].decoded else "as stored: decoded they do not fit there"
             made = sum(outcome.num_bytes for outcome in of_host)
             log.info(
-                f"{where}{len(ready)} of {len(copies)} units are read from {folder}: "
+                f"{where}{len(ready)} of {num_copies} units are read from {folder}, {how}; "
                 f"{_size(read)}, {_size(made)} of it copied now"
             )
         problems = list(dict.fromkeys(p for outcome in of_host for p in outcome.problems))
-        if len(ready) < len(copies):
+        if len(ready) < num_copies:
             more = f", and {len(problems) - 1} problems more" if len(problems) > 1 else ""
             log.warn(
-                f"{where}{len(copies) - len(ready)} of {len(copies)} units are read from the cache "
+                f"{where}{num_copies - len(ready)} of {num_copies} units are read from the cache "
                 f"itself, not from {folder}: {problems[0] if problems else 'unknown'}{more}."
             )
 

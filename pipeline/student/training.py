@@ -194,9 +194,9 @@ def make_step(state: TrainingState, batch: Batch, step: int) -> dict[str, Any]:
         bad = [name for name, term in terms.items() if not math.isfinite(term)]
         raise FloatingPointError(f"the loss became NaN in {', '.join(bad) or 'the sum'}.")
     optimiser.zero_grad(set_to_none=True)
-    speed.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     # Before they are unscaled: so an overflow in one process makes all leave the step out.
-    processes.average_gradients(network)
+    with processes.averaging(network.from_the_loss()):
+        speed.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     speed.scaler.unscale_(optimiser)
     norm = float(torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.clip_norm))
     if speed.is_lost(norm):

@@ -20,6 +20,7 @@ import pytest
 from pipeline.cache.places import Place, find_units
 from pipeline.cache.reader import Unit
 from pipeline.cache.receipt import read_receipt
+from pipeline.cache.staged import Copy
 from pipeline.consensus.cohort import open_cohort
 from pipeline.data.patches import Patch
 from pipeline.data.registry import load_registry
@@ -79,6 +80,32 @@ def test_damage_is_found_and_never_read_as_a_number(
         assert refused or kind in ("receipt", "array metadata"), where
         file.write_bytes(before)
         assert deep_problems(truth.place, truth.digest) == []
+
+
+@pytest.mark.parametrize(("damage", "tries"), [(flip, (30, 300)), (truncate, (10, 100))])
+def test_a_damaged_decoded_copy_is_never_read_as_a_number(
+    small_cached: Path, tmp_path: Path, damage: Damage, tries: tuple[int, int]
+) -> None:
+    """Damaged before a job finds it, or below a job that reads it."""
+    rng = random.Random(3)
+    truths = [Truth.of(place) for place in find_units(work_of(small_cached))]
+    for number in range(how_many(*tries)):
+        truth = rng.choice(truths)
+        copy = Copy(Unit.open(truth.place.path), tmp_path, tuple(truth.arrays), decoded=True)
+        copy.make()
+        staged = copy.open()
+        file = rng.choice(files_of(copy.path))
+        if number % 2:
+            assert staged.read(rng.choice(list(truth.arrays))) is not None  # it is mapped
+        damage(file, rng)
+        if number % 2 == 0:
+            copy.make()
+            staged = copy.open()
+        for name, values in truth.arrays.items():
+            found = staged.read(name)
+            right = np.array_equal(found, values, equal_nan=values.dtype.kind == "f")
+            LEDGER.add(f"{damage.__name__}, decoded copy", detected=right, lost=not right)
+            assert right, f"{file}, trial {number}"
 
 
 @pytest.mark.parametrize(("damage", "tries"), [(flip, (40, 300)), (truncate, (10, 60))])

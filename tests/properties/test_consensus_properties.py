@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from pipeline.cache.reader import CachedCase, Trust
+from pipeline.consensus.cohort import RegionRules, compute, known_organs, lazy_consensus, lazy_patch
 from pipeline.consensus.regions import (
     Consensus,
     average_experts,
@@ -17,6 +21,8 @@ from pipeline.consensus.regions import (
     excluded_by_label,
     pair_conflicts,
 )
+from pipeline.data.labels import IGNORE
+from pipeline.data.patches import Patch
 from tests.unit.consensus.slow_consensus import (
     slow_average,
     slow_excluded,
@@ -24,6 +30,7 @@ from tests.unit.consensus.slow_consensus import (
     slow_pair_conflicts,
     slow_regions,
 )
+from tests.unit.review.inspect.made_cases import SPACE, made_case, random_case
 
 NAMES = ("log_odds", "organ", "background", "conflict", "abstained")
 Array = npt.NDArray[Any]
@@ -165,3 +172,72 @@ def test_conflicts_of_each_pair_of_teachers(
     pairs, counts = pair_conflicts(da.from_array(claims, chunks=chunks), teachers, organs)
     found = dict(zip(map(frozenset, pairs), counts.compute(scheduler="synchronous"), strict=True))
     assert found == slow_pair_conflicts(claims, teachers, organs)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> CachedCase:
+    folder = tmp_path_factory.mktemp("stored")
+    _, votes, label = random_case(folder / "one")
+    label = np.random.default_rng(1).choice([0, *SPACE.ids.values(), IGNORE], size=label.shape)
+    return made_case(folder / "two", "made/case", votes, label, SPACE.organs)
+
+
+@st.composite
+def variants(draw: st.DrawFn, stored: CachedCase) -> tuple[CachedCase, RegionRules]:
+    """A case of which some teachers are missing and some not believed, and rules."""
+    pairs = [(t, o) for o, who in stored.experts.items() for t in who]
+    left = draw(st.sets(st.sampled_from(sorted(stored.teachers))))
+    case = replace(
+        stored,
+        annotated=tuple(o for o in SPACE.organs if draw(st.booleans())),
+        teachers={name: unit for name, unit in stored.teachers.items() if name in left},
+        experts={o: [t for t in who if t in left] for o, who in stored.experts.items()},
+        trust={
+            pair: Trust(draw(st.booleans()), draw(st.booleans()))
+            for pair in pairs
+            if draw(st.booleans())
+        },
+    )
+    rules = RegionRules(
+        margin=draw(margins),
+        labels_win=draw(st.booleans()),
+        confidence=draw(st.sampled_from([0.5, 6.0])),
+        temperatures={pair: draw(st.floats(0.25, 16)) for pair in pairs if draw(st.booleans())},
+    )
+    return case, rules
+
+
+def cut(values: Array, patch: Patch, fill: float) -> Array:
+    """A patch of a whole case's array; `fill` outside."""
+    inside, missing = patch.clip(values.shape[-3:])
+    padding = [(0, 0)] * (values.ndim - 3) + list(missing)
+    part: Array = np.pad(values[(..., *inside)], padding, constant_values=fill)
+    return part
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_patch_says_bit_for_bit_what_the_case_says_there(
+    stored: CachedCase, data: st.DataObject
+) -> None:
+    case, rules = data.draw(variants(stored))
+    start = data.draw(st.tuples(*(st.integers(-4, n) for n in case.label().shape)))
+    patch = Patch(start, data.draw(st.tuples(*(st.integers(1, 8) for _ in range(3)))))
+    classes = SPACE.to_classes(case.label(patch, fill=IGNORE))
+    ((d, organ, background),) = compute(lazy_patch(case, SPACE, rules, patch, classes))
+    known = known_organs(case, SPACE, labels_win=rules.labels_win)
+    if known:
+        whole, _ = lazy_consensus(case, SPACE, rules)
+        parts = compute(whole.log_odds, whole.organ, whole.unclaimed)
+        fills = (np.nan, False, False)
+        wanted = [cut(a, patch, fill) for a, fill in zip(parts, fills, strict=True)]
+        assert (
+            np.nan_to_num(d[known], nan=99).tobytes() == np.nan_to_num(wanted[0], nan=99).tobytes()
+        )
+        assert np.array_equal(organ[known], wanted[1])
+        assert np.array_equal(background, wanted[2])
+    unknown = [k for k in range(len(SPACE.organs)) if k not in known]
+    assert d.dtype == np.float32
+    assert np.isnan(d[unknown]).all()
+    assert not organ[unknown].any()
+    assert background.any() <= bool(known)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -122,16 +125,90 @@ class TestCopy:
         assert ours.parts[len(root.parts) + 1 :] == theirs.parts[len(root.parts) + 1 :] == names
 
 
+class TestDecoded:
+    def test_it_holds_numbers_and_their_digest_and_reads_as_the_original_without_it(
+        self, unit: Unit, root: Path
+    ) -> None:
+        kept = Unit.open(Path(shutil.copytree(unit.path, root / "kept.zarr")))
+        copy = Copy(unit, root, ARRAYS, decoded=True)
+        assert copy.missing_bytes() == copy.num_bytes == copy.make()
+        assert copy.is_there()
+        numbers = (copy.path / ARRAYS[0] / "decoded").read_bytes()
+        assert numbers[:-32] == unit.read(ARRAYS[0]).tobytes()
+        assert numbers[-32:] == hashlib.sha256(numbers[:-32]).digest()
+        assert not shard_there(copy.path)
+        assert list(root.glob(".*")) == []
+        assert copy.make() == 0
+        shutil.rmtree(unit.path)
+        staged = pickle.loads(pickle.dumps(copy.open()))
+        assert staged.attributes == kept.attributes
+        for array in ARRAYS:
+            assert same(staged, kept, array)
+
+    @pytest.mark.parametrize("truncate", [True, False])
+    def test_one_that_is_damaged_is_made_again(
+        self, unit: Unit, root: Path, truncate: bool
+    ) -> None:
+        copy = Copy(unit, root, ARRAYS[:1], decoded=True)
+        copy.make()
+        file = copy.path / ARRAYS[0] / "decoded"
+        damage(file, truncate=truncate)
+        assert copy.is_there() is not truncate  # by sizes alone
+        assert copy.make() == file.stat().st_size
+        assert same(copy.open(), unit)
+
+    def test_an_original_that_is_damaged_has_none(self, unit: Unit, root: Path) -> None:
+        damage(shard(unit.path))
+        copy = Copy(unit, root, ARRAYS[:1], decoded=True)
+        with pytest.raises(CacheCorrupt, match=r"log_odds/liver/c/.* has other bytes"):
+            copy.make()
+        assert not copy.is_there()
+        assert list(root.glob(".*")) == []
+
+    def test_a_disk_that_fills_up_leaves_nothing_half_written(
+        self, unit: Unit, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(self: Copy, name: str, target: Path) -> None:
+            target.write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(target))
+
+        copy = Copy(unit, root, ARRAYS[:1], decoded=True)
+        monkeypatch.setattr(Copy, "_decode", full)
+        with pytest.raises(OSError, match="No space left"):
+            copy.make()
+        assert not copy.is_there()
+        assert list(root.glob(".*")) == []
+
+    def test_several_may_decode_one_unit_at_the_same_moment(self, unit: Unit, root: Path) -> None:
+        copies = [Copy(unit, root, ARRAYS, decoded=True) for _ in range(3)]
+        barrier = threading.Barrier(len(copies), timeout=60)
+
+        def make(copy: Copy) -> None:
+            barrier.wait()
+            copy.make()
+
+        with ThreadPoolExecutor(len(copies)) as pool:
+            list(pool.map(make, copies))
+        assert copies[0].make() == 0
+        assert list(root.glob(".*")) == []
+        assert same(copies[0].open(), unit)
+
+
 class TestReading:
-    @pytest.mark.parametrize("harm", ["bytes", "gone", "metadata"])
+    @pytest.mark.parametrize("harm", ["bytes", "gone", "metadata", "numbers", "shorter numbers"])
     def test_what_is_lost_is_read_from_the_original_and_said_once(
         self, unit: Unit, root: Path, harm: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        copy = Copy(unit, root, ARRAYS[:1])
+        decoded = "numbers" in harm
+        copy = Copy(unit, root, ARRAYS[:1], decoded)
         copy.make()
         staged = copy.open()
+        if decoded:
+            assert same(staged, unit)  # so that it is mapped already
         if harm == "gone":
             shutil.rmtree(copy.path)
+        elif decoded:
+            damage(copy.path / ARRAYS[0] / "decoded", truncate="shorter" in harm)
         else:
             damage(copy.path / ARRAYS[0] / "zarr.json" if harm == "metadata" else shard(copy.path))
         assert same(staged, unit)

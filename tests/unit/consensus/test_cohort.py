@@ -17,6 +17,7 @@ from pipeline.consensus.cohort import (
     compute,
     known_organs,
     lazy_consensus,
+    lazy_patch,
     open_cohort,
 )
 from pipeline.data.patches import Patch
@@ -39,19 +40,10 @@ def find(cohort: Cohort, name: str) -> CachedCase:
     return case
 
 
-def regions(
-    case: CachedCase, registry: Path, patch: Patch | None = None, **options: Any
-) -> dict[str, Any]:
+def regions(case: CachedCase, registry: Path, **options: Any) -> dict[str, Any]:
     space = load_registry(registry, files=False).label_space
-    found, _ = lazy_consensus(case, space, RegionRules(**options), patch)
+    found, _ = lazy_consensus(case, space, RegionRules(**options))
     return dict(zip(NAMES, compute(*(getattr(found, n) for n in NAMES)), strict=True))
-
-
-def cut(values: Any, patch: Patch, fill: object) -> Any:
-    """The patch out of whole-case regions, voxels outside the case set to `fill`."""
-    inside, missing = patch.clip(values.shape[-3:])
-    padding = [(0, 0)] * (values.ndim - 3) + list(missing)
-    return np.pad(values[(..., *inside)], padding, constant_values=fill)
 
 
 @pytest.fixture
@@ -85,29 +77,6 @@ def test_what_is_not_asked_for_is_not_opened(built_cache: Path) -> None:
     assert cohort.cases[0].experts == {"liver": [], "spleen": ["spleen"]}
 
 
-@pytest.mark.parametrize(
-    "patch",
-    [
-        Patch((2, 3, 4), (8, 8, 8)),
-        Patch((-4, 20, 10), (12, 16, 8)),
-        Patch((100, 100, 100), (4, 4, 4)),
-    ],
-    ids=["inside", "partly outside", "outside"],
-)
-@pytest.mark.parametrize("margin", [0.0, 0.3])
-def test_a_patch_says_what_the_case_says_there(
-    built_cache: Path, patch: Patch, margin: float
-) -> None:
-    case = find(opened(built_cache), "liver-ct/case_001")
-    whole = regions(case, built_cache, margin=margin)
-    part = regions(case, built_cache, patch, margin=margin)
-    # Outside nobody saw anything: no region, all abstained.
-    fills = {"log_odds": np.nan, "abstained": True}
-    for name in NAMES:
-        wanted = cut(whole[name], patch, fills.get(name, False))
-        np.testing.assert_array_equal(part[name], wanted, err_msg=name)
-
-
 def test_the_consensus_is_of_what_is_cached(built_cache: Path) -> None:
     case = find(opened(built_cache), "liver-ct/case_001")
     found = regions(case, built_cache)
@@ -133,20 +102,18 @@ def test_margin_and_confidence_reach_the_regions(built_cache: Path) -> None:
     assert np.abs(sure[0]).min() == 9.0
 
 
-def test_each_array_is_read_once_per_compute(
+def test_a_patch_is_one_task_that_reads_each_array_once(
     built_cache: Path, reads: Counter[tuple[str, str]]
 ) -> None:
-    cohort = opened(built_cache)
-    case = find(cohort, "liver-ct/case_001")
+    case = find(opened(built_cache), "liver-ct/case_001")
     space = load_registry(built_cache, files=False).label_space
-    found, _ = lazy_consensus(case, space, patch=Patch((0, 0, 0), (16, 16, 16)))
+    patch = Patch((0, 0, 0), (16, 16, 16))
+    classes = np.zeros(patch.shape, np.uint8)
+    lazy = lazy_patch(case, space, RegionRules(), patch, classes)
+    assert len(lazy.__dask_graph__()) == 1
     assert not reads
-    compute(*(getattr(found, name) for name in NAMES))
-    assert reads == {
-        ("cases", "label"): 1,
-        ("liver", "log_odds/liver"): 1,
-        ("spleen", "log_odds/spleen"): 1,
-    }
+    compute(lazy)
+    assert reads == {("liver", "log_odds/liver"): 1, ("spleen", "log_odds/spleen"): 1}
 
 
 def test_organs_that_nobody_knows_are_left_out(built_cache: Path) -> None:
@@ -230,13 +197,23 @@ def test_dropping_a_teacher_changes_the_regions_at_once_and_no_file(tiny_cached:
     assert snapshot(work_of(tiny_cached)) == before
 
 
-@pytest.mark.parametrize("patch", [None, Patch((0, 0, 0), (8, 8, 8))])
-def test_what_is_lost_after_opening_is_in_no_region(tiny_cached: Path, patch: Patch | None) -> None:
+@pytest.mark.parametrize("whole", [True, False], ids=["case", "patch"])
+def test_what_is_lost_after_opening_is_in_no_region(tiny_cached: Path, whole: bool) -> None:
     case = find(opened(tiny_cached), "liver-ct/case_001")
-    regions(case, tiny_cached, patch)
+    space = load_registry(tiny_cached, files=False).label_space
+    patch, classes = Patch((0, 0, 0), (8, 8, 8)), np.zeros((8, 8, 8), np.uint8)
+
+    def read() -> None:
+        compute(
+            lazy_consensus(case, space)[0].organ
+            if whole
+            else lazy_patch(case, space, RegionRules(), patch, classes)
+        )
+
+    read()
     shutil.rmtree(case.teachers["spleen"].path / "log_odds" / "spleen" / "c")
     with pytest.raises(CacheIncomplete, match="spleen x liver-ct/case_001: chunk"):
-        regions(case, tiny_cached, patch)
+        read()
 
 
 def test_computing_does_not_import_distributed(monkeypatch: pytest.MonkeyPatch) -> None:

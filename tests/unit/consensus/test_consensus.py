@@ -136,9 +136,12 @@ def test_a_volume_against_the_obvious_version(margin: float, annotated: list[int
      (False, False, [NAN, NAN, NAN])],
 )  # fmt: skip
 def test_a_teacher_is_believed_on_one_side(here: bool, not_here: bool, wanted: list[float]) -> None:
-    said = da.from_array(np.array([3, 0, -2, NAN], np.float16).reshape(1, 1, 4))
-    found = np.asarray(believed(said, here=here, not_here=not_here)).ravel().tolist()
-    assert found == pytest.approx([*wanted, NAN], nan_ok=True)
+    said = np.array([3, 0, -2, NAN], np.float16)
+    for temperature in (None, 2.0):
+        found = believed(said, here, not_here, temperature)
+        assert (found.dtype == np.float16) is (here and not_here and temperature is None)
+        expected = [d / (temperature or 1) for d in [*wanted, NAN]]
+        assert found.tolist() == pytest.approx(expected, nan_ok=True)
 
 
 def test_several_experts_are_averaged_over_those_that_saw() -> None:
@@ -157,29 +160,14 @@ def test_the_average_of_large_values_is_not_that_of_float16() -> None:
     assert at(average_experts(experts)) == pytest.approx(60000, rel=1e-3)
 
 
-def test_each_expert_is_divided_by_its_own_temperature() -> None:
-    rng = np.random.default_rng(6)
-    experts = [rng.normal(size=(4, 5, 6)).astype(np.float16) for _ in range(2)]
-    experts[0][0] = experts[1][1] = NAN
-    lazy = [da.from_array(e) for e in experts]
-    average = np.asarray(average_experts(lazy, [2.0, 0.5]))
-    assert average.dtype == np.float32
-    divided = [experts[0].astype(np.float32) / 2, experts[1].astype(np.float32) / 0.5]
-    np.testing.assert_allclose(average, slow_average(divided), rtol=1e-6)
-    (alone,) = (np.asarray(average_experts(lazy[:1], [2.0])),)
-    np.testing.assert_allclose(alone, divided[0], rtol=1e-6)
-    with pytest.raises(ValueError, match="shorter"):
-        average_experts(lazy, [2.0])
-
-
 @pytest.mark.parametrize("temperature", [0.25, 1.7, 16.0])
 def test_no_region_of_one_expert_changes_with_its_temperature_at_margin_0(
     temperature: float,
 ) -> None:
     rng = np.random.default_rng(7)
-    odds = [da.from_array(rng.normal(0, 5, (4, 5, 6)).astype(np.float16)) for _ in range(2)]
-    plain = consensus(da.stack([average_experts([d]) for d in odds]))
-    hot = consensus(da.stack([average_experts([d], [temperature]) for d in odds]))
+    odds = rng.normal(0, 5, (2, 4, 5, 6)).astype(np.float16)
+    plain = consensus(da.from_array(odds))
+    hot = consensus(da.from_array(believed(odds, True, True, temperature)))
     for name in ("organ", "background", "conflict", "abstained"):
         np.testing.assert_array_equal(
             np.asarray(getattr(plain, name)), np.asarray(getattr(hot, name))

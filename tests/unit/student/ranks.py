@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import pipeline.student.processes
 from pipeline.errors import PipelineError
 from pipeline.log import Log
 from pipeline.networks.by_name import NetworkConfig
@@ -219,7 +219,8 @@ def _arrange(scenario: Scenario, rank: int) -> None:
             raise PipelineError("a chunk cannot be decoded.", where="liver-ct/a")
         return real_item(data, number)
 
-    replace: list[tuple[Any, str, Callable[..., Any]]] = [
+    replace: list[tuple[Any, str, Any]] = [
+        (pipeline.student.processes, "_BUCKET_BYTES", 256),  # many, of so small a network
         (training, "make_step", make_step),
         (training, "batch_loss", batch_loss),
         (losses, "dice", dice),

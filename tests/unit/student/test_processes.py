@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from pipeline.errors import ConfigError
 from pipeline.log import Log
 from pipeline.networks.tensor_file import load_sealed
+from pipeline.student import processes
 from pipeline.student.checkpoint import training_checkpoints
 from pipeline.student.processes import ALONE, Processes, Silent, launched, refuse_several
 from pipeline.student.progress import metric_lines, without_timing
@@ -138,6 +140,50 @@ class TestTwoProcesses:
         together(scenario)
         assert start(replace(scenario, signal=None)).finished
         assert "of 2 processes, now there are 1" in capsys.readouterr().err
+
+
+class TestAveraging:
+    """The other process has the same gradients plus 2."""
+
+    @pytest.fixture
+    def sent(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Numbers in each message, as it is sent."""
+        numel: list[int] = []
+
+        def all_reduce(flat: torch.Tensor, async_op: bool) -> SimpleNamespace:
+            numel.append(flat.numel())
+            return SimpleNamespace(wait=lambda: flat.mul_(2).add_(2))
+
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+        monkeypatch.setattr(processes, "_BUCKET_BYTES", 1)  # a bucket for each weight
+        return numel
+
+    def test_gradients_travel_while_the_first_layers_have_none_yet(self, sent: list[int]) -> None:
+        first, last = nn.Linear(3, 2, bias=False), nn.Linear(2, 4, bias=False)
+        unused = nn.Parameter(torch.ones(5))
+        seen: list[list[int]] = []
+        first.register_full_backward_pre_hook(lambda *_: seen.append(list(sent)))
+        loss = last(first(torch.ones(1, 3))).sum()
+        with Processes(0, 2).averaging([last.weight, first.weight, unused]):
+            loss.backward()
+        assert seen == [[1 + 8]]
+        assert sent == [1 + 8, 1 + 6, 1 + 5]
+
+    def test_mean_over_all_and_one_without_a_gradient_counts_as_0(self, sent: list[int]) -> None:
+        used, unused, fixed = (nn.Parameter(torch.ones(2)) for _ in range(3))
+        fixed.requires_grad_(False)
+        with Processes(0, 2).averaging([unused, used, fixed]):
+            (3 * used).sum().backward()
+        assert used.grad.tolist() == [4.0, 4.0]
+        assert unused.grad.tolist() == [1.0, 1.0]
+        assert fixed.grad is None
+
+    def test_nothing_is_sent_after_an_error_and_no_hook_stays(self, sent: list[int]) -> None:
+        weight = nn.Parameter(torch.ones(2))
+        with pytest.raises(ValueError, match="no"), Processes(0, 2).averaging([weight]):
+            raise ValueError("no")
+        weight.sum().backward()
+        assert sent == []
 
 
 class TestLaunched:

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,7 +66,8 @@ class TestOneProcess:
         assert not any("spleen@" in name and "features" in name for name in names)
         first, again = capsys.readouterr().err, stage(cases, tmp_path)
         assert num_staged(again) == len(units(cases))
-        assert f"27 of 27 units are read from {tmp_path}" in first
+        assert f"27 of 27 units are read from {tmp_path}, decoded; " in first
+        assert not list(tmp_path.glob("**/c"))
         assert first.rstrip().endswith("of it copied now")
         assert "0.00 MB of it copied now" not in first
         assert "0.00 MB of it copied now" in capsys.readouterr().err
@@ -93,14 +95,38 @@ class TestOneProcess:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        need = sum(copy.num_bytes for copy in spied(monkeypatch, cases, tmp_path / "spy"))
+        decoded = [c for c in spied(monkeypatch, cases, tmp_path / "spy") if c.decoded]
         capsys.readouterr()
-        for spare, staged in ((-1, 0), (1, len(units(cases)))):
-            disk = SimpleNamespace(total=2_000_000, free=100_000 + need + spare)
+        room = [sum(replace(c, decoded=of).num_bytes for c in decoded) for of in (False, True)]
+        for free, staged, how in (
+            (min(room) - 1, 0, ""),
+            (min(room), 27, "as stored: " if room[0] < room[1] else "decoded; "),
+            (room[1], 27, "decoded; "),
+        ):
+            disk = SimpleNamespace(total=2_000_000, free=100_000 + free)
             monkeypatch.setattr(staging.shutil, "disk_usage", lambda _, disk=disk: disk)
-            assert num_staged(stage(cases, tmp_path / "node")) == staged
+            assert num_staged(stage(cases, tmp_path / f"node{free}")) == staged
             told = capsys.readouterr().err
             assert ("are free, a twentieth of the disk left aside" in told) is (staged == 0)
+            assert how in told
+
+    def test_what_fits_only_as_it_is_stored_is_copied_so(
+        self,
+        cases: list[CachedCase],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        real = staging._why_not
+        monkeypatch.setattr(
+            staging, "_why_not", lambda root, of: real(root, of) or "too small" * of[0].decoded
+        )
+        staged = stage(cases, tmp_path)
+        assert num_staged(staged) == len(units(cases))
+        assert np.array_equal(staged[0].label(), cases[0].label())
+        told = capsys.readouterr().err
+        assert f"read from {tmp_path}, as stored: decoded they do not fit there; " in told
+        assert not list(tmp_path.glob("**/decoded"))
 
     def test_a_disk_that_fills_up_meanwhile(
         self,
@@ -112,7 +138,7 @@ class TestOneProcess:
         real, made = Copy.make, Counter[str]()
 
         def make(self: Copy) -> int:
-            made["units"] += 1
+            made["units"] += self.decoded
             if made["units"] > 5:
                 raise OSError(28, "No space left on device", str(self.path))
             return real(self)
@@ -136,7 +162,8 @@ class TestSeveralProcesses:
         real = Copy.make
 
         def make(self: Copy) -> int:
-            made.append((threading.current_thread().name, self.path))
+            if self.decoded:  # to decode one it is copied as it is stored first
+                made.append((threading.current_thread().name, self.path))
             return real(self)
 
         monkeypatch.setattr(Copy, "make", make)
