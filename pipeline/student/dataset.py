@@ -33,17 +33,16 @@ from pipeline.consensus.cohort import (
 )
 from pipeline.consensus.regions import Consensus, consensus
 from pipeline.data.labels import IGNORE, LabelSpace
-from pipeline.data.patches import Patch, patch_at
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.data.patches import Index3, Patch, patch_at
+from pipeline.errors import PipelineError
 from pipeline.student.augment import (
-    FEATURES_STAY,
     Warp,
     change_intensity,
     check_sides,
     draw_movement,
 )
 from pipeline.student.inputs import TrainingInputs
-from pipeline.student.network import TapKey, common_stride
+from pipeline.student.network import TapKey
 from pipeline.student.processes import ALONE, Processes
 from pipeline.student.resume import live_as_long_as_the_loop
 from pipeline.student.sampling import Sampler
@@ -59,7 +58,8 @@ class PatchDataset(Dataset[dict[str, Any]]):
     Of each batch, each process makes a contiguous share of `batch_share` samples; its item number
     `step * batch_share + i` is sample `rank * batch_share + i` of batch `step`, whatever the number
     of processes is. What of a patch lies outside a case is air, label 255, log-odds and features
-    NaN, and in no region. Patch origins are multiples of the cells of every cached tap.
+    NaN, and in no region. Features of a patch that was moved are NaN: those of a mirrored or
+    scaled image are not the mirrored or scaled ones.
 
     Args:
         config: of the training.
@@ -68,9 +68,8 @@ class PatchDataset(Dataset[dict[str, Any]]):
         pool_bytes: decoded chunks kept per process; changes speed only.
 
     Raises:
-        ConfigError: the batch cannot be shared evenly; the patch is not a whole number of feature
-            cells; augmentation that is not legal for the organs (see `check_sides`) or for cached
-            features.
+        ConfigError: the batch cannot be shared evenly, or augmentation that is not legal for the
+            organs (see `check_sides`).
         CacheError: a unit whose attributes cannot be read.
     """
 
@@ -82,16 +81,6 @@ class PatchDataset(Dataset[dict[str, Any]]):
         pool_bytes: int = 0,
     ) -> None:
         self.batch_share, self.rank = processes.share(config.batch_size), processes.rank
-        self.align = common_stride(inputs.taps.values())
-        if any(n % a for n, a in zip(config.patch, self.align, strict=True)):
-            raise ConfigError(
-                f"patch {config.patch} is not a whole number of feature cells of {self.align} "
-                "voxels.",
-                where="patch",
-                fix=f"Choose multiples of {self.align}.",
-            )
-        if inputs.taps and config.augment.moves_voxels:
-            raise ConfigError(f"{FEATURES_STAY}.", where="augment", fix="Set features.weight to 0.")
         check_sides(config.augment, inputs.space)
         supervision = config.supervision
         self.config, self.space, self.taps = config, inputs.space, dict(inputs.taps)
@@ -125,10 +114,11 @@ class PatchDataset(Dataset[dict[str, Any]]):
         )
         case, centre = self._sampler.draw(rng)
         grid = case.grid
-        patch = patch_at(centre, config.patch, grid.shape, self.align)
+        patch = patch_at(centre, config.patch, grid.shape)
         movement = draw_movement(config.augment, config.patch, rng)
         arrays = self._read(case, patch, movement.warp(patch, grid.spacing_mm))
         moved = {name: movement.apply(array) for name, array in arrays.items()}
+        moved |= self._features(case, patch, seen=not movement.moves)
         spacing_mm = movement.spacing_after(grid.spacing_mm)
         moved["image"] = change_intensity(moved["image"], config.augment, rng, spacing_mm)
         sample: dict[str, Any] = {n: torch.from_numpy(a) for n, a in moved.items()}
@@ -169,12 +159,17 @@ class PatchDataset(Dataset[dict[str, Any]]):
             arrays |= read_regions(case, self.space, self.rules, patch)
         else:
             arrays |= resampled_regions(case, self.space, self.rules, warp, classes)
+        return arrays
+
+    def _features(self, case: CachedCase, patch: Patch, *, seen: bool) -> Arrays:
+        """Of each tap (F, d, h, w); NaN where the teacher has no unit, or nobody is to see them."""
+        arrays = {}
         for number, ((teacher, tap), cached) in enumerate(self.taps.items()):
-            cells = patch.coarsen(cached.stride)
-            if teacher in case.teachers:
-                feature = case.features(teacher, tap, cells).astype(np.float32)
+            if seen and teacher in case.teachers:
+                feature = features_at(case, teacher, tap, patch, cached.stride)
             else:
-                feature = np.full((cached.channels, *cells.shape), np.nan, dtype=np.float32)
+                cells = [n // s for n, s in zip(patch.shape, cached.stride, strict=True)]
+                feature = np.full((cached.channels, *cells), np.nan, dtype=np.float32)
             arrays[f"feature{number}"] = feature
         return arrays
 
@@ -289,6 +284,24 @@ def resampled_regions(
         confidence=rules.confidence,
     )
     return _over_all_organs(regions, known, space)
+
+
+def features_at(
+    case: CachedCase, teacher: str, tap: str, patch: Patch, stride: Index3
+) -> npt.NDArray[np.float32]:
+    """Cells (F, d, h, w) of a patch that begins at any voxel: linear between the cached ones on
+    either side; next to NaN is NaN. The patch is a whole number of cells.
+    """
+    z, y, x = (a // s for a, s in zip(patch.start, stride, strict=True))
+    into = [a % s / s for a, s in zip(patch.start, stride, strict=True)]
+    d, h, w = (n // s + (f > 0) for n, s, f in zip(patch.shape, stride, into, strict=True))
+    found = case.features(teacher, tap, Patch((z, y, x), (d, h, w))).astype(np.float32)
+    for axis, share in enumerate(into, start=1):
+        if share:
+            before = (slice(None),) * axis
+            lower, upper = found[(*before, slice(-1))], found[(*before, slice(1, None))]
+            found = lower * np.float32(1 - share) + upper * np.float32(share)
+    return found
 
 
 def _over_all_organs(regions: Consensus, known: list[int], space: LabelSpace) -> Arrays:

@@ -4,8 +4,7 @@ outputs for deep supervision.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -46,13 +45,6 @@ class CachedTap:
     channels: int
     stride: Index3
     organs: tuple[int, ...]
-
-
-def common_stride(taps: Iterable[CachedTap]) -> Index3:
-    """Voxels z, y, x of which patches must be multiples, for whole cells of every tap."""
-    strides = [tap.stride for tap in taps]
-    z, y, x = (math.lcm(*(stride[axis] for stride in strides)) for axis in range(3))
-    return (z, y, x)
 
 
 class OneVsRest(nn.Module):

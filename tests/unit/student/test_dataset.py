@@ -12,7 +12,7 @@ from pipeline.cache.reader import CachedCase
 from pipeline.data.labels import IGNORE
 from pipeline.data.patches import Patch
 from pipeline.student.augment import AugmentConfig
-from pipeline.student.dataset import to_batch
+from pipeline.student.dataset import features_at, to_batch
 from pipeline.student.network import CachedTap
 from pipeline.student.sampling import SamplingConfig
 from pipeline.student.supervision import SupervisionConfig
@@ -71,15 +71,31 @@ class TestWhatASampleHolds:
         for item in range(len(data)):
             sample = arrays(data[item])
             inside, voxels = place(sample["image"][0])
-            start = voxels[0]
-            assert not (start % STRIDE).any()
-            starts.add(tuple(start))
-            first, cells = start // 2, [n // 2 for n in PATCH]
+            starts.add(tuple(voxels[0] % STRIDE))
+            first, cells = voxels[0] / STRIDE, [n // 2 for n in PATCH]
             d, h, w = np.meshgrid(*(np.arange(n) for n in cells), indexing="ij")
+            # What was written is linear in the cell, so that in between is exact.
             expected = np.stack([16 * (d + first[0]) + h + first[1], w + first[2]])
-            seen = inside[::2, ::2, ::2]
-            assert np.array_equal(sample["feature0"][:, seen], expected[:, seen])
-        assert len(starts) > 5
+            assert inside.all()
+            assert np.array_equal(sample["feature0"], expected)
+        assert len(starts) > 3
+
+    def test_next_to_a_cell_that_is_not_seen_is_nothing(
+        self, coded_case: CachedCase, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[Patch] = []
+
+        def features(self: CachedCase, teacher: str, tap: str, cells: Patch) -> npt.NDArray[Any]:
+            read.append(cells)
+            found = np.ones((1, *cells.shape), dtype=np.float16)
+            found[:, 1, 0, 0] = np.nan
+            return found
+
+        monkeypatch.setattr(CachedCase, "features", features)
+        found = features_at(coded_case, "one", "deep", Patch((5, 2, 3), (8, 4, 1)), (2, 2, 1))
+        assert read == [Patch((2, 1, 3), (5, 2, 1))]
+        assert found.shape == (1, 4, 2, 1)
+        assert np.argwhere(np.isnan(found)).tolist() == [[0, 0, 0, 0], [0, 1, 0, 0]]
 
     def test_each_tap_is_read_in_its_own_cells_of_the_same_place(
         self, coded_case: CachedCase, monkeypatch: pytest.MonkeyPatch
@@ -98,8 +114,9 @@ class TestWhatASampleHolds:
             read.clear()
             voxels = place(arrays(data[item])["image"][0])[1]
             for cells, stride in zip(read, strides, strict=True):
-                assert tuple(np.multiply(cells.start, stride)) == tuple(voxels[0])
-                assert tuple(np.multiply(cells.shape, stride)) == PATCH
+                into = voxels[0] % stride
+                assert np.array_equal(np.multiply(cells.start, stride) + into, voxels[0])
+                assert np.array_equal(np.multiply(cells.shape - (into > 0), stride), PATCH)
 
     def test_intensity_is_of_the_image_alone(self, coded_case: CachedCase) -> None:
         brighter = AugmentConfig.model_validate({"brightness": {"probability": 1}})

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipeline.student.augment import AugmentConfig
-from pipeline.student.settings import TrainingConfig
 from pipeline.student.supervision import (
     FeaturesConfig,
     Kind,
@@ -96,17 +94,6 @@ class TestConfig:
     def test_who_speaks_matters_to_the_marginal_target_alone(self, target: str) -> None:
         assert config(logits={"target": target}).uses_experts is (target == "marginal")
         assert not config("pseudo_label", logits={"target": target}).uses_experts
-
-    @pytest.mark.parametrize(
-        "augment", [{"flip_axes": (2,)}, {"rotate_axes": (0,)}, {"affine": {"probability": 0.1}}]
-    )
-    def test_moved_voxels_with_features_are_refused(self, augment: dict[str, Any]) -> None:
-        with_features = SupervisionConfig(features=FeaturesConfig(student_taps=("x",)))
-        with pytest.raises(ValidationError, match="not legal with cached features"):
-            TrainingConfig(supervision=with_features, augment=AugmentConfig.model_validate(augment))
-        TrainingConfig(
-            supervision=SupervisionConfig(), augment=AugmentConfig.model_validate(augment)
-        )
 
     @pytest.mark.parametrize(
         "wrong",
