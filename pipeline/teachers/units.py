@@ -20,6 +20,7 @@ from pipeline.cache.receipt import read_receipt
 from pipeline.cache.schema import (
     ArraySpec,
     StorageConfig,
+    feature_moments,
     features_spec,
     log_odds_spec,
     unit_inputs,
@@ -279,9 +280,11 @@ def store_unit(
     claimed = {organ: values > 0 for organ, values in outputs.log_odds.items()}
     few = coarse(outputs.grid.spacing_mm)
     taps = {
-        tap: {"stride": list(outputs.strides[tap]), "channels": int(values.shape[0])}
+        tap: {
+            "stride": list(outputs.strides[tap]), "channels": len(values), **feature_moments(values)
+        }
         for tap, values in outputs.features.items()
-    }
+    }  # fmt: skip
     attributes = {
         "case": case.name,
         "teacher": loaded.indexed.teacher,
