@@ -50,6 +50,7 @@ from pipeline.student.settings import TrainingConfig
 from pipeline.student.supervision import Batch
 
 AIR_HU = -1024
+BODY_HU = -500
 
 
 class PatchDataset(Dataset[dict[str, Any]]):
@@ -148,13 +149,17 @@ class PatchDataset(Dataset[dict[str, Any]]):
     ) -> dict[str, npt.NDArray[Any]]:
         """All arrays on the patch; with an affine, those of the box it needs, resampled."""
         box = patch if warp is None else warp.box
-        image = self.config.intensity.apply(case.image(box, fill=AIR_HU))[None]
+        hu = case.image(box, fill=AIR_HU)
+        image = self.config.intensity.apply(hu)[None]
         classes = self.space.to_classes(case.label(box, fill=IGNORE))
         if warp is not None:
             image, classes = warp.linear(image), warp.nearest(classes)
         arrays: dict[str, npt.NDArray[Any]] = {"image": image, "classes": classes}
         if not self.config.supervision.uses_teachers:
             return arrays
+        if self.taps:  # a patch that is resampled has no features that it could matter to
+            body = hu > BODY_HU if warp is None else np.zeros(patch.shape)
+            arrays["body"] = body.astype(np.bool_)
         if warp is None:
             arrays |= read_regions(case, self.space, self.rules, patch)
         else:
@@ -162,11 +167,11 @@ class PatchDataset(Dataset[dict[str, Any]]):
         return arrays
 
     def _features(self, case: CachedCase, patch: Patch, *, seen: bool) -> Arrays:
-        """Of each tap (F, d, h, w); NaN where the teacher has no unit, or nobody is to see them."""
+        """Of each tap (F, d, h, w), standardised; NaN without a unit, or if they are not seen."""
         arrays = {}
         for number, ((teacher, tap), cached) in enumerate(self.taps.items()):
             if seen and teacher in case.teachers:
-                feature = features_at(case, teacher, tap, patch, cached.stride)
+                feature = cached.standardised(features_at(case, teacher, tap, patch, cached.stride))
             else:
                 cells = [n // s for n, s in zip(patch.shape, cached.stride, strict=True)]
                 feature = np.full((cached.channels, *cells), np.nan, dtype=np.float32)
@@ -220,6 +225,7 @@ def to_batch(collated: dict[str, Any], taps: Sequence[TapKey], device: torch.dev
         organ=get("organ") if with_teachers else None,
         background=get("background") if with_teachers else None,
         experts=get("experts") if "experts" in collated else None,
+        body=get("body") if "body" in collated else None,
         features={key: get(f"feature{n}") for n, key in enumerate(taps)} if with_teachers else {},
     )
 

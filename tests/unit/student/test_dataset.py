@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,23 @@ class TestWhatASampleHolds:
             assert inside.all()
             assert np.array_equal(sample["feature0"], expected)
         assert len(starts) > 3
+
+    def test_features_are_standardised_over_the_cohort(self, coded_case: CachedCase) -> None:
+        moments = {"mean": (100.0, 3.0), "std": (20.0, 0.0)}
+        plain = dataset([coded_case], taps={TAP: CACHED})
+        scaled = dataset([coded_case], taps={TAP: replace(CACHED, **moments)})
+        for item in range(len(plain)):
+            before, after = (arrays(data[item])["feature0"] for data in (plain, scaled))
+            np.testing.assert_allclose(after[0], (before[0] - 100) / 20, rtol=1e-5)
+            np.testing.assert_array_equal(after[1], before[1] - 3)  # it never varies
+
+    def test_what_is_not_air_is_told_with_features_alone(self, coded_case: CachedCase) -> None:
+        assert "body" not in dataset([coded_case])[0]
+        data = dataset([coded_case], patch=(20, 10, 10), taps={TAP: CACHED})
+        sample = arrays(data[0])
+        # Coded images hold values from 0 on, and air outside of the case.
+        assert np.array_equal(sample["body"], sample["image"][0] >= 0)
+        assert not sample["body"].all()
 
     def test_next_to_a_cell_that_is_not_seen_is_nothing(
         self, coded_case: CachedCase, monkeypatch: pytest.MonkeyPatch

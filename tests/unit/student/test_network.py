@@ -78,6 +78,7 @@ class TestTaps:
         assert logits.shape == (2, NUM_ORGANS + 1, *PATCH)
         assert network.adapt(("liver", "a"), features).shape == (2, 6, 8, 8, 8)
         assert network.adapt(("both", "b"), features).shape == (2, 3, 8, 8, 8)
+        assert all(adapter.bias is None for adapter in network.adapters)
         with tapped(network.network, [tap]) as kept:
             network(image)
         assert torch.equal(kept[tap], features[tap])

@@ -95,6 +95,18 @@ class TestConfig:
         assert config(logits={"target": target}).uses_experts is (target == "marginal")
         assert not config("pseudo_label", logits={"target": target}).uses_experts
 
+    def test_the_weight_of_features_ramps_up_and_decays(self) -> None:
+        features = FeaturesConfig(weight=2, ramp=0.2, until=0.6)
+        found = [features.at(t) for t in (0, 0.1, 0.2, 0.4, 0.6, 1)]
+        assert found == pytest.approx([0, 1, 2, 1, 0, 0])
+        assert FeaturesConfig(weight=2, ramp=0).at(0) == 2
+
+    def test_a_schedule_of_features_is_refused_saying_what_to_write(self) -> None:
+        with pytest.raises(ValidationError, match=r"schedule.*is gone.*Remove it; `ramp: 0`"):
+            config(features={"schedule": "decay", "student_taps": "x"})
+        with pytest.raises(ValidationError, match=r"ramp 0.5 must be below until 0.5"):
+            config(features={"ramp": 0.5, "until": 0.5})
+
     @pytest.mark.parametrize(
         "wrong",
         [
