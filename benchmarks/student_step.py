@@ -53,7 +53,7 @@ from pipeline.student.training import make_step
 from pipeline.teachers.checkpoint import read_teacher
 
 NETWORKS: Mapping[str, tuple[NetworkConfig, str]] = {
-    "demo": (NetworkConfig(), "model.1.submodule.1.submodule.2"),
+    "demo": (NetworkConfig(), "model.1.submodule.0"),
     "realistic": (dynunet([16, 32, 64, 128]), "upsamples.0"),
     "dynunet": (dynunet([32, 64, 128, 256, 320, 320]), "upsamples.2"),
 }
