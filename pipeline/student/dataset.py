@@ -102,7 +102,15 @@ class PatchDataset(Dataset[dict[str, Any]]):
 
     def remarks(self) -> list[str]:
         """What a user should hear before the training starts; a sentence each."""
-        return self._sampler.remarks(self.config.patch)
+        found = self._sampler.remarks(self.config.patch)
+        if self.taps:
+            augment, patch, rng = self.config.augment, self.config.patch, np.random.default_rng(0)
+            still = np.mean([not draw_movement(augment, patch, rng).moves for _ in range(1000)])
+            if still < 1:
+                found.append(
+                    f"features teach the patches that augmentation does not move: {still:.0%}."
+                )
+        return found
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         if POOL.max_bytes != self.pool_bytes:

@@ -3,6 +3,7 @@ of such an array is exact: each tells from where it was taken, between voxels to
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,9 @@ def test_a_moved_sample_alone_has_no_features(
 ) -> None:
     still = samples(dataset([coded_case], taps={TAP: CACHED}))
     moved = samples(dataset([coded_case], taps={TAP: CACHED}, augment=augment))
+    (remark,) = dataset([coded_case], taps={TAP: CACHED}, augment=augment).remarks()
+    assert re.search(r"that augmentation does not move: (4|5)\d%", remark)
+    assert dataset([coded_case], augment=augment).remarks() == []
     kept = [np.array_equal(a["image"], b["image"]) for a, b in zip(still, moved, strict=True)]
     assert len(set(kept)) == 2
     for before, after, same in zip(still, moved, kept, strict=True):
