@@ -56,7 +56,7 @@ from stages import train_student
 
 SETTINGS_24GB = Path(train_student.__file__).parent / "train_student.24gb.yaml"
 NETWORKS: Mapping[str, tuple[NetworkConfig, str]] = {
-    "demo": (NetworkConfig(), "model.1.submodule.1.submodule.2"),
+    "demo": (NetworkConfig(), "model.1.submodule.0"),
     "realistic": (dynunet([16, 32, 64, 128]), "upsamples.0"),
     "dynunet": (dynunet([32, 64, 128, 256, 320, 320]), "upsamples.2"),
 }

@@ -39,7 +39,13 @@ from pipeline.cache.places import clean_temporaries
 from pipeline.cache.schema import StorageConfig
 from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.config import Config, digest
-from pipeline.consensus.cohort import print_regions, region_rows
+from pipeline.consensus.cohort import (
+    doubtful_tap,
+    print_regions,
+    print_taps,
+    region_rows,
+    tap_rows,
+)
 from pipeline.consensus.evidence import Look, plan_looks, units_of
 from pipeline.consensus.gate import NOT_JUDGED, Verdict, check_accepted, print_verdict, run_gate
 from pipeline.data.entries import CaseFiles
@@ -388,7 +394,7 @@ class CacheRun:
         report.seconds = time.monotonic() - self._began
         if self.dry_run:
             return report
-        regions = []
+        regions, taps = [], []
         whole = self.part is None
         if (part := self.part) is not None:
             # First say that this part has ended, then look: of two that end at once, one sees both.
@@ -403,12 +409,17 @@ class CacheRun:
         try:
             # Of a run that was refused most units are missing, and so are most regions.
             if whole and not verdict.refused:
+                taps = tap_rows(registry, work, self.usable())
                 regions = region_rows(registry, work, self.usable())
         except CacheError as error:  # damage that only reading finds
             self.fail("table of regions", error)
-        report.details |= {"regions_ml": regions, **verdict.to_json()}
+        report.details |= {"regions_ml": regions, "taps": taps, **verdict.to_json()}
+        for row in taps:
+            if (doubt := doubtful_tap(row["tap"], row["agreement"])) is not None:
+                self.scope.log.warn(f"teacher {row['teacher']}: {doubt}")
         self._write_report()
         if self.scope.tables:
+            print_taps(taps)
             print_regions(regions)
         return report
 

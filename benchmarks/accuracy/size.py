@@ -37,7 +37,7 @@ class Size:
     spacing_mm: float = 8.0
     patch: Triple = (24, 32, 32)
     channels: tuple[int, ...] = (16, 32, 64, 96)
-    tap: str = "model.1.submodule.1.submodule.2"
+    tap: str = "model.1.submodule.0"
     batch_size: int = 2
     lr: float = 0.003
     teacher_steps: int = 300

@@ -21,6 +21,8 @@ from zarr.codecs import ZstdCodec
 from pipeline.config import Config, digest
 
 FORMAT_VERSION: Final = 1
+# Of units with features: 1 took each cell from one window, and had no moments.
+FEATURES_VERSION: Final = 2
 IMAGE: Final = "image"
 LABEL: Final = "label"
 SPATIAL: Final = ("z", "y", "x")
@@ -79,6 +81,16 @@ def features_spec(tap: str, values: npt.NDArray[np.float32], storage: StorageCon
     """float32 (F, d, h, w) -> rounded float16; NaN means not seen."""
     rounded = round_bits(values, storage.feature_bits)
     return ArraySpec(features_name(tap), rounded, ("feature", *SPATIAL), float("nan"))
+
+
+def feature_moments(values: npt.NDArray[np.float32]) -> dict[str, Any]:
+    """How many cells of (F, d, h, w) are seen, and each channel's mean and standard deviation."""
+    seen = np.isfinite(values[0])
+    mean, std = [0.0] * len(values), [0.0] * len(values)
+    for number, channel in enumerate(values if seen.any() else ()):
+        cells = channel[seen].astype(np.float64)
+        mean[number], std[number] = (float(f"{m:.6g}") for m in (cells.mean(), cells.std()))
+    return {"cells": int(np.count_nonzero(seen)), "mean": mean, "std": std}
 
 
 def round_bits(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float16]:
@@ -183,6 +195,7 @@ def teacher_inputs(
 
     `outputs` is left out at its default, so that units of before it existed keep their digests.
     """
+    features = {"features_version": FEATURES_VERSION} if description.get("taps") else {}
     return {
         "format_version": FORMAT_VERSION,
         "weights_sha256": weights_sha256,
@@ -190,6 +203,7 @@ def teacher_inputs(
         "organs": {organ: sorted(channels) for organ, channels in organs.items()},
         "activation": activation,
         **({} if outputs == "logits" else {"outputs": outputs}),
+        **features,
         "grid": {"spacing_mm": list(spacing_mm), "orientation": "RAS"},
         "resampling": "linear",
         "storage": storage.model_dump(mode="json"),

@@ -262,7 +262,7 @@ def _since(began: float) -> str:
 
 STUDENTS = ("ms_kd", "pseudo_label", "marginal")
 _PATCH = [32, 40, 40]
-_STUDENT_TAP = "model.1.submodule.1.submodule.2"
+_STUDENT_TAP = "model.1.submodule.0"
 
 
 def write_settings(folder: Path, *, quick: bool) -> Path:

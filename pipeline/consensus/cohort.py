@@ -392,3 +392,57 @@ def print_regions(regions: Sequence[Mapping[str, Any]]) -> None:
 def in_ml(value: float | None) -> str:
     """A volume for people: whole ml from 10 on, a dash for none."""
     return "–" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+# Below it a tap says another thing of every place that a patch may begin at.
+LEAST_AGREEMENT = 0.6
+
+
+def tap_rows(
+    registry: Registry, work: Folder, datasets: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Per teacher and tap its channels, stride, and how far it agrees with itself: the median over
+    the units that say so, None without any. `datasets`: None for all."""
+    teachers = [name for name, entry in registry.teachers.items() if entry.taps]
+    if not teachers:
+        return []
+    cohort = open_cohort(work, registry, teachers=teachers, datasets=datasets, as_indexed=True)
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for case in cohort.cases:
+        for teacher, unit in sorted(case.teachers.items()):
+            for tap, entry in unit.noted["taps"].items():
+                found.setdefault((teacher, tap), []).append(entry)
+    rows = []
+    for (teacher, tap), entries in found.items():
+        said = [entry["agreement"] for entry in entries if "agreement" in entry]
+        agreement = round(float(np.median(said)), 3) if said else None
+        shape = {name: entries[0][name] for name in ("channels", "stride")}
+        rows.append({"teacher": teacher, "tap": tap, **shape, "agreement": agreement})
+    return rows
+
+
+def print_taps(taps: Sequence[Mapping[str, Any]]) -> None:
+    """The table, for people."""
+    if not taps:
+        return
+    rows = [
+        [
+            row["teacher"], row["tap"], str(row["channels"]), " x ".join(map(str, row["stride"])),
+            "–" if row["agreement"] is None else f"{row['agreement']:.2f}",
+        ]
+        for row in taps
+    ]  # fmt: skip
+    print_table("Taps", ["teacher", "tap", "channels", "stride", "agrees with itself"], rows)
+
+
+def doubtful_tap(tap: str, agreement: float | None) -> str | None:
+    """What to tell of a tap that a student cannot learn; None of one that it can."""
+    if agreement is None or agreement >= LEAST_AGREEMENT:
+        return None
+    return (
+        f"tap {tap!r} agrees with itself by {agreement:.2f} only (Pearson's r, median over "
+        f"channels; {LEAST_AGREEMENT:g} is wanted): of a patch that begins elsewhere the teacher "
+        "says something else, which no student can learn. Tap a layer that ends in a convolution "
+        "which follows no upsampling directly: a stage of the encoder, or a decoder's block after "
+        "its first convolution."
+    )

@@ -119,20 +119,14 @@ def padded_shape(shape: Sequence[int], window: Sequence[int], align: Sequence[in
     return d, h, w
 
 
-def patch_at(
-    centre: Sequence[int], patch: Sequence[int], volume: Sequence[int], align: Sequence[int]
-) -> Patch:
+def patch_at(centre: Sequence[int], patch: Sequence[int], volume: Sequence[int]) -> Patch:
     """The patch nearest to being centred on a voxel that stays inside the volume where it fits.
 
-    Its start is a multiple of `align`, so that cached features of that stride follow it exactly.
-    Where the patch is larger than the volume it begins at 0 and reaches outside. Where the volume
-    is not a multiple of `align`, the last patch may reach outside by less than `align`.
+    Where the patch is larger than the volume it begins at 0 and reaches outside.
     """
-    starts = []
-    for c, n, size, a in zip(centre, patch, volume, align, strict=True):
-        last = max(0, -(-(size - n) // a) * a)
-        nearest = (c - n // 2 + a // 2) // a * a
-        starts.append(min(max(0, nearest), last))
-    z, y, x = starts
+    z, y, x = (
+        min(max(0, c - n // 2), max(0, size - n))
+        for c, n, size in zip(centre, patch, volume, strict=True)
+    )
     d, h, w = patch
     return Patch((z, y, x), (d, h, w))

@@ -1,11 +1,10 @@
 """Sliding windows: forward passes that fit the memory, blended logits and tapped features, slab
 by slab.
 
-MONAI's `sliding_window_inference` is not used here for three reasons: it blends everything a
-network returns, whereas features of a window-normalised network are window-dependent and must be
-taken from the core of each window, its halo discarded; it accumulates in the network's dtype; and
-it holds all channels of the whole volume, whereas here what no further window touches is handed on
-and let go. The Gaussian weights are MONAI's own.
+MONAI's `sliding_window_inference` is not used here for three reasons: it blends what a network
+returns, not what its layers do; it accumulates in the network's dtype; and it holds all channels of
+the whole volume, whereas here what no further window touches is handed on and let go. The Gaussian
+weights are MONAI's own.
 """
 
 from __future__ import annotations
@@ -28,18 +27,17 @@ from pipeline.data.patches import Index3, Patch, check_slice, padded_shape, wind
 from pipeline.errors import ConfigError, TeacherWarning
 from pipeline.networks.by_name import tapped
 
-# Windows put together slab by slab: blended logits, and the cores of features.
+# Windows put together slab by slab: logits voxel by voxel, features cell by cell.
 #
 # Windows come with z slowest. Once one begins at row z, no later one touches the rows before z:
-# they
-# are handed out, and only one window's depth of the volume is held.
+# they are handed out, and only one window's depth of the volume is held.
 
 _VALUES_AT_ONCE = 4_000_000
 
 
 class BlendedSlabs:
-    """sum(w * logits) / sum(w) with Gaussian weights w, accumulated in float32 in the order in
-    which windows come.
+    """sum(w * values) / sum(w) with Gaussian weights w, accumulated in float32 in the order in
+    which windows come. All shapes are in voxels, or all in a tap's cells.
 
     Args:
         image_shape: (D, H, W) of what is handed out.
@@ -68,14 +66,14 @@ class BlendedSlabs:
         self._norm = torch.zeros(self._held, device=device)
         self._sum: Tensor | None = None
 
-    def put(self, patch: Patch, logits: Tensor) -> None:
-        """Adds a window that begins at row `begin`: float32 (C, d, h, w)."""
+    def put(self, patch: Patch, values: Tensor) -> None:
+        """Adds a window that begins at row `begin`: (C, d, h, w)."""
         assert patch.start[0] == self.begin
         if self._sum is None:
-            self._sum = torch.zeros((logits.shape[0], *self._held), device=self._norm.device)
+            self._sum = torch.zeros((values.shape[0], *self._held), device=self._norm.device)
         _, y, x = patch.slices
-        for channel, values in zip(self._sum, logits, strict=True):
-            channel[:, y, x] += self._weight * values
+        for channel, new in zip(self._sum, values, strict=True):
+            channel[:, y, x] += self._weight * new
         self._norm[:, y, x] += self._weight
 
     def advance(self, row: int) -> Iterator[npt.NDArray[np.float32]]:
@@ -92,60 +90,6 @@ class BlendedSlabs:
         _shift(self._sum, row - self.begin)
         _shift(self._norm[None], row - self.begin)
         self.begin = row
-
-
-class CoreSlabs:
-    """Features: each cell from the window whose border is farthest from it.
-
-    Args:
-        image_shape: (D, H, W) in voxels.
-        padded: (D, H, W) in voxels that windows cover.
-        window: their shape in voxels.
-        stride: voxels per cell.
-    """
-
-    def __init__(
-        self, image_shape: Sequence[int], padded: Index3, window: Index3, stride: Index3
-    ) -> None:
-        self._stride = stride
-        self._begin = 0
-        self._cells = [-(-n // s) for n, s in zip(image_shape, stride, strict=True)]
-        held = [n // s for n, s in zip((window[0], *padded[1:]), stride, strict=True)]
-        self._depth = torch.full(held, -1.0)
-        self._values: Tensor | None = None
-        per_axis = []
-        for n, s in zip(window, stride, strict=True):
-            cell = torch.arange(n // s, dtype=torch.float32) + 0.5
-            per_axis.append(torch.minimum(cell, n // s - cell) / (n // s))
-        z, y, x = per_axis
-        self._inside = z[:, None, None] * y[None, :, None] * x[None, None, :]
-
-    def put(self, patch: Patch, values: Tensor) -> None:
-        """Takes what lies deeper in this window than in those before it: (F, d, h, w)."""
-        values = values.float()
-        if self._values is None:
-            self._depth, self._inside = self._depth.to(values), self._inside.to(values)
-            self._values = values.new_zeros((values.shape[0], *self._depth.shape))
-        _, y, x = patch.coarsen(self._stride).slices
-        depth = self._depth[:, y, x]
-        deeper = self._inside > depth
-        self._depth[:, y, x] = torch.where(deeper, self._inside, depth)
-        for held, new in zip(self._values, values, strict=True):
-            held[:, y, x] = torch.where(deeper, new, held[:, y, x])
-
-    def advance(self, row: int) -> npt.NDArray[np.float32]:
-        """The cells before voxel row `row` that are not handed out yet, (F, n, h, w)."""
-        assert self._values is not None
-        begin, end = self._begin, row // self._stride[0]
-        depth, height, width = self._cells
-        wanted = max(0, min(end, depth) - begin)
-        kept = self._values[:, :wanted, :height, :width]
-        slab: npt.NDArray[np.float32] = kept.cpu().numpy().copy()  # its own, since rows move on
-        _shift(self._values, end - begin)
-        _shift(self._depth[None], end - begin)
-        self._depth[self._depth.shape[0] - (end - begin) :] = -1.0
-        self._begin = end
-        return slab
 
 
 def _shift(held: Tensor, rows: int) -> None:
@@ -307,14 +251,6 @@ def _first_output(out: object) -> Tensor:
 
 
 # Sliding-window inference that hands out logits and tapped features slab by slab.
-#
-# MONAI's `sliding_window_inference` is not used here for three reasons: it blends everything a
-# network returns, whereas features of a window-normalised network are window-dependent and must be
-# taken from the core of each window, its halo discarded; it accumulates in the network's dtype;
-# and
-# it holds all channels of the whole volume, whereas here what no further window touches is handed
-# on
-# and let go. The Gaussian weights are MONAI's own.
 
 FloatArray = npt.NDArray[np.float32]
 _FLAT_WINDOW = (
@@ -413,10 +349,9 @@ def stream_windows(
 ) -> None:
     """Runs a network over a volume; what is finished is handed out slab by slab, in order.
 
-    Logits are blended with Gaussian weights: sum(w * logits) / sum(w), accumulated in float32.
-    A feature cell is taken from the window in whose middle it lies deepest. No more than one
-    window's depth of the volume is held, on the network's device. On the CPU the results are the
-    same to the bit for every `batch_size`.
+    Logits and features are blended with Gaussian weights: sum(w * logits) / sum(w), accumulated in
+    float32. No more than one window's depth of the volume is held, on the network's device. On the
+    CPU the results are the same to the bit for every `batch_size`.
 
     Args:
         network: in evaluation mode.
@@ -450,21 +385,28 @@ def stream_windows(
     def load(patch: Patch) -> Tensor:
         return torch.from_numpy(_cut(image, patch, pad_value, scale))
 
-    blended = BlendedSlabs(image.shape, shape, window, config.sigma, device)
-    cores = {tap: CoreSlabs(image.shape, shape, window, strides[tap]) for tap in features}
+    def blend(stride: Index3) -> BlendedSlabs:
+        cells, padded, one = (
+            Patch((0, 0, 0), n).coarsen(stride).shape
+            for n in (padded_shape(image.shape, (1, 1, 1), stride), shape, window)
+        )
+        return BlendedSlabs(cells, padded, one, config.sigma, device)
+
+    def hand_out(row: int) -> None:
+        for slab in blended.advance(row):
+            logits(slab)
+        for tap, sink in features.items():
+            for slab in cells[tap].advance(row // strides[tap][0]):
+                sink(slab)
+
+    blended, cells = blend((1, 1, 1)), {tap: blend(strides[tap]) for tap in features}
     for patch, out, taps in passes.run(plan, load):
         if patch.start[0] > blended.begin:  # windows come with z slowest
-            for slab in blended.advance(patch.start[0]):
-                logits(slab)
-            for tap, sink in features.items():
-                sink(cores[tap].advance(patch.start[0]))
+            hand_out(patch.start[0])
         blended.put(patch, out)
-        for tap, core in cores.items():
-            core.put(patch, taps[tap])
-    for slab in blended.advance(shape[0]):
-        logits(slab)
-    for tap, sink in features.items():
-        sink(cores[tap].advance(shape[0]))
+        for tap, cell in cells.items():
+            cell.put(patch.coarsen(strides[tap]), taps[tap])
+    hand_out(shape[0])
 
 
 class _Whole:

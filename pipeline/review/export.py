@@ -16,7 +16,15 @@ from pipeline.cache.cases import check_same_grid, organ_labels
 from pipeline.cache.reader import CachedCase
 from pipeline.cache.store import json_text
 from pipeline.config import digest
-from pipeline.consensus.cohort import compute, lazy_consensus, lazy_votes, open_case, open_cohort
+from pipeline.consensus.cohort import (
+    RegionRules,
+    compute,
+    known_organs,
+    lazy_consensus,
+    lazy_patch,
+    open_case,
+    open_cohort,
+)
 from pipeline.consensus.regions import DEFAULT_CONFIDENCE, corrected
 from pipeline.data.entries import CaseFiles
 from pipeline.data.labels import IGNORE, LabelSpace
@@ -272,20 +280,23 @@ def _consensus_rows(
     """Rows of the CT's grid along z: 0 background, k + 1 for organ k of the registry, K + 1
     ignore."""
     space, grid = registry.label_space, image.volume.grid
-    votes = lazy_votes(case, space)
-    within = LabelSpace({space.organs[k]: space.ids[space.organs[k]] for k in votes.known})
+    known = known_organs(case, space)
+    within = LabelSpace({space.organs[k]: space.ids[space.organs[k]] for k in known})
     labels = within.to_classes(organ_labels(registry, source, label))
-    numbers = np.array([0, *(k + 1 for k in votes.known)], dtype=np.uint8)
-    silent = len(votes.known) < len(space.organs)
+    annotated = tuple(n for n, organ in enumerate(within.organs) if organ in case.annotated)
+    numbers = np.array([0, *(k + 1 for k in known)], dtype=np.uint8)
+    silent = len(known) < len(space.organs)
     rows = SlabRows(case.grid, grid, outside=np.nan)
     depth, height, width = case.grid.shape
-    at_once = max(1, _SLAB_VOXELS // (height * width * max(1, len(votes.known))))
+    at_once = max(1, _SLAB_VOXELS // (height * width * max(1, len(known))))
+    by_teachers = RegionRules(labels_win=False)
     for begin in range(0, depth, at_once):
         patch = Patch((begin, 0, 0), (min(at_once, depth - begin), height, width))
-        (odds,) = compute(lazy_votes(case, space, patch=patch).log_odds)
+        nothing = np.zeros(patch.shape, dtype=np.uint8)
+        ((odds, _, _),) = compute(lazy_patch(case, within, by_teachers, patch, nothing))
         for z, d in rows.put(odds):
             said = labels[z : z + d.shape[1]]
-            d = corrected(d, said, tuple(votes.annotated), DEFAULT_CONFIDENCE)
+            d = corrected(d, said, annotated, DEFAULT_CONFIDENCE)
             best = np.where(np.isnan(d), -np.inf, d)
             found = np.where(best.max(axis=0) > 0, best.argmax(axis=0) + 1, 0)
             unknown = (found == 0) & (silent | np.isnan(d).any(axis=0))

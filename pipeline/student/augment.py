@@ -1,7 +1,6 @@
 """Augmentation. Space: one sampled transform for everything. Intensity: the image alone.
 
-What is not legal for cached targets is refused: with features where the settings are read
-(`student.settings`), with organs named by their side where organs are known (`check_sides`).
+What is not legal for organs named by their side is refused where organs are known (`check_sides`).
 """
 
 from __future__ import annotations
@@ -189,10 +188,6 @@ def _gamma(image: FloatArray, exponent: float) -> FloatArray:
 
 
 Axis = Literal[0, 1, 2]
-FEATURES_STAY = (
-    "flips, rotations and affines are not legal with cached features (the features of a mirrored, "
-    "turned or scaled image are not the mirrored, turned or scaled features)"
-)
 
 
 def _once(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
@@ -236,11 +231,6 @@ class AugmentConfig(AppearanceConfig):
         description="axes to make quarter turns about; half turns where the patch is not square",
     )
     affine: AffineConfig = Field(default_factory=AffineConfig)
-
-    @property
-    def moves_voxels(self) -> bool:
-        """Whether any spatial transform may be drawn."""
-        return bool(self.flip_axes or self.rotate_axes or self.affine.probability)
 
     def swaps_sides(self, patch: Index3) -> bool:
         """Whether a patient and the same one mirrored left to right can come out alike. Of a patch
@@ -426,6 +416,11 @@ class Movement:
     flips: tuple[int, ...] = ()
     turns: Index3 = (0, 0, 0)
     affine: Affine | None = None
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything is moved."""
+        return self != Movement()
 
     def apply(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Flips and turns (..., D, H, W): the last three axes, whatever stands before them."""

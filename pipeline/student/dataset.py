@@ -30,17 +30,16 @@ from pipeline.consensus.cohort import (
     lazy_patch,
 )
 from pipeline.data.labels import IGNORE
-from pipeline.data.patches import Patch, patch_at
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.data.patches import Index3, Patch, patch_at
+from pipeline.errors import PipelineError
 from pipeline.student.augment import (
-    FEATURES_STAY,
     Warp,
     change_intensity,
     check_sides,
     draw_movement,
 )
 from pipeline.student.inputs import TrainingInputs
-from pipeline.student.network import TapKey, common_stride
+from pipeline.student.network import TapKey
 from pipeline.student.processes import ALONE, Processes
 from pipeline.student.resume import live_as_long_as_the_loop
 from pipeline.student.sampling import Sampler
@@ -48,6 +47,7 @@ from pipeline.student.settings import TrainingConfig
 from pipeline.student.supervision import Batch
 
 AIR_HU = -1024
+BODY_HU = -500
 
 
 class PatchDataset(Dataset[dict[str, Any]]):
@@ -56,7 +56,8 @@ class PatchDataset(Dataset[dict[str, Any]]):
     Of each batch, each process makes a contiguous share of `batch_share` samples; its item number
     `step * batch_share + i` is sample `rank * batch_share + i` of batch `step`, whatever the number
     of processes is. What of a patch lies outside a case is air, label 255, log-odds and features
-    NaN, and in no region. Patch origins are multiples of the cells of every cached tap.
+    NaN, and in no region. Features of a patch that was moved are NaN: those of a mirrored or
+    scaled image are not the mirrored or scaled ones.
 
     Args:
         config: of the training.
@@ -66,9 +67,8 @@ class PatchDataset(Dataset[dict[str, Any]]):
 
     Raises:
         GeometryError: a case is one slice, and the patch is thicker.
-        ConfigError: the batch cannot be shared evenly; the patch is not a whole number of feature
-            cells; augmentation that is not legal for the organs (see `check_sides`) or for cached
-            features.
+        ConfigError: the batch cannot be shared evenly, or augmentation that is not legal for the
+            organs (see `check_sides`).
         CacheError: a unit whose attributes cannot be read.
     """
 
@@ -80,16 +80,6 @@ class PatchDataset(Dataset[dict[str, Any]]):
         pool_bytes: int = 0,
     ) -> None:
         self.batch_share, self.rank = processes.share(config.batch_size), processes.rank
-        self.align = common_stride(inputs.taps.values())
-        if any(n % a for n, a in zip(config.patch, self.align, strict=True)):
-            raise ConfigError(
-                f"patch {config.patch} is not a whole number of feature cells of {self.align} "
-                "voxels.",
-                where="patch",
-                fix=f"Choose multiples of {self.align}.",
-            )
-        if inputs.taps and config.augment.moves_voxels:
-            raise ConfigError(f"{FEATURES_STAY}.", where="augment", fix="Set features.weight to 0.")
         check_sides(config.augment, inputs.space, config.patch)
         supervision = config.supervision
         self.config, self.space, self.taps = config, inputs.space, dict(inputs.taps)
@@ -111,7 +101,15 @@ class PatchDataset(Dataset[dict[str, Any]]):
 
     def remarks(self) -> list[str]:
         """What a user should hear before the training starts; a sentence each."""
-        return self._sampler.remarks(self.config.patch)
+        found = self._sampler.remarks(self.config.patch)
+        if self.taps:
+            augment, patch, rng = self.config.augment, self.config.patch, np.random.default_rng(0)
+            still = np.mean([not draw_movement(augment, patch, rng).moves for _ in range(1000)])
+            if still < 1:
+                found.append(
+                    f"features teach the patches that augmentation does not move: {still:.0%}."
+                )
+        return found
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         if POOL.max_bytes != self.pool_bytes:
@@ -124,10 +122,11 @@ class PatchDataset(Dataset[dict[str, Any]]):
         )
         case, centre = self._sampler.draw(rng)
         grid = case.grid
-        patch = patch_at(centre, config.patch, grid.shape, self.align)
+        patch = patch_at(centre, config.patch, grid.shape)
         movement = draw_movement(config.augment, config.patch, rng)
         arrays = self._read(case, patch, movement.warp(patch, grid))
         moved = {name: movement.apply(array) for name, array in arrays.items()}
+        moved |= self._features(case, patch, seen=not movement.moves)
         spacing_mm = movement.spacing_after(grid.spacing_mm)
         moved["image"] = change_intensity(moved["image"], config.augment, rng, spacing_mm)
         sample: dict[str, Any] = {n: torch.from_numpy(a) for n, a in moved.items()}
@@ -157,22 +156,33 @@ class PatchDataset(Dataset[dict[str, Any]]):
     ) -> dict[str, npt.NDArray[Any]]:
         """All arrays on the patch; with an affine, those of the box it needs, resampled."""
         box = patch if warp is None else warp.box
-        image = self.config.intensity.apply(case.image(box, fill=AIR_HU))[None]
+        hu = case.image(box, fill=AIR_HU)
+        image = self.config.intensity.apply(hu)[None]
         classes = self.space.to_classes(case.label(box, fill=IGNORE))
         if warp is not None:
             image, classes = warp.linear(image), warp.nearest(classes)
         arrays: dict[str, npt.NDArray[Any]] = {"image": image, "classes": classes}
         if not self.config.supervision.uses_teachers:
             return arrays
+        if self.taps:  # a patch that is resampled has no features that it could matter to
+            body = hu > BODY_HU if warp is None else np.zeros(patch.shape)
+            arrays["body"] = body.astype(np.bool_)
         resample = None if warp is None else warp.linear
         (said,) = compute(lazy_patch(case, self.space, self.rules, box, classes, resample))
         arrays |= zip(("log_odds", "organ", "background"), said, strict=True)
+        return arrays
+
+    def _features(
+        self, case: CachedCase, patch: Patch, *, seen: bool
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Of each tap (F, d, h, w), standardised; NaN without a unit, or if they are not seen."""
+        arrays = {}
         for number, ((teacher, tap), cached) in enumerate(self.taps.items()):
-            cells = patch.coarsen(cached.stride)
-            if teacher in case.teachers:
-                feature = case.features(teacher, tap, cells).astype(np.float32)
+            if seen and teacher in case.teachers:
+                feature = cached.standardised(features_at(case, teacher, tap, patch, cached.stride))
             else:
-                feature = np.full((cached.channels, *cells.shape), np.nan, dtype=np.float32)
+                cells = [n // s for n, s in zip(patch.shape, cached.stride, strict=True)]
+                feature = np.full((cached.channels, *cells), np.nan, dtype=np.float32)
             arrays[f"feature{number}"] = feature
         return arrays
 
@@ -223,8 +233,27 @@ def to_batch(collated: dict[str, Any], taps: Sequence[TapKey], device: torch.dev
         organ=get("organ") if with_teachers else None,
         background=get("background") if with_teachers else None,
         experts=get("experts") if "experts" in collated else None,
+        body=get("body") if "body" in collated else None,
         features={key: get(f"feature{n}") for n, key in enumerate(taps)} if with_teachers else {},
     )
+
+
+def features_at(
+    case: CachedCase, teacher: str, tap: str, patch: Patch, stride: Index3
+) -> npt.NDArray[np.float32]:
+    """Cells (F, d, h, w) of a patch that begins at any voxel: linear between the cached ones on
+    either side; next to NaN is NaN. The patch is a whole number of cells.
+    """
+    z, y, x = (a // s for a, s in zip(patch.start, stride, strict=True))
+    into = [a % s / s for a, s in zip(patch.start, stride, strict=True)]
+    d, h, w = (n // s + (f > 0) for n, s, f in zip(patch.shape, stride, into, strict=True))
+    found = case.features(teacher, tap, Patch((z, y, x), (d, h, w))).astype(np.float32)
+    for axis, share in enumerate(into, start=1):
+        if share:
+            before = (slice(None),) * axis
+            lower, upper = found[(*before, slice(-1))], found[(*before, slice(1, None))]
+            found = lower * np.float32(1 - share) + upper * np.float32(share)
+    return found
 
 
 # Samples of a training as batches, made in this process or in loader processes.

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from pipeline.cache.identity import unchecked
 from pipeline.cache.index import read_index
@@ -162,12 +164,13 @@ def check_same_units(folder: Folder, identity: Mapping[str, Any]) -> None:
 
 
 def cached_taps(cases: Sequence[CachedCase], space: LabelSpace) -> Mapping[TapKey, CachedTap]:
-    """What the units of these cases say of their taps.
+    """What the units of these cases say of their taps; mean and variance are over all their cells.
 
     Raises:
         ConfigError: no tap is cached, or one has another shape in another case.
     """
     found: dict[TapKey, CachedTap] = {}
+    moments: dict[TapKey, list[Mapping[str, Any]]] = {}
     for case in cases:
         for teacher, unit in case.teachers.items():
             organs = tuple(
@@ -183,6 +186,7 @@ def cached_taps(cases: Sequence[CachedCase], space: LabelSpace) -> Mapping[TapKe
                         where="supervision.features",
                         fix="Set features.weight to 0, or give the teacher a fixed spacing_mm.",
                     )
+                moments.setdefault((teacher, tap), []).append(entry)
     if not found:
         raise ConfigError(
             "the feature term needs cached features and the cache holds none.",
@@ -190,7 +194,15 @@ def cached_taps(cases: Sequence[CachedCase], space: LabelSpace) -> Mapping[TapKe
             fix="Name `taps` in the registry and run cache-teachers, or set features.weight to 0.",
         )
     # The order of the adapters' weights; that of teachers in the registry is in no digest.
-    return dict(sorted(found.items()))
+    return {key: _with_moments(found[key], moments[key]) for key in sorted(found)}
+
+
+def _with_moments(tap: CachedTap, units: Sequence[Mapping[str, Any]]) -> CachedTap:
+    cells = np.array([unit["cells"] for unit in units])[:, None] / sum(u["cells"] for u in units)
+    means, stds = (np.array([unit[name] for unit in units]) for name in ("mean", "std"))
+    mean = (cells * means).sum(axis=0)
+    std = np.sqrt((cells * (stds**2 + (means - mean) ** 2)).sum(axis=0))
+    return replace(tap, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
 
 def _identity(

@@ -353,37 +353,34 @@ def soft_dice(
     return one_minus_mean(2 * both, size, known)
 
 
-def feature_cosine(adapted: Tensor, teacher: Tensor, *regions: Tensor) -> Tensor:
-    """Per region the mean over its cells of 1 - cos(adapter(student feature), teacher's feature),
-    added up; a region without cells adds 0.
+def feature_cosine(adapted: Tensor, teacher: Tensor, *shares: Tensor) -> Tensor:
+    """Per region r: sum(share_r (1 - cos(adapter(student feature), teacher's feature))) /
+    sum(share_r) over cells; 0 of a region without any: (R,).
 
     Only the student's side is projected: with a learnable projection on both sides the trivial
     optimum is 0.
 
     Args:
         adapted: (N, F, d, h, w), after the 1 x 1 x 1 adapter.
-        teacher: (N, F, d, h, w), from the cache; NaN where not seen, such cells are left out.
-        regions: bool (N, d, h, w) each, on the feature grid; at least one.
+        teacher: (N, F, d, h, w), standardised per channel; NaN where not seen, such cells are left
+            out.
+        shares: (N, d, h, w) each, how much of a cell is in a region; see `share_of_cells`.
     """
     t = at_least_float32(teacher)
     seen = torch.isfinite(t).all(dim=1)
     t = torch.where(seen[:, None], t, torch.zeros_like(t))
     distance = 1 - F.cosine_similarity(at_least_float32(adapted), t, dim=1, eps=1e-6)
-    cells = torch.stack([region & seen for region in regions]).flatten(1)
-    total, size = (cells * distance.flatten()).sum(dim=1), cells.sum(dim=1).to(distance.dtype)
+    weights = torch.stack([share * seen for share in shares]).flatten(1).to(distance.dtype)
+    total, size = (weights * distance.flatten()).sum(dim=1), weights.sum(dim=1)
     totals, sizes = over_ranks(torch.stack([total, size]))
-    means: Tensor = totals / sizes.clamp(min=1)
-    return means.sum()
+    # A share is a voxel of a cell at least, so no sum of them is nearly 0.
+    means: Tensor = totals / torch.where(sizes > 0, sizes, torch.ones_like(sizes))
+    return means
 
 
-def touched_cells(region: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    """Feature cells with at least one voxel of a region: bool (N, D, H, W) -> (N, d, h, w)."""
-    return F.max_pool3d(region[:, None].float(), stride, stride)[:, 0] > 0
-
-
-def filled_cells(region: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    """Feature cells wholly inside a region: bool (N, D, H, W) -> (N, d, h, w)."""
-    return ~touched_cells(~region, stride)
+def share_of_cells(region: Tensor, stride: tuple[int, int, int]) -> Tensor:
+    """How much of each cell a region fills: bool (N, D, H, W) -> float32 (N, d, h, w)."""
+    return F.avg_pool3d(region[:, None].float(), stride, stride)[:, 0]
 
 
 def _student_for(log_p: Tensor, organs: list[int], here: Tensor, temperature: float) -> Tensor:

@@ -4,11 +4,12 @@ outputs for deep supervision.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,18 +42,24 @@ class CachedTap:
         channels: F.
         stride: student-grid voxels per cell along z, y, x.
         organs: numbers of the organs that its teacher is expert in.
+        mean: of each channel over the training cases; none: 0.
+        std: likewise; 0 is that of a channel that says nothing.
     """
 
     channels: int
     stride: Index3
     organs: tuple[int, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
-
-def common_stride(taps: Iterable[CachedTap]) -> Index3:
-    """Voxels z, y, x of which patches must be multiples, for whole cells of every tap."""
-    strides = [tap.stride for tap in taps]
-    z, y, x = (math.lcm(*(stride[axis] for stride in strides)) for axis in range(3))
-    return (z, y, x)
+    def standardised(self, cells: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """(F, d, h, w) with mean 0 and standard deviation 1 over the training cases."""
+        if not self.mean:
+            return cells
+        moments = np.array([self.mean, self.std], dtype=np.float32)
+        mean, std = moments[..., None, None, None]
+        found: npt.NDArray[np.float32] = (cells - mean) / np.where(std > 0, std, 1)
+        return found
 
 
 class OneVsRest(nn.Module):
@@ -123,7 +130,9 @@ class StudentNetwork(nn.Module):
         self.cached = {key: (cached or {})[key] for key in self.layer_of}
         for key, layer in self.layer_of.items():
             channels, _ = shapes[layer]
-            self.adapters.append(nn.Conv3d(channels, self.cached[key].channels, kernel_size=1))
+            wanted = self.cached[key].channels
+            # Without a bias: standardised targets have mean 0, and a constant answer explains none.
+            self.adapters.append(nn.Conv3d(channels, wanted, kernel_size=1, bias=False))
         for layer in sorted(set(self.layer_of.values())):
             find_module(self.network, layer).register_forward_hook(self._keep(layer))
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import nn
 
 from pipeline.config import Config, digest
 from pipeline.data.labels import Intensity
 from pipeline.networks.by_name import NetworkConfig
-from pipeline.student.augment import FEATURES_STAY, AugmentConfig
+from pipeline.student.augment import AugmentConfig
 from pipeline.student.sampling import SamplingConfig
 from pipeline.student.supervision import SupervisionConfig
 
@@ -82,15 +82,6 @@ class TrainingConfig(Config):
     )
     optimiser: OptimiserConfig = Field(default_factory=OptimiserConfig)
     validate_every: int = Field(default=1000, ge=1, description="steps between validations")
-
-    @model_validator(mode="after")
-    def _legal(self) -> TrainingConfig:
-        if self.augment.moves_voxels and self.supervision.uses_features:
-            raise ValueError(
-                f"{FEATURES_STAY}: set augment.flip_axes and augment.rotate_axes to [] and "
-                "augment.affine.probability to 0, or supervision.features.weight to 0"
-            )
-        return self
 
 
 def run_digest(config: TrainingConfig, inputs: Mapping[str, Any]) -> str:

@@ -70,18 +70,49 @@ class LogitsConfig(WeightConfig):
     agreed_background: bool = Field(default=True, description="False: organ regions alone")
 
 
-class FeaturesConfig(WeightConfig):
-    """The feature-wise term: cached taps against layers of the student."""
+class FeaturesConfig(Config):
+    """The feature-wise term: cached taps against layers of the student.
 
-    weight: float = Field(default=0.1, ge=0, description="w, beside the other terms")
-    schedule: Literal["constant", "ramp_up", "decay"] = Field(
-        default="decay", description="how the weight runs over time"
+    Its weight at t = step / steps is w * min(1, t / ramp), and from there on decays to 0 at until.
+    """
+
+    weight: float = Field(default=0.5, ge=0, description="w, beside the other terms")
+    ramp: float = Field(
+        default=0.1, ge=0, lt=1, description="share of the training at which the weight is w"
+    )
+    until: float = Field(
+        default=1.0, gt=0, le=1, description="share of the training at which it has decayed to 0"
+    )
+    background: float = Field(
+        default=0.25, ge=0, description="of the agreed background, where the organs weigh 1"
     )
     student_taps: dict[str, str] | tuple[str, ...] = Field(
         default=(),
         description="layers of the student, each for all cached taps of its stride, or {cached "
         "tap: layer}; one name alone is a list of one; empty: no such term",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_schedule(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "schedule" in values:
+            raise ValueError(
+                "`schedule` is gone: the weight ramps up until `ramp` and decays until `until`. "
+                "Remove it; `ramp: 0` is what `decay` was"
+            )
+        return values
+
+    @model_validator(mode="after")
+    def _up_before_down(self) -> FeaturesConfig:
+        if self.ramp >= self.until:
+            raise ValueError(f"ramp {self.ramp:g} must be below until {self.until:g}")
+        return self
+
+    def at(self, fraction: float) -> float:
+        """The weight at t in 0 .. 1."""
+        if fraction < self.ramp:
+            return self.weight * fraction / self.ramp
+        return self.weight * max(0.0, (self.until - fraction) / (self.until - self.ramp))
 
     @field_validator("student_taps", mode="before")
     @classmethod
@@ -183,7 +214,8 @@ class Batch:
             and what lies beside an organ whose teachers are silent.
         experts: bool (N, I, K), whether teacher i speaks of organ k in a sample, where
             `uses_experts`; organs that the label alone speaks of have a teacher of their own.
-        features: (teacher, tap) -> (N, F, d, h, w).
+        body: bool (N, D, H, W), what is not air, where features are read.
+        features: (teacher, tap) -> (N, F, d, h, w), standardised per channel; NaN where not seen.
     """
 
     image: Tensor
@@ -194,6 +226,7 @@ class Batch:
     organ: Tensor | None = None
     background: Tensor | None = None
     experts: Tensor | None = None
+    body: Tensor | None = None
     features: Mapping[TapKey, Tensor] = field(default_factory=dict)
 
     @property
@@ -223,7 +256,8 @@ def batch_loss(
     terms = over_outputs(outputs, lambda logits: terms_of_logits(config, logits, batch, fraction))
     weight = config.features.at(fraction) if config.uses_features else 0.0
     if weight > 0:
-        terms["features"] = weight * _features_term(network, features, batch)
+        background = config.features.background
+        terms["features"] = weight * _features_term(network, features, batch, background)
     loss = torch.stack(list(terms.values())).sum()
     return loss, {name: float(value.detach()) for name, value in terms.items()}
 
@@ -330,16 +364,21 @@ def _experts(config: LogitsConfig, batch: Batch) -> Tensor:
             return batch.experts
 
 
-def _features_term(network: StudentNetwork, student: Mapping[str, Tensor], batch: Batch) -> Tensor:
-    """Per teacher and tap: cosine over the teacher's organ regions plus over B; mean over them."""
+def _features_term(
+    network: StudentNetwork, student: Mapping[str, Tensor], batch: Batch, weight: float
+) -> Tensor:
+    """Per teacher and tap: cosine over the teacher's organ regions, plus `weight` times that over B
+    without air; mean over them."""
     targets, terms = batch.targets, []
+    assert batch.body is not None
     for key, cached in batch.features.items():
         stride = network.cached[key].stride
         organs = list(network.cached[key].organs)
-        region = losses.touched_cells(targets.organ[:, organs].any(dim=1), stride)
+        region = losses.share_of_cells(targets.organ[:, organs].any(dim=1), stride)
         # Beside its organ a teacher may be silent: its features say nothing of the others there.
         speaks = ~torch.isnan(targets.log_odds[:, organs]).all(dim=1)
-        background = losses.filled_cells(targets.background & speaks, stride)
+        background = losses.share_of_cells(targets.background & speaks & batch.body, stride)
         adapted = network.adapt(key, student)
-        terms.append(losses.feature_cosine(adapted, cached, region, background))
+        inside, outside = losses.feature_cosine(adapted, cached, region, background)
+        terms.append(inside + weight * outside)
     return torch.stack(terms).mean()

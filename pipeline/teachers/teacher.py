@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import log_odds
 from pipeline.data.patches import Index3
+from pipeline.data.resample import resample
 from pipeline.data.volume import Spacing, Volume
 from pipeline.errors import TeacherError
 from pipeline.networks.windows import Sink
@@ -119,6 +120,60 @@ def slab_log_odds(
         organ: log_odds(logits, channels, entry.activation, where=where)
         for organ, channels in entry.organs.items()
     }
+
+
+def tap_agreement(
+    teacher: Teacher,
+    image: Volume,
+    cached: Mapping[str, Volume],
+    patch: Sequence[int],
+    *,
+    seed: int,
+    num_patches: int = 1,
+) -> dict[str, float]:
+    """How alike a teacher's features of a patch that begins anywhere are to those of the whole
+    image there: what a student with the teacher's own weights would score.
+
+    Args:
+        teacher: of the features.
+        image: as for `predict`.
+        cached: tap -> features of the whole image (F, d, h, w), on any grid.
+        patch: voxels; less where the image has no more.
+        seed: of where patches begin.
+        num_patches: that are looked at together.
+
+    Returns:
+        Tap -> median over channels of Pearson's r over cells. Taps of which no channel varies are
+        absent, and so are all those of a teacher that cannot be run on a patch.
+    """
+    rng = np.random.default_rng(seed)
+    pairs: dict[str, list[FloatArray]] = {tap: [] for tap in cached}
+    for _ in range(num_patches if cached else 0):
+        sizes = list(zip(image.grid.shape, patch, strict=True))
+        start = [int(rng.integers(max(n - p, min(7, n // 4)) + 1)) for n, p in sizes]
+        shape = [min(p, n - a) for (n, p), a in zip(sizes, start, strict=True)]
+        z, y, x = (slice(a, a + n) for a, n in zip(start, shape, strict=True))
+        part = replace(image, array=image.array[z, y, x].copy(), grid=image.grid.crop(start, shape))
+        try:
+            said = teacher.predict(part).features
+        except TeacherError:  # of the user's own code, which need not take every size
+            return {}
+        for tap, whole in cached.items():
+            there = resample(whole, said[tap].grid, order=1, outside=np.nan).array
+            pairs[tap].append(np.stack([said[tap].array, there]).reshape(2, len(there), -1))
+    medians = {tap: _median_pearson(np.concatenate(found, axis=2)) for tap, found in pairs.items()}
+    return {tap: median for tap, median in medians.items() if median is not None}
+
+
+def _median_pearson(pairs: FloatArray) -> float | None:
+    """Of (2, F, n), where both are finite."""
+    both = pairs[:, :, np.isfinite(pairs).all(axis=(0, 1))].astype(np.float64)
+    if both.shape[2] == 0:
+        return None
+    both -= both.mean(axis=2, keepdims=True)
+    scale = np.sqrt((both**2).sum(axis=2).prod(axis=0))
+    alike = (both[0] * both[1]).sum(axis=1)[scale > 0] / scale[scale > 0]
+    return round(float(np.median(alike)), 3) if alike.size else None
 
 
 def check_finite(array: npt.NDArray[Any], what: str, where: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipeline.cache.receipt import read_receipt
 from pipeline.cache.schema import (
     ArraySpec,
     StorageConfig,
+    feature_moments,
     features_spec,
     log_odds_spec,
     unit_inputs,
@@ -36,7 +37,12 @@ from pipeline.folder import Folder
 from pipeline.networks.windows import Sink, is_out_of_memory
 from pipeline.teachers.load import LoadedTeacher, Teachers
 from pipeline.teachers.outputs import OutputsOfCase
-from pipeline.teachers.teacher import StreamingTeacher, check_finite, slab_log_odds
+from pipeline.teachers.teacher import (
+    StreamingTeacher,
+    check_finite,
+    slab_log_odds,
+    tap_agreement,
+)
 
 # What a teacher says, slab by slab on its own grid -> the same on the student grid.
 
@@ -140,6 +146,7 @@ class Outputs:
         features: tap -> (F, d, h, w), NaN where not seen.
         strides: tap -> student-grid voxels per feature cell.
         seconds: what computing took.
+        agreement: tap -> see `tap_agreement`, where it was measured.
     """
 
     grid: Grid
@@ -147,6 +154,7 @@ class Outputs:
     features: Mapping[str, FloatArray]
     strides: Mapping[str, Index3]
     seconds: float = 0.0
+    agreement: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -279,9 +287,13 @@ def store_unit(
     claimed = {organ: values > 0 for organ, values in outputs.log_odds.items()}
     few = coarse(outputs.grid.spacing_mm)
     taps = {
-        tap: {"stride": list(outputs.strides[tap]), "channels": int(values.shape[0])}
+        tap: {
+            "stride": list(outputs.strides[tap]), "channels": len(values),
+            **feature_moments(values),
+            **({"agreement": outputs.agreement[tap]} if tap in outputs.agreement else {}),
+        }
         for tap, values in outputs.features.items()
-    }
+    }  # fmt: skip
     attributes = {
         "case": case.name,
         "teacher": loaded.indexed.teacher,
@@ -393,10 +405,19 @@ class TeacherOnCase:
         return teacher_image(self._loaded(unit.teacher), self._native, unit.name)
 
     def compute(self, unit: TeacherUnit, seen: TeacherImage | StoredUnit) -> Outputs | StoredUnit:
-        """See `compute_unit`."""
+        """See `compute_unit`; of a teacher with taps, one patch more tells how far they agree with
+        themselves."""
         if isinstance(seen, StoredUnit):
             return seen
-        return compute_unit(self.teachers.registry, self._loaded(unit.teacher), seen, unit.name)
+        loaded = self._loaded(unit.teacher)
+        outputs = compute_unit(self.teachers.registry, loaded, seen, unit.name)
+        cells = {
+            tap: Volume(values, outputs.grid.coarsen(outputs.strides[tap]))
+            for tap, values in outputs.features.items()
+        }
+        seed, window = int(unit.case.image_sha256[:8], 16), self.teachers.window.shape
+        agreement = tap_agreement(loaded.teacher, seen.image, cells, window, seed=seed)
+        return replace(outputs, agreement=agreement)
 
     def store(self, unit: TeacherUnit, outputs: Outputs | StoredUnit) -> StoredUnit:
         """See `store_unit`."""

@@ -12,6 +12,7 @@ import torch
 
 from pipeline.cache.reader import CachedCase
 from pipeline.cache.schema import round_bits
+from pipeline.consensus import cohort
 from pipeline.consensus.cohort import (
     RegionRules,
     compute,
@@ -342,6 +343,26 @@ def test_the_table_of_teachers_is_read_back_from_the_cache(built_cache: Path) ->
         sensitivity = np.sum(inside & label) / np.sum(label)
         assert row["sensitivity"] == pytest.approx(sensitivity, abs=1e-4)
         assert (row["split"], row["num_cases"]) == ("validation", 1)
+
+
+def test_each_tap_says_how_far_it_agrees_with_itself(built_cache: Path) -> None:
+    rows = report_of(built_cache)["taps"]
+    assert [(row["teacher"], row["tap"]) for row in rows] == [("liver", TAP), ("spleen", TAP)]
+    for row in rows:
+        units = [c.teachers[row["teacher"]].noted["taps"][TAP] for c in cases_of(built_cache)]
+        assert row["agreement"] == round(float(np.median([u["agreement"] for u in units])), 3)
+        assert -1 <= row["agreement"] <= 1
+
+
+def test_a_tap_that_does_not_is_told(
+    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cohort, "LEAST_AGREEMENT", 1.1)
+    keep(tiny_registry, "liver-ct", liver=teacher_data("liver"))
+    done(tiny_registry)
+    said = capsys.readouterr().err
+    assert f"teacher liver: tap '{TAP}' agrees with itself by 0." in said
+    assert "1.1 is wanted" in said
 
 
 def test_the_table_is_printed(built_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ NUM_ORGANS = 4
 @pytest.mark.parametrize(
     ("hardware", "tap", "cells"),
     [
-        ("cpu", "model.1.submodule.1.submodule.2", 4),
+        ("cpu", "model.1.submodule.0", 4),
         ("24gb", "upsamples.1", 8),
         ("24gb", "upsamples.0", 16),
         ("80gb", "upsamples.1", 8),

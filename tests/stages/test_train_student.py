@@ -284,7 +284,7 @@ class TestSupervision:
             "mapped": {TAP: TAP, fine: fine},
             "some": {TAP: TAP},
         }.items():
-            supervision = {"kind": "ms_kd", "features": {"student_taps": taps}}
+            supervision = {"kind": "ms_kd", "features": {"student_taps": taps, "ramp": 0}}
             config = settings(supervision=supervision).model_copy(update={"run": name})
             assert run(tiny_registry, config).exit_code == 0
             lines = work_of(tiny_registry) / "students" / name / "metrics.jsonl"

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.cache.schema import StorageConfig
+from pipeline.consensus.cohort import doubtful_tap
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
@@ -26,7 +27,9 @@ from pipeline.log import Log, print_table
 from pipeline.networks.by_name import pick_device
 from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.load import open_teacher
-from pipeline.teachers.teacher import organ_log_odds
+from pipeline.teachers.teacher import organ_log_odds, tap_agreement
+
+_PATCHES = 4  # that a tap's agreement with itself is measured on
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class TeacherCheck:
         shape: likewise, in voxels.
         organ_ml: organ -> millilitres of the crop where its log-odds are above 0.
         taps: tap -> (F, d, h, w) of its features.
+        agreement: tap -> see `tap_agreement`.
         memory_bytes: growth of peak memory while it was loaded and run; None if not known.
         load_seconds: to load it.
         seconds: to run it.
@@ -61,6 +65,7 @@ class TeacherCheck:
     shape: Sequence[int] = ()
     organ_ml: Mapping[str, float] = field(default_factory=dict)
     taps: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    agreement: Mapping[str, float] = field(default_factory=dict)
     memory_bytes: int | None = None
     load_seconds: float | None = None
     seconds: float | None = None
@@ -153,7 +158,7 @@ def print_check(report: CheckReport) -> None:
     title = f"Teachers on the middle of {report.case} ({size} voxels of {spacing} mm)"
     columns = [
         "teacher", "kind", "channels", "organ: its channels", "ml found", "spacing, mm",
-        "tap: channels, cells", "memory", "seconds", "result",
+        "tap: channels, cells", "agrees with itself", "memory", "seconds", "result",
     ]  # fmt: skip
     print_table(title, columns, [_cells(row) for row in report.teachers])
 
@@ -161,6 +166,7 @@ def print_check(report: CheckReport) -> None:
 def _cells(row: TeacherCheck) -> list[str]:
     organs = [f"{organ}: {', '.join(map(str, channels))}" for organ, channels in row.organs.items()]
     taps = [f"{tap}: {f}, {d} x {h} x {w}" for tap, (f, d, h, w) in row.taps.items()]
+    agreement = [f"{row.agreement[tap]:.2f}" if tap in row.agreement else "–" for tap in row.taps]
     return [
         row.teacher,
         row.kind,
@@ -169,6 +175,7 @@ def _cells(row: TeacherCheck) -> list[str]:
         "\n".join(f"{row.organ_ml[organ]:.0f}" for organ in row.organs if row.organ_ml),
         " x ".join(f"{mm:.4g}" for mm in row.spacing_mm),
         "\n".join(taps),
+        "\n".join(agreement),
         "" if row.memory_bytes is None else f"{row.memory_bytes / 2**20:.0f} MiB",
         "" if row.seconds is None else f"{row.seconds:.2f}",
         "ok" if row.problem is None else "fails",
@@ -219,12 +226,19 @@ def _check_one(
             image = resample(crop, crop.grid.with_spacing(teacher.spacing_mm), order=1)
         prediction = teacher.predict(image)
         odds = organ_log_odds(prediction, entry, where=where)
+        ran = time.monotonic()
+        agreement = tap_agreement(
+            teacher, image, prediction.features, window.shape, seed=0, num_patches=_PATCHES
+        )
     except PipelineError as error:
         what = error.what if error.where is None else f"{error.where}: {error.what}"
         return replace(row, problem=what, fix=error.fix)
     except Exception as error:  # nobody foresaw it: the other teachers are checked all the same
         what = "".join(traceback.format_exception(error)).rstrip()
         return replace(row, problem=what, fix="Its code or its registry entry must be mended.")
+    for tap, agrees in agreement.items():
+        if (doubt := doubtful_tap(tap, agrees)) is not None:
+            warnings.warn(doubt, TeacherWarning, stacklevel=2)
     logits = prediction.logits
     return replace(
         row,
@@ -236,9 +250,10 @@ def _check_one(
             for organ, volume in odds.items()
         },
         taps={tap: volume.array.shape for tap, volume in prediction.features.items()},
+        agreement=agreement,
         memory_bytes=memory.grown(),
         load_seconds=round(loaded - began, 3),
-        seconds=round(time.monotonic() - loaded, 3),
+        seconds=round(ran - loaded, 3),
     )
 
 

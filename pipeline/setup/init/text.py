@@ -129,6 +129,7 @@ def _teacher(part: TeacherPart) -> Iterable[str]:
         yield f"    num_channels: {found.num_channels}"
     yield from (f"    {key}: {_flow(value)}" for key, value in part.settings.items())
     if found.kind in ("checkpoint", "monai-bundle"):
+        yield "    # `pipeline check` tells which can be learnt: of an encoder, its stages"
         yield "    taps: []  # layers whose features are cached, for a student's feature term"
 
 

@@ -73,6 +73,13 @@ def test_logits_are_what_they_were_before_one_could_say_so() -> None:
     assert "outputs" not in teacher_inputs(**TEACHER)
 
 
+def test_features_have_a_version_and_units_without_them_know_nothing_of_it() -> None:
+    for description in ({**TEACHER["description"], "taps": []}, TEACHER["description"]):
+        assert "features_version" not in teacher_inputs(**{**TEACHER, "description": description})
+    tapped = {**TEACHER["description"], "taps": {"deep": [2, 2, 2]}}
+    assert teacher_inputs(**{**TEACHER, "description": tapped})["features_version"] == 2
+
+
 def test_a_unit_depends_on_its_teacher_and_its_image() -> None:
     unit = digest(unit_inputs(teacher_digest="t", image_sha256="i"))
     assert unit != digest(unit_inputs(teacher_digest="u", image_sha256="i"))

@@ -17,6 +17,7 @@ from pipeline.cache.schema import (
     ArraySpec,
     StorageConfig,
     create_array,
+    feature_moments,
     features_spec,
     image_spec,
     label_spec,
@@ -120,6 +121,17 @@ def test_one_shard_of_inner_chunks(tmp_path: Path, shape: tuple[int, int, int]) 
     assert [-(-n // c) for n, c in zip(shape, inner, strict=True)] == [-(-n // 8) for n in shape]
     shard = metadata["chunk_grid"]["configuration"]["chunk_shape"]
     assert all(s >= n and s % c == 0 for s, n, c in zip(shard, shape, inner, strict=True))
+
+
+def test_moments_of_a_tap_are_over_the_cells_that_are_seen() -> None:
+    values = np.random.default_rng(0).normal(3, 2, (2, 3, 4, 5)).astype(np.float32)
+    values[:, 0] = np.nan
+    found = feature_moments(values)
+    assert found["cells"] == 40
+    np.testing.assert_allclose(found["mean"], values[:, 1:].mean(axis=(1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(found["std"], values[:, 1:].std(axis=(1, 2, 3)), rtol=1e-5)
+    nothing = feature_moments(np.full((2, 1, 1, 1), np.nan, np.float32))
+    assert nothing == {"cells": 0, "mean": [0, 0], "std": [0, 0]}
 
 
 def test_core_codecs_only_with_a_checksum(tmp_path: Path) -> None:

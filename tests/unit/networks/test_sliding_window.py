@@ -150,7 +150,7 @@ def test_features_of_a_local_network_are_those_of_the_whole_volume(
     np.testing.assert_allclose(logits, head, rtol=1e-4, atol=1e-5)
 
 
-def test_each_feature_cell_comes_from_the_window_in_whose_middle_it_lies() -> None:
+def test_features_are_blended_as_logits_are() -> None:
     class WindowNumber(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -158,15 +158,20 @@ def test_each_feature_cell_comes_from_the_window_in_whose_middle_it_lies() -> No
             self.calls = 0
 
         def forward(self, x: Tensor) -> Tensor:
-            self.tap(x * 0 + self.calls)
+            y = x * 0 + self.calls
+            self.tap(y[:, :, ::2])
             self.calls += 1
-            return x
+            return torch.cat([y, y], dim=1)
 
     image = np.zeros((16, 4, 4), np.float32)
     config = WindowConfig(shape=(8, 4, 4), overlap=0.5)
-    _, features = run(WindowNumber(), image, config, taps=["tap"], strides=[(1, 1, 1)])
-    # Windows begin at 0, 4 and 8; no cell may come from the border of a window if it can help it.
-    assert features["tap"][0, :, 0, 0].tolist() == [0] * 6 + [1] * 4 + [2] * 6
+    logits, features = run(WindowNumber(), image, config, taps=["tap"], strides=[(2, 1, 1)])
+    # Windows begin at 0, 4 and 8: what two of them see lies between their numbers.
+    found = features["tap"][0, :, 2, 2]
+    assert found[:2].tolist() == [0, 0]
+    assert found[6:].tolist() == [2, 2]
+    assert (np.diff(found[1:7]) > 0).all()
+    np.testing.assert_allclose(found, logits[0, :, 2, 2].reshape(8, 2).mean(axis=1), atol=0.1)
 
 
 def test_taps_of_different_strides_go_together() -> None:

@@ -36,7 +36,7 @@ class Spied(nn.Module):
 
 
 def all_at_once(image: Array, config: WindowConfig, pad_value: float) -> tuple[Array, Array]:
-    """Windows, blending and cores, holding the whole volume."""
+    """Windows and blending, holding the whole volume."""
     window = padded_shape(config.shape, (1, 1, 1), (2, 2, 2))
     shape = padded_shape(image.shape, window, (2, 2, 2))
     padding = [(0, n - m) for n, m in zip(shape, image.shape, strict=True)]
@@ -45,23 +45,22 @@ def all_at_once(image: Array, config: WindowConfig, pad_value: float) -> tuple[A
     weight = weight.clamp(min=1e-3 * float(weight.max()))
     logits, norm = torch.zeros((3, *shape)), torch.zeros(shape)
     cells = [n // 2 for n in shape]
-    features, depth = np.zeros(cells, np.float32), np.full(cells, -1.0)
-    inside = [np.minimum(c := np.arange(n // 2) + 0.5, n // 2 - c) / (n // 2) for n in window]
-    deep = inside[0][:, None, None] * inside[1][:, None] * inside[2]
+    features, cell_norm = torch.zeros(cells), torch.zeros(cells)
+    halved = [n // 2 for n in window]
+    deep = compute_importance_map(halved, mode="gaussian", sigma_scale=config.sigma).float()
+    deep = deep.clamp(min=1e-3 * float(deep.max()))
     network = Spied()
     for patch in windows(shape, window, config.overlap, (2, 2, 2)):
         x = padded[patch.slices][None, None].contiguous()  # sums depend on strides
         logits[(slice(None), *patch.slices)] += weight * network(x)[0]
         norm[patch.slices] += weight
         at = patch.coarsen((2, 2, 2)).slices
-        deeper = deep.astype(np.float32) > depth[at]
-        tapped = network.tap((x - x.mean()) / (x.std() + 1))[0, 0].numpy()
-        features[at] = np.where(deeper, tapped, features[at])
-        depth[at] = np.where(deeper, deep.astype(np.float32), depth[at])
+        features[at] += deep * network.tap((x - x.mean()) / (x.std() + 1))[0, 0]
+        cell_norm[at] += deep
     d, h, w = image.shape
     z, y, x_cells = (-(-n // 2) for n in image.shape)
     whole = (logits / norm)[:, :d, :h, :w].numpy()
-    return whole, features[:z, :y, :x_cells]
+    return whole, (features / cell_norm)[:z, :y, :x_cells].numpy()
 
 
 @settings(max_examples=20, deadline=None)

@@ -212,7 +212,7 @@ def test_logits_are_averaged_over_mirror_images(
     expected = image + 100 * along_z[:, None, None] + along_x
     np.testing.assert_allclose(logits[0], expected, rtol=1e-5)
     assert network.calls == passes
-    np.testing.assert_array_equal(features["tap"][0], image)  # of the image as it is
+    np.testing.assert_allclose(features["tap"][0], image, rtol=1e-5)  # of the image as it is
 
 
 def test_axes_mean_the_same_in_any_order() -> None:

@@ -21,6 +21,7 @@ from pipeline.cache.reader import CachedCase, Unit
 from pipeline.cache.schema import (
     ArraySpec,
     StorageConfig,
+    feature_moments,
     features_spec,
     image_spec,
     label_spec,
@@ -97,7 +98,7 @@ def _teacher(folder: Path, teacher: str, name: str, shape: tuple[int, int, int])
     taps = {}
     if teacher == TAP[0]:
         specs.append(features_spec(TAP[1], feature, EXACT))
-        taps = {TAP[1]: {"stride": list(STRIDE), "channels": CHANNELS}}
+        taps = {TAP[1]: {"stride": list(STRIDE), "channels": CHANNELS, **feature_moments(feature)}}
     points = {organ: np.argwhere(odds > 0)[::11].tolist()}
     path = folder / "teachers" / teacher / f"{name}.zarr"
     return _unit(path, specs, shape, {"centres": points, "taps": taps})

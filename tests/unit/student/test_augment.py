@@ -150,9 +150,3 @@ class TestConfig:
     def test_affines_that_make_no_sense_are_refused(self, affine: dict[str, Any], why: str) -> None:
         with pytest.raises(ValidationError, match=why):
             AugmentConfig.model_validate({"affine": affine})
-
-    def test_moves_voxels(self) -> None:
-        assert not AugmentConfig().moves_voxels
-        assert AugmentConfig(flip_axes=(2,)).moves_voxels
-        assert AugmentConfig(rotate_axes=(0,)).moves_voxels
-        assert AugmentConfig.model_validate({"affine": {"probability": 0.1}}).moves_voxels

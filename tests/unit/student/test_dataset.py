@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipeline.cache.reader import CachedCase
 from pipeline.data.labels import IGNORE
 from pipeline.data.patches import Patch
 from pipeline.student.augment import AugmentConfig
-from pipeline.student.dataset import to_batch
+from pipeline.student.dataset import features_at, to_batch
 from pipeline.student.network import CachedTap
 from pipeline.student.sampling import SamplingConfig
 from pipeline.student.supervision import SupervisionConfig
@@ -71,15 +72,48 @@ class TestWhatASampleHolds:
         for item in range(len(data)):
             sample = arrays(data[item])
             inside, voxels = place(sample["image"][0])
-            start = voxels[0]
-            assert not (start % STRIDE).any()
-            starts.add(tuple(start))
-            first, cells = start // 2, [n // 2 for n in PATCH]
+            starts.add(tuple(voxels[0] % STRIDE))
+            first, cells = voxels[0] / STRIDE, [n // 2 for n in PATCH]
             d, h, w = np.meshgrid(*(np.arange(n) for n in cells), indexing="ij")
+            # What was written is linear in the cell, so that in between is exact.
             expected = np.stack([16 * (d + first[0]) + h + first[1], w + first[2]])
-            seen = inside[::2, ::2, ::2]
-            assert np.array_equal(sample["feature0"][:, seen], expected[:, seen])
-        assert len(starts) > 5
+            assert inside.all()
+            assert np.array_equal(sample["feature0"], expected)
+        assert len(starts) > 3
+
+    def test_features_are_standardised_over_the_cohort(self, coded_case: CachedCase) -> None:
+        moments = {"mean": (100.0, 3.0), "std": (20.0, 0.0)}
+        plain = dataset([coded_case], taps={TAP: CACHED})
+        scaled = dataset([coded_case], taps={TAP: replace(CACHED, **moments)})
+        for item in range(len(plain)):
+            before, after = (arrays(data[item])["feature0"] for data in (plain, scaled))
+            np.testing.assert_allclose(after[0], (before[0] - 100) / 20, rtol=1e-5)
+            np.testing.assert_array_equal(after[1], before[1] - 3)  # it never varies
+
+    def test_what_is_not_air_is_told_with_features_alone(self, coded_case: CachedCase) -> None:
+        assert "body" not in dataset([coded_case])[0]
+        data = dataset([coded_case], patch=(20, 10, 10), taps={TAP: CACHED})
+        sample = arrays(data[0])
+        # Coded images hold values from 0 on, and air outside of the case.
+        assert np.array_equal(sample["body"], sample["image"][0] >= 0)
+        assert not sample["body"].all()
+
+    def test_next_to_a_cell_that_is_not_seen_is_nothing(
+        self, coded_case: CachedCase, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[Patch] = []
+
+        def features(self: CachedCase, teacher: str, tap: str, cells: Patch) -> npt.NDArray[Any]:
+            read.append(cells)
+            found = np.ones((1, *cells.shape), dtype=np.float16)
+            found[:, 1, 0, 0] = np.nan
+            return found
+
+        monkeypatch.setattr(CachedCase, "features", features)
+        found = features_at(coded_case, "one", "deep", Patch((5, 2, 3), (8, 4, 1)), (2, 2, 1))
+        assert read == [Patch((2, 1, 3), (5, 2, 1))]
+        assert found.shape == (1, 4, 2, 1)
+        assert np.argwhere(np.isnan(found)).tolist() == [[0, 0, 0, 0], [0, 1, 0, 0]]
 
     def test_each_tap_is_read_in_its_own_cells_of_the_same_place(
         self, coded_case: CachedCase, monkeypatch: pytest.MonkeyPatch
@@ -98,8 +132,9 @@ class TestWhatASampleHolds:
             read.clear()
             voxels = place(arrays(data[item])["image"][0])[1]
             for cells, stride in zip(read, strides, strict=True):
-                assert tuple(np.multiply(cells.start, stride)) == tuple(voxels[0])
-                assert tuple(np.multiply(cells.shape, stride)) == PATCH
+                into = voxels[0] % stride
+                assert np.array_equal(np.multiply(cells.start, stride) + into, voxels[0])
+                assert np.array_equal(np.multiply(cells.shape - (into > 0), stride), PATCH)
 
     def test_intensity_is_of_the_image_alone(self, coded_case: CachedCase) -> None:
         brighter = AugmentConfig.model_validate({"brightness": {"probability": 1}})

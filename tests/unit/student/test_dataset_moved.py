@@ -3,6 +3,7 @@ of such an array is exact: each tells from where it was taken, between voxels to
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.unit.student.samples import CACHED, arrays, dataset, fingerprints
 
 AFFINE = {"probability": 1.0, "degrees": [30, 30, 30], "scale": [0.7, 1.4]}
 TURNED = AugmentConfig.model_validate({"intensity": 0, "affine": AFFINE})
+SOMETIMES = AugmentConfig.model_validate({"intensity": 0, "affine": {**AFFINE, "probability": 0.5}})
 TURNED_AND_FLIPPED = AugmentConfig.model_validate(
     {"intensity": 0, "affine": AFFINE, "flip_axes": [0, 1, 2], "rotate_axes": [0, 1, 2]}
 )
@@ -152,10 +154,20 @@ def test_it_is_a_function_of_the_number(coded_cases: list[CachedCase]) -> None:
     assert fingerprints(data) == fingerprints(data)
 
 
-@pytest.mark.parametrize("augment", [TURNED, AugmentConfig(flip_axes=(0,))])
-def test_no_features_with_moved_voxels(coded_case: CachedCase, augment: AugmentConfig) -> None:
-    with pytest.raises(ConfigError, match="not legal with cached features"):
-        dataset([coded_case], augment=augment, taps={TAP: CACHED})
+@pytest.mark.parametrize("augment", [SOMETIMES, AugmentConfig(intensity=0, flip_axes=(0,))])
+def test_a_moved_sample_alone_has_no_features(
+    coded_case: CachedCase, augment: AugmentConfig
+) -> None:
+    still = samples(dataset([coded_case], taps={TAP: CACHED}))
+    moved = samples(dataset([coded_case], taps={TAP: CACHED}, augment=augment))
+    (remark,) = dataset([coded_case], taps={TAP: CACHED}, augment=augment).remarks()
+    assert re.search(r"that augmentation does not move: (4|5)\d%", remark)
+    assert dataset([coded_case], augment=augment).remarks() == []
+    kept = [np.array_equal(a["image"], b["image"]) for a, b in zip(still, moved, strict=True)]
+    assert len(set(kept)) == 2
+    for before, after, same in zip(still, moved, kept, strict=True):
+        expected = before["feature0"] if same else np.full_like(before["feature0"], np.nan)
+        assert np.array_equal(after["feature0"], expected, equal_nan=True)
 
 
 def test_no_mirror_images_of_organs_with_a_side(coded_case: CachedCase) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.cache.reader import Unit
@@ -17,7 +18,7 @@ from pipeline.student.inputs import cached_taps, check_same_units, open_inputs
 from pipeline.student.sampling import Sampler, SamplingConfig
 from pipeline.student.supervision import SupervisionConfig
 from tests.tiny import work_of
-from tests.unit.student.coded import SPACE, write_case
+from tests.unit.student.coded import SPACE, TAP, write_case
 
 FULL: dict[str, Any] = {"cases": {"a/b": "1"}, "teachers": {"one": "2"}}
 PARTIAL = FULL | {"missing_units": {"one": ["a/b"]}}
@@ -31,6 +32,17 @@ def test_the_order_of_teachers_in_the_registry_is_not_that_of_adapters(tmp_path:
     there, here = (list(cached_taps([one], SPACE)) for one in (case, turned))
     assert there == here
     assert len(here) == 2
+
+
+def test_moments_of_a_tap_are_those_over_all_training_cases(tmp_path: Path) -> None:
+    cases = [
+        write_case(tmp_path, "liver-ct/a"),
+        write_case(tmp_path, "liver-ct/b", shape=(30, 10, 10)),
+    ]
+    whole = np.concatenate([c.features(*TAP).reshape(2, -1) for c in cases], axis=1).astype(float)
+    found = cached_taps(cases, SPACE)[TAP]
+    np.testing.assert_allclose(found.mean, whole.mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(found.std, whole.std(axis=1), rtol=1e-5)
 
 
 def test_every_unit_says_what_it_holds_once_and_is_not_kept_open(

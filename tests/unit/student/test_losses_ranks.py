@@ -27,7 +27,7 @@ from tests.unit.student.fixed import NAN, SHAPE, Fixed, K
 
 ROOT = Path(__file__).resolve().parents[3]
 N, RANKS = 4, 2
-FEATURES = {"student_taps": ["x"], "weight": 0.5}
+FEATURES = {"student_taps": ["x"], "weight": 0.5, "ramp": 0}
 TARGETS = ("joint", "per_teacher", "marginal")
 SETTINGS: dict[str, dict[str, Any]] = {
     **{
@@ -97,6 +97,7 @@ def whole_batch(share: str) -> tuple[Tensor, Tensor, Batch]:
         organ=log_odds > 0,
         background=background,
         experts=experts,
+        body=torch.ones_like(background),
         features=features,
     )
     return normal(K + 1, *SHAPE), normal(2, 1, 1, 1), batch

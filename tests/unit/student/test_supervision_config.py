@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipeline.student.augment import AugmentConfig
-from pipeline.student.settings import TrainingConfig
 from pipeline.student.supervision import (
     FeaturesConfig,
     Kind,
@@ -97,16 +95,17 @@ class TestConfig:
         assert config(logits={"target": target}).uses_experts is (target == "marginal")
         assert not config("pseudo_label", logits={"target": target}).uses_experts
 
-    @pytest.mark.parametrize(
-        "augment", [{"flip_axes": (2,)}, {"rotate_axes": (0,)}, {"affine": {"probability": 0.1}}]
-    )
-    def test_moved_voxels_with_features_are_refused(self, augment: dict[str, Any]) -> None:
-        with_features = SupervisionConfig(features=FeaturesConfig(student_taps=("x",)))
-        with pytest.raises(ValidationError, match="not legal with cached features"):
-            TrainingConfig(supervision=with_features, augment=AugmentConfig.model_validate(augment))
-        TrainingConfig(
-            supervision=SupervisionConfig(), augment=AugmentConfig.model_validate(augment)
-        )
+    def test_the_weight_of_features_ramps_up_and_decays(self) -> None:
+        features = FeaturesConfig(weight=2, ramp=0.2, until=0.6)
+        found = [features.at(t) for t in (0, 0.1, 0.2, 0.4, 0.6, 1)]
+        assert found == pytest.approx([0, 1, 2, 1, 0, 0])
+        assert FeaturesConfig(weight=2, ramp=0).at(0) == 2
+
+    def test_a_schedule_of_features_is_refused_saying_what_to_write(self) -> None:
+        with pytest.raises(ValidationError, match=r"schedule.*is gone.*Remove it; `ramp: 0`"):
+            config(features={"schedule": "decay", "student_taps": "x"})
+        with pytest.raises(ValidationError, match=r"ramp 0.5 must be below until 0.5"):
+            config(features={"ramp": 0.5, "until": 0.5})
 
     @pytest.mark.parametrize(
         "wrong",

@@ -191,47 +191,56 @@ class TestFeaturesTerm:
             "log_odds": torch.where(organ, 1.0, -1.0).double(),
             "organ": organ,
             "background": ~organ.any(dim=1),
+            "body": torch.ones((2, *SHAPE), dtype=torch.bool),
             "features": {("one", "a"): torch.eye(2).flip(0)[..., None, None, None]},
         }
         return Batch(**(values | changes))
 
     STUDENT = torch.tensor([[1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)[..., None, None, None]
-    SETTINGS = config(features={"student_taps": "x", "weight": 1.0, "schedule": "constant"})
+    SETTINGS = config(features={"student_taps": "x", "weight": 1.0, "ramp": 0, "background": 0.5})
     LOGITS = torch.zeros(2, K + 1, *SHAPE, dtype=torch.float64)
 
     def _term(self, batch: Batch) -> float:
         return terms_of(self.SETTINGS, batch, self.LOGITS, feature=self.STUDENT)["features"]
 
-    def test_organ_cells_and_background_cells_are_averaged_apart_and_added(self) -> None:
-        # Cell 0 is touched by organ 0, cell 1 is wholly background; both are at 45 degrees.
-        apart = 1 - math.sqrt(0.5)
-        assert self._term(self._batch()) == pytest.approx(2 * apart, rel=1e-6)
+    APART = 1 - math.sqrt(0.5)
 
-    def test_a_cell_that_is_partly_background_is_none(self) -> None:
-        background = torch.ones(2, *SHAPE, dtype=torch.bool)
-        background[1, 0, 0, 0] = False
-        background[0, 0, 0, 0] = False
-        apart = 1 - math.sqrt(0.5)
-        batch = self._batch(background=background)
-        assert self._term(batch) == pytest.approx(apart, rel=1e-6)
+    def test_organ_and_background_are_averaged_apart_each_with_its_weight(self) -> None:
+        # Cell 0 is touched by organ 0, all else is background; both cells are at 45 degrees.
+        assert self._term(self._batch()) == pytest.approx(1.5 * self.APART, rel=1e-6)
+
+    def test_a_cell_counts_by_its_share_of_a_region(self) -> None:
+        target = self._batch().features[("one", "a")].clone()
+        target[0] = 1  # as the student's: what is left is cell 1, of 8 background voxels in 15
+        batch = self._batch(features={("one", "a"): target})
+        assert self._term(batch) == pytest.approx(0.5 * 8 / 15 * self.APART, rel=1e-6)
+
+    def test_air_is_no_background(self) -> None:
+        target = self._batch().features[("one", "a")].clone()
+        target[0] = 1
+        body = torch.zeros((2, *SHAPE), dtype=torch.bool)
+        body[:, 0] = True
+        batch = self._batch(features={("one", "a"): target}, body=body)
+        assert self._term(batch) == pytest.approx(0.5 * 4 / 7 * self.APART, rel=1e-6)
+        none = self._batch(body=torch.zeros_like(body))
+        assert self._term(none) == pytest.approx(self.APART, rel=1e-6)
 
     def test_only_the_teachers_own_organs_count(self) -> None:
         features = self._batch().features[("one", "a")]
         batch = self._batch(features={("two", "a"): features})
-        apart = 1 - math.sqrt(0.5)
-        assert self._term(batch) == pytest.approx(apart, rel=1e-6)
+        assert self._term(batch) == pytest.approx(0.5 * self.APART, rel=1e-6)
 
     def test_it_is_the_mean_over_taps(self) -> None:
         feature = self._batch().features[("one", "a")]
         batch = self._batch(features={("one", "a"): feature, ("both", "b"): -feature})
-        apart = (1 - math.sqrt(0.5)) + (1 + math.sqrt(0.5))
-        assert self._term(batch) == pytest.approx(2 * apart / 2, rel=1e-6)
+        apart = self.APART + (2 - self.APART)
+        assert self._term(batch) == pytest.approx(1.5 * apart / 2, rel=1e-6)
 
     def test_unseen_cells_are_left_out(self) -> None:
         features = self._batch().features[("one", "a")].clone()
         features[0] = NAN
         batch = self._batch(features={("one", "a"): features})
-        assert self._term(batch) == pytest.approx(1 - math.sqrt(0.5), rel=1e-6)
+        assert self._term(batch) == pytest.approx(0.5 * self.APART, rel=1e-6)
 
 
 class TestDoubt:

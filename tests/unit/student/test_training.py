@@ -29,6 +29,7 @@ from pipeline.student.progress import without_timing
 from pipeline.student.resume import RunFolder, stop_signals
 from pipeline.student.settings import OptimiserConfig, TrainingConfig, run_digest
 from pipeline.student.speed import SpeedFlags, TrainingExecution
+from pipeline.student.supervision import Batch
 from pipeline.student.training import Trained, train
 from tests.tiny import NETWORK
 from tests.unit.student.coded import CHANNELS, SPACE, STRIDE, TAP, write_case
@@ -310,8 +311,10 @@ class TestWhatARunLeaves:
         assert steps == list(range(1, STEPS + 1))
         validated = [line["step"] for line in lines if "validation_dice" in line]
         assert validated == [3, 6, 8]
-        assert set(lines[0]["terms"]) == {"cross_entropy", "dice", "logits", "features"}
-        assert lines[0]["loss"] == pytest.approx(sum(lines[0]["terms"].values()), rel=1e-6)
+        terms = {"cross_entropy", "dice", "logits"}
+        assert set(lines[0]["terms"]) == terms  # the weight of features begins at 0
+        assert set(lines[1]["terms"]) == {*terms, "features"}
+        assert lines[1]["loss"] == pytest.approx(sum(lines[1]["terms"].values()), rel=1e-6)
         lrs = [line["lr"] for line in lines if "loss" in line]
         config = settings().optimiser
         assert lrs == [config.lr_at(step, STEPS) for step in range(STEPS)]
@@ -384,6 +387,29 @@ class TestWhatARunLeaves:
         assert not torch.equal(
             first["network.model.0.conv.weight"], weights["network.model.0.conv.weight"]
         )
+
+
+def test_features_of_hardly_any_weight_change_nothing(
+    cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which patches are drawn, and where they begin, is not for a term of the loss to say."""
+    real, seen = training.make_step, []
+
+    def watched(state: Any, batch: Batch, step: int) -> dict[str, Any]:
+        seen.append(batch.image)
+        return real(state, batch, step)
+
+    monkeypatch.setattr(training, "make_step", watched)
+    found = []
+    for weight in (0, 1e-12):
+        features = {"student_taps": [STUDENT_TAP], "weight": weight}
+        config = settings(supervision={"features": features}, augment={"flip_axes": [0, 1]})
+        folder = tmp_path / f"{weight}"
+        found.append(start(cases, folder, features=weight > 0, config=config).network.network)
+    without, with_them = seen[:STEPS], seen[STEPS:]
+    assert all(torch.equal(a, b) for a, b in zip(without, with_them, strict=True))
+    for before, after in zip(*(network.parameters() for network in found), strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
 
 
 class TestNotFinite:

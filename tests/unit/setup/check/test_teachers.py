@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.cache.schema import StorageConfig
 from pipeline.cli import app as cli
+from pipeline.consensus import cohort
 from pipeline.data.registry import load_registry
 from pipeline.data.volume import Grid, Orientation, Volume
 from pipeline.errors import RegistryError
@@ -71,6 +72,8 @@ def test_every_teacher_has_its_row(mixed: Path) -> None:
     np.testing.assert_allclose(net.spacing_mm, (13, 11, 11))
     np.testing.assert_allclose(soft.spacing_mm, report.crop_spacing_mm)
     assert liver.taps[TAP][0] == 8
+    assert -1 <= liver.agreement[TAP] <= 1
+    assert list(zoo.agreement) == list(zoo.taps)
     assert len(zoo.taps[TAP]) == 4
     assert net.taps == {}
     assert all(row.seconds is not None and row.seconds >= 0 for row in (liver, zoo, net, soft))
@@ -115,6 +118,18 @@ def test_what_is_only_improbable_is_a_warning(
     assert "all outputs lie in [0, 1]. If they are probabilities" in found["what"]
     assert found["fix"]
     assert (code, err) == (0, "")
+
+
+def test_a_tap_that_does_not_agree_with_itself_is_a_warning(
+    tiny_registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(tiny_registry, "liver-ct", liver=teacher_data("liver"))
+    assert check(tiny_registry).teachers[0].warnings == []
+    monkeypatch.setattr(cohort, "LEAST_AGREEMENT", 1.1)
+    (row,) = check(tiny_registry).teachers
+    (text,) = row.warnings
+    assert f"tap '{TAP}' agrees with itself by" in text
+    assert "1.1 is wanted" in text
 
 
 def test_a_chosen_case_and_size(tiny_registry: Path) -> None:
