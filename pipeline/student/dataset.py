@@ -31,7 +31,7 @@ from pipeline.consensus.cohort import (
     known_organs,
     lazy_consensus,
 )
-from pipeline.consensus.regions import Consensus, consensus
+from pipeline.consensus.regions import Consensus, FloatArray, consensus
 from pipeline.data.labels import IGNORE, LabelSpace
 from pipeline.data.patches import Patch, patch_at
 from pipeline.errors import ConfigError, PipelineError
@@ -59,7 +59,7 @@ class PatchDataset(Dataset[dict[str, Any]]):
     Of each batch, each process makes a contiguous share of `batch_share` samples; its item number
     `step * batch_share + i` is sample `rank * batch_share + i` of batch `step`, whatever the number
     of processes is. What of a patch lies outside a case is air, label 255, log-odds and features
-    NaN, and in no region. Patch origins are multiples of the cells of every cached tap.
+    NaN. Patch origins are multiples of the cells of every cached tap.
 
     Args:
         config: of the training.
@@ -99,7 +99,6 @@ class PatchDataset(Dataset[dict[str, Any]]):
             supervision.margin, supervision.labels_win, supervision.confidence, inputs.temperatures
         )
         self.pool_bytes = pool_bytes
-        self._teachers = sorted({teacher for case in inputs.training for teacher in case.teachers})
         self._sampler = Sampler(
             inputs.training,
             inputs.space.organs,
@@ -139,19 +138,8 @@ class PatchDataset(Dataset[dict[str, Any]]):
         if config.supervision.uses_teachers:
             known = known_organs(case, self.space, labels_win=self.rules.labels_win)
             sample["known"] = torch.tensor([k in known for k in range(len(organs))])
-            if config.supervision.uses_experts:
-                sample["experts"] = self._experts(case, known)
         sample["case"] = case.name
         return sample
-
-    def _experts(self, case: CachedCase, known: Sequence[int]) -> Tensor:
-        """Which teacher speaks of which organs, bool (I, K); a known organ without an expert here
-        is the label's, and counts as a teacher of that organ alone.
-        """
-        who = [case.experts.get(organ, ()) for organ in self.space.organs]
-        by_teacher = torch.tensor([[t in w for w in who] for t in self._teachers], dtype=torch.bool)
-        by_label = torch.tensor([k in known and not w for k, w in enumerate(who)])
-        return torch.cat([by_teacher.reshape(-1, len(who)), torch.diag(by_label)])
 
     def _read(
         self, case: CachedCase, patch: Patch, warp: Warp | None
@@ -166,9 +154,10 @@ class PatchDataset(Dataset[dict[str, Any]]):
         if not self.config.supervision.uses_teachers:
             return arrays
         if warp is None:
-            arrays |= read_regions(case, self.space, self.rules, patch)
+            arrays["log_odds"] = read_log_odds(case, self.space, self.rules, patch)
         else:
-            arrays |= resampled_regions(case, self.space, self.rules, warp, classes)
+            said = resampled_log_odds(case, self.space, self.rules, warp, classes)
+            arrays["log_odds"] = said
         for number, ((teacher, tap), cached) in enumerate(self.taps.items()):
             cells = patch.coarsen(cached.stride)
             if teacher in case.teachers:
@@ -222,24 +211,20 @@ def to_batch(collated: dict[str, Any], taps: Sequence[TapKey], device: torch.dev
         annotated=get("annotated"),
         known=get("known"),
         log_odds=get("log_odds") if with_teachers else None,
-        organ=get("organ") if with_teachers else None,
-        background=get("background") if with_teachers else None,
-        experts=get("experts") if "experts" in collated else None,
         features={key: get(f"feature{n}") for n, key in enumerate(taps)} if with_teachers else {},
     )
 
 
-# Log-odds, organ regions and agreed background of one training patch, over all organs.
-
-Arrays = dict[str, npt.NDArray[Any]]
+# Log-odds of one training patch, over all organs; regions follow from them on the device.
 
 
-def read_regions(case: CachedCase, space: LabelSpace, rules: RegionRules, patch: Patch) -> Arrays:
+def read_log_odds(
+    case: CachedCase, space: LabelSpace, rules: RegionRules, patch: Patch
+) -> FloatArray:
     """What teachers and labels say on a patch, read and combined in one go.
 
     Returns:
-        log_odds: float32 (K, D, H, W), NaN where nobody knows; organ: bool (K, D, H, W), the organ
-        regions; background: bool (D, H, W), background as far as anybody speaks.
+        float32 (K, D, H, W), NaN where nobody knows.
     """
     if not known_organs(case, space, labels_win=rules.labels_win):
         return _nobody_knows(space, patch.shape)
@@ -247,23 +232,22 @@ def read_regions(case: CachedCase, space: LabelSpace, rules: RegionRules, patch:
     return _over_all_organs(regions, known, space)
 
 
-def resampled_regions(
+def resampled_log_odds(
     case: CachedCase,
     space: LabelSpace,
     rules: RegionRules,
     warp: Warp,
     classes: npt.NDArray[np.uint8],
-) -> Arrays:
+) -> FloatArray:
     """The same on a patch that an affine moved.
 
     The teachers' log-odds are resampled first, next to NaN to NaN. Then the label, resampled
-    likewise, wins, and the regions are formed. So they are the regions of the log-odds that stand
-    beside them, and no label is contradicted.
+    likewise, wins. So no label is contradicted.
 
     Args:
         case: open for reading.
         space: the student's organs.
-        rules: of the regions.
+        rules: of what teachers and labels say.
         warp: of the patch.
         classes: (D, H, W), the label of the moved patch.
     """
@@ -281,30 +265,20 @@ def resampled_regions(
         # Classes of all organs -> 1 + position among the known ones.
         among_known = LabelSpace({space.organs[k]: k + 1 for k in known}).to_classes(classes)
         label = da.from_array(among_known, chunks=-1, name=False)
-    regions = consensus(
-        da.from_array(odds, chunks=-1, name=False),
-        label,
-        annotated,
-        margin=rules.margin,
-        confidence=rules.confidence,
-    )
-    return _over_all_organs(regions, known, space)
+    said = da.from_array(odds, chunks=-1, name=False)
+    corrected = consensus(said, label, annotated, confidence=rules.confidence)
+    return _over_all_organs(corrected, known, space)
 
 
-def _over_all_organs(regions: Consensus, known: list[int], space: LabelSpace) -> Arrays:
-    log_odds, organ, background = compute(regions.log_odds, regions.organ, regions.unclaimed)
-    found = _nobody_knows(space, background.shape)
-    found["log_odds"][known], found["organ"][known] = log_odds, organ
-    return {**found, "background": background}
+def _over_all_organs(said: Consensus, known: list[int], space: LabelSpace) -> FloatArray:
+    (log_odds,) = compute(said.log_odds)
+    found = _nobody_knows(space, log_odds.shape[1:])
+    found[known] = log_odds
+    return found
 
 
-def _nobody_knows(space: LabelSpace, shape: tuple[int, ...]) -> Arrays:
-    all_organs = (len(space.organs), *shape)
-    return {
-        "log_odds": np.full(all_organs, np.nan, dtype=np.float32),
-        "organ": np.zeros(all_organs, dtype=np.bool_),
-        "background": np.zeros(shape, dtype=np.bool_),
-    }
+def _nobody_knows(space: LabelSpace, shape: tuple[int, ...]) -> FloatArray:
+    return np.full((len(space.organs), *shape), np.nan, dtype=np.float32)
 
 
 # Samples of a training as batches, made in this process or in loader processes.
