@@ -70,7 +70,7 @@ def _notes(
         "The better of both baselines is the one with the higher mean in that regime and budget, "
         "by the same scores: a little harder to beat than either.",
         "All sample as the product does: kinds that read teachers also centre patches where "
-        "these see an organ that is not annotated; `full` has more labels to draw from, in the same CTs.",
+        "these see an organ that is not annotated. `full` has more labels to draw from.",
     ]
     if split == "validation":
         found.append(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -64,19 +64,10 @@ class LogitsConfig(WeightConfig):
         default=1.0, gt=0, description="log-odds are divided by it; below 1: a harder target"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _gone(cls, values: Any) -> Any:
-        """Names settings of the terms that the one target took the place of."""
-        if isinstance(values, Mapping) and (gone := [k for k in _GONE if k in values]):
-            raise ValueError(
-                f"no longer there: {', '.join(gone)}. Every voxel has one target now, that of "
-                "labels and experts together; remove these lines"
-            )
-        return values
-
-
-_GONE = ("target", "mean", "soft_dice", "agreed_background")
+    gone: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("target", "mean", "soft_dice", "agreed_background"),
+        "every voxel has one target now, that of labels and experts together: remove them",
+    )
 
 
 class FeaturesConfig(WeightConfig):
@@ -164,6 +155,14 @@ class SupervisionConfig(Config):
         """Whether what teachers say is weighed at all."""
         return self.kind == "ms_kd" and self.reliability is not None
 
+    def compares_words(self, fraction: float) -> bool:
+        """Whether what a teacher says at a voxel is compared with what the student says there, at
+        t = fraction of the training."""
+        if self.reliability is None or not self.uses_reliability:
+            return False
+        after = self.reliability.agree_after
+        return after is not None and fraction >= after
+
     @property
     def uses_features(self) -> bool:
         """Whether features are read at all."""
@@ -198,6 +197,7 @@ def batch_loss(
     network: StudentNetwork,
     batch: Batch,
     fraction: float,
+    told: dict[str, Any] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of a batch, and each weighted term for the log.
 
@@ -206,8 +206,12 @@ def batch_loss(
         network: called once; its features are tapped where a term wants them.
         batch: on the network's device.
         fraction: t = step / steps, for the schedules.
+        told: gets what else is worth a line in metrics.jsonl.
     """
     outputs, features = network(batch.image)
+    if told is not None and config.compares_words(fraction):
+        final = outputs[0] if isinstance(outputs, tuple) else outputs
+        told["believed"] = believed(final, batch)
     terms = over_outputs(outputs, lambda logits: terms_of_logits(config, logits, batch, fraction))
     weight = config.features.at(fraction) if config.uses_features else 0.0
     if weight > 0:
@@ -265,7 +269,7 @@ def _one_target_terms(
     weight = config.logits.at(fraction)
     terms: dict[str, Tensor] = {}
     if weight > 0:
-        d = spoken_log_odds(config, logits, batch)
+        d = counting_log_odds(config, logits, batch, fraction)
         entropy, dice = losses.one_target(logits, d, temperature=config.logits.temperature)
         terms = {"cross_entropy": weight * entropy, "dice": weight * dice}
     if weight < 1:
@@ -273,19 +277,6 @@ def _one_target_terms(
         for name, term in by_labels.items():
             terms[name] = terms.get(name, 0.0) + (1 - weight) * term
     return terms
-
-
-def spoken_log_odds(config: SupervisionConfig, logits: Tensor, batch: Batch) -> Tensor:
-    """d of the one target, NaN where nobody's word counts: within the margin, and where the student
-    doubts a teacher; hard where that is asked for."""
-    assert batch.log_odds is not None
-    d = batch.log_odds
-    if config.margin > 0:
-        d = d.masked_fill(d.abs() <= config.margin, torch.nan)
-    if config.reliability is not None and config.reliability.doubt is not None:
-        p = torch.softmax(losses.at_least_float32(logits.detach()), dim=1)
-        d = doubted(d, p, batch, config.reliability.doubt)
-    return losses.hard(d) if config.logits.hard else d
 
 
 def pseudo_labels(batch: Batch) -> Tensor:
@@ -298,21 +289,50 @@ def pseudo_labels(batch: Batch) -> Tensor:
     return torch.where(unseen, IGNORE, classes)
 
 
-def doubted(log_odds: Tensor, p: Tensor, batch: Batch, doubt: float) -> Tensor:
-    """Log-odds in which teachers are silent where the student is surer of their organ than `doubt`
-    and they say that it is not here, unless a label says so.
+def counting_log_odds(
+    config: SupervisionConfig, logits: Tensor, batch: Batch, fraction: float
+) -> Tensor:
+    """d of the one target, NaN where nobody's word counts: within the margin, and where a teacher
+    and the student contradict each other; hard where that is asked for."""
+    assert batch.log_odds is not None
+    d = batch.log_odds
+    if config.margin > 0:
+        d = d.masked_fill(d.abs() <= config.margin, torch.nan)
+    if config.compares_words(fraction):
+        d = d.masked_fill(contradicted(logits, batch), torch.nan)
+    return losses.hard(d) if config.logits.hard else d
+
+
+def contradicted(logits: Tensor, batch: Batch) -> Tensor:
+    """Where a teacher says "here" (d > 0) and the student does not (p <= 1/2), or the other way
+    round, and no label says who is right: bool (N, K, D, H, W).
 
     Args:
-        log_odds: (N, K, D, H, W).
-        p: student's softmax (N, C, D, H, W).
-        batch: says what is labelled.
-        doubt: in 0 .. 1.
+        logits: of the student, (N, C, D, H, W).
+        batch: with log-odds.
     """
+    assert batch.log_odds is not None
+    p = torch.softmax(losses.at_least_float32(logits.detach()), dim=1)[:, 1:]
+    return ((p > 0.5) != (batch.log_odds > 0)) & _teachers_alone(batch)
+
+
+def believed(logits: Tensor, batch: Batch) -> list[float | None]:
+    """Per organ the share of voxels in which a teacher's word counts, of those where no label
+    speaks of it; None where there is none."""
+    alone = _teachers_alone(batch)
+    kept = (alone & ~contradicted(logits, batch)).flatten(2).sum(dim=2).sum(dim=0)
+    sizes = alone.flatten(2).sum(dim=2).sum(dim=0)
+    pairs = zip(kept.tolist(), sizes.tolist(), strict=True)
+    return [round(part / size, 4) if size else None for part, size in pairs]
+
+
+def _teachers_alone(batch: Batch) -> Tensor:
+    """Where a teacher speaks and no label does: bool (N, K, D, H, W)."""
+    assert batch.log_odds is not None
     classes = batch.classes[:, None]
     annotated = batch.annotated[:, :, None, None, None]
     labelled = (annotated | (classes > 0)) & (classes != IGNORE)
-    overruled = (p[:, 1:] > doubt) & (log_odds < 0) & ~labelled
-    return log_odds.masked_fill(overruled, torch.nan)
+    return ~labelled & ~torch.isnan(batch.log_odds)
 
 
 def _features_term(

@@ -89,8 +89,10 @@ class TestConfig:
 
     @pytest.mark.parametrize("gone", ["target", "mean", "soft_dice", "agreed_background"])
     def test_settings_of_the_terms_that_are_gone_are_named(self, gone: str) -> None:
-        with pytest.raises(ValidationError, match=f"no longer there: {gone}. Every voxel has one"):
+        with pytest.raises(ValidationError, match=f"no longer there: {gone}; every voxel has one"):
             config(logits={gone: "joint", "hard": True})
+        with pytest.raises(ValidationError, match="no longer there: doubt; agree_after compares"):
+            config(reliability={"doubt": None})
 
     @pytest.mark.parametrize(
         "augment", [{"flip_axes": (2,)}, {"rotate_axes": (0,)}, {"affine": {"probability": 0.1}}]

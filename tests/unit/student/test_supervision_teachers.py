@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from pipeline.student import losses
-from pipeline.student.supervision import Batch, doubted
+from pipeline.student.supervision import Batch, batch_loss, believed, contradicted
 from tests.unit.student.fixed import (
     NAN,
     SHAPE,
+    Fixed,
     K,
     config,
     gradient,
+    grid,
     make_batch,
     some_logits,
     terms_of,
@@ -133,24 +135,44 @@ class TestFeaturesTerm:
         assert self._term(batch) == pytest.approx(1 - math.sqrt(0.5), rel=1e-6)
 
 
-class TestDoubt:
-    """Where the student is sure of an organ, a teacher that says no is silent."""
+class TestAgreement:
+    """From some step on a teacher's word counts only where the student says the same."""
 
-    def test_teachers_are_overruled_but_labels_are_not(self) -> None:
-        batch = make_batch()
+    AFTER = config(reliability={"agree_after": 0.2})
+
+    @staticmethod
+    def _sure_of(organ: int) -> Tensor:
+        logits = torch.zeros((1, K + 1, *SHAPE), dtype=torch.float64)
+        logits[:, organ + 1] = 4
+        return logits
+
+    def test_both_words_of_teachers_are_overruled_but_labels_are_not(self) -> None:
+        # Voxels 0 and 1 are organ 0 by the label, 5 is ignored and unseen by the second teacher.
+        everywhere = contradicted(self._sure_of(1), make_batch())[0]
+        assert everywhere[1].flatten().tolist() == [False] * 4 + [True, False, True, False]
+        nowhere = contradicted(self._sure_of(0), make_batch())[0]
+        assert nowhere[1].flatten().tolist() == [False, False, True, True, *[False] * 4]
+        # Organ 0 is annotated: its teacher is asked at the ignored voxel alone, where it says yes.
+        assert everywhere[0].flatten().tolist() == [*[False] * 5, True, False, False]
+        assert not nowhere[0].any()
+
+    def test_who_contradicts_is_silent_from_then_on(self) -> None:
+        logits, batch = self._sure_of(1), make_batch()
+        before = terms_of(self.AFTER, logits=logits, fraction=0.19)
+        assert before == terms_of(config(), logits=logits, fraction=0.19)
         assert batch.log_odds is not None
-        p = torch.full((1, K + 1, *SHAPE), 0.05, dtype=torch.float64)
-        p[:, 2] = 0.9  # organ 1 everywhere
-        changed = (doubted(batch.log_odds, p, batch, 0.8).isnan() & ~batch.log_odds.isnan())[0]
-        # Voxels 0 and 1 are organ 0 by the label; at 2 and 3 the teacher says yes; 5 is not seen.
-        assert changed[1].flatten().tolist() == [False] * 4 + [True, False, True, False]
-        assert not changed[0].any()
-        kept = doubted(batch.log_odds, p, batch, 0.95)
-        assert torch.equal(kept.isnan(), batch.log_odds.isnan())
+        silent = batch.log_odds.masked_fill(contradicted(logits, batch), NAN)
+        found = list(terms_of(self.AFTER, logits=logits, fraction=0.2).values())
+        assert found == pytest.approx([float(x) for x in losses.one_target(logits, silent)])
 
-    def test_the_terms_see_it(self) -> None:
-        without = terms_of(config())["cross_entropy"]
-        sure = config(reliability={"doubt": 0.2})
-        assert terms_of(sure)["cross_entropy"] != pytest.approx(without)
-        never = config(reliability={"doubt": 0.999})
-        assert terms_of(never)["cross_entropy"] == pytest.approx(without)
+    def test_the_share_that_is_believed_is_told(self) -> None:
+        logits, told = self._sure_of(1), dict[str, Any]()
+        batch_loss(self.AFTER, Fixed(logits), make_batch(), 0.5, told)
+        # Organ 0 at voxel 5 alone; organ 1 at 2, 3, 4 and 6.
+        assert told == {"believed": [0.0, 0.5]}
+        told.clear()
+        batch_loss(self.AFTER, Fixed(logits), make_batch(), 0.1, told)
+        batch_loss(config(), Fixed(logits), make_batch(), 0.5, told)
+        assert not told
+        known = make_batch(classes=grid(1, 1, 0, 0, 0, 0, 0, 0).long())
+        assert believed(logits, known)[0] is None
