@@ -9,8 +9,8 @@ import fcntl
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def _train(
         return
     config = TrainStudentConfig.model_validate({"run": run["folder"], "training": run["training"]})
     registry = registries[run["registry"]]
-    speaking = {
+    speaking: dict[str, Callable[[], AbstractContextManager[None]]] = {
         "cached": nullcontext,
         "online": lambda: teachers_in_the_loop(registry),
         "perfect": lambda: perfect_teachers(registries["full"], work),
