@@ -39,7 +39,7 @@ from pipeline.consensus.cohort import (
     lazy_patch,
     lazy_votes,
 )
-from pipeline.consensus.regions import consensus, stack_organs
+from pipeline.consensus.regions import above, consensus, spoken_below, stack_organs
 from pipeline.data.entries import ORGANS, PhantomSpec
 from pipeline.data.labels import IGNORE, LabelSpace
 from pipeline.data.patches import Patch
@@ -150,8 +150,8 @@ def ours(case: CachedCase) -> Way:
 
     def run(patch: Patch) -> Found:
         classes = SPACE.to_classes(case.label(patch, fill=IGNORE))
-        found: tuple[Found] = compute(lazy_patch(case, SPACE, RegionRules(), patch, classes))
-        return found[0]
+        (d,) = compute(lazy_patch(case, SPACE, RegionRules(), patch, classes))
+        return d, above(d, 0.0), spoken_below(d, 0.0)
 
     return run
 

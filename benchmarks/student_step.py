@@ -5,7 +5,7 @@ the median over rounds, and the ratios of medians are what counts. Every way mak
 `train-student` makes (`make_step`): the same network, optimiser and clipping.
 
     memory              tensors in memory, labels alone (kind marginal): no distillation, no loading
-    memory, ms_kd       the same with the logits-wise term: what its arithmetic costs
+    memory, KIND        the same of pseudo_label and of ms_kd: what their arithmetic costs
     cache               ms_kd from the cache, loaded in this process or by --workers processes
     cache + features    the same with the feature term
     online              ms_kd; image and label from the cache, log-odds by the teachers, in the step
@@ -133,8 +133,9 @@ class Bench:
         workers = self.arguments.workers
         make: dict[str, Callable[[], Callable[[], dict[str, float]]]] = {
             "memory": lambda: self._way(stack, "marginal", 0, in_memory=True),
-            "memory, ms_kd": lambda: self._way(stack, "ms_kd", 0, in_memory=True),
         }
+        for kind in ("pseudo_label", "ms_kd"):
+            make[f"memory, {kind}"] = partial(self._way, stack, kind, 0, in_memory=True)
         for features in (False, True):
             for number in (0, workers):
                 name = f"cache{' + features' if features else ''}, {number} workers"
@@ -248,7 +249,7 @@ class Bench:
 
 
 class Teachers:
-    """The cohort's teachers in the loop: images in, log-odds and regions out.
+    """The cohort's teachers in the loop: images in, log-odds out.
 
     Kinder to online distillation than its use would be: a teacher sees the student's very patch, on
     the student's grid, without resampling, context or overlapping windows.
@@ -268,14 +269,13 @@ class Teachers:
             self.networks.append(network.eval().to(device))
 
     def asked(self, batch: Batch) -> Batch:
-        """The batch with log-odds, organ regions and agreed background (margin 0, labels win)."""
+        """The batch with log-odds (labels win)."""
         with torch.no_grad():
             logits = [network(batch.image).float() for network in self.networks]
         d = torch.stack([s[:, 1] - s[:, 0] for s in logits], dim=1)
         d = self._labels_win(d, batch)
         known = torch.ones_like(batch.annotated)
-        background = (d < 0).all(dim=1)
-        return replace(batch, known=known, log_odds=d, organ=d > 0, background=background)
+        return replace(batch, known=known, log_odds=d)
 
     def _labels_win(self, d: Tensor, batch: Batch) -> Tensor:
         """As `consensus.labels_win`, with 6 log-odds; ignored voxels stay."""

@@ -67,7 +67,7 @@ def counted(training: TrainingConfig, num_organs: int, dtype: torch.dtype) -> di
     heads = len(outputs) if isinstance(outputs, tuple) else 1
     voxels = image.numel()
     batch = _batch(num_organs)
-    held = [batch.image, batch.classes, batch.log_odds, batch.organ, batch.background]
+    held = [batch.image, batch.classes, batch.log_odds]
     per_voxel = sum(t.element_size() * t.numel() for t in held if t is not None) / EDGE**3
     copies = weights * 2 if dtype == torch.bfloat16 else 0
     return {
@@ -102,8 +102,6 @@ def _batch(num_organs: int) -> Batch:
         annotated=annotated,
         known=torch.ones_like(annotated),
         log_odds=d,
-        organ=d > 0,
-        background=(d < 0).all(dim=1),
     )
 
 

@@ -14,10 +14,10 @@ from datetime import date, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from pipeline.errors import ConfigError, PipelineError, counted, kind_of, listed
 from pipeline.folder import Folder, is_local, read_bytes
@@ -61,6 +61,17 @@ class Config(BaseModel):
     """Base of every configuration: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    # Settings of earlier versions -> what to write instead.
+    gone: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_gone(cls, values: Any) -> Any:
+        found = [key for key in cls.gone if isinstance(values, Mapping) and key in values]
+        if found:
+            fixes = dict.fromkeys(cls.gone[key] for key in found)
+            raise ValueError(f"no longer there: {', '.join(found)}; {'; '.join(fixes)}")
+        return values
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

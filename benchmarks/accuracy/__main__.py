@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from benchmarks.accuracy.configurations import BASELINES, KINDS, METHOD, screened
+from benchmarks.accuracy.configurations import BASELINES, METHOD, ROWS, screened
 from benchmarks.accuracy.plan import Job, choose, equal_time_steps, plan_jobs, work_done
 from benchmarks.accuracy.regimes import REGIMES
 from benchmarks.accuracy.report import report
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace, log: Log) -> int:
     split = "test" if arguments.test else "validation"
     regimes = [REGIMES[key] for key in _listed(arguments.regimes, REGIMES, "--regimes")]
     budgets = _listed(arguments.budgets, BUDGETS, "--budgets")
-    kinds = _listed(arguments.kinds, KINDS, "--kinds") if arguments.kinds is not None else None
+    kinds = _listed(arguments.kinds, ROWS, "--kinds") if arguments.kinds is not None else None
     others = screened(size, arguments.configs) if arguments.configs else []
     configurations = choose(size, budgets, kinds, others)
     if arguments.seeds < 1 or arguments.first_seed < 0:
@@ -125,7 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=5, help="how many")
     add("--first-seed", type=int, default=0)
     add("--budgets", default=",".join(BUDGETS), help="short,long")
-    add("--kinds", help="supervisions, with commas; default: all seven at short, four at long")
+    add(
+        "--kinds",
+        help="rows, with commas; default: all kinds at short, four at long, perfect_teachers",
+    )
     add("--configs", type=Path, help="folder of YAML files that change ms_kd's `training`")
     add("--equal-time", action="store_true", help="also baselines with the steps of ms_kd's time")
     add("--jobs", type=int, default=1, help="processes, one thread each")

@@ -31,10 +31,10 @@ _SECONDS = "seconds.json"
 _OF_STUDENTS = ("short_steps", "long_steps", "draws")
 
 
-def network_settings(size: Size) -> dict[str, Any]:
-    """The demo's network, for teachers and students."""
+def network_settings(size: Size, wider: int = 1) -> dict[str, Any]:
+    """The demo's network, for teachers and students; `wider`: times its channels."""
     strides = [2] * (len(size.channels) - 1)
-    args = {"channels": list(size.channels), "strides": strides, "num_res_units": 0}
+    args = {"channels": [wider * n for n in size.channels], "strides": strides, "num_res_units": 0}
     return {"name": "UNet", "args": {**args, "norm": "instance"}}
 
 
@@ -130,7 +130,7 @@ def _settle(folder: Path, regime: Regime, size: Size, seed: int) -> None:
 def _of_cohort(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Without what no phantom, teacher or unit depends on."""
     size = {k: v for k, v in identity["size"].items() if k not in _OF_STUDENTS}
-    regime = {k: v for k, v in identity["regime"].items() if k != "title"}
+    regime = {"wider": 1} | {k: v for k, v in identity["regime"].items() if k != "title"}
     return {**identity, "size": size, "regime": regime}
 
 
@@ -139,7 +139,7 @@ def _train_teachers(folder: Path, regime: Regime, size: Size, seed: int, log: Lo
     if (folder / _TAUGHT).exists():
         return
     training: Mapping[str, Any] = {
-        "network": network_settings(size),
+        "network": network_settings(size, regime.wider),
         "patch": list(size.patch),
         "batch_size": size.batch_size,
         "steps": size.teacher_steps,

@@ -7,14 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from benchmarks.accuracy.cohort import network_settings
 from benchmarks.accuracy.size import Size
 from pipeline.config import digest, read_yaml
 from pipeline.errors import ConfigError
 from pipeline.student.settings import TrainingConfig
-from pipeline.student.supervision import LABELS_ALONE
 from stages.train_student import RUN_NAME
 
 KINDS_OF_BUDGET: Mapping[str, tuple[str, ...]] = {
@@ -27,6 +26,14 @@ KINDS = KINDS_OF_BUDGET["short"]
 METHOD = "ms_kd"
 BASELINES = ("marginal", "pseudo_label")
 UPPER = "full"
+# Settings that a baseline reads beside its kind.
+_READ: Mapping[str, tuple[str, ...]] = {
+    "marginal_exclusion": ("exclusion",),
+    "pseudo_label": ("labels_win", "confidence", "calibrated"),
+}
+ORACLE = "perfect_teachers"  # the method, taught by teachers that never err
+ROWS = (*KINDS, ORACLE)
+Teachers = Literal["cached", "online", "perfect"]
 
 
 @dataclass(frozen=True)
@@ -36,12 +43,13 @@ class Configuration:
     Attributes:
         name: a kind's, or of the file that it was read from.
         training: with seed and steps of no meaning.
-        online: whether teachers are asked in the loop instead of the cache; see `online`.
+        teachers: who speaks: the cache, the teachers' networks in the loop (see `online`), or the
+            labels of all organs (see `oracle`).
     """
 
     name: str
     training: TrainingConfig
-    online: bool = False
+    teachers: Teachers = "cached"
 
     @property
     def registry(self) -> str:
@@ -49,9 +57,14 @@ class Configuration:
         return "full" if self.training.supervision.kind == "full" else "student"
 
 
-def named(size: Size, kinds: Sequence[str]) -> list[Configuration]:
-    """The kinds of supervision with their defaults."""
-    return [_configuration(kind, size, {"supervision": {"kind": kind}}) for kind in kinds]
+def named(size: Size, rows: Sequence[str]) -> list[Configuration]:
+    """The kinds of supervision with their defaults, and the method with perfect teachers."""
+    return [
+        _configuration(ORACLE, size, {"supervision": {"reliability": None}}, "perfect")
+        if row == ORACLE
+        else _configuration(row, size, {"supervision": {"kind": row}})
+        for row in rows
+    ]
 
 
 def screened(size: Size, folder: Path) -> list[Configuration]:
@@ -71,18 +84,23 @@ def screened(size: Size, folder: Path) -> list[Configuration]:
         fix = "See stages/train_student.yaml, below `training`."
         if not isinstance(changes, dict):
             raise ConfigError("not a mapping of settings.", where=path, fix=fix)
-        online = bool(changes.pop("online", False))
+        teachers = changes.pop("teachers", "cached")
+        if teachers not in get_args(Teachers):
+            names = ", ".join(get_args(Teachers))
+            raise ConfigError(
+                f"there are no teachers {teachers!r}.", where=path, fix=f"Choose of {names}."
+            )
         if {"seed", "steps"} & set(changes):
             raise ConfigError(
                 "seed and steps are set by the bench.", where=path, fix="Remove them."
             )
         try:
-            found.append(_configuration(path.stem, size, changes, online=online))
+            found.append(_configuration(path.stem, size, changes, teachers))
         except ValueError as error:
             raise ConfigError(str(error), where=path, fix=fix) from error
-    known = {(identity(c.training), False): c.name for c in named(size, KINDS)}
+    known = {(identity(c.training), c.teachers): c.name for c in named(size, ROWS)}
     for path, new in zip(files, found, strict=True):
-        same = known.setdefault((identity(new.training), new.online), new.name)
+        same = known.setdefault((identity(new.training), new.teachers), new.name)
         if same != new.name:
             raise ConfigError(
                 f"it is the same as {same}.", where=path, fix="Remove it, or change something."
@@ -91,9 +109,9 @@ def screened(size: Size, folder: Path) -> list[Configuration]:
 
 
 def _check_name(path: Path) -> None:
-    if path.stem in KINDS:
+    if path.stem in ROWS:
         raise ConfigError(
-            f"{path.stem} is a kind of supervision.", where=path, fix="Name the file otherwise."
+            f"{path.stem} is a row of the bench.", where=path, fix="Name the file otherwise."
         )
     if not re.fullmatch(RUN_NAME, path.stem):
         raise ConfigError(
@@ -106,16 +124,13 @@ def _check_name(path: Path) -> None:
 def identity(training: TrainingConfig) -> str:
     """What a configuration is apart from seed and steps, as a digest.
 
-    Of supervision by labels alone only what is read counts: new settings of the other kinds make
-    no other marginal training of it.
+    Of a baseline only what it reads counts: new settings of the method make no other training.
     """
     content = training.model_dump(mode="json", exclude={"seed", "steps", "validate_every"})
-    kind = training.supervision.kind
-    if kind in LABELS_ALONE:
-        known = {"kind": kind}
-        if kind == "marginal_exclusion":
-            known["exclusion"] = content["supervision"]["exclusion"]
-        content["supervision"] = known
+    supervision = content["supervision"]
+    if training.supervision.kind != METHOD:
+        read = ["kind", *_READ.get(training.supervision.kind, ())]
+        content["supervision"] = {key: supervision[key] for key in read}
     return digest(content)
 
 
@@ -130,16 +145,14 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def _configuration(
-    name: str, size: Size, changes: Mapping[str, Any], *, online: bool = False
+    name: str, size: Size, changes: Mapping[str, Any], teachers: Teachers = "cached"
 ) -> Configuration:
     base: dict[str, Any] = {
         "network": network_settings(size),
         "patch": list(size.patch),
         "batch_size": size.batch_size,
         "optimiser": {"lr": size.lr},
-        # The same patches for all: kinds that read teachers would else draw others.
-        "sampling": {"organs_from": "labels"},
         "supervision": {"kind": METHOD},
     }
     wanted = merged(base, changes)
-    return Configuration(name, TrainingConfig.model_validate(wanted), online)
+    return Configuration(name, TrainingConfig.model_validate(wanted), teachers)

@@ -9,8 +9,8 @@ import fcntl
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.accuracy.cohort import make_cohort
 from benchmarks.accuracy.online import teachers_in_the_loop
+from benchmarks.accuracy.oracle import perfect_teachers
 from benchmarks.accuracy.regimes import REGIMES
 from benchmarks.accuracy.size import SIZES
 from pipeline.cache.reader import CachedCase
@@ -73,7 +74,7 @@ def make_students(folder: Path, runs: Sequence[Mapping[str, Any]], split: str, l
     for run in runs:
         place = work / "students" / str(run["folder"])
         try:
-            _train(run, registries[run["registry"]], work, place, log)
+            _train(run, registries, work, place, log)
             with log.progress(f"scoring {run['folder']}", len(cases)) as advance:
                 score_student(
                     place, cases, ScoringSettings(split=split, surface=False),
@@ -98,13 +99,21 @@ def scored_cases(
     return open_cohort(work, registry, splits=(split,)).cases
 
 
-def _train(run: Mapping[str, Any], registry: Registry, work: Path, place: Path, log: Log) -> None:
-    # The folder's name says all that counts for a training by labels alone (see `identity`).
-    if run["labels_alone"] and (place / "finished.json").exists():
+def _train(
+    run: Mapping[str, Any], registries: Mapping[str, Registry], work: Path, place: Path, log: Log
+) -> None:
+    # The folder's name says all that counts for it (see `identity`).
+    if run["is_baseline"] and (place / "finished.json").exists():
         return
     config = TrainStudentConfig.model_validate({"run": run["folder"], "training": run["training"]})
+    registry = registries[run["registry"]]
+    speaking: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "cached": nullcontext,
+        "online": lambda: teachers_in_the_loop(registry),
+        "perfect": lambda: perfect_teachers(registries["full"], work),
+    }
     began = time.process_time()
-    with teachers_in_the_loop(registry) if run["online"] else nullcontext():
+    with speaking[run["teachers"]]():
         report = train_student.run(
             config, Scope(registry, work, log), TrainingExecution(device="cpu")
         )

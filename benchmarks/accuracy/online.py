@@ -45,8 +45,7 @@ def teachers_in_the_loop(registry: Registry) -> Iterator[None]:
         assert batch.log_odds is not None
         outside = torch.isnan(batch.log_odds).all(dim=1, keepdim=True)
         d = _labels_win(said.clone().masked_fill(outside, torch.nan), batch)
-        background = ((d < 0) | d.isnan()).all(dim=1) & (d < 0).any(dim=1)
-        return replace(batch, log_odds=d, organ=d > 0, background=background)
+        return replace(batch, log_odds=d)
 
     with patch.object(training, "to_batch", asked):
         yield

@@ -14,7 +14,10 @@ from benchmarks.accuracy.configurations import (
     BASELINES,
     KINDS_OF_BUDGET,
     METHOD,
+    ORACLE,
+    ROWS,
     Configuration,
+    Teachers,
     identity,
     named,
 )
@@ -33,18 +36,18 @@ class Run:
         budget: `short`, `long`, or one of them with `, equal time`.
         registry: which of the job's registries it is trained with.
         folder: below `work/students` of the job; its digits are of the configuration and steps.
-        labels_alone: whether no teacher is read.
+        is_baseline: whether its folder's name says all that counts, whatever the method's settings.
         training: settings, plain values.
-        online: see `Configuration`.
+        teachers: see `Configuration`.
     """
 
     name: str
     budget: str
     registry: str
     folder: str
-    labels_alone: bool
+    is_baseline: bool
     training: Mapping[str, Any]
-    online: bool = False
+    teachers: Teachers = "cached"
 
     @property
     def steps(self) -> int:
@@ -122,7 +125,7 @@ def choose(
     """Budget -> configurations: its kinds, or those named, and all others."""
     found = {}
     for budget in budgets:
-        wanted = [k for k in KINDS_OF_BUDGET["short"] if k in (kinds or KINDS_OF_BUDGET[budget])]
+        wanted = [row for row in ROWS if row in (kinds or (*KINDS_OF_BUDGET[budget], ORACLE))]
         found[budget] = [*named(size, wanted), *others]
     return found
 
@@ -170,7 +173,7 @@ def read_rows(job: Job, run: Run, split: str) -> list[dict[str, Any]] | None:
 
 def parts_of_folder(name: str) -> tuple[str, str, str]:
     """Configuration, steps and digits of the name of a run's folder, as `_run` makes it."""
-    found = re.fullmatch(r"(.+)-(\d+)-([0-9a-f]+(?:-online)?)", name)
+    found = re.fullmatch(r"(.+)-(\d+)-([0-9a-f]+(?:-online|-perfect)?)", name)
     assert found is not None, name
     return found[1], found[2], found[3]
 
@@ -179,13 +182,15 @@ def _run(configuration: Configuration, budget: str, steps: int, seed: int) -> Ru
     # The one validation of a training is its last step.
     changes = {"steps": steps, "seed": seed, "validate_every": steps}
     training = configuration.training.model_copy(update=changes)
-    digits = identity(configuration.training)[:10] + ("-online" if configuration.online else "")
+    digits = identity(configuration.training)[:10]
+    if configuration.teachers != "cached":
+        digits += f"-{configuration.teachers}"
     return Run(
         name=configuration.name,
         budget=budget,
         registry=configuration.registry,
         folder=f"{budget.split(',')[0]}/{configuration.name}-{steps}-{digits}",
-        labels_alone=not configuration.training.supervision.uses_teachers,
+        is_baseline=configuration.training.supervision.kind != METHOD,
         training=training.model_dump(mode="json"),
-        online=configuration.online,
+        teachers=configuration.teachers,
     )

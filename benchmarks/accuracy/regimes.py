@@ -36,6 +36,7 @@ class Regime:
         outside_cases: per organ, that teachers were trained on and the student never sees; 0:
             teachers were trained on the student's own training cases.
         weak: a teacher with other outside data; None: all are alike.
+        wider: channels of a teacher's network over those of the student's.
     """
 
     key: str
@@ -44,6 +45,7 @@ class Regime:
     shift: float = 0.0
     outside_cases: int = 0
     weak: WeakTeacher | None = None
+    wider: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -59,6 +61,7 @@ REGIMES = {
         Regime("c", "datasets shifted apart", train_cases=10, shift=0.5),
         Regime("d", "few labels", train_cases=3),
         Regime("e", "one bad teacher", train_cases=6, outside_cases=30, weak=_WEAK),
+        Regime("f", "teachers four times as wide", train_cases=6, outside_cases=30, wider=4),
     )
 }
 

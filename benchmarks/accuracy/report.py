@@ -69,8 +69,8 @@ def _notes(
         "somewhat too narrow. They are not corrected for the number of comparisons.",
         "The better of both baselines is the one with the higher mean in that regime and budget, "
         "by the same scores: a little harder to beat than either.",
-        "All draw the same patches (sampling.organs_from: labels); `full` has more labels to draw "
-        "them from, in the same CTs.",
+        "All sample as the product does: kinds that read teachers also centre patches where "
+        "these see an organ that is not annotated. `full` has more labels to draw from.",
     ]
     if split == "validation":
         found.append(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.accuracy.findings import COLUMNS
+from benchmarks.accuracy.configurations import METHOD
+from benchmarks.accuracy.findings import BETTER, COLUMNS
+from benchmarks.accuracy.plan import EQUAL_TIME
 from benchmarks.accuracy.regimes import REGIMES
 from benchmarks.accuracy.statistics import CONFIDENCE
 from stages.compare.results import Table
@@ -14,7 +16,7 @@ from stages.compare.results import Table
 def all_tables(content: Mapping[str, Any]) -> list[Table]:
     """Every table of a results file, in the order in which they are read."""
     split, found = content["split"], content["findings"]
-    tables = [_overview(content)]
+    tables = [_headline(content), _overview(content)]
     for terms, by_budget in found["differences"].items():
         tables += [_differences(terms, budget, rows) for budget, rows in by_budget.items()]
     tables += [_worst(found, budget) for budget in found["worst_organ"]]
@@ -30,6 +32,26 @@ def page(content: Mapping[str, Any], picture: str) -> str:
     notes = "".join(f"- {note}\n" for note in content["notes"])
     title = f"# Accuracy of supervisions, {content['split']} cases"
     return f"{title}\n\n![Mean Dice by regime]({picture})\n\n{body}\n{notes}"
+
+
+def _headline(content: Mapping[str, Any]) -> Table:
+    """The method against the better baseline, equal steps and equal time beside each other."""
+    by_terms = content["findings"]["differences"]
+    rows = []
+    for budget in by_terms.get("equal steps", {}):
+        found = [
+            by_terms.get(terms, {}).get(budget, {}).get(METHOD, {}).get(BETTER, {})
+            for terms in ("equal steps", EQUAL_TIME)
+        ]
+        for regime in found[0]:
+            cells = [
+                f"{_interval(of[regime]['mean'])} ({of[regime].get('against', 'each its own')})"
+                if regime in of
+                else "–"
+                for of in found
+            ]
+            rows.append([budget, regime, *cells])
+    return Table(f"{METHOD} - {BETTER}", ["", "regime", "equal steps", EQUAL_TIME], rows)
 
 
 def _overview(content: Mapping[str, Any]) -> Table:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -188,13 +188,16 @@ class ReliabilityConfig(Config):
     plausible: bool = Field(
         default=True, description="a size that no label shows silences one side in that case"
     )
-    doubt: float | None = Field(
+    agree_after: float | None = Field(
         default=None,
-        gt=0,
-        lt=1,
-        description='p above which the student is believed against a teacher\'s "not here"; '
-        "null: never",
+        ge=0,
+        le=1,
+        description="share of the training from which on a word counts at a voxel only where the "
+        "student says the same; null: never",
     )
+    gone: ClassVar[Mapping[str, str]] = {
+        "doubt": "agree_after compares both words of a teacher with the student's"
+    }
 
 
 class Trust(NamedTuple):

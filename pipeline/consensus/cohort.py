@@ -25,14 +25,12 @@ from pipeline.cache.schema import LABEL, log_odds_name
 from pipeline.consensus.regions import (
     DEFAULT_CONFIDENCE,
     Consensus,
-    above,
     average_experts,
     averaged,
     believed,
     consensus,
     corrected,
     region_voxels,
-    spoken_below,
     stack_organs,
     stacked,
 )
@@ -272,8 +270,7 @@ def lazy_patch(
             label wins, so that regions are those of the log-odds beside them.
 
     Returns:
-        Of three arrays: log-odds, float32 (K, D, H, W), NaN where nobody knows; organ regions, bool
-        (K, D, H, W); background as far as anybody speaks, bool (D, H, W).
+        Of log-odds, float32 (K, D, H, W), NaN where nobody knows; regions follow from them alone.
     """
     key = f"patch-{uuid4().hex}"
     return Delayed(key, {key: (partial(_patch, case, space, rules, box, classes, resample),)})
@@ -286,7 +283,7 @@ def _patch(
     box: Patch,
     classes: npt.NDArray[np.uint8],
     resample: Convert | None,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+) -> npt.NDArray[np.float32]:
     """See `lazy_patch`."""
     said = {
         k: averaged(
@@ -310,8 +307,7 @@ def _patch(
         d = _among(d, [known.index(k) for k in spoken], len(known), classes.shape)
         d = corrected(d, classes, annotated, rules.confidence)
         spoken = known
-    d = _among(d, spoken, len(space.organs), classes.shape)
-    return d, above(d, rules.margin), spoken_below(d, rules.margin)
+    return _among(d, spoken, len(space.organs), classes.shape)
 
 
 def _among(

@@ -228,6 +228,12 @@ def remarks(cases: Sequence[CachedCase], witnesses: Mapping[tuple[str, str], Wit
             )
             if count
         ]
+        by_dataset: dict[str, list[Trust]] = {}
+        for case, trust in zip(asked, trusts, strict=True):
+            by_dataset.setdefault(case.name.split("/")[0], []).append(trust)
+        nothing = [name for name, said in by_dataset.items() if all(t.silent for t in said)]
+        if nothing:
+            parts.append(f"so it adds nothing on {', '.join(nothing)}")
         found.append(f"{what}{measured}: of {len(asked)} cases, {', '.join(parts)}.")
     return found
 

@@ -473,8 +473,9 @@ class NnunetOptions(Config):
 class TeacherEntry(Config):
     """One pre-trained network and the organs that it is expert in."""
 
-    kind: Literal["checkpoint", "exported", "monai-bundle", "nnunet", "factory"] = Field(
-        description="`checkpoint`: made by `pipeline train-teachers`; `exported`: a TorchScript or "
+    kind: Literal["checkpoint", "student", "exported", "monai-bundle", "nnunet", "factory"] = Field(
+        description="`checkpoint`: made by `pipeline train-teachers`; `student`: a student.pt, "
+        "whose channels from 1 on are its organs by id; `exported`: a TorchScript or "
         "torch.export file; `monai-bundle`: a bundle's folder; `nnunet`: a trained nnU-Net v2 "
         "model folder; `factory`: your own code"
     )

@@ -293,7 +293,7 @@ def _consensus_rows(
     for begin in range(0, depth, at_once):
         patch = Patch((begin, 0, 0), (min(at_once, depth - begin), height, width))
         nothing = np.zeros(patch.shape, dtype=np.uint8)
-        ((odds, _, _),) = compute(lazy_patch(case, within, by_teachers, patch, nothing))
+        (odds,) = compute(lazy_patch(case, within, by_teachers, patch, nothing))
         for z, d in rows.put(odds):
             said = labels[z : z + d.shape[1]]
             d = corrected(d, said, annotated, DEFAULT_CONFIDENCE)

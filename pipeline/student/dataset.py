@@ -87,7 +87,6 @@ class PatchDataset(Dataset[dict[str, Any]]):
             supervision.margin, supervision.labels_win, supervision.confidence, inputs.temperatures
         )
         self.pool_bytes = pool_bytes
-        self._teachers = sorted({teacher for case in inputs.training for teacher in case.teachers})
         self._sampler = Sampler(
             inputs.training,
             inputs.space.organs,
@@ -137,19 +136,8 @@ class PatchDataset(Dataset[dict[str, Any]]):
         if config.supervision.uses_teachers:
             known = known_organs(case, self.space, labels_win=self.rules.labels_win)
             sample["known"] = torch.tensor([k in known for k in range(len(organs))])
-            if config.supervision.uses_experts:
-                sample["experts"] = self._experts(case, known)
         sample["case"] = case.name
         return sample
-
-    def _experts(self, case: CachedCase, known: Sequence[int]) -> Tensor:
-        """Which teacher speaks of which organs, bool (I, K); a known organ without an expert here
-        is the label's, and counts as a teacher of that organ alone.
-        """
-        who = [case.experts.get(organ, ()) for organ in self.space.organs]
-        by_teacher = torch.tensor([[t in w for w in who] for t in self._teachers], dtype=torch.bool)
-        by_label = torch.tensor([k in known and not w for k, w in enumerate(who)])
-        return torch.cat([by_teacher.reshape(-1, len(who)), torch.diag(by_label)])
 
     def _read(
         self, case: CachedCase, patch: Patch, warp: Warp | None
@@ -168,8 +156,8 @@ class PatchDataset(Dataset[dict[str, Any]]):
             body = hu > BODY_HU if warp is None else np.zeros(patch.shape)
             arrays["body"] = body.astype(np.bool_)
         resample = None if warp is None else warp.linear
-        (said,) = compute(lazy_patch(case, self.space, self.rules, box, classes, resample))
-        arrays |= zip(("log_odds", "organ", "background"), said, strict=True)
+        lazy = lazy_patch(case, self.space, self.rules, box, classes, resample)
+        (arrays["log_odds"],) = compute(lazy)
         return arrays
 
     def _features(
@@ -230,9 +218,6 @@ def to_batch(collated: dict[str, Any], taps: Sequence[TapKey], device: torch.dev
         annotated=get("annotated"),
         known=get("known"),
         log_odds=get("log_odds") if with_teachers else None,
-        organ=get("organ") if with_teachers else None,
-        background=get("background") if with_teachers else None,
-        experts=get("experts") if "experts" in collated else None,
         body=get("body") if "body" in collated else None,
         features={key: get(f"feature{n}") for n, key in enumerate(taps)} if with_teachers else {},
     )

@@ -200,30 +200,70 @@ def _taken(classes: Tensor) -> Tensor:
 # Terms by teachers.
 #
 # They are this project's reconstruction of MS-KD (Feng et al., arXiv 2108.02559), whose equations
-# were not available to us; see docs/method.md. Letters besides: I teachers, F feature channels,
-# d h w feature cells.
+# were not available to us; see docs/method.md. Letters besides: F feature channels, d h w feature
+# cells.
 
 # Beyond all that float16 can hold, and 0 times the difference of two such is still 0, not NaN.
 _SURE = 1e30
 
 
 @dataclass(frozen=True)
-class Targets:
-    """What teachers, and labels that win, say of a batch.
+class Regions:
+    """Where teachers, and labels that win, see what.
 
     Attributes:
-        log_odds: d, (N, K, D, H, W); NaN where nobody speaks.
         organ: bool (N, K, D, H, W), R_k.
         background: bool (N, D, H, W), B, and what is B as far as anybody speaks.
     """
 
-    log_odds: Tensor
     organ: Tensor
     background: Tensor
 
 
+def regions_of(log_odds: Tensor, margin: float = 0.0) -> Regions:
+    """R_k = {d_k > m}, and background as far as anybody speaks: some d_k < -m, and every other one
+    < -m or NaN. As in `pipeline.consensus.regions`, but on the device.
+
+    Args:
+        log_odds: d, (N, K, D, H, W).
+        margin: m >= 0.
+    """
+    below = log_odds < -margin
+    background = (below | torch.isnan(log_odds)).all(dim=1) & below.any(dim=1)
+    return Regions(log_odds > margin, background)
+
+
+def one_target(
+    logits: Tensor, log_odds: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and soft Dice against one target per voxel, q = softmax([0, d_1 .. d_K] / T).
+
+    Where labels have won d is theirs, elsewhere the experts'. An organ of which nobody speaks at a
+    voxel is merged into background there, in the student and in the target; a voxel where nobody
+    speaks at all teaches nothing. So no two terms pull a voxel in two directions.
+
+        cross-entropy = mean over voxels of - sum over classes of q log p
+        Dice          = 1 - mean over organs of 2 sum(p q) / (sum(p^2) + sum(q^2))
+
+    The first is KL(q || p) but for the target's own entropy. The squares make p = q the optimum of
+    the second (Milletari et al. 2016); an organ of which nobody speaks in the batch is left out.
+
+    Args:
+        logits: (N, C, D, H, W).
+        log_odds: d, (N, K, D, H, W), NaN where nobody speaks.
+        temperature: T > 0, of the target alone; below 1 it is harder.
+    """
+    spoken = ~torch.isnan(log_odds)
+    log_p, p = softmax_both(merge_into_background(logits, spoken))
+    q = torch.softmax(joint_target(log_odds, temperature), dim=1)
+    entropy = mean_of_means(-(q * log_p).sum(), spoken.any(dim=1).sum())
+    q, p = q[:, 1:].flatten(2), p[:, 1:].flatten(2)
+    both, size = (x.sum(dim=2).sum(dim=0) for x in (p * q, p.square() + q.square()))
+    return entropy, one_minus_mean(2 * both, size, spoken.flatten(2).any(dim=2))
+
+
 def joint_target(log_odds: Tensor, temperature: float) -> Tensor:
-    """Logits of q_T = softmax([0, d_1 .. d_K] / T): what experts say together.
+    """Logits of q = softmax([0, d_1 .. d_K] / T): what labels and experts say together.
 
     Args:
         log_odds: (N, K, D, H, W); NaN, an organ that nobody knows here, gets q = 0.
@@ -237,15 +277,6 @@ def joint_target(log_odds: Tensor, temperature: float) -> Tensor:
     return torch.cat([torch.zeros_like(d[:, :1]), d], dim=1)
 
 
-def joint_log_q_and_q(log_odds: Tensor) -> tuple[Tensor, Tensor]:
-    """log q and q of the joint target at T = 1, (N, C, D, H, W) each, for the terms that share it.
-
-    Args:
-        log_odds: (N, K, D, H, W), NaN where nobody knows.
-    """
-    return softmax_both(joint_target(log_odds, 1.0))
-
-
 def hard(log_odds: Tensor) -> Tensor:
     """The organ that a voxel is most likely, or none, for sure: argmax over [0, d_1 .. d_K] as
     log-odds. NaN stays.
@@ -257,100 +288,6 @@ def hard(log_odds: Tensor) -> Tensor:
     best = (d > 0) & (d == d.max(dim=1, keepdim=True).values)
     sure = torch.where(best, _SURE, -_SURE)
     return torch.where(torch.isnan(log_odds), log_odds, sure.to(log_odds.dtype))
-
-
-def kl(
-    log_p: Tensor,
-    targets: Targets,
-    experts: Tensor,
-    *,
-    temperature: float = 1.0,
-    per_region: bool = False,
-    joint: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Mean over teachers i of T^2 sum(w_i KL(q_i || p_i)) / sum(w_i).
-
-    O_i are the organs of which teacher i speaks, and
-        q_i = softmax([0, d_k for k in O_i] / T),
-        p_i = softmax([log(p_0 + sum of p_k not in O_i), log p_k for k in O_i] / T),
-    the student's prediction with all organs of others merged into background. w_i is 1 on the R_k
-    of O_i and on B, else 0: the mean over these voxels together. `per_region`: w_i is the sum of
-    1 / |R_k| on each R_k of O_i and 1 / |B| on B: the mean of the regions' means.
-
-    So who speaks decides which target it is: one teacher for all known organs gives the joint
-    target; one for each organ compares sigmoid(d_k / T) with the student's own log-odds
-    log p_k - log(1 - p_k); the registry's teachers lie between, and are the same as one or the
-    other where a teacher speaks of all organs, or of one each. Source of T^2: Hinton et al. 2015.
-
-    Args:
-        log_p: student's log softmax (N, C, D, H, W).
-        targets: d, R_k and B. Where d is NaN, whoever speaks of k is silent: there k is not in O_i,
-            and w_i is 0 where all of O_i are silent.
-        experts: bool (N, I, K), whether teacher i speaks of organ k in a sample. A sample in which
-            it speaks of no organ takes no part in its mean; a teacher without any voxel is left
-            out.
-        temperature: T > 0.
-        per_region: see above.
-        joint: log q and q of `joint_log_q_and_q`, where they are at hand; only for T = 1 and one
-            teacher who speaks of all organs that have log-odds.
-    """
-    log_p = at_least_float32(log_p)
-    assert joint is None or (experts.shape[1] == 1 and temperature == 1)
-    spoken = ~torch.isnan(targets.log_odds)
-    regions = _region_sizes(targets, spoken, experts).to(log_p.dtype) if per_region else None
-    totals, sizes = [], []
-    for i, flags in enumerate(experts.any(dim=0).tolist()):
-        organs = [k for k, speaks in enumerate(flags) if speaks]
-        here = experts[:, i, organs][:, :, None, None, None] & spoken[:, organs]
-        student = _student_for(log_p, organs, here, temperature)
-        if joint is None:
-            d = targets.log_odds[:, organs].masked_fill(~here, torch.nan)
-            log_q, q = softmax_both(joint_target(d, temperature))
-        else:
-            log_q, q = (_without_silent(x, organs) for x in joint)
-        weight = _weight(
-            targets.organ[:, organs] & here,
-            targets.background & here.any(dim=1),
-            None if regions is None else regions[i, [*organs, -1]],
-        ).to(log_p.dtype)
-        wq = q * weight[:, None]
-        # One product with log p: all else is constant and needs no gradient.
-        totals.append((wq * log_q).sum() - (wq * student).sum())
-        sizes.append(weight.sum())
-    return temperature**2 * mean_of_means(torch.stack(totals), torch.stack(sizes))
-
-
-def soft_dice(
-    p: Tensor,
-    log_odds: Tensor,
-    inside: Tensor,
-    known: Tensor,
-    *,
-    joint: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """1 - mean over known organs of 2 sum(p q) / (sum(p^2) + sum(q^2)), sums over the voxels of the
-    regions where somebody speaks of the organ.
-
-    q is the joint target at T = 1. The squares make p = q the optimum for soft targets (Milletari
-    et al. 2016); with plain sums it would be a hard one.
-
-    Args:
-        p: student's softmax of the organs (N, K, D, H, W).
-        log_odds: (N, K, D, H, W).
-        inside: bool (N, D, H, W), the regions together.
-        known: bool (N, K).
-        joint: log q and q of `joint_log_q_and_q`, where they are at hand.
-    """
-    p = at_least_float32(p).flatten(2)
-    q = torch.softmax(joint_target(log_odds, 1.0), dim=1) if joint is None else joint[1]
-    q = q[:, 1:].flatten(2)
-    spoken = ~torch.isnan(log_odds).flatten(2) & inside.flatten(1)[:, None]
-    known = known & spoken.any(dim=2)
-    counted = known.to(p.dtype)
-    q = q * spoken
-    both = ((p * q).sum(dim=2) * counted).sum(dim=0)
-    size = (((p.square() * spoken).sum(dim=2) + q.square().sum(dim=2)) * counted).sum(dim=0)
-    return one_minus_mean(2 * both, size, known)
 
 
 def feature_cosine(adapted: Tensor, teacher: Tensor, *shares: Tensor) -> Tensor:
@@ -381,56 +318,6 @@ def feature_cosine(adapted: Tensor, teacher: Tensor, *shares: Tensor) -> Tensor:
 def share_of_cells(region: Tensor, stride: tuple[int, int, int]) -> Tensor:
     """How much of each cell a region fills: bool (N, D, H, W) -> float32 (N, d, h, w)."""
     return F.avg_pool3d(region[:, None].float(), stride, stride)[:, 0]
-
-
-def _student_for(log_p: Tensor, organs: list[int], here: Tensor, temperature: float) -> Tensor:
-    """log p_i for a teacher of these organs: (N, 1 + organs, D, H, W), all others in background.
-
-    Args:
-        log_p: (N, C, D, H, W).
-        organs: O_i.
-        here: bool (N, organs, D, H, W), where the teacher speaks of them.
-        temperature: T.
-    """
-    rest = [c for c in range(log_p.shape[1]) if c - 1 not in organs]
-    student = log_p
-    if len(rest) > 1:
-        student = torch.cat([logsumexp(log_p[:, rest]), log_p[:, [k + 1 for k in organs]]], dim=1)
-    # Not the same organs in every sample, or somebody is silent. Where all are (as outside of a
-    # case, so in many patches) nothing has a weight, and nothing has to be merged.
-    if bool((here.any(dim=1, keepdim=True) & ~here).any()):
-        student = merge_into_background(student, here)
-    return student if temperature == 1 else torch.log_softmax(student / temperature, dim=1)
-
-
-def _weight(own: Tensor, agreed: Tensor, sizes: Tensor | None) -> Tensor:
-    """w_i, (N, D, H, W).
-
-    Args:
-        own: bool (N, organs, D, H, W), R_k where the teacher speaks.
-        agreed: bool (N, D, H, W), B there.
-        sizes: (organs + 1,), voxels of each of them in all processes; None: all together count.
-    """
-    if sizes is None:
-        return own.any(dim=1) | agreed
-    shares = 1 / sizes.clamp(min=1)
-    return (own * shares[:-1, None, None, None]).sum(dim=1) + agreed * shares[-1]
-
-
-def _without_silent(x: Tensor, organs: list[int]) -> Tensor:
-    """Background and `organs` of (N, C, D, H, W): nobody speaks of the others, so their q is 0."""
-    return x if len(organs) == x.shape[1] - 1 else x[:, [0, *(k + 1 for k in organs)]]
-
-
-def _region_sizes(targets: Targets, spoken: Tensor, experts: Tensor) -> Tensor:
-    """Voxels of R_1 .. R_K and B where teacher i speaks, over all processes: float32 (I, C)."""
-    own = (targets.organ & spoken).flatten(2).sum(dim=2)[:, None] * experts
-    where = [
-        targets.background & (speaks[:, :, None, None, None] & spoken).any(dim=1)
-        for speaks in experts.unbind(dim=1)
-    ]
-    agreed = torch.stack([voxels.flatten(1).sum(dim=1) for voxels in where], dim=1)
-    return over_ranks(torch.cat([own, agreed[:, :, None]], dim=2).sum(dim=0).float())
 
 
 # Sums over all processes of a training, so that a loss is that of the whole batch.

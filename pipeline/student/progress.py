@@ -138,9 +138,10 @@ class Metrics:
         terms: Mapping[str, float],
         lr: float,
         gradient_norm: float | None,
+        **told: Any,
     ) -> None:
         """One training step, which took from when its batch was asked for until now; without a
-        gradient norm if fp16 overflowed and it was left out.
+        gradient norm if fp16 overflowed and it was left out. `told` stands in its line as it is.
         """
         line = {
             "step": step,
@@ -148,6 +149,7 @@ class Metrics:
             "terms": {name: round(value, 6) for name, value in terms.items()},
             "lr": lr,
             "gradient_norm": None if gradient_norm is None else round(gradient_norm, 4),
+            **told,
         }
         self._unwritten.append(line)
         self.history.add(line)
@@ -238,6 +240,10 @@ def _scalars(lines: list[dict[str, Any]]) -> dict[str, float]:
     last = lines[-1]
     names = {name for line in lines for name in line["terms"]}
     found = {f"loss/{n}": _mean(line["terms"].get(n, 0.0) for line in lines) for n in sorted(names)}
+    for line in lines:
+        for organ, share in line.get("believed", {}).items():
+            if share is not None:
+                found[f"believed/{organ}"] = share
     found["loss/total"] = _mean(line["loss"] for line in lines)
     norms = [line["gradient_norm"] for line in lines if line["gradient_norm"] is not None]
     if norms:
@@ -370,7 +376,8 @@ def _mean_point(points: Any) -> tuple[float, float]:
 
 # The file metrics.jsonl: one JSON object a line, in the order of the steps.
 #
-# A line of a step: `step`, `loss`, `terms` (weighted, they sum to the loss), `lr`, `gradient_norm`.
+# A line of a step: `step`, `loss`, `terms` (weighted, they sum to the loss), `lr`, `gradient_norm`,
+# and now and then `believed` (organ -> share of a teacher's voxels that count, `agree_after`).
 # A line of a validation: `step`, `validation_dice`. All of that is the same in every run with the
 # same settings, interrupted or not. What a clock measured stands under one further key, `timing`:
 # in lines of steps once per window of some steps (`steps`, `seconds`, `data_wait`,

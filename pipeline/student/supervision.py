@@ -6,8 +6,8 @@ Every kind sees the same cache, network and budget; what is read and the loss di
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -51,23 +51,23 @@ class WeightConfig(Config):
 
 
 class LogitsConfig(WeightConfig):
-    """The logits-wise term."""
+    """One target per voxel: labels where there are any, else what experts say."""
 
-    schedule: Literal["constant", "ramp_up", "decay"] = Field(
-        default="decay", description="how the weight runs over time"
+    weight: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="w of the one target; the labels alone, all else merged, weigh 1 - w",
     )
-    target: Literal["joint", "per_teacher", "marginal"] = Field(
-        default="joint",
-        description="of the KL: all experts together, each organ by itself, or each teacher's "
-        "organs together",
-    )
-    mean: Literal["voxel", "region"] = Field(
-        default="voxel", description="over all regions together, or per region and then over them"
-    )
-    soft_dice: bool = Field(default=True, description="added to the KL")
     hard: bool = Field(default=False, description="targets of 0 and 1 instead of probabilities")
-    temperature: float = Field(default=1.0, gt=0, description="T of the KL, which is times T^2")
-    agreed_background: bool = Field(default=True, description="False: organ regions alone")
+    temperature: float = Field(
+        default=1.0, gt=0, description="log-odds are divided by it; below 1: a harder target"
+    )
+
+    gone: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("target", "mean", "soft_dice", "agreed_background"),
+        "every voxel has one target now, that of labels and experts together: remove them",
+    )
 
 
 class FeaturesConfig(Config):
@@ -186,17 +186,20 @@ class SupervisionConfig(Config):
         """Whether what teachers say is weighed at all."""
         return self.kind == "ms_kd" and self.reliability is not None
 
+    def compares_words(self, fraction: float) -> bool:
+        """Whether what a teacher says at a voxel is compared with what the student says there, at
+        t = fraction of the training."""
+        if self.reliability is None or not self.uses_reliability:
+            return False
+        after = self.reliability.agree_after
+        return after is not None and fraction >= after
+
     @property
     def uses_features(self) -> bool:
         """Whether features are read at all."""
         return (
             self.kind == "ms_kd" and self.features.weight > 0 and bool(self.features.student_taps)
         )
-
-    @property
-    def uses_experts(self) -> bool:
-        """Whether it matters which teacher speaks of which organs."""
-        return self.kind == "ms_kd" and self.logits.target == "marginal"
 
 
 @dataclass(frozen=True)
@@ -209,11 +212,6 @@ class Batch:
         annotated: bool (N, K).
         known: bool (N, K), organs that a teacher or the label speaks of.
         log_odds: float32 (N, K, D, H, W), NaN where nobody knows; absent for labels alone.
-        organ: bool (N, K, D, H, W), organ regions.
-        background: bool (N, D, H, W), background as far as anybody speaks: the agreed background,
-            and what lies beside an organ whose teachers are silent.
-        experts: bool (N, I, K), whether teacher i speaks of organ k in a sample, where
-            `uses_experts`; organs that the label alone speaks of have a teacher of their own.
         body: bool (N, D, H, W), what is not air, where features are read.
         features: (teacher, tap) -> (N, F, d, h, w), standardised per channel; NaN where not seen.
     """
@@ -223,19 +221,8 @@ class Batch:
     annotated: Tensor
     known: Tensor
     log_odds: Tensor | None = None
-    organ: Tensor | None = None
-    background: Tensor | None = None
-    experts: Tensor | None = None
     body: Tensor | None = None
     features: Mapping[TapKey, Tensor] = field(default_factory=dict)
-
-    @property
-    def targets(self) -> losses.Targets:
-        """What teachers say, where they are read."""
-        assert self.log_odds is not None
-        assert self.organ is not None
-        assert self.background is not None
-        return losses.Targets(self.log_odds, self.organ, self.background)
 
 
 def batch_loss(
@@ -243,6 +230,7 @@ def batch_loss(
     network: StudentNetwork,
     batch: Batch,
     fraction: float,
+    told: dict[str, Any] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of a batch, and each weighted term for the log.
 
@@ -251,13 +239,16 @@ def batch_loss(
         network: called once; its features are tapped where a term wants them.
         batch: on the network's device.
         fraction: t = step / steps, for the schedules.
+        told: gets what else is worth a line in metrics.jsonl.
     """
     outputs, features = network(batch.image)
+    if told is not None and config.compares_words(fraction):
+        final = outputs[0] if isinstance(outputs, tuple) else outputs
+        told["believed"] = believed(final, batch)
     terms = over_outputs(outputs, lambda logits: terms_of_logits(config, logits, batch, fraction))
     weight = config.features.at(fraction) if config.uses_features else 0.0
     if weight > 0:
-        background = config.features.background
-        terms["features"] = weight * _features_term(network, features, batch, background)
+        terms["features"] = weight * _features_term(config, network, features, batch)
     loss = torch.stack(list(terms.values())).sum()
     return loss, {name: float(value.detach()) for name, value in terms.items()}
 
@@ -281,23 +272,43 @@ def terms_of_logits(
             organs = torch.ones_like(organs)
         case "pseudo_label":
             classes, organs = pseudo_labels(batch), batch.known
-        case "marginal" | "marginal_exclusion" | "ms_kd" | "full":
+        case "ms_kd":
+            return _one_target_terms(config, logits, batch, fraction)
+        case "marginal" | "marginal_exclusion" | "full":
             pass
     log_p, p = losses.softmax_both(logits)
-    merged = losses.merge_into_background(log_p, organs)
-    terms = {
-        "cross_entropy": losses.cross_entropy(merged, classes),
-        "dice": losses.dice(p[:, 1:], classes, organs),
-    }
+    terms = _label_terms(log_p, p, classes, organs)
     if config.kind == "marginal_exclusion" and (weight := config.exclusion.at(fraction)) > 0:
         overlap = losses.exclusion_dice(p[:, 1:], classes, organs)
         terms["exclusion_dice"] = weight * overlap
         entropy = losses.exclusion_cross_entropy(p[:, 1:], classes, organs)
         terms["exclusion_cross_entropy"] = weight * entropy
-    if config.kind == "ms_kd" and (weight := config.logits.at(fraction)) > 0:
-        if config.reliability is not None and config.reliability.doubt is not None:
-            batch = with_doubt(batch, p, config.reliability.doubt)
-        terms["logits"] = weight * logits_term(config.logits, log_p, p, batch)
+    return terms
+
+
+def _label_terms(log_p: Tensor, p: Tensor, classes: Tensor, organs: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy and Dice of labels; organs that they do not speak of are merged."""
+    merged = losses.merge_into_background(log_p, organs)
+    return {
+        "cross_entropy": losses.cross_entropy(merged, classes),
+        "dice": losses.dice(p[:, 1:], classes, organs),
+    }
+
+
+def _one_target_terms(
+    config: SupervisionConfig, logits: Tensor, batch: Batch, fraction: float
+) -> dict[str, Tensor]:
+    """w times the terms of one target per voxel, 1 - w times those of labels alone."""
+    weight = config.logits.at(fraction)
+    terms: dict[str, Tensor] = {}
+    if weight > 0:
+        d = counting_log_odds(config, logits, batch, fraction)
+        entropy, dice = losses.one_target(logits, d, temperature=config.logits.temperature)
+        terms = {"cross_entropy": weight * entropy, "dice": weight * dice}
+    if weight < 1:
+        by_labels = _label_terms(*losses.softmax_both(logits), batch.classes, batch.annotated)
+        for name, term in by_labels.items():
+            terms[name] = terms.get(name, 0.0) + (1 - weight) * term
     return terms
 
 
@@ -311,74 +322,68 @@ def pseudo_labels(batch: Batch) -> Tensor:
     return torch.where(unseen, IGNORE, classes)
 
 
-def logits_term(config: LogitsConfig, log_p: Tensor, p: Tensor, batch: Batch) -> Tensor:
-    """KL and soft Dice over R_1 .. R_K and B; see method.md and `losses`."""
-    targets = batch.targets
-    if config.hard:
-        targets = replace(targets, log_odds=losses.hard(targets.log_odds))
-    if not config.agreed_background:
-        targets = replace(targets, background=torch.zeros_like(targets.background))
-    # The KL of all experts together is of the very target that soft Dice has: made once for both.
-    same = config.soft_dice and config.target == "joint" and config.temperature == 1
-    joint = losses.joint_log_q_and_q(targets.log_odds) if same else None
-    term = losses.kl(
-        log_p,
-        targets,
-        _experts(config, batch),
-        temperature=config.temperature,
-        per_region=config.mean == "region",
-        joint=joint,
-    )
-    if config.soft_dice:
-        inside = targets.organ.any(dim=1) | targets.background
-        term = term + losses.soft_dice(p[:, 1:], targets.log_odds, inside, batch.known, joint=joint)
-    return term
+def counting_log_odds(
+    config: SupervisionConfig, logits: Tensor, batch: Batch, fraction: float
+) -> Tensor:
+    """d of the one target, NaN where nobody's word counts: within the margin, and where a teacher
+    and the student contradict each other; hard where that is asked for."""
+    assert batch.log_odds is not None
+    d = batch.log_odds
+    if config.margin > 0:
+        d = d.masked_fill(d.abs() <= config.margin, torch.nan)
+    if config.compares_words(fraction):
+        d = d.masked_fill(contradicted(logits, batch), torch.nan)
+    return losses.hard(d) if config.logits.hard else d
 
 
-def with_doubt(batch: Batch, p: Tensor, doubt: float) -> Batch:
-    """Teachers are silent where the student is surer of their organ than `doubt` and they say that
-    it is not here, unless a label says so.
+def contradicted(logits: Tensor, batch: Batch) -> Tensor:
+    """Where a teacher says "here" (d > 0) and the student does not (p <= 1/2), or the other way
+    round, and no label says who is right: bool (N, K, D, H, W).
 
     Args:
-        batch: see there.
-        p: student's softmax (N, C, D, H, W).
-        doubt: in 0 .. 1.
+        logits: of the student, (N, C, D, H, W).
+        batch: with log-odds.
     """
     assert batch.log_odds is not None
-    d, classes = batch.log_odds, batch.classes[:, None]
+    p = torch.softmax(losses.at_least_float32(logits.detach()), dim=1)[:, 1:]
+    return ((p > 0.5) != (batch.log_odds > 0)) & _teachers_alone(batch)
+
+
+def believed(logits: Tensor, batch: Batch) -> list[float | None]:
+    """Per organ the share of voxels in which a teacher's word counts, of those where no label
+    speaks of it; None where there is none."""
+    alone = _teachers_alone(batch)
+    kept = (alone & ~contradicted(logits, batch)).flatten(2).sum(dim=2).sum(dim=0)
+    sizes = alone.flatten(2).sum(dim=2).sum(dim=0)
+    pairs = zip(kept.tolist(), sizes.tolist(), strict=True)
+    return [round(part / size, 4) if size else None for part, size in pairs]
+
+
+def _teachers_alone(batch: Batch) -> Tensor:
+    """Where a teacher speaks and no label does: bool (N, K, D, H, W)."""
+    assert batch.log_odds is not None
+    classes = batch.classes[:, None]
     annotated = batch.annotated[:, :, None, None, None]
     labelled = (annotated | (classes > 0)) & (classes != IGNORE)
-    overruled = (p.detach()[:, 1:] > doubt) & (d < 0) & ~labelled
-    return replace(batch, log_odds=d.masked_fill(overruled, torch.nan))
-
-
-def _experts(config: LogitsConfig, batch: Batch) -> Tensor:
-    """Who speaks of which organs: bool (N, I, K)."""
-    match config.target:
-        case "joint":
-            return batch.known[:, None]
-        case "per_teacher":
-            return torch.diag_embed(batch.known)
-        case "marginal":
-            assert batch.experts is not None
-            return batch.experts
+    return ~labelled & ~torch.isnan(batch.log_odds)
 
 
 def _features_term(
-    network: StudentNetwork, student: Mapping[str, Tensor], batch: Batch, weight: float
+    config: SupervisionConfig, network: StudentNetwork, student: Mapping[str, Tensor], batch: Batch
 ) -> Tensor:
-    """Per teacher and tap: cosine over the teacher's organ regions, plus `weight` times that over B
+    """Per teacher and tap: cosine over the teacher's organ regions, plus a weight times that over B
     without air; mean over them."""
-    targets, terms = batch.targets, []
+    assert batch.log_odds is not None
     assert batch.body is not None
+    regions, terms = losses.regions_of(batch.log_odds, config.margin), []
     for key, cached in batch.features.items():
         stride = network.cached[key].stride
         organs = list(network.cached[key].organs)
-        region = losses.share_of_cells(targets.organ[:, organs].any(dim=1), stride)
+        region = losses.share_of_cells(regions.organ[:, organs].any(dim=1), stride)
         # Beside its organ a teacher may be silent: its features say nothing of the others there.
-        speaks = ~torch.isnan(targets.log_odds[:, organs]).all(dim=1)
-        background = losses.share_of_cells(targets.background & speaks & batch.body, stride)
+        speaks = ~torch.isnan(batch.log_odds[:, organs]).all(dim=1)
+        background = losses.share_of_cells(regions.background & speaks & batch.body, stride)
         adapted = network.adapt(key, student)
         inside, outside = losses.feature_cosine(adapted, cached, region, background)
-        terms.append(inside + weight * outside)
+        terms.append(inside + config.features.background * outside)
     return torch.stack(terms).mean()

@@ -36,6 +36,8 @@ from pipeline.student.settings import TrainingConfig, build_optimiser
 from pipeline.student.speed import Speed, TrainingExecution
 from pipeline.student.supervision import Batch, batch_loss
 
+_STEPS_PER_NOTE = 20  # what is not needed for the step is computed this seldom
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -187,8 +189,12 @@ def make_step(state: TrainingState, batch: Batch, step: int) -> dict[str, Any]:
     lr = config.optimiser.lr_at(step, config.steps)
     for group in optimiser.param_groups:
         group["lr"] = lr
+    told: dict[str, Any] = {}
     with speed.autocast():
-        loss, terms = batch_loss(config.supervision, network, batch, step / config.steps)
+        loss, terms = batch_loss(
+            config.supervision, network, batch, step / config.steps,
+            told if step % _STEPS_PER_NOTE == 0 else None,
+        )  # fmt: skip
     value = float(loss.detach())
     if any(processes.any(not math.isfinite(value))):
         bad = [name for name, term in terms.items() if not math.isfinite(term)]
@@ -203,7 +209,9 @@ def make_step(state: TrainingState, batch: Batch, step: int) -> dict[str, Any]:
         optimiser.zero_grad(set_to_none=True)
         raise FloatingPointError("the gradient became NaN, although the loss is finite.")
     taken = speed.step(optimiser, norm)
-    found = {"loss": value, "terms": terms, "lr": lr}
+    if "believed" in told:
+        told["believed"] = dict(zip(state.inputs.space.organs, told["believed"], strict=True))
+    found = {"loss": value, "terms": terms, "lr": lr, **told}
     return found | {"gradient_norm": norm if taken else None}
 
 

@@ -6,6 +6,7 @@ The file is a `torch.save` of plain tensors, numbers and text, sealed as student
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.data.entries import TeacherEntry
-from pipeline.data.labels import Intensity
+from pipeline.data.labels import Intensity, LabelSpace
 from pipeline.data.patches import Index3
 from pipeline.data.volume import Spacing, Volume
 from pipeline.errors import CheckpointError, PipelineError, TeacherError
@@ -52,8 +53,9 @@ def save_teacher(path: Path, record: TeacherRecord, state: Mapping[str, Tensor])
     save_atomically(path, {"record": record.model_dump_json(), "state": plain})
 
 
-def read_teacher(path: Path) -> tuple[TeacherRecord, dict[str, Tensor]]:
-    """Reads a teacher file; those written before files were sealed by the checksums of their zip.
+def read_teacher(path: Path, *, student: bool = False) -> tuple[TeacherRecord, dict[str, Tensor]]:
+    """Reads a teacher file, or a student.pt as one; those written before files were sealed by the
+    checksums of their zip.
 
     Raises:
         TeacherError: absent, changed since it was written, not a plain tensor file, or not written
@@ -74,17 +76,42 @@ def read_teacher(path: Path) -> tuple[TeacherRecord, dict[str, Tensor]]:
             fix=f"{error.fix} Train or fetch it again. A file that would run code when loaded is "
             "refused, too: save tensors only, or use a teacher of kind `factory`.",
         ) from error
+    writer = "pipeline train-student" if student else "pipeline train-teachers"
     try:
         parts = dict(content)
-        record = TeacherRecord.model_validate_json(parts["record"])
+        said = json.loads(parts["record"])
+        record = _of_student(said) if student else TeacherRecord.model_validate(said)
         state: dict[str, Tensor] = dict(parts["state"])
     except (KeyError, TypeError, ValueError) as error:
         raise TeacherError(
-            "a tensor file, but not one that `pipeline train-teachers` wrote.",
+            f"a tensor file, but not one that `{writer}` wrote.",
             where=path,
-            fix="For weights from elsewhere use a teacher of kind `factory`.",
+            fix="Kind `checkpoint` is for teachers, kind `student` for a student.pt, and kind "
+            "`factory` for weights from elsewhere.",
         ) from error
     return record, state
+
+
+def _of_student(said: Mapping[str, Any]) -> TeacherRecord:
+    """A student's record as a teacher's: its channels are background and its organs by id."""
+    if said.get("head", "softmax") != "softmax":
+        raise TeacherError(
+            "a student of kind masked_bce: its organs do not compete with a background.",
+            fix="Teach with a student of another kind of supervision.",
+        )
+    organs = LabelSpace(said["organs"]).organs
+    return TeacherRecord(
+        network=said["network"],
+        num_channels=len(organs) + 1,
+        channels={organ: (k + 1,) for k, organ in enumerate(organs)},
+        spacing_mm=said["spacing_mm"],
+        intensity=said["intensity"],
+        validation_dice=said["validation_dice"],
+        num_validation_cases=0,
+        trained_on="",
+        trained_on_cases=said["trained_on"],
+        training_digest=said["run_digest"],
+    )
 
 
 @dataclass
@@ -173,7 +200,7 @@ def load_checkpoint_teacher(
             the file about channels, spacing or intensities, or a window or tap that the network
             cannot have.
     """
-    record, state = read_teacher(path)
+    record, state = read_teacher(path, student=entry.kind == "student")
     _check_against(name, entry, record, path)
     try:
         network = build_network(record.network, in_channels=1, out_channels=record.num_channels)

@@ -51,7 +51,7 @@ def load_teacher(
     """
     with named(f"teacher {name}"):
         match entry.kind:
-            case "checkpoint":
+            case "checkpoint" | "student":
                 return load_checkpoint_teacher(
                     name, entry, weights, window=window, batch_size=batch_size, device=device
                 )

@@ -13,9 +13,17 @@ import numpy as np
 import pytest
 from matplotlib.transforms import Bbox
 
-from benchmarks.accuracy import figure
+from benchmarks.accuracy import figure, tables
 from benchmarks.accuracy.collect import Scores, as_array, collect, note_tried
-from benchmarks.accuracy.configurations import KINDS, Configuration, identity, named, screened
+from benchmarks.accuracy.configurations import (
+    KINDS,
+    ORACLE,
+    ROWS,
+    Configuration,
+    identity,
+    named,
+    screened,
+)
 from benchmarks.accuracy.findings import BETTER, find
 from benchmarks.accuracy.plan import choose, equal_time_steps, plan_jobs, work_done
 from benchmarks.accuracy.recall import worth
@@ -36,6 +44,7 @@ from pipeline.data.entries import ORGANS
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError
 from pipeline.figures import open_figure
+from pipeline.student.sampling import SamplingConfig
 from stages.compare.plan import differing_fields
 from stages.train_student import TrainStudentConfig
 
@@ -152,9 +161,10 @@ def test_worth_of_a_teacher() -> None:
 def test_kinds_differ_in_supervision_alone() -> None:
     configs = [TrainStudentConfig(run=c.name, training=c.training) for c in named(FULL, KINDS)]
     assert {field.split(".")[0] for field in differing_fields(configs)} == {"supervision"}
-    assert {c.training.sampling.organs_from for c in configs} == {"labels"}
-    (method,) = named(FULL, ["ms_kd"])
+    assert {c.training.sampling for c in configs} == {SamplingConfig()}  # as the product has it
+    method, perfect = named(FULL, ["ms_kd", ORACLE])
     assert not method.training.supervision.uses_features
+    assert (method.teachers, perfect.teachers) == ("cached", "perfect")
 
 
 def test_identity_is_of_what_counts() -> None:
@@ -169,20 +179,21 @@ def test_identity_is_of_what_counts() -> None:
     assert changed("marginal", margin=1.0) == identity(kinds["marginal"])
     assert changed("ms_kd") == identity(kinds["ms_kd"])
     assert changed("ms_kd", margin=1.0) != identity(kinds["ms_kd"])
-    assert changed("pseudo_label", margin=1.0) != identity(kinds["pseudo_label"])
+    assert changed("pseudo_label", margin=1.0) == identity(kinds["pseudo_label"])
+    assert changed("pseudo_label", confidence=1.0) != identity(kinds["pseudo_label"])
     weaker = kinds["marginal_exclusion"].supervision.exclusion.model_copy(update={"weight": 0.5})
     assert changed("marginal_exclusion", exclusion=weaker) != identity(kinds["marginal_exclusion"])
 
 
 def test_screened_configurations_change_the_method(tmp_path: Path) -> None:
-    (tmp_path / "constant.yaml").write_text("supervision: {logits: {schedule: constant}}\n")
+    (tmp_path / "decaying.yaml").write_text("supervision: {logits: {schedule: decay}}\n")
     (tmp_path / "hard.yaml").write_text("supervision: {kind: pseudo_label}\noptimiser: {lr: 0.1}\n")
     (method,) = named(FULL, ["ms_kd"])
-    constant, hard = screened(FULL, tmp_path)
-    assert [constant.name, hard.name] == ["constant", "hard"]
+    decaying, hard = screened(FULL, tmp_path)
+    assert [decaying.name, hard.name] == ["decaying", "hard"]
     expected = method.training.model_dump()
-    expected["supervision"]["logits"]["schedule"] = "constant"
-    assert constant.training.model_dump() == expected
+    expected["supervision"]["logits"]["schedule"] = "decay"
+    assert decaying.training.model_dump() == expected
     assert hard.training.optimiser.lr == 0.1
     assert hard.training.supervision.kind == "pseudo_label"
 
@@ -190,7 +201,7 @@ def test_screened_configurations_change_the_method(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("marginal", "supervision: {margin: 1.0}", "marginal is a kind of supervision"),
+        ("marginal", "supervision: {margin: 1.0}", "marginal is a row of the bench"),
         ("typo", "supervision: {marign: 1.0}", "marign"),
         ("list", "[1, 2]", "mapping"),
         ("a b", "supervision: {margin: 1.0}", "cannot name a run"),
@@ -227,8 +238,8 @@ def test_plan_of_jobs(tmp_path: Path) -> None:
     assert [job.name for job in jobs] == ["a/seed5", "d/seed5", "a/seed6", "d/seed6"]
     for job in jobs:
         assert [(r.budget, r.name) for r in job.runs] == [
-            *(("short", kind) for kind in KINDS),
-            *(("long", k) for k in ("marginal", "pseudo_label", "ms_kd", "full")),
+            *(("short", row) for row in ROWS),
+            *(("long", k) for k in ("marginal", "pseudo_label", "ms_kd", "full", ORACLE)),
             ("short, equal time", "marginal"),
             ("long, equal time", "marginal"),
         ]
@@ -296,7 +307,7 @@ def test_collected_scores_and_what_is_missing(tmp_path: Path) -> None:
 def test_what_was_tried_stays_on_record(tmp_path: Path) -> None:
     changed = named(FULL, ["ms_kd"])[0].training
     changed = changed.model_copy(update={"batch_size": 3})
-    others = [Configuration("other", changed), Configuration("in-the-loop", changed, online=True)]
+    others = [Configuration("other", changed), Configuration("in-the-loop", changed, "online")]
     chosen = choose(FULL, ["short", "long"], ["ms_kd"], others)
     (job,) = plan_jobs(tmp_path, [REGIMES["a"]], [0], FULL, chosen)
     for run in job.runs:
@@ -410,6 +421,20 @@ def test_findings_against_slow_ones() -> None:
     assert rows["all"]["mean"]["mean"] == pytest.approx(middle)
     widths = [rows[r]["mean"]["high"] - rows[r]["mean"]["low"] for r in ("a", "b", "all")]
     assert widths[2] < max(widths[:2])
+
+
+def test_equal_steps_and_equal_time_stand_side_by_side() -> None:
+    _, found = made_findings()
+    content = {"findings": found}
+    table = tables._headline(content)
+    assert [row[:2] for row in table.rows] == [["short", "a"], ["short", "b"], ["short", "all"]]
+    steps, time = (
+        f"{found['differences'][terms]['short']['ms_kd'][BETTER]['a']['mean']['mean']:+.3f}"
+        for terms in ("equal steps", "equal time")
+    )
+    assert steps != time
+    assert table.rows[0][2].startswith(steps)
+    assert table.rows[0][3].startswith(time)
 
 
 def test_the_better_baseline_is_chosen_by_regime() -> None:

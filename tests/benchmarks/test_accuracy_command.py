@@ -112,8 +112,8 @@ def test_a_stopped_training_ends_the_job_and_a_failed_one_does_not(
         {
             "folder": f"short/{n}",
             "registry": "student",
-            "labels_alone": True,
-            "online": False,
+            "is_baseline": True,
+            "teachers": "cached",
             "training": {},
         }
         for n in "ab"
@@ -144,11 +144,11 @@ def test_wrong_arguments(
 def test_from_nothing_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     configs = tmp_path / "configs"
     configs.mkdir()
-    (configs / "constant.yaml").write_text("supervision: {logits: {schedule: constant}}\n")
+    (configs / "decaying.yaml").write_text("supervision: {logits: {schedule: decay}}\n")
     folder = tmp_path / "bench"
     wanted = [
         str(folder), "--size", "tiny", "--regimes", "d", "--seeds", "1", "--first-seed", "3",
-        "--budgets", "short", "--kinds", "marginal,pseudo_label,ms_kd,full",
+        "--budgets", "short", "--kinds", "marginal,pseudo_label,ms_kd,full,perfect_teachers",
         "--configs", str(configs),
     ]  # fmt: skip
     # Killed outright while it makes teachers: the same command goes on.
@@ -167,11 +167,11 @@ def test_from_nothing_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(wanted) == 0, (job / "job.log").read_text()
     table = capsys.readouterr().out
     assert "ms_kd - the better of both" in table
-    assert "constant - marginal" in table
-    assert "5 configurations were ever scored" in table
+    assert "decaying - marginal" in table
+    assert "6 configurations were ever scored" in table
     results = json.loads((folder / "validation" / "results.json").read_text())
     assert set(results["findings"]["dice"]["short"]["d"]) == {
-        "marginal", "pseudo_label", "ms_kd", "full", "constant",
+        "marginal", "pseudo_label", "ms_kd", "full", "perfect_teachers", "decaying",
     }  # fmt: skip
     assert results["missing"] == []
     assert results["num_scored_on_test"] == 0
@@ -183,11 +183,11 @@ def test_from_nothing_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "| d: ms_kd | 2 |" in page
 
     students = {p: p.stat().st_mtime_ns for p in folder.glob("**/student.pt")}
-    assert len(students) == 5
+    assert len(students) == 6
     assert main([*wanted, "--test"]) == 0
     assert {p: p.stat().st_mtime_ns for p in folder.glob("**/student.pt")} == students
     tested = json.loads((folder / "test" / "results.json").read_text())
-    assert tested["num_scored_on_test"] == 5
+    assert tested["num_scored_on_test"] == 6
     rows = json.loads(next(folder.glob("**/ms_kd-*/scores_test.json")).read_text())["rows"]
     cases = {row["case"] for row in rows}
     assert cases == {f"{o}-ct/case_003" for o in ("liver", "spleen", "kidneys", "pancreas")} | {

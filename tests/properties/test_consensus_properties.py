@@ -16,10 +16,12 @@ from pipeline.cache.reader import CachedCase, Trust
 from pipeline.consensus.cohort import RegionRules, compute, known_organs, lazy_consensus, lazy_patch
 from pipeline.consensus.regions import (
     Consensus,
+    above,
     average_experts,
     consensus,
     excluded_by_label,
     pair_conflicts,
+    spoken_below,
 )
 from pipeline.data.labels import IGNORE
 from pipeline.data.patches import Patch
@@ -224,7 +226,8 @@ def test_a_patch_says_bit_for_bit_what_the_case_says_there(
     start = data.draw(st.tuples(*(st.integers(-4, n) for n in case.label().shape)))
     patch = Patch(start, data.draw(st.tuples(*(st.integers(1, 8) for _ in range(3)))))
     classes = SPACE.to_classes(case.label(patch, fill=IGNORE))
-    ((d, organ, background),) = compute(lazy_patch(case, SPACE, rules, patch, classes))
+    (d,) = compute(lazy_patch(case, SPACE, rules, patch, classes))
+    organ, background = above(d, rules.margin), spoken_below(d, rules.margin)
     known = known_organs(case, SPACE, labels_win=rules.labels_win)
     if known:
         whole, _ = lazy_consensus(case, SPACE, rules)

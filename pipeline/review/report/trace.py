@@ -103,9 +103,11 @@ class RunRecord:
     @property
     def view(self) -> View:
         """How its training formed regions; by default where its settings are of another version."""
+        said = self.settings.get("supervision", {})
+        fields = ("margin", "labels_win", "confidence")
         try:
-            chosen = SupervisionConfig.model_validate(self.settings["supervision"])
-        except (KeyError, ValidationError):
+            chosen = SupervisionConfig.model_validate({k: said[k] for k in fields if k in said})
+        except ValidationError:
             return View()
         heat = {}
         for who, value in self.inputs.get("temperatures", {}).items():

@@ -199,6 +199,16 @@ class TestCases:
         ]
         assert remarks(cases, WITNESSES) == []
 
+    def test_a_dataset_on_which_a_teacher_adds_nothing_is_named(self, tmp_path: Path) -> None:
+        scattered = case_of(tmp_path, "elsewhere/missed", 3)
+        silent = Trust(here=False, not_here=False, why="")
+        cases = [*self.cases(tmp_path), replace(scattered, trust={("two", "spleen"): silent})]
+        (said,) = remarks(cases, WITNESSES)
+        assert said == (
+            "teacher two, spleen (finds 90% on both): of 3 cases, 1 without it, "
+            "so it adds nothing on elsewhere."
+        )
+
     def test_who_reads_the_cases_twice_hears_of_a_doubt_once(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

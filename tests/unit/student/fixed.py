@@ -63,9 +63,6 @@ def make_batch(**changes: Any) -> Batch:
         "annotated": torch.tensor([[True, False]]),
         "known": torch.tensor([[True, True]]),
         "log_odds": log_odds,
-        "organ": log_odds > 0,
-        "background": ((log_odds < 0) | log_odds.isnan()).all(dim=1),
-        "experts": torch.tensor([[[True, False], [False, True]]]),
     }
     return Batch(**(values | changes))
 

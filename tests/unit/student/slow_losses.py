@@ -93,55 +93,19 @@ def masked_bce(p: Floats, classes: Array, organs: Array) -> float:
     return mean(values)
 
 
-def kl(
-    s: Floats,
-    d: Floats,
-    organ: Array,
-    background: Array,
-    experts: Array,
-    *,
-    t: float = 1.0,
-    per_region: bool = False,
-) -> float:
-    """Means over teachers; per teacher over voxels, or over regions of the mean in each."""
+def one_target(s: Floats, d: Floats, *, t: float = 1.0) -> tuple[float, float]:
+    """Cross-entropy and Dice; per voxel the softmaxes over background and who is spoken of."""
     p = softmax(s)
-    teachers = []
-    for i in range(experts.shape[1]):
-        regions: dict[object, list[float]] = {}
-        voxels = []
-        for n, *v in product(*(range(size) for size in background.shape)):
-            spoken = [k for k in range(experts.shape[2]) if not math.isnan(d[(n, k, *v)])]
-            own = [k for k in spoken if experts[n, i, k]]
-            where = [k for k in own if organ[(n, k, *v)]]
-            names = [*where, "background"] if background[(n, *v)] and own else where
-            if not names:
-                continue
-            theirs = softmax(np.array([[0.0, *(d[(n, k, *v)] / t for k in own)]]))[0]
-            known = [p[(n, k + 1, *v)] for k in own]
-            logs = np.log(np.array([1 - sum(known), *known]))
-            ours = softmax(logs[None] / t)[0]
-            value = sum(q * math.log(q / o) for q, o in zip(theirs, ours, strict=True))
-            voxels.append(value)
-            for name in names:
-                regions.setdefault(name, []).append(value)
-        if voxels:
-            by_region = mean([mean(found) for found in regions.values()])
-            teachers.append(by_region if per_region else mean(voxels))
-    return t**2 * mean(teachers)
-
-
-def soft_dice(p: Floats, d: Floats, inside: Array, known: Array) -> float:
-    sure = np.nan_to_num(d, nan=-1e4)
-    q = softmax(np.concatenate([np.zeros_like(d[:, :1]), sure], axis=1))[:, 1:]
-    scores = []
-    for k in range(known.shape[1]):
-        both = size = 0.0
-        spoken = False
-        for n, *v in product(*(range(size_) for size_ in inside.shape)):
-            if inside[(n, *v)] and known[n, k] and not math.isnan(d[(n, k, *v)]):
-                a, b = p[(n, k, *v)], q[(n, k, *v)]
-                both, size = both + a * b, size + a * a + b * b
-                spoken = True
-        if spoken:
-            scores.append(1 - (2 * both + SMOOTH) / (size + SMOOTH))
-    return mean(scores)
+    entropies, both, size = [], dict[int, float](), dict[int, float]()
+    for n, *v in product(*(range(size_) for size_ in (d.shape[0], *d.shape[2:]))):
+        own = [k for k in range(d.shape[1]) if not math.isnan(d[(n, k, *v)])]
+        if not own:
+            continue
+        theirs = softmax(np.array([[0.0, *(d[(n, k, *v)] / t for k in own)]]))[0]
+        known = [p[(n, k + 1, *v)] for k in own]
+        ours = [1 - sum(known), *known]
+        entropies.append(-sum(q * math.log(o) for q, o in zip(theirs, ours, strict=True)))
+        for k, q, o in zip(own, theirs[1:], known, strict=True):
+            both[k] = both.get(k, 0.0) + o * q
+            size[k] = size.get(k, 0.0) + o * o + q * q
+    return mean(entropies), mean([1 - (2 * both[k] + SMOOTH) / (size[k] + SMOOTH) for k in both])

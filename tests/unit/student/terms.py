@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from pipeline.data.labels import IGNORE
 from pipeline.student import losses
 from tests.unit.student import slow_losses as slow
 
-N, K, NUM_TEACHERS, SHAPE = 2, 3, 3, (3, 2, 4)
+N, K, SHAPE = 2, 3, (3, 2, 4)
 Term = Callable[[Tensor], Tensor]
 
 
@@ -36,12 +35,7 @@ class RandomBatch:
         taken = torch.stack([annotated[n][drawn[n]] for n in range(N)])
         self.classes = torch.where(taken, drawn, 0)
         self.classes[torch.tensor(rng.random((N, *SHAPE)) < 0.2)] = IGNORE
-        self.organ = torch.tensor(rng.random((N, K, *SHAPE)) < 0.4)
-        self.background = torch.tensor(rng.random((N, *SHAPE)) < 0.4) & ~self.organ.any(dim=1)
-        self.experts = torch.tensor(rng.random((N, NUM_TEACHERS, K)) < 0.5)
-        nobody = torch.tensor(rng.random((N, K, *SHAPE)) < silent)
-        self.log_odds[nobody] = torch.nan
-        self.organ &= ~nobody
+        self.log_odds[torch.tensor(rng.random((N, K, *SHAPE)) < silent)] = torch.nan
 
     @property
     def log_p(self) -> Tensor:
@@ -50,37 +44,6 @@ class RandomBatch:
     @property
     def p(self) -> Tensor:
         return torch.softmax(self.logits, dim=1)
-
-    @property
-    def inside(self) -> Tensor:
-        return self.organ.any(dim=1) | self.background
-
-    @property
-    def everyone(self) -> Tensor:
-        """One teacher who speaks of all known organs."""
-        return self.organs[:, None]
-
-    @property
-    def targets(self) -> losses.Targets:
-        return losses.Targets(self.log_odds, self.organ, self.background)
-
-    @property
-    def one_each(self) -> Tensor:
-        """One teacher for each known organ."""
-        return torch.diag_embed(self.organs)
-
-
-def kl_of(batch: RandomBatch, experts: Tensor, *, t: float = 1.0, per_region: bool = False) -> Term:
-    def term(s: Tensor) -> Tensor:
-        return losses.kl(
-            torch.log_softmax(s, 1),
-            batch.targets,
-            experts,
-            temperature=t,
-            per_region=per_region,
-        )
-
-    return term
 
 
 def all_terms(batch: RandomBatch) -> dict[str, Term]:
@@ -99,26 +62,17 @@ def all_terms(batch: RandomBatch) -> dict[str, Term]:
         "dice of sigmoid": lambda s: losses.dice(
             torch.sigmoid(s[:, 1:]), batch.classes, batch.organs
         ),
-        "kl joint": kl_of(batch, batch.everyone, t=2.0),
-        "kl joint per region": kl_of(batch, batch.everyone, per_region=True),
-        "kl per_teacher": kl_of(batch, batch.one_each, t=1.5),
-        "kl per_teacher per region": kl_of(batch, batch.one_each, per_region=True),
-        "kl marginal": kl_of(batch, batch.experts, t=0.5),
-        "kl marginal per region": kl_of(batch, batch.experts, t=2.0, per_region=True),
-        "soft_dice": lambda s: losses.soft_dice(
-            torch.softmax(s, 1)[:, 1:], batch.log_odds, batch.inside, batch.organs
-        ),
+        "one target, cross-entropy": lambda s: losses.one_target(s, batch.log_odds)[0],
+        "one target, Dice": lambda s: losses.one_target(s, batch.log_odds, temperature=0.5)[1],
     }
 
 
 def slow_terms(batch: RandomBatch) -> dict[str, Callable[[], float]]:
     """The same by loops over voxels."""
     classes, organs = batch.classes.numpy(), batch.organs.numpy()
-    d, inside = batch.log_odds.numpy(), batch.inside.numpy()
+    d = batch.log_odds.numpy()
     p, s = slow.softmax(batch.logits.numpy()), batch.logits.numpy()
     sigmoid = slow.sigmoid(s[:, 1:])
-    kl = partial(slow.kl, s, d, batch.organ.numpy(), batch.background.numpy())
-    everyone, one_each = batch.everyone.numpy(), batch.one_each.numpy()
     return {
         "cross_entropy": lambda: slow.cross_entropy(p, classes, organs),
         "dice": lambda: slow.dice(p[:, 1:], classes, organs),
@@ -126,13 +80,8 @@ def slow_terms(batch: RandomBatch) -> dict[str, Callable[[], float]]:
         "exclusion_cross_entropy": lambda: slow.exclusion_cross_entropy(p[:, 1:], classes, organs),
         "masked_bce": lambda: slow.masked_bce(sigmoid, classes, organs),
         "dice of sigmoid": lambda: slow.dice(sigmoid, classes, organs),
-        "kl joint": lambda: kl(everyone, t=2.0),
-        "kl joint per region": lambda: kl(everyone, per_region=True),
-        "kl per_teacher": lambda: kl(one_each, t=1.5),
-        "kl per_teacher per region": lambda: kl(one_each, per_region=True),
-        "kl marginal": lambda: kl(batch.experts.numpy(), t=0.5),
-        "kl marginal per region": lambda: kl(batch.experts.numpy(), t=2.0, per_region=True),
-        "soft_dice": lambda: slow.soft_dice(p[:, 1:], d, inside, organs),
+        "one target, cross-entropy": lambda: slow.one_target(s, d)[0],
+        "one target, Dice": lambda: slow.one_target(s, d, t=0.5)[1],
     }
 
 

@@ -15,7 +15,6 @@ from pipeline.data.patches import Patch
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.dataset import features_at, to_batch
 from pipeline.student.network import CachedTap
-from pipeline.student.sampling import SamplingConfig
 from pipeline.student.supervision import SupervisionConfig
 from tests.unit.student.coded import (
     CHANNELS,
@@ -154,8 +153,7 @@ class TestWhatASampleHolds:
         assert batch.classes.dtype == torch.int64
         assert batch.log_odds is not None
         assert batch.log_odds.dtype == torch.float32
-        assert batch.organ is not None
-        assert batch.organ.shape == (2, 2, *PATCH)
+        assert batch.log_odds.shape == (2, 2, *PATCH)
         assert batch.features[TAP].shape == (2, CHANNELS, 4, 5, 5)
 
     def test_labels_alone_read_no_teacher(self, coded_case: CachedCase) -> None:
@@ -183,46 +181,11 @@ class TestWhoIsKnown:
         assert sample["known"].tolist() == [False, True]
         assert torch.isnan(sample["log_odds"][0]).all()
 
-    def test_a_case_that_nobody_knows_has_no_regions(self, coded_folder: Path) -> None:
+    def test_of_a_case_that_nobody_knows_nothing_is_said(self, coded_folder: Path) -> None:
         case = write_case(coded_folder, "liver-ct/only-label", teachers=())
         sample = dataset([case])[0]
         assert not sample["known"].any()
-        assert not sample["background"].any()
-        assert not sample["organ"].any()
         assert torch.isnan(sample["log_odds"]).all()
-
-    def test_teachers_speak_of_their_organs_and_the_label_of_the_rest(
-        self, coded_folder: Path
-    ) -> None:
-        settings = SupervisionConfig.model_validate({"logits": {"target": "marginal"}})
-        both = write_case(coded_folder, "liver-ct/a")
-        without_one = write_case(coded_folder, "liver-ct/only-two", teachers=("two",))
-        cases = {case.name: case for case in (both, without_one)}
-        data = dataset(list(cases.values()), supervision=settings)
-        found = {sample["case"]: sample for sample in (data[i] for i in range(len(data)))}
-        # Rows: teachers one and two, then the label of liver and of spleen.
-        by_teachers = [[True, False], [False, True], [False, False], [False, False]]
-        assert found["liver-ct/a"]["experts"].tolist() == by_teachers
-        by_label = [[False, False], [False, True], [True, False], [False, False]]
-        assert found["liver-ct/only-two"]["experts"].tolist() == by_label
-        for sample in found.values():
-            assert torch.equal(sample["experts"].any(0), sample["known"])
-        assert "experts" not in dataset(list(cases.values()), supervision=SupervisionConfig())[0]
-
-    def test_a_teacher_of_two_organs_speaks_of_both(self, coded_case: CachedCase) -> None:
-        settings = SupervisionConfig.model_validate({"logits": {"target": "marginal"}})
-        experts = {"liver": ["one"], "spleen": ["one", "two"]}
-        wide = CachedCase(
-            coded_case.name,
-            "train",
-            coded_case.annotated,
-            coded_case.case,
-            dict(coded_case.teachers),
-            experts,
-        )
-        by_label = SamplingConfig(organs_from="labels")  # unit one stored no centres of spleen
-        data = dataset([wide], supervision=settings, sampling=by_label)
-        assert data._experts(wide, [0, 1]).tolist()[:2] == [[True, True], [False, True]]
 
     def test_features_of_a_missing_unit_are_not_seen(self, coded_folder: Path) -> None:
         case = write_case(coded_folder, "liver-ct/two", teachers=("two",))
@@ -239,7 +202,7 @@ def test_log_odds_of_a_batch_are_divided_by_their_teachers_temperature(tmp_path:
         before, after = arrays(plain[item]), arrays(hot[item])
         np.testing.assert_array_equal(after["log_odds"][0], before["log_odds"][0] / 4)
         np.testing.assert_array_equal(after["log_odds"][1], before["log_odds"][1] / 0.5)
-        for name in ("image", "organ", "background", "classes"):
+        for name in ("image", "classes"):
             np.testing.assert_array_equal(after[name], before[name])
 
 

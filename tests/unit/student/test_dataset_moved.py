@@ -68,17 +68,6 @@ def test_all_arrays_come_from_one_place(coded_case: CachedCase, augment: Augment
         assert np.array_equal(found["classes"][inside][clear], expected)
 
 
-def test_regions_are_those_of_the_log_odds_beside_them(coded_case: CachedCase) -> None:
-    for labels_win in (True, False):
-        supervision = SupervisionConfig(labels_win=labels_win, margin=3.0)
-        for found in samples(dataset([coded_case], augment=TURNED, supervision=supervision)):
-            odds = found["log_odds"]
-            assert np.array_equal(found["organ"], odds > 3)
-            below = odds < -3
-            spoken = (below | np.isnan(odds)).all(axis=0) & below.any(axis=0)
-            assert np.array_equal(found["background"], spoken)
-
-
 def test_labels_win_over_what_was_interpolated(coded_case: CachedCase) -> None:
     """Between +6 and -6 interpolation would give 0: there the label would not have won."""
     supervision = SupervisionConfig(confidence=6.0)
@@ -103,8 +92,6 @@ def test_outside_the_case_nothing_is_known_and_nothing_made_up(coded_folder: Pat
         unknown = np.isnan(found["log_odds"]).any(axis=0)
         assert 0.3 < unknown.mean() < 1
         assert (found["classes"] == IGNORE).mean() > 0.3
-        assert not found["organ"][:, unknown].any()
-        assert not found["background"][unknown].any()
         far = binary_erosion(found["classes"] == IGNORE, iterations=2)
         assert far.any()
         np.testing.assert_allclose(found["image"][0][far], AIR_HU, atol=0.01)
@@ -114,11 +101,9 @@ def test_outside_the_case_nothing_is_known_and_nothing_made_up(coded_folder: Pat
             assert lowest[organ] - 0.01 <= values.min() <= values.max() <= highest[organ] + 0.01
 
 
-def test_a_case_that_nobody_knows_has_no_regions(coded_folder: Path) -> None:
+def test_of_a_case_that_nobody_knows_nothing_is_said(coded_folder: Path) -> None:
     case = write_case(coded_folder, "liver-ct/only-label", teachers=())
     found = samples(dataset([case], augment=TURNED))[0]
-    assert not found["background"].any()
-    assert not found["organ"].any()
     assert np.isnan(found["log_odds"]).all()
 
 

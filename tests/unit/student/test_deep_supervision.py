@@ -49,8 +49,6 @@ def batch() -> Batch:
         annotated=torch.tensor([[True, False], [False, True]]),
         known=torch.ones(2, NUM_ORGANS, dtype=torch.bool),
         log_odds=d,
-        organ=d > 0,
-        background=(d < 0).all(dim=1),
     )
 
 

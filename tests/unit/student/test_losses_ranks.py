@@ -28,20 +28,18 @@ from tests.unit.student.fixed import NAN, SHAPE, Fixed, K
 ROOT = Path(__file__).resolve().parents[3]
 N, RANKS = 4, 2
 FEATURES = {"student_taps": ["x"], "weight": 0.5, "ramp": 0}
-TARGETS = ("joint", "per_teacher", "marginal")
 SETTINGS: dict[str, dict[str, Any]] = {
     **{
         kind: {"kind": kind}
         for kind in ("naive", "marginal", "marginal_exclusion", "pseudo_label", "masked_bce")
     },
     **{
-        f"ms_kd {target} {mean}": {
+        f"ms_kd {schedule}": {
             "kind": "ms_kd",
-            "logits": {"target": target, "mean": mean, "temperature": 2.0},
+            "logits": {"schedule": schedule, "temperature": 2.0},
             "features": FEATURES,
         }
-        for target in TARGETS
-        for mean in ("voxel", "region")
+        for schedule in ("constant", "decay")
     },
 }
 # What the second process may be given: as much as the first; no organ that the first has; nothing.
@@ -84,20 +82,13 @@ def whole_batch(share: str) -> tuple[Tensor, Tensor, Batch]:
         for feature in features.values():
             feature[second] = NAN
     log_odds[~known] = NAN
-    experts = torch.stack([known & torch.tensor([True, False]), known], dim=1)
-    background = (log_odds.nan_to_num(nan=-1) < 0).all(dim=1) & known.any(dim=1)[
-        :, None, None, None
-    ]
     batch = Batch(
         image=torch.zeros(N, 1, *SHAPE),
         classes=classes,
         annotated=annotated,
         known=known,
         log_odds=log_odds,
-        organ=log_odds > 0,
-        background=background,
-        experts=experts,
-        body=torch.ones_like(background),
+        body=torch.ones((N, *SHAPE), dtype=torch.bool),
         features=features,
     )
     return normal(K + 1, *SHAPE), normal(2, 1, 1, 1), batch

@@ -61,7 +61,7 @@ class TestLabelsAlone:
 
     @pytest.mark.parametrize("kind", LABELS_ALONE)
     def test_teachers_are_not_looked_at(self, kind: Kind) -> None:
-        batch = make_batch(log_odds=None, organ=None, background=None)
+        batch = make_batch(log_odds=None)
         assert terms_of(config(kind), batch) == terms_of(config(kind))
         assert not config(kind).uses_teachers
 

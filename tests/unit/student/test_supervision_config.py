@@ -35,15 +35,10 @@ class TestSchedules:
         found = [weight.at(fraction) for fraction in (0, 0.25, 0.5, 0.75, 1)]
         assert found == pytest.approx(expected)
 
-    def test_a_term_of_weight_zero_is_not_computed(self) -> None:
+    def test_a_target_that_has_decayed_leaves_the_labels_alone(self) -> None:
         decayed = config(logits={"schedule": "decay", "until": 0.5})
-        assert set(terms_of(decayed, fraction=0.5)) == {"cross_entropy", "dice"}
-        assert set(terms_of(decayed, fraction=0.49)) == {"cross_entropy", "dice", "logits"}
-
-    def test_the_loss_follows_the_schedule(self) -> None:
-        settings = config(logits={"schedule": "decay"})
-        start, middle = (terms_of(settings, fraction=t)["logits"] for t in (0.0, 0.5))
-        assert middle == pytest.approx(start / 2)
+        assert terms_of(decayed, fraction=0.5) == terms_of(config("marginal"))
+        assert terms_of(decayed, fraction=0.49) != terms_of(config("marginal"))
 
 
 class TestConfig:
@@ -90,10 +85,12 @@ class TestConfig:
         again = SupervisionConfig.model_validate_json(settings.model_dump_json())
         assert again == settings
 
-    @pytest.mark.parametrize("target", ["joint", "per_teacher", "marginal"])
-    def test_who_speaks_matters_to_the_marginal_target_alone(self, target: str) -> None:
-        assert config(logits={"target": target}).uses_experts is (target == "marginal")
-        assert not config("pseudo_label", logits={"target": target}).uses_experts
+    @pytest.mark.parametrize("gone", ["target", "mean", "soft_dice", "agreed_background"])
+    def test_settings_of_the_terms_that_are_gone_are_named(self, gone: str) -> None:
+        with pytest.raises(ValidationError, match=f"no longer there: {gone}; every voxel has one"):
+            config(logits={gone: "joint", "hard": True})
+        with pytest.raises(ValidationError, match="no longer there: doubt; agree_after compares"):
+            config(reliability={"doubt": None})
 
     def test_the_weight_of_features_ramps_up_and_decays(self) -> None:
         features = FeaturesConfig(weight=2, ramp=0.2, until=0.6)
@@ -114,7 +111,7 @@ class TestConfig:
             {"margin": -0.1},
             {"confidence": 0},
             {"logits": {"temperature": 0}},
-            {"logits": {"target": "each"}},
+            {"logits": {"weight": 1.5}},
             {"logits": {"until": 0}},
             {"features": {"weight": -1}},
             {"features": {"student_taps": 3}},
@@ -131,4 +128,4 @@ class TestConfig:
         assert settings.kind == "ms_kd"
         assert settings.labels_win
         assert settings.margin == 0
-        assert settings.logits == LogitsConfig(schedule="decay", target="joint", mean="voxel")
+        assert settings.logits == LogitsConfig(weight=1, schedule="constant", hard=False)

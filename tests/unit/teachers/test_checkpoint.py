@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,7 +14,10 @@ from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import Intensity
 from pipeline.data.volume import Grid, Volume
 from pipeline.errors import TeacherError
+from pipeline.networks.by_name import build_network
+from pipeline.networks.tensor_file import save_atomically
 from pipeline.networks.windows import WindowConfig
+from pipeline.student.checkpoint import StudentRecord, load_student, save_student
 from pipeline.teachers.checkpoint import CheckpointTeacher, read_teacher, save_teacher
 from pipeline.teachers.load import load_teacher
 from tests.tiny import GRID_MM, NETWORK, TAP, teacher_data, write_teacher
@@ -229,3 +232,45 @@ def test_a_tap_that_the_network_does_not_have(path: Path) -> None:
 
 def test_a_window_that_the_network_cannot_take(path: Path) -> None:
     refused(path, r"cannot run windows of \(7, 8, 8\)", window=WindowConfig(shape=(7, 8, 8)))
+
+
+class TestStudent:
+    """A student.pt teaches as it stands, all its organs; channels are by id."""
+
+    ENTRY: ClassVar[dict[str, Any]] = {
+        "kind": "student", "num_channels": 3, "organs": {"liver": 1, "spleen": 2},
+    }  # fmt: skip
+
+    @pytest.fixture
+    def student(self, tmp_path: Path) -> Path:
+        record = StudentRecord(
+            network=NETWORK, organs={"spleen": 7, "liver": 2}, spacing_mm=GRID_MM,
+            intensity=Intensity(), patch=(8, 8, 8), steps=1, seed=0, supervision={"kind": "ms_kd"},
+            validation_dice={}, teachers={}, trained_on=("liver-ct/a",), run_digest="0",
+        )  # fmt: skip
+        network = build_network(NETWORK, in_channels=1, out_channels=3)
+        save_student(tmp_path / "student.pt", record, network)
+        return tmp_path / "student.pt"
+
+    def test_it_says_what_the_student_says(self, student: Path) -> None:
+        teacher = load(student, **self.ENTRY)
+        _, network = load_student(student)
+        grid = Grid.axis_aligned((8, 8, 8), GRID_MM)
+        image = Volume(np.arange(512, dtype=np.int16).reshape(8, 8, 8), grid)
+        x = torch.from_numpy(Intensity().apply(image.array))[None, None]
+        with torch.no_grad():
+            expected = network(x)[0].numpy()
+        np.testing.assert_allclose(teacher.predict(image).logits.array, expected, atol=1e-4)
+
+    def test_organs_and_kind_are_held_against_the_file(self, student: Path, path: Path) -> None:
+        swapped = self.ENTRY | {"organs": {"spleen": 1, "liver": 2}}
+        refused(student, r"organs.spleen is \(2,\) in the file but \(1,\)", **swapped)
+        refused(student, "not one that `pipeline train-teachers` wrote")
+        refused(path, "not one that `pipeline train-student` wrote", **self.ENTRY)
+
+    def test_one_of_sigmoids_is_refused(self, student: Path) -> None:
+        content = torch.load(student, weights_only=True)
+        content["record"] = content["record"].replace('"softmax"', '"sigmoid"')
+        save_atomically(student, content)
+        with pytest.raises(TeacherError, match="do not compete with a background"):
+            load(student, **self.ENTRY)
