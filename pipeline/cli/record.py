@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
@@ -32,19 +32,6 @@ if TYPE_CHECKING:
     from stages.report import StageReport
 
 P = ParamSpec("P")
-
-ReportOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--report",
-        metavar="FILE",
-        help="JSON: what was asked, done, skipped, failed, and what it took; also on failure.",
-    ),
-]
-VerboseOption = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Each unit, and where an error comes from.")
-]
-_OWN = {"report": (ReportOption, None), "verbose": (VerboseOption, False)}
 
 
 def recorded(command: Callable[P, None], *, group: str = "") -> Callable[..., None]:
@@ -82,11 +69,12 @@ def recorded(command: Callable[P, None], *, group: str = "") -> Callable[..., No
 
 
 def _parameters() -> list[inspect.Parameter]:
+    from pipeline.cli.options import ReportOption, VerboseOption  # which import this module
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return [
-        inspect.Parameter(
-            name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=option
-        )
-        for name, (option, default) in _OWN.items()
+        inspect.Parameter("report", kind, default=None, annotation=ReportOption),
+        inspect.Parameter("verbose", kind, default=False, annotation=VerboseOption),
     ]
 
 
