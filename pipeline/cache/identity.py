@@ -196,10 +196,10 @@ def claim_dataset(
     if known is None:
         return mine
     # A path says who somebody is on one host only: containers give many the same one.
-    believed = known.host == mine.host or _share_a_case(found, sources, known.same_place(mine))
-    if owner is not None and believed:
+    trusted = known.host == mine.host or _share_a_case(found, sources, known.same_place(mine))
+    if owner is not None and trusted:
         return mine
-    if believed and not _calls_for(known, key, dataset=dataset):
+    if trusted and not _calls_for(known, key, dataset=dataset):
         if log is not None:
             log.remark(_taken(f"dataset {dataset}", known, registry))
         return mine

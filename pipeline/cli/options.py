@@ -278,7 +278,7 @@ def open_log(
         events=work / name if work and not dry_run else None,
     )
     if record is not None:
-        record.tell(log)
+        record.attach(log)
     return log
 
 

@@ -51,7 +51,7 @@ def recorded(command: Callable[P, None], *, group: str = "") -> Callable[..., No
             raise ConfigError("--quiet and --verbose are opposites.", fix="Give one of them.")
         report = path if isinstance(path, Path) else None
         given = {k: v for k, v in bound.arguments.items() if not isinstance(v, typer.Context)}
-        record = RunRecord(name, given, report, verbose)
+        record = CallRecord(name, given, report, verbose)
         record.begin()
         if record.path is not None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _terminated)
@@ -78,15 +78,15 @@ def _parameters() -> list[inspect.Parameter]:
     ]
 
 
-def _ended(record: RunRecord, error: BaseException) -> None:
+def _ended(record: CallRecord, error: BaseException) -> None:
     """By an error, or by an exit code. A report that cannot be written must not hide the error."""
     if record.verbose and isinstance(error, PipelineError):
         traceback.print_exception(error, file=sys.stderr)
-    told = None if isinstance(error, typer.Exit) else error
+    reported = None if isinstance(error, typer.Exit) else error
     try:
-        record.end(exit_code_of(error), told)
-    except PipelineError as lost:
-        typer.echo(f"error: {lost}", err=True)
+        record.end(exit_code_of(error), reported)
+    except PipelineError as problem:
+        typer.echo(f"error: {problem}", err=True)
 
 
 def _terminated(number: int, frame: object) -> None:
@@ -134,11 +134,11 @@ WRITES = {
 
 _DRY = ("dry_run", "print_")
 
-_CURRENT: ContextVar[RunRecord | None] = ContextVar("run record", default=None)
+_CURRENT: ContextVar[CallRecord | None] = ContextVar("run record", default=None)
 
 
 @dataclass
-class RunRecord:
+class CallRecord:
     """One call of a command.
 
     Attributes:
@@ -184,7 +184,7 @@ class RunRecord:
             self._inputs = {name: _described(self.arguments.get(name)) for name in read}
         _CURRENT.set(self)
 
-    def tell(self, log: Log) -> None:
+    def attach(self, log: Log) -> None:
         """The log that the command opened learns what runs; it keeps that for its first event."""
         from pipeline.config import versions
 
@@ -266,7 +266,7 @@ class RunRecord:
         }
 
 
-def current() -> RunRecord | None:
+def current() -> CallRecord | None:
     """The record of the command that runs; None where functions are called from elsewhere."""
     return _CURRENT.get()
 

@@ -117,7 +117,7 @@ def inspect(
     found = inspect_cohort(
         known, work, view, output, allow_missing=allowed, workers=workers, log=log
     )
-    _tell(found, output, as_json)
+    _show(found, output, as_json)
 
 
 def _view(
@@ -132,16 +132,16 @@ def _view(
     supervision = settings.training.supervision
     given = {name: value for name, value in changes.items() if value is not None}
     chosen = supervision.model_copy(update=given)
-    heat = {}
+    temperature_of = {}
     if chosen.calibrated:
         measured = temperatures(work, registry, list(registry.teachers))
-        heat = {who: t for who, t in measured.items() if t is not None}
+        temperature_of = {who: t for who, t in measured.items() if t is not None}
     reliability = chosen.reliability if chosen.uses_reliability else None
-    view = View(chosen.margin, chosen.labels_win, chosen.confidence, heat, reliability)
+    view = View(chosen.margin, chosen.labels_win, chosen.confidence, temperature_of, reliability)
     return view, settings.allow_missing
 
 
-def _tell(found: CohortNumbers, output: Path, as_json: bool) -> None:
+def _show(found: CohortNumbers, output: Path, as_json: bool) -> None:
     from pipeline.review.inspect.numbers import print_cohort
 
     if as_json:

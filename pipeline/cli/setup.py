@@ -89,14 +89,14 @@ def init(
     Datasets: nnU-Net, Decathlon, MONAI datalists, plain files. What cannot be known is asked.
     """
     from pipeline.data.entries import closed_cases, refuse_closed
-    from pipeline.setup.init.begin import Wishes, begin, describe, look, next_command
+    from pipeline.setup.init.begin import InitRequest, begin, describe, draft, next_command
 
-    wishes = Wishes(dataset or [], teacher or [], files or [], organ or [], spacing_mm)
+    request = InitRequest(dataset or [], teacher or [], files or [], organ or [], spacing_mm)
     ask = None if yes or not can_ask() else _ask
     if dry_run:
-        typer.echo(look(registry, wishes, force=force, ask=ask), nl=False)
+        typer.echo(draft(registry, request, force=force, ask=ask), nl=False)
         return
-    written = begin(registry, wishes, force=force, ask=ask)
+    written = begin(registry, request, force=force, ask=ask)
     for line in describe(written):
         typer.echo(line)
     typer.echo(f"wrote {registry}. Read it through; then: {next_command(written)}")

@@ -24,10 +24,10 @@ from pipeline.consensus.regions import (
     DEFAULT_CONFIDENCE,
     Consensus,
     average_experts,
-    believed,
     consensus,
     region_voxels,
     stack_organs,
+    trusted_log_odds,
 )
 from pipeline.data.labels import IGNORE, LabelSpace
 from pipeline.data.patches import Patch
@@ -164,7 +164,7 @@ class Votes:
     """What teachers and label say of one case, or of one patch of it; nothing is read yet.
 
     Attributes:
-        known: numbers of the organs that somebody speaks of; below, k counts these.
+        known: numbers of the known organs; below, k counts these.
         experts: per known organ, teacher -> its log-odds (D, H, W), divided by its T if it has one;
             NaN where it did not see.
         annotated: those k that the label speaks of.
@@ -276,7 +276,7 @@ def _experts(
     for teacher in case.experts.get(organ, ()):
         odds = lazy_array(case.teachers[teacher], log_odds_name(organ), patch, np.nan, as_stored)
         trust = case.trust.get((teacher, organ), FULL)
-        odds = believed(odds, here=trust.here, not_here=trust.not_here)
+        odds = trusted_log_odds(odds, here=trust.here, not_here=trust.not_here)
         if (teacher, organ) in temperatures:
             odds = odds.astype("float32") / np.float32(temperatures[teacher, organ])
         found[teacher] = odds

@@ -55,8 +55,8 @@ class Consensus:
     @cached_property
     def unclaimed(self) -> da.Array:
         """bool (D, H, W), background as far as anybody speaks: some d_k < -m, and every other d_k
-        < -m or NaN. Where nobody is silent it is the agreed background; elsewhere it may be an
-        organ whose teachers are silent.
+        < -m or NaN. Where no teacher is ignored it is the agreed background; elsewhere it may be an
+        organ whose teachers are ignored.
         """
         return in_blocks(
             _spoken_below, "zyx", np.bool_, (self.log_odds, "kzyx"), margin=self.margin
@@ -80,8 +80,8 @@ def stack_organs(log_odds: Sequence[da.Array]) -> da.Array:
     return in_blocks(_stack, "kzyx", np.float32, *arrays, new_axes={"k": len(log_odds)})
 
 
-def believed(log_odds: da.Array, *, here: bool, not_here: bool) -> da.Array:
-    """One teacher's log-odds of one organ where its word counts, NaN elsewhere: a silent teacher.
+def trusted_log_odds(log_odds: da.Array, *, here: bool, not_here: bool) -> da.Array:
+    """One teacher's log-odds of one organ where its word counts, NaN elsewhere, as if not seen.
 
     Args:
         log_odds: (D, H, W), NaN where it did not see.
@@ -172,7 +172,7 @@ def consensus(
     of R_1 .. R_K, B. An unseen voxel is in no region of that organ, and never agreed background.
 
     Args:
-        log_odds: float (K, D, H, W) over the organs that somebody knows in this case.
+        log_odds: float (K, D, H, W) over the organs that are known in this case.
         classes: label (D, H, W) for `labels_win`; None leaves the teachers as they are.
         annotated: numbers of the annotated organs.
         margin: m >= 0, in log-odds.

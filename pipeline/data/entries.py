@@ -346,13 +346,13 @@ def refuse_closed(found: Mapping[str, str], registry: Path) -> None:
     )
 
 
-# What determines a dataset of made-up cases. Data only: a registry is read without what draws.
+# What determines a dataset of synthetic cases. Data only: a registry is read without what draws.
 
 ORGANS: Final = ("liver", "spleen", "kidneys", "pancreas")
 
 
 class PhantomSpec(BaseModel):
-    """All that determines a dataset of made-up cases."""
+    """All that determines a dataset of synthetic cases."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

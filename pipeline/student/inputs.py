@@ -16,7 +16,7 @@ from pipeline.cache.index import read_index
 from pipeline.cache.reader import CachedCase
 from pipeline.consensus.cohort import Cohort, open_cohort
 from pipeline.consensus.evidence import temperatures
-from pipeline.consensus.reliability import believed_cases, doubted
+from pipeline.consensus.reliability import ignored_claims, reliable_cases
 from pipeline.data.labels import LabelSpace
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheMissing, CheckpointError, ConfigError
@@ -106,10 +106,10 @@ def open_inputs(
         identity["missing_cases"] = gone  # only where there are some, as with units
     _tell_of_unknown_organs(training, log)
     if supervision.uses_reliability and supervision.reliability is not None:
-        training = believed_cases(
+        training = reliable_cases(
             training, labelled.cases, registry, work, supervision.reliability, log
         )
-        if doubts := doubted(training):
+        if doubts := ignored_claims(training):
             identity["doubted"] = doubts
     if heat:
         identity["temperatures"] = {

@@ -1,6 +1,6 @@
 """Regions and disagreements of one case as lazy arrays, under the settings of a training.
 
-Three kinds of disagreement are told apart, m being the margin:
+Three kinds of disagreement are distinguished, m being the margin:
 
 - **conflict**: two organ regions, or two teachers with different organs, claim one voxel
   (`pipeline.consensus`). After labels have won, if they do.
@@ -69,14 +69,14 @@ class CaseLook:
         organs: names of the known organs, in the order of axis K.
         ids: their ids in label maps.
         view: how regions are formed.
-        is_doubted: whether some teacher is not fully believed here.
+        has_ignored_claims: whether some claim of a teacher is ignored here.
     """
 
     votes: Votes
     organs: Sequence[str]
     ids: Sequence[int]
     view: View
-    is_doubted: bool = False
+    has_ignored_claims: bool = False
 
     @cached_property
     def alone(self) -> Consensus:
@@ -202,7 +202,7 @@ def look_at(case: CachedCase, space: LabelSpace, view: View) -> CaseLook:
     )
     organs = [space.organs[k] for k in votes.known]
     ids = [space.ids[organ] for organ in organs]
-    return CaseLook(votes, organs, ids, view, is_doubted=bool(case.trust))
+    return CaseLook(votes, organs, ids, view, has_ignored_claims=bool(case.trust))
 
 
 # The same in numpy, over one block.

@@ -107,11 +107,11 @@ class RunRecord:
             chosen = SupervisionConfig.model_validate(self.settings["supervision"])
         except (KeyError, ValidationError):
             return View()
-        heat = {}
+        temperatures = {}
         for who, value in self.inputs.get("temperatures", {}).items():
             teacher, _, organ = who.partition(": ")
-            heat[teacher, organ] = float(value)
-        return View(chosen.margin, chosen.labels_win, chosen.confidence, heat)
+            temperatures[teacher, organ] = float(value)
+        return View(chosen.margin, chosen.labels_win, chosen.confidence, temperatures)
 
 
 def read_run(work: Folder, run: str) -> RunRecord:

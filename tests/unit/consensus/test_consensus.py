@@ -9,10 +9,10 @@ import pytest
 
 from pipeline.consensus.regions import (
     average_experts,
-    believed,
     consensus,
     labels_win,
     region_voxels,
+    trusted_log_odds,
 )
 from tests.unit.consensus.slow_consensus import slow_average, slow_labels_win, slow_regions
 
@@ -137,7 +137,7 @@ def test_a_volume_against_the_obvious_version(margin: float, annotated: list[int
 )  # fmt: skip
 def test_a_teacher_is_believed_on_one_side(here: bool, not_here: bool, wanted: list[float]) -> None:
     said = da.from_array(np.array([3, 0, -2, NAN], np.float16).reshape(1, 1, 4))
-    found = np.asarray(believed(said, here=here, not_here=not_here)).ravel().tolist()
+    found = np.asarray(trusted_log_odds(said, here=here, not_here=not_here)).ravel().tolist()
     assert found == pytest.approx([*wanted, NAN], nan_ok=True)
 
 
