@@ -155,6 +155,7 @@ def check(
     from pipeline.setup.check.cohort import check_datasets
     from pipeline.setup.check.report import Report, print_report
     from pipeline.setup.check.teachers import check_teachers
+    from pipeline.teachers.load import Teachers
     from stages.cache_teachers import CacheTeachersConfig
     from stages.train_student import TrainStudentConfig
 
@@ -165,17 +166,8 @@ def check(
     data = check_datasets(opened, patch=trained.training.patch, log=log, dataset=dataset, jobs=jobs)
     teachers = None
     if opened.teachers and not no_teachers and any(found.shape for found in data.cases):
-        teachers = check_teachers(
-            opened,
-            window=settings.window,
-            storage=settings.storage,
-            log=log,
-            case=case,
-            dataset=dataset,
-            side_mm=side_mm,
-            device=device,
-            window_batch=window_batch,
-        )
+        asked = Teachers(opened, settings.window, settings.storage, device, window_batch)
+        teachers = check_teachers(asked, log, case=case, dataset=dataset, side_mm=side_mm)
     report = Report(opened, data, teachers)
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=1))

@@ -22,7 +22,14 @@ from pipeline.data.nifti import write_image
 from pipeline.data.registry import Registry
 from pipeline.data.volume import Volume
 from pipeline.errors import CacheError, CacheMissing, ConfigError, PipelineError
-from pipeline.figures import BACKGROUND_COLOUR, Marked, Panel, colour_of, hex_colour, save_planes
+from pipeline.figures import (
+    BACKGROUND_COLOUR,
+    Marked,
+    PlaneColumn,
+    colour_of,
+    hex_colour,
+    save_planes,
+)
 from pipeline.folder import (
     Folder,
     contains,
@@ -331,21 +338,21 @@ def draw_case(
     if "split_experts" in found.maps:
         disagreement["split experts"] = Marked(found.maps["split_experts"], _ONE_OR_MORE)
     panels = [
-        Panel("CT", {}),
-        Panel(f"label ({', '.join(label) or 'none'})", label),
-        Panel("organ regions", regions),
-        Panel(
+        PlaneColumn("CT", {}),
+        PlaneColumn(f"label ({', '.join(label) or 'none'})", label),
+        PlaneColumn("organ regions", regions),
+        PlaneColumn(
             "agreed background",
             {"agreed background": Marked(found.maps["agreed_background"], (1,))},
         ),
-        Panel(
+        PlaneColumn(
             "conflict, abstained",
             {
                 "conflict": Marked(found.maps["conflicts"], _ONE_OR_MORE),
                 "abstained": Marked(found.maps["abstained"], (1,)),
             },
         ),
-        Panel("teachers against label", disagreement),
+        PlaneColumn("teachers against label", disagreement),
     ]
     colours = {
         **organs,
@@ -366,8 +373,10 @@ def draw_case(
         case.grid.spacing_mm,
         colours=colours,
         legend=_legend(numbers, colours, disagreement),
-        title=f"{case.name} ({case.split}): margin {view.margin:g}, {wins}{calibrated}",
-        notes=numbers.flags,
+        title=[
+            f"{case.name} ({case.split}): margin {view.margin:g}, {wins}{calibrated}",
+            *(f"improbable: {flag}" for flag in numbers.flags),
+        ],
     )
 
 
