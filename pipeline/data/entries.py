@@ -337,10 +337,9 @@ def refuse_closed(found: Mapping[str, str], registry: Path) -> None:
     """Raises: RegistryError: there are `closed_cases`; it counts and names them."""
     if not found:
         return
-    more = f"\n  and {len(found) - _MANY} more." if len(found) > _MANY else ""
-    listed = "".join(f"\n  {case}: {why}" for case, why in list(found.items())[:_MANY])
+    cases = listed([f"{case}: {why}" for case, why in found.items()], _MANY, "\n  ")
     raise RegistryError(
-        f"{counted(len(found), 'case')} cannot be opened:{listed}{more}",
+        f"{counted(len(found), 'case')} cannot be opened:\n  {cases}",
         where=registry,
         fix="Mend what is named, or name the cases to use in `split`.",
     )

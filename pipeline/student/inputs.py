@@ -19,7 +19,14 @@ from pipeline.consensus.evidence import temperatures
 from pipeline.consensus.reliability import ignored_claims, reliable_cases
 from pipeline.data.labels import LabelSpace
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError, CacheMissing, CheckpointError, ConfigError
+from pipeline.errors import (
+    CacheError,
+    CacheMissing,
+    CheckpointError,
+    ConfigError,
+    counted,
+    listed,
+)
 from pipeline.folder import Folder, matching, read_text
 from pipeline.log import Log
 from pipeline.student.network import CachedTap, TapKey
@@ -271,10 +278,9 @@ def _grouped(units: set[tuple[str, str]]) -> str:
         groups.setdefault(teacher, []).append(case)
     said = []
     for teacher, cases in groups.items():
-        more = f", and {len(cases) - _NAMED} more" if len(cases) > _NAMED else ""
-        number = f"{len(cases)} case{'s' if len(cases) > 1 else ''}"
+        number = counted(len(cases), "case")
         who = f"teacher {teacher} in {number}" if teacher else f"{number} on the student grid"
-        said.append(f"{who} ({', '.join(cases[:_NAMED])}{more})")
+        said.append(f"{who} ({listed(cases, _NAMED)})")
     return "; ".join(said)
 
 

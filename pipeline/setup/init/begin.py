@@ -21,6 +21,7 @@ from pipeline.setup.init.meanings import (
     Ask,
     Flag,
     Meanings,
+    Named,
     ask_for_each,
     open_question,
     parse_answer,
@@ -141,13 +142,9 @@ def _of_dataset(
             )
             return said
         said = ask_meanings(f"{flag.name}: label values by organ", organs, ask, where)
-    meanings, left = settle(found.names, said, organs, what=what, where=where)
-    if left and ask is not None:
-        named = lambda question: ask(f"{flag.name}: {question}")  # noqa: E731
-        meanings, left = ask_for_each(meanings, left, organs, what=what, ask=named), {}
-    if left:
-        problems.append(f"{where}: {open_question(meanings, left, organs, what=what)}")
-    elif not meanings.organs:
+    meanings, unknown = _settled(found.names, said, organs, ask, what, where)
+    problems += unknown
+    if not unknown and not meanings.organs:
         problems.append(f"{where}: none of the organs ({', '.join(organs)}) is annotated there.")
     return meanings
 
@@ -177,16 +174,25 @@ def _of_teacher(
             )
         else:
             said = ask_meanings(f"{flag.name}: output channels by organ", organs, ask, where)
-    meanings, left = settle(found.names, said, organs, what=what, where=where)
-    if left and ask is not None:
-        named = lambda question: ask(f"{flag.name}: {question}")  # noqa: E731
-        meanings, left = ask_for_each(meanings, left, organs, what=what, ask=named), {}
-    if left:
-        problems.append(f"{where}: {open_question(meanings, left, organs, what=what)}")
-    elif not meanings.organs and (found.names or ask is not None):
+    meanings, unknown = _settled(found.names, said, organs, ask, what, where)
+    problems += unknown
+    if not unknown and not meanings.organs and (found.names or ask is not None):
         problems.append(f"{where}: it knows none of the organs ({', '.join(organs)}).")
     weights = _as_written(str(found.weights), base)
     return TeacherPart(flag.name, weights, found, meanings.organs, settings)
+
+
+def _settled(
+    names: Sequence[Named], said: Meanings, organs: Sequence[str], ask: Ask | None, what: str,
+    where: str,
+) -> tuple[Meanings, list[str]]:  # fmt: skip
+    """What the values mean, and in words what nobody has said of them."""
+    meanings, left = settle(names, said, organs, what=what, where=where)
+    if left and ask is not None:
+        named = lambda question: ask(f"{where.split()[1]}: {question}")  # noqa: E731
+        meanings, left = ask_for_each(meanings, left, organs, what=what, ask=named), {}
+    unknown = [f"{where}: {open_question(meanings, left, organs, what=what)}"] if left else []
+    return meanings, unknown
 
 
 def _named(flags: Sequence[str], option: str) -> dict[str, Flag]:
