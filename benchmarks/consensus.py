@@ -1,6 +1,6 @@
 """What the lazy consensus costs per patch, against reading the slices and plain numpy.
 
-One made-up CT with four teachers: each one's log-odds are the signed distance to its organ with
+One synthetic CT with four teachers: each one's log-odds are the signed distance to its organ with
 smooth noise, rounded and written as stage one does. All ways compute the same log-odds, organ
 regions and agreed background of the same random patches, interleaved in one run, and are checked
 to agree; the ratios of the medians are what counts. `--steps` also times one training step of the

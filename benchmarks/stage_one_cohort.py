@@ -1,4 +1,4 @@
-"""A made-up cohort to measure stage one with: CT-like files, blobs, networks of real cost."""
+"""A synthetic cohort to measure stage one with: CT-like files, blobs, networks of real cost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.checkpoint import TeacherRecord, save_teacher
 from stages.cache_teachers import CacheTeachersConfig
 
-DATASET = "made-up"
+DATASET = "synthetic"
 ORGANS = ("liver", "spleen", "pancreas")
 NATIVE_MM, TEACHER_MM, STUDENT_MM = (1.5, 0.8, 0.8), (2.0, 1.6, 1.6), (3.0, 1.5, 1.5)
 

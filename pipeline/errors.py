@@ -45,10 +45,10 @@ class PipelineError(Exception):
         return f"{text} {self.fix}".strip()
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
+def listed(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
     """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"
+    more = f"{between.lstrip(',')}and {len(names) - most} more" if len(names) > most else ""
+    return f"{between.join(names[:most])}{more}"
 
 
 def counted(number: int, what: str) -> str:

@@ -153,7 +153,7 @@ class Marked:
 
 
 @dataclass(frozen=True)
-class Panel:
+class PlaneColumn:
     """A column of `save_planes`: its heading, and what is drawn over the CT, by name."""
 
     heading: str
@@ -180,13 +180,12 @@ def planes_of_shape(shape: Sequence[int]) -> dict[str, int]:
 def save_planes(
     path: Path,
     image_hu: npt.NDArray[Any],
-    panels: Sequence[Panel],
+    panels: Sequence[PlaneColumn],
     spacing_mm: tuple[float, float, float],
     *,
     colours: Mapping[str, str],
     legend: Mapping[str, str],
-    title: str,
-    notes: Sequence[str] = (),
+    title: Sequence[str],
 ) -> None:
     """Axial, coronal and sagittal planes through the regions, one column per panel; of one slice
     its own plane.
@@ -201,8 +200,7 @@ def save_planes(
         spacing_mm: z, y, x.
         colours: region name -> colour, of every name in the panels.
         legend: region name -> what the legend says, in that order.
-        title: above everything.
-        notes: lines below the legend.
+        title: lines above everything.
     """
     regions = [(n, m) for panel in panels for n, m in panel.regions.items()]
     centre = _busiest_voxel((m.mask() for n, m in regions if n != "agreed background"), image_hu)
@@ -210,7 +208,7 @@ def save_planes(
     ratios = [size_mm[1] / size_mm[2], size_mm[0] / size_mm[2], size_mm[0] / size_mm[1]]
     planes = planes_of_shape(image_hu.shape)
     heights = [ratios[axis] for axis in planes.values()]
-    size = (2.5 * len(panels), 2.5 * sum(heights) + 1.2 + 0.22 * len(notes))
+    size = (2.5 * len(panels), 2.5 * sum(heights) + 1.2 + 0.22 * (len(title) - 1))
     rows = len(planes)
     with open_figure(path, rows, len(panels), size=size, heights=heights) as (figure, axes):
         for column, panel in enumerate(panels):
@@ -221,8 +219,7 @@ def save_planes(
                 if column == 0:
                     ax.set_ylabel(f"{plane}, slice {centre[axis] + 1}", fontsize=9)
         handles = [_patch(colours[name]) for name in legend]
-        text = "\n".join([title, *(f"improbable: {note}" for note in notes)])
-        figure.suptitle(text, fontsize=11, x=0.01, ha="left")
+        figure.suptitle("\n".join(title), fontsize=11, x=0.01, ha="left")
         if handles:
             figure.legend(
                 handles, list(legend.values()), loc="outside lower center", ncol=4, frameon=True,

@@ -160,16 +160,16 @@ class Log:
             total: how many there are.
             done: how many of them were made before, and say nothing about speed.
         """
-        told = _Told(self, what, total, done)
+        report = _Advance(self, what, total, done)
         if self.quiet or not self.is_terminal:
-            yield told
+            yield report
             return
         with self._bar() as bar:
             task = bar.add_task(what, total=total, completed=done, note="")
 
             def advance(note: str = "", steps: int = 1) -> None:
                 bar.update(task, advance=steps, note=note)
-                told(note, steps)
+                report(note, steps)
 
             yield advance
 
@@ -202,7 +202,7 @@ class Advance(Protocol):
         """Moves the bar or, where nobody watches, prints a line when one is due."""
 
 
-class _Told:
+class _Advance:
     """Progress as events, and as lines unless a bar shows it."""
 
     def __init__(self, log: Log, what: str, total: int, done: int) -> None:

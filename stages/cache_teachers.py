@@ -46,8 +46,14 @@ from pipeline.consensus.cohort import (
     region_rows,
     tap_rows,
 )
-from pipeline.consensus.evidence import Look, plan_looks, units_of
-from pipeline.consensus.gate import NOT_JUDGED, Verdict, check_accepted, print_verdict, run_gate
+from pipeline.consensus.evidence import GateCases, plan_gate_cases, units_of
+from pipeline.consensus.gate import (
+    NOT_JUDGED,
+    GateResult,
+    check_accepted,
+    print_gate_result,
+    run_gate,
+)
 from pipeline.data.entries import CaseFiles
 from pipeline.data.sizes import cases_of_part
 from pipeline.engine.here import Execution, Item, Outcome, Outcomes, Result, Steps
@@ -96,19 +102,19 @@ def run(
         for case in cases:
             this.add_case(case)
     this.write_index(own)
-    looks, first, rest = this.gate_units(own)
+    gate_cases, first, rest = this.gate_units(own)
     on_case = TeacherOnCase(scope.work, teachers, this.known, dry_run=dry_run)
     with this.follow("units of the admission gate", on_case, first) as units:
         for unit in units:
             this.add_unit(unit)
-    verdict = this.judge(looks)
-    rest = this.let_pass(rest, verdict)
-    if not verdict.refused:
-        on_case = replace(on_case, notes=verdict.notes)
+    result = this.judge(gate_cases)
+    rest = this.let_pass(rest, result)
+    if not result.refused:
+        on_case = replace(on_case, notes=result.notes)
         with this.follow("teachers", on_case, rest) as units:
             for unit in units:
                 this.add_unit(unit)
-    return this.finish(verdict)
+    return this.finish(result)
 
 
 @dataclass
@@ -238,7 +244,7 @@ class CacheRun:
                 log.event("unit", unit=unit.name, path=str(unit_path(work, known, unit.case)))
         elif isinstance(error, OutputsError):
             self.wrong.add(unit.teacher)
-        elif outcome.lost and is_there(work, known, unit.case):
+        elif outcome.unreported and is_there(work, known, unit.case):
             self.report.done.append(unit.name)  # before its case was lost
             error = None
         self._over(unit.name, unit.case.name, error)
@@ -330,24 +336,24 @@ class CacheRun:
 
     def gate_units(
         self, own: Sequence[CaseFiles]
-    ) -> tuple[Sequence[Look], Sequence[TeacherUnit], Sequence[TeacherUnit]]:
+    ) -> tuple[Sequence[GateCases], Sequence[TeacherUnit], Sequence[TeacherUnit]]:
         """What the gate looks at, and the units of this run: those that it is about, and all
         others; case by case."""
         usable = self.usable()
         cases = {name: case for name, case in self.cases.items() if case.dataset in usable}
-        everyone = list(cases.values()) if self.part is None else self.all_parts().cases
-        looks = plan_looks(self.scope.registry, everyone)
+        all_cases = list(cases.values()) if self.part is None else self.all_parts().cases
+        gate_cases = plan_gate_cases(self.scope.registry, all_cases)
         sources = {source.name: source for source in own}
-        asked = units_of(looks)
+        asked = units_of(gate_cases)
         units: dict[bool, list[TeacherUnit]] = {True: [], False: []}
         for name, case in cases.items():
             for teacher in self.known:
                 is_asked = (teacher, name) in asked
                 units[is_asked].append(TeacherUnit(teacher, case, sources[name]))
-        return looks, units[True], units[False]
+        return gate_cases, units[True], units[False]
 
-    def judge(self, looks: Sequence[Look]) -> Verdict:
-        """The gate's verdict; NOT_JUDGED in a dry run, and in a part while units of others may
+    def judge(self, gate_cases: Sequence[GateCases]) -> GateResult:
+        """The gate's result; NOT_JUDGED in a dry run, and in a part while units of others may
         still come.
 
         A part judges when the units that the gate looks at are all there, or all other parts have
@@ -360,35 +366,35 @@ class CacheRun:
         if self.part is not None:
             parts = self.all_parts()
             cases = {case.name: case for case in parts.cases if case.dataset in self.usable()}
-            looks = plan_looks(registry, list(cases.values()))
+            gate_cases = plan_gate_cases(registry, list(cases.values()))
             if not parts.all_finished and not (
                 parts.all_prepared
-                and all(is_there(work, self.known[t], cases[c]) for t, c in units_of(looks))
+                and all(is_there(work, self.known[t], cases[c]) for t, c in units_of(gate_cases))
             ):
                 log.info(
                     "the admission gate has not judged: units that it looks at are still with "
                     "other parts. Whichever part finds them all there judges."
                 )
                 return NOT_JUDGED
-        verdict = run_gate(registry, work, self.known, looks, accept=self.accept, log=log)
+        result = run_gate(registry, work, self.known, gate_cases, accept=self.accept, log=log)
         if self.scope.tables:
-            print_verdict(verdict)
-        for what, error in verdict.failed.items():
+            print_gate_result(result)
+        for what, error in result.failed.items():
             if what not in self.report.failed:
                 self.fail(what, error)
-        return verdict
+        return result
 
-    def let_pass(self, units: Sequence[TeacherUnit], verdict: Verdict) -> Sequence[TeacherUnit]:
+    def let_pass(self, units: Sequence[TeacherUnit], result: GateResult) -> Sequence[TeacherUnit]:
         """Those of teachers whose outputs are of the right kind; says what is left out."""
         log = self.scope.log
         for name in sorted(self.wrong):
             log.warn(f"teacher {name}: outputs of the wrong kind, so no other unit of it is made")
         units = [unit for unit in units if unit.teacher not in self.wrong]
-        if verdict.refused:
+        if result.refused:
             log.warn(f"stopped at the admission gate: {len(units)} units are not looked at")
         return units
 
-    def finish(self, verdict: Verdict) -> StageReport:
+    def finish(self, result: GateResult) -> StageReport:
         """The report, tables, and what only the last of several parts can tell."""
         report, registry, work = self.report, self.scope.registry, self.scope.work
         report.seconds = time.monotonic() - self._began
@@ -404,16 +410,16 @@ class CacheRun:
             whole = self.all_parts().all_finished
             if whole:
                 self._check_datasets()
-            if verdict is NOT_JUDGED:
-                verdict = self.judge([])
+            if result is NOT_JUDGED:
+                result = self.judge([])
         try:
             # Of a run that was refused most units are missing, and so are most regions.
-            if whole and not verdict.refused:
+            if whole and not result.refused:
                 taps = tap_rows(registry, work, self.usable())
                 regions = region_rows(registry, work, self.usable())
         except CacheError as error:  # damage that only reading finds
             self.fail("table of regions", error)
-        report.details |= {"regions_ml": regions, "taps": taps, **verdict.to_json()}
+        report.details |= {"regions_ml": regions, "taps": taps, **result.to_json()}
         for row in taps:
             if (doubt := doubtful_tap(row["tap"], row["agreement"])) is not None:
                 self.scope.log.warn(f"teacher {row['teacher']}: {doubt}")

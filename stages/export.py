@@ -24,6 +24,7 @@ from pipeline.student.export.parity import Parity, Tolerance
 from pipeline.student.export.write import (
     FORMATS,
     CheckImage,
+    ExportJob,
     Format,
     check_place,
     is_written,
@@ -94,6 +95,10 @@ def run(
         prepare_work_folder(output)
     with open_check_image(path, check_on, case) as image:
         checked_on = {"name": image.name, "sha256": file_sha256(image.path)}
+        what = ExportJob(
+            record, network, image.path, config.name or f"student-{record.run_digest[:8]}",
+            config.overlap, config.opset, config.tolerance,
+        )  # fmt: skip
         for form in dict.fromkeys(formats):
             made_from = digest({**identity, "format": form, "image": checked_on["sha256"]})
             folder = output / form
@@ -103,19 +108,14 @@ def run(
             if dry_run:
                 report.done.append(form)
                 continue
-            told = {
+            described = {
                 "digest": made_from, "format": form, "checked_on": checked_on,
                 "student_sha256": identity["student_sha256"], "overlap": config.overlap,
             }  # fmt: skip
             try:
-                found = write_format(
-                    folder, form, record, network, image.path,
-                    name=config.name or f"student-{record.run_digest[:8]}",
-                    overlap=config.overlap, opset=config.opset, tolerance=config.tolerance,
-                    told=told,
-                )  # fmt: skip
-                _tell(log, form, image, found)
-                report.details[form] = {what: p.to_json() for what, p in found.items()}
+                found = write_format(folder, form, what, described)
+                _log_parity(log, form, image, found)
+                report.details[form] = {name: p.to_json() for name, p in found.items()}
                 report.done.append(form)
                 report.num_bytes += sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
             except PipelineError as error:
@@ -124,7 +124,7 @@ def run(
     return report
 
 
-def _tell(log: Log, form: Format, image: CheckImage, found: dict[str, Parity]) -> None:
+def _log_parity(log: Log, form: Format, image: CheckImage, found: dict[str, Parity]) -> None:
     for what, parity in found.items():
         logits = parity.max_logit_difference
         log.info(

@@ -72,7 +72,7 @@ def made_with() -> dict[str, str]:
 
 @pytest.fixture
 def same_bytes() -> None:
-    """Bytes, and so digests, of made-up CTs and of what networks say of them."""
+    """Bytes, and so digests, of synthetic CTs and of what networks say of them."""
     if os.environ.get("GOLDEN") == "write":
         same("made with", made_with())
     elif json.loads(GOLDEN.read_text(encoding="utf-8"))["made with"] != made_with():

@@ -25,7 +25,7 @@ Made from the command line's own definitions when this site was built: the words
 def command_reference(app: typer.Typer) -> str:
     """A page in Markdown: all commands, and all arguments and options of each."""
     root = typer.main.get_command(app)
-    commands = sorted(walk(root, ""))
+    commands = list(walk(root, ""))
     rows = [[f"[`{name}`](#{_anchor(name)})", cell(_summary(c))] for name, c in commands]
     parts = [_INTRODUCTION, table(["command", "what it does"], rows)]
     parts += [_section(name, command) for name, command in commands]

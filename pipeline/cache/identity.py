@@ -88,7 +88,7 @@ def read_dataset(
         cached = f", for {stranger.registry[0]}," if stranger else ""
         raise CacheStale(
             f"dataset {dataset} is in the cache{cached} with other cases or files than this "
-            f"registry leads to: {_some(wrong)}.",
+            f"registry leads to: {listed(wrong, _NAMED, '; ')}.",
             where=f"{registry.path}, {work}",
             fix="Run `pipeline cache-teachers` with this registry; what is still valid is reused.",
         )
@@ -197,18 +197,17 @@ def claim_dataset(
     if known is None:
         return mine
     # A path says who somebody is on one host only: containers give many the same one.
-    believed = known.host == mine.host or _share_a_case(found, sources, known.same_place(mine))
-    if owner is not None and believed:
+    trusted = known.host == mine.host or _share_a_case(found, sources, known.same_place(mine))
+    if owner is not None and trusted:
         return mine
-    if believed and not _calls_for(known, key, dataset=dataset):
-        if log is not None:
-            log.remark(_taken(f"dataset {dataset}", known, registry))
+    if trusted and not _calls_for(known, key, dataset=dataset):
+        _remark_taken(log, f"dataset {dataset}", known, registry)
         return mine
     wrong = _differences(found, sources, mine, SPLITS) + _not_cached(found, sources, SPLITS)
     if not wrong:
         return known
     path = dataset_file(work, dataset, key)
-    raise _refusal(f"dataset {dataset}", _some(wrong), known, path, registry)
+    raise _refusal(f"dataset {dataset}", listed(wrong, _NAMED, "; "), known, path, registry)
 
 
 def claim_teacher(
@@ -230,8 +229,7 @@ def claim_teacher(
     if known is None or known.same_project(mine):
         return mine
     if not _calls_for(known, key, teacher=name):
-        if log is not None:
-            log.remark(_taken(f"teacher {name}", known, registry))
+        _remark_taken(log, f"teacher {name}", known, registry)
         return mine
     if found.digest == teacher.digest:
         return known
@@ -365,11 +363,12 @@ def _refusal(
     )
 
 
-def _taken(what: str, known: Origin, registry: Registry) -> str:
-    return (
-        f"{what} was cached for {known.registry[0]}, which is no longer there or does not call for "
-        f"it any more; from now on it is that of {registry.path}."
-    )
+def _remark_taken(log: Log | None, what: str, known: Origin, registry: Registry) -> None:
+    if log is not None:
+        log.remark(
+            f"{what} was cached for {known.registry[0]}, which is no longer there or does not call "
+            f"for it any more; from now on it is that of {registry.path}."
+        )
 
 
 def _origin(work: Folder, registry: Registry, dataset: str) -> Origin:
@@ -515,8 +514,3 @@ def _stamped(path: Path, known: FileStamp | None, trusted: bool) -> FileStamp:
 @cache
 def _hashed(path: Path, size: int, mtime_ns: int) -> FileStamp:
     return stamp_image(path)
-
-
-def _some(wrong: Sequence[str]) -> str:
-    more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
-    return "; ".join(wrong[:_NAMED]) + more

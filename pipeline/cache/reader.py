@@ -37,12 +37,12 @@ _Chunk = npt.NDArray[Any]
 class UnreadableChunk(Exception):
     """A chunk that cannot be decoded, or that nobody wrote; `index` counts chunks along each axis.
 
-    `lost`: it reads as fill value, and the check of its objects failed.
+    `missing`: it reads as fill value, and the check of its objects failed.
     """
 
-    def __init__(self, index: Index3, cause: Exception, *, lost: bool = False) -> None:
+    def __init__(self, index: Index3, cause: Exception, *, missing: bool = False) -> None:
         super().__init__(index, cause)
-        self.index, self.cause, self.lost = index, cause, lost
+        self.index, self.cause, self.missing = index, cause, missing
 
 
 class ChunkPool:
@@ -137,7 +137,7 @@ def _load(
         try:
             check_fill()
         except PipelineError as error:
-            raise UnreadableChunk(index, error, lost=True) from error
+            raise UnreadableChunk(index, error, missing=True) from error
     return chunk
 
 
@@ -164,13 +164,13 @@ def _at(chunk: _Chunk, box: tuple[slice, ...]) -> _Chunk:
 POOL = ChunkPool()
 
 
-# How far a teacher is believed: the settings, and the outcome for one organ in one case.
+# How far a teacher is relied on: the settings, and the outcome for one organ in one case.
 
 
 class ReliabilityConfig(Config):
     """When the word of a teacher counts.
 
-    A word that does not count is as if the teacher had not seen the voxel: it is silent there.
+    A word that does not count is as if the teacher had not seen the voxel: it is ignored there.
     """
 
     least_found: float = Field(
@@ -214,7 +214,7 @@ class Trust(NamedTuple):
     why: str = ""
 
     @property
-    def silent(self) -> bool:
+    def ignored(self) -> bool:
         """Whether nothing that it says counts: as if it had no unit of the case."""
         return not (self.here or self.not_here)
 
@@ -318,7 +318,7 @@ class Unit:
             if isinstance(error.cause, OSError) and not is_local(self.path):
                 raise unreachable(self.path, error.cause) from error
             what = f"{unit_name(self.path)}: chunk {error.index} of array {name}"
-            if error.lost:
+            if error.missing:
                 raise CacheIncomplete(
                     f"{what} is gone since the unit was opened ({error.cause}).",
                     where=self.path,
@@ -350,7 +350,7 @@ class CachedCase:
         case: the unit with image and label.
         teachers: teacher -> its unit; teachers without one are absent.
         experts: organ -> teachers that are expert in it.
-        trust: (teacher, organ) -> how far it is believed here; those that are absent fully.
+        trust: (teacher, organ) -> what of it counts here; those that are absent fully.
     """
 
     name: str

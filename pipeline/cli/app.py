@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from io import TextIOWrapper
@@ -19,6 +20,7 @@ from pipeline.cli.options import (
     WORK,
     AllowMissingOption,
     ChannelsLastOption,
+    Command,
     CompileOption,
     ConfigOption,
     DeviceOption,
@@ -26,6 +28,7 @@ from pipeline.cli.options import (
     JsonOption,
     LoggerOption,
     MinutesOption,
+    Panel,
     PrecisionOption,
     QuietOption,
     RegistryOption,
@@ -47,48 +50,38 @@ from pipeline.errors import PipelineError
 
 app = typer.Typer(
     name="pipeline",
-    help="Single-organ CT datasets and networks in, one multi-organ network out.",
+    help=(
+        "Single-organ CT datasets and networks in, one multi-organ network out.\n\n"
+        "New here? `pipeline demo --quick` goes the whole road in under a minute. With your own "
+        "data: init, check, plan, cache-teachers, train-student, predict, evaluate, in this order. "
+        "Each explains itself: `pipeline COMMAND --help`."
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(cache_app, name="cache")
-app.command()(info)
-app.command()(init)
-app.command("cache-teachers")(cache_teachers)
-app.command()(check)
-app.command()(inspect)
-app.command()(plan)
-app.command()(predict)
-app.command()(export)
-app.command()(compare)
-app.command()(evaluate)
-app.command()(submit)
-app.command()(report)
 
 
-@app.command()
 @recorded
 def phantom(
     registry: RegistryOption = REGISTRY,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Generate the made-up CT datasets that a registry describes."""
+    """Generate the synthetic CTs that a registry describes."""
     from pipeline.cli.demo import generate_phantoms
 
     known = open_registry(registry, files=False)
     end(generate_phantoms(known, open_log(quiet), dry_run=dry_run))
 
 
-@app.command("train-teachers")
 @recorded
 def train_teachers(
     registry: RegistryOption = REGISTRY,
     config: ConfigOption = None,
     work: WorkOption = WORK,
     only: Annotated[
-        str | None, typer.Option(help="One teacher by name.", autocompletion=teacher_names)
+        str | None, Panel.INPUT.option(help="One teacher by name.", autocompletion=teacher_names)
     ] = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
@@ -100,7 +93,10 @@ def train_teachers(
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train one network per organ from its own dataset, for those who have none."""
+    """Train one teacher per organ, for those who have none.
+
+    Each is trained on its own dataset.
+    """
     from pipeline.student.speed import SpeedFlags, TrainingExecution
     from stages import train_teachers as stage
     from stages.report import Scope
@@ -112,7 +108,6 @@ def train_teachers(
     end(stage.run(settings, scope, execution, only=only, dry_run=dry_run))
 
 
-@app.command("train-student")
 @recorded
 def train_student(
     registry: RegistryOption = REGISTRY,
@@ -128,12 +123,16 @@ def train_student(
     channels_last: ChannelsLastOption = False,
     compile_: CompileOption = False,
     self_test: SelfTestOption = False,
-    steps: Annotated[int | None, typer.Option(help="Of the self-test: 10.", min=3)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the self-test's kills.")] = None,
+    steps: Annotated[
+        int | None, Panel.SAFETY.option(help="Of the self-test; default: 10.", min=3)
+    ] = None,
+    seed: Annotated[
+        int | None, Panel.SAFETY.option(help="Of the self-test's kills; default: drawn.")
+    ] = None,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Stage two: train the multi-organ student from the cache alone."""
+    """Train the multi-organ student from the cache alone."""
     from pipeline.cli.record import note_silence
     from pipeline.cli.self_test import refuse_without_self_test, run_self_test
     from pipeline.student.processes import launched
@@ -164,13 +163,15 @@ def train_student(
     end(report)
 
 
-@app.command()
 def status(
     registry: RegistryOption = REGISTRY,
     work: WorkOption = WORK,
     as_json: JsonOption = False,
 ) -> None:
-    """What is done, missing, stale or damaged, per dataset and teacher."""
+    """What is done, missing, stale or damaged.
+
+    Per dataset and teacher.
+    """
     from pipeline.review.status import print_status
     from pipeline.review.status import status as look
     from pipeline.setup.submit import with_states
@@ -183,17 +184,46 @@ def status(
         print_status(found)
 
 
-@app.command()
 @recorded
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where everything goes.")] = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny: under a minute.")] = False,
+    quick: Annotated[bool, Panel.RESULT.option("--quick", help="Tiny: under a minute.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """The whole road on a made-up cohort: teachers, cache, student, baselines, table, picture."""
+    """The whole road on synthetic CTs: try this first.
+
+    Teachers, cache, student, baselines; a table and a picture at the end.
+    """
     from pipeline.cli.demo import run_demo
 
     run_demo(folder, quick=quick, log=open_log(quiet, folder))
+
+
+_COMMANDS: dict[str, tuple[Callable[..., None] | typer.Typer, ...]] = {
+    "Begin here": (demo, info),
+    "Prepare": (init, check, plan, phantom),
+    "Stage one: what teachers find in every case, into the cache": (
+        train_teachers,
+        cache_teachers,
+        cache_app,
+    ),
+    "Stage two: one student for all organs, from the cache": (
+        train_student,
+        predict,
+        evaluate,
+        export,
+        compare,
+    ),
+    "Look": (status, inspect, report),
+    "On a cluster": (submit,),
+}
+for _title, _group in _COMMANDS.items():
+    for _one in _group:
+        if isinstance(_one, typer.Typer):
+            app.add_typer(_one, name="cache", rich_help_panel=_title)
+        else:
+            _name = _one.__name__.replace("_", "-")
+            app.command(_name, cls=Command, rich_help_panel=_title)(_one)
 
 
 def main() -> None:

@@ -14,10 +14,12 @@ import typer
 from pipeline.cli.options import (
     REGISTRY,
     WORK,
+    Command,
     ConfigOption,
     DeviceOption,
     DryRunOption,
     JsonOption,
+    Panel,
     QuietOption,
     RegistryOption,
     TrustOption,
@@ -41,11 +43,13 @@ if TYPE_CHECKING:
     from pipeline.review.verify import Verification
 
 cache_app = typer.Typer(
-    help="What the cache holds, why, whether it can be trusted, and what can go.",
+    help="What the cache holds, why, is it sound, what can go.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-CaseOption = Annotated[str, typer.Option("--case", help="dataset/case.", autocompletion=case_names)]
+CaseOption = Annotated[
+    str, Panel.INPUT.option("--case", help="dataset/case.", autocompletion=case_names)
+]
 
 
 class ExportFormat(StrEnum):
@@ -55,11 +59,14 @@ class ExportFormat(StrEnum):
     nnunet = "nnunet"
 
 
-@cache_app.command("ls")
+@cache_app.command("ls", cls=Command)
 def list_(
     registry: RegistryOption = REGISTRY, work: WorkOption = WORK, as_json: JsonOption = False
 ) -> None:
-    """Datasets, teachers, cases, bytes; what the registry reaches; which students used what."""
+    """Datasets, teachers, cases, bytes.
+
+    What the registry reaches; which students used what.
+    """
     from pipeline.review.status import list_cache, print_listing
 
     found = list_cache(_existing(work), _registry_if_there(registry))
@@ -69,7 +76,7 @@ def list_(
         print_listing(found)
 
 
-@cache_app.command()
+@cache_app.command(cls=Command)
 def why(
     case: Annotated[str, typer.Argument(help="dataset/case.", autocompletion=case_names)],
     registry: RegistryOption = REGISTRY,
@@ -78,7 +85,10 @@ def why(
     trust: TrustOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Would cache-teachers reuse the units of a case? If not: what differs, field by field."""
+    """Would cache-teachers reuse the units of a case?
+
+    If not: what differs, field by field.
+    """
     from pipeline.review.units import plain
     from pipeline.review.why import print_reasons
     from pipeline.review.why import why as explain
@@ -99,27 +109,28 @@ def why(
         print_reasons(reasons)
 
 
-@cache_app.command()
+@cache_app.command(cls=Command)
 @partial(recorded, group="cache")
 def verify(
     registry: RegistryOption = REGISTRY,
     work: WorkOption = WORK,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Read every byte: checksums, values, shapes.")
+        bool, Panel.RESULT.option("--deep", help="Read every byte: checksums, values, shapes.")
     ] = False,
     everything: Annotated[
-        bool, typer.Option("--all", help="Also units that no index entry leads to.")
+        bool, Panel.INPUT.option("--all", help="Also units that no index entry leads to.")
     ] = False,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Remove damaged units, to be made again.")
+        bool, Panel.RESULT.option("--repair", help="Remove damaged units, to be made again.")
     ] = False,
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Run teachers again on sampled units; compare.")
+        bool,
+        Panel.RESULT.option("--recompute", help="Run teachers again on sampled units; compare."),
     ] = False,
-    sample: Annotated[int, typer.Option(help="Units for --recompute.", min=0)] = 0,
-    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    sample: Annotated[int, Panel.RESULT.option(help="Units for --recompute.", min=0)] = 0,
+    seed: Annotated[int, Panel.RESULT.option(help="Of the sample.")] = 0,
     tolerance: Annotated[
-        float, typer.Option(help="For --recompute, in log-odds; one rounding step.", min=0)
+        float, Panel.RESULT.option(help="For --recompute, in log-odds; one rounding step.", min=0)
     ] = 0.5,
     device: DeviceOption = "auto",
     window_batch: WindowBatchOption = 1,
@@ -128,7 +139,10 @@ def verify(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Can the cache be trusted? Exit code 1 if a unit is missing, damaged or not reproduced."""
+    """Can the cache be trusted?
+
+    Exit code 1 if a unit is missing, damaged or not reproduced.
+    """
     from pipeline.review.units import plain
     from pipeline.review.verify import print_verification
     from pipeline.review.verify import verify as look
@@ -163,7 +177,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@cache_app.command()
+@cache_app.command(cls=Command)
 def diff(
     a: Annotated[Folder, typer.Argument(help="A work folder.", parser=parse_folder, metavar="A")],
     b: Annotated[Folder, typer.Argument(help="Another one.", parser=parse_folder, metavar="B")],
@@ -180,7 +194,7 @@ def diff(
         print_difference(found)
 
 
-@cache_app.command()
+@cache_app.command(cls=Command)
 @partial(recorded, group="cache")
 def gc(
     registries: Annotated[
@@ -189,14 +203,17 @@ def gc(
     work: WorkOption = WORK,
     grace_hours: Annotated[
         float,
-        typer.Option(help="Case units that nobody reaches stay if they are younger.", min=0),
+        Panel.SAFETY.option(help="Case units that nobody reaches stay if they are younger.", min=0),
     ] = 24.0,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Remove what none of the registries can reach. Students are never removed."""
+    """Remove what none of the registries can reach.
+
+    Students are never removed.
+    """
     from pipeline.review.gc import find_garbage, print_garbage, remove_garbage
 
     known = [open_registry(path, files=False) for path in registries]
@@ -228,28 +245,34 @@ def gc(
     typer.echo(f"gc: removed {counted(number, 'thing')}, {size(freed)}", err=True)
 
 
-@cache_app.command()
+@cache_app.command(cls=Command)
 @partial(recorded, group="cache")
 def export(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")],
+    output: Annotated[Path, Panel.RESULT.option("--output", "-o", help="Folder to write into.")],
     teacher: Annotated[
         list[str] | None,
-        typer.Option(help="By name; may be repeated. Default: all.", autocompletion=teacher_names),
+        Panel.INPUT.option(
+            help="By name; default: all. Once for each.", autocompletion=teacher_names
+        ),
     ] = None,
-    to: Annotated[ExportFormat, typer.Option(help="Format.")] = ExportFormat.nifti,
+    to: Annotated[ExportFormat, Panel.RESULT.option(help="Format.")] = ExportFormat.nifti,
     regions: Annotated[
-        bool, typer.Option("--regions", help="Also organ regions, agreed background, conflicts.")
+        bool,
+        Panel.RESULT.option("--regions", help="Also organ regions, agreed background, conflicts."),
     ] = False,
     case: Annotated[
         str | None,
-        typer.Option("--case", help="dataset/case, for nifti.", autocompletion=case_names),
+        Panel.INPUT.option("--case", help="dataset/case, for nifti.", autocompletion=case_names),
     ] = None,
     registry: RegistryOption = REGISTRY,
     work: WorkOption = WORK,
     quiet: QuietOption = False,
 ) -> None:
-    """nifti: log-odds of a case on the student grid, to be looked at over the CT. nnunet: labels
-    and experts of all cases together, as a raw dataset (OUTPUT: nnUNet_raw/Dataset123_Name)."""
+    """What is cached as NIfTI, to be looked at over the CT; or all of it for nnU-Net.
+
+    nifti: log-odds of a case on the student grid. nnunet: labels and experts of all cases together,
+    as a raw dataset (OUTPUT: nnUNet_raw/Dataset123_Name).
+    """
     from pipeline.review.export import export_nifti, export_nnunet
 
     if (case is None) != (to is ExportFormat.nnunet) or (regions and case is None):

@@ -1,4 +1,4 @@
-"""`pipeline demo`: the whole road on a made-up cohort, each stage as a user would run it.
+"""`pipeline demo`: the whole road on a synthetic cohort, each stage as a user would run it.
 
 The registry and the configurations are written into the demo's folder first and read back from
 there, so that every step can be repeated by hand with the commands that are printed.
@@ -62,7 +62,7 @@ def generate_phantoms(registry: Registry, log: Log, *, dry_run: bool = False) ->
         raise ConfigError(
             "no dataset in this registry has a `phantom` entry.",
             where=registry.path,
-            fix="Only made-up datasets are generated; your own are already there.",
+            fix="Only synthetic datasets are generated; your own are already there.",
         )
     report = StageReport("phantom")
     if dry_run:
@@ -154,7 +154,7 @@ def draw_overlay(registry: Registry, work: Path, predictions: Path, path: Path) 
     for row, k in enumerate(known):
         panels[f"teacher: {space.organs[k]}"] = {space.organs[k]: organ[row]}
     panels["agreed background"] = {"agreed background": background}
-    title = f"{case.name}: student and teachers on a test case (made-up CT)"
+    title = f"{case.name}: student and teachers on a test case (synthetic CT)"
     colours = {organ: hex_colour(organ_id) for organ, organ_id in space.ids.items()}
     save_overlay(path, case.image(), panels, case.grid.spacing_mm, title=title, colours=colours)
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from pipeline.cli.record import current, note_config, note_report
 from pipeline.errors import ConfigError
@@ -21,10 +23,38 @@ if TYPE_CHECKING:
     from pipeline.log import Log
     from stages.report import StageReport
 
+
+class Panel(StrEnum):
+    """Groups of options in the help of every command, in this order."""
+
+    INPUT = "What to work on"
+    RESULT = "What to do"
+    MACHINE = "Machine: speed, not results"
+    JOBS = "Several jobs"
+    SAFETY = "Safety"
+    MESSAGES = "What it tells"
+
+    def option(self, *names: str, **settings: Any) -> Any:
+        """`typer.Option`, in this group."""
+        return typer.Option(*names, rich_help_panel=self, **settings)
+
+
+class Command(TyperCommand):
+    """Its help shows the groups in the order of `Panel`, and `--help` in the last of them."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Arguments, then options."""
+        found: list[Any] = super().get_params(ctx)
+        for one in found:
+            if "--help" in one.opts:
+                one.rich_help_panel = Panel.MESSAGES
+        order = [None, *Panel]  # None: of arguments
+        return sorted(found, key=lambda one: order.index(one.rich_help_panel))
+
+
 # What a shell offers at the tab key: names out of the registry and the work folder.
 #
-# A shell waits for the answer, so nothing heavy is loaded: the registry is read as plain YAML.
-# What
+# A shell waits for the answer, so nothing heavy is loaded: the registry is read as plain YAML. What
 # cannot be read offers nothing, and says nothing.
 
 _REGISTRY, _WORK = "data_registry.yaml", "work"
@@ -97,13 +127,16 @@ def _starting(names: Any, incomplete: str) -> list[str]:
 
 # Options that several commands share, and how a command opens its registry and its log.
 
-RegistryOption = Annotated[Path, typer.Option("--registry", "-r", help="What exists.")]
+RegistryOption = Annotated[
+    Path, Panel.INPUT.option("--registry", "-r", help="YAML: organs, datasets and teachers.")
+]
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="How the stage computes; default: built in.")
+    Path | None,
+    Panel.INPUT.option("--config", "-c", help="YAML: settings of the stage; default: built in."),
 ]
 WorkOption = Annotated[
     Folder,
-    typer.Option(
+    Panel.INPUT.option(
         "--work",
         "-w",
         parser=parse_folder,
@@ -111,37 +144,54 @@ WorkOption = Annotated[
         help="Work folder: cache and runs. A path, or s3://bucket/prefix.",
     ),
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1. Speed only.")]
-WorkersOption = Annotated[int, typer.Option(help="Loader processes. Speed only.", min=0)]
+DeviceOption = Annotated[str, Panel.MACHINE.option(help="auto, cpu, cuda or cuda:1.")]
+WorkersOption = Annotated[int, Panel.MACHINE.option(help="Processes that load data.", min=0)]
 PrecisionOption = Annotated[
     Literal["fp32", "bf16", "fp16"],
-    typer.Option(help="Of the network's passes; for GPUs. Speed and rounding only."),
+    Panel.MACHINE.option(help="Of the network's passes; for GPUs. Changes rounding, too."),
 ]
 ChannelsLastOption = Annotated[
-    bool, typer.Option("--channels-last", help="Memory format of 3D convolutions. Speed only.")
+    bool, Panel.MACHINE.option("--channels-last", help="Memory format of 3D convolutions.")
 ]
-CompileOption = Annotated[bool, typer.Option("--compile", help="torch.compile. Speed only.")]
-WindowBatchOption = Annotated[int, typer.Option(help="Windows per pass. Speed only.", min=1)]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="For machines.")]
+CompileOption = Annotated[bool, Panel.MACHINE.option("--compile", help="torch.compile.")]
+WindowBatchOption = Annotated[int, Panel.MACHINE.option(help="Windows per pass.", min=1)]
+QuietOption = Annotated[
+    bool, Panel.MESSAGES.option("--quiet", "-q", help="Only warnings and errors.")
+]
+DryRunOption = Annotated[
+    bool, Panel.SAFETY.option("--dry-run", help="Say what would be done; do nothing.")
+]
+JsonOption = Annotated[
+    bool, Panel.MESSAGES.option("--json", help="The result as JSON, for machines.")
+]
 TrustOption = Annotated[
     list[str] | None,
-    typer.Option(
+    Panel.SAFETY.option(
         "--trust",
-        help="A teacher whose own code or config may run; give it once for each.",
+        help="A teacher whose own code or config may run; once for each.",
         autocompletion=teacher_names,
     ),
 ]
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+ReportOption = Annotated[
+    Path | None,
+    Panel.MESSAGES.option(
+        "--report",
+        metavar="FILE",
+        help="JSON: what was asked, done, skipped, failed, and what it took; also on failure.",
+    ),
+]
+VerboseOption = Annotated[
+    bool, Panel.MESSAGES.option("--verbose", "-v", help="Each unit, and where an error comes from.")
+]
+YesOption = Annotated[bool, Panel.SAFETY.option("--yes", "-y", help="Do not ask.")]
 MinutesOption = Annotated[
-    float, typer.Option(help="Minutes between checkpoints: what a kill can cost.", min=0)
+    float, Panel.MACHINE.option(help="Minutes between checkpoints: what a kill can cost.", min=0)
 ]
 LoggerOption = Annotated[
     list[str] | None,
-    typer.Option(
+    Panel.MESSAGES.option(
         "--logger",
-        help="tensorboard, mlflow or wandb beside metrics.jsonl; give it once for each.",
+        help="tensorboard, mlflow or wandb beside metrics.jsonl; once for each.",
         autocompletion=one_of("tensorboard", "mlflow", "wandb"),
     ),
 ]
@@ -168,22 +218,23 @@ def parse_stage_to(text: str) -> Path:
 
 StageToOption = Annotated[
     Path | None,
-    typer.Option(
+    Panel.MACHINE.option(
         parser=parse_stage_to,
         metavar="FOLDER",
-        help="On this machine's own disk: what the training reads is copied there first. "
-        "Speed only.",
+        help="On this machine's own disk: what the training reads is copied there first.",
     ),
 ]
 AllowMissingOption = Annotated[
     bool,
-    typer.Option("--allow-missing", help="Train with the cases and units that the cache has."),
+    Panel.SAFETY.option(
+        "--allow-missing", help="Train with the cases and units that the cache has."
+    ),
 ]
 SelfTestOption = Annotated[
     bool,
-    typer.Option(
+    Panel.SAFETY.option(
         "--self-test",
-        help="Only try, in a temporary folder, whether this setup resumes exactly after kills.",
+        help="Only try, in a temporary folder, whether training here resumes exactly after kills.",
     ),
 ]
 REGISTRY = Path("data_registry.yaml")
@@ -227,7 +278,7 @@ def open_log(
         events=work / name if work and not dry_run else None,
     )
     if record is not None:
-        record.tell(log)
+        record.attach(log)
     return log
 
 

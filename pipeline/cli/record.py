@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
@@ -32,19 +32,6 @@ if TYPE_CHECKING:
     from stages.report import StageReport
 
 P = ParamSpec("P")
-
-ReportOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--report",
-        metavar="FILE",
-        help="JSON: what was asked, done, skipped, failed, and what it took; also on failure.",
-    ),
-]
-VerboseOption = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Each unit, and where an error comes from.")
-]
-_OWN = {"report": (ReportOption, None), "verbose": (VerboseOption, False)}
 
 
 def recorded(command: Callable[P, None], *, group: str = "") -> Callable[..., None]:
@@ -64,7 +51,7 @@ def recorded(command: Callable[P, None], *, group: str = "") -> Callable[..., No
             raise ConfigError("--quiet and --verbose are opposites.", fix="Give one of them.")
         report = path if isinstance(path, Path) else None
         given = {k: v for k, v in bound.arguments.items() if not isinstance(v, typer.Context)}
-        record = RunRecord(name, given, report, verbose)
+        record = CallRecord(name, given, report, verbose)
         record.begin()
         if record.path is not None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _terminated)
@@ -82,23 +69,24 @@ def recorded(command: Callable[P, None], *, group: str = "") -> Callable[..., No
 
 
 def _parameters() -> list[inspect.Parameter]:
+    from pipeline.cli.options import ReportOption, VerboseOption  # which import this module
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return [
-        inspect.Parameter(
-            name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=option
-        )
-        for name, (option, default) in _OWN.items()
+        inspect.Parameter("report", kind, default=None, annotation=ReportOption),
+        inspect.Parameter("verbose", kind, default=False, annotation=VerboseOption),
     ]
 
 
-def _ended(record: RunRecord, error: BaseException) -> None:
+def _ended(record: CallRecord, error: BaseException) -> None:
     """By an error, or by an exit code. A report that cannot be written must not hide the error."""
     if record.verbose and isinstance(error, PipelineError):
         traceback.print_exception(error, file=sys.stderr)
-    told = None if isinstance(error, typer.Exit) else error
+    reported = None if isinstance(error, typer.Exit) else error
     try:
-        record.end(exit_code_of(error), told)
-    except PipelineError as lost:
-        typer.echo(f"error: {lost}", err=True)
+        record.end(exit_code_of(error), reported)
+    except PipelineError as problem:
+        typer.echo(f"error: {problem}", err=True)
 
 
 def _terminated(number: int, frame: object) -> None:
@@ -146,11 +134,11 @@ WRITES = {
 
 _DRY = ("dry_run", "print_")
 
-_CURRENT: ContextVar[RunRecord | None] = ContextVar("run record", default=None)
+_CURRENT: ContextVar[CallRecord | None] = ContextVar("run record", default=None)
 
 
 @dataclass
-class RunRecord:
+class CallRecord:
     """One call of a command.
 
     Attributes:
@@ -196,7 +184,7 @@ class RunRecord:
             self._inputs = {name: _described(self.arguments.get(name)) for name in read}
         _CURRENT.set(self)
 
-    def tell(self, log: Log) -> None:
+    def attach(self, log: Log) -> None:
         """The log that the command opened learns what runs; it keeps that for its first event."""
         from pipeline.config import versions
 
@@ -278,7 +266,7 @@ class RunRecord:
         }
 
 
-def current() -> RunRecord | None:
+def current() -> CallRecord | None:
     """The record of the command that runs; None where functions are called from elsewhere."""
     return _CURRENT.get()
 

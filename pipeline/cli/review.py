@@ -20,6 +20,7 @@ from pipeline.cli.options import (
     DryRunOption,
     JsonOption,
     MinutesOption,
+    Panel,
     PrecisionOption,
     QuietOption,
     RegistryOption,
@@ -57,37 +58,40 @@ def inspect(
     registry: RegistryOption = REGISTRY,
     config: Annotated[
         Path | None,
-        typer.Option(
+        Panel.INPUT.option(
             "--config", "-c", help="A student's YAML: regions as that training sees them."
         ),
     ] = None,
     work: WorkOption = WORK,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")] = Path(
-        "inspection"
-    ),
+    output: Annotated[
+        Path, Panel.RESULT.option("--output", "-o", help="Folder to write into.")
+    ] = Path("inspection"),
     margin: Annotated[
-        float | None, typer.Option(help="Log-odds; instead of the YAML's.", min=0)
+        float | None, Panel.RESULT.option(help="Log-odds; instead of the YAML's.", min=0)
     ] = None,
     labels_win: Annotated[
         bool | None,
-        typer.Option("--labels-win/--no-labels-win", help="Instead of the YAML's."),
+        Panel.RESULT.option("--labels-win/--no-labels-win", help="Instead of the YAML's."),
     ] = None,
     calibrated: Annotated[
         bool | None,
-        typer.Option("--calibrated/--no-calibrated", help="Instead of the YAML's."),
+        Panel.RESULT.option("--calibrated/--no-calibrated", help="Instead of the YAML's."),
     ] = None,
     reliability: Annotated[
         bool,
-        typer.Option("--reliability/--no-reliability", help="Whether teachers may be doubted."),
+        Panel.RESULT.option(
+            "--reliability/--no-reliability",
+            help="Whether teachers may be ignored where they are unreliable.",
+        ),
     ] = True,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Leave out teachers that a case lacks.")
+        bool, Panel.SAFETY.option("--allow-missing", help="Leave out teachers that a case lacks.")
     ] = False,
     workers: WorkersOption = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """What a student would be taught: regions, agreed background, conflicts, disagreement.
+    """What a student would be taught: regions and conflicts.
 
     With a case: NIfTI files and a figure. Without: a table of all cases, improbable ones first.
     """
@@ -113,7 +117,7 @@ def inspect(
     found = inspect_cohort(
         known, work, view, output, allow_missing=allowed, workers=workers, log=log
     )
-    _tell(found, output, as_json)
+    _show(found, output, as_json)
 
 
 def _view(
@@ -128,16 +132,16 @@ def _view(
     supervision = settings.training.supervision
     given = {name: value for name, value in changes.items() if value is not None}
     chosen = supervision.model_copy(update=given)
-    heat = {}
+    temperature_of = {}
     if chosen.calibrated:
         measured = temperatures(work, registry, list(registry.teachers))
-        heat = {who: t for who, t in measured.items() if t is not None}
+        temperature_of = {who: t for who, t in measured.items() if t is not None}
     reliability = chosen.reliability if chosen.uses_reliability else None
-    view = View(chosen.margin, chosen.labels_win, chosen.confidence, heat, reliability)
+    view = View(chosen.margin, chosen.labels_win, chosen.confidence, temperature_of, reliability)
     return view, settings.allow_missing
 
 
-def _tell(found: CohortNumbers, output: Path, as_json: bool) -> None:
+def _show(found: CohortNumbers, output: Path, as_json: bool) -> None:
     from pipeline.review.inspect.numbers import print_cohort
 
     if as_json:
@@ -175,22 +179,24 @@ def report(
     work: WorkOption = WORK,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The page; default: report.html in the run's folder."),
+        Panel.RESULT.option(
+            "--output", "-o", help="The page; default: report.html in the run's folder."
+        ),
     ] = None,
     predictions: Annotated[
         Path | None,
-        typer.Option(
+        Panel.INPUT.option(
             "--predictions",
             "-p",
             help="Folder that `predict` and `evaluate` filled. Without it: validation cases.",
         ),
     ] = None,
     worst: Annotated[
-        int, typer.Option(help="Worst cases to show, beside the median one.", min=1, max=6)
+        int, Panel.RESULT.option(help="Worst cases to show, beside the median one.", min=1, max=6)
     ] = 2,
     regions: Annotated[
         bool,
-        typer.Option(
+        Panel.RESULT.option(
             "--regions/--no-regions",
             help="Volumes and conflicts: every case of the run is read for them.",
         ),
@@ -199,9 +205,9 @@ def report(
     workers: WorkersOption = 0,
     quiet: QuietOption = False,
 ) -> None:
-    """One HTML page about a run: lineage, teachers, regions, curves, scores, cases in pictures.
+    """One HTML page about a run.
 
-    The page holds all it needs and asks no network for anything.
+    Lineage, teachers, regions, curves, scores, cases in pictures. It asks no network for anything.
     """
     from pipeline.networks.by_name import pick_device
     from pipeline.review.report.page import PageSettings, write_report
@@ -227,22 +233,25 @@ def compare(
     configs: Annotated[
         list[Path], typer.Argument(help="Settings of train-student, one file each.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables and figure.")],
+    output: Annotated[
+        Path, Panel.RESULT.option("--output", "-o", help="Folder for tables and figure.")
+    ],
     registry: RegistryOption = REGISTRY,
     work: WorkOption = WORK,
-    seeds: Annotated[str, typer.Option(help="Each is trained with each: 0,1,2.")] = "0,1,2",
-    steps: Annotated[int | None, typer.Option(help="Of every run.", min=1)] = None,
+    seeds: Annotated[str, Panel.RESULT.option(help="Each is trained with each: 0,1,2.")] = "0,1,2",
+    steps: Annotated[int | None, Panel.RESULT.option(help="Of every run.", min=1)] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="Of training, of every run; measured first.", min=0)
+        float | None, Panel.RESULT.option(help="Of training, of every run; measured first.", min=0)
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="What others are compared with; default: the first.")
+        str | None, Panel.RESULT.option(help="What others are compared with; default: the first.")
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Folder below WORK/students; default: as --output's.")
+        str | None, Panel.RESULT.option(help="Folder below WORK/students; default: as --output's.")
     ] = None,
     test: Annotated[
-        bool, typer.Option("--test", help="Score the test cases: once, when choices are made.")
+        bool,
+        Panel.RESULT.option("--test", help="Score the test cases: once, when choices are made."),
     ] = False,
     allow_missing: AllowMissingOption = False,
     stage_to: StageToOption = None,
@@ -256,7 +265,10 @@ def compare(
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train several students from one cache on equal terms; one table and one figure."""
+    """Train several students on equal terms, in one table.
+
+    From one cache; a figure, too.
+    """
     from pipeline.student.processes import refuse_several
     from pipeline.student.speed import SpeedFlags, TrainingExecution
     from stages.compare.plan import ComparisonSettings, load_configurations, plan_comparison

@@ -20,6 +20,7 @@ from pipeline.cli.options import (
     DeviceOption,
     DryRunOption,
     JsonOption,
+    Panel,
     QuietOption,
     RegistryOption,
     TrustOption,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 def init(
     dataset: Annotated[
         list[str] | None,
-        typer.Option(
+        Panel.INPUT.option(
             "--dataset",
             "-d",
             metavar="NAME=PATH[:liver=1+2,background=3]",
@@ -55,7 +56,7 @@ def init(
     ] = None,
     teacher: Annotated[
         list[str] | None,
-        typer.Option(
+        Panel.INPUT.option(
             "--teacher",
             "-t",
             metavar="NAME=PATH[:liver=1,background=rest]",
@@ -64,35 +65,38 @@ def init(
     ] = None,
     organ: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[=ID]", help="Organ to learn; once for each."),
+        Panel.INPUT.option(metavar="NAME[=ID]", help="Organ to learn; once for each."),
     ] = None,
     files: Annotated[
         list[str] | None,
-        typer.Option(
+        Panel.INPUT.option(
             metavar="NAME=IMAGES,LABELS",
             help="Patterns with {case} below a dataset's folder, where they are not recognised.",
         ),
     ] = None,
     spacing_mm: Annotated[
-        tuple[float, float, float], typer.Option(help="Of the student grid: z y x.")
+        tuple[float, float, float], Panel.RESULT.option(help="Of the student grid: z y x.")
     ] = (3.0, 1.5, 1.5),
     registry: Annotated[
-        Path, typer.Option("--registry", "-r", help="The file to write.")
+        Path, Panel.RESULT.option("--registry", "-r", help="The file to write.")
     ] = REGISTRY,
-    force: Annotated[bool, typer.Option("--force", help="Replace a registry.")] = False,
+    force: Annotated[bool, Panel.SAFETY.option("--force", help="Replace a registry.")] = False,
     yes: YesOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Write a registry from folders: nnU-Net, Decathlon, MONAI datalists, plain files; teachers."""
-    from pipeline.data.entries import closed_cases, refuse_closed
-    from pipeline.setup.init.begin import Wishes, begin, describe, look, next_command
+    """Write a registry from folders of datasets and teachers.
 
-    wishes = Wishes(dataset or [], teacher or [], files or [], organ or [], spacing_mm)
+    Datasets: nnU-Net, Decathlon, MONAI datalists, plain files. What cannot be known is asked.
+    """
+    from pipeline.data.entries import closed_cases, refuse_closed
+    from pipeline.setup.init.begin import InitRequest, begin, describe, draft, next_command
+
+    request = InitRequest(dataset or [], teacher or [], files or [], organ or [], spacing_mm)
     ask = None if yes or not can_ask() else _ask
     if dry_run:
-        typer.echo(look(registry, wishes, force=force, ask=ask), nl=False)
+        typer.echo(draft(registry, request, force=force, ask=ask), nl=False)
         return
-    written = begin(registry, wishes, force=force, ask=ask)
+    written = begin(registry, request, force=force, ask=ask)
     for line in describe(written):
         typer.echo(line)
     typer.echo(f"wrote {registry}. Read it through; then: {next_command(written)}")
@@ -117,23 +121,25 @@ def _ask(question: str) -> str:
 def check(
     registry: RegistryOption = REGISTRY,
     config: ConfigOption = None,
-    dataset: Annotated[str | None, typer.Option(help="One alone; default: all.")] = None,
+    dataset: Annotated[str | None, Panel.INPUT.option(help="One alone; default: all.")] = None,
     student: Annotated[
         Path | None,
-        typer.Option(help="Settings of train-student, for the patch; default: built in."),
+        Panel.INPUT.option(help="Settings of train-student, for the patch; default: built in."),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(help="Processes that read; default: one per core.", min=1)
+        int | None, Panel.MACHINE.option(help="Processes that read; default: one per core.", min=1)
     ] = None,
     no_teachers: Annotated[
-        bool, typer.Option("--no-teachers", help="Look at datasets alone.")
+        bool, Panel.INPUT.option("--no-teachers", help="Look at datasets alone.")
     ] = False,
     case: Annotated[
         str | None,
-        typer.Option(help="dataset/case for the teachers; default: the first that can be read."),
+        Panel.INPUT.option(
+            help="dataset/case for the teachers; default: the first that can be read."
+        ),
     ] = None,
     side_mm: Annotated[
-        float, typer.Option(help="Side of the teachers' crop in mm.", min=1)
+        float, Panel.RESULT.option(help="Side of the teachers' crop in mm.", min=1)
     ] = 120.0,
     device: DeviceOption = "auto",
     window_batch: WindowBatchOption = 1,
@@ -141,11 +147,15 @@ def check(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Everything that can be known before a GPU is used: files, labels, HU, doubles, teachers."""
+    """What is wrong: files, labels, HU, duplicates, teachers?
+
+    Everything that can be known before a GPU is used.
+    """
     from pipeline.config import load_config
     from pipeline.setup.check.cohort import check_datasets
     from pipeline.setup.check.report import Report, print_report
     from pipeline.setup.check.teachers import check_teachers
+    from pipeline.teachers.load import Teachers
     from stages.cache_teachers import CacheTeachersConfig
     from stages.train_student import TrainStudentConfig
 
@@ -156,18 +166,10 @@ def check(
     data = check_datasets(opened, patch=trained.training.patch, log=log, dataset=dataset, jobs=jobs)
     teachers = None
     if opened.teachers and not no_teachers and any(found.shape for found in data.cases):
-        teachers = check_teachers(
-            opened,
-            window=settings.window,
-            storage=settings.storage,
-            log=log,
-            # One that not every teacher can run on, if there is any.
-            case=case or next((found.case for found in data.cases if found.is_slice), None),
-            dataset=dataset,
-            side_mm=side_mm,
-            device=device,
-            window_batch=window_batch,
-        )
+        asked = Teachers(opened, settings.window, settings.storage, device, window_batch)
+        # One that not every teacher can run on, if there is any.
+        case = case or next((found.case for found in data.cases if found.is_slice), None)
+        teachers = check_teachers(asked, log, case=case, dataset=dataset, side_mm=side_mm)
     report = Report(opened, data, teachers)
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=1))
@@ -186,7 +188,7 @@ def plan(
     config: ConfigOption = None,
     work: WorkOption = WORK,
     quota: Annotated[
-        str | None, typer.Option(help='What the work folder may hold, for example "2 TB".')
+        str | None, Panel.RESULT.option(help='What the work folder may hold, for example "2 TB".')
     ] = None,
     device: DeviceOption = "auto",
     window_batch: WindowBatchOption = 1,
@@ -194,7 +196,10 @@ def plan(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """What stage one will take: units, bytes, files, time, memory. Tries two cases first."""
+    """What stage one will take: bytes, files, time, memory.
+
+    Tries two cases first.
+    """
     from pipeline.errors import SpaceError
     from pipeline.setup.plan import make_plan, parse_size, print_plan
     from stages.cache_teachers import CacheTeachersConfig
@@ -239,7 +244,7 @@ def submit(
     registry: RegistryOption = REGISTRY,
     config: Annotated[
         list[str] | None,
-        typer.Option(
+        Panel.INPUT.option(
             "--config",
             "-c",
             metavar="STAGE=FILE",
@@ -249,30 +254,35 @@ def submit(
     ] = None,
     work: WorkOption = WORK,
     slurm_config: Annotated[
-        Path | None, typer.Option(help="YAML: what the jobs ask for, per stage.")
+        Path | None, Panel.JOBS.option(help="YAML: what the jobs ask for, per stage.")
     ] = None,
     num_parts: Annotated[
-        int | None, typer.Option(help="Elements of cache-teachers' array.", min=1)
+        int | None, Panel.JOBS.option(help="Elements of cache-teachers' array.", min=1)
     ] = None,
     after: Annotated[
-        list[str] | None, typer.Option(help="A job that the first one waits for.")
+        list[str] | None, Panel.JOBS.option(help="A job that the first one waits for.")
     ] = None,
     templates: Annotated[
-        Path | None, typer.Option(help="Folder with changed templates, <stage>.sh.")
+        Path | None, Panel.INPUT.option(help="Folder with changed templates, <stage>.sh.")
     ] = None,
     copy_templates: Annotated[
         Path | None,
-        typer.Option(help="Only copy the built-in templates to this folder, to change them."),
+        Panel.RESULT.option(
+            help="Only copy the built-in templates to this folder, to change them."
+        ),
     ] = None,
     print_: Annotated[
         bool,
-        typer.Option(
+        Panel.SAFETY.option(
             "--print", "--dry-run", help="Only show the scripts; write and submit nothing."
         ),
     ] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make Slurm jobs of stages and submit them, each to wait for the one before."""
+    """Make Slurm jobs of stages and submit them in their order.
+
+    Each waits for the one before.
+    """
     from pipeline.config import load_config
     from pipeline.setup import submit as submission
     from pipeline.setup.submit import SubmitSettings
@@ -360,10 +370,9 @@ def _files(configs: list[str]) -> dict[Stage, Path]:
 def info(
     ctx: typer.Context, registry: RegistryOption = REGISTRY, as_json: JsonOption = False
 ) -> None:
-    """Versions, commands, and what the registry holds; at once, and without a GPU.
+    """Versions, commands, and what the registry holds.
 
-    A registry that cannot be used, and cases that cannot be opened, are told last, with exit code
-    2: the rest is told anyway.
+    At once, and without a GPU. What is wrong with the registry or its files comes last.
     """
 
     found = about_tool(_commands(ctx))
@@ -497,7 +506,8 @@ def about_tool(commands: Mapping[str, str]) -> dict[str, Any]:
         "commands": dict(commands),
         "stages": {
             name: {"command": f"pipeline {name}", "settings": str(path)}
-            for name, path in settings.items()
+            for name in commands
+            if (path := settings.get(name))
         },
     }
 

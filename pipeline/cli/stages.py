@@ -16,6 +16,7 @@ from pipeline.cli.options import (
     DeviceOption,
     DryRunOption,
     JsonOption,
+    Panel,
     QuietOption,
     RegistryOption,
     TrustOption,
@@ -36,8 +37,6 @@ from pipeline.folder import Folder, parse_folder
 
 # `pipeline cache-teachers`.
 
-_WHERE, _ARRAY = "Several workers", "Parts, for job arrays"
-
 
 @recorded
 def cache_teachers(
@@ -47,11 +46,11 @@ def cache_teachers(
     device: DeviceOption = "auto",
     window_batch: WindowBatchOption = 1,
     force: Annotated[
-        bool, typer.Option("--force", help="Start even if it will not fit on the disk.")
+        bool, Panel.SAFETY.option("--force", help="Start even if it will not fit on the disk.")
     ] = False,
     accept: Annotated[
         list[str] | None,
-        typer.Option(
+        Panel.SAFETY.option(
             "--accept",
             help="Go on with this teacher although its Dice is too low.",
             autocompletion=teacher_names,
@@ -60,39 +59,41 @@ def cache_teachers(
     trust: TrustOption = None,
     executor: Annotated[
         str | None,
-        typer.Option(
+        Panel.JOBS.option(
             help="local, slurm, or a Dask scheduler's tcp://HOST:PORT; default: this process.",
             autocompletion=one_of("local", "slurm", "tcp://"),
-            rich_help_panel=_WHERE,
         ),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(
+        Panel.JOBS.option(
             help="How many to start; default: one per GPU, or per 4 cores.",
             min=1,
-            rich_help_panel=_WHERE,
         ),
     ] = None,
     slurm_config: Annotated[
         Path | None,
-        typer.Option(help="YAML: what each worker's job asks for.", rich_help_panel=_WHERE),
+        Panel.JOBS.option(
+            help="YAML: what each worker's job asks for.",
+        ),
     ] = None,
     num_parts: Annotated[
         int | None,
-        typer.Option(help="Do one of so many parts of the cases.", min=1, rich_help_panel=_ARRAY),
+        Panel.JOBS.option(
+            help="Do one of so many parts of the cases.",
+            min=1,
+        ),
     ] = None,
     part_id: Annotated[
         int | None,
-        typer.Option(
+        Panel.JOBS.option(
             help="Which one, from 0; default: this job's place in its Slurm array.",
-            rich_help_panel=_ARRAY,
         ),
     ] = None,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Stage one: run every teacher over every case once, and cache what they say."""
+    """Run every teacher over every case once; cache the outputs."""
     from pipeline.engine.choose import open_engine
     from pipeline.engine.here import Execution
     from pipeline.engine.parts import chosen_part
@@ -139,32 +140,34 @@ def predict(
             autocompletion=student_files,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of label maps.")],
+    output: Annotated[Path, Panel.RESULT.option("--output", "-o", help="Folder of label maps.")],
     images: Annotated[
         list[Path] | None,
         typer.Argument(help="NIfTI files, folders of them, or patterns in quotes."),
     ] = None,
     registry: Annotated[
         Path | None,
-        typer.Option("--registry", "-r", help="Instead of IMAGES: its cases, <dataset>/<case>."),
+        Panel.INPUT.option(
+            "--registry", "-r", help="Instead of IMAGES: its cases, <dataset>/<case>."
+        ),
     ] = None,
     split: Annotated[
-        list[str] | None, typer.Option(help="Of the registry; default: test. Once for each.")
+        list[str] | None, Panel.INPUT.option(help="Of the registry; default: test. Once for each.")
     ] = None,
     config: ConfigOption = None,
     device: Annotated[
         str,
-        typer.Option(
-            help="auto, cpu, cuda or cuda:1; several share the cases: cuda:0,cuda:1. Speed only."
+        Panel.MACHINE.option(
+            help="auto, cpu, cuda or cuda:1; several share the cases: cuda:0,cuda:1."
         ),
     ] = "auto",
     window_batch: WindowBatchOption = 1,
     probabilities: Annotated[
         Literal["float16", "float32"] | None,
-        typer.Option(help="Also write each organ's probability, of this precision."),
+        Panel.RESULT.option(help="Also write each organ's probability, of this precision."),
     ] = None,
     probabilities_4d: Annotated[
-        bool, typer.Option("--probabilities-4d", help="One 4D file, not a file per organ.")
+        bool, Panel.RESULT.option("--probabilities-4d", help="One 4D file, not a file per organ.")
     ] = False,
     no_postprocessing: Annotated[
         bool, typer.Option("--no-postprocessing", help="Keep all parts of each organ.")
@@ -172,7 +175,10 @@ def predict(
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """NIfTI in, multi-organ label map out, in the geometry of the input."""
+    """NIfTI in, label map of all organs out.
+
+    In the geometry of the input.
+    """
     from pipeline.student.predict import Probabilities
     from stages import predict as stage
 
@@ -222,14 +228,17 @@ def evaluate(
     config: ConfigOption = None,
     against: Annotated[
         list[Path] | None,
-        typer.Option(
+        Panel.INPUT.option(
             help="Another such folder, or a run that predicted: paired differences. Once for each."
         ),
     ] = None,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Dice, NSD and HD95 per case and organ: summary.json, scores.csv, a table."""
+    """Dice, NSD and HD95 per case and organ.
+
+    Written to summary.json and scores.csv, and shown as a table.
+    """
     from stages import evaluate as stage
 
     settings = open_settings(config, stage.EvaluateConfig)
@@ -277,18 +286,20 @@ def export(
             autocompletion=student_files,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder per format in it.")],
+    output: Annotated[
+        Path, Panel.RESULT.option("--output", "-o", help="A folder per format in it.")
+    ],
     formats: Annotated[
         list[FormatName],
-        typer.Option("--format", "-f", help="Give it once for each."),
+        Panel.RESULT.option("--format", "-f", help="Give it once for each."),
     ],
     check_on: Annotated[
         Path | None,
-        typer.Option(help="A CT (NIfTI) to hold it against the student on; else --case."),
+        Panel.INPUT.option(help="A CT (NIfTI) to hold it against the student on; else --case."),
     ] = None,
     case: Annotated[
         str | None,
-        typer.Option(
+        Panel.INPUT.option(
             help="DATASET/CASE of the cache to check on; default: the first one.",
             autocompletion=case_names,
         ),
@@ -298,7 +309,10 @@ def export(
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """The student as MONAI bundle, TorchScript, torch.export or ONNX, held against `predict`."""
+    """The student for others: MONAI bundle, TorchScript, ONNX.
+
+    Or torch.export. Every format is compared with `predict` on a case.
+    """
     import json
 
     from stages import export as stage

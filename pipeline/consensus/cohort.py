@@ -27,12 +27,12 @@ from pipeline.consensus.regions import (
     Consensus,
     average_experts,
     averaged,
-    believed,
     consensus,
     corrected,
     region_voxels,
     stack_organs,
     stacked,
+    trusted,
 )
 from pipeline.data.labels import LabelSpace
 from pipeline.data.patches import Patch
@@ -63,10 +63,10 @@ class RegionRules:
     temperatures: Temperatures = field(default_factory=dict)
 
     def word(self, case: CachedCase, teacher: str, organ: str) -> Convert:
-        """What a teacher's log-odds of an organ count for in a case; see `believed`."""
+        """What a teacher's log-odds of an organ count for in a case; see `trusted`."""
         trust = case.trust.get((teacher, organ), FULL)
         temperature = self.temperatures.get((teacher, organ))
-        return partial(believed, here=trust.here, not_here=trust.not_here, temperature=temperature)
+        return partial(trusted, here=trust.here, not_here=trust.not_here, temperature=temperature)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Votes:
     """What teachers and label say of one case; nothing is read yet.
 
     Attributes:
-        known: numbers of the organs that somebody speaks of; below, k counts these.
+        known: numbers of the known organs; below, k counts these.
         experts: per known organ, teacher -> its log-odds (D, H, W), divided by its T if it has one;
             NaN where it did not see.
         annotated: those k that the label speaks of.

@@ -1,8 +1,8 @@
 """What stage one measured of each teacher, kept in the index for whoever has neither labels nor
 weights at hand: stage two reads temperatures from it.
 
-One sealed JSON per teacher and registry. It holds what was found, no verdict: thresholds may change
-without measuring anything again.
+One sealed JSON per teacher and registry. It holds what was found, no judgement: thresholds may
+change without measuring anything again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipeline.folder import Folder, matching
 
 
 @dataclass(frozen=True)
-class Look:
+class GateCases:
     """What one teacher is judged by in one organ.
 
     Attributes:
@@ -60,7 +60,7 @@ class Look:
         }
 
 
-def plan_looks(registry: Registry, cases: Sequence[IndexedCase]) -> list[Look]:
+def plan_gate_cases(registry: Registry, cases: Sequence[IndexedCase]) -> list[GateCases]:
     """Every teacher and organ; a pure function of the registry and the cases.
 
     Scored are all validation cases that annotate the organ; where there is none at all, a few
@@ -72,7 +72,7 @@ def plan_looks(registry: Registry, cases: Sequence[IndexedCase]) -> list[Look]:
     """
     few = registry.admission.cases
     known = [case for case in cases if case.split in ("train", "validation")]
-    looks = []
+    gate_cases = []
     for teacher, entry in registry.teachers.items():
         for organ in entry.organs:
             own = {d for d, dataset in registry.datasets.items() if organ in dataset.annotated}
@@ -83,22 +83,24 @@ def plan_looks(registry: Registry, cases: Sequence[IndexedCase]) -> list[Look]:
                 scored = _few_of_each(labelled, few)
                 split = "train" if scored else None
             others = _few_of_each([case for case in known if case.dataset not in own], few)
-            looks.append(Look(teacher, organ, split, tuple(scored), tuple(others), tuple(labelled)))
-    return looks
+            gate_cases.append(
+                GateCases(teacher, organ, split, tuple(scored), tuple(others), tuple(labelled))
+            )
+    return gate_cases
 
 
-def units_of(looks: Sequence[Look]) -> frozenset[tuple[str, str]]:
+def units_of(gate_cases: Sequence[GateCases]) -> frozenset[tuple[str, str]]:
     """The units that the gate looks at, as (teacher, `dataset/case`)."""
     return frozenset(
-        (look.teacher, case.name) for look in looks for case in (*look.scored, *look.elsewhere)
+        (one.teacher, case.name) for one in gate_cases for case in (*one.scored, *one.elsewhere)
     )
 
 
-def by_teacher(looks: Sequence[Look]) -> Mapping[str, list[Look]]:
-    """Teacher -> its looks, one per organ."""
-    found: dict[str, list[Look]] = {}
-    for look in looks:
-        found.setdefault(look.teacher, []).append(look)
+def by_teacher(gate_cases: Sequence[GateCases]) -> Mapping[str, list[GateCases]]:
+    """Teacher -> its gate cases, organ by organ."""
+    found: dict[str, list[GateCases]] = {}
+    for one in gate_cases:
+        found.setdefault(one.teacher, []).append(one)
     return found
 
 
@@ -111,7 +113,7 @@ def _few_of_each(cases: Sequence[IndexedCase], few: int) -> list[IndexedCase]:
     return chosen
 
 
-# How far a teacher's log-odds can be believed: one temperature per teacher and organ.
+# How far a teacher's log-odds can be relied on: one temperature per teacher and organ.
 #
 #     p(v) = sigmoid(d(v) / T)
 #     T = argmin of the mean of  -log p(v)        where the label says the organ,
@@ -141,7 +143,7 @@ class Calibration(Config):
     """The best temperature, and what it changes.
 
     Attributes:
-        temperature: T > 0; 1 if the label shows one class only, since then nothing can be told.
+        temperature: T > 0; 1 if the label shows one class only, since then nothing can be known.
         at_bound: whether T is one of `BOUNDS`, so that the best one lies beyond.
         num_voxels: that it was measured on.
         num_inside: of them, those whose label is the organ.
@@ -340,12 +342,12 @@ def evidence_files(work: Folder) -> list[Folder]:
     return matching(work / _FOLDER, "[!.]*.json")
 
 
-def measured_of(teacher: IndexedTeacher, looks: Sequence[Look]) -> dict[str, Any]:
+def measured_of(teacher: IndexedTeacher, gate_cases: Sequence[GateCases]) -> dict[str, Any]:
     """All that the evidence depends on: whoever finds the same need not measure again."""
     return {
         "version": _VERSION,
         "teacher_digest": teacher.digest,
-        "organs": {look.organ: look.to_json() for look in looks},
+        "organs": {one.organ: one.to_json() for one in gate_cases},
     }
 
 

@@ -19,7 +19,7 @@ from pipeline.consensus.evidence import (
     Circumstances,
     Counts,
     Evidence,
-    Look,
+    GateCases,
     OrganEvidence,
     Region,
     Score,
@@ -40,10 +40,9 @@ from pipeline.log import Log, number, print_table
 
 # What follows from the evidence: pure functions of it and of the registry.
 #
-# A Dice below the threshold stops stage one: labels say that the teacher is wrong. What is odd on
-# datasets without a label of the organ only warns: nobody can say there that it is wrong, since
-# the
-# organ may be cut off, removed or ill in a few cases.
+# A Dice below the threshold stops stage one: labels say that the teacher is wrong. What is
+# implausible on datasets without a label of the organ only warns: nobody can say there that it is
+# wrong, since the organ may be cut off, removed or ill in a few cases.
 
 # Around what labels, and what the teacher was trained at, show. Coarse on purpose: only warnings
 # hang on them, and one that cries often is not heard.
@@ -89,7 +88,7 @@ def score_rows(
 
 
 def elsewhere_rows(evidence: Sequence[Evidence]) -> list[Row]:
-    """Each teacher where nobody annotated its organ: how many cases look odd, and in what."""
+    """Each teacher where nobody annotated its organ: how many cases look implausible, and why."""
     rows = []
     for found in evidence:
         for organ, seen in found.organs.items():
@@ -183,8 +182,8 @@ def _elsewhere_flag(row: Row) -> str:
     }
     total = row["num_cases"]
     found = [f"{what} in {row[key]} of {total}" for key, what in words.items() if row[key]]
-    loud = any(2 * row[key] >= total for key in words)
-    return f"ODD: {', '.join(found)}" if loud else ", ".join(found)
+    frequent = any(2 * row[key] >= total for key in words)
+    return f"IMPLAUSIBLE: {', '.join(found)}" if frequent else ", ".join(found)
 
 
 def _in_words(row: Row) -> str:
@@ -227,11 +226,11 @@ def _is_odd_hu(case: Circumstances, own: Sequence[Circumstances]) -> bool:
     return False
 
 
-# The gate itself: measures what is not on record, judges, tells, and says who may pass.
+# The gate itself: measures what is not on record, judges, and says who may pass.
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateResult:
     """What came of it.
 
     Attributes:
@@ -271,7 +270,7 @@ class Verdict:
         }
 
 
-NOT_JUDGED = Verdict([], [], {}, {}, {})
+NOT_JUDGED = GateResult([], [], {}, {}, {})
 
 
 def check_accepted(registry: Registry, accept: Iterable[str]) -> None:
@@ -293,11 +292,11 @@ def run_gate(
     registry: Registry,
     work: Folder,
     teachers: Mapping[str, IndexedTeacher],
-    looks: Sequence[Look],
+    gate_cases: Sequence[GateCases],
     *,
     accept: Sequence[str] = (),
     log: Log,
-) -> Verdict:
+) -> GateResult:
     """Judges every teacher by the units in the cache that the gate looks at.
 
     What is on record for the same cases is not measured again. Units that could not be made or
@@ -307,13 +306,13 @@ def run_gate(
         registry: thresholds and organs.
         work: the work folder.
         teachers: as indexed now.
-        looks: from `plan_looks`.
+        gate_cases: from `plan_gate_cases`.
         accept: teachers to go on with all the same.
-        log: hears of what is odd.
+        log: hears of what is implausible.
     """
     evidence: list[Evidence] = []
     problems: dict[str, Exception] = {}
-    for name, own in by_teacher(looks).items():
+    for name, own in by_teacher(gate_cases).items():
         measured = measured_of(teachers[name], own)
         known = is_current(work, registry, teachers[name], measured)
         if known is None:
@@ -325,28 +324,28 @@ def run_gate(
                 problems[f"evidence of teacher {name}"] = error
         evidence.append(known)
     scores = score_rows(registry, evidence, accept)
-    verdict = Verdict(
+    result = GateResult(
         scores, elsewhere_rows(evidence), refusals(scores), acceptance(scores), problems, evidence
     )
-    _tell(work, verdict, problems, log)
-    return verdict
+    _report(work, result, problems, log)
+    return result
 
 
-def _tell(work: Folder, verdict: Verdict, problems: dict[str, Exception], log: Log) -> None:
+def _report(work: Folder, result: GateResult, problems: dict[str, Exception], log: Log) -> None:
     path = work / "reports" / "admission.json"
     try:
-        write_json(path, verdict.to_json())
+        write_json(path, result.to_json())
     except WorkFolderError as error:
         problems[path.name] = error
-    log.event("admission", **verdict.to_json())
-    hopeful = [row["teacher"] for row in verdict.scores if row["split"] == "train"]
-    if hopeful:
+    log.event("admission", **result.to_json())
+    on_training = [row["teacher"] for row in result.scores if row["split"] == "train"]
+    if on_training:
         log.warn(
-            f"teachers {', '.join(dict.fromkeys(hopeful))}: no validation case has a label of "
+            f"teachers {', '.join(dict.fromkeys(on_training))}: no validation case has a label of "
             "their organ, so they are scored on training cases. A teacher that was trained on "
             "them is over-confident there: Dice and temperature may be too good."
         )
-    for row in verdict.scores:
+    for row in result.scores:
         if row["passed"] is None:
             log.warn(f"teacher {row['teacher']}, {row['organ']}: {row['flag']}; it passes unseen.")
         if row["accepted"]:
@@ -354,23 +353,24 @@ def _tell(work: Folder, verdict: Verdict, problems: dict[str, Exception], log: L
                 f"teacher {row['teacher']} is accepted with a Dice of {row['dice']:.3f} in "
                 f"{row['organ']} on {row['dataset']}; receipts say so from now on."
             )
-    for row in verdict.elsewhere:
-        if row["flag"].startswith("ODD"):
+    for row in result.elsewhere:
+        if row["flag"].startswith("IMPLAUSIBLE"):
             where = f"teacher {row['teacher']}, {row['organ']} on {row['dataset']}"
-            log.warn(f"{where}: {row['flag'].removeprefix('ODD: ')}. Look at it before you train.")
+            flag = row["flag"].removeprefix("IMPLAUSIBLE: ")
+            log.warn(f"{where}: {flag}. Look at it before you train.")
 
 
-def print_verdict(verdict: Verdict) -> None:
+def print_gate_result(result: GateResult) -> None:
     """Both tables and the temperatures, for people."""
-    if not verdict.scores:
+    if not result.scores:
         return
     measured = {
         (found.teacher, organ): seen.calibration
-        for found in verdict.evidence
+        for found in result.evidence
         for organ, seen in found.organs.items()
     }
     rows = []
-    for r in verdict.scores:
+    for r in result.scores:
         known = measured.get((r["teacher"], r["organ"]))
         rows.append(
             [
@@ -387,7 +387,7 @@ def print_verdict(verdict: Verdict) -> None:
         )
     columns = ["teacher", "organ", "dataset", "cases", "Dice", "sensitivity", "least Dice", "T", ""]
     print_table("Teachers against the labels, read back from the cache", columns, rows)
-    if verdict.elsewhere:
+    if result.elsewhere:
         rows = [
             [
                 r["teacher"],
@@ -398,7 +398,7 @@ def print_verdict(verdict: Verdict) -> None:
                 "–" if r["label_ml"] is None else "{:.0f} to {:.0f}".format(*r["label_ml"]),
                 r["flag"],
             ]
-            for r in verdict.elsewhere
+            for r in result.elsewhere
         ]
         columns = ["teacher", "organ", "dataset", "cases", "median ml", "labels, ml", ""]
         print_table("Teachers where nobody annotated their organ", columns, rows)
@@ -419,7 +419,7 @@ class _Tally:
 
 
 def measure(
-    work: Folder, registry: Registry, teacher: IndexedTeacher, looks: Sequence[Look]
+    work: Folder, registry: Registry, teacher: IndexedTeacher, gate_cases: Sequence[GateCases]
 ) -> tuple[Evidence, Mapping[str, CacheError]]:
     """Measures one teacher by the units that are in the cache, one case in memory at a time.
 
@@ -427,28 +427,28 @@ def measure(
         work: the work folder.
         registry: ids of the organs.
         teacher: as the index has it.
-        looks: which cases, organ by organ.
+        gate_cases: which cases, organ by organ.
 
     Returns:
         The evidence, and the units that could not be read -> why.
     """
-    tallies = {look.organ: _Tally() for look in looks}
+    tallies = {one.organ: _Tally() for one in gate_cases}
     cases: dict[str, Circumstances] = {}
     unread: dict[str, CacheError] = {}
-    for case in dict.fromkeys(c for look in looks for c in (*look.scored, *look.elsewhere)):
+    for case in dict.fromkeys(c for one in gate_cases for c in (*one.scored, *one.elsewhere)):
         try:
-            cases[case.name] = _look_at(work, registry, teacher, case, looks, tallies)
+            cases[case.name] = _measure_case(work, registry, teacher, case, gate_cases, tallies)
         except CacheError as error:
             unread[case.name] = error
     organs = {
-        look.organ: OrganEvidence(
-            split=look.split,
-            scored=tuple(tallies[look.organ].scored),
-            elsewhere=tuple(tallies[look.organ].elsewhere),
-            label_ml=_label_range(work, look),
-            calibration=calibrate(tallies[look.organ].counts),
+        one.organ: OrganEvidence(
+            split=one.split,
+            scored=tuple(tallies[one.organ].scored),
+            elsewhere=tuple(tallies[one.organ].elsewhere),
+            label_ml=_label_range(work, one),
+            calibration=calibrate(tallies[one.organ].counts),
         )
-        for look in looks
+        for one in gate_cases
     }
     evidence = Evidence(
         teacher=teacher.teacher,
@@ -461,34 +461,34 @@ def measure(
     return evidence, unread
 
 
-def _look_at(
+def _measure_case(
     work: Folder,
     registry: Registry,
     teacher: IndexedTeacher,
     case: IndexedCase,
-    looks: Sequence[Look],
+    gate_cases: Sequence[GateCases],
     tallies: Mapping[str, _Tally],
 ) -> Circumstances:
     """Adds one case to the tallies of all organs that want it; all of it is read before any is."""
     unit = Unit.open(unit_path(work, teacher, case), expect=unit_digest(teacher, case))
     shown = Unit.open(case_path(work, case), expect=case.digest)
-    wanted = [look for look in looks if case in look.scored or case in look.elsewhere]
-    odds = {look.organ: unit.read(log_odds_name(look.organ)) for look in wanted}
+    wanted = [one for one in gate_cases if case in one.scored or case in one.elsewhere]
+    odds = {one.organ: unit.read(log_odds_name(one.organ)) for one in wanted}
     label: npt.NDArray[np.uint8] = shown.read(LABEL)
     circumstances = _circumstances(shown)
     voxel_ml = Grid.from_json(shown.attributes["grid"]).voxel_ml
-    for look in wanted:
-        tally, values = tallies[look.organ], odds[look.organ]
+    for one in wanted:
+        tally, values = tallies[one.organ], odds[one.organ]
         region_ml = round(float(np.count_nonzero(values > 0)) * voxel_ml, 3)
-        if case in look.elsewhere:
+        if case in one.elsewhere:
             tally.elsewhere.append(Region(case=case.name, region_ml=region_ml))
             continue
-        inside, known = label == registry.organs[look.organ], label != IGNORE
+        inside, known = label == registry.organs[one.organ], label != IGNORE
         dice, sensitivity = _overlap(values > 0, inside, known)
         tally.scored.append(
             Score(case=case.name, dice=dice, sensitivity=sensitivity, region_ml=region_ml)
         )
-        if look.organ not in shown.receipt.swallowed:  # else nobody knows where it is
+        if one.organ not in shown.receipt.swallowed:  # else nobody knows where it is
             tally.counts += count_log_odds(values, inside, known)
     return circumstances
 
@@ -517,16 +517,16 @@ def _circumstances(case: Unit) -> Circumstances:
     return Circumstances(spacing_mm=(z, y, x), hu=(round(float(low), 1), round(float(high), 1)))
 
 
-def _label_range(work: Folder, look: Look) -> tuple[float, float] | None:
+def _label_range(work: Folder, one: GateCases) -> tuple[float, float] | None:
     """Smallest and largest organ in ml by the labels, those of volumes where there are any, as far
     as they can be read; no array is."""
     sizes: dict[bool, list[float]] = {False: [], True: []}  # of volumes, of slices
-    for case in look.labelled:
+    for case in one.labelled:
         try:
             attributes = Unit.open(case_path(work, case), expect=case.digest).attributes
         except CacheError:
             continue  # the case is reported where it is needed
-        voxels = attributes["organ_voxels"][look.organ]
+        voxels = attributes["organ_voxels"][one.organ]
         if voxels:
             grid = Grid.from_json(attributes["grid"])
             sizes[grid.slice_axis is not None].append(voxels * grid.voxel_ml)

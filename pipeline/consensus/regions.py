@@ -56,8 +56,8 @@ class Consensus:
     @cached_property
     def unclaimed(self) -> da.Array:
         """bool (D, H, W), background as far as anybody speaks: some d_k < -m, and every other d_k
-        < -m or NaN. Where nobody is silent it is the agreed background; elsewhere it may be an
-        organ whose teachers are silent.
+        < -m or NaN. Where no teacher is ignored it is the agreed background; elsewhere it may be an
+        organ whose teachers are ignored.
         """
         return in_blocks(spoken_below, "zyx", np.bool_, (self.log_odds, "kzyx"), margin=self.margin)
 
@@ -140,7 +140,7 @@ def consensus(
     of R_1 .. R_K, B. An unseen voxel is in no region of that organ, and never agreed background.
 
     Args:
-        log_odds: float (K, D, H, W) over the organs that somebody knows in this case.
+        log_odds: float (K, D, H, W) over the organs that are known in this case.
         classes: label (D, H, W) for `labels_win`; None leaves the teachers as they are.
         annotated: numbers of the annotated organs.
         margin: m >= 0, in log-odds.
@@ -216,7 +216,7 @@ def pair_conflicts(
 # The arithmetic in numpy, over one block. A training patch is one block and calls it directly.
 
 
-def believed(
+def trusted(
     d: npt.NDArray[Any], here: bool, not_here: bool, temperature: float | None
 ) -> npt.NDArray[Any]:
     """One teacher's log-odds of one organ as they count; NaN where its word does not: a silent

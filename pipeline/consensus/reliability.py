@@ -1,6 +1,6 @@
 """Which word of which teacher counts in which case: pure functions of what stage one measured.
 
-Two kinds of witnesses. **Labels**: on labelled validation cases a teacher finds a share of its
+Two kinds of evidence. **Labels**: on labelled validation cases a teacher finds a share of its
 organ (sensitivity), and a share of what it claims is the organ (precision); the worst dataset
 counts, since a teacher is best where it was trained. **Plausibility**, where no label speaks: the
 size of its region against what labels show, and the number of its parts.
@@ -34,7 +34,7 @@ MOST_PARTS: Final = 2  # where no label tells: paired organs
 
 
 @dataclass(frozen=True)
-class Witness:
+class ValidationScore:
     """What labels say of a teacher in one organ, on the dataset where it is worst.
 
     Attributes:
@@ -52,10 +52,10 @@ class Witness:
     num_cases: int = 0
 
 
-UNKNOWN: Final = Witness(None, None)
+UNKNOWN: Final = ValidationScore(None, None)
 
 
-def witness(evidence: OrganEvidence) -> Witness:
+def validation_score(evidence: OrganEvidence) -> ValidationScore:
     """The worst of each side over datasets."""
     shown = [score for score in evidence.scored if score.dice is not None]
     by_dataset: dict[str, list[Score]] = {}
@@ -67,7 +67,7 @@ def witness(evidence: OrganEvidence) -> Witness:
     right = {d: fmean(values) for d, values in precisions.items() if values}
     found_on = min(found, key=lambda d: found[d], default="")
     right_on = min(right, key=lambda d: right[d], default="")
-    return Witness(found.get(found_on), right.get(right_on), found_on, right_on, len(shown))
+    return ValidationScore(found.get(found_on), right.get(right_on), found_on, right_on, len(shown))
 
 
 def precision(score: Score) -> float | None:
@@ -81,14 +81,14 @@ def precision(score: Score) -> float | None:
 
 
 @dataclass(frozen=True)
-class Region:
+class ClaimedRegion:
     """What a teacher claims of a case: ml, and large connected parts."""
 
     ml: float
     parts: int
 
 
-def region_of(unit: Unit, organ: str) -> Region:
+def region_of(unit: Unit, organ: str) -> ClaimedRegion:
     """As stage one noted it; of a unit that was written before it did, counted now."""
     grid = Grid.from_json(unit.noted["grid"])
     regions = unit.noted.get("regions")
@@ -97,7 +97,7 @@ def region_of(unit: Unit, organ: str) -> Region:
         mask = replace(unit).read(log_odds_name(organ)) > 0
         few = mask[coarse(grid.spacing_mm)]
         regions = {organ: {"voxels": int(np.count_nonzero(mask)), "parts": large_components(few)}}
-    return Region(regions[organ]["voxels"] * grid.voxel_ml, regions[organ]["parts"])
+    return ClaimedRegion(regions[organ]["voxels"] * grid.voxel_ml, regions[organ]["parts"])
 
 
 def is_slice(case: CachedCase) -> bool:
@@ -125,7 +125,10 @@ def usual_ml(
 
 
 def trust_of(
-    seen: Witness, region: Region, usual: tuple[float, float] | None, config: ReliabilityConfig
+    seen: ValidationScore,
+    region: ClaimedRegion,
+    usual: tuple[float, float] | None,
+    config: ReliabilityConfig,
 ) -> Trust:
     """What counts of a teacher's word in one organ of one case without a label of it."""
     here, not_here, why = True, True, []
@@ -149,7 +152,9 @@ def trust_of(
     return Trust(here, not_here, "; ".join(why)) if why else FULL
 
 
-def read_witnesses(work: Folder, registry: Registry, log: Log) -> Mapping[tuple[str, str], Witness]:
+def read_validation_scores(
+    work: Folder, registry: Registry, log: Log
+) -> Mapping[tuple[str, str], ValidationScore]:
     """(teacher, organ) -> what labels say of it; of teachers that stage one has measured."""
     found = {}
     for name in registry.teachers:
@@ -160,11 +165,11 @@ def read_witnesses(work: Folder, registry: Registry, log: Log) -> Mapping[tuple[
             log.remark(f"teacher {name} is believed wherever it is plausible: {error}")
             continue
         for organ, seen in evidence.organs.items():
-            found[name, organ] = witness(seen)
+            found[name, organ] = validation_score(seen)
     return found
 
 
-def believed_cases(
+def reliable_cases(
     training: Sequence[CachedCase],
     validation: Sequence[CachedCase],
     registry: Registry,
@@ -172,7 +177,7 @@ def believed_cases(
     config: ReliabilityConfig,
     log: Log,
 ) -> list[CachedCase]:
-    """Training cases in which teachers are believed as far as they can be; says what is not.
+    """Training cases that ignore what teachers cannot be relied on for; says what that is.
 
     Args:
         training: with the units of their teachers.
@@ -180,16 +185,16 @@ def believed_cases(
         registry: names the teachers.
         work: the work folder.
         config: when a word counts.
-        log: hears in which cases a teacher is silent, and why.
+        log: hears in which cases a teacher is ignored, and why.
     """
-    witnesses = read_witnesses(work, registry, log)
-    cases = trusting(training, [*training, *validation], witnesses, config)
-    for remark in remarks(cases, witnesses):
+    scores = read_validation_scores(work, registry, log)
+    cases = trusting(training, [*training, *validation], scores, config)
+    for remark in remarks(cases, scores):
         log.remark(remark)
     return cases
 
 
-def doubted(cases: Sequence[CachedCase]) -> dict[str, list[bool]]:
+def ignored_claims(cases: Sequence[CachedCase]) -> dict[str, list[bool]]:
     """`teacher x case: organ` -> whether "here" and "not here" count, where one does not."""
     return {
         f"{teacher} x {case.name}: {organ}": [trust.here, trust.not_here]
@@ -198,22 +203,24 @@ def doubted(cases: Sequence[CachedCase]) -> dict[str, list[bool]]:
     }
 
 
-def remarks(cases: Sequence[CachedCase], witnesses: Mapping[tuple[str, str], Witness]) -> list[str]:
-    """What a user should hear of teachers that are not believed everywhere, a sentence each."""
+def remarks(
+    cases: Sequence[CachedCase], scores: Mapping[tuple[str, str], ValidationScore]
+) -> list[str]:
+    """What a user should hear of teachers that are ignored somewhere, a sentence each."""
     found = []
-    for (teacher, organ), seen in witnesses.items():
+    for (teacher, organ), seen in scores.items():
         asked = [c for c in cases if teacher in c.teachers and organ not in c.annotated]
         trusts = [c.trust.get((teacher, organ), FULL) for c in asked]
-        silent, no_here, no_not_here = (
-            sum(t.silent for t in trusts),
+        ignored, no_here, no_not_here = (
+            sum(t.ignored for t in trusts),
             sum(not t.here and t.not_here for t in trusts),
             sum(t.here and not t.not_here for t in trusts),
         )
-        if not asked or not (silent or no_here or no_not_here):
+        if not asked or not (ignored or no_here or no_not_here):
             continue
         what = f"teacher {teacher}, {organ}"
         measured = "" if seen.found is None else f" (finds {seen.found:.0%} on {seen.found_on})"
-        if silent == len(asked):
+        if ignored == len(asked):
             found.append(
                 f"{what}: adds nothing here{measured}; trained without it wherever no label "
                 "speaks of the organ."
@@ -222,7 +229,7 @@ def remarks(cases: Sequence[CachedCase], witnesses: Mapping[tuple[str, str], Wit
         parts = [
             f"{count} {words}"
             for count, words in (
-                (silent, "without it"),
+                (ignored, "without it"),
                 (no_not_here, 'without its "not here"'),
                 (no_here, 'without its "here"'),
             )
@@ -231,7 +238,7 @@ def remarks(cases: Sequence[CachedCase], witnesses: Mapping[tuple[str, str], Wit
         by_dataset: dict[str, list[Trust]] = {}
         for case, trust in zip(asked, trusts, strict=True):
             by_dataset.setdefault(case.name.split("/")[0], []).append(trust)
-        nothing = [name for name, said in by_dataset.items() if all(t.silent for t in said)]
+        nothing = [name for name, said in by_dataset.items() if all(t.ignored for t in said)]
         if nothing:
             parts.append(f"so it adds nothing on {', '.join(nothing)}")
         found.append(f"{what}{measured}: of {len(asked)} cases, {', '.join(parts)}.")
@@ -241,17 +248,17 @@ def remarks(cases: Sequence[CachedCase], witnesses: Mapping[tuple[str, str], Wit
 def trusting(
     cases: Sequence[CachedCase],
     labelled: Sequence[CachedCase],
-    witnesses: Mapping[tuple[str, str], Witness],
+    scores: Mapping[tuple[str, str], ValidationScore],
     config: ReliabilityConfig,
 ) -> list[CachedCase]:
-    """The same cases, in which teachers are believed as far as they can be.
+    """The same cases, without the claims of teachers that do not count.
 
     An organ that a case annotates is left alone: there labels win.
 
     Args:
         cases: to train on, with the units of their teachers.
         labelled: training and validation cases: how large is an organ?
-        witnesses: of `read_witnesses`.
+        scores: of `read_validation_scores`.
         config: when a word counts.
     """
     organs = {organ for case in cases for organ in case.experts}
@@ -260,29 +267,29 @@ def trusting(
         for flat in (False, True)
     )
     return [
-        _believing(case, sections if is_slice(case) else usual, witnesses, config) for case in cases
+        _with_trust(case, sections if is_slice(case) else usual, scores, config) for case in cases
     ]
 
 
-def _believing(
+def _with_trust(
     case: CachedCase,
     usual: Mapping[str, tuple[float, float] | None],
-    witnesses: Mapping[tuple[str, str], Witness],
+    scores: Mapping[tuple[str, str], ValidationScore],
     config: ReliabilityConfig,
 ) -> CachedCase:
     trust: dict[tuple[str, str], Trust] = {}
     experts: dict[str, Sequence[str]] = {}
     for organ, who in case.experts.items():
-        believed = list(who)
+        kept = list(who)
         for teacher in who if organ not in case.annotated else ():
             region = region_of(case.teachers[teacher], organ)
             if is_slice(case):
                 region = replace(region, parts=min(region.parts, MOST_PARTS))
-            seen = witnesses.get((teacher, organ), UNKNOWN)
+            seen = scores.get((teacher, organ), UNKNOWN)
             found = trust_of(seen, region, usual[organ], config)
             if found != FULL:
                 trust[teacher, organ] = found
-            if found.silent:
-                believed.remove(teacher)
-        experts[organ] = believed
+            if found.ignored:
+                kept.remove(teacher)
+        experts[organ] = kept
     return replace(case, experts=experts, trust=trust)

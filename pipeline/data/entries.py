@@ -341,22 +341,21 @@ def refuse_closed(found: Mapping[str, str], registry: Path) -> None:
     """Raises: RegistryError: there are `closed_cases`; it counts and names them."""
     if not found:
         return
-    more = f"\n  and {len(found) - _MANY} more." if len(found) > _MANY else ""
-    listed = "".join(f"\n  {case}: {why}" for case, why in list(found.items())[:_MANY])
+    cases = listed([f"{case}: {why}" for case, why in found.items()], _MANY, "\n  ")
     raise RegistryError(
-        f"{counted(len(found), 'case')} cannot be opened:{listed}{more}",
+        f"{counted(len(found), 'case')} cannot be opened:\n  {cases}",
         where=registry,
         fix="Mend what is named, or name the cases to use in `split`.",
     )
 
 
-# What determines a dataset of made-up cases. Data only: a registry is read without what draws.
+# What determines a dataset of synthetic cases. Data only: a registry is read without what draws.
 
 ORGANS: Final = ("liver", "spleen", "kidneys", "pancreas")
 
 
 class PhantomSpec(BaseModel):
-    """All that determines a dataset of made-up cases."""
+    """All that determines a dataset of synthetic cases."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -47,7 +47,7 @@ from pipeline.log import SECONDS_BETWEEN_LINES, Log
 
 # How often a case is tried whose workers die, and whose workers leave.
 _DEATHS, _LEAVES = 3, 10
-_LOOK_EVERY_S = 0.5
+_POLL_S = 0.5
 # How long the nanny of a worker that is gone may take to say why.
 _PATIENCE_S = 3.0
 _GATHER_S = 60.0
@@ -69,7 +69,7 @@ class _Try(Generic[Item]):
 
 
 @dataclass
-class _Flight(Generic[Item]):
+class _Assignment(Generic[Item]):
     """A group of items at a worker."""
 
     what: _Try[Item]
@@ -88,7 +88,7 @@ class DaskEngine:
 
     Args:
         client: of the scheduler.
-        log: hears of deaths, and of what is at work when nothing else is to be told.
+        log: hears of deaths, and of what is at work when nothing else is to be reported.
         renew: called every now and then, to start workers in place of those that ended.
     """
 
@@ -97,15 +97,15 @@ class DaskEngine:
     def __init__(self, client: Client, *, log: Log, renew: Callable[[], None]) -> None:
         self._client, self._log, self._renew = client, log, renew
         self._address = str(client.scheduler.address)
-        self._told: dict[str, Mapping[str, Any]] = {}
-        client.subscribe_topic(TOPIC, self._hear)
-        client.register_plugin(TellOfDeaths())
+        self._reports: dict[str, Mapping[str, Any]] = {}
+        client.subscribe_topic(TOPIC, self._receive)
+        client.register_plugin(ReportDeaths())
 
     def run(
         self, steps: Steps[Item, Any, Any, Result], items: Iterable[Item]
     ) -> Outcomes[Item, Result]:
         """See `Engine.run`: outcomes come as groups end, in the order of items within each."""
-        return _Window(self, steps, items).run()
+        return _Run(self, steps, items).run()
 
     def call(self, function: Callable[[], Value], *, name: str) -> Value:
         """See `Engine.call`."""
@@ -114,10 +114,10 @@ class DaskEngine:
             raise outcome.error
         return outcome.result  # type: ignore[return-value]
 
-    def _hear(self, event: tuple[float, Mapping[str, Any]]) -> None:
+    def _receive(self, event: tuple[float, Mapping[str, Any]]) -> None:
         _, message = event
         if message.get("worker"):
-            self._told[message["worker"]] = message
+            self._reports[message["worker"]] = message
 
     def workers(self) -> Mapping[str, Mapping[str, Any]]:
         """Address -> what the scheduler knows of each worker.
@@ -160,7 +160,7 @@ class _Call(Generic[Value]):
         return made
 
 
-class _Window(Generic[Item, Result]):
+class _Run(Generic[Item, Result]):
     """One run: which groups wait, which are at which worker."""
 
     def __init__(
@@ -171,25 +171,25 @@ class _Window(Generic[Item, Result]):
         self._fresh = groupby(items, key=steps.group)
         self._next: _Try[Item] | None = None
         self._again: deque[_Try[Item]] = deque()
-        self._flying: dict[str, _Flight[Item]] = {}
+        self._assigned: dict[str, _Assignment[Item]] = {}
         self._ended: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._quiet_since = time.monotonic()
-        self._draw()
+        self._take_next()
 
     def run(self) -> Outcomes[Item, Result]:
         try:
-            while self._flying or self._next is not None or self._again:
+            while self._assigned or self._next is not None or self._again:
                 workers = self._engine.workers()
-                yield from self._part_with_the_gone(workers)
+                yield from self._release_gone(workers)
                 self._send(workers)
-                self._beat(len(workers))
+                self._report_activity(len(workers))
                 self._engine._renew()
-                yield from self._take_what_ended()
+                yield from self._collect_ended()
         finally:
-            if self._flying:
-                self._client.cancel([flight.future for flight in self._flying.values()])
+            if self._assigned:
+                self._client.cancel([assignment.future for assignment in self._assigned.values()])
 
-    def _draw(self) -> None:
+    def _take_next(self) -> None:
         self._next = None
         for name, items in self._fresh:
             self._next = _Try(name, list(items))
@@ -197,7 +197,7 @@ class _Window(Generic[Item, Result]):
 
     def _send(self, workers: Mapping[str, Mapping[str, Any]]) -> None:
         for address, seen in workers.items():
-            if address in self._flying or seen.get("status", "running") != "running":
+            if address in self._assigned or seen.get("status", "running") != "running":
                 continue
             what = self._choose()
             if what is None:
@@ -207,79 +207,79 @@ class _Window(Generic[Item, Result]):
                 workers=[address], allow_other_workers=False, pure=False, retries=0,
             )  # fmt: skip
             now = time.monotonic()
-            self._flying[address] = _Flight(what, future, seen["local_directory"], now, seen)
+            self._assigned[address] = _Assignment(what, future, seen["local_directory"], now, seen)
             future.add_done_callback(lambda _, address=address: self._ended.put(address))
 
     def _choose(self) -> _Try[Item] | None:
         """Fresh ones first, suspects later, their last try alone."""
-        if any(flight.what.is_last for flight in self._flying.values()):
+        if any(assignment.what.is_last for assignment in self._assigned.values()):
             return None
         if self._next is not None:
             what = self._next
-            self._draw()
+            self._take_next()
             return what
-        if not self._again or (self._again[0].is_last and self._flying):
+        if not self._again or (self._again[0].is_last and self._assigned):
             return None
         return self._again.popleft()
 
-    def _take_what_ended(self) -> Iterator[Outcome[Item, Result]]:
+    def _collect_ended(self) -> Iterator[Outcome[Item, Result]]:
         """Waits a little; looks at whatever has ended."""
         try:
-            address = self._ended.get(timeout=_LOOK_EVERY_S)
+            address = self._ended.get(timeout=_POLL_S)
             while True:
-                yield from self._land(address)
+                yield from self._collect(address)
                 address = self._ended.get_nowait()
         except queue.Empty:
             return
 
-    def _land(self, address: str) -> Sequence[Outcome[Item, Result]]:
-        flight = self._flying.get(address)
-        if flight is None or not flight.future.done():
+    def _collect(self, address: str) -> Sequence[Outcome[Item, Result]]:
+        assignment = self._assigned.get(address)
+        if assignment is None or not assignment.future.done():
             return ()
-        if flight.future.status == "finished":
+        if assignment.future.status == "finished":
             try:
-                outcomes: list[Outcome[Item, Result]] = flight.future.result(timeout=_GATHER_S)
-            except Exception:  # it died before it could be asked: next look at the workers
-                flight.gone_since = flight.gone_since or time.monotonic()
+                outcomes: list[Outcome[Item, Result]] = assignment.future.result(timeout=_GATHER_S)
+            except Exception:  # it died before it could be asked: the next poll asks
+                assignment.gone_since = assignment.gone_since or time.monotonic()
                 return ()
-            del self._flying[address]
+            del self._assigned[address]
             self._quiet_since = time.monotonic()
             return outcomes
-        if flight.future.status == "error":
-            error = flight.future.exception(timeout=_GATHER_S)
+        if assignment.future.status == "error":
+            error = assignment.future.exception(timeout=_GATHER_S)
             if type(error).__name__ != "KilledWorker":
-                del self._flying[address]
-                return _lost(flight.what.items, sendable(error))
-        # Cancelled: its worker went, or so did the scheduler, which the next look tells.
-        flight.gone_since = flight.gone_since or time.monotonic()
+                del self._assigned[address]
+                return _unreported(assignment.what.items, sendable(error))
+        # Cancelled: its worker went, or so did the scheduler, which the next poll shows.
+        assignment.gone_since = assignment.gone_since or time.monotonic()
         return ()
 
-    def _part_with_the_gone(
+    def _release_gone(
         self, workers: Mapping[str, Mapping[str, Any]]
     ) -> Iterator[Outcome[Item, Result]]:
         now = time.monotonic()
-        for address, flight in list(self._flying.items()):
+        for address, assignment in list(self._assigned.items()):
             here = workers.get(address)
-            if here is not None and here["local_directory"] == flight.folder:
-                flight.seen = here
-                if flight.gone_since is None:
+            if here is not None and here["local_directory"] == assignment.folder:
+                assignment.seen = here
+                if assignment.gone_since is None:
                     continue
-            flight.gone_since = flight.gone_since or now
-            told = self._engine._told.get(address)
-            if told is None and now - flight.gone_since < _PATIENCE_S:
+            assignment.gone_since = assignment.gone_since or now
+            report = self._engine._reports.get(address)
+            if report is None and now - assignment.gone_since < _PATIENCE_S:
                 continue
-            del self._flying[address]
-            self._client.cancel([flight.future])
-            self._engine._told.pop(address, None)
-            yield from self._try_again(flight, told)
+            del self._assigned[address]
+            self._client.cancel([assignment.future])
+            self._engine._reports.pop(address, None)
+            yield from self._try_again(assignment, report)
 
     def _try_again(
-        self, flight: _Flight[Item], told: Mapping[str, Any] | None
+        self, assignment: _Assignment[Item], report: Mapping[str, Any] | None
     ) -> Sequence[Outcome[Item, Result]]:
-        what = flight.what
-        how = in_words(str(flight.seen.get("name", "")), told, flight.seen)
+        what = assignment.what
+        how = in_words(str(assignment.seen.get("name", "")), report, assignment.seen)
         self._quiet_since = time.monotonic()
-        if left_on_purpose(told):
+        if left_on_purpose(report):
             what.leaves += 1
         else:
             what.deaths.append(how)
@@ -297,14 +297,14 @@ class _Window(Generic[Item, Result]):
             fix="Does it need more memory than a worker has? Run it alone without --executor "
             "to see; other cases are not affected.",
         )
-        return _lost(what.items, error)
+        return _unreported(what.items, error)
 
-    def _beat(self, num_workers: int) -> None:
+    def _report_activity(self, num_workers: int) -> None:
         now = time.monotonic()
         if now - self._quiet_since < SECONDS_BETWEEN_LINES:
             return
         self._quiet_since = now
-        busy = [(f.what.name, now - f.began) for f in self._flying.values()]
+        busy = [(f.what.name, now - f.began) for f in self._assigned.values()]
         self._log.event("at work", workers=num_workers, cases=[case for case, _ in busy])
         if not num_workers:
             self._log.info("waiting for workers: none is there")
@@ -315,15 +315,15 @@ class _Window(Generic[Item, Result]):
 
 def _do(steps: Steps[Item, Any, Any, Result], items: Sequence[Item]) -> list[Outcome[Item, Result]]:
     """In a worker: one group, and what became of each of its items."""
-    _settle_threads()
+    _set_threads()
     return list(HERE.run(steps, items))
 
 
-def _lost(items: Iterable[Item], error: Exception) -> list[Outcome[Item, Result]]:
-    return [Outcome(item, error=error, lost=True) for item in items]
+def _unreported(items: Iterable[Item], error: Exception) -> list[Outcome[Item, Result]]:
+    return [Outcome(item, error=error, unreported=True) for item in items]
 
 
-def _settle_threads() -> None:
+def _set_threads() -> None:
     """Nannies start workers with one thread for arithmetic, whatever cores they have."""
     threads = allowed_threads()
     if threads is not None:
@@ -582,22 +582,22 @@ def _ask_slurm(script: str) -> None:
         )
 
 
-# How a worker died: what the nanny beside it can tell, in words.
+# How a worker died: what the nanny beside it knows, in words.
 
 TOPIC = "organ-distill: a worker's process ended"
-_LOOK_EVERY_MS = 1000
+_POLL_MS = 1000
 
 
-class TellOfDeaths(NannyPlugin):  # type: ignore[misc]
-    """Every nanny, also of workers that join later, tells the scheduler how its worker's process
-    ended and how much memory it held at the most. Without a nanny nobody can tell."""
+class ReportDeaths(NannyPlugin):  # type: ignore[misc]
+    """Every nanny, also of workers that join later, reports to the scheduler how its worker's
+    process ended and how much memory it held at the most. Without a nanny it is not known."""
 
     name = "organ-distill-deaths"
 
     def setup(self, nanny: Any) -> None:
-        """Listens to what the nanny learns anyway; a nanny that is made otherwise tells nothing."""
+        """Listens to what the nanny learns anyway; one that is made otherwise reports nothing."""
         peak = _Peak(nanny)
-        told = nanny._on_worker_exit_sync
+        usual = nanny._on_worker_exit_sync
 
         def on_exit(exit_code: int) -> None:
             address = peak.address
@@ -611,17 +611,17 @@ class TellOfDeaths(NannyPlugin):  # type: ignore[misc]
                     "peak_bytes": peak.num_bytes,
                 },
             )
-            told(exit_code)
+            usual(exit_code)
 
-        self._told = told
+        self._usual = usual
         self._listen(nanny, on_exit)
-        self._periodic = PeriodicCallback(peak.look, _LOOK_EVERY_MS)
+        self._periodic = PeriodicCallback(peak.measure, _POLL_MS)
         self._periodic.start()
 
     def teardown(self, nanny: Any) -> None:
         """Stops looking and listening: the next run brings a plugin of its own."""
         self._periodic.stop()
-        self._listen(nanny, self._told)
+        self._listen(nanny, self._usual)
 
     def _listen(self, nanny: Any, on_exit: Callable[[int], None]) -> None:
         nanny._on_worker_exit_sync = on_exit
@@ -637,9 +637,9 @@ class _Peak:
         self.address: str | None = None
         self.pid: int | None = None
         self.num_bytes: int | None = None
-        self.look()
+        self.measure()
 
-    def look(self) -> None:
+    def measure(self) -> None:
         pid = self._nanny.pid
         if pid is None:
             return
@@ -659,32 +659,32 @@ def peak_bytes(pid: int) -> int | None:
         return None
 
 
-def in_words(worker: str, told: Mapping[str, Any] | None, last: Mapping[str, Any] | None) -> str:
+def in_words(worker: str, report: Mapping[str, Any] | None, last: Mapping[str, Any] | None) -> str:
     """What is known of a worker's end.
 
     Args:
         worker: its address.
-        told: by its nanny; None: nothing came.
+        report: by its nanny; None: nothing came.
         last: its last heartbeat, as the scheduler had it.
     """
-    if told is None:
+    if report is None:
         memory = (last or {}).get("metrics", {}).get("memory")
         held = "" if not memory else f" At its last heartbeat it held {_size(memory)}."
         return (
             f"worker {worker} went without a word: no nanny, or its job or node ended with it, so "
             f"nobody knows the exit code.{held}"
         )
-    code, peak = told["exit_code"], told["peak_bytes"]
+    code, peak = report["exit_code"], report["peak_bytes"]
     held = "" if not peak else f", having held {_size(peak)} of memory at the most"
-    who = f"worker {worker} (host {told['host']}, pid {told['pid']})"
+    who = f"worker {worker} (host {report['host']}, pid {report['pid']})"
     if code >= 0:
         return f"{who} exited with status {code}{held}."
     return f"{who} was killed by signal {-code} ({_signal_name(-code)}){held}."
 
 
-def left_on_purpose(told: Mapping[str, Any] | None) -> bool:
+def left_on_purpose(report: Mapping[str, Any] | None) -> bool:
     """Whether a worker's process ended well: it was retired, or its job asked it to go."""
-    return told is not None and told["exit_code"] in (0, -signal.SIGTERM)
+    return report is not None and report["exit_code"] in (0, -signal.SIGTERM)
 
 
 def _signal_name(number: int) -> str:

@@ -17,10 +17,10 @@ from pipeline.errors import EngineError, WorkerDied
 
 @dataclass
 class _Worker:
-    """A process, the way to it, and what it has in hand."""
+    """A process, the connection to it, and what it has in hand."""
 
     process: SpawnProcess
-    way: Connection
+    connection: Connection
     item: Any = None
 
 
@@ -58,11 +58,11 @@ def run_on_devices(
             workers.append(_Worker(process, ours))
         for worker in workers:
             yield from _give(worker, left, name)
-        while busy := [worker.way for worker in workers if worker.item is not None]:
+        while busy := [worker.connection for worker in workers if worker.item is not None]:
             for ready in wait(busy):
-                worker = next(w for w in workers if w.way is ready)
+                worker = next(w for w in workers if w.connection is ready)
                 try:
-                    yield worker.way.recv()
+                    yield worker.connection.recv()
                 except (EOFError, OSError):
                     yield _death(worker, name(worker.item))
                     worker.item = None
@@ -86,7 +86,7 @@ def _give(
     for item in left:
         worker.item = item
         try:
-            worker.way.send(item)
+            worker.connection.send(item)
         except OSError:
             yield _death(worker, name(item))
             worker.item = None
@@ -106,12 +106,12 @@ def _death(worker: _Worker, name: str) -> Outcome[Any, Any]:
         where=name,
         fix="Run the same command again; with fewer devices if memory ran out.",
     )
-    return Outcome(worker.item, error=died, lost=True)
+    return Outcome(worker.item, error=died, unreported=True)
 
 
 def _end(workers: Sequence[_Worker]) -> None:
     for worker in workers:
-        worker.way.close()
+        worker.connection.close()
     for worker in workers:
         worker.process.join(timeout=5)
         if worker.process.is_alive():
@@ -119,16 +119,16 @@ def _end(workers: Sequence[_Worker]) -> None:
             worker.process.join()
 
 
-def _serve(way: Connection, work: Callable[[Any], Any]) -> None:
+def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
     """The life of a process: an item, what became of it, the next item."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who started it ends it
     while True:
         try:
-            item = way.recv()
+            item = connection.recv()
         except EOFError:
             return
         try:
             outcome = Outcome(item, work(item))
         except Exception as error:
             outcome = Outcome(item, error=error)
-        way.send(outcome)
+        connection.send(outcome)

@@ -49,14 +49,14 @@ class Outcome(Generic[Item, Result]):
     """What became of an item: a result, or the error that stopped it.
 
     Attributes:
-        lost: nobody could tell what became of it, for example because its process died: it may
+        unreported: what became of it is not known, for example because its process died: it may
             have been stored before that.
     """
 
     item: Item
     result: Result | None = None
     error: Exception | None = None
-    lost: bool = False
+    unreported: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """As another process can read it."""

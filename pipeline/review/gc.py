@@ -26,7 +26,7 @@ from pipeline.review.units import (
     used_by,
 )
 
-_LOOK_AGAIN = 32
+_RECHECK_EVERY = 32
 """Removals after which the index is read again, for a stage that runs meanwhile."""
 
 
@@ -132,7 +132,7 @@ def remove_garbage(
     kept, entries, _ = _reached(Inventory(work), registries)
     with log.progress("units removed", len(garbage.units)) as advance:
         for number, place in enumerate(garbage.units):
-            if number % _LOOK_AGAIN == 0:
+            if number % _RECHECK_EVERY == 0:
                 kept, entries, _ = _reached(Inventory(work), registries)
             if place.path not in kept:
                 remove_unit(place.path)

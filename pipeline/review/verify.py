@@ -29,7 +29,7 @@ _MOST_ROWS = 60
 
 
 @dataclass(frozen=True)
-class Finding:
+class UnitProblem:
     """Something that is not as it must be.
 
     Attributes:
@@ -58,11 +58,11 @@ class Verification:
     deep: bool
     checked: int = 0
     num_bytes: int = 0
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[UnitProblem] = field(default_factory=list)
     unreached: int = 0
 
     @property
-    def damaged(self) -> list[Finding]:
+    def damaged(self) -> list[UnitProblem]:
         """What can be removed, so that the next run makes it anew."""
         return [finding for finding in self.findings if finding.state == "damaged"]
 
@@ -98,7 +98,8 @@ def verify(
     unreadable = {"index entry": there.unreadable, "evidence": unreadable_evidence(work)}
     for kind, files in unreadable.items():
         found.findings += [
-            Finding(f"{kind} {path.name}", path, "damaged", (why,)) for path, why in files.items()
+            UnitProblem(f"{kind} {path.name}", path, "damaged", (why,))
+            for path, why in files.items()
         ]
     if registry is not None:
         found.findings += _missing(there, registry)
@@ -108,7 +109,9 @@ def verify(
             found.checked += 1
             found.num_bytes += unit_bytes(place.path)
             if problems:
-                found.findings.append(Finding(place.name, place.path, "damaged", tuple(problems)))
+                found.findings.append(
+                    UnitProblem(place.name, place.path, "damaged", tuple(problems))
+                )
             advance(place.name)
     return found
 
@@ -152,15 +155,15 @@ def print_verification(found: Verification) -> None:
         print_table(f"Wrong{more}", ["unit", "", "what"], rows)
 
 
-def _missing(there: Inventory, registry: Registry) -> Sequence[Finding]:
+def _missing(there: Inventory, registry: Registry) -> Sequence[UnitProblem]:
     reach = registry_reach(there.work, registry)
     places = {place.path for place in there.places}
     gone = [
-        Finding(name, there.work / "index", "missing", (error.what,))
+        UnitProblem(name, there.work / "index", "missing", (error.what,))
         for name, error in reach.absent.items()
     ]
     gone += [
-        Finding(unit.name, path, "missing", ("not in the cache",))
+        UnitProblem(unit.name, path, "missing", ("not in the cache",))
         for path, unit in reach.units.items()
         if path not in places
     ]

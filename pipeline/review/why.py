@@ -24,8 +24,6 @@ T = TypeVar("T")
 
 # `cache why CASE`: would stage one reuse a unit, and if not, what is different, field by field.
 
-Verdict = Literal["reused", "made", "made again", "left out", "unknown"]
-
 
 @dataclass(frozen=True)
 class Reason:
@@ -39,7 +37,7 @@ class Reason:
     """
 
     unit: str
-    verdict: Verdict
+    verdict: Literal["reused", "made", "made again", "left out", "unknown"]
     because: str
     nearest: Folder | None = None
     differences: tuple[str, ...] = ()
@@ -186,7 +184,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Difference:
+class WorkDifference:
     """Two work folders side by side.
 
     Attributes:
@@ -218,7 +216,7 @@ class Difference:
         return {**plain(self), "same": self.same, "bytes": sizes}
 
 
-def diff(a: Folder, b: Folder) -> Difference:
+def diff(a: Folder, b: Folder) -> WorkDifference:
     """Compares two work folders by their receipts; no array is read.
 
     Raises:
@@ -232,7 +230,7 @@ def diff(a: Folder, b: Folder) -> Difference:
     ]
     unlike = [n for n in both if first.receipts[n].contents != second.receipts[n].contents]
     teachers = set(first.teachers) & set(second.teachers)
-    return Difference(
+    return WorkDifference(
         a,
         b,
         cases=_side(first.cases, second.cases),
@@ -310,7 +308,7 @@ def _side(a: Mapping[Key, Inputs], b: Mapping[Key, Inputs]) -> Side:
     )
 
 
-def print_difference(found: Difference) -> None:
+def print_difference(found: WorkDifference) -> None:
     """Tables, for people."""
     sides = {"cases": found.cases, "teachers": found.teachers, "units": found.units}
     rows = [

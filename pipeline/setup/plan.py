@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +30,7 @@ from pipeline.errors import CacheError, ConfigError, RegistryError, SpaceError
 from pipeline.folder import Folder, is_local, read_text, remove, replace_file, sizes, temporary_name
 from pipeline.log import Advance, Log, duration, print_table, size
 from pipeline.networks.windows import WindowConfig
-from pipeline.teachers.load import LoadedTeacher, open_teacher
+from pipeline.teachers.load import LoadedTeacher, Teachers
 from pipeline.teachers.units import cache_unit
 
 # Which units stage one has to make, by headers and receipts; no voxel and no file is hashed.
@@ -44,8 +44,6 @@ class Todo:
 
     Attributes:
         missing: `cases`, and each teacher -> the cases whose unit is still to be made.
-        num_cached: units that are there already.
-        cached_bytes: what those take.
     """
 
     missing: Mapping[str, Sequence[CaseSize]]
@@ -144,8 +142,6 @@ class Sample(Config):
         voxels: of the case on the student grid.
         native_voxels: of the CT as stored.
         num_bytes: kind -> bytes.
-        files: number of files.
-        folders: number of folders.
         seconds: wall time from reading the CT to the unit being on disk.
     """
 
@@ -161,15 +157,8 @@ class Sample(Config):
 
 @dataclass
 class Cost:
-    """What some units take.
-
-    Attributes:
-        units: how many.
-        num_bytes: kind -> bytes.
-        files: regular files.
-        folders: folders, the units' own included.
-        seconds: wall time of one process.
-    """
+    """What some units take: bytes by kind, files, folders (the units' own included), and the wall
+    time of one process."""
 
     units: int = 0
     num_bytes: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
@@ -285,15 +274,7 @@ class Probe:
     write_bytes_per_s: float
 
 
-def probe(
-    registry: Registry,
-    work: Folder,
-    todo: Todo,
-    teachers: Mapping[str, LoadedTeacher],
-    *,
-    storage: StorageConfig,
-    log: Log,
-) -> Probe:
+def probe(work: Folder, todo: Todo, teachers: Teachers, log: Log) -> Probe:
     """Makes the units of two cases in a scratch folder: the larger case first, so that what a
     first unit costs extra is small beside it.
 
@@ -301,7 +282,8 @@ def probe(
         PipelineError: a case that cannot be read, or a teacher that cannot run on it.
     """
     chosen = sorted(two_cases(todo.cases), key=lambda case: -case.voxels)
-    wanted = {name: loaded for name, loaded in teachers.items() if todo.missing[name]}
+    wanted = {name: loaded for name, loaded in teachers.loaded.items() if todo.missing[name]}
+    storage, spacing_mm = teachers.storage, teachers.registry.grid.spacing_mm
     samples: list[Sample] = []
     before = memory_bytes("VmRSS")
     with (
@@ -309,8 +291,9 @@ def probe(
         log.progress("probe", len(chosen) * (1 + len(wanted))) as advance,
     ):
         speed = _write_speed(work)
+        to_grid = CaseToGrid(teachers.registry, scratch, storage, spacing_mm)
         for case in chosen:
-            samples += _probe_case(registry, scratch, case, wanted, storage, log, advance)
+            samples += _probe_case(to_grid, case, wanted, log, advance)
     grown = max(0, memory_bytes("VmHWM") - before)
     largest = max(case.native_voxels + case.voxels for case in todo.cases)
     probed = max(case.native_voxels + case.voxels for case in chosen)
@@ -318,16 +301,14 @@ def probe(
 
 
 def _probe_case(
-    registry: Registry,
-    scratch: Path,
+    to_grid: CaseToGrid,
     case: CaseSize,
     teachers: Mapping[str, LoadedTeacher],
-    storage: StorageConfig,
     log: Log,
     advance: Advance,
 ) -> list[Sample]:
     began = time.monotonic()
-    to_grid = CaseToGrid(registry, scratch, storage, registry.grid.spacing_mm)
+    scratch = to_grid.work
     indexed = prepare_case(to_grid, case.source, warn=log.remark).indexed
     path = case_path(scratch, indexed)
     samples = [_sample(CASES, path, case, time.monotonic() - began)]
@@ -339,7 +320,7 @@ def _probe_case(
     for name, loaded in teachers.items():
         began = time.monotonic()
         path = unit_path(scratch, loaded.indexed, indexed)
-        cache_unit(registry, loaded, native, indexed, path, storage=storage)
+        cache_unit(to_grid.registry, loaded, native, indexed, path, storage=to_grid.storage)
         samples.append(_sample(name, path, case, time.monotonic() - began + reading))
         advance(f"{name} x {case.source.name}")
     return samples
@@ -407,7 +388,7 @@ class Space:
     quota_bytes: int | None
 
 
-def look_at(work: Folder, quota_bytes: int | None) -> Space:
+def space_of(work: Folder, quota_bytes: int | None) -> Space:
     """Asks the file system that a work folder is on, or will be."""
     if not is_local(work):
         used = 0 if quota_bytes is None else sum(sizes(work).values())
@@ -490,10 +471,8 @@ class Plan:
     """What is left to do and what it takes.
 
     Attributes:
-        todo: units there and to make.
         parts: `cases` and each teacher -> estimate of its missing units.
         probe: what was measured; None if nothing is left to do.
-        space: free space and quota.
         problem: what does not fit; empty if all does.
         unreadable: cases without a readable header -> why; they are not in the numbers.
     """
@@ -573,14 +552,8 @@ def make_plan(
         )
     for case, error in unreadable.items():
         log.warn(f"{case} is left out: {error}")
-    teachers = {
-        name: open_teacher(
-            name, registry, window=settings.window, storage=settings.storage,
-            device=device, window_batch=window_batch,
-        )
-        for name in registry.teachers
-    }  # fmt: skip
-    indexed = {name: loaded.indexed for name, loaded in teachers.items()}
+    teachers = Teachers(registry, settings.window, settings.storage, device, window_batch)
+    indexed = teachers.describe()
     for dataset in registry.datasets:
         claim_dataset(work, registry, dataset)
     for teacher in indexed.values():
@@ -588,7 +561,7 @@ def make_plan(
     todo = find_todo(work, registry, sizes, indexed, settings.storage)
     measured = None
     if todo.num_missing:
-        measured = probe(registry, work, todo, teachers, storage=settings.storage, log=log)
+        measured = probe(work, todo, teachers, log)
         record = Record(
             storage=settings.storage,
             teachers={name: teacher.digest for name, teacher in indexed.items()},
@@ -597,7 +570,7 @@ def make_plan(
         )
         write_json(work / _FILE, record.model_dump(mode="json"))
     parts = estimate_all(todo, measured.samples if measured else ())
-    space = look_at(work, quota_bytes)
+    space = space_of(work, quota_bytes)
     return Plan(todo, parts, measured, space, shortfall(parts.values(), space), unreadable)
 
 
@@ -703,7 +676,7 @@ def check_space(
     else:
         parts = least(todo, {name: len(teacher.organs) for name, teacher in teachers.items()})
         basis = "This is the least that it can be; `pipeline plan` measures."
-    space = look_at(work, None if record is None else record.quota_bytes)
+    space = space_of(work, None if record is None else record.quota_bytes)
     problem = shortfall(parts.values(), space)
     if not problem:
         return

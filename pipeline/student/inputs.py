@@ -18,10 +18,17 @@ from pipeline.cache.index import read_index
 from pipeline.cache.reader import CachedCase
 from pipeline.consensus.cohort import Cohort, Temperatures, open_cohort
 from pipeline.consensus.evidence import temperatures
-from pipeline.consensus.reliability import believed_cases, doubted
+from pipeline.consensus.reliability import ignored_claims, reliable_cases
 from pipeline.data.labels import LabelSpace
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError, CacheMissing, CheckpointError, ConfigError
+from pipeline.errors import (
+    CacheError,
+    CacheMissing,
+    CheckpointError,
+    ConfigError,
+    counted,
+    listed,
+)
 from pipeline.folder import Folder, matching, read_text
 from pipeline.log import Log
 from pipeline.student.network import CachedTap, TapKey
@@ -112,10 +119,10 @@ def open_inputs(
         identity["missing_cases"] = gone  # only where there are some, as with units
     _warn_of_unknown_organs(training, log)
     if supervision.uses_reliability and supervision.reliability is not None:
-        training = believed_cases(
+        training = reliable_cases(
             training, labelled.cases, registry, work, supervision.reliability, log
         )
-        if doubts := doubted(training):
+        if doubts := ignored_claims(training):
             identity["doubted"] = doubts
     if calibration:
         identity["temperatures"] = {
@@ -287,10 +294,9 @@ def _grouped(units: set[tuple[str, str]]) -> str:
         groups.setdefault(teacher, []).append(case)
     said = []
     for teacher, cases in groups.items():
-        more = f", and {len(cases) - _NAMED} more" if len(cases) > _NAMED else ""
-        number = f"{len(cases)} case{'s' if len(cases) > 1 else ''}"
+        number = counted(len(cases), "case")
         who = f"teacher {teacher} in {number}" if teacher else f"{number} on the student grid"
-        said.append(f"{who} ({', '.join(cases[:_NAMED])}{more})")
+        said.append(f"{who} ({listed(cases, _NAMED)})")
     return "; ".join(said)
 
 

@@ -143,13 +143,14 @@ class Teachers:
 
     def _load(self) -> Mapping[str, LoadedTeacher]:
         check_precision(self.window.precision, pick_device(self.device))
-        return {
-            name: open_teacher(
-                name, self.registry, window=self.window, storage=self.storage,
-                device=self.device, window_batch=self.window_batch,
-            )
-            for name in self.registry.teachers
-        }  # fmt: skip
+        return {name: self.open(name) for name in self.registry.teachers}
+
+    def open(self, name: str) -> LoadedTeacher:
+        """One of them, loaded anew. Raises as `open_teacher`."""
+        return open_teacher(
+            name, self.registry, window=self.window, storage=self.storage,
+            device=self.device, window_batch=self.window_batch,
+        )  # fmt: skip
 
     def describe(self) -> Mapping[str, IndexedTeacher]:
         """What the index says of each: only who loads one can digest it. Raises as `loaded`."""

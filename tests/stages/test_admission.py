@@ -380,7 +380,7 @@ def test_what_is_odd_elsewhere_warns_loudly_and_is_kept_but_does_not_stop(
     assert report.exit_code == 0
     (row,) = report.details["elsewhere"]
     assert (row["dataset"], row["num_cases"], row["empty"]) == ("spleens", 3, 3)
-    assert "ODD: no organ found in 3 of 3" in row["flag"]
+    assert "IMPLAUSIBLE: no organ found in 3 of 3" in row["flag"]
     assert "no organ found in 3 of 3" in capsys.readouterr().err
     kept = evidence_of(registry, "empty").organs["liver"].elsewhere
     assert [region.region_ml for region in kept] == [0.0, 0.0, 0.0]

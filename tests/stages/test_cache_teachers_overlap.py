@@ -64,7 +64,7 @@ def test_a_ct_is_read_once_for_all_teachers(
     work = work_of(tiny_registry)
     keys = {dataset: registry.dataset_key(dataset) for dataset in registry.datasets}
     cases = [case for dataset in keys for case in read_dataset_index(work, dataset, keys[dataset])]
-    gate = {case for _, case in evidence.units_of(evidence.plan_looks(registry, cases))}
+    gate = {case for _, case in evidence.units_of(evidence.plan_gate_cases(registry, cases))}
     twice = {f"{Path(p).parents[1].name}/{Path(p).name[:8]}" for p, n in times.items() if n == 2}
     assert twice <= gate
     assert max(times.values()) <= 2

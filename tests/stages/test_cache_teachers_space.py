@@ -12,7 +12,7 @@ from pipeline.data.registry import load_registry
 from pipeline.errors import SpaceError
 from pipeline.log import Log
 from pipeline.setup import plan as record
-from pipeline.setup.plan import Space, look_at, make_plan
+from pipeline.setup.plan import Space, make_plan, space_of
 from stages.report import StageReport
 from tests.stages.stage_contract import snapshot
 from tests.tiny import cache_config, change_registry, run_cache, work_of, write_teacher
@@ -43,9 +43,9 @@ def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     bytes_free = [10**15]
 
     def pretend(work: Path, quota_bytes: int | None) -> Space:
-        return Space(**{**vars(look_at(work, quota_bytes)), "free_bytes": bytes_free[0]})
+        return Space(**{**vars(space_of(work, quota_bytes)), "free_bytes": bytes_free[0]})
 
-    monkeypatch.setattr(record, "look_at", pretend)
+    monkeypatch.setattr(record, "space_of", pretend)
     return bytes_free
 
 

@@ -43,3 +43,5 @@ def test_counts_and_lists_of_names() -> None:
     assert listed([]) == ""
     assert listed(["a", "b"], 2) == "a, b"
     assert listed(["a", "b", "c", "d"], 2) == "a, b and 2 more"
+    assert listed(["a", "b", "c"], 2, "; ") == "a; b; and 1 more"
+    assert listed(["a", "b", "c"], 2, "\n  ") == "a\n  b\n  and 1 more"

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from pipeline.figures import (
     Marked,
-    Panel,
+    PlaneColumn,
     _line_style,
     save_curves,
     save_overlay,
@@ -160,10 +160,10 @@ class TestPlanes:
     def drawn(self, path: Path, **where: slice) -> npt.NDArray[Any]:
         values = np.zeros(SHAPE, dtype=np.uint8)
         values[tuple(where.get(axis, slice(3, 7)) for axis in "zyx")] = 7
-        panel = Panel("x", {"r": Marked(values, (7, 8))})
+        panel = PlaneColumn("x", {"r": Marked(values, (7, 8))})
         save_planes(
             path, image(), [panel], (3.0, 2.0, 2.0),
-            colours={"r": "#ff0000"}, legend={}, title="a case",
+            colours={"r": "#ff0000"}, legend={}, title=["a case"],
         )  # fmt: skip
         found = picture(path)
         return np.asarray(found[..., 0] - found[..., 1] > 0.2)
@@ -182,8 +182,8 @@ class TestPlanes:
         values = np.zeros((1, *SHAPE[1:]), dtype=np.uint8)
         values[0, 3:9, 3:9] = 7
         save_planes(
-            tmp_path / "a.png", image()[:1], [Panel("x", {"r": Marked(values, (7,))})],
-            (3.0, 2.0, 2.0), colours={"r": "#ff0000"}, legend={}, title="a slice",
+            tmp_path / "a.png", image()[:1], [PlaneColumn("x", {"r": Marked(values, (7,))})],
+            (3.0, 2.0, 2.0), colours={"r": "#ff0000"}, legend={}, title=["a slice"],
         )  # fmt: skip
         found = picture(tmp_path / "a.png")
         red = np.nonzero(found[..., 0] - found[..., 1] > 0.2)[0]

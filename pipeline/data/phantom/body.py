@@ -440,7 +440,7 @@ def _great_vessels(canvas: Canvas, patient: Patient, rng: Rng) -> None:
         canvas.paint(box, np.where(canvas.label[box] > 1, FAR, tube), hu[vessel])
 
 
-# What a made-up patient is made of: tissues in Hounsfield units, and what is drawn once a case.
+# What a synthetic patient is made of: tissues in Hounsfield units, and what is drawn once a case.
 
 LIVER: Final = 1
 SPLEEN: Final = 2

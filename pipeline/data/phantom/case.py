@@ -1,4 +1,4 @@
-"""Procedural abdominal CT: made-up cases, and datasets of NIfTI files, on which every stage can
+"""Procedural abdominal CT: synthetic cases, and datasets of NIfTI files, on which every stage can
 run without real data.
 
 A dataset is a pure function of its `PhantomSpec`, a case of the spec and the case's index. The
@@ -36,7 +36,7 @@ FloatField = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class PhantomCase:
-    """One made-up case.
+    """One synthetic case.
 
     Attributes:
         image: int16 Hounsfield units, (D, H, W).

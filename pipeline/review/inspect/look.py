@@ -1,6 +1,6 @@
 """Regions and disagreements of one case as lazy arrays, under the settings of a training.
 
-Three kinds of disagreement are told apart, m being the margin:
+Three kinds of disagreement are distinguished, m being the margin:
 
 - **conflict**: two organ regions, or two teachers with different organs, claim one voxel
   (`pipeline.consensus`). After labels have won, if they do.
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -60,14 +60,14 @@ class CaseLook:
         organs: names of the known organs, in the order of axis K.
         ids: their ids in label maps.
         view: how regions are formed.
-        is_doubted: whether some teacher is not fully believed here.
+        has_ignored_claims: whether some claim of a teacher is ignored here.
     """
 
     votes: Votes
     organs: Sequence[str]
     ids: Sequence[int]
     view: View
-    is_doubted: bool = False
+    has_ignored_claims: bool = False
 
     @cached_property
     def alone(self) -> Consensus:
@@ -114,27 +114,28 @@ class CaseLook:
 
     def counts(self) -> tuple[list[Count], da.Array]:
         """What there is to count, and its voxels, int64 (M,)."""
-        options: dict[str, Any] = {
-            "organs": tuple(self.organs),
-            "channels": tuple(self.channels),
-            "annotated": tuple(self.votes.annotated),
-            "margin": self.view.margin,
-        }
-        arrays = [
+        knowledge = Knowledge(
+            tuple(self.organs),
+            tuple(self.channels),
+            tuple(self.votes.annotated),
+            self.view.margin,
+        )
+        regions = self.regions
+        arrays = [  # in the order of `Counted`
             (self.votes.classes, "zyx"),
             (self.log_odds, "czyx"),
             (self.alone.log_odds, "kzyx"),
             (self.excluded, "kzyx"),
-            (self.regions.organ, "kzyx"),
-            (self.regions.background, "zyx"),
-            (self.regions.unclaimed, "zyx"),
-            (self.regions.conflict, "zyx"),
-            (self.regions.abstained, "zyx"),
+            (regions.organ, "kzyx"),
+            (regions.background, "zyx"),
+            (regions.unclaimed, "zyx"),
+            (regions.conflict, "zyx"),
+            (regions.abstained, "zyx"),
         ]
         # The function itself says in which order it counts.
         empty = [np.zeros((a.shape[0],) * (a.ndim - 3) + (0, 0, 0), a.dtype) for a, _ in arrays]
-        names = list(masks_of(*empty, **options))
-        return names, count_blocks(count_masks, len(names), *arrays, **options)
+        names = list(masks_of(Counted(*empty), knowledge))
+        return names, count_blocks(count_masks, len(names), *arrays, knowledge=knowledge)
 
     def region_ids(self) -> da.Array:
         """uint8 (D, H, W): id of the organ whose region it is, of the surer one in a conflict."""
@@ -191,7 +192,7 @@ def look_at(case: CachedCase, space: LabelSpace, view: View) -> CaseLook:
     votes = lazy_votes(case, space, view)
     organs = [space.organs[k] for k in votes.known]
     ids = [space.ids[organ] for organ in organs]
-    return CaseLook(votes, organs, ids, view, is_doubted=bool(case.trust))
+    return CaseLook(votes, organs, ids, view, has_ignored_claims=bool(case.trust))
 
 
 # The same in numpy, over one block.
@@ -215,30 +216,41 @@ def block_claims(
     return block_claims
 
 
-def masks_of(
-    label: Array,
-    votes: Array,
-    alone: Array,
-    excluded: Array,
-    organ: Array,
-    background: Array,
-    unclaimed: Array,
-    conflict: Array,
-    abstained: Array,
-    *,
-    organs: tuple[str, ...],
-    channels: tuple[tuple[str, int], ...],
-    annotated: tuple[int, ...],
-    margin: float,
-) -> dict[Count, Any]:
+class Knowledge(NamedTuple):
+    """Who says what in a case; `channels` are (teacher, k), `annotated` are k."""
+
+    organs: tuple[str, ...]
+    channels: tuple[tuple[str, int], ...]
+    annotated: tuple[int, ...]
+    margin: float
+
+
+class Counted(NamedTuple):
+    """One block of what is counted: classes of the label; log-odds (C, d, h, w) of `votes`, and
+    (K, d, h, w) of the teachers `alone`; the others are masks."""
+
+    label: Array
+    votes: Array
+    alone: Array
+    excluded: Array
+    organ: Array
+    background: Array
+    unclaimed: Array
+    conflict: Array
+    abstained: Array
+
+
+def masks_of(block: Counted, knowledge: Knowledge) -> dict[Count, Any]:
     """All that is counted, as masks over one block."""
+    organs, channels, annotated, margin = knowledge
+    votes, alone = block.votes, block.alone
     experts = [[c for c, (_, k) in enumerate(channels) if k == n] for n in range(len(organs))]
     judged = [k for k, who in enumerate(experts) if who]
     masks: dict[Count, Any] = {
-        ("background", ""): background,
-        ("unclaimed", ""): unclaimed,
-        ("conflict", ""): conflict,
-        ("abstained", ""): abstained,
+        ("background", ""): block.background,
+        ("unclaimed", ""): block.unclaimed,
+        ("conflict", ""): block.conflict,
+        ("abstained", ""): block.abstained,
         ("unseen", ""): np.isnan(alone[judged]).any(axis=0),
     }
     for c, (teacher, k) in enumerate(channels):
@@ -246,23 +258,23 @@ def masks_of(
         masks["unseen", f"{teacher}: {organs[k]}"] = np.isnan(votes[c])
     background_alone = (alone[judged] < -margin).all(axis=0)
     for k, name in enumerate(organs):
-        masks["region", name] = organ[k]
+        masks["region", name] = block.organ[k]
         if len(experts[k]) > 1:
             masks["split", name] = _is_split(votes[experts[k]], margin)
         if k in annotated:
-            inside = label == k + 1
+            inside = block.label == k + 1
             masks["label", name] = inside
             if experts[k]:
                 masks["miss", name] = inside & ~(alone[k] > margin)
                 masks["swallowed", name] = inside & background_alone
         if experts[k]:
-            masks["false positive", name] = (alone[k] > margin) & excluded[k]
+            masks["false positive", name] = (alone[k] > margin) & block.excluded[k]
     return masks
 
 
-def count_masks(*blocks: Array, **options: Any) -> npt.NDArray[np.int64]:
+def count_masks(*blocks: Array, knowledge: Knowledge) -> npt.NDArray[np.int64]:
     """int64 (M,), voxels in each of `masks_of`, in that order."""
-    masks = masks_of(*blocks, **options).values()
+    masks = masks_of(Counted(*blocks), knowledge).values()
     return np.array([np.count_nonzero(mask) for mask in masks], dtype=np.int64)
 
 

@@ -45,8 +45,8 @@ class TeacherNumbers(Config):
     unseen: float
 
 
-class DoubtNumbers(Config):
-    """A teacher that is not fully believed about an organ in a case that does not annotate it.
+class IgnoredClaims(Config):
+    """What is ignored of a teacher's claims about an organ in a case that does not annotate it.
 
     Attributes:
         teacher: its name.
@@ -101,16 +101,16 @@ class CaseNumbers(Config):
         case: `dataset/case`.
         split: train, validation or test.
         volume_ml: of the whole case.
-        organs: organ -> its numbers, of organs that somebody speaks of.
+        organs: organ -> its numbers, of the known organs.
         agreed_background: share of the case.
         unclaimed: share of the case that is background as far as anybody speaks: the agreed
-            background, and what lies beside an organ whose teachers are silent.
+            background, and what lies beside an organ whose teachers are ignored.
         conflict_ml: in two or more organ regions.
         abstained_ml: in no region at all.
         unseen: share of voxels that some organ's experts all did not see (NaN).
         teachers: each teacher and organ.
         pairs: each pair of teachers.
-        doubts: each teacher and organ that is not fully believed here.
+        doubts: each teacher and organ of which a claim is ignored here.
         flags: why the case is improbable, in words.
         one_slice: whether it is one slice.
     """
@@ -126,7 +126,7 @@ class CaseNumbers(Config):
     unseen: float
     teachers: tuple[TeacherNumbers, ...]
     pairs: tuple[PairNumbers, ...]
-    doubts: tuple[DoubtNumbers, ...] = Field(default=())
+    doubts: tuple[IgnoredClaims, ...] = Field(default=())
     flags: tuple[str, ...] = Field(default=())
     one_slice: bool = Field(default=False, exclude_if=lambda value: not value)
 
@@ -224,7 +224,7 @@ def numbers_of(
             for pair, count in zip(lazy.pairs, conflicts, strict=True)
         ),
         doubts=tuple(
-            DoubtNumbers(teacher=who, organ=organ, **trust._asdict())
+            IgnoredClaims(teacher=who, organ=organ, **trust._asdict())
             for (who, organ), trust in case.trust.items()
         ),
     )
@@ -362,7 +362,7 @@ class CohortNumbers:
                 for organ, usual in self.usual.items()
             },
             "pairs": pair_rows(self.cases),
-            "doubts": doubt_rows(self.cases),
+            "doubts": ignored_rows(self.cases),
             "failed": {name: str(error) for name, error in self.failed.items()},
         }
 
@@ -419,9 +419,9 @@ def pair_rows(cases: Sequence[CaseNumbers]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-row["conflict_ml"], row["teachers"]))
 
 
-def doubt_rows(cases: Sequence[CaseNumbers]) -> list[dict[str, Any]]:
-    """Each teacher and organ that is doubted anywhere: in how many of the cases that do not
-    annotate the organ, on which side, and why in one of them."""
+def ignored_rows(cases: Sequence[CaseNumbers]) -> list[dict[str, Any]]:
+    """Each teacher and organ of which a claim is ignored anywhere: in how many of the cases that do
+    not annotate the organ, on which side, and why in one of them."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for case in cases:
         for doubt in case.doubts:
@@ -445,11 +445,11 @@ def print_cohort(found: CohortNumbers) -> None:
     organs = list(dict.fromkeys(name for case in cases for name in case.organs))
     rows = [[case.case, *_cells(case, organs), str(len(case.flags) or "")] for case in cases]
     more = f", first {_MOST_ROWS} of {len(found.cases)}" if len(found.cases) > _MOST_ROWS else ""
-    columns = ["case", *organs, "agreed", "conflict", "abstained", "not seen", "odd"]
+    columns = ["case", *organs, "agreed", "conflict", "abstained", "not seen", "improbable"]
     print_table(
         f"Regions in ml, agreed background in %, improbable cases first{more}", columns, rows
     )
-    doubts = doubt_rows(found.cases)
+    doubts = ignored_rows(found.cases)
     if doubts:
         cells = [
             [

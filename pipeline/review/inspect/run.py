@@ -17,12 +17,19 @@ import numpy.typing as npt
 
 from pipeline.cache.reader import CachedCase
 from pipeline.consensus.cohort import open_case, open_cohort
-from pipeline.consensus.reliability import read_witnesses, trusting
+from pipeline.consensus.reliability import read_validation_scores, trusting
 from pipeline.data.nifti import write_image
 from pipeline.data.registry import Registry
 from pipeline.data.volume import Volume
 from pipeline.errors import CacheError, CacheMissing, ConfigError, PipelineError
-from pipeline.figures import BACKGROUND_COLOUR, Marked, Panel, colour_of, hex_colour, save_planes
+from pipeline.figures import (
+    BACKGROUND_COLOUR,
+    Marked,
+    PlaneColumn,
+    colour_of,
+    hex_colour,
+    save_planes,
+)
 from pipeline.folder import (
     Folder,
     contains,
@@ -76,22 +83,22 @@ def inspect_case(
     _check_teachers(registry)
     teachers = list(registry.teachers)
     case = open_case(work, registry, name, teachers, allow_missing=allow_missing)
-    (case,) = _believed([case], registry, work, view)
+    (case,) = _with_reliability([case], registry, work, view)
     look = look_at(case, registry.label_space, view)
     folder = output / name
-    told, figure = folder / "numbers.json", folder / "figure.png"
-    is_ours = json_with(told, "case", "volume_ml") is not None
-    targets = [told, figure, *(folder / file for file in files_of(look))]
+    numbers_file, figure = folder / "numbers.json", folder / "figure.png"
+    is_ours = json_with(numbers_file, "case", "volume_ml") is not None
+    targets = [numbers_file, figure, *(folder / file for file in files_of(look))]
     refuse_foreign("inspect", [(path, is_ours) for path in targets])
     lazy = lazy_numbers(case, look)
     found, computed = compute_maps(case, look, lazy.arrays)
     numbers = flagged(numbers_of(case, look, lazy, computed), {})
     with writing(folder, "Name another folder with --output."):
         # First: by it the next call knows the folder for its own.
-        replace_file(told, json.dumps(numbers.model_dump(mode="json"), indent=1).encode())
+        replace_file(numbers_file, json.dumps(numbers.model_dump(mode="json"), indent=1).encode())
         written = write_maps(folder, case, look, found)
         draw_case(figure, case, look, found, numbers)
-    return numbers, [*written, figure, told]
+    return numbers, [*written, figure, numbers_file]
 
 
 def inspect_cohort(
@@ -106,7 +113,7 @@ def inspect_cohort(
 ) -> CohortNumbers:
     """Measures every case of the registry; writes `<output>/cohort.csv` and `cohort.json`.
 
-    A case that lacks a teacher's unit, or cannot be read, is told of in `failed`; the others are
+    A case that lacks a teacher's unit, or cannot be read, is named in `failed`; the others are
     measured all the same.
 
     Args:
@@ -147,8 +154,8 @@ def inspect_cohort(
     cases = [case for case in cohort.cases if case.name not in incomplete]
     if not cohort.cases:
         raise next(iter(cohort.problems.values()), _no_case(work))
-    believed = _believed(cases, registry, work, view)
-    found = measure_cohort(believed, registry.label_space, view, workers=workers, log=log)
+    weighed = _with_reliability(cases, registry, work, view)
+    found = measure_cohort(weighed, registry.label_space, view, workers=workers, log=log)
     found = CohortNumbers(found.cases, found.usual, {**failed, **found.failed})
     texts = {table: to_csv(found), whole: json.dumps(found.to_json(), indent=1)}
     with writing(output, "Name another folder with --output."):
@@ -156,15 +163,15 @@ def inspect_cohort(
     return found
 
 
-def _believed(
+def _with_reliability(
     cases: Sequence[CachedCase], registry: Registry, work: Folder, view: View
 ) -> Sequence[CachedCase]:
-    """As a training would believe their teachers; cases of every split alike."""
+    """With what a training would ignore of their teachers; cases of every split alike."""
     if view.reliability is None:
         return cases
-    witnesses = read_witnesses(work, registry, Log(quiet=True))
+    scores = read_validation_scores(work, registry, Log(quiet=True))
     labelled = open_cohort(work, registry, splits=("train", "validation")).cases
-    return trusting(cases, labelled, witnesses, view.reliability)
+    return trusting(cases, labelled, scores, view.reliability)
 
 
 def _check_teachers(registry: Registry) -> None:
@@ -208,7 +215,7 @@ def lazy_maps(look: CaseLook) -> Mapping[str, da.Array]:
 
     - `regions`: organ ids; in a conflict the organ with the larger log-odds; 0 elsewhere.
     - `agreed_background`, `abstained`: 0 or 1.
-    - `unclaimed`: 0 or 1, background as far as anybody speaks; only where a teacher is doubted.
+    - `unclaimed`: 0 or 1, background as far as it is known; only where a claim is ignored.
     - `conflicts`: in how many organ regions, where that is two or more.
     - `against_label`: 1 false positive, 2 miss, 3 both (`pipeline.review.inspect.look`).
     - `split_experts`: of how many organs the experts decide differently.
@@ -221,7 +228,7 @@ def lazy_maps(look: CaseLook) -> Mapping[str, da.Array]:
         "abstained": look.regions.abstained.view(np.uint8),
         "against_label": look.against_label(),
     }
-    if look.is_doubted:
+    if look.has_ignored_claims:
         maps["unclaimed"] = look.regions.unclaimed.view(np.uint8)
     if look.has_rivals:
         maps |= {"split_experts": look.num_split(), "spread": look.spread()}
@@ -331,21 +338,21 @@ def draw_case(
     if "split_experts" in found.maps:
         disagreement["split experts"] = Marked(found.maps["split_experts"], _ONE_OR_MORE)
     panels = [
-        Panel("CT", {}),
-        Panel(f"label ({', '.join(label) or 'none'})", label),
-        Panel("organ regions", regions),
-        Panel(
+        PlaneColumn("CT", {}),
+        PlaneColumn(f"label ({', '.join(label) or 'none'})", label),
+        PlaneColumn("organ regions", regions),
+        PlaneColumn(
             "agreed background",
             {"agreed background": Marked(found.maps["agreed_background"], (1,))},
         ),
-        Panel(
+        PlaneColumn(
             "conflict, abstained",
             {
                 "conflict": Marked(found.maps["conflicts"], _ONE_OR_MORE),
                 "abstained": Marked(found.maps["abstained"], (1,)),
             },
         ),
-        Panel("teachers against label", disagreement),
+        PlaneColumn("teachers against label", disagreement),
     ]
     colours = {
         **organs,
@@ -358,7 +365,7 @@ def draw_case(
     }
     view = look.view
     wins = "labels win" if view.labels_win else "labels do not win"
-    heat = ", calibrated" if view.temperatures else ""
+    calibrated = ", calibrated" if view.temperatures else ""
     save_planes(
         path,
         found.image,
@@ -366,8 +373,10 @@ def draw_case(
         case.grid.spacing_mm,
         colours=colours,
         legend=_legend(numbers, colours, disagreement),
-        title=f"{case.name} ({case.split}): margin {view.margin:g}, {wins}{heat}",
-        notes=numbers.flags,
+        title=[
+            f"{case.name} ({case.split}): margin {view.margin:g}, {wins}{calibrated}",
+            *(f"improbable: {flag}" for flag in numbers.flags),
+        ],
     )
 
 

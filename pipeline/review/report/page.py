@@ -29,7 +29,7 @@ from pipeline.folder import (
 )
 from pipeline.log import Log, duration, number, size
 from pipeline.review.report.pictures import (
-    LADDER,
+    SIZE_STEPS,
     CaseLayers,
     CaseSource,
     Plane,
@@ -40,7 +40,7 @@ from pipeline.review.report.scores import (
     Chart,
     OrganRow,
     OrganSummary,
-    Scores,
+    ReportScores,
     Student,
     kept_scores,
     open_student,
@@ -186,9 +186,9 @@ def _scores(
     lineage: Lineage,
     student: Student | None,
     broken: str,
-    given: Scores | None,
+    given: ReportScores | None,
     log: Log,
-) -> tuple[Scores | None, str]:
+) -> tuple[ReportScores | None, str]:
     """Scores, or why there are none."""
     kept = given or kept_scores(record)
     if kept is not None:
@@ -211,7 +211,7 @@ def _scores(
 
 
 def _shown(
-    source: CaseSource, scores: Scores | None, num_worst: int
+    source: CaseSource, scores: ReportScores | None, num_worst: int
 ) -> tuple[list[Shown], tuple[int, int]]:
     """The worst cases and the median one, with pictures where there are any."""
     found: list[Shown] = []
@@ -224,14 +224,14 @@ def _shown(
         except PipelineError as error:
             found.append(replace(shown, problem=str(error)))
     pictured = [case.layers for case in found if case.layers is not None]
-    planes, limits = fitting_planes(pictured) if pictured else ([], LADDER[0])
+    planes, limits = fitting_planes(pictured) if pictured else ([], SIZE_STEPS[0])
     of = iter(planes)
     return [
         case if case.layers is None else replace(case, planes=next(of)) for case in found
     ], limits
 
 
-def chosen_cases(scores: Scores | None, num_worst: int) -> Sequence[tuple[str, str]]:
+def chosen_cases(scores: ReportScores | None, num_worst: int) -> Sequence[tuple[str, str]]:
     """(case, why it is shown): the worst by mean Dice over organs, and the median; each once."""
     ranked = [] if scores is None else list(scores.cases)
     if not ranked:
@@ -351,7 +351,7 @@ class Content:
     gate: Gate
     regions: Regions
     curves: Sequence[Chart]
-    scores: Scores | None
+    scores: ReportScores | None
     no_scores: str
     summaries: Sequence[OrganSummary]
     strips: Sequence[Chart]

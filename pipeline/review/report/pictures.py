@@ -44,7 +44,7 @@ from pipeline.student.predict import prediction_digest, student_identity
 
 Array = npt.NDArray[Any]
 # (slices per plane, pixels of the longest side), the first that fits is taken.
-LADDER = ((48, 240), (36, 240), (24, 208), (16, 176), (8, 144), (4, 112))
+SIZE_STEPS = ((48, 240), (36, 240), (24, 208), (16, 176), (8, 144), (4, 112))
 IMAGE_BYTES = 11_000_000
 _JPEG_QUALITY = 80
 _ALPHA = {"fill": 115, "solid": 215, "outline": 255}
@@ -103,13 +103,13 @@ def fitting_planes(
 
     Args:
         cases: to be shown.
-        most_bytes: of all pictures together; the last step of `LADDER` is taken in any case.
+        most_bytes: of all pictures together; the last step of `SIZE_STEPS` is taken in any case.
 
     Returns:
         Planes of each case, and (slices, pixels) that it came to.
     """
     planes: list[list[Plane]] = []
-    for step in LADDER:
+    for step in SIZE_STEPS:
         planes = [planes_of(case, *step) for case in cases]
         if sum(plane.num_bytes for found in planes for plane in found) <= most_bytes:
             break

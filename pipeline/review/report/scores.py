@@ -58,7 +58,7 @@ class OrganRow:
 
 
 @dataclass(frozen=True)
-class Scores:
+class ReportScores:
     """Scores, and where they are from.
 
     Attributes:
@@ -120,7 +120,7 @@ def open_student(record: RunRecord, device: torch.device) -> Student | None:
     return Student(found, network, device)
 
 
-def scores_of_predictions(folder: Path, registry: Registry, record: RunRecord) -> Scores:
+def scores_of_predictions(folder: Path, registry: Registry, record: RunRecord) -> ReportScores:
     """What `pipeline evaluate` wrote beside predictions.
 
     Args:
@@ -158,7 +158,7 @@ def scores_of_predictions(folder: Path, registry: Registry, record: RunRecord) -
             fix=f"Run `pipeline evaluate {folder}` again.",
         )
     source = f"predictions in {folder}, scored on the images' own grids"
-    return Scores(_judged(rows), "predictions", source, failed, tolerance_mm, notes)
+    return ReportScores(_judged(rows), "predictions", source, failed, tolerance_mm, notes)
 
 
 def _files_now(summary: Mapping[str, Any], registry: Registry) -> dict[str, dict[str, str | None]]:
@@ -187,7 +187,7 @@ def _of_others(summary: Mapping[str, Any], record: RunRecord) -> list[str]:
     return [told] if others else []
 
 
-def kept_scores(record: RunRecord) -> Scores | None:
+def kept_scores(record: RunRecord) -> ReportScores | None:
     """What `pipeline compare` wrote into the run; None if there is nothing of these very cases, or
     if it was scored by other rules."""
     try:
@@ -200,10 +200,10 @@ def kept_scores(record: RunRecord) -> Scores | None:
     if not rows or not {row.case for row in rows} <= set(record.validation):
         return None
     source = f"{_KEPT} of this run: validation cases of the cache, on the student grid"
-    return Scores(_judged(rows), "kept", source, {})
+    return ReportScores(_judged(rows), "kept", source, {})
 
 
-def scores_made_now(student: Student, cases: Sequence[CachedCase], log: Log) -> Scores:
+def scores_made_now(student: Student, cases: Sequence[CachedCase], log: Log) -> ReportScores:
     """Predicts cases of the cache and scores them by the rules of `pipeline evaluate`, Dice alone.
 
     Args:
@@ -225,7 +225,7 @@ def scores_made_now(student: Student, cases: Sequence[CachedCase], log: Log) -> 
                 failed[case.name] = str(error)
             advance(case.name)
     source = "validation cases of the cache, predicted for this page, on the student grid"
-    return Scores(_judged(found), "now", source, failed)
+    return ReportScores(_judged(found), "now", source, failed)
 
 
 def _scored(
@@ -270,7 +270,7 @@ class OrganSummary:
     without: int
 
 
-def summarised(organs: Sequence[str], scores: Scores) -> list[OrganSummary]:
+def summarised(organs: Sequence[str], scores: ReportScores) -> list[OrganSummary]:
     """Per organ of the run, in its order; organs without any row are told with no case."""
     found = []
     cases = {row.case for row in scores.rows}

@@ -109,11 +109,11 @@ class RunRecord:
             chosen = SupervisionConfig.model_validate({k: said[k] for k in fields if k in said})
         except ValidationError:
             return View()
-        heat = {}
+        temperatures = {}
         for who, value in self.inputs.get("temperatures", {}).items():
             teacher, _, organ = who.partition(": ")
-            heat[teacher, organ] = float(value)
-        return View(chosen.margin, chosen.labels_win, chosen.confidence, heat)
+            temperatures[teacher, organ] = float(value)
+        return View(chosen.margin, chosen.labels_win, chosen.confidence, temperatures)
 
 
 def read_run(work: Folder, run: str) -> RunRecord:

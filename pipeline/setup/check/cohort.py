@@ -370,7 +370,7 @@ def check_datasets(
             findings.append(of_dataset("warning", "split", name, *empty))
         num_cases += len(sources)
         if entry.phantom is not None and len(closed_cases(sources)) == len(sources) > 0:
-            what = f"none of its {len(sources)} made-up cases has been generated."
+            what = f"none of its {len(sources)} synthetic cases has been generated."
             findings.append(of_dataset("error", "file", name, what, "Run `pipeline phantom`."))
             continue
         tasks += [Task(s, entry, registry.grid.spacing_mm, patch) for s in sources]

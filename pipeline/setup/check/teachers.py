@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.cache.schema import StorageConfig
 from pipeline.consensus.cohort import doubtful_tap
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
@@ -25,8 +24,7 @@ from pipeline.engine.processes import memory_bytes
 from pipeline.errors import PipelineError, RegistryError, TeacherWarning
 from pipeline.log import Log, print_table
 from pipeline.networks.by_name import pick_device
-from pipeline.networks.windows import WindowConfig
-from pipeline.teachers.load import open_teacher
+from pipeline.teachers.load import Teachers
 from pipeline.teachers.teacher import organ_log_odds, tap_agreement
 
 _PATCHES = 4  # that a tap's agreement with itself is measured on
@@ -92,52 +90,43 @@ class CheckReport:
 
 
 def check_teachers(
-    registry: Registry,
-    *,
-    window: WindowConfig,
-    storage: StorageConfig,
+    teachers: Teachers,
     log: Log,
+    *,
     case: str | None = None,
     dataset: str | None = None,
     side_mm: float = 120.0,
-    device: str = "auto",
-    window_batch: int = 1,
 ) -> CheckReport:
     """Loads and runs every teacher as stage one does, on the middle of one case.
 
     A teacher that fails is reported in its row, and the others are tried all the same.
 
     Args:
-        registry: read with its files.
-        window: as stage one would be run.
-        storage: likewise.
+        teachers: of a registry, as stage one would run them.
         log: where progress goes.
         case: `dataset/case`; None takes the first that can be read.
         dataset: to take it from; None for any.
         side_mm: of the crop, a cube where the image is that large.
-        device: auto, cpu, cuda, cuda:1.
-        window_batch: windows per forward pass.
 
     Raises:
         PipelineError: no teacher, no such case, or no case that can be read.
     """
+    registry = teachers.registry
     if not registry.teachers:
         raise RegistryError("it has no teachers to check.", where=registry.path, fix="Add some.")
-    name, native = _one_case(registry, case, dataset)
+    of_case, native = _one_case(registry, case, dataset)
     crop = middle(native, side_mm)
     rows = []
     with log.progress("teachers", len(registry.teachers)) as advance:
-        for teacher in registry.teachers:
+        for name in registry.teachers:
             with warnings.catch_warnings(record=True) as heard:
                 warnings.simplefilter("ignore")  # of libraries: nothing a user could act on
                 warnings.simplefilter("always", TeacherWarning)
-                row = _check_one(
-                    teacher, registry, crop, f"{teacher} x {name}",
-                    window=window, storage=storage, device=device, window_batch=window_batch,
-                )  # fmt: skip
+                row = _check_one(teachers, name, crop, f"{name} x {of_case}")
             rows.append(replace(row, warnings=[str(one.message) for one in heard]))
-            advance(teacher)
-    return CheckReport(name, crop.grid.shape, crop.spacing_mm, str(pick_device(device)), rows)
+            advance(name)
+    used = str(pick_device(teachers.device))
+    return CheckReport(of_case, crop.grid.shape, crop.spacing_mm, used, rows)
 
 
 def middle(image: Volume, side_mm: float) -> Volume:
@@ -201,25 +190,13 @@ def _one_case(registry: Registry, case: str | None, dataset: str | None) -> tupl
     )
 
 
-def _check_one(
-    name: str,
-    registry: Registry,
-    crop: Volume,
-    where: str,
-    *,
-    window: WindowConfig,
-    storage: StorageConfig,
-    device: str,
-    window_batch: int,
-) -> TeacherCheck:
-    entry = registry.teachers[name]
+def _check_one(teachers: Teachers, name: str, crop: Volume, where: str) -> TeacherCheck:
+    entry = teachers.registry.teachers[name]
     row = TeacherCheck(name, entry.kind, entry.organs)
-    memory = _Memory(device)
+    memory = _Memory(teachers.device)
     began = time.monotonic()
     try:
-        teacher = open_teacher(
-            name, registry, window=window, storage=storage, device=device, window_batch=window_batch
-        ).teacher
+        teacher = teachers.open(name).teacher
         loaded = time.monotonic()
         image = crop
         if teacher.spacing_mm is not None:
@@ -228,7 +205,7 @@ def _check_one(
         odds = organ_log_odds(prediction, entry, where=where)
         ran = time.monotonic()
         agreement = tap_agreement(
-            teacher, image, prediction.features, window.shape, seed=0, num_patches=_PATCHES
+            teacher, image, prediction.features, teachers.window.shape, seed=0, num_patches=_PATCHES
         )
     except PipelineError as error:
         what = error.what if error.where is None else f"{error.where}: {error.what}"

@@ -21,6 +21,7 @@ from pipeline.setup.init.meanings import (
     Ask,
     Flag,
     Meanings,
+    Named,
     ask_for_each,
     open_question,
     parse_answer,
@@ -37,7 +38,7 @@ _NUM_HEADERS = 20
 
 
 @dataclass(frozen=True)
-class Wishes:
+class InitRequest:
     """What the user said.
 
     Attributes:
@@ -54,23 +55,25 @@ class Wishes:
     spacing_mm: Sequence[float] = DEFAULT_SPACING_MM
 
 
-def begin(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = None) -> Registry:
+def begin(
+    path: Path, request: InitRequest, *, force: bool = False, ask: Ask | None = None
+) -> Registry:
     """Looks at folders, and writes a registry that has been loaded once.
 
-    Args and errors: as of `look`.
+    Args and errors: as of `draft`.
 
     Raises:
         WorkFolderError: the registry cannot be written.
     """
-    return _write(path, look(path, wishes, force=force, ask=ask))
+    return _write(path, draft(path, request, force=force, ask=ask))
 
 
-def look(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = None) -> str:
+def draft(path: Path, request: InitRequest, *, force: bool = False, ask: Ask | None = None) -> str:
     """Looks at folders: the text of the registry that `begin` writes. Nothing is written.
 
     Args:
         path: of the registry.
-        wishes: folders, and what the user says of them.
+        request: folders, and what the user says of them.
         force: replace a registry that is there.
         ask: puts a question to the user; None: what is not known is refused, all at once.
 
@@ -86,18 +89,18 @@ def look(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = N
             where=path,
             fix="Name another file with -r, or replace it with --force.",
         )
-    datasets = _named(wishes.datasets, "--dataset")
-    teachers = _named(wishes.teachers, "--teacher")
+    datasets = _named(request.datasets, "--dataset")
+    teachers = _named(request.teachers, "--teacher")
     if not datasets:
         raise ConfigError(
             "no dataset is named.",
             where="--dataset",
             fix="Give --dataset NAME=FOLDER, once for each dataset.",
         )
-    patterns = _patterns(wishes.files, datasets)
+    patterns = _patterns(request.files, datasets)
     found = {n: look_at_dataset(_expand(f.path), patterns.get(n)) for n, f in datasets.items()}
     networks = {name: look_at_teacher(_expand(flag.path)) for name, flag in teachers.items()}
-    organs = name_organs(wishes.organs, [*datasets.values(), *teachers.values()])
+    organs = name_organs(request.organs, [*datasets.values(), *teachers.values()])
     if not organs:
         organs = ask_organs([*found.values(), *networks.values()], ask)
     problems: list[str] = []
@@ -118,7 +121,7 @@ def look(path: Path, wishes: Wishes, *, force: bool = False, ask: Ask | None = N
             else f"{len(problems)} things are not known:\n" + "\n".join(f"  {p}" for p in problems)
         )
     note = _spacings_note(found)
-    return registry_text(organs, wishes.spacing_mm, note, dataset_parts, teacher_parts)
+    return registry_text(organs, request.spacing_mm, note, dataset_parts, teacher_parts)
 
 
 def _of_dataset(
@@ -139,13 +142,9 @@ def _of_dataset(
             )
             return said
         said = ask_meanings(f"{flag.name}: label values by organ", organs, ask, where)
-    meanings, left = settle(found.names, said, organs, what=what, where=where)
-    if left and ask is not None:
-        named = lambda question: ask(f"{flag.name}: {question}")  # noqa: E731
-        meanings, left = ask_for_each(meanings, left, organs, what=what, ask=named), {}
-    if left:
-        problems.append(f"{where}: {open_question(meanings, left, organs, what=what)}")
-    elif not meanings.organs:
+    meanings, unknown = _settled(found.names, said, organs, ask, what, where)
+    problems += unknown
+    if not unknown and not meanings.organs:
         problems.append(f"{where}: none of the organs ({', '.join(organs)}) is annotated there.")
     return meanings
 
@@ -175,16 +174,25 @@ def _of_teacher(
             )
         else:
             said = ask_meanings(f"{flag.name}: output channels by organ", organs, ask, where)
-    meanings, left = settle(found.names, said, organs, what=what, where=where)
-    if left and ask is not None:
-        named = lambda question: ask(f"{flag.name}: {question}")  # noqa: E731
-        meanings, left = ask_for_each(meanings, left, organs, what=what, ask=named), {}
-    if left:
-        problems.append(f"{where}: {open_question(meanings, left, organs, what=what)}")
-    elif not meanings.organs and (found.names or ask is not None):
+    meanings, unknown = _settled(found.names, said, organs, ask, what, where)
+    problems += unknown
+    if not unknown and not meanings.organs and (found.names or ask is not None):
         problems.append(f"{where}: it knows none of the organs ({', '.join(organs)}).")
     weights = _as_written(str(found.weights), base)
     return TeacherPart(flag.name, weights, found, meanings.organs, settings)
+
+
+def _settled(
+    names: Sequence[Named], said: Meanings, organs: Sequence[str], ask: Ask | None, what: str,
+    where: str,
+) -> tuple[Meanings, list[str]]:  # fmt: skip
+    """What the values mean, and in words what nobody has said of them."""
+    meanings, left = settle(names, said, organs, what=what, where=where)
+    if left and ask is not None:
+        named = lambda question: ask(f"{where.split()[1]}: {question}")  # noqa: E731
+        meanings, left = ask_for_each(meanings, left, organs, what=what, ask=named), {}
+    unknown = [f"{where}: {open_question(meanings, left, organs, what=what)}"] if left else []
+    return meanings, unknown
 
 
 def _named(flags: Sequence[str], option: str) -> dict[str, Flag]:

@@ -16,7 +16,7 @@ from pipeline.config import Config
 from pipeline.data.volume import Volume
 from pipeline.errors import PipelineError
 from pipeline.student.checkpoint import StudentRecord
-from pipeline.student.inference import TellWindows, first_output, logit_rows, running_argmax
+from pipeline.student.inference import first_output, logit_rows, running_argmax
 
 CPU = torch.device("cpu")
 
@@ -129,7 +129,6 @@ def compare_networks(
     record: StudentRecord,
     *,
     overlap: float,
-    tell: TellWindows | None = None,
 ) -> Parity:
     """Both networks in one pass over a case, on the CPU, one window at a time.
 
@@ -139,7 +138,6 @@ def compare_networks(
         image: int16 HU on any grid.
         record: of the student.
         overlap: fraction that neighbouring windows share.
-        tell: hears of windows.
 
     Raises:
         ParityError: other numbers of channels.
@@ -147,7 +145,7 @@ def compare_networks(
     both = _SideBySide(network, exported)
     half = len(record.organs) + 1
     count = LabelCount(record)
-    for _, logits in logit_rows(image, record, both, overlap=overlap, device=CPU, tell=tell):
+    for _, logits in logit_rows(image, record, both, overlap=overlap, device=CPU):
         count.add(running_argmax(iter(logits[:half])), running_argmax(iter(logits[half:])))
     return count.parity(both.max_difference)
 

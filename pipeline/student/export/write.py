@@ -45,7 +45,6 @@ from pipeline.student.export.bundle import teacher_entry as bundle_entry
 from pipeline.student.export.description import describe, teacher_entry
 from pipeline.student.export.formats import FILES, NetworkFormat, open_network, write_network
 from pipeline.student.export.parity import Parity, Tolerance, compare_networks
-from pipeline.student.inference import TellWindows
 
 Format = Literal["bundle", "torchscript", "torch-export", "onnx"]
 FORMATS: tuple[Format, ...] = ("bundle", "torchscript", "torch-export", "onnx")
@@ -53,25 +52,11 @@ RECORD = "export.json"
 _PACKAGES = ("torch", "monai", "numpy", "onnx", "onnxscript", "onnxruntime")
 
 
-def write_format(
-    folder: Path,
-    form: Format,
-    record: StudentRecord,
-    network: nn.Module,
-    image: Path,
-    *,
-    name: str,
-    overlap: float,
-    opset: int,
-    tolerance: Tolerance,
-    told: Mapping[str, Any],
-    tell: TellWindows | None = None,
-) -> dict[str, Parity]:
-    """Writes `folder` in one go, in place of what was there.
+@dataclass(frozen=True)
+class ExportJob:
+    """What is written, and what it is checked on.
 
-    Args:
-        folder: of this format.
-        form: the format.
+    Attributes:
         record: of the student.
         network: the student's, on the CPU, in evaluation mode.
         image: NIfTI to check on.
@@ -79,8 +64,39 @@ def write_format(
         overlap: fraction that neighbouring windows share.
         opset: of ONNX.
         tolerance: what may differ.
-        told: further entries of `export.json`.
-        tell: hears of windows.
+    """
+
+    record: StudentRecord
+    network: nn.Module
+    image: Path
+    name: str
+    overlap: float
+    opset: int
+    tolerance: Tolerance
+
+    def compare(self, exported: nn.Module, file: str) -> Parity:
+        """Holds a network that was read back against the student's.
+
+        Raises:
+            ParityError: worse than tolerated.
+        """
+        image = read_image(self.image).volume
+        parity = compare_networks(self.network, exported, image, self.record, overlap=self.overlap)
+        tolerance = self.tolerance
+        parity.check(file, tolerance.max_differing_fraction, tolerance.max_logit_difference)
+        return parity
+
+
+def write_format(
+    folder: Path, form: Format, what: ExportJob, described: Mapping[str, Any]
+) -> dict[str, Parity]:
+    """Writes `folder` in one go, in place of what was there.
+
+    Args:
+        folder: of this format.
+        form: the format.
+        what: the student, and how it is checked.
+        described: further entries of `export.json`.
 
     Returns:
         What was compared -> how it compared.
@@ -92,21 +108,15 @@ def write_format(
     """
     with writing(folder), _in_one_go(folder) as here:
         if form == "bundle":
-            found = _bundle(
-                here, record, network, image,
-                name=name, overlap=overlap, tolerance=tolerance, tell=tell,
-            )  # fmt: skip
-            entry = bundle_entry(record, folder=folder.name)
+            found = _bundle(here, what)
+            entry = bundle_entry(what.record, folder=folder.name)
         else:
-            found = _network(
-                here, form, record, network, image,
-                overlap=overlap, opset=opset, tolerance=tolerance, tell=tell,
-            )  # fmt: skip
-            entry = teacher_entry(record, weights=f"{folder.name}/{FILES[form]}")
+            found = _network(here, form, what)
+            entry = teacher_entry(what.record, weights=f"{folder.name}/{FILES[form]}")
         content: dict[str, Any] = {
-            **told,
-            "parity": {what: parity.to_json() for what, parity in found.items()},
-            "tolerance": tolerance.model_dump(mode="json"),
+            **described,
+            "parity": {compared: parity.to_json() for compared, parity in found.items()},
+            "tolerance": what.tolerance.model_dump(mode="json"),
             "versions": _versions(),
         }
         if form != "onnx":  # no teacher is of that kind
@@ -151,57 +161,30 @@ def _files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in found}
 
 
-def _network(
-    folder: Path,
-    form: NetworkFormat,
-    record: StudentRecord,
-    network: nn.Module,
-    image: Path,
-    *,
-    overlap: float,
-    opset: int,
-    tolerance: Tolerance,
-    tell: TellWindows | None,
-) -> dict[str, Parity]:
+def _network(folder: Path, form: NetworkFormat, what: ExportJob) -> dict[str, Parity]:
     file = FILES[form]
-    write_network(folder / file, network, record.patch, form, opset=opset)
-    write_json(folder / "student.json", describe(record, file=file, overlap=overlap))
-    parity = compare_networks(
-        network, open_network(folder / file, form), read_image(image).volume, record,
-        overlap=overlap, tell=tell,
-    )  # fmt: skip
-    parity.check(file, tolerance.max_differing_fraction, tolerance.max_logit_difference)
-    return {file: parity}
+    write_network(folder / file, what.network, what.record.patch, form, opset=what.opset)
+    write_json(folder / "student.json", describe(what.record, file=file, overlap=what.overlap))
+    return {file: what.compare(open_network(folder / file, form), file)}
 
 
-def _bundle(
-    folder: Path,
-    record: StudentRecord,
-    network: nn.Module,
-    image: Path,
-    *,
-    name: str,
-    overlap: float,
-    tolerance: Tolerance,
-    tell: TellWindows | None,
-) -> dict[str, Parity]:
-    write_bundle(folder, record, network, name=name, overlap=overlap)
-    scripted = compare_networks(
-        network, all_channels(record, open_network(folder / SCRIPTED, "torchscript")),
-        read_image(image).volume, record, overlap=overlap, tell=tell,
-    )  # fmt: skip
-    scripted.check(
-        SCRIPTED.as_posix(), tolerance.max_differing_fraction, tolerance.max_logit_difference
-    )
-    run = compare_bundle(folder, image, record, network, overlap=overlap)
-    for what, parity in run.items():
-        same = what == ON_STUDENT_GRID
+def _bundle(folder: Path, what: ExportJob) -> dict[str, Parity]:
+    record, network, overlap = what.record, what.network, what.overlap
+    write_bundle(folder, record, network, name=what.name, overlap=overlap)
+    scripted = all_channels(record, open_network(folder / SCRIPTED, "torchscript"))
+    found = {SCRIPTED.as_posix(): what.compare(scripted, SCRIPTED.as_posix())}
+    tolerance = what.tolerance
+    for place, parity in compare_bundle(
+        folder, what.image, record, network, overlap=overlap
+    ).items():
+        same = place == ON_STUDENT_GRID
         parity.check(
-            what,
+            place,
             tolerance.max_differing_fraction if same else tolerance.bundle_max_differing_fraction,
             tolerance.max_logit_difference,
         )
-    return {SCRIPTED.as_posix(): scripted, **run}
+        found[place] = parity
+    return found
 
 
 @contextmanager

@@ -8,15 +8,18 @@ import time
 from pathlib import Path
 
 import pytest
+import typer.main
 import yaml
 from typer.testing import CliRunner
 
 from pipeline.cli import app as cli
+from pipeline.cli.options import Panel
 from pipeline.errors import CacheMissing, ConfigError, PipelineError
 from pipeline.log import Log
 from pipeline.student.speed import SpeedFlags, TrainingExecution
 from stages.report import Scope, StageReport
 from tests.tiny import cache_config, change_registry, work_of
+from website.command_reference import walk
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMANDS = (
@@ -97,6 +100,24 @@ class TestHelp:
         found = CliRunner().invoke(cli.app, [command, "--help"])
         assert found.exit_code == 0
         assert "Usage" in found.output
+
+    def test_the_first_screen_is_in_the_order_of_the_road(self) -> None:
+        """At 80 columns each command has one line, below its group's title."""
+        lines = CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "80"}).output.splitlines()
+        shown = [line.strip("│ ").split()[0] for line in lines if line.startswith("│ ")]
+        road = ["demo", "info", "init", "check", "plan", "phantom", "train-teachers"]
+        road += ["cache-teachers", "cache", "train-student", "predict", "evaluate", "export"]
+        road += ["compare", "status", "inspect", "report", "submit"]
+        assert shown[-len(road) :] == road
+
+    def test_every_option_is_in_a_group_and_the_groups_have_one_order(self) -> None:
+        for name, command in walk(typer.main.get_command(cli.app), ""):
+            context = command.make_context(name, [], resilient_parsing=True)
+            options = [p for p in command.get_params(context) if p.param_type_name == "option"]
+            groups = [one.rich_help_panel for one in options]
+            assert set(groups) <= set(Panel), name
+            assert groups == sorted(groups, key=list(Panel).index), name
+            assert options[-1].name == "help", name
 
     def test_an_unknown_command_or_option_is_the_users_mistake(self) -> None:
         assert CliRunner().invoke(cli.app, ["train"]).exit_code == 2

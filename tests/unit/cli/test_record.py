@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app as cli
 from pipeline.cli.options import end, open_log, open_settings
-from pipeline.cli.record import OUTPUTS, WRITES, RunRecord, current, recorded
+from pipeline.cli.record import OUTPUTS, WRITES, CallRecord, current, recorded
 from pipeline.config import digest, file_sha256
 from pipeline.errors import ConfigError, GeometryError, PipelineError, WorkFolderError
 from stages.evaluate import EvaluateConfig
@@ -206,7 +206,7 @@ def test_several_devices_are_all_named(tmp_path: Path) -> None:
 def test_predictions_are_written_by_evaluate_and_read_by_report(tmp_path: Path) -> None:
     for command, output in (("evaluate", True), ("report", False)):
         path = tmp_path / "run.json"
-        record = RunRecord(command, {"predictions": tmp_path, "work": tmp_path}, path)
+        record = CallRecord(command, {"predictions": tmp_path, "work": tmp_path}, path)
         record.begin()
         record.end(0)
         found = json.loads(path.read_text())

@@ -9,10 +9,10 @@ import pytest
 
 from pipeline.consensus.regions import (
     average_experts,
-    believed,
     consensus,
     labels_win,
     region_voxels,
+    trusted,
 )
 from tests.unit.consensus.slow_consensus import slow_average, slow_labels_win, slow_regions
 
@@ -138,7 +138,7 @@ def test_a_volume_against_the_obvious_version(margin: float, annotated: list[int
 def test_a_teacher_is_believed_on_one_side(here: bool, not_here: bool, wanted: list[float]) -> None:
     said = np.array([3, 0, -2, NAN], np.float16)
     for temperature in (None, 2.0):
-        found = believed(said, here, not_here, temperature)
+        found = trusted(said, here, not_here, temperature)
         assert (found.dtype == np.float16) is (here and not_here and temperature is None)
         expected = [d / (temperature or 1) for d in [*wanted, NAN]]
         assert found.tolist() == pytest.approx(expected, nan_ok=True)
@@ -167,7 +167,7 @@ def test_no_region_of_one_expert_changes_with_its_temperature_at_margin_0(
     rng = np.random.default_rng(7)
     odds = rng.normal(0, 5, (2, 4, 5, 6)).astype(np.float16)
     plain = consensus(da.from_array(odds))
-    hot = consensus(da.from_array(believed(odds, True, True, temperature)))
+    hot = consensus(da.from_array(trusted(odds, True, True, temperature)))
     for name in ("organ", "background", "conflict", "abstained"):
         np.testing.assert_array_equal(
             np.asarray(getattr(plain, name)), np.asarray(getattr(hot, name))

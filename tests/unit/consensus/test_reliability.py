@@ -15,24 +15,24 @@ from pipeline.consensus.cohort import compute, known_organs, lazy_consensus
 from pipeline.consensus.evidence import OrganEvidence, Score
 from pipeline.consensus.reliability import (
     UNKNOWN,
-    Region,
-    Witness,
-    believed_cases,
-    doubted,
+    ClaimedRegion,
+    ValidationScore,
+    ignored_claims,
     precision,
     region_of,
+    reliable_cases,
     remarks,
     trust_of,
     trusting,
     usual_ml,
-    witness,
+    validation_score,
 )
 from pipeline.data.registry import Registry
 from pipeline.log import Log
 from tests.unit.review.inspect.made_cases import SPACE, made_case
 
 STRICT = ReliabilityConfig(least_found=0.6, least_right=0.4)
-GOOD = Witness(0.9, 0.9, "both", "both", 3)
+GOOD = ValidationScore(0.9, 0.9, "both", "both", 3)
 USUAL = (100.0, 200.0)
 
 
@@ -61,46 +61,58 @@ class TestWitness:
         assert precision(score("a/b", 0, 10, 60)) == 0
 
     def test_the_worst_dataset_counts_on_each_side(self) -> None:
-        seen = witness(
+        seen = validation_score(
             evidence(
                 score("own/a", 90, 100, 100), score("own/b", 90, 300, 100),
                 score("both/a", 0, 0, 100), score("both/b", 40, 40, 100),
                 score("both/c", 0, 50, 0),  # an organ that is not there tells nothing here
             )
         )  # fmt: skip
-        assert seen == Witness(pytest.approx(0.2), pytest.approx(0.6), "both", "own", 4)
+        assert seen == ValidationScore(pytest.approx(0.2), pytest.approx(0.6), "both", "own", 4)
 
     def test_without_a_label_nothing_is_known(self) -> None:
-        assert witness(evidence(score("both/c", 0, 50, 0))) == UNKNOWN
+        assert validation_score(evidence(score("both/c", 0, 50, 0))) == UNKNOWN
 
 
 class TestTrust:
     @pytest.mark.parametrize(
         ("seen", "region", "here", "not_here", "says"),
         [
-            (GOOD, Region(150, 1), True, True, ""),
-            (UNKNOWN, Region(150, 1), True, True, ""),
-            (replace(GOOD, found=0.59), Region(150, 1), True, False, "finds 59% of it on both"),
-            (replace(GOOD, right=0.39), Region(150, 1), False, True, "39% of its claims are right"),
-            (GOOD, Region(49, 1), True, False, "claims 49 ml, labels show 100 to 200"),
-            (GOOD, Region(0, 0), True, False, "claims 0 ml"),
-            (GOOD, Region(401, 1), False, True, "claims 401 ml"),
-            (GOOD, Region(150, 3), False, True, "falls apart into 3 parts"),
-            (replace(GOOD, found=0.1), Region(401, 1), False, False, "finds 10%"),
+            (GOOD, ClaimedRegion(150, 1), True, True, ""),
+            (UNKNOWN, ClaimedRegion(150, 1), True, True, ""),
+            (
+                replace(GOOD, found=0.59),
+                ClaimedRegion(150, 1),
+                True,
+                False,
+                "finds 59% of it on both",
+            ),
+            (
+                replace(GOOD, right=0.39),
+                ClaimedRegion(150, 1),
+                False,
+                True,
+                "39% of its claims are right",
+            ),
+            (GOOD, ClaimedRegion(49, 1), True, False, "claims 49 ml, labels show 100 to 200"),
+            (GOOD, ClaimedRegion(0, 0), True, False, "claims 0 ml"),
+            (GOOD, ClaimedRegion(401, 1), False, True, "claims 401 ml"),
+            (GOOD, ClaimedRegion(150, 3), False, True, "falls apart into 3 parts"),
+            (replace(GOOD, found=0.1), ClaimedRegion(401, 1), False, False, "finds 10%"),
         ],
     )
     def test_each_side_fails_by_itself(
-        self, seen: Witness, region: Region, here: bool, not_here: bool, says: str
+        self, seen: ValidationScore, region: ClaimedRegion, here: bool, not_here: bool, says: str
     ) -> None:
         found = trust_of(seen, region, USUAL, STRICT)
         assert (found.here, found.not_here) == (here, not_here)
         assert says in found.why
-        assert found.silent == (not here and not not_here)
+        assert found.ignored == (not here and not not_here)
 
     def test_plausibility_can_be_off_and_needs_a_label(self) -> None:
         off = STRICT.model_copy(update={"plausible": False})
-        assert trust_of(GOOD, Region(0, 9), USUAL, off) == FULL
-        assert trust_of(GOOD, Region(0, 1), None, STRICT) == FULL
+        assert trust_of(GOOD, ClaimedRegion(0, 9), USUAL, off) == FULL
+        assert trust_of(GOOD, ClaimedRegion(0, 1), None, STRICT) == FULL
 
 
 # --- on cases -------------------------------------------------------------------------------------
@@ -124,7 +136,7 @@ def case_of(folder: Path, name: str, spleen: int, *, annotated: str = "liver") -
     return made_case(folder, name, votes, label, [annotated])
 
 
-WITNESSES = {("one", "liver"): GOOD, ("two", "spleen"): GOOD}
+SCORES = {("one", "liver"): GOOD, ("two", "spleen"): GOOD}
 
 
 class TestCases:
@@ -137,7 +149,7 @@ class TestCases:
 
     def test_a_missed_organ_is_no_background_that_anybody_agrees_on(self, tmp_path: Path) -> None:
         cases = self.cases(tmp_path)
-        fine, missed, own = trusting(cases, cases, WITNESSES, ReliabilityConfig())
+        fine, missed, own = trusting(cases, cases, SCORES, ReliabilityConfig())
         assert fine.trust == {}
         assert own.trust == {}  # there the label wins
         assert missed.trust["two", "spleen"][:2] == (True, False)
@@ -174,17 +186,17 @@ class TestCases:
         assert usual_ml([*cases, volume], "spleen") == pytest.approx((30, 30))
         assert usual_ml(cases, "spleen") is None
         assert usual_ml(cases, "spleen", of_slices=True) == pytest.approx((0, 30))
-        found = trusting(cases, [*cases, volume], WITNESSES, ReliabilityConfig())
+        found = trusting(cases, [*cases, volume], SCORES, ReliabilityConfig())
         assert [list(case.trust) for case in found] == [[], [], [("two", "spleen")], []]
         assert found[2].trust["two", "spleen"][:2] == (False, True)
 
     def test_who_is_silent_altogether_is_no_expert(self, tmp_path: Path) -> None:
-        poor = WITNESSES | {("two", "spleen"): replace(GOOD, found=0.1, right=0.1)}
+        poor = SCORES | {("two", "spleen"): replace(GOOD, found=0.1, right=0.1)}
         cases = self.cases(tmp_path)
         fine, missed, own = trusting(cases, cases, poor, ReliabilityConfig())
         assert known_organs(fine, SPACE) == known_organs(missed, SPACE) == [0]
         assert known_organs(own, SPACE) == [0, 1]
-        assert doubted([fine]) == {"two x livers/fine: spleen": [False, False]}
+        assert ignored_claims([fine]) == {"two x livers/fine: spleen": [False, False]}
         (said,) = remarks([fine, missed, own], poor)
         assert said == (
             "teacher two, spleen: adds nothing here (finds 10% on both); trained without it "
@@ -193,17 +205,17 @@ class TestCases:
 
     def test_the_remark_counts_cases_by_side(self, tmp_path: Path) -> None:
         cases = self.cases(tmp_path)
-        found = trusting(cases, cases, WITNESSES, ReliabilityConfig())
-        assert remarks(found, WITNESSES) == [
+        found = trusting(cases, cases, SCORES, ReliabilityConfig())
+        assert remarks(found, SCORES) == [
             'teacher two, spleen (finds 90% on both): of 2 cases, 1 without its "not here".'
         ]
-        assert remarks(cases, WITNESSES) == []
+        assert remarks(cases, SCORES) == []
 
     def test_a_dataset_on_which_a_teacher_adds_nothing_is_named(self, tmp_path: Path) -> None:
         scattered = case_of(tmp_path, "elsewhere/missed", 3)
         silent = Trust(here=False, not_here=False, why="")
         cases = [*self.cases(tmp_path), replace(scattered, trust={("two", "spleen"): silent})]
-        (said,) = remarks(cases, WITNESSES)
+        (said,) = remarks(cases, SCORES)
         assert said == (
             "teacher two, spleen (finds 90% on both): of 3 cases, 1 without it, "
             "so it adds nothing on elsewhere."
@@ -214,10 +226,10 @@ class TestCases:
     ) -> None:
         """As `pipeline compare` does: its plan, then each of its trainings."""
         cases, log = self.cases(tmp_path), Log(quiet=True)
-        monkeypatch.setattr(reliability, "read_witnesses", lambda *_: WITNESSES)
+        monkeypatch.setattr(reliability, "read_validation_scores", lambda *_: SCORES)
         for _ in range(2):
             registry = Registry.model_construct()
-            believed_cases(cases, [], registry, tmp_path, ReliabilityConfig(), log)
+            reliable_cases(cases, [], registry, tmp_path, ReliabilityConfig(), log)
         assert capsys.readouterr().err.count("warning: teacher two, spleen") == 1
 
     def test_sizes_of_labels_and_claims(self, tmp_path: Path) -> None:
@@ -225,12 +237,12 @@ class TestCases:
         assert usual_ml(cases, "liver") == pytest.approx((30, 30))
         assert usual_ml(cases, "kidneys") is None
         unit = cases[1].teachers["two"]
-        assert region_of(unit, "spleen") == Region(pytest.approx(3), 1)
+        assert region_of(unit, "spleen") == ClaimedRegion(pytest.approx(3), 1)
         noted = {**unit.noted, "regions": {"spleen": {"voxels": 7, "parts": 2}}}
         vars(unit)["noted"] = noted
-        assert region_of(unit, "spleen") == Region(pytest.approx(7), 2)
+        assert region_of(unit, "spleen") == ClaimedRegion(pytest.approx(7), 2)
 
 
 def test_a_trust_that_says_nothing_of_either_side_is_silence() -> None:
-    assert Trust(False, False).silent
-    assert not FULL.silent
+    assert Trust(False, False).ignored
+    assert not FULL.ignored

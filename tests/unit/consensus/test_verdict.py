@@ -12,11 +12,11 @@ from pipeline.cache.index import IndexedCase
 from pipeline.consensus.evidence import (
     Circumstances,
     Evidence,
-    Look,
+    GateCases,
     OrganEvidence,
     Region,
     Score,
-    plan_looks,
+    plan_gate_cases,
     units_of,
 )
 from pipeline.consensus.gate import acceptance, elsewhere_rows, refusals, score_rows
@@ -102,7 +102,7 @@ def test_all_validation_cases_with_a_label_and_a_few_others(registry: Registry) 
         *cases("spleens", "train", 0, 1, 2, 3, 4),
         *cases("spleens", "test", 5),
     ]
-    look = next(x for x in plan_looks(registry, known) if x.teacher == "liver")
+    look = next(x for x in plan_gate_cases(registry, known) if x.teacher == "liver")
     assert look.split == "validation"
     names = {case.name for case in look.scored}
     assert names == {"livers/case_3", "livers/case_4", "both/case_5"}
@@ -114,11 +114,11 @@ def test_all_validation_cases_with_a_label_and_a_few_others(registry: Registry) 
 
 def test_training_cases_only_where_no_dataset_has_a_validation_case(registry: Registry) -> None:
     known = [*cases("livers", "train", 0, 1, 2, 3), *cases("spleens", "validation", 5)]
-    looks = {(x.teacher, x.organ): x for x in plan_looks(registry, known)}
-    liver: Look = looks["two", "liver"]
+    looks = {(x.teacher, x.organ): x for x in plan_gate_cases(registry, known)}
+    liver: GateCases = looks["two", "liver"]
     assert (liver.split, len(liver.scored)) == ("train", 3)
     assert looks["two", "spleen"].split == "validation"
-    nobody = plan_looks(registry, cases("livers", "test", 0))
+    nobody = plan_gate_cases(registry, cases("livers", "test", 0))
     assert {(x.split, x.scored, x.elsewhere) for x in nobody} == {(None, (), ())}
 
 
@@ -206,7 +206,7 @@ def test_nothing_odd() -> None:
 def test_no_organ_found() -> None:
     row = odd(regions={"spleens/a": 0.0, "spleens/b": 0.0, "spleens/c": 150.0})
     assert (row["empty"], row["odd_volume"]) == (2, 0)
-    assert row["flag"] == "ODD: no organ found in 2 of 3"
+    assert row["flag"] == "IMPLAUSIBLE: no organ found in 2 of 3"
 
 
 @pytest.mark.parametrize(("ml", "num"), [(49, 1), (51, 0), (399, 0), (401, 1)])

@@ -10,7 +10,7 @@ import pytest
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError
 from pipeline.log import Log
-from pipeline.review.why import Difference, diff, print_difference
+from pipeline.review.why import WorkDifference, diff, print_difference
 from tests.tiny import cache_config, fill_cache, run_cache, work_of, write_teacher
 from tests.unit.review.damage import rewrite, shard, unit_at
 
@@ -25,7 +25,7 @@ def copies(tiny_cached: Path) -> tuple[Path, Path]:
     return a, Path(shutil.copytree(a, a.with_name("other")))
 
 
-def only(found: Difference) -> dict[str, Any]:
+def only(found: WorkDifference) -> dict[str, Any]:
     """What differs, without what is the same."""
     sides = found.to_json()
     return {

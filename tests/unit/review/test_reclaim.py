@@ -319,7 +319,7 @@ def test_the_index_is_read_again_while_units_go(
     before = tiny_cached.read_text()
     registry = change_registry(tiny_cached, drop("liver"))
     found = find_garbage(work, [known(registry)], grace_hours=0)
-    monkeypatch.setattr(gc, "_LOOK_AGAIN", 2)
+    monkeypatch.setattr(gc, "_RECHECK_EVERY", 2)
     real, calls = gc.remove_unit, []
 
     def remove(path: Path) -> None:

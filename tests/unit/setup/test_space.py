@@ -10,10 +10,10 @@ from pipeline.setup.plan import (
     LOG_ODDS,
     Cost,
     Space,
-    look_at,
     on_disk,
     parse_size,
     shortfall,
+    space_of,
 )
 
 ROOMY = Space(
@@ -93,7 +93,7 @@ def test_the_quota_counts_what_is_there_already() -> None:
 
 
 def test_a_work_folder_that_is_not_there_yet_is_measured_where_it_will_be(tmp_path: Path) -> None:
-    found = look_at(tmp_path / "not" / "yet", None)
+    found = space_of(tmp_path / "not" / "yet", None)
     assert found.free_bytes > 0
     assert not (tmp_path / "not").exists()
 
@@ -101,6 +101,6 @@ def test_a_work_folder_that_is_not_there_yet_is_measured_where_it_will_be(tmp_pa
 def test_used_bytes_are_those_of_the_work_folder(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "file").write_bytes(b"x" * 1234)
-    found = look_at(tmp_path, 10**6)
+    found = space_of(tmp_path, 10**6)
     assert 1234 <= found.used_bytes <= 1234 + found.block_bytes
-    assert look_at(tmp_path, None).used_bytes == 0
+    assert space_of(tmp_path, None).used_bytes == 0

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.review.report.pictures import (
-    LADDER,
+    SIZE_STEPS,
     CaseLayers,
     Layer,
     Plane,
@@ -153,17 +153,17 @@ def test_few_slices_are_spread_from_end_to_end() -> None:
 def test_pictures_are_made_smaller_until_they_fit() -> None:
     noise = np.random.default_rng(0).integers(-200, 300, (60, 60, 60)).astype(np.int16)
     case = made(image=noise)
-    sizes = [sum(p.num_bytes for p in planes_of(case, *step)) for step in LADDER]
+    sizes = [sum(p.num_bytes for p in planes_of(case, *step)) for step in SIZE_STEPS]
     assert sizes == sorted(sizes, reverse=True)
-    assert fitting_planes([case], sizes[0])[1] == LADDER[0]
+    assert fitting_planes([case], sizes[0])[1] == SIZE_STEPS[0]
     planes, step = fitting_planes([case, case], 2 * sizes[2])
-    assert step == LADDER[2]
+    assert step == SIZE_STEPS[2]
     assert sum(p.num_bytes for found in planes for p in found) == 2 * sizes[2]
     # Nothing fits: the smallest is taken all the same.
-    assert fitting_planes([case], 10)[1] == LADDER[-1]
+    assert fitting_planes([case], 10)[1] == SIZE_STEPS[-1]
 
 
-@pytest.mark.parametrize("step", LADDER)
+@pytest.mark.parametrize("step", SIZE_STEPS)
 def test_sheets_stay_small_enough_for_any_browser(step: tuple[int, int]) -> None:
     side = int(np.ceil(np.sqrt(step[0]))) * step[1]
     assert side <= 4096

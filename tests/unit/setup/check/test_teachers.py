@@ -20,20 +20,16 @@ from pipeline.errors import RegistryError
 from pipeline.log import Log
 from pipeline.networks.windows import WindowConfig
 from pipeline.setup.check.teachers import CheckReport, check_teachers, middle
+from pipeline.teachers.load import Teachers
 from tests.stages.test_cache_teachers_input import factory, keep
 from tests.stages.test_teacher_kinds import bundle, exported, with_softmax
 from tests.tiny import GRID_MM, TAP, WINDOW, change_registry, teacher_data, work_of
 
 
 def check(registry: Path, **options: Any) -> CheckReport:
-    return check_teachers(
-        load_registry(registry),
-        window=WindowConfig(shape=WINDOW, overlap=0.25),
-        storage=StorageConfig(),
-        log=Log(quiet=True),
-        device="cpu",
-        **options,
-    )
+    window = WindowConfig(shape=WINDOW, overlap=0.25)
+    teachers = Teachers(load_registry(registry), window, StorageConfig(), "cpu", 1)
+    return check_teachers(teachers, Log(quiet=True), **options)
 
 
 @pytest.fixture

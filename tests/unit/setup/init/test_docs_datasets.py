@@ -1,4 +1,4 @@
-"""The entries of docs/datasets.md, on made-up folders under the published names."""
+"""The entries of docs/datasets.md, on synthetic folders under the published names."""
 
 from __future__ import annotations
 

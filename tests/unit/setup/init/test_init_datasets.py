@@ -10,7 +10,7 @@ import pytest
 from pipeline.data.nifti import read_grid
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError, PipelineError, RegistryError
-from pipeline.setup.init.begin import Wishes, begin, look
+from pipeline.setup.init.begin import InitRequest, begin, draft
 
 V2 = {
     "channel_names": {"0": "CT"},
@@ -36,7 +36,7 @@ def nnunet(root: Path, **changes: Any) -> Path:
 
 def start(folder: Path, *datasets: str, **wishes: Sequence[str]) -> Path:
     path = folder / "data_registry.yaml"
-    begin(path, Wishes(datasets, **wishes))  # type: ignore[arg-type]
+    begin(path, InitRequest(datasets, **wishes))  # type: ignore[arg-type]
     return path
 
 
@@ -237,11 +237,11 @@ class TestRefused:
         mine = "schema_version: 1\norgans: {}\ndatasets: {}\n"
         path.write_text(mine)
         with pytest.raises(RegistryError, match="--force"):
-            begin(path, Wishes([f"d={tmp_path}/d:liver=1+2"]))
+            begin(path, InitRequest([f"d={tmp_path}/d:liver=1+2"]))
         with pytest.raises(ConfigError):
-            begin(path, Wishes([f"d={tmp_path}/d:liver=1"]), force=True)
+            begin(path, InitRequest([f"d={tmp_path}/d:liver=1"]), force=True)
         assert path.read_text() == mine
-        begin(path, Wishes([f"d={tmp_path}/d:liver=1+2"]), force=True)
+        begin(path, InitRequest([f"d={tmp_path}/d:liver=1+2"]), force=True)
         assert load_registry(path).organs == {"liver": 1}
 
 
@@ -250,9 +250,9 @@ def test_a_file_that_is_no_registry_stays(tmp_path: Path, force: bool) -> None:
     nnunet(tmp_path / "d")
     notes = tmp_path / "notes.txt"
     notes.write_text("the datasets of Monday")
-    for look_or_begin in (look, begin):
+    for look_or_begin in (draft, begin):
         with pytest.raises(ConfigError) as caught:
-            look_or_begin(notes, Wishes([f"d={tmp_path}/d:liver=1+2"]), force=force)
+            look_or_begin(notes, InitRequest([f"d={tmp_path}/d:liver=1+2"]), force=force)
         assert str(caught.value) == (
             f"{notes}: `pipeline init` did not write this file and does not replace it. Name "
             "another file with -r."
@@ -288,7 +288,7 @@ class TestQuestions:
             return next(answers)
 
         path = tmp_path / "data_registry.yaml"
-        begin(path, Wishes([f"d={tmp_path}/d", f"p={tmp_path}/p"]), ask=ask)
+        begin(path, InitRequest([f"d={tmp_path}/d", f"p={tmp_path}/p"]), ask=ask)
         found = load_registry(path)
         assert found.datasets["d"].annotated == {"liver": (1, 2)}
         assert found.datasets["d"].background_values == (3,)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import WorkFolderError
-from pipeline.setup.init.begin import Wishes, begin
+from pipeline.setup.init.begin import InitRequest, begin
 from tests.unit.setup.init.test_init_datasets import nnunet, put, refused
 
 
@@ -95,5 +95,5 @@ def test_a_registry_that_cannot_be_written(tmp_path: Path) -> None:
     nnunet(tmp_path / "d")
     (tmp_path / "file").touch()
     with pytest.raises(WorkFolderError, match="cannot be written"):
-        begin(tmp_path / "file" / "data_registry.yaml", Wishes([f"d={tmp_path}/d:liver=1+2"]))
+        begin(tmp_path / "file" / "data_registry.yaml", InitRequest([f"d={tmp_path}/d:liver=1+2"]))
     assert (tmp_path / "file").read_bytes() == b""

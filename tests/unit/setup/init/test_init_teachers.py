@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.data.registry import Registry, load_registry
 from pipeline.errors import PipelineError
-from pipeline.setup.init.begin import Wishes, begin, describe
+from pipeline.setup.init.begin import InitRequest, begin, describe
 from pipeline.teachers.bundle_files import contradictions
 from pipeline.teachers.checkpoint import read_teacher
 from pipeline.teachers.nnunet_folder import check_against_registry, read_model_folder
@@ -63,7 +63,7 @@ def start(
     for part in ("images", "labels"):
         (folder / "d" / part / "a.nii.gz").touch()
     path = folder / "data_registry.yaml"
-    begin(path, Wishes([f"d={folder}/d:liver=1"], teachers, organs=organs), ask=ask)
+    begin(path, InitRequest([f"d={folder}/d:liver=1"], teachers, organs=organs), ask=ask)
     return load_registry(path)
 
 
