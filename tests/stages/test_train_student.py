@@ -149,9 +149,13 @@ def case_of(unit: Path) -> tuple[str, str]:
     return unit.parent.name, unit.name.split("@")[0]
 
 
-def losses_of(registry: Path) -> list[float]:
+def steps_of(registry: Path) -> list[dict[str, Any]]:
     lines = (run_folder(registry) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
+    return [found for line in lines if "loss" in (found := json.loads(line))]
+
+
+def losses_of(registry: Path) -> list[float]:
+    return [line["loss"] for line in steps_of(registry)]
 
 
 class TestTrainStudent(StageContract):
@@ -227,10 +231,13 @@ class TestSupervision:
         assert all(math.isfinite(loss) for loss in losses)
         assert set(report.details["validation_dice"]) == set(ORGANS)
 
-    def test_each_teachers_organs_together_train(self, tiny_cached: Path) -> None:
-        supervision = {"kind": "ms_kd", "logits": {"target": "marginal"}}
+    def test_who_is_believed_stands_in_the_metrics(self, tiny_cached: Path) -> None:
+        supervision = {"kind": "ms_kd", "reliability": {"agree_after": 0.0}}
         run(tiny_cached, settings(supervision=supervision))
-        assert all(math.isfinite(loss) for loss in losses_of(tiny_cached))
+        first, second = steps_of(tiny_cached)
+        assert set(first["believed"]) == set(ORGANS)
+        assert all(s is None or 0 <= s <= 1 for s in first["believed"].values())
+        assert "believed" not in second  # every twentieth step
 
     def test_masked_bce_ends_in_sigmoids(self, tiny_cached: Path) -> None:
         run(tiny_cached, settings("masked_bce"))

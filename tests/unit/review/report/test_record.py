@@ -33,6 +33,8 @@ def test_regions_are_formed_as_the_training_formed_them(runs: Path) -> None:
     view = read_run(work_of(runs), RUN).view
     assert view == View(1.5, False, 3.0, {("liver", "liver"): 2.0})
     rewrite(runs, lambda content: content["config"]["supervision"].update(kind="of old"))
+    assert read_run(work_of(runs), RUN).view == View(1.5, False, 3.0, {("liver", "liver"): 2.0})
+    rewrite(runs, lambda content: content["config"]["supervision"].update(margin="of old"))
     assert read_run(work_of(runs), RUN).view == View()
 
 
