@@ -16,6 +16,11 @@ the median over rounds, and the ratios of medians are what counts. Every way mak
     python -m benchmarks.student_step FOLDER --device cuda --precision bf16 --network dynunet \\
         --spacing-mm 2 2 2 --patch 128 128 128
 
+Under torchrun the ways are others: a step of several processes that send their gradients in one
+message, or in several while the backward pass runs, and one in which nobody sends anything.
+
+    torchrun --nproc-per-node 2 -m benchmarks.student_step FOLDER --network realistic
+
 FOLDER keeps the demo's cohort, teachers and cache (1.5 minutes); another for each --spacing-mm. On
 the CPU torch gets one thread, so that loader processes have a core to work on.
 """
@@ -43,9 +48,11 @@ from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import Registry
 from pipeline.log import Log, print_table
 from pipeline.networks.by_name import NetworkConfig, build_network, pick_device
+from pipeline.student import processes as sent
 from pipeline.student.dataset import PatchDataset, loaded_batches, to_batch
 from pipeline.student.inputs import TrainingInputs, cached_taps
 from pipeline.student.network import StudentNetwork, seeded_network
+from pipeline.student.processes import ALONE, Processes, joined
 from pipeline.student.resume import TrainingState
 from pipeline.student.settings import TrainingConfig, build_optimiser
 from pipeline.student.speed import Speed, SpeedFlags
@@ -92,14 +99,21 @@ def main() -> None:
     """Prints milliseconds per way and their ratios."""
     arguments = options().parse_args()
     torch.set_num_threads(1)
-    report(measure(cached_cohort(arguments.folder, arguments.spacing_mm), arguments), arguments)
+    with joined() as processes:
+        made = partial(cached_cohort, arguments.folder, arguments.spacing_mm)
+        processes.from_first(lambda: made() and None)
+        rows = measure(made(), arguments, processes)
+        if processes.is_first:
+            report(rows, arguments)
 
 
-def measure(registry: Registry, arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+def measure(
+    registry: Registry, arguments: argparse.Namespace, processes: Processes = ALONE
+) -> dict[str, list[dict[str, float]]]:
     """Way -> a row per round, on what is cached in `arguments.folder / "work"`."""
     rows: dict[str, list[dict[str, float]]] = {}
     with ExitStack() as stack:
-        ways = Bench(registry, arguments).ways(stack)
+        ways = Bench(registry, arguments, processes).ways(stack)
         for number in range(-1, arguments.rounds):
             for name, way in ways.items():
                 row = way()
@@ -111,8 +125,10 @@ def measure(registry: Registry, arguments: argparse.Namespace) -> dict[str, list
 class Bench:
     """One cached cohort, and steps of several kinds on it."""
 
-    def __init__(self, registry: Registry, arguments: argparse.Namespace) -> None:
-        self.registry, self.arguments = registry, arguments
+    def __init__(
+        self, registry: Registry, arguments: argparse.Namespace, processes: Processes = ALONE
+    ) -> None:
+        self.registry, self.arguments, self.processes = registry, arguments, processes
         self.device = pick_device(arguments.device)
         self.space = registry.label_space
         cohort = open_cohort(
@@ -144,6 +160,16 @@ class Bench:
             make["online" if wider == 1 else f"online x {wider}"] = partial(
                 self._way, stack, "ms_kd", 0, wider=wider
             )
+        if self.processes.size > 1:
+            shared = self._way(stack, "marginal", 0, in_memory=True)
+            return {
+                "memory, gradients are not sent": self._way(
+                    stack, "marginal", 0, in_memory=True, alone=True
+                ),
+                "memory, one message after the pass": partial(_with_buckets, 1 << 40, shared),
+                "memory, buckets of 1 MB": partial(_with_buckets, 1 << 20, shared),
+                "memory, buckets as shipped": shared,
+            }
         return {name: make[name]() for name in self.arguments.ways or make}
 
     def _way(
@@ -155,6 +181,7 @@ class Bench:
         features: bool = False,
         in_memory: bool = False,
         wider: int = 0,
+        alone: bool = False,
     ) -> Callable[[], dict[str, float]]:
         teachers = Teachers(self.registry, wider, self.device) if wider else None
         config = self._config(kind, features)
@@ -166,7 +193,8 @@ class Bench:
         speed.prepare(network, network.network, Log(quiet=True))
         batches = self._batches(stack, config, network, workers, in_memory, teachers)
         inputs = TrainingInputs(self.cases, [], self.space, {}, network.cached)
-        state = TrainingState(config, inputs, network, optimiser, speed)
+        processes = ALONE if alone else self.processes
+        state = TrainingState(config, inputs, network, optimiser, speed, processes)
         count = iter(range(config.steps))
 
         def one() -> float:
@@ -211,7 +239,7 @@ class Bench:
         # Online, nothing of the teachers is read: what they say is computed.
         reads = self._config("marginal", features=False) if teachers is not None else config
         inputs = TrainingInputs(self.cases, [], self.space, {}, network.cached)
-        data = PatchDataset(reads, inputs, pool_bytes=512_000_000)
+        data = PatchDataset(reads, inputs, self.processes, pool_bytes=512_000_000)
         loader = stack.enter_context(loaded_batches(data, 0, workers))
         taps = list(network.cached)
 
@@ -246,6 +274,15 @@ class Bench:
                 **self.more,
             }
         )
+
+
+def _with_buckets(num_bytes: int, way: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """A block of steps with another size of the messages that gradients travel in."""
+    shipped, sent._BUCKET_BYTES = sent._BUCKET_BYTES, num_bytes
+    try:
+        return way()
+    finally:
+        sent._BUCKET_BYTES = shipped
 
 
 class Teachers:
@@ -297,7 +334,7 @@ def report(rows: Mapping[str, list[dict[str, float]]], arguments: argparse.Names
     if arguments.json:
         print(json.dumps({"rounds": rows, "medians": medians}, indent=1))
         return
-    memory = medians["memory"]
+    memory = next(iter(medians.values()))
     cache = next((row for way, row in medians.items() if way.startswith("cache")), memory)
     print_table(
         f"{arguments.network} network, patch {tuple(arguments.patch)}, batch "
