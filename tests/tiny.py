@@ -44,6 +44,7 @@ from pipeline.teachers.checkpoint import TeacherRecord, save_teacher
 from stages import cache_teachers
 from stages.report import Scope, StageReport
 
+RunCli = Callable[..., tuple[int, str, str]]  # what the fixture `run_cli` is
 ORGANS = ("liver", "spleen")
 SHAPE = (24, 28, 32)
 GRID_MM = (12.0, 12.0, 12.0)
