@@ -151,6 +151,7 @@ class TestLedger:
             ({}, True),
             ({"args": ["--numprocesses", "auto", "--dist", "loadfile"]}, True),
             ({"args": [str(ROOT / "tests" / "unit")]}, False),
+            ({"args": [f"{__file__}::TestLedger"]}, False),
             ({"keyword": "liver"}, False),
             ({"markexpr": "not slow"}, False),
             ({"lf": True}, False),
