@@ -91,12 +91,6 @@ def test_another_label_makes_the_case_again_and_no_teacher(tiny_cached: Path) ->
     assert teacher_folders(tiny_cached) == before
 
 
-def test_speed_flags_make_no_other_units(tiny_cached: Path) -> None:
-    loaded = load_registry(tiny_cached)
-    report = quiet_run(cache_config(), loaded, work_of(tiny_cached), window_batch=1)
-    assert report.done == []
-
-
 @pytest.mark.parametrize(
     "change", [{"window": {"shape": [16, 16, 16], "overlap": 0.5}}, {"storage": {"chunk": 16}}]
 )

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -259,26 +258,6 @@ class TestEnd:
         log = seen["log"]
         assert isinstance(log, Log)
         assert log.events is None
-
-
-class TestStatus:
-    def test_json_for_machines(self, tiny_cached: Path, run_cli: RunCli) -> None:
-        code, out, _ = run_cli(
-            "status", "--json", "-r", str(tiny_cached), "-w", str(work_of(tiny_cached))
-        )  # fmt: skip
-        assert code == 0
-        found = json.loads(out)
-        assert found["not_done"] == []
-        assert sum(row["done"] for row in found["counts"]) == 27
-
-    def test_tables_for_people(self, tiny_registry: Path, run_cli: RunCli) -> None:
-        code, out, _ = run_cli(
-            "status", "-r", str(tiny_registry), "-w", str(tiny_registry.parent / "work")
-        )  # fmt: skip
-        assert code == 0
-        assert "liver-ct" in out
-        assert "missing" in out
-        assert not (tiny_registry.parent / "work").exists()
 
 
 def test_a_batch_with_a_bad_case_ends_with_its_name_and_code_two(
