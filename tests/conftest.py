@@ -6,6 +6,7 @@ With several test processes each counts faults of its own; the one that prints a
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +23,16 @@ settings.load_profile("no deadline")
 
 pytest.register_assert_rewrite("tests.stages.stage_contract")
 
-from pipeline.cache.reader import POOL  # noqa: E402
+from pipeline.cache.reader import POOL, Unit  # noqa: E402
+from pipeline.cli import main  # noqa: E402
+from pipeline.data.patches import Patch  # noqa: E402
 from tests.distribution import Dealt, num_processes, rank  # noqa: E402
 from tests.faults.ledger import LEDGER, LONG  # noqa: E402
 from tests.messages import never_raised  # noqa: E402
 from tests.messages.ledger import RAISED, keep_with_earlier_runs  # noqa: E402
 from tests.nnunet_models import build_models  # noqa: E402
 from tests.object_store import BUCKET, folder, object_store  # noqa: E402
-from tests.tiny import build_cohort, copy_cohort, fill_cache  # noqa: E402
+from tests.tiny import RunCli, build_cohort, copy_cohort, fill_cache  # noqa: E402
 
 RAISED.install()
 
@@ -135,6 +138,21 @@ def store_work(store_endpoint: str) -> UPath:
 
 
 @pytest.fixture
+def run_cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunCli:
+    """Runs `pipeline` with arguments in this process: exit code, standard output and error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
+        monkeypatch.setenv("COLUMNS", "1000")  # no sentence is wrapped, however long its paths
+        with pytest.raises(SystemExit) as caught:
+            main()
+        said = capsys.readouterr()
+        return int(caught.value.code or 0), said.out, said.err
+
+    return run
+
+
+@pytest.fixture
 def tiny_registry(built_cohort: Path, tmp_path: Path) -> Path:
     """A fresh copy of the cohort, nothing cached."""
     return copy_cohort(built_cohort, tmp_path / "cohort")
@@ -144,6 +162,21 @@ def tiny_registry(built_cohort: Path, tmp_path: Path) -> Path:
 def tiny_cached(built_cache: Path, tmp_path: Path) -> Path:
     """A fresh copy of the cohort and of its filled work folder."""
     return copy_cohort(built_cache, tmp_path / "cached")
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What is read of units: teacher or `cases`, "/", array; and how many values."""
+    made: list[tuple[str, int]] = []
+    real = Unit.read
+
+    def read(self: Unit, name: str, patch: Patch | None = None) -> Any:
+        values = real(self, name, patch)
+        made.append((f"{self.path.parts[-3].split('@')[0]}/{name}", values.size))
+        return values
+
+    monkeypatch.setattr(Unit, "read", read)
+    return made
 
 
 @pytest.fixture(scope="session")

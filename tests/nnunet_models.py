@@ -149,7 +149,9 @@ def _plan(recipe: Recipe, patch: pytest.MonkeyPatch) -> None:
     threads = SimpleNamespace(get_context=lambda kind: multiprocessing.dummy)
     patch.setattr(fingerprint_extractor, "multiprocessing", threads)
     patch.setattr(utils, "Pool", multiprocessing.dummy.Pool)
-    fingerprint_extractor.DatasetFingerprintExtractor(recipe.number, 1).run()
+    extractor = fingerprint_extractor.DatasetFingerprintExtractor(recipe.number, 1)
+    extractor.num_foreground_voxels_for_intensitystats = 10_000  # as given, 100 million
+    extractor.run()
     planner = ExperimentPlanner(recipe.number, gpu_memory_target_in_gb=0.01)
     planner.UNet_base_num_features, planner.UNet_max_features_3d = 4, 8
     planner.UNet_max_features_2d = 8

@@ -22,12 +22,14 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pipeline.data.entries import PhantomSpec
 from pipeline.data.labels import Intensity
@@ -44,6 +46,7 @@ from pipeline.teachers.checkpoint import TeacherRecord, save_teacher
 from stages import cache_teachers
 from stages.report import Scope, StageReport
 
+RunCli = Callable[..., tuple[int, str, str]]  # what the fixture `run_cli` is
 ORGANS = ("liver", "spleen")
 SHAPE = (24, 28, 32)
 GRID_MM = (12.0, 12.0, 12.0)
@@ -118,6 +121,23 @@ def file_limit(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def at_step(number: int, act: Callable[[], object]) -> Iterator[None]:
+    """Before the optimiser's step of that number, counted from 1 within the block, something
+    happens: a signal, an error."""
+    steps = count(1)
+
+    def hook(*_: object) -> None:
+        if next(steps) == number:
+            act()
+
+    handle = register_optimizer_step_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def copy_cohort(source: Path, folder: Path) -> Path:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pytest
@@ -18,9 +18,8 @@ from typer.testing import CliRunner, Result
 from pipeline.cli import app as cli
 from pipeline.errors import PipelineError
 from pipeline.folder import read_text, sizes
-from pipeline.student import training as loop
 from pipeline.student.progress import without_timing
-from tests.tiny import cache_config, change_registry, training_settings, work_of
+from tests.tiny import at_step, cache_config, change_registry, training_settings, work_of
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -137,19 +136,14 @@ def test_a_student_stopped_anywhere_goes_on_bit_for_bit(
     settings: dict[str, str],
     tiny_cached: Path,
     uploaded: UPath,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed after a checkpoint was sent: what is lost is what came after it."""
     run("train-student", "-q", "-c", settings["train"], work=work_of(tiny_cached))
-    real = loop.make_step
 
-    def killed(*arguments: Any) -> Any:
-        if arguments[-1] == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
+    def killed() -> NoReturn:
+        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_step", killed)
+    with at_step(3, killed):
         run("train-student", "-q", "-c", settings["train"], "--checkpoint-minutes", "0", expect=130)
     checkpoints = [name for name in sizes(uploaded / "students") if "/checkpoints/" in name]
     assert [Path(name).name for name in checkpoints] == ["step_00000001.pt", "step_00000002.pt"]

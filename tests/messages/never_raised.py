@@ -58,7 +58,8 @@ def whole_suite_ran(session: pytest.Session, exit_code: int) -> bool:
     options = session.config.option
     chosen = any(getattr(options, name, None) for name in _CHOOSING)
     asked = [str(text) for text in session.config.invocation_params.args]
-    paths = [text for text in asked if not text.startswith("-") and Path(text).exists()]
+    named = [text.split("::")[0] for text in asked if not text.startswith("-")]
+    paths = [text for text in named if Path(text).exists()]
     if exit_code or chosen or paths:
         return False
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

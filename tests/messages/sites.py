@@ -25,7 +25,8 @@ class Site:
     """One place.
 
     Attributes:
-        key: file and text, which stay when lines move; a number is added to the second of a kind.
+        key: its text, which stays when lines and files move; a number is added to the second of a
+            kind.
         file: relative to the repository.
         first, last: lines of the call.
         kind: class of the error; `error` where the caller says which.
@@ -98,7 +99,7 @@ def _site(file: str, call: ast.Call, known: Mapping[str, Texts]) -> Site:
     what = texts_of(call.args[0], known) if call.args else ()
     assert isinstance(call.func, ast.Name)
     return Site(
-        f"{file}: {what[0] if what else ''}".replace("\n", " "),
+        (what[0] if what else "").replace("\n", " "),
         file,
         call.lineno,
         call.end_lineno or call.lineno,

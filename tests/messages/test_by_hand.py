@@ -46,8 +46,7 @@ from stages.compare import plan, scoring
 from stages.compare.plan import ComparisonSettings, check_configurations, check_settings
 from stages.report import StageReport
 from stages.train_student import TrainStudentConfig
-from tests.tiny import NETWORK, change_registry
-from tests.unit.cli.test_app import run_here
+from tests.tiny import NETWORK, RunCli, change_registry
 
 LOG = Log(quiet=True)
 CASE = np.zeros((2, 3, 4), dtype=np.uint8)
@@ -196,11 +195,11 @@ def test_of_the_command_line(
     tmp_path: Path,
     arguments: list[str],
     says: str,
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    run_cli: RunCli,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, _, err = run_here(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    code, _, err = run_cli(*arguments)
     assert code == 2
     assert says in err
     assert err.count("\n") == 1  # one paragraph

@@ -163,7 +163,7 @@ print(json.dumps([digest(case), digest(teacher),
 
 def test_every_process_computes_the_same_digests() -> None:
     found = set()
-    for seed in ("0", "1", "4242", "random"):
+    for seed in ("0", "random"):
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM],
             cwd=ROOT,

@@ -19,15 +19,13 @@ from pipeline.cache.index import read_teacher_index
 from pipeline.cache.places import find_units
 from pipeline.cache.receipt import read_receipt, verify_unit
 from pipeline.cli import app as cli
-from pipeline.consensus import gate
 from pipeline.consensus.evidence import Evidence, read_evidence, temperatures
-from pipeline.data.nifti import write_image
+from pipeline.data.nifti import read_image, write_image
 from pipeline.data.registry import load_registry
 from pipeline.data.volume import Grid, Volume
 from pipeline.errors import CacheMissing, ConfigError, TeacherError
 from pipeline.log import Log
 from pipeline.review.why import why
-from pipeline.teachers import units as unit_steps
 from stages import cache_teachers
 from stages.report import StageReport
 from tests.stages.stage_contract import snapshot
@@ -264,11 +262,13 @@ def test_the_command_line_stops_with_2_and_takes_several_names(registry: Path) -
 # --- what it is judged by -------------------------------------------------------------------------
 
 
-def test_a_rerun_measures_nothing_again(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rerun_measures_nothing_again(registry: Path, reads: list[tuple[str, int]]) -> None:
     with_teachers(registry, good=GOOD, bad=EMPTY)
     first = run(registry)
-    monkeypatch.setattr(gate, "measure", lambda *_: pytest.fail("measured again"))
+    assert "bad/log_odds/liver" in dict(reads)
+    reads.clear()
     again = run(registry)
+    assert reads == []
     assert again.details["teachers"] == first.details["teachers"]
     assert again.exit_code == 2
     # Another threshold is another verdict on the same evidence.
@@ -302,20 +302,19 @@ def test_a_case_that_failed_is_measured_when_it_is_mended(registry: Path) -> Non
 
 
 def test_a_unit_that_could_not_be_made_counts_as_soon_as_it_can(
-    registry: Path, monkeypatch: pytest.MonkeyPatch
+    registry: Path, tmp_path: Path
 ) -> None:
-    real = unit_steps.compute_unit
-
-    def once_out_of_memory(*args: Any, **options: Any) -> Any:
-        if args[3] == "good x livers/case_002":
-            raise MemoryError
-        return real(*args, **options)
-
-    monkeypatch.setattr(unit_steps, "compute_unit", once_out_of_memory)
-    report = run(registry)
+    image = registry.parent / "livers" / "images" / "case_002.nii.gz"
+    volume = read_image(image).volume
+    marked, mark = volume.array.copy(), 1500
+    marked.flat[0] = mark
+    write_image(image, Volume(marked, volume.grid))
+    mended = tmp_path / "mended"
+    poor = teacher("poor", how="raise", marked_by=mark, hu=LIVER_HU, mended=str(mended))
+    report = run(with_teachers(registry, good=poor))
     assert list(report.failed) == ["good x livers/case_002"]
     assert report.details["teachers"][0]["num_cases"] == 1
-    monkeypatch.undo()
+    mended.touch()
     (row,) = run(registry).details["teachers"]
     assert row["num_cases"] == 2
 

@@ -34,7 +34,6 @@ from pipeline.student.inputs import open_inputs
 from pipeline.student.supervision import SupervisionConfig
 from pipeline.teachers import units
 from pipeline.teachers.units import Outputs
-from stages import cache_teachers
 from tests.stages.stage_contract import snapshot
 from tests.stages.test_cache_teachers import run, units_of
 from tests.tiny import cache_config, change_registry, shrink_organ, work_of
@@ -73,31 +72,8 @@ def repaint(path: Path, voxels: Any) -> None:
     nib.save(nib.Nifti1Image(voxels(np.asanyarray(image.dataobj).copy()), image.affine), path)
 
 
-def marked(array: Any) -> Any:
-    array.flat[0] = 12345
-    return array
-
-
 def files_of(registry: Path, part: str, dataset: str = "liver-ct") -> list[Path]:
     return sorted((registry.parent / "data" / dataset / part).glob("*.nii.gz"))
-
-
-@pytest.mark.parametrize("how", ["nan", "infinite", "raise"])
-def test_a_teacher_that_fails_on_one_case_is_named_with_it(tiny_registry: Path, how: str) -> None:
-    image = files_of(tiny_registry, "images")[1]
-    repaint(image, marked)
-    poor = factory("poor", args={"how": how, "marked_by": 12345})
-    keep(tiny_registry, "liver-ct", poor=poor, fine=factory("threshold"))
-    report = run(tiny_registry)
-    assert set(report.failed) == {"poor x liver-ct/case_001"}
-    assert isinstance(report.failed["poor x liver-ct/case_001"], TeacherError)
-    assert len(report.done) == 3 + 3 + 2
-    assert report.exit_code == 2
-    assert not list(work_of(tiny_registry).glob("teachers/poor@*/liver-ct/*case_001*"))
-    # Nothing was cached for it, so it is tried again, and the others are not.
-    again = run(tiny_registry)
-    assert set(again.failed) == set(report.failed)
-    assert again.done == []
 
 
 def test_a_dataset_whose_organ_is_empty_in_every_case(tiny_registry: Path) -> None:
@@ -200,22 +176,6 @@ def test_what_nobody_foresaw_stops_one_unit_and_keeps_its_traceback(
     told = capsys.readouterr().err
     assert "in broken" in told
     assert "ZeroDivisionError: a bug" in told
-
-
-def test_an_image_that_changes_meanwhile_is_not_cached_as_what_it_was(
-    tiny_registry: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keep(tiny_registry, "liver-ct", liver=factory("threshold"))
-    real = cache_teachers.CacheRun.gate_units
-
-    def then_change(*args: Any) -> Any:
-        repaint(files_of(tiny_registry, "images")[0], marked)
-        return real(*args)
-
-    monkeypatch.setattr(cache_teachers.CacheRun, "gate_units", then_change)
-    report = run(tiny_registry)
-    assert "changed while this stage was running" in str(report.failed["liver x liver-ct/case_000"])
-    assert len(report.done) == 5
 
 
 def test_an_image_that_is_not_hu_fails_by_name_before_a_teacher_sees_it(

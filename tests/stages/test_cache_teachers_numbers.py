@@ -63,22 +63,6 @@ def teacher_folders(registry: Path) -> dict[str, Any]:
 # --- teachers come and go -----------------------------------------------------------------------
 
 
-def test_an_added_teacher_touches_only_its_own_folder(tiny_cached: Path) -> None:
-    before = teacher_folders(tiny_cached)
-    cases = snapshot(work_of(tiny_cached) / "cases")
-    change_registry(
-        tiny_cached, lambda data: data["teachers"].update({"liver-2": factory("threshold")})
-    )
-    report = done(tiny_cached)
-    assert len(report.done) == 9
-    assert all(unit.startswith("liver-2 x ") for unit in report.done)
-    after = teacher_folders(tiny_cached)
-    (new,) = set(after) - set(before)
-    assert new.startswith("liver-2@")
-    assert {name: after[name] for name in before} == before
-    assert snapshot(work_of(tiny_cached) / "cases") == cases
-
-
 def test_a_swapped_teacher_gets_another_folder_and_the_old_one_stays(tiny_cached: Path) -> None:
     before = teacher_folders(tiny_cached)
     weights = tiny_cached.parent / "teachers" / "liver.pt"
@@ -112,12 +96,6 @@ def test_another_label_makes_the_case_again_and_no_teacher(tiny_cached: Path) ->
     )
     assert sorted(done(tiny_cached).done) == [f"liver-ct/case_00{i}" for i in range(3)]
     assert teacher_folders(tiny_cached) == before
-
-
-def test_speed_flags_make_no_other_units(tiny_cached: Path) -> None:
-    loaded = load_registry(tiny_cached)
-    report = quiet_run(cache_config(), loaded, work_of(tiny_cached), window_batch=1)
-    assert report.done == []
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,8 +13,7 @@ from pipeline.cli.app import app
 from pipeline.data.registry import load_registry
 from pipeline.errors import SpaceError
 from pipeline.log import Log
-from pipeline.setup import plan as record
-from pipeline.setup.plan import Space, make_plan, space_of
+from pipeline.setup.plan import make_plan
 from stages.report import StageReport
 from tests.stages.stage_contract import snapshot
 from tests.tiny import cache_config, change_registry, run_cache, work_of, write_teacher
@@ -40,12 +41,16 @@ def units(registry: Path) -> list[Path]:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number in it is what the disk has free."""
-    bytes_free = [10**15]
+    bytes_free, real = [10**15], os.statvfs
 
-    def pretend(work: Path, quota_bytes: int | None) -> Space:
-        return Space(**{**vars(space_of(work, quota_bytes)), "free_bytes": bytes_free[0]})
+    def pretend(path: Path) -> object:
+        found = real(path)
+        return SimpleNamespace(
+            f_bavail=bytes_free[0] / found.f_frsize, f_frsize=found.f_frsize,
+            f_favail=found.f_favail, f_files=found.f_files,
+        )  # fmt: skip
 
-    monkeypatch.setattr(record, "space_of", pretend)
+    monkeypatch.setattr(os, "statvfs", pretend)
     return bytes_free
 
 

@@ -16,8 +16,7 @@ from pipeline.data.entries import PhantomSpec
 from tests.stages.stage_contract import snapshot
 from tests.stages.test_predict import write_student
 from tests.stages.test_train_student import settings as student_settings
-from tests.tiny import cache_config, change_registry, training_settings, work_of
-from tests.unit.cli.test_app import run_here
+from tests.tiny import RunCli, cache_config, change_registry, training_settings, work_of
 
 # Command -> its arguments, besides --dry-run; {} stands for the folder of the registry.
 ARGUMENTS = {
@@ -83,9 +82,7 @@ def test_every_command_that_has_it_is_tried() -> None:
 
 
 @pytest.mark.parametrize("command", ARGUMENTS)
-def test_it_writes_nothing(
-    place: Path, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_writes_nothing(place: Path, command: str, run_cli: RunCli) -> None:
     folder = place.parent
     if command == "cache-teachers":
         (folder / "kept.pt").rename(folder / "teachers" / "spleen.pt")
@@ -93,7 +90,7 @@ def test_it_writes_nothing(
     arguments = ARGUMENTS[command].replace("{}", str(folder)).split(" ")
     report = folder.parent / "run.json"
     run = (*command.split(" "), *arguments, "--dry-run", "--report", str(report))
-    code, out, err = run_here(*run, capsys=capsys, monkeypatch=monkeypatch)
+    code, out, err = run_cli(*run)
     assert code == 0, err
     assert snapshot(folder) == before
     assert (out + err).strip()  # it says something
@@ -115,17 +112,13 @@ def test_it_writes_nothing(
     ],
 )
 def test_its_report_says_what_would_be_done(
-    place: Path,
-    command: str,
-    expected: list[str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    place: Path, command: str, expected: list[str], run_cli: RunCli
 ) -> None:
     folder = place.parent
     arguments = ARGUMENTS[command].replace("{}", str(folder)).split(" ")
     report = folder.parent / "run.json"
     run = (command, *arguments, "--dry-run", "--report", str(report))
-    code, _, said = run_here(*run, capsys=capsys, monkeypatch=monkeypatch)
+    code, _, said = run_cli(*run)
     assert code == 0
     assert json.loads(report.read_text())["units"]["done"] == expected
     assert f"{command}: dry run, nothing is written; {len(expected)} to do" in said

@@ -30,8 +30,7 @@ from stages.against import (
 from stages.evaluate import EvaluateConfig
 from tests.stages.stage_contract import snapshot
 from tests.stages.test_evaluate import CASES, LIVER, change_file, reference, without
-from tests.tiny import change_registry
-from tests.unit.setup.check.test_teachers import run_cli
+from tests.tiny import RunCli, change_registry
 
 ALL = [f"{d}/case_00{n}" for d in ("liver-ct", "spleen-ct", "multi-ct") for n in range(3)]
 
@@ -256,26 +255,24 @@ def test_a_run_stands_for_its_predictions(tmp_path: Path) -> None:
     assert predictions_of(run) == predicted
 
 
-def test_on_the_command_line(
-    cohort: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_the_command_line(cohort: Path, run_cli: RunCli) -> None:
     good, poor = (str(cohort.parent / name) for name in ("good", "poor"))
     config = cohort.parent / "evaluate.yaml"
     config.write_text("surface: false\n")
     arguments = ["evaluate", good, "-r", str(cohort), "-c", str(config), "--against", poor]
-    code, out, _ = run_cli(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    code, out, _ = run_cli(*arguments)
     assert code == 0
     assert "Dice: good against poor, 9 cases" in out
     assert (cohort.parent / "good" / "against.json").exists()
     (Path(good) / "summary.json").unlink()
     before = snapshot(cohort.parent)
     missing = [*arguments, "--against", f"{poor}er"]
-    code, _, err = run_cli(*missing, capsys=capsys, monkeypatch=monkeypatch)
+    code, _, err = run_cli(*missing)
     assert code == 2
     assert f"{poor}er: there is no such folder." in err
     assert snapshot(cohort.parent) == before  # it is asked before anything is scored
     nib.load(Path(poor) / f"{ALL[0]}.nii.gz")
     (Path(good) / f"{ALL[0]}.nii.gz").unlink()
-    code, _, err = run_cli(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    code, _, err = run_cli(*arguments)
     assert code == 2  # the first folder lacks a case; the others are compared all the same
     assert f"in all folders, of poor: {ALL[0]}." in err

@@ -6,7 +6,7 @@ import json
 import resource
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -343,17 +343,27 @@ class Wrong(nn.Module):
         return torch.cat([out[:, :1] + self.by, out[:, 1:]], dim=1)
 
 
+@pytest.fixture
+def written_as(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., nn.Module]], None]:
+    """Called with what to make of the student's network, another network is written than it."""
+    opened = write.open_network
+
+    def put(change: Callable[..., nn.Module]) -> None:
+        monkeypatch.setattr(write, "open_network", lambda *a: change(opened(*a)))
+
+    return put
+
+
 class TestParityIsDemanded:
     @pytest.mark.parametrize("by", [0.5, float("nan")])
     def test_what_is_worse_than_tolerated_is_not_written(
-        self, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, by: float
+        self, tmp_path: Path, image: Path, written_as: Any, by: float
     ) -> None:
         student = write_spread_student(tmp_path / "student.pt", **COARSE)
         out = tmp_path / "out"
         assert run(student, ["torchscript"], out, check_on=image).exit_code == 0
         before = snapshot(out)
-        opened = write.open_network
-        monkeypatch.setattr(write, "open_network", lambda *a: Wrong(opened(*a), by))
+        written_as(lambda network: Wrong(network, by))
         again = ExportConfig(overlap=0.25)
         report = run(student, ["torchscript", "onnx"], out, again, check_on=image)
         assert set(report.failed) == {"torchscript", "onnx"}
@@ -363,11 +373,10 @@ class TestParityIsDemanded:
         assert snapshot(out) == before
 
     def test_logits_alone_and_labels_alone_can_fail(
-        self, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, image: Path, written_as: Any
     ) -> None:
         student = write_spread_student(tmp_path / "student.pt", **COARSE)
-        opened = write.open_network
-        monkeypatch.setattr(write, "open_network", lambda *a: Wrong(opened(*a), 0.5))
+        written_as(lambda network: Wrong(network, 0.5))
         logits, labels = "logits differ by up to 0.5", "organ voxels differ"
         for tolerance, said, unsaid in (
             (Tolerance(max_differing_fraction=1.0), logits, labels),
@@ -401,14 +410,10 @@ class TestParityIsDemanded:
         assert list((tmp_path / "out").iterdir()) == []
 
     def test_a_network_of_fewer_channels_is_refused(
-        self, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, image: Path, written_as: Any
     ) -> None:
-        class Fewer(nn.Module):
-            def forward(self, image: Tensor) -> Tensor:
-                return image
-
         student = write_spread_student(tmp_path / "student.pt", **COARSE)
-        monkeypatch.setattr(write, "open_network", lambda *a: Fewer())
+        written_as(lambda network: nn.Identity())
         report = run(student, ["torchscript"], tmp_path / "out", check_on=image)
         assert "it gives (1, 1, " in str(report.failed["torchscript"])
         assert list((tmp_path / "out").iterdir()) == []

@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +26,6 @@ from pipeline.data.registry import load_registry
 from pipeline.errors import CheckpointError, ConfigError, GeometryError
 from pipeline.log import Log
 from pipeline.networks.by_name import NetworkConfig, build_network
-from pipeline.student import predict as case_module
 from pipeline.student.checkpoint import StudentRecord, save_student
 from pipeline.student.inference import predict_logits
 from pipeline.student.network import build_student
@@ -136,9 +135,20 @@ def student(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+def threshold_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Called with what its record says, the student becomes one with `Threshold` as its network."""
+
+    def put(**changes: Any) -> None:
+        student = record(**changes), Threshold()
+        monkeypatch.setattr(predict, "load_student", lambda path: student)
+
+    return put
+
+
+@pytest.fixture
+def threshold(threshold_of: Callable[..., None]) -> None:
     """The student's network is replaced by `Threshold`."""
-    monkeypatch.setattr(predict, "load_student", lambda path: (record(), Threshold()))
+    threshold_of()
 
 
 def test_parts_are_removed_as_the_student_learnt_it(
@@ -265,12 +275,11 @@ class TestGeometry:
         self,
         student: Path,
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+        threshold_of: Callable[..., None],
         codes: str,
         shear: float,
     ) -> None:
-        coarse = record(spacing_mm=(2.0, 2.5, 2.0))
-        monkeypatch.setattr(predict, "load_student", lambda path: (coarse, Threshold()))
+        threshold_of(spacing_mm=(2.0, 2.5, 2.0))
         image = tmp_path / "in" / "ct.nii.gz"
         write_ct(image, codes, shear=shear)
         source = nib.load(image)
@@ -468,23 +477,19 @@ class TestWhatIsDone:
         assert content(tmp_path / "out") == whole
 
     def test_a_label_map_that_may_not_be_read_is_an_error_of_its_case(
-        self, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, student: Path, tmp_path: Path
     ) -> None:
         for name in "ab":
             write_ct(tmp_path / "in" / f"{name}.nii.gz", seed=ord(name))
         self._run(student, tmp_path)
-        path, real, before = tmp_path / "out" / "a.nii.gz", file_sha256, content(tmp_path / "out")
-
-        def refused(file: Path) -> str:
-            if file == path:
-                raise PermissionError(13, "Permission denied")
-            return real(file)
-
-        monkeypatch.setattr(case_module, "file_sha256", refused)
+        path = tmp_path / "out" / "a.nii.gz"
+        path.unlink()
+        path.mkdir()
+        before = content(tmp_path / "out")
         report = self._run(student, tmp_path)
         assert (report.exit_code, set(report.failed), report.skipped) == (2, {"a"}, ["b"])
         assert str(report.failed["a"]) == (
-            f"{path}: what is there cannot be read (Permission denied). Check its permissions, or "
+            f"{path}: what is there cannot be read (Is a directory). Check its permissions, or "
             "name another --output."
         )
         assert content(tmp_path / "out") == before
@@ -782,7 +787,7 @@ class TestFilesOfOthers:
             self._refused(student, tmp_path, "ct.json: `pipeline predict` did not write")
 
     def test_a_table_in_other_colours_stays_and_one_of_another_student_goes(
-        self, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, student: Path, tmp_path: Path, threshold_of: Callable[..., None]
     ) -> None:
         write_ct(tmp_path / "in" / "ct.nii.gz")
         run(student, tmp_path / "in", tmp_path / "out")
@@ -792,9 +797,7 @@ class TestFilesOfOthers:
         before = [path.read_text() for path in tables]
         run(student, tmp_path / "in", tmp_path / "out")
         assert [path.read_text() for path in tables] == before
-        monkeypatch.setattr(
-            predict, "load_student", lambda path: (record(organs={"left kidney": 4}), Threshold())
-        )
+        threshold_of(organs={"left kidney": 4})
         self._refused(student, tmp_path, "labels.itksnap.txt: `pipeline predict` did not write")
         for path in tables:
             path.unlink()

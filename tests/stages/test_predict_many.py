@@ -19,7 +19,6 @@ from scipy.special import softmax
 from pipeline.data.nifti import read_image
 from pipeline.errors import ConfigError
 from pipeline.log import Log
-from pipeline.student import predict as case_module
 from pipeline.student.checkpoint import load_student, save_student
 from pipeline.student.inference import predict_logits
 from pipeline.student.network import build_student
@@ -29,7 +28,7 @@ from stages.predict import PredictConfig
 from stages.report import StageReport
 from tests.stages.stage_contract import ROOT, content, snapshot
 from tests.stages.test_predict import SPACING_XYZ, record, write_ct, write_student
-from tests.unit.cli.test_app import run_here
+from tests.tiny import RunCli, file_limit
 
 CPU = torch.device("cpu")
 
@@ -81,10 +80,10 @@ class TestSeveralDevices:
 
 
 def test_one_file_of_probabilities_is_none_without_probabilities(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_cli: RunCli
 ) -> None:
     asked = ("predict", "s.pt", "ct.nii.gz", "-o", str(tmp_path), "--probabilities-4d")
-    code, _, said = run_here(*asked, capsys=capsys, monkeypatch=monkeypatch)
+    code, _, said = run_cli(*asked)
     assert (code, list(tmp_path.iterdir())) == (2, [])
     assert "Add --probabilities float16." in said
 
@@ -157,11 +156,7 @@ class TestWhatIsTaken:
             predict.find_inputs(tmp_path)
 
     def test_a_name_that_cannot_be_opened_fails_alone_and_what_is_left_is_warned_of(
-        self,
-        student: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
+        self, student: Path, tmp_path: Path, run_cli: RunCli
     ) -> None:
         images, report = tmp_path / "in", tmp_path / "run.json"
         write_ct(images / "a.nii.gz")
@@ -169,9 +164,9 @@ class TestWhatIsTaken:
         (images / "c.nii.gz").mkdir()
         (images / os.fsdecode(b"\xfc.nii")).touch()
         (images / "notes.txt").touch()
-        code, _, said = run_here(
+        code, _, said = run_cli(
             "predict", str(student), str(images), "-o", str(tmp_path / "out"), "-q", "--device",
-            "cpu", "--report", str(report), capsys=capsys, monkeypatch=monkeypatch,
+            "cpu", "--report", str(report)
         )  # fmt: skip
         assert (code, (tmp_path / "out" / "a.nii.gz").is_file()) == (2, True)
         assert "Other files are not taken: 1 .txt (notes.txt)." in said
@@ -280,17 +275,11 @@ class TestProbabilities:
             "ct.json", "ct.nii.gz", "labels.ctbl", "labels.itksnap.txt",
         ]  # fmt: skip
 
-    def test_a_failure_leaves_no_scratch(
-        self, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def fails(*args: Any, **kwargs: Any) -> None:
-            raise ConfigError("stopped")
-
+    def test_a_failure_leaves_no_scratch(self, student: Path, tmp_path: Path) -> None:
         write_ct(tmp_path / "in" / "ct.nii.gz")
-        monkeypatch.setattr(case_module, "write_like", fails)
-        report = run(
-            student, tmp_path / "in", tmp_path / "out", probabilities=Probabilities("float16")
-        )
+        kept = Probabilities("float16")
+        with file_limit(2000):
+            report = run(student, tmp_path / "in", tmp_path / "out", probabilities=kept)
         assert set(report.failed) == {"ct"}
         assert [p for p in (tmp_path / "out").rglob("*") if p.suffix != ".txt"] == [
             tmp_path / "out" / "labels.ctbl"
@@ -309,6 +298,7 @@ from pathlib import Path
 from pipeline.log import Log
 from pipeline.student.predict import find_inputs
 from stages import predict
+from tests.tiny import RunCli
 student, image, output = map(Path, sys.argv[1:])
 report = predict.run(predict.PredictConfig(overlap=0.25), student, find_inputs(image), output,
                      log=Log(quiet=True), device="cpu")

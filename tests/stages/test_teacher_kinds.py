@@ -256,17 +256,6 @@ def test_probabilities_on_request_are_the_logits_they_were_made_of(
             np.testing.assert_allclose(ours, theirs.clip(-16.6, 16.6), rtol=2**-4, atol=2e-3)
 
 
-@pytest.mark.parametrize("outputs", ["logits", "probabilities"])
-def test_one_hot_outputs_are_refused_in_either_way(tiny_registry: Path, outputs: str) -> None:
-    entry = factory("sure", args={"how": "one-hot"}, outputs=outputs)
-    keep(tiny_registry, "liver-ct", mine=entry)
-    report = run(tiny_registry)
-    (error,) = report.failed.values()
-    assert isinstance(error, OutputsError)
-    assert ("one-hot" in str(error)) == (outputs == "probabilities")
-    assert list(work_of(tiny_registry).glob("teachers/*")) == []
-
-
 def test_logits_that_are_said_to_be_probabilities_are_refused(tiny_registry: Path) -> None:
     for teacher in (exported(tiny_registry), teacher_data("liver")):
         keep(tiny_registry, "liver-ct", mine={**teacher, "outputs": "probabilities"})

@@ -16,7 +16,6 @@ from pipeline.data.labels import Intensity
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError, RegistryError, Stopped, TeacherError
 from pipeline.log import Log
-from pipeline.student import training
 from pipeline.student.speed import TrainingExecution
 from pipeline.teachers.checkpoint import read_teacher
 from stages import train_teachers
@@ -24,6 +23,7 @@ from stages.report import Scope, StageReport
 from tests.stages.stage_contract import StageContract, snapshot
 from tests.tiny import (
     NETWORK,
+    at_step,
     change_registry,
     fill_cache,
     shrink_organ,
@@ -168,19 +168,8 @@ def test_training_moves_the_weights_and_the_seed_moves_them_elsewhere(untrained:
     assert not torch.equal(trained(seed=1), first)
 
 
-def test_a_signal_in_a_teachers_last_step_begins_no_other(
-    untrained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = training.make_step, []
-
-    def signalled(*rest: Any) -> dict[str, Any]:
-        calls.append(1)
-        if len(calls) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*rest)
-
-    with monkeypatch.context() as context:
-        context.setattr(training, "make_step", signalled)
+def test_a_signal_in_a_teachers_last_step_begins_no_other(untrained: Path) -> None:
+    with at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         report = run(untrained)
     assert report.done == ["liver"]
     assert isinstance(report.failed["spleen"], Stopped)

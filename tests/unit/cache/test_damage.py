@@ -126,12 +126,9 @@ def test_chunks_that_hold_nothing_but_fill_values_are_read(path: Path) -> None:
     assert np.isnan(unit.read("log_odds/liver", Patch((0, 0, 0), (20, 8, 9)))).all()
 
 
-def test_what_the_pool_kept_is_not_asked_for_again(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(POOL, "max_bytes", 10**6)
+def test_what_the_pool_kept_is_not_asked_for_again(path: Path) -> None:
+    POOL.resize(10**6)
     unit = Unit.open(path)
     before = unit.read("image", PATCH)
     shard(path, "image").unlink()
     assert_array_equal(unit.read("image", PATCH), before)
-    POOL.resize(0)

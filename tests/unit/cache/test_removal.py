@@ -51,14 +51,14 @@ def test_it_is_gone_before_its_first_byte_is(unit: Path, monkeypatch: pytest.Mon
     dead = dead_pid()
     seen: list[Path] = []
 
-    def crash(path: Path) -> NoReturn:
+    def crash(path: Path, **options: object) -> NoReturn:
         seen.append(path)
         assert not unit.exists()
         assert (path / "receipt.json").exists()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "remove", crash)
+        patch.setattr(store.shutil, "rmtree", crash)
         patch.setattr(store.os, "getpid", lambda: dead)
         with pytest.raises(KeyboardInterrupt):
             remove_unit(unit)

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,14 +13,15 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline.cli import app as cli
-from pipeline.cli.options import Panel
+from pipeline.cli.options import Panel, end
 from pipeline.errors import CacheMissing, ConfigError, PipelineError
 from pipeline.log import Log
 from pipeline.student.speed import SpeedFlags, TrainingExecution
 from stages.report import Scope, StageReport
-from tests.tiny import cache_config, change_registry, work_of
+from tests.tiny import RunCli, cache_config, change_registry, work_of
 from website.command_reference import walk
 
+Body = Callable[[], object]
 ROOT = Path(__file__).resolve().parents[3]
 COMMANDS = (
     "init",
@@ -64,16 +65,22 @@ def pipeline(*arguments: str, code: str = "from pipeline.cli import main; main()
     return done.returncode, done.stdout, done.stderr
 
 
-def run_here(
-    *arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str, str]:
-    """Runs `main` in this process: exit code, standard output and error."""
-    monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    code = caught.value.code
-    shown = capsys.readouterr()
-    return (code if isinstance(code, int) else 0), shown.out, shown.err
+@pytest.fixture
+def try_it() -> Iterator[Callable[[Body], None]]:
+    """Adds a command `try-it` with a given body to the command line."""
+
+    def add(body: Body) -> None:
+        cli.app.command("try-it")(lambda: body() and None)
+
+    yield add
+    cli.app.registered_commands.pop()
+
+
+def failing(error: Exception) -> Body:
+    def fail() -> None:
+        raise error
+
+    return fail
 
 
 class TestHelp:
@@ -134,67 +141,49 @@ class TestErrors:
         ],
     )
     def test_one_paragraph_without_traceback(
-        self,
-        error: PipelineError,
-        expected: int,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
+        self, error: PipelineError, expected: int, try_it: Callable[[Body], None], run_cli: RunCli
     ) -> None:
-        def fail(*args: object, **kwargs: object) -> None:
-            raise error
-
-        monkeypatch.setattr(cli, "open_registry", fail)
-        code, out, err = run_here("status", capsys=capsys, monkeypatch=monkeypatch)
+        try_it(failing(error))
+        code, out, err = run_cli("try-it")
         assert code == expected
         assert err == f"error: {error}\n"
         assert out == ""
 
-    def test_anything_else_keeps_its_traceback(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(*args: object, **kwargs: object) -> None:
-            raise ZeroDivisionError("a bug")
-
-        monkeypatch.setattr(cli, "open_registry", fail)
-        monkeypatch.setattr(sys, "argv", ["pipeline", "status"])
-        with pytest.raises(ZeroDivisionError, match="a bug"):
-            cli.main()
-
     @pytest.mark.parametrize(
-        "error", [OSError(5, "another file"), UnicodeEncodeError("utf-8", "x", 0, 1, "")]
+        "error",
+        [
+            ZeroDivisionError("a bug"),
+            # Not taken for one of standard output either:
+            OSError(5, "another file"),
+            UnicodeEncodeError("utf-8", "x", 0, 1, ""),
+        ],
     )
-    def test_nor_is_another_error_taken_for_one_of_standard_output(
-        self, monkeypatch: pytest.MonkeyPatch, error: Exception
+    def test_anything_else_keeps_its_traceback(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        error: Exception,
+        try_it: Callable[[Body], None],
     ) -> None:
-        def fail(*args: object, **kwargs: object) -> None:
-            raise error
-
-        monkeypatch.setattr(cli, "open_registry", fail)
-        monkeypatch.setattr(sys, "argv", ["pipeline", "status"])
+        try_it(failing(error))
+        monkeypatch.setattr(sys, "argv", ["pipeline", "try-it"])
         with pytest.raises(type(error)):
             cli.main()
 
     def test_a_name_that_this_session_cannot_spell(
-        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+        self, monkeypatch: pytest.MonkeyPatch, try_it: Callable[[Body], None], run_cli: RunCli
     ) -> None:
-        def fail(*args: object, **kwargs: object) -> None:
-            raise UnicodeEncodeError("ascii", "Gr\xfcn", 2, 3, "ordinal not in range")
-
-        monkeypatch.setattr(cli, "open_registry", fail)
+        try_it(failing(UnicodeEncodeError("ascii", "Gr\xfcn", 2, 3, "ordinal not in range")))
         monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
-        code, _, err = run_here("status", capsys=capsys, monkeypatch=monkeypatch)
+        code, _, err = run_cli("try-it")
         assert code == 1
         assert err.endswith(" cannot be a file's name in ascii. Set PYTHONUTF8=1.\n")
 
     def test_an_unknown_key_of_a_configuration_names_file_and_line(
-        self,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
+        self, tmp_path: Path, run_cli: RunCli
     ) -> None:
         config = tmp_path / "student.yaml"
         config.write_text("run: x\ntraining:\n  steps: 3\n  lr: 0.1\n")
-        code, _, err = run_here(
-            "train-student", "-c", str(config), capsys=capsys, monkeypatch=monkeypatch
-        )
+        code, _, err = run_cli("train-student", "-c", str(config))
         assert code == 2
         assert f"{config}:4: training.lr: unknown key" in err
         assert "Traceback" not in err
@@ -203,31 +192,22 @@ class TestErrors:
         "command", ["train-teachers", "cache-teachers", "train-student", "status", "phantom"]
     )
     def test_a_bad_registry_is_the_users_mistake_and_nothing_is_written(
-        self,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
-        command: str,
+        self, tmp_path: Path, command: str, run_cli: RunCli
     ) -> None:
         registry = tmp_path / "data_registry.yaml"
         registry.write_text("schema_version: 1\norgans: {liver: 0}\ndatasets: {}\n")
         arguments = [command, "-r", str(registry)]
         if command != "phantom":
             arguments += ["-w", str(tmp_path / "work")]
-        code, _, err = run_here(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+        code, _, err = run_cli(*arguments)
         assert code == 2
         assert f"{registry}:2: organs.liver" in err
         assert "mistakes" in err
         assert [p.name for p in tmp_path.iterdir()] == ["data_registry.yaml"]
 
-    def test_an_absent_registry_is_named(
-        self,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
+    def test_an_absent_registry_is_named(self, tmp_path: Path, run_cli: RunCli) -> None:
         path = tmp_path / "nowhere.yaml"
-        code, _, err = run_here("status", "-r", str(path), capsys=capsys, monkeypatch=monkeypatch)
+        code, _, err = run_cli("status", "-r", str(path))
         assert code == 2
         assert str(path) in err
 
@@ -246,20 +226,19 @@ class TestEnd:
         self,
         failed: dict[str, Exception],
         expected: int,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
+        try_it: Callable[[Body], None],
+        run_cli: RunCli,
     ) -> None:
         report = StageReport("evaluate", done=["good"], failed=failed)
-        monkeypatch.setattr(cli, "open_registry", lambda *a, **k: None)
-        monkeypatch.setattr("stages.evaluate.run", lambda *a, **k: report)
-        code, _, err = run_here("evaluate", "p", capsys=capsys, monkeypatch=monkeypatch)
+        try_it(lambda: end(report))
+        code, _, err = run_cli("try-it")
         assert code == expected
         assert "evaluate: 1 done" in err
         for unit, error in failed.items():
             assert f"failed: {unit}: {error}" in err
 
     def test_many_failures_alike_are_told_in_one_line(
-        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+        self, try_it: Callable[[Body], None], run_cli: RunCli
     ) -> None:
         failed: dict[str, Exception] = {
             f"liver x a/case_{n}": ConfigError("is 7 mm.", where=f"a/case_{n}, i/case_{n}.nii")
@@ -267,9 +246,8 @@ class TestEnd:
         }
         failed |= {f"spleen x a/c_{n}": ConfigError("is 7 mm.", where="liver") for n in range(3)}
         report = StageReport("evaluate", failed=failed)
-        monkeypatch.setattr(cli, "open_registry", lambda *a, **k: None)
-        monkeypatch.setattr("stages.evaluate.run", lambda *a, **k: report)
-        code, _, err = run_here("evaluate", "p", capsys=capsys, monkeypatch=monkeypatch)
+        try_it(lambda: end(report))
+        code, _, err = run_cli("try-it")
         assert code == 2
         assert [line for line in err.splitlines() if line.startswith("failed")] == [
             "failed: liver x a/case_0, liver x a/case_1, liver x a/case_2 and 6 more alike: "
@@ -279,10 +257,7 @@ class TestEnd:
         assert len(report.to_json()["failed"]) == 12
 
     def test_options_reach_the_stage(
-        self,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
+        self, built_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: RunCli
     ) -> None:
         seen: dict[str, object] = {}
 
@@ -292,14 +267,13 @@ class TestEnd:
             seen.update(options, **vars(execution), work=scope.work, log=scope.log)
             return StageReport("train-student")
 
-        monkeypatch.setattr(cli, "open_registry", lambda *a, **k: None)
         monkeypatch.setattr("stages.train_student.run", remember)
         arguments = [
-            "train-student", "-w", str(tmp_path), "--device", "cpu", "--workers", "3",
-            "--checkpoint-minutes", "0.5", "--dry-run",
+            "train-student", "-r", str(built_cohort), "-w", str(tmp_path), "--device", "cpu",
+            "--workers", "3", "--checkpoint-minutes", "0.5", "--dry-run",
             "--precision", "bf16", "--channels-last", "--compile",
         ]  # fmt: skip
-        assert run_here(*arguments, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+        assert run_cli(*arguments)[0] == 0
         assert (seen["workers"], seen["device"], seen["dry_run"]) == (3, "cpu", True)
         assert (seen["checkpoint_minutes"], seen["work"]) == (0.5, tmp_path)
         assert seen["flags"] == SpeedFlags("bf16", channels_last=True, compile=True)
@@ -308,50 +282,17 @@ class TestEnd:
         assert log.events is None
 
 
-class TestStatus:
-    def test_json_for_machines(
-        self,
-        tiny_cached: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        code, out, _ = run_here(
-            "status", "--json", "-r", str(tiny_cached), "-w", str(work_of(tiny_cached)),
-            capsys=capsys, monkeypatch=monkeypatch,
-        )  # fmt: skip
-        assert code == 0
-        found = json.loads(out)
-        assert found["not_done"] == []
-        assert sum(row["done"] for row in found["counts"]) == 27
-
-    def test_tables_for_people(
-        self,
-        tiny_registry: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        code, out, _ = run_here(
-            "status", "-r", str(tiny_registry), "-w", str(tiny_registry.parent / "work"),
-            capsys=capsys, monkeypatch=monkeypatch,
-        )  # fmt: skip
-        assert code == 0
-        assert "liver-ct" in out
-        assert "missing" in out
-        assert not (tiny_registry.parent / "work").exists()
-
-
 def test_a_batch_with_a_bad_case_ends_with_its_name_and_code_two(
-    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_registry: Path, run_cli: RunCli
 ) -> None:
     bad = tiny_registry.parent / "data" / "liver-ct" / "images" / "case_000.nii.gz"
     bad.write_bytes(b"no image")
     change_registry(tiny_registry, lambda data: data.pop("teachers"))
     config = tiny_registry.parent / "cache.yaml"
     config.write_text(yaml.safe_dump(cache_config().model_dump(mode="json")))
-    code, _, err = run_here(
+    code, _, err = run_cli(
         "cache-teachers", "-q", "-r", str(tiny_registry), "-c", str(config),
-        "-w", str(work_of(tiny_registry)),
-        capsys=capsys, monkeypatch=monkeypatch,
+        "-w", str(work_of(tiny_registry))
     )  # fmt: skip
     assert code == 2
     assert "failed: liver-ct/case_000: " in err

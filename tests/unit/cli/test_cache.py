@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from pipeline.cli.app import app
 from pipeline.errors import ConfigError, PipelineError
 from tests.stages.stage_contract import snapshot
-from tests.tiny import cache_config, change_registry, fill_cache, work_of
+from tests.tiny import RunCli, cache_config, change_registry, fill_cache, work_of
 from tests.unit.review.damage import flip, rewrite, shard, unit_at
 
 CASE = "multi-ct/case_001"
@@ -239,18 +239,11 @@ def test_export(built_cache: Path, tmp_path: Path) -> None:
 # --- the whole command line -----------------------------------------------------------------------
 
 
-def test_a_refusal_is_one_paragraph_and_the_exit_code(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "cache", "ls", "-w", str(tmp_path / "nowhere")],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+def test_a_refusal_is_one_paragraph_and_the_exit_code(tmp_path: Path, run_cli: RunCli) -> None:
+    code, out, err = run_cli("cache", "ls", "-w", str(tmp_path / "nowhere"))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
 
 
 def test_help_and_looking_load_no_torch(built_cache: Path) -> None:

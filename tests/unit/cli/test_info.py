@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.cli.app import app
 from pipeline.cli.setup import stage_settings
-from tests.tiny import change_registry
-from tests.unit.cli.test_app import HEAVY, ROOT, pipeline, run_here
+from tests.tiny import RunCli, change_registry
+from tests.unit.cli.test_app import HEAVY, ROOT, pipeline
 
 _LIST_MODULES = """
 import sys
@@ -44,13 +44,9 @@ def test_it_loads_no_torch_and_takes_no_time(tiny_registry: Path) -> None:
     assert min(taken) < 2.0
 
 
-def test_json_says_what_is_there(
-    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_json_says_what_is_there(tiny_registry: Path, run_cli: RunCli) -> None:
     (tiny_registry.parent / "teachers" / "spleen.pt").unlink()
-    code, out, err = run_here(
-        "info", "--json", "-r", str(tiny_registry), capsys=capsys, monkeypatch=monkeypatch
-    )
+    code, out, err = run_cli("info", "--json", "-r", str(tiny_registry))
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert found["packages"]["torch"] == version("torch")
@@ -70,10 +66,10 @@ def test_json_says_what_is_there(
 
 
 def test_every_command_and_every_stage_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: RunCli
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, _ = run_here("info", "--json", capsys=capsys, monkeypatch=monkeypatch)
+    code, out, _ = run_cli("info", "--json")
     found = json.loads(out)
     assert (code, found["registry"]) == (0, None)
     names = {c.name or (c.callback.__name__ if c.callback else "") for c in app.registered_commands}
@@ -86,12 +82,8 @@ def test_every_command_and_every_stage_is_named(
     }
 
 
-def test_for_people(
-    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, out, _ = run_here(
-        "info", "-r", str(tiny_registry), capsys=capsys, monkeypatch=monkeypatch
-    )
+def test_for_people(tiny_registry: Path, run_cli: RunCli) -> None:
+    code, out, _ = run_cli("info", "-r", str(tiny_registry))
     assert code == 0
     for text in ("torch 2", "liver 1, spleen 2", "multi-ct", "12 x 12 x 12 mm", "checkpoint"):
         assert text in out
@@ -99,14 +91,11 @@ def test_for_people(
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_versions_are_told_though_the_registry_is_wrong(
-    tiny_registry: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    as_json: bool,
+    tiny_registry: Path, as_json: bool, run_cli: RunCli
 ) -> None:
     change_registry(tiny_registry, lambda data: data.pop("grid"))
     arguments = ["info", *(["--json"] if as_json else []), "-r", str(tiny_registry)]
-    code, out, err = run_here(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    code, out, err = run_cli(*arguments)
     assert code == 2
     assert "grid: required, but missing." in err
     if as_json:
@@ -115,35 +104,31 @@ def test_versions_are_told_though_the_registry_is_wrong(
         assert "torch 2" in out
 
 
-def test_a_split_that_is_empty_is_told(
-    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_split_that_is_empty_is_told(tiny_registry: Path, run_cli: RunCli) -> None:
     few = {"validation": 0.1}
     change_registry(tiny_registry, lambda d: d["datasets"]["liver-ct"].update(split=few))
     told = "none of its 3 cases falls into validation (0.1). Choose another `seed` (`seed: "
     arguments = ("info", "-r", str(tiny_registry))
-    code, out, _ = run_here(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    code, out, _ = run_cli(*arguments)
     assert code == 0
     assert f"\nliver-ct: {told}" in out
-    _, out, _ = run_here(*arguments, "--json", capsys=capsys, monkeypatch=monkeypatch)
+    _, out, _ = run_cli(*arguments, "--json")
     datasets = json.loads(out)["registry"]["datasets"]
     assert datasets["liver-ct"]["note"].startswith(told)
     assert datasets["spleen-ct"]["note"] is None
 
 
-def test_what_cannot_be_found_or_opened_is_told_last(
-    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_found_or_opened_is_told_last(tiny_registry: Path, run_cli: RunCli) -> None:
     asked = ("info", "-r", str(tiny_registry))
     image = next((tiny_registry.parent / "data/liver-ct/images").glob("*.nii.gz"))
     image.unlink()
     image.symlink_to("../none")
-    code, out, err = run_here(*asked, capsys=capsys, monkeypatch=monkeypatch)
+    code, out, err = run_cli(*asked)
     assert (code, "multi-ct" in out) == (2, True)
     case = image.name.removesuffix(".nii.gz")
     assert f"1 case cannot be opened:\n  liver-ct/{case}: " in err
     change_registry(tiny_registry, lambda data: data["datasets"]["liver-ct"].update(root="none"))
-    code, out, err = run_here(*asked, "--json", capsys=capsys, monkeypatch=monkeypatch)
+    code, out, err = run_cli(*asked, "--json")
     found = json.loads(out)
     assert (code, found["registry"]["datasets"]["liver-ct"]["cases"]) == (2, 0)
     assert "datasets.liver-ct: there is no folder " in found["registry_error"]

@@ -23,7 +23,8 @@ from pipeline.config import digest, file_sha256
 from pipeline.errors import ConfigError, GeometryError, PipelineError, WorkFolderError
 from stages.evaluate import EvaluateConfig
 from stages.report import StageReport
-from tests.unit.cli.test_app import ROOT, run_here
+from tests.tiny import RunCli, file_limit, work_of
+from tests.unit.cli.test_app import ROOT
 
 KEYS = {
     "format_version", "command", "arguments", "dry_run", "began", "ended", "seconds", "exit_code",
@@ -272,54 +273,41 @@ class TestPlaces:
                     found.add(f"{name} {below}".strip())
         assert found == set(WRITES) | only_read_or_ask_at_once
 
-    def test_a_disk_that_fills_up_meanwhile_is_told(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def full(path: Path, data: bytes) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr("pipeline.cli.record.replace_file", full)
+    def test_a_disk_that_fills_up_meanwhile_is_told(self, tmp_path: Path) -> None:
         path = tmp_path / "run.json"
-        result = CliRunner().invoke(app_of(lambda *a: None), ["--report", str(path)])
-        assert "the report cannot be written (No space left on device)." in str(result.exception)
+        with file_limit(10):
+            result = CliRunner().invoke(app_of(lambda *a: None), ["--report", str(path)])
+        assert "the report cannot be written (File too large)." in str(result.exception)
 
         def fail(*_: object) -> None:
             raise ConfigError("the first error.", where="x", fix="y.")
 
-        result = CliRunner().invoke(app_of(fail), ["--report", str(path)])
+        with file_limit(10):
+            result = CliRunner().invoke(app_of(fail), ["--report", str(path)])
         assert "the first error." in str(result.exception)  # and not the one of its report
         assert "the report cannot be written" in result.stderr
 
     def test_of_several_processes_the_first_alone_writes_it(
-        self,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built_cache: Path, run_cli: RunCli
     ) -> None:
-        monkeypatch.setattr(cli, "open_registry", lambda *a, **k: None)
-        monkeypatch.setattr(
-            "stages.train_student.run", lambda *a, **k: StageReport("train-student")
-        )
         for rank in (1, 0):
             path = tmp_path / f"{rank}.json"
             monkeypatch.setenv("WORLD_SIZE", "2")
             monkeypatch.setenv("RANK", str(rank))
-            run_here(
-                "train-student", "-w", str(tmp_path), "--report", str(path),
-                capsys=capsys, monkeypatch=monkeypatch,
+            run_cli(
+                "train-student", "-r", str(built_cache), "-w", str(work_of(built_cache)),
+                "--report", str(path), "--dry-run"
             )  # fmt: skip
             assert path.exists() == (rank == 0)
 
 
 class TestVerbose:
-    def test_it_shows_where_an_error_comes_from(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_it_shows_where_an_error_comes_from(self, tmp_path: Path, run_cli: RunCli) -> None:
         arguments = ["check", "-r", str(tmp_path / "nowhere.yaml")]
-        code, _, quiet = run_here(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+        code, _, quiet = run_cli(*arguments)
         assert code == 2
         assert "Traceback" not in quiet
-        code, _, told = run_here(*arguments, "-v", capsys=capsys, monkeypatch=monkeypatch)
+        code, _, told = run_cli(*arguments, "-v")
         assert code == 2
         assert told.startswith("Traceback")
         assert "FileNotFoundError" in told  # what lies behind it

@@ -4,7 +4,6 @@ from typing import Any
 
 import dask.array as da
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from pipeline.consensus.regions import (
@@ -14,7 +13,7 @@ from pipeline.consensus.regions import (
     region_voxels,
     trusted,
 )
-from tests.unit.consensus.slow_consensus import slow_average, slow_labels_win, slow_regions
+from tests.unit.consensus.slow_consensus import slow_average
 
 NAN = float("nan")
 
@@ -32,24 +31,6 @@ def at(array: da.Array) -> Any:
 
 def label(value: int) -> da.Array:
     return da.from_array(np.full((1, 1, 1), value, np.uint8))
-
-
-class View:
-    """An array that counts how often it is read."""
-
-    def __init__(self, values: npt.NDArray[Any]) -> None:
-        self.values, self.reads = values, 0
-        self.shape, self.dtype, self.ndim = values.shape, values.dtype, values.ndim
-
-    def __getitem__(self, index: Any) -> npt.NDArray[Any]:
-        self.reads += 1
-        return np.asarray(self.values[index])
-
-    def lazy(self) -> da.Array:
-        meta = np.empty((0,) * self.ndim, self.dtype)
-        return da.from_array(
-            self, chunks=self.shape, name=False, meta=meta, inline_array=True, asarray=False
-        )
 
 
 @pytest.mark.parametrize(
@@ -115,21 +96,6 @@ def test_labels_win_before_any_region_is_formed() -> None:
     assert not at(found.abstained)
 
 
-@pytest.mark.parametrize("margin", [0.0, 0.5])
-@pytest.mark.parametrize("annotated", [[], [0], [1, 2], [0, 1, 2]])
-def test_a_volume_against_the_obvious_version(margin: float, annotated: list[int]) -> None:
-    rng = np.random.default_rng(3)
-    odds = rng.normal(scale=4, size=(3, 5, 6, 7)).astype(np.float16)
-    odds[rng.random(odds.shape) < 0.1] = np.nan
-    odds[rng.random(odds.shape) < 0.1] = 0
-    classes = rng.choice([0, 0, 1, 2, 3, 255], size=(5, 6, 7)).astype(np.uint8)
-    found = consensus(da.from_array(odds), da.from_array(classes), annotated, margin=margin)
-    corrected = slow_labels_win(odds, classes, annotated, 6.0) if annotated else odds
-    np.testing.assert_array_equal(np.asarray(found.log_odds), corrected)
-    for name, region in slow_regions(corrected, margin).items():
-        np.testing.assert_array_equal(np.asarray(getattr(found, name)), region, err_msg=name)
-
-
 @pytest.mark.parametrize(
     ("here", "not_here", "wanted"),
     [(True, True, [3, 0, -2]), (True, False, [3, NAN, NAN]), (False, True, [NAN, 0, -2]),
@@ -177,22 +143,6 @@ def test_no_region_of_one_expert_changes_with_its_temperature_at_margin_0(
 def test_one_expert_is_taken_as_it_is() -> None:
     only = np.array([[[1.5, NAN]]], np.float16)
     np.testing.assert_array_equal(np.asarray(average_experts([da.from_array(only)])), only)
-
-
-def test_building_reads_nothing_and_one_compute_reads_each_array_once() -> None:
-    rng = np.random.default_rng(5)
-    views = [View(rng.normal(size=(6, 5, 4)).astype(np.float16)) for _ in range(3)]
-    classes = View(rng.integers(0, 3, size=(6, 5, 4)).astype(np.uint8))
-    first = average_experts([views[0].lazy(), views[1].lazy()])
-    stacked = da.stack([first, views[2].lazy().astype("float32")])
-    found = consensus(stacked, classes.lazy(), [0], margin=0.5)
-    sizes = region_voxels(found, ["a", "b"])
-    assert [v.reads for v in (*views, classes)] == [0, 0, 0, 0]
-    da.compute(
-        found.log_odds, found.organ, found.background, found.conflict, found.abstained,
-        dict(sizes), scheduler="synchronous",
-    )  # fmt: skip
-    assert [v.reads for v in (*views, classes)] == [1, 1, 1, 1]
 
 
 def test_sizes_of_regions_are_counts_of_voxels() -> None:

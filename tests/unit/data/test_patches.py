@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.data.patches import Patch, padded_shape, patch_at, window_starts, windows
+from pipeline.data.patches import Patch, window_starts, windows
 
 
 def test_slices() -> None:
     assert Patch((1, 2, 3), (4, 5, 6)).slices == (slice(1, 5), slice(2, 7), slice(3, 9))
-
-
-def test_clip_inside_across_and_wholly_outside() -> None:
-    inside, missing = Patch((1, -2, 8), (4, 5, 6)).clip((10, 10, 10))
-    assert inside == (slice(1, 5), slice(0, 3), slice(8, 10))
-    assert missing == ((0, 0), (2, 0), (0, 4))
-    inside, missing = Patch((-9, 20, 0), (4, 4, 30)).clip((10, 10, 10))
-    assert inside == (slice(0, 0), slice(10, 10), slice(0, 10))
-    assert missing == ((4, 0), (0, 4), (0, 20))
 
 
 def test_coarsen() -> None:
@@ -61,13 +52,3 @@ def test_windows_are_in_a_fixed_order_with_z_slowest() -> None:
         (2, 0, 0),
         (2, 2, 0),
     ]
-
-
-def test_padded_shape() -> None:
-    assert padded_shape((5, 8, 40), (16, 8, 16), (8, 8, 16)) == (16, 8, 48)
-
-
-def test_patch_at_is_centred_and_clamped() -> None:
-    volume, patch = (20, 20, 20), (8, 8, 8)
-    assert patch_at((10, 0, 19), patch, volume).start == (6, 0, 12)
-    assert patch_at((5, 5, 5), (32, 8, 8), volume) == Patch((0, 1, 1), (32, 8, 8))

@@ -334,10 +334,11 @@ def test_another_spec_is_refused(tmp_path: Path, change: dict[str, object]) -> N
     assert snapshot(tmp_path) == before
 
 
-def test_another_format_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_format_version_is_refused(tmp_path: Path) -> None:
     spec = small_spec(num_cases=1, shape=(16, 16, 16))
     write(tmp_path, spec)
-    monkeypatch.setattr(phantom.case, "FORMAT_VERSION", phantom.case.FORMAT_VERSION + 1)
+    marker = tmp_path / "phantom.json"
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "format_version": 1}))
     with pytest.raises(RegistryError, match="format version"):
         write(tmp_path, spec)
 

@@ -126,277 +126,238 @@ def test_the_good_registry_is_read(folder: Path) -> None:
     assert registry.resolve("liver.pt") == folder / "liver.pt"
 
 
-ONE_MISTAKE: dict[str, tuple[tuple[str, str], int, str, str]] = {
+# Name -> what is put for what, and what is said of it; … stands for more words.
+ONE_MISTAKE: dict[str, tuple[str, str, str]] = {
     "unknown key": (
-        ("    root: data\n    images", "    rot: 1\n    root: data\n    images"),
-        9,
-        "datasets.liver-ct.rot: unknown key.",
-        "spelling",
+        "    root: data\n    images",
+        "    rot: 1\n    root: data\n    images",
+        "9: datasets.liver-ct.rot: unknown key.…spelling",
     ),
     "unknown key at the top": (
-        ("schema_version: 1\n", "schema_version: 1\ndataset: {}\n"),
-        2,
-        "dataset: unknown key.",
-        "Known here: admission, datasets, grid, organs, schema_version, teachers.",
+        "schema_version: 1\n",
+        "schema_version: 1\ndataset: {}\n",
+        "2: dataset: unknown key. Known here: admission, datasets, grid, organs, schema_version, "
+        "teachers.",
     ),
     "key written twice": (
-        ("  spleen: 2\n", "  spleen: 2\n  liver: 1\n"),
-        5,
-        "organs.liver: written twice.",
-        "Keep one of the two.",
+        "  spleen: 2\n",
+        "  spleen: 2\n  liver: 1\n",
+        "5: organs.liver: written twice. Keep one of the two.",
     ),
     "wrong type": (
-        ("  liver: 1\n", "  liver: one\n"),
-        3,
-        "organs.liver: must be a whole number",
-        "not 'one'",
+        "  liver: 1\n",
+        "  liver: one\n",
+        "3: organs.liver: must be a whole number…not 'one'",
     ),
     "a wrong type where a name is wanted": (
-        ("    trained_on: liver-ct\n", "    trained_on: [liver-ct]\n"),
-        31,
-        "teachers.liver.trained_on: must be a text",
-        "not ['liver-ct']",
+        "    trained_on: liver-ct\n",
+        "    trained_on: [liver-ct]\n",
+        "31: teachers.liver.trained_on: must be a text…not ['liver-ct']",
     ),
     "wrong number of values": (
-        ("[3.0, 2.0, 2.0]", "[3.0, 2.0]"),
-        6,
-        "grid.spacing_mm.2: required, but missing.",
-        "Add it.",
+        "[3.0, 2.0, 2.0]",
+        "[3.0, 2.0]",
+        "6: grid.spacing_mm.2: required, but missing. Add it.",
     ),
     "spacing not positive": (
-        ("[3.0, 2.0, 2.0]", "[3.0, 0.0, 2.0]"),
-        5,
-        "grid: spacing_mm (3.0, 0.0, 2.0) must be positive.",
-        "",
+        "[3.0, 2.0, 2.0]",
+        "[3.0, 0.0, 2.0]",
+        "5: grid: spacing_mm (3.0, 0.0, 2.0) must be positive.",
     ),
     "another schema version": (
-        ("schema_version: 1", "schema_version: 2"),
-        1,
-        "schema_version: must be 1, not 2.",
-        "",
+        "schema_version: 1",
+        "schema_version: 2",
+        "1: schema_version: must be 1, not 2.",
     ),
     "missing key": (
-        ("grid:\n  spacing_mm: [3.0, 2.0, 2.0]\n", ""),
-        1,
-        "grid: required, but missing.",
-        "Add it.",
+        "grid:\n  spacing_mm: [3.0, 2.0, 2.0]\n",
+        "",
+        "1: grid: required, but missing. Add it.",
     ),
     "organ that nobody knows": (
-        ("  spleen: 2\n", "  spleen: 2\n  aorta: 3\n"),
-        5,
-        "organs.aorta: no dataset annotates aorta and no teacher knows it.",
+        "  spleen: 2\n",
+        "  spleen: 2\n  aorta: 3\n",
+        "5: organs.aorta: no dataset annotates aorta and no teacher knows it. "
         "Remove it, or add a dataset or teacher for it.",
     ),
     "annotated organ that is not listed": (
-        ("annotated: {liver: 1}", "annotated: {liver: 1, aorta: 2}"),
-        12,
-        "datasets.liver-ct.annotated.aorta: aorta is not one of the registry's organs.",
-        "organs are: liver, spleen.",
+        "annotated: {liver: 1}",
+        "annotated: {liver: 1, aorta: 2}",
+        "12: datasets.liver-ct.annotated.aorta: aorta is not one of the registry's "
+        "organs.…organs are: liver, spleen.",
     ),
     "expert organ that is not listed": (
-        (
-            "    organs: {liver: 1}\n    num_channels: 2\n    trained_on: liver-ct",
-            "    organs:\n      liver: 1\n      aorta: 0\n    num_channels: 2",
-        ),
-        31,
-        "teachers.liver.organs.aorta: aorta is not one of the registry's organs.",
-        "correct its name",
+        "    organs: {liver: 1}\n    num_channels: 2\n    trained_on: liver-ct",
+        "    organs:\n      liver: 1\n      aorta: 0\n    num_channels: 2",
+        "31: teachers.liver.organs.aorta: aorta is not one of the registry's organs.…correct its "
+        "name",
     ),
     "id used twice": (
-        ("  spleen: 2\n", "  spleen: 1\n"),
-        4,
-        "organs.spleen: id 1 is already used by liver.",
-        "Give every organ its own id.",
+        "  spleen: 2\n",
+        "  spleen: 1\n",
+        "4: organs.spleen: id 1 is already used by liver. Give every organ its own id.",
     ),
     "id out of range": (
-        ("  spleen: 2\n", "  spleen: 255\n"),
-        4,
-        "organs.spleen: must be less than or equal to 254, not 255.",
-        "",
+        "  spleen: 2\n",
+        "  spleen: 255\n",
+        "4: organs.spleen: must be less than or equal to 254, not 255.",
     ),
     "channel out of range": (
-        ("spleen: [2, 3]}", "spleen: [2, 4]}"),
-        36,
-        "teachers.both.organs.spleen: channel 4 is out of range: num_channels is 4.",
+        "spleen: [2, 3]}",
+        "spleen: [2, 4]}",
+        "36: teachers.both.organs.spleen: channel 4 is out of range: num_channels is 4. "
         "Channels count from 0 to 3.",
     ),
     "negative channel": (
-        ("    organs: {liver: 1}\n", "    organs: {liver: -1}\n"),
-        29,
-        "teachers.liver.organs.liver.0: must be greater than or equal to 0, not -1.",
-        "",
+        "    organs: {liver: 1}\n",
+        "    organs: {liver: -1}\n",
+        "29: teachers.liver.organs.liver.0: must be greater than or equal to 0, not -1.",
     ),
     "label value with two meanings": (
-        ("ignore_values: [9]", "ignore_values: [9, 1]"),
-        13,
-        "datasets.liver-ct.ignore_values: label value 1 already means liver.",
+        "ignore_values: [9]",
+        "ignore_values: [9, 1]",
+        "13: datasets.liver-ct.ignore_values: label value 1 already means liver. "
         "A label value has one meaning.",
     ),
     "label value both ignored and background": (
-        ("ignore_values: [9]", "ignore_values: [9]\n    background_values: [9]"),
-        14,
-        "datasets.liver-ct.background_values: label value 9 already means ignore_values.",
+        "ignore_values: [9]",
+        "ignore_values: [9]\n    background_values: [9]",
+        "14: datasets.liver-ct.background_values: label value 9 already means ignore_values. "
         "A label value has one meaning.",
     ),
     "label value 0": (
-        ("annotated: {spleen: [1, 2]}", "annotated: {spleen: [0, 2]}"),
-        20,
-        "datasets.spleen-ct.annotated.spleen: label value 0 is background.",
+        "annotated: {spleen: [1, 2]}",
+        "annotated: {spleen: [0, 2]}",
+        "20: datasets.spleen-ct.annotated.spleen: label value 0 is background. "
         "Use the organ's own value.",
     ),
     "case in two splits": (
-        ("validation: [two]", "validation: [two, one]"),
-        23,
-        "datasets.spleen-ct.split.validation.1: case one is already in train.",
+        "validation: [two]",
+        "validation: [two, one]",
+        "23: datasets.spleen-ct.split.validation.1: case one is already in train. "
         "A case belongs to one split, once.",
     ),
     "split names an absent case": (
-        ("test: []", "test: [three]"),
-        24,
-        "datasets.spleen-ct.split.test.0: there is no case three.",
+        "test: []",
+        "test: [three]",
+        "24: datasets.spleen-ct.split.test.0: there is no case three. "
         "Correct the name, or remove it.",
     ),
     "split half by fraction": (
-        ("validation: [two]", "validation: 0.2"),
-        21,
-        "datasets.spleen-ct.split: with `train` as a list",
-        "`validation` and `test` are lists too.",
+        "validation: [two]",
+        "validation: 0.2",
+        "21: datasets.spleen-ct.split: with `train` as a list…`validation` and `test` are lists "
+        "too.",
     ),
     "fraction beyond one": (
-        ("validation: 0.25", "validation: 1.5"),
-        14,
-        "datasets.liver-ct.split.validation.fraction: must be less than or equal to 1",
-        "not 1.5",
+        "validation: 0.25",
+        "validation: 1.5",
+        "14: datasets.liver-ct.split.validation.fraction: must be less than or equal to 1…not 1.5",
     ),
     "case name that is a number": (
-        ("train: [one]", "train: [1]"),
-        22,
-        "datasets.spleen-ct.split.train.0: must be a text, not 1.",
-        "",
+        "train: [one]",
+        "train: [1]",
+        "22: datasets.spleen-ct.split.train.0: must be a text, not 1.",
     ),
     "trained on an unknown dataset": (
-        ("trained_on: liver-ct", "trained_on: liver"),
-        31,
-        "teachers.liver.trained_on: there is no dataset 'liver'.",
+        "trained_on: liver-ct",
+        "trained_on: liver",
+        "31: teachers.liver.trained_on: there is no dataset 'liver'. "
         "Datasets are: liver-ct, spleen-ct.",
     ),
     "trained on a dataset that lacks the organ": (
-        ("trained_on: liver-ct", "trained_on: spleen-ct"),
-        31,
-        "teachers.liver.trained_on: spleen-ct does not annotate liver, so it cannot teach it.",
+        "trained_on: liver-ct",
+        "trained_on: spleen-ct",
+        "31: teachers.liver.trained_on: spleen-ct does not annotate liver, so it cannot teach it. "
         "Choose the dataset that does.",
     ),
     "factory for another kind": (
-        ("kind: checkpoint", "kind: checkpoint\n    factory: mine:build"),
-        26,
-        "teachers.liver: `factory: module:function` belongs to kind `factory`",
-        "",
+        "kind: checkpoint",
+        "kind: checkpoint\n    factory: mine:build",
+        "26: teachers.liver: `factory: module:function` belongs to kind `factory`",
     ),
     "no factory for kind factory": (
-        ("    factory: mine:build\n", ""),
-        32,
-        "teachers.both: `factory: module:function` belongs to kind `factory`",
+        "    factory: mine:build\n",
         "",
+        "32: teachers.both: `factory: module:function` belongs to kind `factory`",
     ),
     "factory that is no function": (
-        ("factory: mine:build", "factory: import os"),
-        34,
-        "teachers.both.factory: must be module:function",
-        "not 'import os'",
+        "factory: mine:build",
+        "factory: import os",
+        "34: teachers.both.factory: must be module:function…not 'import os'",
     ),
-    "unknown kind": (
-        ("kind: checkpoint", "kind: onnx"),
-        27,
-        "'nnunet' or 'factory', not 'onnx'.",
-        "",
-    ),
+    "unknown kind": ("kind: checkpoint", "kind: onnx", "27: …'nnunet' or 'factory', not 'onnx'."),
     "pattern that matches nothing": (
-        ("images: images/", "images: imgs/"),
-        8,
-        "datasets.liver-ct: pattern 'imgs/{case}.nii.gz' matches nothing below data.",
+        "images: images/",
+        "images: imgs/",
+        "8: datasets.liver-ct: pattern 'imgs/{case}.nii.gz' matches nothing below data. "
         "Check `root` and `images`",
     ),
     "folder that does not exist": (
-        ("root: data\n    images", "root: dat\n    images"),
-        8,
-        "datasets.liver-ct: there is no folder dat.",
-        "Check `root`.",
+        "root: data\n    images",
+        "root: dat\n    images",
+        "8: datasets.liver-ct: there is no folder dat. Check `root`.",
     ),
     "pattern without a case": (
-        ("images: images/{case}.nii.gz", "images: images/*.nii.gz"),
-        8,
-        "datasets.liver-ct: pattern 'images/*.nii.gz' must contain {case} exactly once.",
-        "",
+        "images: images/{case}.nii.gz",
+        "images: images/*.nii.gz",
+        "8: datasets.liver-ct: pattern 'images/*.nii.gz' must contain {case} exactly once.",
     ),
     "pattern that leaves the name open": (
-        ("images: images/{case}.nii.gz", "images: images/*{case}.nii.gz"),
-        8,
-        "does not say where the case's name begins and ends",
-        "put some other character between",
+        "images: images/{case}.nii.gz",
+        "images: images/*{case}.nii.gz",
+        "8: …does not say where the case's name begins and ends…put some other character between",
     ),
     "absolute pattern": (
-        ("images: images/{case}.nii.gz", "images: /images/{case}.nii.gz"),
-        8,
-        "must be relative to `root`",
-        "",
+        "images: images/{case}.nii.gz",
+        "images: /images/{case}.nii.gz",
+        "8: …must be relative to `root`",
     ),
     "double star inside a name": (
-        ("images: images/{case}.nii.gz", "images: im**/{case}.nii.gz"),
-        8,
-        "** must stand between slashes",
-        "",
+        "images: images/{case}.nii.gz",
+        "images: im**/{case}.nii.gz",
+        "8: …** must stand between slashes",
     ),
     "neither patterns nor pairs": (
-        ("    images: images/{case}.nii.gz\n    labels: labels/{case}.nii.gz\n", ""),
-        8,
-        "datasets.liver-ct: name the files by `images` and `labels`, or by `pairs`.",
+        "    images: images/{case}.nii.gz\n    labels: labels/{case}.nii.gz\n",
         "",
+        "8: datasets.liver-ct: name the files by `images` and `labels`, or by `pairs`.",
     ),
     "images without labels": (
-        ("    labels: labels/{case}.nii.gz\n", ""),
-        8,
-        "datasets.liver-ct: `images` and `labels` belong together.",
+        "    labels: labels/{case}.nii.gz\n",
         "",
+        "8: datasets.liver-ct: `images` and `labels` belong together.",
     ),
     "pair that does not exist": (
-        ("label: labels/b.nii.gz", "label: labels/z.nii.gz"),
-        15,
-        "datasets.spleen-ct: files do not exist: data/labels/z.nii.gz.",
+        "label: labels/b.nii.gz",
+        "label: labels/z.nii.gz",
+        "15: datasets.spleen-ct: files do not exist: data/labels/z.nii.gz. "
         "Check `root` and `pairs`.",
     ),
     "one image under two names": (
-        ("two: {image: images/b.nii.gz", "two: {image: images/a.nii.gz"),
-        15,
-        "datasets.spleen-ct: cases one and two have the same image images/a.nii.gz.",
+        "two: {image: images/b.nii.gz",
+        "two: {image: images/a.nii.gz",
+        "15: datasets.spleen-ct: cases one and two have the same image images/a.nii.gz. "
         "Keep one of the two.",
     ),
     "case written twice": (
-        (
-            "      two: {image",
-            "      one: {image: images/c.nii.gz, label: labels/c.nii.gz}\n      two: {image",
-        ),
-        19,
-        "datasets.spleen-ct.pairs.one: written twice.",
-        "Keep one of the two.",
+        "      two: {image",
+        "      one: {image: images/c.nii.gz, label: labels/c.nii.gz}\n      two: {image",
+        "19: datasets.spleen-ct.pairs.one: written twice. Keep one of the two.",
     ),
     "name that cannot name a folder": (
-        ("  liver:\n    kind", "  a/b:\n    kind"),
-        26,
-        "teachers.a/b.[key]: may have letters, digits",
-        "not 'a/b'",
+        "  liver:\n    kind",
+        "  a/b:\n    kind",
+        "26: teachers.a/b.[key]: may have letters, digits…not 'a/b'",
     ),
 }
 
 
-@pytest.mark.parametrize("mistake", ONE_MISTAKE.values(), ids=ONE_MISTAKE)
-def test_one_mistake_is_one_message(
-    mistake: tuple[tuple[str, str], int, str, str], folder: Path
-) -> None:
-    change, line, what, fix = mistake
-    (message,) = complaints(write(folder, GOOD, change))
-    assert message.startswith(f"registry.yaml:{line}: "), message
-    assert what in message
-    assert fix in message
+@pytest.mark.parametrize(("old", "new", "says"), ONE_MISTAKE.values(), ids=ONE_MISTAKE)
+def test_one_mistake_is_one_message(old: str, new: str, says: str, folder: Path) -> None:
+    (message,) = complaints(write(folder, GOOD, (old, new)))
+    words = ".*".join(map(re.escape, says.split("…")))
+    assert re.match(f"registry.yaml:{words}", message), message
 
 
 def test_images_without_a_label_are_named(folder: Path) -> None:

@@ -114,19 +114,6 @@ def test_the_blending_weight_is_not_flat() -> None:
     assert np.abs(narrow - wide).max() > 0.5
 
 
-def test_the_batch_size_changes_nothing() -> None:
-    image = RNG.normal(size=(14, 11, 9)).astype(np.float32)
-    network = seeded((2, 2, 2))
-    config = WindowConfig(shape=(6, 6, 6), overlap=0.5)
-    results = [
-        run(network, image, config, taps=["cells"], strides=[(2, 2, 2)], batch_size=n)
-        for n in (1, 3, 100)
-    ]
-    for logits, features in results[1:]:
-        np.testing.assert_allclose(logits, results[0][0], rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(features["cells"], results[0][1]["cells"], atol=1e-6)
-
-
 @pytest.mark.parametrize("shape", [(12, 16, 8), (13, 9, 7), (4, 3, 20), (5, 5, 5)])
 @pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 4, 2)])
 def test_features_of_a_local_network_are_those_of_the_whole_volume(

@@ -5,6 +5,8 @@ import os
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from pipeline.cli.app import app
 from pipeline.data.registry import Registry, load_registry
 from pipeline.engine.parts import Part
 from pipeline.errors import ConfigError
-from pipeline.log import Log
+from pipeline.log import Advance, Log
 from pipeline.review import gc
 from pipeline.review.gc import Garbage, find_garbage, print_garbage, remove_garbage
 from pipeline.review.units import registry_reach
@@ -315,28 +317,25 @@ def test_what_comes_to_be_reached_meanwhile_stays(tiny_cached: Path) -> None:
 def test_the_index_is_read_again_while_units_go(
     tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = work_of(tiny_cached)
-    before = tiny_cached.read_text()
-    registry = change_registry(tiny_cached, drop("liver"))
-    found = find_garbage(work, [known(registry)], grace_hours=0)
+    work, whole = work_of(tiny_cached), known(tiny_cached)
+    registries = [known(change_registry(tiny_cached, drop("liver")))]
+    found = find_garbage(work, registries, grace_hours=0)
+    looked_at: list[str] = []
+
+    class Meanwhile(Log):
+        @contextmanager
+        def progress(self, what: str, total: int, *, done: int = 0) -> Iterator[Advance]:
+            yield self.advance
+
+        def advance(self, note: str = "", steps: int = 1) -> None:
+            """After the third unit, the registry has this teacher again."""
+            looked_at.append(note)
+            if len(looked_at) == 3:
+                registries[:] = [whole]
+
     monkeypatch.setattr(gc, "_RECHECK_EVERY", 2)
-    real, calls = gc.remove_unit, []
-
-    def remove(path: Path) -> None:
-        """After the third unit, stage one has cached the registry with this teacher again."""
-        real(path)
-        calls.append(path)
-        if len(calls) == 3:
-            registry.write_text(before)
-
-    def reread(work: Path, registries: Any) -> Any:
-        return real_reached(work, [known(registry)])
-
-    real_reached = gc._reached
-    monkeypatch.setattr(gc, "remove_unit", remove)
-    monkeypatch.setattr(gc, "_reached", reread)
-    remove_garbage(work, [known(registry)], found, log=QUIET)
-    assert len(calls) == 4
+    assert remove_garbage(work, registries, found, log=Meanwhile(quiet=True))[0] == 4
+    assert len(looked_at) == 9
 
 
 def test_the_report(tiny_cached: Path, capsys: pytest.CaptureFixture[str]) -> None:

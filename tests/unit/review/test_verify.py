@@ -15,8 +15,8 @@ from pipeline.log import Log
 from pipeline.review import verify as verifying
 from pipeline.review.units import plain
 from pipeline.review.verify import Verification, print_verification, repair, verify
-from tests.stages.stage_contract import content, snapshot
-from tests.tiny import change_registry, fill_cache, work_of
+from tests.stages.stage_contract import snapshot
+from tests.tiny import change_registry, work_of
 from tests.unit.review.damage import flip, lose_receipt, rewrite, say, shard, unit_at
 
 CASE = "multi-ct/case_001"
@@ -265,24 +265,6 @@ def test_an_index_entry_that_cannot_be_read(tiny_cached: Path) -> None:
 
 
 # --- repair ---------------------------------------------------------------------------------------
-
-
-def test_the_repair_and_the_next_run_restore_every_byte(tiny_cached: Path) -> None:
-    work = work_of(tiny_cached)
-    own = ("*/receipt.json", "reports/*")
-    before = content(work, without=own)
-    (entry,) = (work / "index" / "teachers").glob("liver.*.json")
-    entry.write_text("{")
-    flip(shard(unit_at(work, f"spleen x {CASE}"), "log_odds/spleen"))
-    lose_receipt(unit_at(work, CASE))
-    flip(shard(unit_at(work, "liver-ct/case_000"), "image"))
-    found = look(tiny_cached)
-    assert len(found.damaged) == 4
-    assert set(repair(work, found)) == {finding.path for finding in found.damaged}
-    assert {f.state for f in look(tiny_cached).findings} == {"missing"}
-    fill_cache(tiny_cached)
-    assert look(tiny_cached).findings == []
-    assert content(work, without=own) == before
 
 
 def test_what_was_replaced_meanwhile_is_left_alone(tiny_cached: Path) -> None:

@@ -75,16 +75,19 @@ def sure(weights: Path, *, taps: Sequence[str], device: str, how: str = "softmax
 
 
 class Poor(Threshold):
-    """Misbehaves as told, on every case or on one with a voxel of that value."""
+    """Misbehaves as told, on every case or on one with a voxel of that value, until it is mended:
+    until a file is there."""
 
-    def __init__(self, how: str, marked_by: int | None) -> None:
-        super().__init__([], 0, None)
-        self.how, self.marked_by = how, marked_by
+    def __init__(self, how: str, marked_by: int | None, hu: float, mended: str) -> None:
+        super().__init__([], hu, None)
+        self.how, self.marked_by, self.mended = how, marked_by, mended
 
     def predict(self, image: Volume) -> Prediction:
         """See `how`."""
         good = super().predict(image)
         if self.marked_by is not None and not np.any(image.array == self.marked_by):
+            return good
+        if self.mended and Path(self.mended).exists():
             return good
         match self.how:
             case "nan":
@@ -109,9 +112,11 @@ def poor(
     device: str,
     how: str,
     marked_by: int | None = None,
+    hu: float = 0.0,
+    mended: str = "",
 ) -> Poor:
     """A teacher that is wrong on purpose."""
-    return Poor(how, marked_by)
+    return Poor(how, marked_by, hu, mended)
 
 
 def failing(weights: Path, *, taps: Sequence[str], device: str) -> Threshold:

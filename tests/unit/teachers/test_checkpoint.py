@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.schema import StorageConfig, teacher_inputs
-from pipeline.config import digest
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import Intensity
 from pipeline.data.volume import Grid, Volume
@@ -20,8 +17,9 @@ from pipeline.networks.windows import WindowConfig
 from pipeline.student.checkpoint import StudentRecord, load_student, save_student
 from pipeline.teachers.checkpoint import CheckpointTeacher, read_teacher, save_teacher
 from pipeline.teachers.load import load_teacher
+from pipeline.teachers.teacher import StreamingTeacher
 from tests.tiny import GRID_MM, NETWORK, TAP, teacher_data, write_teacher
-from tests.unit.teachers.made_teachers import Payload
+from tests.unit.teachers.teacher_contract import StoredNetworkContract
 
 WINDOW = WindowConfig(shape=(8, 8, 8), overlap=0.25)
 
@@ -50,6 +48,42 @@ def refused(path: Path, match: str, **changes: Any) -> str:
     assert caught.value.exit_code == 2
     assert str(path) in str(caught.value)
     return str(caught.value)
+
+
+class TestCheckpoint(StoredNetworkContract):
+    organs: ClassVar = {"liver": 1}
+    num_channels = 2
+    spacing_mm = GRID_MM
+    tap = TAP
+    no_weights = "not a plain tensor file"
+    numbers = (
+        {"window": WindowConfig(shape=(8, 8, 12), overlap=0.25)},
+        {"window": WindowConfig(shape=(8, 12, 16), overlap=0.5)},
+        {"window": WindowConfig(shape=(8, 12, 16), overlap=0.25, sigma=0.3)},
+        {"taps": []},
+    )
+
+    def entry(self, **changes: Any) -> TeacherEntry:
+        return entry(**changes)
+
+    def put_nan(self, path: Path) -> None:
+        record, state = read_teacher(path)
+        next(iter(state.values())).view(-1)[0] = float("nan")
+        save_teacher(path, record, state)
+
+    def test_slab_by_slab_is_the_whole(self, path: Path) -> None:
+        teacher, image = self.load(path, taps=self.taps()), self.image()
+        assert isinstance(teacher, StreamingTeacher)
+        whole = teacher.predict(image)
+        slabs: list[Any] = []
+        cells: dict[str, list[Any]] = {tap: [] for tap in self.taps()}
+        teacher.stream(
+            image, logits=slabs.append, features={tap: cells[tap].append for tap in cells}
+        )
+        assert len(slabs) > 1
+        np.testing.assert_array_equal(np.concatenate(slabs, axis=1), whole.logits.array)
+        for tap, feature in whole.features.items():
+            np.testing.assert_array_equal(np.concatenate(cells[tap], axis=1), feature.array)
 
 
 def test_round_trip(path: Path) -> None:
@@ -81,24 +115,6 @@ def test_a_flipped_bit_in_its_weights_is_found(path: Path, sealed: bool) -> None
     assert "Train or fetch it again" in message
 
 
-def test_a_loaded_teacher_runs_at_its_own_spacing_with_its_taps(path: Path) -> None:
-    teacher = load(path)
-    assert teacher.spacing_mm == GRID_MM
-    grid = Grid.axis_aligned((12, 10, 9), GRID_MM)
-    hu = np.random.default_rng(0).integers(-1000, 1000, grid.shape).astype(np.int16)
-    prediction = teacher.predict(Volume(hu, grid))
-    assert prediction.logits.array.shape == (2, 12, 10, 9)
-    assert prediction.logits.array.dtype == np.float32
-    assert prediction.logits.grid == grid
-    feature = prediction.features[TAP]
-    stride = teacher.taps[TAP][1]
-    assert max(stride) > 1
-    assert feature.grid == grid.coarsen(stride)
-    assert feature.array.shape[0] == teacher.taps[TAP][0]
-    assert not any(p.requires_grad for p in teacher.network.parameters())
-    assert not teacher.network.training
-
-
 def test_the_intensity_window_is_applied(path: Path) -> None:
     teacher = load(path)
     grid = Grid.axis_aligned((8, 8, 8), GRID_MM)
@@ -108,63 +124,6 @@ def test_the_intensity_window_is_applied(path: Path) -> None:
         for hu in (300, 3000)
     )
     np.testing.assert_array_equal(bone, metal)
-
-
-def test_what_it_says_of_itself_is_what_changes_its_numbers(path: Path) -> None:
-    def digested(teacher: CheckpointTeacher) -> str:
-        return digest(
-            teacher_inputs(
-                weights_sha256="w",
-                description=teacher.describe(),
-                organs={"liver": (1,)},
-                activation="softmax",
-                spacing_mm=GRID_MM,
-                storage=StorageConfig(),
-            )
-        )
-
-    first = digested(load(path))
-    assert digested(load(path)) == first
-    for window in (
-        WindowConfig(shape=(8, 8, 12), overlap=0.25),
-        WindowConfig(shape=(8, 8, 8), overlap=0.5),
-        WindowConfig(shape=(8, 8, 8), overlap=0.25, sigma=0.3),
-    ):
-        assert digested(load(path, window)) != first
-    assert digested(load(path, taps=[])) != first
-    write_teacher(path, "liver", seed=0, intensity=Intensity(window_hu=(-100, 100)))
-    assert digested(load(path, intensity={"window_hu": [-100, 100]})) != first
-
-
-def test_an_absent_file(tmp_path: Path) -> None:
-    message = refused(tmp_path / "none.pt", "do not exist")
-    assert "train-teachers" in message
-
-
-@pytest.mark.parametrize("writer", ["torch", "pickle"])
-def test_a_file_with_code_is_refused_and_its_code_not_run(tmp_path: Path, writer: str) -> None:
-    marker, path = tmp_path / "ran", tmp_path / "liver.pt"
-    content = {"record": Payload(marker), "state": {}}
-    if writer == "torch":
-        torch.save(content, path)
-    else:
-        path.write_bytes(pickle.dumps(content, protocol=2))
-    refused(path, "not a plain tensor file")
-    assert not marker.exists()
-    # The trap is armed: whoever trusts the file runs the code.
-    torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
-    assert marker.exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 half a zip"])
-def test_no_tensor_file_at_all(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "liver.pt").write_bytes(content)
-    refused(tmp_path / "liver.pt", "not a plain tensor file")
-
-
-def test_a_truncated_file(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-500])
-    refused(path, "not a plain tensor file")
 
 
 @pytest.mark.parametrize(
@@ -189,14 +148,6 @@ def test_weights_that_do_not_fit_the_network(path: Path, damage: str) -> None:
         state["extra.weight"] = torch.zeros(1)
     save_teacher(path, record, state)
     refused(path, "do not fit the network UNet")
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers(path: Path, bad: float) -> None:
-    record, state = read_teacher(path)
-    next(iter(state.values())).view(-1)[0] = bad
-    save_teacher(path, record, state)
-    refused(path, "NaN or infinity")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from pipeline.errors import ConfigError, TeacherError
 from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.factory import FactoryTeacher
 from pipeline.teachers.load import load_teacher
+from tests.unit.teachers.teacher_contract import TeacherContract
 
 MODULE = "tests.unit.teachers.made_teachers"
 IMAGE = Volume(
@@ -20,18 +21,16 @@ IMAGE = Volume(
 )
 
 
+def entry(function: str, **changes: Any) -> TeacherEntry:
+    values = {"kind": "factory", "weights": "weights.bin", "organs": {"liver": 1}}
+    return TeacherEntry.model_validate({**values, "factory": function, **changes})
+
+
 def load(tmp_path: Path, function: str = f"{MODULE}:threshold", **changes: Any) -> FactoryTeacher:
     (tmp_path / "weights.bin").write_bytes(b"w")
-    values = {
-        "kind": "factory",
-        "weights": "weights.bin",
-        "organs": {"liver": 1},
-        "factory": function,
-        **changes,
-    }
     teacher = load_teacher(
         "mine",
-        TeacherEntry.model_validate(values),
+        entry(function, **changes),
         tmp_path / "weights.bin",
         window=WindowConfig(),
         batch_size=1,
@@ -48,7 +47,22 @@ def refused(tmp_path: Path, match: str, function: str, **changes: Any) -> None:
     assert f"teacher mine ({function})" in str(caught.value)
 
 
-def test_the_contract(tmp_path: Path) -> None:
+class TestFactory(TeacherContract):
+    organs: ClassVar = {"liver": 1}
+    num_channels = 2
+    tap = "half"
+    numbers = ({"args": {"hu": 51}}, {"spacing_mm": [3, 3, 3]}, {"taps": ["half"]})
+
+    def entry(self, **changes: Any) -> TeacherEntry:
+        return entry(f"{MODULE}:threshold", **changes)
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        (tmp_path / "weights.bin").write_bytes(b"w")
+        return tmp_path / "weights.bin"
+
+
+def test_what_it_gives(tmp_path: Path) -> None:
     teacher = load(tmp_path, args={"hu": 50}, taps=["half"], spacing_mm=[3, 2, 2])
     assert teacher.spacing_mm == (3, 2, 2)
     prediction = teacher.predict(IMAGE)
@@ -66,14 +80,6 @@ def test_features_that_nobody_asked_for_are_dropped(tmp_path: Path) -> None:
     teacher = load(tmp_path, taps=["a", "b"])
     teacher.entry = teacher.entry.model_copy(update={"taps": ("b",)})
     assert list(teacher.predict(IMAGE).features) == ["b"]
-
-
-def test_what_it_says_of_itself_is_what_changes_its_numbers(tmp_path: Path) -> None:
-    first = load(tmp_path, args={"hu": 50}).describe()
-    assert first == load(tmp_path, args={"hu": 50}).describe()
-    assert first["says"] == {"hu": 50, "box": None}
-    for changes in ({"args": {"hu": 51}}, {"args": {"hu": 50}, "spacing_mm": [3, 3, 3]}):
-        assert load(tmp_path, **changes).describe() != first
 
 
 def test_its_code_is_digested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,17 +118,6 @@ def test_a_factory_that_fails(tmp_path: Path) -> None:
 
 def test_arguments_that_it_does_not_take(tmp_path: Path) -> None:
     refused(tmp_path, "unexpected keyword", f"{MODULE}:threshold", args={"colour": 1})
-
-
-@pytest.mark.parametrize("weights", ["absent.bin", "."])
-def test_weights_that_are_no_file(tmp_path: Path, weights: str) -> None:
-    values = {"kind": "factory", "weights": weights, "organs": {"liver": 1}}
-    entry = TeacherEntry.model_validate({**values, "factory": f"{MODULE}:threshold"})
-    with pytest.raises(TeacherError, match="do not exist, or are no file"):
-        load_teacher(
-            "mine", entry, tmp_path / weights,
-            window=WindowConfig(), batch_size=1, device=torch.device("cpu"),
-        )  # fmt: skip
 
 
 @pytest.mark.parametrize("how", ["array", "no channels"])

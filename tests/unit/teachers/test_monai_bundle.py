@@ -14,6 +14,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 from pydantic import ValidationError
 
+from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import log_odds
 from pipeline.data.nifti import read_image, read_label
 from pipeline.data.resample import resample, same_grid
@@ -33,7 +34,7 @@ from tests.unit.teachers.made_bundles import (
     write_bundle,
     write_ct,
 )
-from tests.unit.teachers.made_teachers import Payload
+from tests.unit.teachers.teacher_contract import StoredNetworkContract
 
 Data = dict[str, Any]
 Change = Callable[[Data], object]
@@ -158,15 +159,6 @@ def test_parity_across_grids(tmp_path: Path, spacing_mm: tuple[float, float, flo
     assert dice(region, tools.array == 1) >= 0.995
 
 
-def test_it_gets_the_image_on_its_own_grid_and_describes_itself(tmp_path: Path) -> None:
-    teacher = load(write_bundle(tmp_path / "bundle"), taps=[TAP])
-    assert teacher.spacing_mm is None
-    says = teacher.describe()
-    assert json.loads(json.dumps(says)) == says
-    assert says["kind"] == "monai-bundle"
-    assert load(write_bundle(tmp_path / "other")).describe() != says
-
-
 def test_features_lie_where_the_logits_lie(tmp_path: Path) -> None:
     """A window that holds the whole image: then a feature is the layer's output, cell by cell."""
     ct = read_image(write_ct(tmp_path / "case.nii.gz", codes="LIP")).volume
@@ -204,6 +196,27 @@ def test_taps_need_windows(tmp_path: Path) -> None:
     refused(write_bundle(tmp_path / "other"), "no layer 'nowhere'", taps=["nowhere"])
 
 
+class TestBundle(StoredNetworkContract):
+    tap = TAP
+    no_weights = "not a plain tensor file"
+    numbers = ({"taps": [TAP]},)
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        return write_bundle(tmp_path / "bundle")
+
+    def entry(self, **changes: Any) -> TeacherEntry:
+        return bundle_entry(**changes)
+
+    def weights_file(self, path: Path) -> Path:
+        return path / "models" / "model.pt"
+
+    def put_nan(self, path: Path) -> None:
+        state = seeded_network().state_dict()
+        next(iter(state.values())).view(-1)[0] = torch.nan
+        torch.save(state, self.weights_file(path))
+
+
 # --- weights ------------------------------------------------------------------------------------
 
 
@@ -232,20 +245,6 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     refused(folder, "does not fit network_def .*Missing key")
     torch.save([1, 2], path)
     refused(folder, "holds no state dict")
-    path.write_bytes(b"PK half")
-    refused(folder, "not a plain tensor file")
-    state = seeded_network().state_dict()
-    next(iter(state.values())).view(-1)[0] = torch.inf
-    torch.save(state, path)
-    refused(folder, "NaN or infinity")
-
-
-def test_weights_with_code_are_refused_and_the_code_not_run(tmp_path: Path) -> None:
-    folder, marker = write_bundle(tmp_path / "bundle"), tmp_path / "ran"
-    torch.save({"model": Payload(marker)}, folder / "models" / "model.pt")
-    refused(folder, "not a plain tensor file")
-    refused(folder, "not a plain tensor file", trusted=True)
-    assert not marker.exists()
 
 
 def test_what_the_digest_is_of(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.cache.reader import Unit
 from pipeline.errors import CacheMissing
 from pipeline.review.inspect.look import View, look_at
 from pipeline.review.inspect.numbers import lazy_numbers, measure_case, numbers_of
@@ -106,20 +104,6 @@ def check_pairs(numbers: Any, votes: dict[Any, Any], label: Any, labels_win: boo
     found = {frozenset(pair.teachers): pair.conflict_ml for pair in numbers.pairs}
     assert found == wanted
     assert min(wanted.values()) > 0
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
-    made: list[tuple[str, int]] = []
-    real = Unit.read
-
-    def spy(self: Unit, name: str, patch: Any = None) -> Any:
-        values = real(self, name, patch)
-        made.append((f"{self.path.parts[-3]}/{name}", values.size))
-        return values
-
-    monkeypatch.setattr(Unit, "read", spy)
-    return made
 
 
 def test_nothing_is_read_before_compute_and_every_voxel_once(

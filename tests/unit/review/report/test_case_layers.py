@@ -23,6 +23,7 @@ from pipeline.review.report.pictures import NOT_OF_THIS_RUN, CaseLayers, CaseSou
 from pipeline.review.report.trace import RunRecord, read_run, trace
 from stages import predict
 from tests.tiny import ORGANS, change_registry, work_of
+from tests.unit.review.damage import rewrite
 from tests.unit.review.report.pages import RUN, folder_of
 
 VALIDATION, TEST, PARTIAL = "multi-ct/case_000", "multi-ct/case_001", "liver-ct/case_002"
@@ -75,18 +76,17 @@ def test_the_reference_is_the_label_of_what_it_annotates(built_runs: Path) -> No
         assert np.array_equal(found.image, case.image())
 
 
-def test_errors_are_counted_where_the_label_can_tell(
-    built_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = cached(built_runs, PARTIAL)
+def test_errors_are_counted_where_the_label_can_tell(runs: Path, tmp_path: Path) -> None:
+    def ignore(arrays: dict[str, Any]) -> None:
+        arrays["label"][2, :4, :] = 255
+
+    case = cached(runs, PARTIAL)
     label = case.label()
     array = label.copy()
     array[2, :, :] = 1
     array[5, :, :] = 2  # spleen, of which this label says nothing
-    ignored = label.copy()
-    ignored[2, :4, :] = 255
-    monkeypatch.setattr(CachedCase, "label", lambda self: ignored)
-    found = source(built_runs, predicted(tmp_path, case, array)).layers(PARTIAL)
+    rewrite(case.case.path, arrays=ignore)
+    found = source(runs, predicted(tmp_path / "predictions", case, array)).layers(PARTIAL)
     expected = np.zeros(label.shape, dtype=np.bool_)
     expected[2, 4:] = label[2, 4:] != 1
     expected[5] = label[5] == 1

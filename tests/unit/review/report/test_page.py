@@ -369,14 +369,11 @@ def test_a_record_that_cannot_be_read_stops(runs: Path, tmp_path: Path) -> None:
     assert "config.json" in str(error.where)
 
 
-def test_a_page_of_others_stays(
-    built_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_of_others_stays(built_runs: Path, tmp_path: Path) -> None:
     output = tmp_path / "index.html"
     output.write_text("<html>a home page</html>")
-    with monkeypatch.context() as patch:
-        patch.setattr(make, "gather", None)  # nothing is computed
-        error = call(built_runs, output, "--no-regions").exception
+    # It is asked for before the scores, which are not there.
+    error = call(built_runs, output, "--no-regions", "-p", str(tmp_path)).exception
     assert isinstance(error, ConfigError)
     assert str(error) == (
         f"{output}: `pipeline report` did not write this file and does not replace it. Name "
@@ -442,14 +439,11 @@ def test_predictions_of_others_are_told(built_runs: Path, tmp_path: Path) -> Non
     assert other in text
 
 
-def test_only_an_html_file_is_written(
-    built_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_an_html_file_is_written(built_runs: Path, tmp_path: Path) -> None:
     assert isinstance(error_of(built_runs, tmp_path / "report.txt"), ConfigError)
     blocked = tmp_path / "file"
     blocked.write_text("")
-    monkeypatch.setattr(make, "gather", lambda *a, **k: pytest.fail("it asks first"))
-    error = error_of(built_runs, blocked / "r.html")
+    error = error_of(built_runs, blocked / "r.html", "-p", str(tmp_path))
     assert isinstance(error, WorkFolderError)
     assert f"a file is in the way, {blocked}" in error.what
 

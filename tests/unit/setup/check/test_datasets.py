@@ -21,8 +21,7 @@ from pipeline.setup.check import cohort
 from pipeline.setup.check.cases import CaseFacts, Finding, Task, look_at
 from pipeline.setup.check.cohort import DataReport, check_datasets
 from pipeline.setup.check.report import Report, print_report
-from tests.tiny import ORGANS, WINDOW, change_registry, shrink_organ
-from tests.unit.setup.check.test_teachers import run_cli
+from tests.tiny import ORGANS, WINDOW, RunCli, change_registry, shrink_organ
 
 
 def check(registry: Path, **options: Any) -> DataReport:
@@ -246,13 +245,16 @@ def test_a_case_that_kills_its_process_costs_no_other(
 
 
 def test_people_see_rows_and_machines_see_all(
-    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_registry: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    run_cli: RunCli,
 ) -> None:
     for number in range(3):
         path = file_of(tiny_registry, f"multi-ct/case_00{number}", "label")
         rewrite(path, lambda a: np.where(a == 1, 9, a))
     arguments = ["check", "-r", str(tiny_registry), "--jobs", "1", "--no-teachers"]
-    code, out, err = run_cli(*arguments, "--json", capsys=capsys, monkeypatch=monkeypatch)
+    code, out, err = run_cli(*arguments, "--json")
     assert (code, err) == (2, "")
     found = json.loads(out)
     assert (found["num_errors"], found["teachers"]) == (4, None)
@@ -267,11 +269,9 @@ def test_people_see_rows_and_machines_see_all(
     assert "4 errors, 0 warnings in 9 cases" in out
 
 
-def test_warnings_alone_end_well(
-    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_warnings_alone_end_well(tiny_registry: Path, run_cli: RunCli) -> None:
     arguments = ["check", "-r", str(tiny_registry), "--no-teachers", "--dataset", "liver-ct"]
-    code, out, _ = run_cli(*arguments, "--jobs", "1", capsys=capsys, monkeypatch=monkeypatch)
+    code, out, _ = run_cli(*arguments, "--jobs", "1")
     assert code == 0
     assert "0 errors, 3 warnings in 3 cases" in out  # the default patch is larger than these
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from pipeline.cache.schema import StorageConfig
-from pipeline.cli import app as cli
 from pipeline.consensus import cohort
 from pipeline.data.registry import load_registry
 from pipeline.data.volume import Grid, Orientation, Volume
@@ -23,7 +21,7 @@ from pipeline.setup.check.teachers import CheckReport, check_teachers, middle
 from pipeline.teachers.load import Teachers
 from tests.stages.test_cache_teachers_input import factory, keep
 from tests.stages.test_teacher_kinds import bundle, exported, with_softmax
-from tests.tiny import GRID_MM, TAP, WINDOW, change_registry, teacher_data, work_of
+from tests.tiny import GRID_MM, TAP, WINDOW, RunCli, change_registry, teacher_data, work_of
 
 
 def check(registry: Path, **options: Any) -> CheckReport:
@@ -101,14 +99,12 @@ def test_outputs_that_are_no_logits_are_an_error_of_their_teacher(tiny_registry:
     assert rows["said"].organ_ml == rows["net"].organ_ml
 
 
-def test_what_is_only_improbable_is_a_warning(
-    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_only_improbable_is_a_warning(tiny_registry: Path, run_cli: RunCli) -> None:
     keep(tiny_registry, "liver-ct", odd=factory("sure", args={"how": "undecided"}))
     config = tiny_registry.parent / "stage.yaml"
     config.write_text(f"window: {{shape: {list(WINDOW)}, overlap: 0.25}}\n")
     arguments = ["check", "-r", str(tiny_registry), "-c", str(config), "--jobs", "1", "--json"]
-    code, out, err = run_cli(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    code, out, err = run_cli(*arguments)
     (found,) = [f for f in json.loads(out)["findings"] if f["kind"] == "teacher"]
     assert (found["severity"], found["where"]) == ("warning", "teacher odd")
     assert "all outputs lie in [0, 1]. If they are probabilities" in found["what"]
@@ -163,29 +159,16 @@ def test_the_crop_keeps_geometry_and_storage_order() -> None:
     assert middle(image, 1000).grid == grid
 
 
-def run_cli(
-    *arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
-    monkeypatch.setenv("COLUMNS", "1000")  # no sentence is wrapped, however long the paths in it
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    said = capsys.readouterr()
-    return int(caught.value.code or 0), said.out, said.err
-
-
-def test_on_the_command_line(
-    mixed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_the_command_line(mixed: Path, run_cli: RunCli) -> None:
     config = mixed.parent / "stage.yaml"
     config.write_text(f"window: {{shape: {list(WINDOW)}, overlap: 0.25}}\n")
     arguments = ["check", "-r", str(mixed), "-c", str(config), "--device", "cpu", "--jobs", "1"]
-    code, out, _ = run_cli(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    code, out, _ = run_cli(*arguments)
     assert code == 2
     assert out.count("ok") >= 4
     assert "Findings" in out
     assert "emits 3 channels" in out
-    code, out, err = run_cli(*arguments, "--json", capsys=capsys, monkeypatch=monkeypatch)
+    code, out, err = run_cli(*arguments, "--json")
     assert code == 2
     found = json.loads(out)
     assert found["teachers"]["num_failed"] == 3
@@ -196,21 +179,19 @@ def test_on_the_command_line(
     assert not work_of(mixed).exists()
 
 
-def test_trust_on_the_command_line(
-    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trust_on_the_command_line(tiny_registry: Path, run_cli: RunCli) -> None:
     keep(tiny_registry, "liver-ct", zoo=bundle(tiny_registry))
     config = tiny_registry.parent / "teachers" / "zoo" / "configs" / "inference.json"
     config.write_text(
         config.read_text().replace('"norm": "instance"', '"norm": "$str(\'instance\')"')
     )
     arguments = ["check", "-r", str(tiny_registry), "--device", "cpu", "--jobs", "1"]
-    code, out, _ = run_cli(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    code, out, _ = run_cli(*arguments)
     assert code == 2
     assert "--trust" in out
-    code, out, _ = run_cli(*arguments, "--trust", "zoo", capsys=capsys, monkeypatch=monkeypatch)
+    code, out, _ = run_cli(*arguments, "--trust", "zoo")
     assert code == 0
     assert "0 errors" in out
-    code, _, err = run_cli(*arguments, "--trust", "zo", capsys=capsys, monkeypatch=monkeypatch)
+    code, _, err = run_cli(*arguments, "--trust", "zo")
     assert code == 2
     assert "there is no teacher 'zo' to trust" in err
