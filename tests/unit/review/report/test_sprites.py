@@ -71,7 +71,7 @@ def test_right_is_on_the_left_and_anterior_and_superior_are_at_the_top() -> None
         assert not tile(plane, sheet.uri, 0)[..., 3].any()
 
 
-@pytest.mark.parametrize(("axis", "name"), enumerate(["axial", "coronal", "sagittal"]))
+@pytest.mark.parametrize(("axis", "name"), [(0, "axial"), (1, "coronal"), (2, "sagittal")])
 def test_one_slice_is_shown_in_its_own_plane_alone(axis: int, name: str) -> None:
     shape = list(SHAPE)
     shape[axis] = 1
