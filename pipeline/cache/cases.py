@@ -274,7 +274,7 @@ def identify_case(
     except OSError as error:
         raise GeometryError(
             f"the file cannot be read ({error.strerror}).",
-            where=f"{source.name}, {error.filename}",
+            where=f"{source.name}, {error.filename or source.image}",
             fix="Check the disk that it lies on.",
         ) from error
     hashes = image.sha256, label.sha256
