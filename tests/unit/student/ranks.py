@@ -189,8 +189,8 @@ def _watch_writes(folder: str) -> set[str]:
 
 
 def _arrange(scenario: Scenario, rank: int) -> None:
-    real_step, real_loss, real_dice, real_item = (
-        training.make_step, training.batch_loss, losses.dice, PatchDataset.__getitem__,
+    real_step, real_loss, real_target, real_item = (
+        training.make_step, training.batch_loss, losses.one_target, PatchDataset.__getitem__,
     )  # fmt: skip
 
     def make_step(*args: Any) -> Any:
@@ -209,10 +209,10 @@ def _arrange(scenario: Scenario, rank: int) -> None:
             batch.image.mul_(math.nan)
         return real_loss(config, network, batch, fraction)
 
-    def dice(p: Tensor, classes: Tensor, organs: Tensor) -> Tensor:
-        term = real_dice(p, classes, organs)
+    def one_target(logits: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        entropy, dice = real_target(logits, *args, **options)
         later = scenario.steep is not None and scenario.steep[1] <= len(calls)
-        return term + steep(p) if later and scenario.steep[0] == rank else term
+        return entropy, dice + steep(logits) if later and scenario.steep[0] == rank else dice
 
     def item(data: PatchDataset, number: int) -> Any:
         if scenario.error == (rank, number):
@@ -223,7 +223,7 @@ def _arrange(scenario: Scenario, rank: int) -> None:
         (pipeline.student.processes, "_BUCKET_BYTES", 256),  # many, of so small a network
         (training, "make_step", make_step),
         (training, "batch_loss", batch_loss),
-        (losses, "dice", dice),
+        (losses, "one_target", one_target),
         (PatchDataset, "__getitem__", item),
     ]
     for owner, name, function in replace:

@@ -311,7 +311,7 @@ class TestWhatARunLeaves:
         assert steps == list(range(1, STEPS + 1))
         validated = [line["step"] for line in lines if "validation_dice" in line]
         assert validated == [3, 6, 8]
-        terms = {"cross_entropy", "dice", "logits"}
+        terms = {"cross_entropy", "dice"}
         assert set(lines[0]["terms"]) == terms  # the weight of features begins at 0
         assert set(lines[1]["terms"]) == {*terms, "features"}
         assert lines[1]["loss"] == pytest.approx(sum(lines[1]["terms"].values()), rel=1e-6)
