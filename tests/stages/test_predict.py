@@ -643,7 +643,7 @@ class TestInputs:
     def test_nothing_there_is_an_error(self, tmp_path: Path, name: str) -> None:
         (tmp_path / "empty").mkdir()
         (tmp_path / "text.txt").write_text("")
-        with pytest.raises(ConfigError, match="no NIfTI file there"):
+        with pytest.raises(ConfigError, match="no NIfTI file and no DICOM series there"):
             predict.find_inputs(tmp_path / name)
 
 
