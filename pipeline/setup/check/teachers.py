@@ -29,7 +29,7 @@ from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.load import open_teacher
 from pipeline.teachers.teacher import organ_log_odds, tap_agreement
 
-_PATCHES = 4  # that a tap's agreement with itself is measured on
+_PATCHES = 12  # that a tap's agreement with itself is measured on
 
 
 @dataclass(frozen=True)
