@@ -27,7 +27,7 @@ from pipeline.networks.by_name import pick_device
 from pipeline.teachers.load import Teachers
 from pipeline.teachers.teacher import organ_log_odds, tap_agreement
 
-_PATCHES = 4  # that a tap's agreement with itself is measured on
+_PATCHES = 12  # that a tap's agreement with itself is measured on
 
 
 @dataclass(frozen=True)
