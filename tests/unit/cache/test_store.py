@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+from zarr.storage import LocalStore
 
 from pipeline.cache import receipt as receipts
 from pipeline.cache import store
@@ -235,8 +236,20 @@ def test_a_flipped_byte_in_the_metadata_is_noticed_by_reading(tmp_path: Path, na
     text = (unit / name).read_text()
     (unit / name).write_text(text.replace("12", "13", 1))
     assert (unit / name).read_text() != text
+    changed = Unit.open(unit)
     with pytest.raises(CacheCorrupt, match="other bytes"):
-        Unit.open(unit).read("image")
+        repr((changed.attributes, changed.read("image")))
+
+
+def test_metadata_are_read_once_and_not_by_zarr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zarr would read them again, and look for others beside them."""
+    write(tmp_path / "unit.zarr")
+    monkeypatch.setattr(LocalStore, "get", lambda *_: pytest.fail("Zarr was asked"))
+    unit = Unit.open(tmp_path / "unit.zarr")
+    assert unit.array("image").ndim == 3
+    assert isinstance(unit.attributes, dict)
 
 
 # --- several writers ----------------------------------------------------------------------------
