@@ -4,6 +4,7 @@ only what is sliced is read.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from pydantic import Field
+from zarr.abc.store import Store
+from zarr.storage import LocalStore, StorePath
 
 from pipeline.cache.places import unit_name
-from pipeline.cache.receipt import REMOVE, Receipt, check_objects, read_receipt, verify_object
+from pipeline.cache.receipt import REMOVE, Receipt, check_objects, read_object, read_receipt
 from pipeline.cache.schema import IMAGE, LABEL, features_name, log_odds_name
 from pipeline.cache.store import open_store
 from pipeline.config import Config
@@ -242,24 +245,21 @@ class Unit:
         return cls(path, read_receipt(path, expect=expect))
 
     @cached_property
-    def group(self) -> zarr.Group:
-        """The Zarr group, opened on first use, so that a forked or spawned worker opens its own."""
-        self._verify("zarr.json")
+    def _store(self) -> Store:
+        """Made on first use, so that a forked or spawned worker makes its own."""
         folder = self.receipt.group_folder(self.path)
-        if is_local(folder):
-            return zarr.open_group(folder, mode="r", zarr_format=3)
-        try:
-            return zarr.open_group(open_store(folder), mode="r", zarr_format=3)
-        except OSError as error:
-            raise unreachable(self.path, error) from error
+        return LocalStore(folder, read_only=True) if is_local(folder) else open_store(folder)
 
-    def _verify(self, name: str) -> None:
-        verify_object(self.path, self.receipt, self.receipt.object_name(name))
+    def _metadata(self, name: str) -> dict[str, Any]:
+        """Read here and not by Zarr, which would read it again, and look for others beside it."""
+        data = read_object(self.path, self.receipt, self.receipt.object_name(name))
+        metadata: dict[str, Any] = json.loads(data)
+        return metadata
 
     @cached_property
     def attributes(self) -> Mapping[str, Any]:
         """Grid, source, sampling centres."""
-        attributes: dict[str, Any] = self.group.attrs.asdict()
+        attributes: dict[str, Any] = self._metadata("zarr.json")["attributes"]
         return attributes
 
     @cached_property
@@ -285,10 +285,8 @@ class Unit:
             CacheCorrupt, CacheIncomplete: its metadata are not what was written.
         """
         if name not in self._arrays:
-            self._verify(f"{name}/zarr.json")
-            array = self.group[name]
-            assert isinstance(array, zarr.Array)
-            self._arrays[name] = array
+            metadata = self._metadata(f"{name}/zarr.json")
+            self._arrays[name] = zarr.Array.from_dict(StorePath(self._store, name), metadata)
         return self._arrays[name]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -318,7 +316,7 @@ class Unit:
             if isinstance(error.cause, OSError) and not is_local(self.path):
                 raise unreachable(self.path, error.cause) from error
             what = f"{unit_name(self.path)}: chunk {error.index} of array {name}"
-            if error.missing:
+            if error.missing or isinstance(error.cause, FileNotFoundError):
                 raise CacheIncomplete(
                     f"{what} is gone since the unit was opened ({error.cause}).",
                     where=self.path,

@@ -5,8 +5,9 @@ A receipt vouches for itself too: its last field, `seal`, is the digest of all o
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -177,20 +178,36 @@ def verify_seal(path: Folder, receipt: Receipt) -> None:
         raise CacheCorrupt("the receipt has other bytes than were written.", where=path, fix=REMOVE)
 
 
-def verify_object(path: Folder, receipt: Receipt, name: str) -> None:
+def read_object(path: Folder, receipt: Receipt, name: str) -> bytes:
+    """A small file of a unit, read once and held against the receipt; see `verify_object`."""
+    data = b""
+
+    def sha256(file: Folder) -> str:
+        nonlocal data
+        data = file.read_bytes()
+        return hashlib.sha256(data).hexdigest()
+
+    verify_object(path, receipt, name, sha256)
+    return data
+
+
+def verify_object(
+    path: Folder, receipt: Receipt, name: str, sha256: Callable[[Folder], str] = file_sha256
+) -> None:
     """Reads one file of a unit and holds it against the receipt.
 
     Args:
         path: the unit.
         receipt: its receipt.
         name: as in `receipt.objects`.
+        sha256: of a file.
 
     Raises:
         CacheIncomplete, CacheCorrupt: it is gone, or its bytes changed.
         StoreUnreachable: an object store does not answer.
     """
     try:
-        found = file_sha256(path / name)
+        found = sha256(path / name)
     except OSError as error:
         if not is_local(path) and not isinstance(error, FileNotFoundError):
             raise unreachable(path, error) from error

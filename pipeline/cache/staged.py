@@ -190,9 +190,11 @@ class StagedUnit(Unit):
     stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @cached_property
-    def group(self) -> zarr.Group:
-        """See `Unit.group`."""
-        return self._first(lambda: super(StagedUnit, self).group, lambda: self.original.group)
+    def attributes(self) -> Mapping[str, Any]:
+        """See `Unit.attributes`."""
+        return self._first(
+            lambda: super(StagedUnit, self).attributes, lambda: self.original.attributes
+        )
 
     def array(self, name: str) -> zarr.Array[Any]:
         """See `Unit.array`."""

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+from zarr.storage import LocalStore
 
 from pipeline.cache import receipt as receipts
 from pipeline.cache import store
@@ -215,6 +216,17 @@ def test_a_receipt_that_claims_other_inputs_is_corrupt(tmp_path: Path) -> None:
     (unit / RECEIPT).write_text(json.dumps(data))
     with pytest.raises(CacheCorrupt, match="its own digest"):
         Unit.open(unit)
+
+
+def test_metadata_are_read_once_and_not_by_zarr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zarr would read them again, and look for others beside them."""
+    write(tmp_path / "unit.zarr")
+    monkeypatch.setattr(LocalStore, "get", lambda *_: pytest.fail("Zarr was asked"))
+    unit = Unit.open(tmp_path / "unit.zarr")
+    assert unit.array("image").ndim == 3
+    assert isinstance(unit.attributes, dict)
 
 
 # --- several writers ----------------------------------------------------------------------------
