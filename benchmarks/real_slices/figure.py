@@ -81,7 +81,7 @@ def _gains(results: Results, last: str, first: str) -> dict[str, float]:
 def _of_teachers(case: CachedCase) -> npt.NDArray[Any]:
     """Organ ids: the likeliest of all organs and none."""
     odds = np.stack([np.nan_to_num(case.log_odds(o, o), nan=-1.0) for o in ORGANS])
-    return np.concatenate([np.zeros_like(odds[:1]), odds]).argmax(axis=0)
+    return np.asarray(np.concatenate([np.zeros_like(odds[:1]), odds]).argmax(axis=0))
 
 
 def _of_students(case: CachedCase, results: Results, road: Road) -> list[npt.NDArray[Any]]:

@@ -129,7 +129,7 @@ def _write(path: Path, picture: npt.NDArray[Any]) -> None:
     No slice is beside another, so that their place in space is made up."""
     affine = np.diag([-PIXEL_MM, -PIXEL_MM, 2 * PIXEL_MM, 1.0])
     volume = np.repeat(picture.T[:, :, None], SLICES, axis=2)
-    nib.save(nib.Nifti1Image(volume, affine), path)  # type: ignore[attr-defined]
+    nib.save(nib.Nifti1Image(volume, affine), path)
 
 
 def _record(folder: Path, name: str) -> Path:
