@@ -95,11 +95,12 @@ def test_from_slices_to_tables(
     wanted += ["--kinds", "marginal,ms_kd"]
     assert main(wanted) == 0, capsys.readouterr().err
     assert not list(folder.glob("**/scores_test.json"))
-    assert main([*wanted, "--test"]) == 0
+    assert main([*wanted, "--test", "--seconds", "0.2"]) == 0
     out = capsys.readouterr().out
     assert "Dice minus marginal, test, equal steps" in out
     found = json.loads((folder / "results.json").read_text())
-    assert set(found["scores"]) == {"equal steps, validation", "equal steps, test"}
+    splits, terms = ("validation", "test"), ("equal steps", "equal time")
+    assert set(found["scores"]) == {f"{t}, {split}" for t in terms for split in splits}
     test = found["scores"]["equal steps, test"]
     assert test["patients"] == ["t0", "t1"]
     assert set(test["estimates"]) == {"marginal", "ms_kd", "its teacher"}
