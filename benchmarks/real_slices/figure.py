@@ -39,6 +39,8 @@ def draw_slices(
     Returns:
         What it shows, in words.
     """
+    from matplotlib.patches import Rectangle
+
     results = found[EQUAL_STEPS, split]
     last, first = results.configs[-1], results.configs[0]
     gains = _gains(results, last, first)
@@ -64,6 +66,8 @@ def draw_slices(
             f"Largest gains and losses in Dice, {last} minus {first}, {split} slices, seed {seed}"
         )
         figure.suptitle(said, fontsize=9)
+        handles = [Rectangle((0, 0), 1, 1, color=hex_colour(n)) for n in ORGANS.values()]
+        figure.legend(handles, list(ORGANS), loc="outside lower center", ncol=3, fontsize=8)
     return said
 
 
