@@ -42,8 +42,10 @@ def run(arguments: argparse.Namespace, log: Log) -> int:
     seconds = arguments.seconds
     if seconds is not None and not 0 < seconds < math.inf:
         raise ConfigError("must be more than 0.", where="--seconds", fix="Say 300.")
-    wanted = configurations(size, kinds, arguments.configs)
-    road = Road(folder, size, wanted, seconds, arguments.test, arguments.device, log)
+    base: Path | None = arguments.training
+    wanted = configurations(size, kinds, arguments.configs, base)
+    comparison = base.stem if base is not None else ""
+    road = Road(folder, size, wanted, comparison, seconds, arguments.test, arguments.device, log)
     if missing := missing_sets(arguments.data, road.slices):
         log.warn(f"skipped: there are no slices, {listed(missing, 2)} are not there")
         return 0
@@ -65,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--first-seed", type=int, default=0)
     add("--kinds", default=",".join(KINDS), help="supervisions, with commas")
     add("--configs", type=Path, help="folder of YAML files that change ms_kd's `training`")
+    add("--training", type=Path, help="YAML file that changes `training` of all students")
     add("--seconds", type=float, help="also at equal time: seconds of training of each student")
     add("--test", action="store_true", help="score the test set: once, when all is chosen")
     add("--device", default="cpu", help="auto, cpu, cuda, cuda:1")

@@ -94,15 +94,15 @@ def report(road: Road, found: Mapping[int, Found]) -> list[Path]:
         content["scores"][f"{terms}, {split}"] = _to_json(scores, of)
         tables += _tables(scores, of, f"{split}, {terms}")
     split = list(next(iter(found.values())))[-1][1]
-    picture = road.folder / "slices.png"
+    picture = road.out / "slices.png"
     drawn = draw_slices(picture, road, seeds[0], found[seeds[0]], split)
     page = "# Supervisions on real slices\n\n" + "\n".join(table.to_markdown() for table in tables)
     page += f"\n![{drawn}](slices.png)\n\n" + "".join(f"- {note}\n" for note in NOTES)
-    write_json(road.folder / "results.json", content)
-    replace_file(road.folder / "results.md", page.encode())
+    write_json(road.out / "results.json", content)
+    replace_file(road.out / "results.md", page.encode())
     for table in tables:
         print_table(table.title, table.columns, table.rows)
-    return [road.folder / "results.md", road.folder / "results.json", picture]
+    return [road.out / "results.md", road.out / "results.json", picture]
 
 
 def by_patient(

@@ -31,8 +31,8 @@ BASELINES = ("marginal", "pseudo_label")
 METHOD = "ms_kd"
 KINDS = (*BASELINES, METHOD)
 EQUAL_STEPS, EQUAL_TIME = "equal steps", "equal time"
-_FOLDERS = {EQUAL_STEPS: "equal-steps", EQUAL_TIME: "equal-time"}
 _WINDOW_BATCH = 8
+_SETTINGS = "See stages/train_student.yaml, below `training`."
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Road:
         folder: of everything.
         size: of everything.
         configurations: what is compared.
+        comparison: name of the settings that all students share; empty for those of `Size`.
         seconds: of training of each student at equal time; None: equal steps alone.
         test: score the test set as well as the validation cases.
         device: auto, cpu, cuda, cuda:1.
@@ -52,6 +53,7 @@ class Road:
     folder: Path
     size: Size
     configurations: Sequence[TrainStudentConfig]
+    comparison: str
     seconds: float | None
     test: bool
     device: str
@@ -61,6 +63,11 @@ class Road:
     def slices(self) -> Path:
         """Where the cases are."""
         return self.folder / "slices"
+
+    @property
+    def out(self) -> Path:
+        """Where tables and pictures go."""
+        return self.folder / "results" / (self.comparison or "shipped")
 
     def place(self, seed: int) -> Path:
         """Of a repetition: registry, teachers and work folder."""
@@ -116,7 +123,6 @@ class Road:
         training = self.size.training({"steps": steps, "seed": seed, "validate_every": steps})
         del training["intensity"]  # a teacher's stands in its registry entry
         config = train_teachers.TrainTeachersConfig.model_validate({"training": training})
-        # Apart from the students' work folder: cases are prepared in another way for teachers.
         scope = Scope(registry, self.place(seed) / "work", self.log, tables=False)
         _done(train_teachers.run(config, scope, TrainingExecution(device=self.device)))
 
@@ -126,7 +132,7 @@ class Road:
             budget = {"seconds": self.seconds}
             self._measured_once(seed)
         settings = ComparisonSettings(
-            _FOLDERS[terms], (seed,), baseline=BASELINES[0], test=test, surface=False, **budget
+            self._name(terms), (seed,), baseline=BASELINES[0], test=test, surface=False, **budget
         )
         execution = TrainingExecution(device=self.device)
         plan = plan_comparison(self.configurations, settings, scope, execution)
@@ -135,9 +141,12 @@ class Road:
             raise PipelineError(f"a student failed: {run.error}", where=run.folder)
         return results
 
+    def _name(self, terms: str) -> str:
+        return "-".join([*terms.split(), *([self.comparison] if self.comparison else [])])
+
     def _measured_once(self, seed: int) -> None:
         """Speeds measured in an earlier repetition hold for all, so that steps are equal."""
-        part = Path("work", "students", _FOLDERS[EQUAL_TIME], "budget.json")
+        part = Path("work", "students", self._name(EQUAL_TIME), "budget.json")
         here = self.place(seed) / part
         known = sorted(self.folder.glob(f"seed*/{part}"))
         if known and not here.exists():
@@ -145,30 +154,39 @@ class Road:
 
 
 def configurations(
-    size: Size, kinds: Sequence[str], folder: Path | None
+    size: Size, kinds: Sequence[str], folder: Path | None, base: Path | None
 ) -> list[TrainStudentConfig]:
     """The kinds of supervision with their defaults, and one configuration per YAML file of a
     folder, named by it: what it says of `training` is laid over what ms_kd has there.
 
+    Args:
+        size: of the trainings.
+        kinds: of `KINDS`.
+        folder: of such files.
+        base: a YAML file that is laid over `training` of all.
+
     Raises:
-        ConfigError: an unknown kind, no file, or a mistake in one.
+        ConfigError: no file in the folder, or a mistake in one.
     """
+    common = {} if base is None else _changes(base)
     found = [
-        _configuration(size, kind, {"supervision": {"kind": kind}}, "--kinds") for kind in kinds
+        _configuration(size, kind, merged(common, {"supervision": {"kind": kind}}), base)
+        for kind in kinds
     ]
     paths = [] if folder is None else sorted(folder.glob("*.yaml"))
     if folder is not None and not paths:
         raise ConfigError("there is no .yaml file.", where=folder, fix="Name another --configs.")
     for path in paths:
-        changes = read_yaml(path).data
-        if not isinstance(changes, dict):
-            raise ConfigError(
-                "not a mapping of settings.", where=path,
-                fix="See stages/train_student.yaml, below `training`.",
-            )  # fmt: skip
-        settings = merged({"supervision": {"kind": METHOD}}, changes)
+        settings = merged(merged(common, {"supervision": {"kind": METHOD}}), _changes(path))
         found.append(_configuration(size, path.stem, settings, path))
     return found
+
+
+def _changes(path: Path) -> dict[str, Any]:
+    changes = read_yaml(path).data
+    if not isinstance(changes, dict):
+        raise ConfigError("not a mapping of settings.", where=path, fix=_SETTINGS)
+    return changes
 
 
 def _configuration(
@@ -177,9 +195,7 @@ def _configuration(
     try:
         training = TrainingConfig.model_validate(size.training(changes))
     except ValueError as error:
-        raise ConfigError(
-            str(error), where=where, fix="See stages/train_student.yaml, below `training`."
-        ) from error
+        raise ConfigError(str(error), where=where, fix=_SETTINGS) from error
     # Validations of a training choose nothing here: one, at its end.
     training = training.model_copy(update={"validate_every": 10**9})
     return TrainStudentConfig(run=name, training=training)

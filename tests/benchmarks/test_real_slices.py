@@ -15,6 +15,7 @@ from benchmarks.real_slices.report import by_patient
 from benchmarks.real_slices.slices import OWN, TEST, VALUES, convert, patient_of, read_set
 from pipeline.errors import ConfigError
 
+STRONG = Path(__file__).parents[2] / "benchmarks" / "real_slices" / "strong.yaml"
 SIDE = 48
 # Where organs are, rows and columns of the picture; the liver is on the left of it.
 PLACES = {1: (8, 20, 4, 20), 2: (26, 34, 8, 16), 3: (26, 34, 32, 40), 5: (16, 22, 24, 34)}
@@ -92,27 +93,27 @@ def test_from_slices_to_tables(
 ) -> None:
     folder = tmp_path / "bench"
     wanted = [str(data), str(folder), "--size", "tiny", "--seeds", "1", "--first-seed", "3"]
-    wanted += ["--kinds", "marginal,ms_kd"]
+    wanted += ["--kinds", "marginal,ms_kd", "--training", str(STRONG)]
     assert main(wanted) == 0, capsys.readouterr().err
     assert not list(folder.glob("**/scores_test.json"))
     assert main([*wanted, "--test", "--seconds", "0.2"]) == 0
     out = capsys.readouterr().out
     assert "Dice minus marginal, test, equal steps" in out
-    found = json.loads((folder / "results.json").read_text())
+    found = json.loads((folder / "results/strong/results.json").read_text())
     splits, terms = ("validation", "test"), ("equal steps", "equal time")
     assert set(found["scores"]) == {f"{t}, {split}" for t in terms for split in splits}
     test = found["scores"]["equal steps, test"]
     assert test["patients"] == ["t0", "t1"]
     assert set(test["estimates"]) == {"marginal", "ms_kd", "its teacher"}
-    assert (folder / "slices.png").stat().st_size > 0
-    assert "![" in (folder / "results.md").read_text()
+    assert (folder / "results/strong/slices.png").stat().st_size > 0
+    assert "![" in (folder / "results/strong/results.md").read_text()
 
     # Other patients, without the training sets: nothing is trained again.
     made = {p: p.stat().st_mtime_ns for p in folder.glob("**/*.pt")}
     write_set(tmp_path / "others", TEST, ["u0", "u1", "u2"])
     assert main([str(tmp_path / "others"), *wanted[1:], "--test"]) == 0
     assert {p: p.stat().st_mtime_ns for p in folder.glob("**/*.pt")} == made
-    found = json.loads((folder / "results.json").read_text())
+    found = json.loads((folder / "results/strong/results.json").read_text())
     assert found["scores"]["equal steps, test"]["patients"] == ["u0", "u1", "u2"]
 
 
