@@ -152,7 +152,8 @@ class TestWhatIsTaken:
 
     def test_a_folder_without_any_says_what_is_there(self, tmp_path: Path) -> None:
         (tmp_path / "slice.dcm").touch()
-        with pytest.raises(ConfigError, match=r"no NIfTI file and no DICOM series there. .*not taken: 1 .dcm"):
+        told = r"no NIfTI file and no DICOM series there. .*not taken: 1 .dcm"
+        with pytest.raises(ConfigError, match=told):
             predict.find_inputs(tmp_path)
 
     def test_a_name_that_cannot_be_opened_fails_alone_and_what_is_left_is_warned_of(
