@@ -80,7 +80,7 @@ def read_teacher(path: Path, *, student: bool = False) -> tuple[TeacherRecord, d
     try:
         parts = dict(content)
         said = json.loads(parts["record"])
-        record = _of_student(said) if student else TeacherRecord.model_validate(said)
+        record = _of_student(said, path) if student else TeacherRecord.model_validate(said)
         state: dict[str, Tensor] = dict(parts["state"])
     except (KeyError, TypeError, ValueError) as error:
         raise TeacherError(
@@ -92,11 +92,12 @@ def read_teacher(path: Path, *, student: bool = False) -> tuple[TeacherRecord, d
     return record, state
 
 
-def _of_student(said: Mapping[str, Any]) -> TeacherRecord:
+def _of_student(said: Mapping[str, Any], path: Path) -> TeacherRecord:
     """A student's record as a teacher's: its channels are background and its organs by id."""
     if said.get("head", "softmax") != "softmax":
         raise TeacherError(
             "a student of kind masked_bce: its organs do not compete with a background.",
+            where=path,
             fix="Teach with a student of another kind of supervision.",
         )
     organs = LabelSpace(said["organs"]).organs

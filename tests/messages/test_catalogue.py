@@ -23,6 +23,7 @@ from tests.messages.troubleshooting import PAGE, page
 WHOLE_TEXTS = {
     "pipeline/config.py: ‹texts›": "one mistake of a YAML file: the text has line and remedy",
     "pipeline/config.py: ‹number› mistakes:": "several of them, each with line and remedy",
+    "pipeline/data/patches.py: one slice, ": "whoever asks names the case or the image",
     "pipeline/setup/init/begin.py: ‹problems›": "what is not known, each with its flag and remedy",
     "pipeline/setup/init/begin.py: ‹temporary›": "the registry's own error, as it was raised",
 }
