@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.accuracy.configurations import merged
 
 PIXEL_MM = 1.5  # nominal: the true one is unknown, and differs
-SLICES = 2  # that a case has: its one slice is written so often; 1 where a depth of 1 is allowed
+SLICES = 1  # that a case has
 
 
 @dataclass(frozen=True)

@@ -219,9 +219,30 @@ class AffineConfig(Config):
         return self
 
 
+# A strength by one word. `nnunet`: nnU-Net v2's own ranges and probabilities (intensity's are the
+# defaults above; its mirroring is `flip_axes`, for registries in which no organ has a side).
+# `strong`: what helped students on patients of another hospital, see docs/accuracy.md.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "nnunet": {
+        "affine": {"probability": 0.36, "degrees": (30.0, 30.0, 30.0), "scale": (0.7, 1.4)}
+    },
+    "strong": {
+        "affine": {"probability": 0.9, "degrees": (11.0, 0.0, 0.0), "scale": (0.78, 1.28)},
+        "noise": {"probability": 0.3, "std": (0.0, 0.12)},
+        "blur": {"probability": 0.3, "sigma": (0.5, 1.0)},
+        "brightness": {"probability": 0.4, "shift": (-0.4, 0.4)},
+        "contrast": {"probability": 0.5, "factor": (0.67, 1.5)},
+        "gamma": {"probability": 0.5, "exponent": (0.55, 1.8)},
+    },
+}
+
+
 class AugmentConfig(AppearanceConfig):
     """Space and intensity; by default intensity alone."""
 
+    preset: Literal["default", "nnunet", "strong"] = Field(
+        default="default", description="a strength by one word; what is said besides holds"
+    )
     flip_axes: _Axes = Field(
         default=(),
         description="axes (0 z, 1 y, 2 x) that may be mirrored; anatomy is not symmetric",
@@ -231,6 +252,17 @@ class AugmentConfig(AppearanceConfig):
         description="axes to make quarter turns about; half turns where the patch is not square",
     )
     affine: AffineConfig = Field(default_factory=AffineConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        filled = dict(data)
+        for name, values in _PRESETS.get(str(data.get("preset")), {}).items():
+            said = data.get(name, {})
+            filled[name] = values | said if isinstance(said, dict) else said
+        return filled
 
     def swaps_sides(self, patch: Index3) -> bool:
         """Whether a patient and the same one mirrored left to right can come out alike. Of a patch

@@ -150,3 +150,20 @@ class TestConfig:
     def test_affines_that_make_no_sense_are_refused(self, affine: dict[str, Any], why: str) -> None:
         with pytest.raises(ValidationError, match=why):
             AugmentConfig.model_validate({"affine": affine})
+
+
+def test_a_preset_fills_in_what_is_not_said() -> None:
+    plain = AugmentConfig()
+    assert AugmentConfig(preset="default") == plain
+    strong = AugmentConfig.model_validate({"preset": "strong", "gamma": {"probability": 0.1}})
+    assert (strong.affine.probability, strong.noise.std) == (0.9, (0.0, 0.12))
+    assert (strong.gamma.probability, strong.gamma.exponent) == (0.1, (0.55, 1.8))
+    assert strong.low_resolution == plain.low_resolution
+    nnunet = AugmentConfig(preset="nnunet")
+    assert nnunet.affine.scale == (0.7, 1.4)
+    assert nnunet.noise == plain.noise
+    for config in (strong, nnunet):
+        assert AugmentConfig.model_validate(config.model_dump()) == config
+        assert AugmentConfig.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ValidationError, match="preset"):
+        AugmentConfig.model_validate({"preset": "weak"})
