@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -28,16 +28,16 @@ from pipeline.folder import (
 from pipeline.log import Log
 from pipeline.networks.by_name import pick_device
 from pipeline.student.augment import check_sides
-from pipeline.student.checkpoint import StudentRecord, load_student, save_student
+from pipeline.student.checkpoint import StudentRecord, read_record, save_student
 from pipeline.student.inputs import check_same_units, open_inputs
 from pipeline.student.loggers import RunLogger, open_loggers
-from pipeline.student.processes import Processes, joined
 from pipeline.student.progress import tell_validations
 from pipeline.student.settings import TrainingConfig, run_digest
-from pipeline.student.speed import SpeedFlags, check_device
-from pipeline.student.staging import staged_inputs
-from pipeline.student.training import train
 from stages.report import StageReport
+
+if TYPE_CHECKING:
+    from pipeline.student.processes import Processes
+    from pipeline.student.speed import SpeedFlags
 
 # Students first.
 _WRITTEN = (
@@ -108,6 +108,9 @@ def run(
         CheckpointError: the run was started with other settings, or with other units, or its
             folder holds another student.
     """
+    from pipeline.student.processes import joined
+    from pipeline.student.speed import check_device
+
     began = time.monotonic()
     others = open_loggers(loggers)
     check_sides(config.training.augment, registry.label_space)
@@ -141,6 +144,10 @@ def _run(
     processes: Processes,
 ) -> StageReport:
     """In each process; the first alone writes."""
+    from pipeline.student.speed import SpeedFlags
+    from pipeline.student.staging import staged_inputs
+    from pipeline.student.training import train
+
     report = StageReport("train-student")
     supervision = config.training.supervision
     found = processes.together(
@@ -266,10 +273,9 @@ def _is_of_run(path: Folder, digest: str) -> bool:
     if path.name == "finished.json":
         return contains(path, digest)
     try:
-        record, _ = load_student(path)
+        return read_record(path).run_digest == digest
     except CheckpointError:
         return False
-    return record.run_digest == digest
 
 
 def _record(

@@ -39,9 +39,8 @@ from pipeline.student.augment import check_sides
 from pipeline.student.loggers import RunLogger, open_loggers
 from pipeline.student.processes import refuse_several
 from pipeline.student.progress import tell_validations
-from pipeline.student.settings import TrainingConfig, run_digest
+from pipeline.student.settings import SupervisionConfig, TrainingConfig, run_digest
 from pipeline.student.speed import SpeedFlags, check_device
-from pipeline.student.supervision import SupervisionConfig
 from pipeline.student.training import Trained, train
 from pipeline.teachers.checkpoint import TeacherRecord, read_teacher, save_teacher
 from stages.report import StageReport

@@ -13,8 +13,7 @@ from benchmarks.accuracy.cohort import network_settings
 from benchmarks.accuracy.size import Size
 from pipeline.config import digest, read_yaml
 from pipeline.errors import ConfigError
-from pipeline.student.settings import TrainingConfig
-from pipeline.student.supervision import LABELS_ALONE
+from pipeline.student.settings import LABELS_ALONE, TrainingConfig
 from stages.train_student import RUN_NAME
 
 KINDS_OF_BUDGET: Mapping[str, tuple[str, ...]] = {

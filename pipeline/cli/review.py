@@ -203,7 +203,6 @@ def report(
 
     The page holds all it needs and asks no network for anything.
     """
-    from pipeline.networks.by_name import pick_device
     from pipeline.review.report.page import PageSettings, write_report
     from stages.predict import PredictConfig
 
@@ -213,7 +212,7 @@ def report(
         run,
         PageSettings(PredictConfig().model_dump(mode="json"), predictions, worst, regions, workers),
         output,
-        device=pick_device(device),
+        device=device,
         log=open_log(quiet),
     )
     typer.echo(str(written))

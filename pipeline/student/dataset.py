@@ -41,8 +41,8 @@ from pipeline.student.network import CachedTap, StudentNetwork, TapKey
 from pipeline.student.processes import ALONE, Processes
 from pipeline.student.resume import live_as_long_as_the_loop
 from pipeline.student.sampling import Sampler, SamplingConfig
-from pipeline.student.settings import TrainingConfig
-from pipeline.student.supervision import Batch, SupervisionConfig
+from pipeline.student.settings import SupervisionConfig, TrainingConfig
+from pipeline.student.supervision import Batch
 
 AIR_HU = -1024
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cache.identity import unchecked
 from pipeline.cache.index import read_index
@@ -22,8 +22,10 @@ from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CacheMissing, CheckpointError, ConfigError
 from pipeline.folder import Folder, matching, read_text
 from pipeline.log import Log
-from pipeline.student.network import CachedTap, TapKey
-from pipeline.student.supervision import SupervisionConfig
+from pipeline.student.settings import SupervisionConfig
+
+if TYPE_CHECKING:
+    from pipeline.student.network import CachedTap, TapKey
 
 _NAMED = 4
 
@@ -163,6 +165,8 @@ def cached_taps(cases: Sequence[CachedCase], space: LabelSpace) -> Mapping[TapKe
     Raises:
         ConfigError: no tap is cached, or one has another shape in another case.
     """
+    from pipeline.student.network import CachedTap
+
     found: dict[TapKey, CachedTap] = {}
     for case in cases:
         for teacher, unit in case.teachers.items():

@@ -35,7 +35,7 @@ from pipeline.log import Log
 from pipeline.student import dataset as loading
 from pipeline.student import training
 from pipeline.student.checkpoint import load_student
-from pipeline.student.supervision import Kind
+from pipeline.student.settings import Kind
 from stages import train_student
 from stages.report import StageReport
 from stages.train_student import TrainStudentConfig

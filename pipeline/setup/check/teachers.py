@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.cache.schema import StorageConfig
 from pipeline.data.nifti import read_image
+from pipeline.data.patches import WindowConfig
 from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
 from pipeline.data.volume import Volume
@@ -24,7 +24,6 @@ from pipeline.engine.processes import memory_bytes
 from pipeline.errors import PipelineError, RegistryError, TeacherWarning
 from pipeline.log import Log, print_table
 from pipeline.networks.by_name import pick_device
-from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.load import open_teacher
 from pipeline.teachers.teacher import organ_log_odds
 
@@ -249,6 +248,8 @@ class _Memory:
         gc.collect()
         self._cuda = pick_device(device) if pick_device(device).type == "cuda" else None
         if self._cuda is not None:
+            import torch
+
             torch.cuda.reset_peak_memory_stats(self._cuda)
             self._before = torch.cuda.memory_allocated(self._cuda)
             return
@@ -259,5 +260,7 @@ class _Memory:
     def grown(self) -> int | None:
         """Bytes; None where an earlier peak hides it."""
         if self._cuda is not None:
+            import torch
+
             return int(torch.cuda.max_memory_allocated(self._cuda)) - self._before
         return max(0, memory_bytes("VmHWM") - self._before) or None

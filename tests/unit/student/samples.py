@@ -15,7 +15,7 @@ from pipeline.student.augment import AugmentConfig
 from pipeline.student.dataset import PatchDataset
 from pipeline.student.network import CachedTap
 from pipeline.student.sampling import SamplingConfig
-from pipeline.student.supervision import SupervisionConfig
+from pipeline.student.settings import SupervisionConfig
 from tests.unit.student.coded import (
     CHANNELS,
     RAW,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.dataset import PatchDataset, SamplingConfig, collate, to_batch
 from pipeline.student.network import StudentNetwork
-from pipeline.student.supervision import Batch, SupervisionConfig, batch_loss
+from pipeline.student.settings import SupervisionConfig
+from pipeline.student.supervision import Batch, batch_loss
 from tests.unit.student.coded import RAW, SPACE, write_case
 
 PATCH = (8, 8, 8)

@@ -8,12 +8,12 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.student.augment import AugmentConfig
-from pipeline.student.settings import TrainingConfig
-from pipeline.student.supervision import (
+from pipeline.student.settings import (
     FeaturesConfig,
     Kind,
     LogitsConfig,
     SupervisionConfig,
+    TrainingConfig,
     WeightConfig,
 )
 from tests.unit.student.fixed import config, terms_of
