@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 
 from benchmarks.stage_one_cohort import dynunet, make_cohort
+from pipeline.data.patches import WindowConfig
 from pipeline.data.registry import load_registry
 from pipeline.engine.here import Execution, Here
 from pipeline.log import Log
-from pipeline.networks.windows import WindowConfig
 from stages import cache_teachers
 from stages.cache_teachers import CacheTeachersConfig
 from stages.report import Scope

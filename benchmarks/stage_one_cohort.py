@@ -17,10 +17,10 @@ from scipy import ndimage
 
 from pipeline.data.labels import Intensity
 from pipeline.data.nifti import write_image
+from pipeline.data.patches import WindowConfig
 from pipeline.data.registry import Registry, load_registry
 from pipeline.data.volume import Grid, Volume
 from pipeline.networks.by_name import NetworkConfig, build_network
-from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.checkpoint import TeacherRecord, save_teacher
 from stages.cache_teachers import CacheTeachersConfig
 

@@ -55,13 +55,13 @@ from pipeline.consensus.gate import (
     run_gate,
 )
 from pipeline.data.entries import CaseFiles
+from pipeline.data.patches import WindowConfig
 from pipeline.data.sizes import cases_of_part
 from pipeline.engine.here import Execution, Item, Outcome, Outcomes, Result, Steps
 from pipeline.engine.parts import Part
 from pipeline.errors import CacheError, CacheStale, OutputsError, PipelineError, WorkFolderError
 from pipeline.folder import Folder, read_text, remove
 from pipeline.log import Advance
-from pipeline.networks.windows import WindowConfig
 from pipeline.setup.plan import check_space
 from pipeline.teachers.load import Teachers
 from pipeline.teachers.units import StoredUnit, TeacherOnCase, TeacherUnit, is_there

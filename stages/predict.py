@@ -9,11 +9,11 @@ of its own, which takes the next case when it is free; files are the same as fro
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field
 
 from pipeline.cache.store import prepare_work_folder
@@ -23,8 +23,7 @@ from pipeline.errors import EngineError, PipelineError, listed
 from pipeline.folder import Folder
 from pipeline.log import SECONDS_BEFORE_THE_FIRST_LINE, Advance, Log
 from pipeline.networks.by_name import pick_device
-from pipeline.student.checkpoint import load_student
-from pipeline.student.inference import TellWindows
+from pipeline.student.checkpoint import load_student, read_record
 from pipeline.student.predict import (
     CasePredictor,
     Done,
@@ -39,6 +38,11 @@ from pipeline.student.predict import (
     write_label_tables,
 )
 from stages.report import StageReport
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.student.inference import TellWindows
 
 __all__ = ["PredictConfig", "chosen_inputs", "find_inputs", "pick_devices", "run"]
 
@@ -86,7 +90,7 @@ def run(
         other_units: names of inputs that are no CT in HU on purpose.
         by_case: names are those of a registry's cases: another image of one is its new one.
         references: files beside the inputs that are never replaced, whoever wrote them.
-        dry_run: say what would be done, write nothing.
+        dry_run: say what would be done, write nothing; the student's network is not built.
 
     Raises:
         CheckpointError: no student there.
@@ -96,8 +100,8 @@ def run(
     """
     began = time.monotonic()
     report = StageReport("predict")
-    record, network = load_student(student)
-    devices = pick_devices(device)
+    record, network = (read_record(student), None) if dry_run else load_student(student)
+    devices = [None] if dry_run and device == "auto" else pick_devices(device)
     as_ever = {"postprocessing"} if config.postprocessing else set()  # digests of before it hold
     identity = student_identity(student, config.model_dump(mode="json", exclude=as_ever))
     others = frozenset(other_units)
@@ -119,7 +123,7 @@ def run(
     with log.progress("predict", len(inputs)) as advance:
         hears = _Hears(report, output, log, advance)
         if len(devices) > 1 and len(inputs) > 1 and not dry_run:
-            shares = [Share(student, where, output, how) for where in devices]
+            shares = [Share(student, where, output, how) for where in devices if where]
             try:
                 for outcome in run_on_devices(
                     shares[: len(inputs)], inputs.items(), name=lambda item: item[0]
@@ -143,7 +147,7 @@ def run(
     return report
 
 
-def pick_devices(names: str) -> list[torch.device]:
+def pick_devices(names: str) -> Sequence[torch.device | None]:
     """One device, or several with commas; the same may be named twice (`cpu,cpu`).
 
     Raises:

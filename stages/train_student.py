@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -16,17 +16,18 @@ from pipeline.data.registry import Registry
 from pipeline.errors import CheckpointError
 from pipeline.folder import Folder, contains, json_with, matching, read_text, refuse_foreign
 from pipeline.student.augment import check_sides
-from pipeline.student.checkpoint import StudentRecord, load_student
+from pipeline.student.checkpoint import StudentRecord, read_record
 from pipeline.student.inputs import TrainingInputs, check_same_units, open_inputs
 from pipeline.student.postprocessing import Rule
-from pipeline.student.processes import Processes, joined
 from pipeline.student.progress import show_validations
-from pipeline.student.resume import RunFolder, open_run
 from pipeline.student.settings import TrainingConfig, run_digest
-from pipeline.student.speed import TrainingExecution
-from pipeline.student.staging import staged_inputs
-from pipeline.student.training import Trained, learn_postprocessing, train
 from stages.report import Scope, StageReport
+
+if TYPE_CHECKING:
+    from pipeline.student.processes import Processes
+    from pipeline.student.resume import RunFolder
+    from pipeline.student.speed import TrainingExecution
+    from pipeline.student.training import Trained
 
 # Students first.
 _WRITTEN = (
@@ -76,6 +77,11 @@ def run(
         CheckpointError: the run was started with other settings, or with other units, or its
             folder holds another student.
     """
+    from pipeline.student.processes import joined
+    from pipeline.student.resume import open_run
+    from pipeline.student.staging import staged_inputs
+    from pipeline.student.training import learn_postprocessing, train
+
     registry, work = scope.registry, scope.work
     execution.check()
     check_sides(config.training.augment, registry.label_space, config.training.patch)
@@ -185,10 +191,9 @@ def _is_of_run(path: Folder, digest: str) -> bool:
     if path.name == "finished.json":
         return contains(path, digest)
     try:
-        record, _ = load_student(path)
+        return read_record(path).run_digest == digest
     except CheckpointError:
         return False
-    return record.run_digest == digest
 
 
 def _record(

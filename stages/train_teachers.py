@@ -38,9 +38,8 @@ from pipeline.student.inputs import TrainingInputs
 from pipeline.student.processes import refuse_several
 from pipeline.student.progress import show_validations
 from pipeline.student.resume import open_run
-from pipeline.student.settings import TrainingConfig, run_digest
+from pipeline.student.settings import SupervisionConfig, TrainingConfig, run_digest
 from pipeline.student.speed import TrainingExecution
-from pipeline.student.supervision import SupervisionConfig
 from pipeline.student.training import Trained, train
 from pipeline.teachers.checkpoint import TeacherRecord, read_teacher, save_teacher
 from stages.report import Scope, StageReport

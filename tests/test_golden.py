@@ -22,7 +22,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
-from pipeline.student.supervision import Kind
+from pipeline.student.settings import Kind
 from tests.stages.test_evaluate import perfect, summary_of, without, write_prediction
 from tests.stages.test_evaluate import run as evaluate
 from tests.stages.test_train_student import run as train

@@ -23,11 +23,11 @@ from benchmarks.tune.encodings import (
 from benchmarks.tune.loss import KL, TEMPERATURES, FeatureError, flips
 from pipeline.cache.schema import SPATIAL, ArraySpec, StorageConfig, create_array
 from pipeline.data.nifti import read_image
+from pipeline.data.patches import WindowConfig
 from pipeline.data.registry import Registry
 from pipeline.data.sizes import case_sizes, two_cases
 from pipeline.errors import RegistryError
 from pipeline.log import Log
-from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.load import open_teacher
 from pipeline.teachers.units import Outputs, run_teacher
 

@@ -209,7 +209,6 @@ def report(
 
     Lineage, teachers, regions, curves, scores, cases in pictures. It asks no network for anything.
     """
-    from pipeline.networks.by_name import pick_device
     from pipeline.review.report.page import PageSettings, write_report
     from stages.predict import PredictConfig
 
@@ -219,7 +218,7 @@ def report(
         run,
         PageSettings(PredictConfig().model_dump(mode="json"), predictions, worst, regions, workers),
         output,
-        device=pick_device(device),
+        device=device,
         log=open_log(quiet),
     )
     typer.echo(str(written))

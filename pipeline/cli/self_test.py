@@ -44,8 +44,8 @@ from pipeline.student.speed import TrainingExecution
 from pipeline.student.training import train
 from stages.train_student import TrainStudentConfig
 
-# Building a network imports the latter, too, once in each process.
-PRELOADED = (__name__, "torch._dynamo")
+# Building a network imports the others, too, once in each process.
+PRELOADED = (__name__, "monai.networks.nets", "torch._dynamo")
 WORKERS = (0, 1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Where windows and patches lie: slice arithmetic only, no I/O, no torch.
+"""Where windows and patches lie, and how windows are put together again: no I/O, no torch.
 
 All tuples are in (z, y, x) order and in voxels.
 """
@@ -8,11 +8,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
+from pydantic import Field, field_validator
+
+from pipeline.config import Config
 from pipeline.errors import GeometryError
 
 Index3 = tuple[int, int, int]
 Slices3 = tuple[slice, slice, slice]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class WindowConfig(Config):
+    """How a volume is cut into windows and put together again; all of it changes numbers.
+
+    `precision` and `mirror` are left out of `model_dump` at their defaults, so that units made
+    before these fields existed keep their digests.
+    """
+
+    shape: tuple[int, int, int] = Field(default=(96, 96, 96), description="voxels along z, y, x")
+    overlap: float = Field(default=0.5, ge=0, lt=1, description="fraction shared by neighbours")
+    sigma: float = Field(default=0.125, gt=0, description="Gaussian weight, in window sizes")
+    precision: Precision = Field(
+        default="float32",
+        description="of the network's arithmetic, on a GPU only; blending is float32 always",
+        exclude_if=lambda value: value == "float32",
+    )
+    mirror: tuple[Literal["z", "y", "x"], ...] = Field(
+        default=(),
+        description="axes: logits are averaged over the window and its mirror images",
+        exclude_if=lambda value: value == (),
+    )
+
+    @field_validator("mirror")
+    @classmethod
+    def _in_order(cls, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """Each axis once, in one order, so that what means the same has one digest."""
+        return tuple(axis for axis in "zyx" if axis in axes)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,16 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:  # a second and more: what only reads settings does without
+    import torch
+    from torch import Tensor, nn
 
 _DEFAULT_ARGS: Mapping[str, Any] = {
     "channels": [16, 32, 64, 96],
@@ -45,6 +47,7 @@ def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int)
         ConfigError: no such network, or arguments that it does not take.
     """
     from monai.networks import nets
+    from torch import nn
 
     kind = getattr(nets, config.name, None)
     if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
@@ -77,6 +80,8 @@ def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int)
 
 def _final_first(network: nn.Module, inputs: Any, out: Any) -> Any:
     """A forward hook, so that names of layers and weights stay those of MONAI."""
+    from torch import Tensor
+
     if isinstance(out, Tensor):
         stacked = out.dim() == 6  # (N, heads, C, D, H, W)
         outputs: tuple[Any, ...] = out.unbind(1) if stacked else (out,)
@@ -171,6 +176,8 @@ def output_shapes(
     Raises:
         ConfigError: a patch that the network cannot take.
     """
+    from torch import Tensor
+
     # Two samples: batch normalisation of a single cell would refuse one.
     outputs = _shapes_of(network, [], (2, in_channels, *patch), training=True)
     found = (o.shape if isinstance(o, Tensor) else () for o in outputs.values())
@@ -183,6 +190,8 @@ def _shapes_of(
     """Outputs of the taps, or without taps of the network: shapes without values if it can."""
     found = _traced(network, taps, shape, training)
     if found is None:
+        import torch
+
         try:
             with torch.random.fork_rng(devices=[]):
                 found = _passed(copy.deepcopy(network), taps, shape, training)
@@ -209,6 +218,8 @@ def _traced(
 def _passed(
     network: nn.Module, taps: Sequence[str], shape: Sequence[int], training: bool
 ) -> dict[str, Tensor]:
+    import torch
+
     parameter = next(network.parameters())
     network.train(training)
     with torch.no_grad(), tapped(network, taps) as features:
@@ -223,6 +234,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ConfigError: a GPU was asked for and there is none, or an unknown name.
     """
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -13,11 +13,10 @@ import pickle
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
-
-import torch
 
 from pipeline.errors import CheckpointError
 from pipeline.folder import Folder, replace_file, storage_errors, writing
@@ -35,6 +34,8 @@ def save_atomically(path: Path, content: Any) -> None:
     Raises:
         WorkFolderError: the disk refuses it; what was there stays.
     """
+    import torch
+
     # In memory first: torch's own writer does not say why a disk refuses it.
     file = BytesIO()
     torch.save(content, file)
@@ -54,10 +55,49 @@ def load_sealed(path: Folder, *, unsealed: bool = False) -> Any:
     Raises:
         CheckpointError: absent, changed since it was written, or not a plain tensor file.
     """
+    import torch
+
+    def load(file: IO[bytes]) -> Any:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+    return _read(path, unsealed, load)
+
+
+def read_beside_tensors(path: Folder) -> Any:
+    """As `load_sealed`, unsealed files too, without tensors; it imports no torch and runs no code.
+
+    Raises:
+        CheckpointError: as `load_sealed`.
+    """
+    return _read(path, True, _without_tensors)
+
+
+def _without_tensors(file: IO[bytes]) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        return _Plain(BytesIO(archive.read(name))).load()
+
+
+class _Plain(pickle.Unpickler):
+    """Numbers, text and containers; whatever would be imported or called is left out."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _LeftOut
+
+    def persistent_load(self, storage: Any) -> None:
+        """Bytes of a tensor, which lie in files of their own."""
+
+
+class _LeftOut(dict[Any, Any]):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__()
+
+
+def _read(path: Folder, unsealed: bool, read: Callable[[IO[bytes]], Any]) -> Any:
     try:
         with storage_errors(path), path.open("rb") as file:
             _check(file, path, unsealed)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return read(file)
     except FileNotFoundError as error:
         raise CheckpointError(
             "the file does not exist.", where=path, fix="Has `pipeline train-student` finished?"
@@ -70,7 +110,10 @@ def load_sealed(path: Folder, *, unsealed: bool = False) -> Any:
         EOFError,
         OSError,
         ValueError,
-        KeyError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        StopIteration,
     ) as error:
         raise CheckpointError(
             f"not a plain tensor file ({type(error).__name__}).",

@@ -4,7 +4,7 @@ by slab.
 MONAI's `sliding_window_inference` is not used here for three reasons: it blends what a network
 returns, not what its layers do; it accumulates in the network's dtype; and it holds all channels of
 the whole volume, whereas here what no further window touches is handed on and let go. The Gaussian
-weights are MONAI's own.
+weights are those of MONAI, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,17 +13,22 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import combinations
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.data.utils import compute_importance_map
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from pipeline.config import Config
-from pipeline.data.patches import Index3, Patch, check_slice, padded_shape, windows
+from pipeline.data.patches import (
+    Index3,
+    Patch,
+    Precision,
+    WindowConfig,
+    check_slice,
+    padded_shape,
+    windows,
+)
 from pipeline.errors import ConfigError, TeacherWarning
 from pipeline.networks.by_name import tapped
 
@@ -60,9 +65,7 @@ class BlendedSlabs:
     ) -> None:
         self.begin = 0
         self._image_shape, self._held = image_shape, (window[0], *padded[1:])
-        weight = compute_importance_map(window, mode="gaussian", sigma_scale=sigma)
-        weight = weight.to(torch.float32).clamp(min=1e-3 * float(weight.max()))
-        self._weight: Tensor = weight.to(device)
+        self._weight: Tensor = _gaussian(window, sigma).to(device)
         self._norm = torch.zeros(self._held, device=device)
         self._sum: Tensor | None = None
 
@@ -92,6 +95,17 @@ class BlendedSlabs:
         self.begin = row
 
 
+def _gaussian(window: Index3, sigma: float) -> Tensor:
+    """Weights of a window's voxels, at least 1e-3 of the largest: float32 (d, h, w)."""
+    axes = []
+    for size in window:
+        x = torch.arange(-(size - 1) / 2, (size - 1) / 2 + 1, dtype=torch.float32)
+        axes.append(torch.exp(x**2 / (-2 * (size * sigma) ** 2)))
+    z, y, x = axes
+    weight = (z[:, None] * y)[..., None] * x
+    return weight.clamp(min=1e-3).clamp(min=1e-3 * float(weight.max()))
+
+
 def _shift(held: Tensor, rows: int) -> None:
     """Rows move to the front of axis 1, channel by channel; zeros come in behind."""
     kept = held.shape[1] - rows
@@ -102,7 +116,6 @@ def _shift(held: Tensor, rows: int) -> None:
 
 # Forward passes over windows: in batches that fit the memory, mirrored, in mixed precision.
 
-Precision = Literal["float32", "bfloat16", "float16"]
 Window = TypeVar("Window")
 _AXES = {"z": -3, "y": -2, "x": -1}
 
@@ -250,8 +263,6 @@ def _first_output(out: object) -> Tensor:
     return out
 
 
-# Sliding-window inference that hands out logits and tapped features slab by slab.
-
 FloatArray = npt.NDArray[np.float32]
 _FLAT_WINDOW = (
     "Set `window.shape` to [1, h, w] if network and taps have stride 1 along that axis; a network "
@@ -259,34 +270,6 @@ _FLAT_WINDOW = (
 )
 # Takes the next rows, (C, n, H, W), of an array that arrives slab by slab along z.
 Sink = Callable[[FloatArray], None]
-
-
-class WindowConfig(Config):
-    """How a volume is cut into windows and put together again; all of it changes numbers.
-
-    `precision` and `mirror` are left out of `model_dump` at their defaults, so that units made
-    before these fields existed keep their digests.
-    """
-
-    shape: tuple[int, int, int] = Field(default=(96, 96, 96), description="voxels along z, y, x")
-    overlap: float = Field(default=0.5, ge=0, lt=1, description="fraction shared by neighbours")
-    sigma: float = Field(default=0.125, gt=0, description="Gaussian weight, in window sizes")
-    precision: Precision = Field(
-        default="float32",
-        description="of the network's arithmetic, on a GPU only; blending is float32 always",
-        exclude_if=lambda value: value == "float32",
-    )
-    mirror: tuple[Literal["z", "y", "x"], ...] = Field(
-        default=(),
-        description="axes: logits are averaged over the window and its mirror images",
-        exclude_if=lambda value: value == (),
-    )
-
-    @field_validator("mirror")
-    @classmethod
-    def _in_order(cls, axes: tuple[str, ...]) -> tuple[str, ...]:
-        """Each axis once, in one order, so that what means the same has one digest."""
-        return tuple(axis for axis in "zyx" if axis in axes)
 
 
 def sliding_window(

@@ -22,28 +22,20 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any, Final
-
-import numpy as np
-import numpy.typing as npt
-import torch
-from monai.metrics import get_mask_edges, get_surface_distance
-from scipy.spatial import KDTree
 
 from pipeline.cache.cases import json_beside, prediction_file
 from pipeline.config import file_sha256
 from pipeline.data.volume import Array, Grid
 from pipeline.errors import GeometryError
+from pipeline.review.surfaces import Mask, diagonal_mm, surface_scores
 
 # Of the rules above: raised with them, so that scores kept in files are not mixed.
 RULES = 3
 ABSENT = "organ absent from the reference"
 NOT_ANNOTATED = "not annotated in this case"
 EMPTY_PREDICTION = "prediction is empty"
-
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -189,114 +181,11 @@ def _score_organ(
     dice = dice_of(overlap, num_predicted, num_reference)
     nsd = hd95 = math.nan
     if surface and num_predicted == 0:
-        nsd, hd95 = 0.0, _diagonal_mm(grid)
+        nsd, hd95 = 0.0, diagonal_mm(grid)
     elif surface:
-        nsd, hd95 = _surface_scores(*_crop(predicted, expected, grid), grid, tolerance)
+        nsd, hd95 = surface_scores(predicted, expected, grid, tolerance)
     reason = "" if num_predicted else EMPTY_PREDICTION
     return OrganScore(organ, dice, nsd, hd95, num_reference, num_predicted, reason, overlap)
-
-
-def _measured_axes(grid: Grid) -> list[int]:
-    """Those along which surfaces are: all three, or the two of a slice."""
-    return [axis for axis in range(3) if axis != grid.slice_axis]
-
-
-def _upright_mm(grid: Grid) -> tuple[float, ...] | None:
-    """Spacing along the measured axes; None where it does not say how far apart voxels are."""
-    if grid.is_sheared:
-        return None
-    return tuple(grid.spacing_mm[axis] for axis in _measured_axes(grid))
-
-
-def _diagonal_mm(grid: Grid) -> float:
-    """The longest one, voxel edge to voxel edge; only on a sheared grid do they differ."""
-    upright = _upright_mm(grid)
-    if upright is not None:
-        return math.hypot(*(np.array(grid.shape)[_measured_axes(grid)] * upright))
-    edges = grid.matrix[:3, :3] * grid.shape
-    return max(float(np.linalg.norm(edges @ (1, *signs))) for signs in product((1, -1), repeat=2))
-
-
-def _crop(predicted: Mask, expected: Mask, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both masks within their common bounding box, and one voxel of background around it; (H, W)
-    of a slice.
-
-    The voxel around is added, not cut out: an organ that touches the edge of the image must be
-    closed there as well. Nothing else changes, for surfaces lie within the box.
-    """
-    box = []
-    union = predicted | expected
-    # Each axis in turn, shrinking as it goes, so that only the first pass reads the whole image.
-    for axis in range(3):
-        rest = tuple(other for other in range(3) if other != axis)
-        inside = np.flatnonzero(union.any(axis=rest))
-        part = slice(int(inside[0]), int(inside[-1]) + 1)
-        union = union[(slice(None),) * axis + (part,)]
-        box.append(part)
-    cut: tuple[slice | int, ...] = tuple(box)
-    if grid.slice_axis is not None:
-        cut = (*cut[: grid.slice_axis], 0, *cut[grid.slice_axis + 1 :])
-    return torch.from_numpy(np.pad(predicted[cut], 1)), torch.from_numpy(np.pad(expected[cut], 1))
-
-
-def _surface_scores(
-    predicted: torch.Tensor, expected: torch.Tensor, grid: Grid, tolerance: float
-) -> tuple[float, float]:
-    """NSD and HD95 in mm of two masks, neither empty, with background all around.
-
-    Edges, areas and distances are monai's; the last step is ours, because monai 1.6's
-    `compute_hausdorff_distance` crashes above 2^24 border voxels (torch.quantile), which the noise
-    of a hardly trained student can reach, and both of its functions emit a FutureWarning per run.
-    """
-    # With spacing, monai puts surface elements on voxel corners and weighs them by area, which is
-    # Nikolov's definition. Without, it counts border voxels alike: a 5 x 1 mm face as a 1 x 1 mm.
-    upright = _upright_mm(grid)
-    edges_p, edges_e, areas_p, areas_e = get_mask_edges(
-        predicted, expected, crop=False, spacing=upright or grid.spacing_mm
-    )
-    if upright is None:
-        areas_p, areas_e = _sheared_areas(predicted, grid), _sheared_areas(expected, grid)
-    # monai's distances are float32 and numpy compares them to a Python float in float32: 3 x 0.1
-    # mm is within 0.3 mm, although it is not in float64.
-    near_p, near_e = (near <= tolerance for near in _both_ways(edges_p, edges_e, grid))
-    area_p, area_e = areas_p[edges_p].double().numpy(), areas_e[edges_e].double().numpy()
-    nsd = (area_p[near_p].sum() + area_e[near_e].sum()) / (area_p.sum() + area_e.sum())
-
-    borders_p, borders_e = get_mask_edges(predicted, expected, crop=False)
-    apart = _both_ways(borders_p, borders_e, grid)
-    hd95 = max(float(np.percentile(mm.astype(np.float64), 95)) for mm in apart)
-    return float(nsd), hd95
-
-
-def _both_ways(
-    one: torch.Tensor, other: torch.Tensor, grid: Grid
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Distance in mm from each element of one edge to the nearest of the other, and back."""
-    upright = _upright_mm(grid)
-    if upright is not None:
-        return (
-            get_surface_distance(one, other, spacing=upright).numpy(),
-            get_surface_distance(other, one, spacing=upright).numpy(),
-        )
-    # What monai does, with places in mm for indices times spacing.
-    a, b = (np.argwhere(edge.numpy()) @ grid.matrix[:3, :3].T for edge in (one, other))
-    there, back = KDTree(b, leafsize=32).query(a)[0], KDTree(a, leafsize=32).query(b)[0]
-    return there.astype(np.float32), back.astype(np.float32)
-
-
-def _sheared_areas(mask: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Area in mm² of the surface element on each voxel corner, as `get_mask_edges` has it for
-    upright axes: vectors along the normals of the triangles, as long as these are large, are mapped
-    by the cofactors of the axes."""
-    from monai.metrics.utils import ENCODING_KERNEL, _get_neighbour_code_to_normals_table
-
-    axes = torch.from_numpy(grid.matrix[:3, :3])
-    cofactors = torch.linalg.det(axes) * torch.linalg.inv(axes).T
-    vectors = _get_neighbour_code_to_normals_table().double() @ cofactors.T
-    kernel = torch.tensor(ENCODING_KERNEL[3], dtype=torch.float32)[None, None]
-    codes = torch.nn.functional.conv3d(mask[None, None].float(), kernel)[0, 0].long()
-    areas: torch.Tensor = torch.linalg.norm(vectors, dim=-1).sum(-1)
-    return areas[codes]
 
 
 def _check_grid(grid: Grid, reference: Array, surface: bool) -> None:

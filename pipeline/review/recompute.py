@@ -14,11 +14,11 @@ from pipeline.cache.places import find_units
 from pipeline.cache.reader import Unit
 from pipeline.cache.schema import StorageConfig, differing
 from pipeline.data.nifti import read_image
+from pipeline.data.patches import WindowConfig
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheStale, ConfigError, GeometryError, PipelineError
 from pipeline.folder import Folder
 from pipeline.log import Log, print_table
-from pipeline.networks.windows import WindowConfig
 from pipeline.review.units import Reached, registry_reach
 from pipeline.teachers.load import LoadedTeacher, open_teacher
 from pipeline.teachers.units import run_teacher, unit_arrays

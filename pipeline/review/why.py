@@ -12,11 +12,11 @@ from pipeline.cache.receipt import Receipt
 from pipeline.cache.schema import Inputs, StorageConfig, differing
 from pipeline.config import short
 from pipeline.data.entries import CaseFiles
+from pipeline.data.patches import WindowConfig
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError, PipelineError, RegistryError, counted
 from pipeline.folder import Folder
 from pipeline.log import print_table, size
-from pipeline.networks.windows import WindowConfig
 from pipeline.review.units import Inventory, accepted_in_words, plain, print_changes, unit_state
 from pipeline.teachers.load import open_teacher
 

@@ -23,13 +23,13 @@ from pipeline.cache.schema import IMAGE, LABEL, StorageConfig
 from pipeline.cache.store import scratch_folder, write_json
 from pipeline.config import Config
 from pipeline.data.nifti import read_image
+from pipeline.data.patches import WindowConfig
 from pipeline.data.registry import Registry
 from pipeline.data.sizes import CaseSize, case_sizes, two_cases
 from pipeline.engine.processes import memory_bytes
 from pipeline.errors import CacheError, ConfigError, RegistryError, SpaceError
 from pipeline.folder import Folder, is_local, read_text, remove, replace_file, sizes, temporary_name
 from pipeline.log import Advance, Log, duration, print_table, size
-from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.load import LoadedTeacher, Teachers
 from pipeline.teachers.units import cache_unit
 

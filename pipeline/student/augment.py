@@ -10,21 +10,20 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations, product
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from pydantic import AfterValidator, Field, model_validator
-from scipy.ndimage import gaussian_filter
-from torch import Tensor
-from torch.nn import functional
 
 from pipeline.config import Config
 from pipeline.data.labels import LabelSpace
 from pipeline.data.patches import Index3, Patch
 from pipeline.data.volume import Grid
 from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # How a patch looks: changes of intensity, of the image alone.
 #
@@ -165,6 +164,8 @@ def _relative(image: FloatArray, spacing_mm: Sequence[float]) -> list[float]:
 
 
 def _blur(image: FloatArray, sigma: float, spacing_mm: Sequence[float]) -> FloatArray:
+    from scipy.ndimage import gaussian_filter
+
     sigmas = [0.0, *(sigma / edge for edge in _relative(image, spacing_mm))]
     blurred: FloatArray = gaussian_filter(image, sigmas, mode="nearest", truncate=3)
     return blurred
@@ -172,6 +173,9 @@ def _blur(image: FloatArray, sigma: float, spacing_mm: Sequence[float]) -> Float
 
 def _low_resolution(image: FloatArray, zoom: float, spacing_mm: Sequence[float]) -> FloatArray:
     """Nearest voxels down, linear up, as nnU-Net does it."""
+    import torch
+    from torch.nn import functional
+
     full = image.shape[1:]
     kept = [
         max(1, round(n * min(1.0, zoom * edge)))
@@ -408,17 +412,21 @@ class Warp:
 
     def linear(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """(C, d, h, w) of the box -> float32 (C, D, H, W); next to NaN is NaN."""
-        return self._sample(torch.from_numpy(values), "bilinear")
+        return self._sample(values, "bilinear")
 
     def nearest(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """uint8 (d, h, w) of the box -> (D, H, W)."""
-        moved = self._sample(torch.from_numpy(values[None].astype(np.float32)), "nearest")[0]
+        moved = self._sample(values[None].astype(np.float32), "nearest")[0]
         return np.asarray(moved, dtype=np.uint8)
 
     def _sample(
-        self, values: Tensor, mode: Literal["bilinear", "nearest"]
+        self, values: npt.NDArray[np.float32], mode: Literal["bilinear", "nearest"]
     ) -> npt.NDArray[np.float32]:
-        moved = functional.grid_sample(values[None], self._grid, mode=mode, align_corners=True)
+        import torch
+        from torch.nn import functional
+
+        box = torch.from_numpy(values)[None]
+        moved = functional.grid_sample(box, self._grid, mode=mode, align_corners=True)
         return moved[0].numpy()
 
 
@@ -430,6 +438,8 @@ def _grid(
     box: Index3,
 ) -> Tensor:
     """For `grid_sample`: (1, D, H, W, 3), x first, -1 .. 1 from the box's first to last voxel."""
+    import torch
+
     offsets = np.meshgrid(
         *(np.arange(n) - m for n, m in zip(shape, half, strict=True)), indexing="ij", sparse=True
     )

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.data.labels import Intensity, LabelSpace
 from pipeline.errors import CheckpointError, PipelineError
 from pipeline.folder import Folder
 from pipeline.networks.by_name import NetworkConfig
-from pipeline.networks.tensor_file import load_sealed, save_atomically
-from pipeline.student.network import Head, build_student
+from pipeline.networks.tensor_file import load_sealed, read_beside_tensors, save_atomically
 from pipeline.student.postprocessing import Rule
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 FORMAT_VERSION = 1
 STATE_VERSION = 2
@@ -28,7 +30,7 @@ class StudentRecord(Config):
 
     format_version: int = FORMAT_VERSION
     network: NetworkConfig
-    head: Head = "softmax"
+    head: Literal["softmax", "sigmoid"] = "softmax"
     organs: dict[str, int]
     spacing_mm: tuple[float, float, float]
     intensity: Intensity
@@ -103,14 +105,39 @@ def load_student(path: Folder) -> tuple[StudentRecord, nn.Module]:
     Raises:
         CheckpointError: absent, damaged, not a plain tensor file, or not a student.
     """
+    from pipeline.student.network import build_student
+
     content = load_sealed(path, unsealed=True)
-    try:
-        if not isinstance(content, dict):
-            raise TypeError(f"it holds a {type(content).__name__}")
-        record = StudentRecord.model_validate_json(content["record"])
+    with _of_student(path):
+        record = _record(content)
         state: dict[str, Tensor] = dict(content["state"])
         network = build_student(record.network, len(record.organs), record.head)
         network.load_state_dict(state, strict=True)
+    return record, network.eval()
+
+
+def read_record(path: Folder) -> StudentRecord:
+    """What stands beside a student's weights; neither torch nor MONAI is imported for it.
+
+    Raises:
+        CheckpointError: as `load_student`, but for weights that do not fit their network.
+    """
+    with _of_student(path):
+        return _record(read_beside_tensors(path))
+
+
+def _record(content: Any) -> StudentRecord:
+    if not isinstance(content, dict):
+        raise TypeError(f"it holds a {type(content).__name__}")
+    return StudentRecord.model_validate_json(content["record"])
+
+
+@contextmanager
+def _of_student(path: Folder) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError, PipelineError) as error:
         first = str(error).split("\n")[0]
         raise CheckpointError(
@@ -118,7 +145,6 @@ def load_student(path: Folder) -> tuple[StudentRecord, nn.Module]:
             where=path,
             fix="Give the `student.pt` of a finished run, or a run's `best.pt`.",
         ) from error
-    return record, network.eval()
 
 
 def _checked(content: Any, path: Path) -> dict[str, Any]:

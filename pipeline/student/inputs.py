@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,8 +31,10 @@ from pipeline.errors import (
 )
 from pipeline.folder import Folder, matching, read_text
 from pipeline.log import Log
-from pipeline.student.network import CachedTap, TapKey
-from pipeline.student.supervision import SupervisionConfig
+from pipeline.student.settings import SupervisionConfig
+
+if TYPE_CHECKING:
+    from pipeline.student.network import CachedTap, TapKey
 
 _NAMED = 4
 
@@ -176,6 +178,8 @@ def cached_taps(cases: Sequence[CachedCase], space: LabelSpace) -> Mapping[TapKe
     Raises:
         ConfigError: no tap is cached, or one has another shape in another case.
     """
+    from pipeline.student.network import CachedTap
+
     found: dict[TapKey, CachedTap] = {}
     moments: dict[TapKey, list[Mapping[str, Any]]] = {}
     for case in cases:

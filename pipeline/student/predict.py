@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import nn
 
 from pipeline.cache.store import json_text
 from pipeline.config import digest, file_sha256
@@ -43,8 +41,13 @@ from pipeline.folder import (
     written_by_dead,
 )
 from pipeline.student.checkpoint import StudentRecord, load_student
-from pipeline.student.inference import FloatArray, TellWindows, organ_probabilities, segment
 from pipeline.student.postprocessing import postprocess
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from pipeline.student.inference import FloatArray, TellWindows
 
 ITKSNAP_TABLE = "labels.itksnap.txt"
 SLICER_TABLE = "labels.ctbl"
@@ -116,17 +119,18 @@ class Done:
 
 
 class CasePredictor:
-    """A student on a device, ready to predict files into a folder."""
+    """A student on a device, ready to predict files into a folder; for a dry run, its record."""
 
     def __init__(
         self,
         record: StudentRecord,
-        network: nn.Module,
-        device: torch.device,
+        network: nn.Module | None,
+        device: torch.device | None,
         output: Path,
         how: How,
     ) -> None:
-        self._record, self._network, self._device = record, network.to(device), device
+        self._record, self._device = record, device
+        self._network = None if network is None else network.to(device)
         self._output, self._how = output, how
 
     def predict(
@@ -169,6 +173,10 @@ class CasePredictor:
             note = f"made again, because it cannot be read: {listed(damaged)}. {note}".strip()
         if dry_run:
             return Done(name, made=True, doubts=doubts, note=note, replaced=replaced)
+        from pipeline.student.inference import segment
+
+        assert self._network is not None
+        assert self._device is not None
         target = self._output / f"{name}.nii.gz"
         with writing(f"{name}, {target}"), self._scratch(name) as scratch:
             held = self._room(scratch, read.volume.grid)
@@ -203,6 +211,7 @@ class CasePredictor:
         kept = self._how.probabilities
         if held is None or kept is None:
             return None
+        from pipeline.student.inference import organ_probabilities
 
         def keep(begin: int, logits: FloatArray) -> None:
             values = organ_probabilities(logits, self._record.head)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from pipeline.config import Config
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import Intensity, LabelSpace
-from pipeline.data.patches import Index3
+from pipeline.data.patches import Index3, WindowConfig
 from pipeline.data.volume import Spacing, Volume
 from pipeline.errors import CheckpointError, PipelineError, TeacherError
 from pipeline.networks.by_name import NetworkConfig, build_network, tap_shapes
 from pipeline.networks.tensor_file import load_sealed, save_atomically
-from pipeline.networks.windows import Sink, WindowConfig, sliding_window, stream_windows
+from pipeline.networks.windows import Sink, sliding_window, stream_windows
 from pipeline.teachers.outputs import giving_logits
 from pipeline.teachers.teacher import Prediction
 

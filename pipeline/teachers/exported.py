@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.entries import TeacherEntry
-from pipeline.data.patches import Index3
+from pipeline.data.patches import Index3, WindowConfig
 from pipeline.data.volume import Orientation, Spacing, Volume
 from pipeline.errors import TeacherError
-from pipeline.networks.windows import WindowConfig, sliding_window
+from pipeline.networks.windows import sliding_window
 from pipeline.teachers.outputs import giving_logits
 from pipeline.teachers.teacher import Prediction
 

@@ -6,25 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from pipeline.cache.index import IndexedTeacher
 from pipeline.cache.schema import StorageConfig, teacher_inputs
 from pipeline.config import digest
 from pipeline.data.entries import TeacherEntry
+from pipeline.data.patches import WindowConfig
 from pipeline.data.registry import Registry
 from pipeline.data.weights import digest_of, stamp_weights
 from pipeline.engine.here import once_per_process
 from pipeline.errors import named
 from pipeline.networks.by_name import pick_device
-from pipeline.networks.windows import WindowConfig, check_precision
-from pipeline.teachers.checkpoint import load_checkpoint_teacher
-from pipeline.teachers.exported import load_exported_teacher
-from pipeline.teachers.factory import load_factory_teacher
-from pipeline.teachers.monai_bundle import load_bundle_teacher
-from pipeline.teachers.nnunet import load_nnunet_teacher
 from pipeline.teachers.teacher import Teacher
+
+if TYPE_CHECKING:
+    import torch
 
 
 def load_teacher(
@@ -52,18 +49,28 @@ def load_teacher(
     with named(f"teacher {name}"):
         match entry.kind:
             case "checkpoint" | "student":
+                from pipeline.teachers.checkpoint import load_checkpoint_teacher
+
                 return load_checkpoint_teacher(
                     name, entry, weights, window=window, batch_size=batch_size, device=device
                 )
             case "exported":
+                from pipeline.teachers.exported import load_exported_teacher
+
                 return load_exported_teacher(
                     name, entry, weights, window=window, batch_size=batch_size, device=device
                 )
             case "monai-bundle":
+                from pipeline.teachers.monai_bundle import load_bundle_teacher
+
                 return load_bundle_teacher(name, entry, weights, device=device)
             case "nnunet":
+                from pipeline.teachers.nnunet import load_nnunet_teacher
+
                 return load_nnunet_teacher(name, entry, weights, device=device)
             case "factory":
+                from pipeline.teachers.factory import load_factory_teacher
+
                 return load_factory_teacher(name, entry, weights, device=device)
 
 
@@ -142,6 +149,8 @@ class Teachers:
         return once_per_process(self.run, self._load) if self.run else self._load()
 
     def _load(self) -> Mapping[str, LoadedTeacher]:
+        from pipeline.networks.windows import check_precision
+
         check_precision(self.window.precision, pick_device(self.device))
         return {name: self.open(name) for name in self.registry.teachers}
 

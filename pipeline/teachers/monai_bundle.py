@@ -27,11 +27,11 @@ import torch
 from torch import nn
 
 from pipeline.data.entries import TeacherEntry
-from pipeline.data.patches import Index3
+from pipeline.data.patches import Index3, WindowConfig
 from pipeline.data.volume import Grid, Volume, as_file_array, from_file_array
 from pipeline.errors import PipelineError, TeacherError
 from pipeline.networks.by_name import tap_shapes
-from pipeline.networks.windows import WindowConfig, sliding_window
+from pipeline.networks.windows import sliding_window
 from pipeline.teachers.bundle_files import BundleFiles, contradictions, read_bundle
 from pipeline.teachers.outputs import giving_logits
 from pipeline.teachers.teacher import Prediction

@@ -8,15 +8,16 @@ are turned into logits window by window, and all that follows is as for any othe
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor, nn
 
 from pipeline.data.entries import TeacherEntry
 from pipeline.errors import OutputsError, TeacherWarning
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -123,12 +124,14 @@ def giving_logits(network: nn.Module, entry: TeacherEntry, *, where: str) -> nn.
     """
     if entry.outputs != "probabilities":
         return network
+    import torch
+
     if isinstance(network, torch.jit.ScriptModule):  # takes no hooks
-        network = nn.Sequential(network)
+        network = torch.nn.Sequential(network)
 
     def hook(module: nn.Module, inputs: Any, out: Any) -> Any:
         out = out[0] if isinstance(out, (list, tuple)) else out
-        return to_logits(out, entry, where=where) if isinstance(out, Tensor) else out
+        return to_logits(out, entry, where=where) if isinstance(out, torch.Tensor) else out
 
     network.register_forward_hook(hook)
     return network
@@ -152,6 +155,8 @@ def to_logits(outputs: Tensor, entry: TeacherEntry, *, where: str) -> Tensor:
     Raises:
         OutputsError: they are no probabilities, or one-hot.
     """
+    import torch
+
     p = outputs.float()
     low, high = float(p.min()), float(p.max())
     if low < 0 or high > 1 + _TOLERANCE:

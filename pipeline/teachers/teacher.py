@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,10 @@ from pipeline.data.patches import Index3
 from pipeline.data.resample import resample
 from pipeline.data.volume import Spacing, Volume
 from pipeline.errors import TeacherError
-from pipeline.networks.windows import Sink
 from pipeline.teachers.outputs import OutputsOfCase
+
+if TYPE_CHECKING:
+    from pipeline.networks.windows import Sink
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,6 @@ from pipeline.data.resample import SlabResampler, resample
 from pipeline.data.volume import Grid, Volume, coarse, large_components
 from pipeline.errors import CacheError, CacheStale, RegistryError, TeacherError, named
 from pipeline.folder import Folder
-from pipeline.networks.windows import Sink, is_out_of_memory
 from pipeline.teachers.load import LoadedTeacher, Teachers
 from pipeline.teachers.outputs import OutputsOfCase
 from pipeline.teachers.teacher import (
@@ -43,6 +42,9 @@ from pipeline.teachers.teacher import (
     slab_log_odds,
     tap_agreement,
 )
+
+if TYPE_CHECKING:
+    from pipeline.networks.windows import Sink
 
 # What a teacher says, slab by slab on its own grid -> the same on the student grid.
 
@@ -258,6 +260,8 @@ def _memory_errors_named(where: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        from pipeline.networks.windows import is_out_of_memory
+
         if not is_out_of_memory(error):
             raise
         raise TeacherError(

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from pipeline.cache.cases import identify_case
 from pipeline.cache.schema import StorageConfig, case_inputs, differing, teacher_inputs, unit_inputs
 from pipeline.config import digest
+from pipeline.data.patches import WindowConfig
 from pipeline.data.registry import Registry, load_registry
 from pipeline.engine.here import Execution, Here
 from pipeline.networks.by_name import NetworkConfig
-from pipeline.networks.windows import WindowConfig
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.speed import TrainingExecution
 from pipeline.teachers.load import open_teacher

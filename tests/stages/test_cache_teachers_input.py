@@ -31,7 +31,7 @@ from pipeline.errors import (
 )
 from pipeline.log import Log
 from pipeline.student.inputs import open_inputs
-from pipeline.student.supervision import SupervisionConfig
+from pipeline.student.settings import SupervisionConfig
 from pipeline.teachers import units
 from pipeline.teachers.units import Outputs
 from tests.stages.stage_contract import snapshot

@@ -21,10 +21,10 @@ from pipeline.cli.stages import FormatName
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import Intensity
 from pipeline.data.nifti import read_image
+from pipeline.data.patches import WindowConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.log import Log
 from pipeline.networks.by_name import NetworkConfig
-from pipeline.networks.windows import WindowConfig
 from pipeline.student.checkpoint import load_student, save_student
 from pipeline.student.export import write
 from pipeline.student.export.parity import LabelCount, Tolerance

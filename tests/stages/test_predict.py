@@ -141,6 +141,7 @@ def threshold_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def put(**changes: Any) -> None:
         student = record(**changes), Threshold()
         monkeypatch.setattr(predict, "load_student", lambda path: student)
+        monkeypatch.setattr(predict, "read_record", lambda path: student[0])
 
     return put
 

@@ -15,11 +15,11 @@ from pipeline.cache.reader import CachedCase
 from pipeline.consensus.cohort import open_cohort
 from pipeline.data.labels import log_odds
 from pipeline.data.nifti import read_image
+from pipeline.data.patches import WindowConfig
 from pipeline.data.registry import load_registry
 from pipeline.data.resample import resample
 from pipeline.data.volume import Volume
 from pipeline.errors import OutputsError, TeacherError
-from pipeline.networks.windows import WindowConfig
 from pipeline.review.status import status
 from pipeline.teachers.load import load_teacher
 from stages.report import StageReport

@@ -34,8 +34,8 @@ from pipeline.errors import (
 from pipeline.log import Log
 from pipeline.student import training
 from pipeline.student.checkpoint import load_student
+from pipeline.student.settings import Kind
 from pipeline.student.speed import TrainingExecution
-from pipeline.student.supervision import Kind
 from stages import train_student
 from stages.report import Scope, StageReport
 from stages.train_student import TrainStudentConfig

@@ -17,6 +17,7 @@ from pipeline.cli.app import app
 from pipeline.data.registry import load_registry
 from pipeline.folder import Folder
 from pipeline.log import Log
+from pipeline.student import training
 from pipeline.student.checkpoint import load_student
 from pipeline.student.progress import metric_lines, without_timing
 from pipeline.student.speed import TrainingExecution
@@ -57,7 +58,7 @@ def plain(built_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def test_numbers_and_digest_are_the_same_and_no_array_of_the_cache_is_opened(
     tiny_cached: Path, tmp_path: Path, plain: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = train_student.train
+    train = training.train
     opened: list[str] = []
     listening = [False]
     sys.addaudithook(
@@ -75,7 +76,7 @@ def test_numbers_and_digest_are_the_same_and_no_array_of_the_cache_is_opened(
         finally:
             listening[0] = False
 
-    monkeypatch.setattr(train_student, "train", heard)
+    monkeypatch.setattr(training, "train", heard)
     found = trained(tiny_cached, stage_to=tmp_path / "node")
     assert_same(found, plain)
     units = [path for path in opened if ".zarr/" in path]
@@ -96,13 +97,13 @@ def test_loader_processes_read_the_copies_and_go_on_without_them(
     tiny_cached: Path, tmp_path: Path, plain: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    train = train_student.train
+    train = training.train
 
     def robbed(*args: Any, **options: Any) -> Any:
         shutil.rmtree(tmp_path / "node")  # somebody cleans up between copying and reading
         return train(*args, **options)
 
-    monkeypatch.setattr(train_student, "train", robbed)
+    monkeypatch.setattr(training, "train", robbed)
     found = trained(tiny_cached, stage_to=tmp_path / "node", workers=1)
     assert_same(found, plain)
     assert "its copy cannot be read" in capfd.readouterr().err

@@ -252,7 +252,7 @@ def compute_maps(
     maps = {name: np.empty(array.shape, array.dtype) for name, array in lazy.items()}
     stored = da.store(list(lazy.values()), list(maps.values()), lock=False, compute=False)
     # As it was built, like `cohort.compute`: fusing thousands of tasks takes longer than it saves.
-    _, *others = dask.compute(stored, *also, scheduler="synchronous", optimize_graph=False)
+    _, *others = dask.compute(stored, *also, scheduler=dask.get, optimize_graph=False)
     return CaseMaps(case.image(), case.label(), maps), tuple(others)
 
 

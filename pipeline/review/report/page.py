@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 import yaml
 
 from pipeline.config import versions
@@ -28,6 +27,7 @@ from pipeline.folder import (
     writing,
 )
 from pipeline.log import Log, duration, number, size
+from pipeline.networks.by_name import pick_device
 from pipeline.review.report.pictures import (
     SIZE_STEPS,
     CaseLayers,
@@ -92,7 +92,7 @@ def write_report(
     settings: PageSettings,
     output: Folder | None = None,
     *,
-    device: torch.device,
+    device: str,
     log: Log,
 ) -> Folder:
     """Writes the page of a run; what is missing in the run is said there, where it would stand.
@@ -115,6 +115,8 @@ def write_report(
         CheckpointError: the run's record cannot be read.
         WorkFolderError: the page cannot be written.
     """
+    if device != "auto":
+        pick_device(device)
     record = read_run(work, run)
     path = record.folder / "report.html" if output is None else output
     if path.suffix not in (".html", ".htm"):
@@ -135,7 +137,7 @@ def gather(
     record: RunRecord,
     settings: PageSettings,
     *,
-    device: torch.device,
+    device: str,
     log: Log,
 ) -> Content:
     """All that the page tells; see `write_report`."""
@@ -172,7 +174,7 @@ def gather(
     )
 
 
-def _student(record: RunRecord, device: torch.device) -> tuple[Student | None, str]:
+def _student(record: RunRecord, device: str) -> tuple[Student | None, str]:
     """The student, or why there is none."""
     try:
         found = open_student(record, device)
@@ -203,7 +205,10 @@ def _scores(
         return None, (
             "No predictions were given, and the cache no longer has the run's validation cases."
         )
-    scores = scores_made_now(student, cases, log)
+    try:
+        scores = scores_made_now(student, cases, log)
+    except CheckpointError as error:
+        return None, f"No predictions were given, and {record.student} cannot be read: {error.what}"
     gone = {
         case.name: case.case.problem for case in lineage.of(VALIDATION) if case.case.unit is None
     }

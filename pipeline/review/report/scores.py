@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from pipeline.cache.reader import CachedCase
 from pipeline.config import file_sha256
@@ -18,8 +18,9 @@ from pipeline.data.labels import IGNORE, LabelSpace
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, ConfigError, listed
 from pipeline.figures import hex_colour, svg_chart
-from pipeline.folder import read_text
+from pipeline.folder import Folder, read_text
 from pipeline.log import Log
+from pipeline.networks.by_name import pick_device
 from pipeline.review.metrics import (
     NOT_ANNOTATED,
     RULES,
@@ -30,8 +31,10 @@ from pipeline.review.metrics import (
     sha256_if_there,
 )
 from pipeline.review.report.trace import RunRecord
-from pipeline.student.checkpoint import StudentRecord, load_student
-from pipeline.student.inference import predict_logits, running_argmax
+from pipeline.student.checkpoint import load_student, read_record
+
+if TYPE_CHECKING:
+    from torch import nn
 
 METRICS = {"Dice": "Dice", "NSD": "Normalised surface Dice", "HD95_mm": "HD95, mm"}
 """Name -> as the page calls it."""
@@ -89,26 +92,35 @@ class ReportScores:
 
 
 class Student:
-    """A run's student, ready to predict cases of the cache."""
+    """A run's student, to predict cases of the cache; its network is built for the first of them.
 
-    def __init__(self, record: StudentRecord, network: torch.nn.Module, device: torch.device):
-        self.record = record
-        self._network = network.to(device)
-        self._device = device
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+
+    def __init__(self, path: Folder, device: str) -> None:
+        self.record = read_record(path)
+        self._path, self._device = path, device
+
+    @cached_property
+    def _network(self) -> nn.Module:
+        return load_student(self._path)[1].to(pick_device(self._device))
 
     def label_map(self, case: CachedCase) -> npt.NDArray[np.uint8]:
         """uint8 organ ids (D, H, W) on the student grid, by the windows that `predict` uses."""
+        from pipeline.student.inference import predict_logits, running_argmax
+
         logits = predict_logits(
             self._network,
             case.image(),
             self.record.intensity,
             self.record.patch,
-            device=self._device,
+            device=pick_device(self._device),
         )
         return self.record.label_space.to_ids(running_argmax(iter(logits)))
 
 
-def open_student(record: RunRecord, device: torch.device) -> Student | None:
+def open_student(record: RunRecord, device: str) -> Student | None:
     """student.pt, or best.pt of a run that is not finished; None without either.
 
     Raises:
@@ -116,8 +128,7 @@ def open_student(record: RunRecord, device: torch.device) -> Student | None:
     """
     if record.student is None:
         return None
-    found, network = load_student(record.folder / record.student)
-    return Student(found, network, device)
+    return Student(record.folder / record.student, device)
 
 
 def scores_of_predictions(folder: Path, registry: Registry, record: RunRecord) -> ReportScores:

@@ -27,7 +27,7 @@ from pipeline.review.inspect.look import View
 from pipeline.review.inspect.numbers import CaseNumbers, measure_cohort, pair_rows
 from pipeline.review.units import run_folders
 from pipeline.student.progress import History, parsed
-from pipeline.student.supervision import SupervisionConfig
+from pipeline.student.settings import SupervisionConfig
 
 # What a run's folder says of it: settings, inputs, marker, curves, files; nothing is loaded.
 

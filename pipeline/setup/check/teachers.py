@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.consensus.cohort import doubtful_tap
 from pipeline.data.nifti import read_image
@@ -242,6 +241,8 @@ class _Memory:
         gc.collect()
         self._cuda = pick_device(device) if pick_device(device).type == "cuda" else None
         if self._cuda is not None:
+            import torch
+
             torch.cuda.reset_peak_memory_stats(self._cuda)
             self._before = torch.cuda.memory_allocated(self._cuda)
             return
@@ -252,5 +253,7 @@ class _Memory:
     def grown(self) -> int | None:
         """Bytes; None where an earlier peak hides it."""
         if self._cuda is not None:
+            import torch
+
             return int(torch.cuda.max_memory_allocated(self._cuda)) - self._before
         return max(0, memory_bytes("VmHWM") - self._before) or None

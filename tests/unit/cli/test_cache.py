@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,20 +242,3 @@ def test_a_refusal_is_one_paragraph_and_the_exit_code(tmp_path: Path, run_cli: R
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert "Traceback" not in err
-
-
-def test_help_and_looking_load_no_torch(built_cache: Path) -> None:
-    program = (
-        "import sys; from typer.testing import CliRunner; from pipeline.cli.app import app\n"
-        "for command in (['cache', '--help'], ['cache', 'gc', '--help']):\n"
-        "    assert CliRunner().invoke(app, command).exit_code == 0\n"
-        "assert not {'torch', 'zarr', 'numpy'} & set(sys.modules), 'help loads too much'\n"
-        f"options = ['-r', {str(built_cache)!r}, '-w', {str(work_of(built_cache))!r}]\n"
-        "for command in ('ls', 'verify'):\n"
-        "    assert CliRunner().invoke(app, ['cache', command, *options]).exit_code == 0\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr

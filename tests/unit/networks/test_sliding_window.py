@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.data.patches import windows
+from pipeline.data.patches import WindowConfig, windows
 from pipeline.errors import GeometryError
-from pipeline.networks.windows import WindowConfig, sliding_window
+from pipeline.networks.windows import sliding_window
 
 RNG = np.random.default_rng(0)
 shapes = st.tuples(*(st.integers(1, 13) for _ in range(3)))

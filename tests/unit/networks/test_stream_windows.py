@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from monai.data.utils import compute_importance_map
 from torch import Tensor, nn
 
-from pipeline.data.patches import padded_shape, windows
-from pipeline.networks.windows import WindowConfig, sliding_window, stream_windows
+from pipeline.data.patches import WindowConfig, padded_shape, windows
+from pipeline.networks.windows import sliding_window, stream_windows
 
 Array = npt.NDArray[np.float32]
 shapes = st.tuples(*(st.integers(1, 21) for _ in range(3))).filter(lambda s: s.count(1) != 1)

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[3]
 _CHILD = """
 import json, resource
 import numpy as np, torch
-from pipeline.networks.windows import WindowConfig, stream_windows
+from pipeline.data.patches import WindowConfig
+from pipeline.networks.windows import stream_windows
 
 class Many(torch.nn.Module):
     def forward(self, x):

@@ -11,10 +11,10 @@ import torch
 from monai.networks import nets
 from torch import Tensor, nn
 
+from pipeline.data.patches import WindowConfig
 from pipeline.errors import ConfigError
 from pipeline.networks import windows
 from pipeline.networks.windows import (
-    WindowConfig,
     WindowPasses,
     check_precision,
     is_out_of_memory,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pipeline.data.labels import IGNORE
 from pipeline.student.network import CachedTap, StudentNetwork, TapKey
-from pipeline.student.supervision import Batch, Kind, SupervisionConfig, batch_loss
+from pipeline.student.settings import Kind, SupervisionConfig
+from pipeline.student.supervision import Batch, batch_loss
 
 SHAPE = (2, 2, 2)
 K = 2

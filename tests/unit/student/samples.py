@@ -19,9 +19,8 @@ from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import CachedTap, StudentNetwork, TapKey
 from pipeline.student.processes import ALONE, Processes
 from pipeline.student.resume import TrainingState
-from pipeline.student.settings import TrainingConfig
+from pipeline.student.settings import SupervisionConfig, TrainingConfig
 from pipeline.student.speed import Speed
-from pipeline.student.supervision import SupervisionConfig
 from tests.unit.student.coded import (
     CHANNELS,
     RAW,

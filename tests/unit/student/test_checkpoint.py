@@ -16,6 +16,7 @@ from pipeline.student.checkpoint import (
     StudentRecord,
     load_newest,
     load_student,
+    read_record,
     save_student,
     save_training,
     training_checkpoints,
@@ -52,7 +53,7 @@ def student(tmp_path: Path) -> Path:
 class TestStudent:
     def test_what_is_written_is_read_back(self, student: Path) -> None:
         found, network = load_student(student)
-        assert found == record()
+        assert found == read_record(student) == record()
         assert found.label_space.organs == ("liver", "spleen")
         assert not network.training
         torch.manual_seed(0)
@@ -87,8 +88,9 @@ class TestStudent:
         assert [p.name for p in student.parent.iterdir()] == ["student.pt"]
 
     def test_absent(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match=r"nowhere\.pt: the file does not exist"):
-            load_student(tmp_path / "nowhere.pt")
+        for read in (load_student, read_record):
+            with pytest.raises(CheckpointError, match=r"nowhere\.pt: the file does not exist"):
+                read(tmp_path / "nowhere.pt")
 
     @pytest.mark.parametrize(
         "content",
@@ -114,8 +116,15 @@ class TestStudent:
     def test_a_truncated_file_is_named(self, student: Path, kept: float) -> None:
         data = student.read_bytes()
         student.write_bytes(data[: int(kept * len(data)) if kept == 0.5 else int(kept)])
-        with pytest.raises(CheckpointError, match=r"student\.pt"):
-            load_student(student)
+        for read in (load_student, read_record):
+            with pytest.raises(CheckpointError, match=r"student\.pt"):
+                read(student)
+
+    @pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {}, {"record": 3, "state": {}}])
+    def test_a_record_is_not_found_in_another_file(self, tmp_path: Path, content: Any) -> None:
+        torch.save(content, tmp_path / "other.pt")
+        with pytest.raises(CheckpointError, match=r"other\.pt: not a (student|plain)"):
+            read_record(tmp_path / "other.pt")
 
     def test_a_folder_is_no_student(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="not a plain tensor file"):
@@ -141,6 +150,11 @@ def test_a_file_that_carries_code_is_refused_and_not_run(tmp_path: Path, how: st
     with pytest.raises(CheckpointError, match="not a plain tensor file") as refused:
         load_student(path)
     assert "weights_only" not in str(refused.value)  # torch advises to run the code
+    if how == "torch.save":
+        assert read_record(path) == record()
+    else:
+        with pytest.raises(CheckpointError, match="not"):
+            read_record(path)
     assert not marker.exists()
 
 

@@ -15,7 +15,7 @@ from pipeline.data.patches import Patch
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.dataset import features_at, to_batch
 from pipeline.student.network import CachedTap
-from pipeline.student.supervision import SupervisionConfig
+from pipeline.student.settings import SupervisionConfig
 from tests.unit.student.coded import (
     CHANNELS,
     SHAPE,

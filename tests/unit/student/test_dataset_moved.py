@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.dataset import AIR_HU, PatchDataset
 from pipeline.student.sampling import SamplingConfig
-from pipeline.student.supervision import SupervisionConfig
+from pipeline.student.settings import SupervisionConfig
 from tests.unit.student.coded import (
     LIVER_PLANES,
     SHAPE,

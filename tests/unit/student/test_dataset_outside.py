@@ -12,7 +12,7 @@ from pipeline.cache.reader import CachedCase
 from pipeline.data.labels import IGNORE
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.dataset import AIR_HU
-from pipeline.student.supervision import Kind, SupervisionConfig
+from pipeline.student.settings import Kind, SupervisionConfig
 from tests.unit.student.coded import TAP, place, write_case
 from tests.unit.student.samples import CACHED, MOVING, STILL, arrays, check_places, dataset
 

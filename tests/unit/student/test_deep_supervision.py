@@ -8,8 +8,8 @@ from pipeline.data.labels import IGNORE
 from pipeline.errors import ConfigError
 from pipeline.networks.by_name import NetworkConfig
 from pipeline.student.network import StudentNetwork, output_weights, over_outputs, seeded_network
-from pipeline.student.settings import TrainingConfig
-from pipeline.student.supervision import Batch, SupervisionConfig, batch_loss
+from pipeline.student.settings import SupervisionConfig, TrainingConfig
+from pipeline.student.supervision import Batch, batch_loss
 from tests.tiny import NETWORK
 from tests.unit.student.test_networks_by_name import NAMES, NETWORKS, NUM_ORGANS
 

@@ -16,7 +16,7 @@ from pipeline.errors import CheckpointError
 from pipeline.log import Log
 from pipeline.student.inputs import cached_taps, check_same_units, open_inputs
 from pipeline.student.sampling import Sampler, SamplingConfig
-from pipeline.student.supervision import SupervisionConfig
+from pipeline.student.settings import SupervisionConfig
 from tests.tiny import work_of
 from tests.unit.student.coded import SPACE, TAP, write_case
 

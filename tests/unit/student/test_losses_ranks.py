@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from pipeline.data.labels import IGNORE
 from pipeline.student.network import TapKey
-from pipeline.student.supervision import Batch, SupervisionConfig, batch_loss
+from pipeline.student.settings import SupervisionConfig
+from pipeline.student.supervision import Batch, batch_loss
 from tests.unit.student.fixed import NAN, SHAPE, Fixed, K
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -14,8 +14,8 @@ from pipeline.student.dataset import PatchDataset, collate, to_batch
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.losses import regions_of
 from pipeline.student.network import StudentNetwork
-from pipeline.student.settings import TrainingConfig
-from pipeline.student.supervision import Batch, SupervisionConfig, batch_loss
+from pipeline.student.settings import SupervisionConfig, TrainingConfig
+from pipeline.student.supervision import Batch, batch_loss
 from tests.unit.student.coded import RAW, SPACE, write_case
 
 PATCH = (8, 8, 8)

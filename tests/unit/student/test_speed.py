@@ -14,9 +14,13 @@ from pipeline.log import Log
 from pipeline.networks.by_name import NetworkConfig
 from pipeline.student import training
 from pipeline.student.network import CachedTap, StudentNetwork, seeded_network
-from pipeline.student.settings import TrainingConfig, build_optimiser
+from pipeline.student.settings import (
+    FeaturesConfig,
+    SupervisionConfig,
+    TrainingConfig,
+    build_optimiser,
+)
 from pipeline.student.speed import Speed, SpeedFlags, check_device
-from pipeline.student.supervision import FeaturesConfig, SupervisionConfig
 from pipeline.student.training import make_step
 from tests.tiny import NETWORK
 from tests.unit.student.same import assert_same

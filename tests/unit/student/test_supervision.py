@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from pipeline.data.labels import IGNORE
-from pipeline.student.supervision import LABELS_ALONE, Kind, pseudo_labels
+from pipeline.student.settings import LABELS_ALONE, Kind
+from pipeline.student.supervision import pseudo_labels
 from tests.unit.student.fixed import (
     NAN,
     SEEN,

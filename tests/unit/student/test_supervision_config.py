@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipeline.student.supervision import (
+from pipeline.student.settings import (
     FeaturesConfig,
     Kind,
     LogitsConfig,

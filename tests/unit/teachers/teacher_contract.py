@@ -25,10 +25,10 @@ import torch
 from pipeline.cache.schema import StorageConfig, teacher_inputs
 from pipeline.config import digest
 from pipeline.data.entries import TeacherEntry
+from pipeline.data.patches import WindowConfig
 from pipeline.data.volume import Grid, Volume
 from pipeline.data.weights import weights_digest
 from pipeline.errors import TeacherError
-from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.teacher import Teacher, organ_log_odds
 from tests.unit.teachers.made_teachers import Payload

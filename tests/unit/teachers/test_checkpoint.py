@@ -9,11 +9,11 @@ import torch
 
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import Intensity
+from pipeline.data.patches import WindowConfig
 from pipeline.data.volume import Grid, Volume
 from pipeline.errors import TeacherError
 from pipeline.networks.by_name import build_network
 from pipeline.networks.tensor_file import save_atomically
-from pipeline.networks.windows import WindowConfig
 from pipeline.student.checkpoint import StudentRecord, load_student, save_student
 from pipeline.teachers.checkpoint import CheckpointTeacher, read_teacher, save_teacher
 from pipeline.teachers.load import load_teacher

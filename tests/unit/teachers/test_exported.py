@@ -17,9 +17,9 @@ from torch import nn
 
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import log_odds
+from pipeline.data.patches import WindowConfig
 from pipeline.data.volume import Grid, Volume
 from pipeline.errors import TeacherError
-from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.exported import ExportedTeacher, FixedBatch
 from pipeline.teachers.load import load_teacher
 from tests.unit.teachers.made_bundles import exported_entry, seeded_network

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipeline.data.entries import TeacherEntry
+from pipeline.data.patches import WindowConfig
 from pipeline.data.volume import Grid, Volume
 from pipeline.errors import ConfigError, TeacherError
-from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.factory import FactoryTeacher
 from pipeline.teachers.load import load_teacher
 from tests.unit.teachers.teacher_contract import TeacherContract

@@ -17,12 +17,12 @@ from pydantic import ValidationError
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import log_odds
 from pipeline.data.nifti import read_image, read_label
+from pipeline.data.patches import WindowConfig
 from pipeline.data.resample import resample, same_grid
 from pipeline.data.volume import Volume, from_file_array
 from pipeline.data.weights import weights_digest
 from pipeline.errors import TeacherError
 from pipeline.networks.by_name import tapped
-from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.monai_bundle import BundleTeacher
 from tests.unit.teachers.made_bundles import (

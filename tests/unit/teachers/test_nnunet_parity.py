@@ -22,10 +22,10 @@ import torch
 
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.nifti import read_image
+from pipeline.data.patches import WindowConfig
 from pipeline.data.resample import resample
 from pipeline.data.volume import Grid, Orientation, Volume
 from pipeline.errors import TeacherError
-from pipeline.networks.windows import WindowConfig
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.nnunet import NnunetTeacher
 from pipeline.teachers.teacher import Prediction, organ_log_odds

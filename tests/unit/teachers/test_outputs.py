@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import log_odds
+from pipeline.data.patches import WindowConfig
 from pipeline.errors import OutputsError, TeacherWarning
-from pipeline.networks.windows import WindowConfig, sliding_window
+from pipeline.networks.windows import sliding_window
 from pipeline.teachers.outputs import OutputsOfCase, to_logits
 from tests.tiny import teacher_data
 

@@ -12,11 +12,11 @@ import pytest
 
 from pipeline.cache.schema import StorageConfig
 from pipeline.consensus import cohort
+from pipeline.data.patches import WindowConfig
 from pipeline.data.registry import load_registry
 from pipeline.data.volume import Grid, Orientation, Volume
 from pipeline.errors import RegistryError
 from pipeline.log import Log
-from pipeline.networks.windows import WindowConfig
 from pipeline.setup.check.teachers import CheckReport, check_teachers, middle
 from pipeline.teachers.load import Teachers
 from tests.stages.test_cache_teachers_input import factory, keep
