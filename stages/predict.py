@@ -9,9 +9,11 @@ of its own, which takes the next case when it is free; files are the same as fro
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -29,6 +31,7 @@ from pipeline.student.predict import (
     CasePredictor,
     Done,
     How,
+    Inputs,
     Probabilities,
     Share,
     chosen_inputs,
@@ -40,7 +43,10 @@ from pipeline.student.predict import (
 )
 from stages.report import StageReport
 
-__all__ = ["PredictConfig", "chosen_inputs", "find_inputs", "pick_devices", "run"]
+__all__ = [
+    "Inputs", "PredictConfig", "PredictExecution", "chosen_inputs", "find_inputs", "pick_devices",
+    "run",
+]  # fmt: skip
 
 
 class PredictConfig(Config):
@@ -53,21 +59,38 @@ class PredictConfig(Config):
         default=True, description="remove the parts of organs that the student learnt to remove"
     )
 
+    def digested(self) -> dict[str, Any]:
+        """What digests are of: a field younger than label maps that are there counts where it is
+        not at its default."""
+        as_ever = {"postprocessing"} if self.postprocessing else set()
+        return self.model_dump(mode="json", exclude=as_ever)
+
+
+@dataclass(frozen=True)
+class PredictExecution:
+    """What a prediction runs on, and what it writes.
+
+    Attributes:
+        device: auto, cpu, cuda, cuda:1; several with commas, `cuda:0,cuda:1`.
+        window_batch: windows per forward pass.
+        probabilities: which are written as well; None: none.
+        dry_run: say what would be done, write nothing.
+    """
+
+    device: str = "auto"
+    window_batch: int = 1
+    probabilities: Probabilities | None = None
+    dry_run: bool = False
+
 
 def run(
     config: PredictConfig,
     student: Folder,
-    inputs: Mapping[str, Path],
+    inputs: Inputs,
     output: Path,
+    execution: PredictExecution | None = None,
     *,
     log: Log,
-    device: str = "auto",
-    window_batch: int = 1,
-    probabilities: Probabilities | None = None,
-    other_units: Collection[str] = (),
-    by_case: bool = False,
-    references: Iterable[Path] = (),
-    dry_run: bool = False,
 ) -> StageReport:
     """Predicts each input as `output/<name>.nii.gz`; what is there from the same student and image
     is skipped. What is there of another student or other settings is replaced, and said; of another
@@ -77,16 +100,10 @@ def run(
     Args:
         config: what changes numbers.
         student: the `student.pt` of a finished run.
-        inputs: name (may hold a slash) -> NIfTI of a CT.
+        inputs: the CTs.
         output: folder.
+        execution: what it runs on and writes; None: as its defaults say.
         log: where progress goes.
-        device: auto, cpu, cuda, cuda:1; several with commas, `cuda:0,cuda:1`.
-        window_batch: windows per forward pass.
-        probabilities: which are written as well; None: none.
-        other_units: names of inputs that are no CT in HU on purpose.
-        by_case: names are those of a registry's cases: another image of one is its new one.
-        references: files beside the inputs that are never replaced, whoever wrote them.
-        dry_run: say what would be done, write nothing.
 
     Raises:
         CheckpointError: no student there.
@@ -96,17 +113,17 @@ def run(
     """
     began = time.monotonic()
     report = StageReport("predict")
+    images, execution = inputs.images, execution or PredictExecution()
+    dry_run = execution.dry_run
     record, network = load_student(student)
-    devices = pick_devices(device)
-    as_ever = {"postprocessing"} if config.postprocessing else set()  # digests of before it hold
-    identity = student_identity(student, config.model_dump(mode="json", exclude=as_ever))
-    others = frozenset(other_units)
+    devices = pick_devices(execution.device)
     how = How(
-        config.overlap, window_batch, probabilities, identity, others, by_case,
+        config.overlap, execution.window_batch, execution.probabilities,
+        student_identity(student, config.digested()), inputs.other_units, inputs.by_case,
         config.postprocessing,
     )  # fmt: skip
-    refuse_targets(inputs, output, how, record.label_space.organs, references)
-    seen = sorted(set(inputs) & set(record.trained_on))
+    refuse_targets(inputs, output, how, record.label_space.organs)
+    seen = sorted(set(images) & set(record.trained_on))
     if seen:
         log.remark(
             f"this student was trained on {listed(seen)}: scores of them say nothing about new "
@@ -114,31 +131,31 @@ def run(
         )
     if not dry_run:
         prepare_work_folder(output)
-        remove_leftovers(inputs, output)
+        remove_leftovers(images, output)
     write_label_tables(output, record, dry_run=dry_run)
-    with log.progress("predict", len(inputs)) as advance:
+    with log.progress("predict", len(images)) as advance:
         hears = _Hears(report, output, log, advance)
-        if len(devices) > 1 and len(inputs) > 1 and not dry_run:
+        if len(devices) > 1 and len(images) > 1 and not dry_run:
             shares = [Share(student, where, output, how) for where in devices]
             try:
                 for outcome in run_on_devices(
-                    shares[: len(inputs)], inputs.items(), name=lambda item: item[0]
+                    shares[: len(images)], images.items(), name=lambda item: item[0]
                 ):
                     if outcome.result is not None:
                         hears.done(outcome.result)
                     elif outcome.error is not None:
                         hears.failed(outcome.item[0], outcome.error)
             except EngineError as error:
-                hears.not_begun(inputs, error)
+                hears.not_begun(images, error)
         else:
             predictor = CasePredictor(record, network, devices[0], output, how)
-            for name, path in inputs.items():
+            for name, path in images.items():
                 try:
                     with _windows(log, name) as tell:
                         hears.done(predictor.predict(name, path, tell=tell, dry_run=dry_run))
                 except PipelineError as error:
                     hears.failed(name, error)
-    hears.say_replaced(len(inputs))
+    hears.say_replaced(len(images))
     report.seconds = time.monotonic() - began
     return report
 
@@ -192,9 +209,9 @@ class _Hears:
         if self._replaced:
             self._report.details["replaced"] = self._replaced
 
-    def not_begun(self, inputs: Mapping[str, Path], error: EngineError) -> None:
+    def not_begun(self, images: Mapping[str, Path], error: EngineError) -> None:
         known = {*self._report.done, *self._report.skipped, *self._report.failed}
-        for name in inputs:
+        for name in images:
             if name not in known:
                 self.failed(name, error)
 

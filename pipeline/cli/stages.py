@@ -190,8 +190,6 @@ def predict(
     known = open_registry(registry, files=False) if registry else None
     left: list[str] = []
     inputs = stage.chosen_inputs(images, known, split, left)
-    other = {d for d, e in known.datasets.items() if e.units == "other"} if known else set()
-    cases = [case for name in known.datasets for case in known.cases(name)] if known else []
     log = open_log(quiet)
     for text in left:
         log.warn(text)
@@ -203,14 +201,13 @@ def predict(
         student,
         inputs,
         output,
+        stage.PredictExecution(
+            device,
+            window_batch,
+            probabilities=Probabilities(probabilities, layout) if probabilities else None,
+            dry_run=dry_run,
+        ),
         log=log,
-        device=device,
-        window_batch=window_batch,
-        probabilities=Probabilities(probabilities, layout) if probabilities else None,
-        other_units=[name for name in inputs if name.partition("/")[0] in other],
-        by_case=known is not None,
-        references=[file for case in cases for file in (case.image, case.label)],
-        dry_run=dry_run,
     )
     report.details["not_taken"] = left
     end(report)
@@ -320,11 +317,9 @@ def export(
     report = stage.run(
         open_settings(config, stage.ExportConfig),
         run,
-        [form.value for form in formats],
+        stage.Wanted([form.value for form in formats], check_on, case),
         output,
         log=open_log(quiet or as_json),
-        check_on=check_on,
-        case=case,
         dry_run=dry_run,
     )
     if as_json:

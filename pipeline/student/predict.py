@@ -72,6 +72,23 @@ class Probabilities:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """Images, and what is known of them.
+
+    Attributes:
+        images: name (may hold a slash) -> NIfTI or DICOM series of a CT.
+        other_units: names of those that are no CT in HU on purpose.
+        by_case: names are those of a registry's cases: another image of one is its new one.
+        references: files beside them that are never replaced, whoever wrote them.
+    """
+
+    images: Mapping[str, Path]
+    other_units: frozenset[str] = frozenset()
+    by_case: bool = False
+    references: Sequence[Path] = ()
+
+
+@dataclass(frozen=True)
 class How:
     """All that a case is predicted with, but the student and the device.
 
@@ -381,31 +398,25 @@ class Written:
                     (self.folder / name).parent.rmdir()
 
 
-def refuse_targets(
-    inputs: Mapping[str, Path],
-    output: Path,
-    how: How,
-    organs: tuple[str, ...],
-    references: Iterable[Path],
-) -> None:
+def refuse_targets(inputs: Inputs, output: Path, how: How, organs: tuple[str, ...]) -> None:
     """Nothing that `predict` did not write is replaced, no image or reference whatever it says, and
     no file of one case by another's.
 
     Args:
-        inputs: name -> image.
+        inputs: no place for a prediction, by whatever name they are reached.
         output: the folder.
         how: says which probabilities are written.
         organs: of the student.
-        references: files that are no place for a prediction, by whatever name they are reached.
 
     Raises:
         ConfigError: it names the files that are in the way, or two cases of one file.
     """
-    read = {(s.st_dev, s.st_ino) for f in (*inputs.values(), *references) if (s := _status(f))}
+    kept_out = *inputs.images.values(), *inputs.references
+    read = {(s.st_dev, s.st_ino) for f in kept_out if (s := _status(f))}
     targets: dict[Path, bool] = {}
     made_of: dict[Path, str] = {}
     kept = how.probabilities
-    for name in inputs:
+    for name in inputs.images:
         there, stem = Written.read(output, name), Path(name).name
         beside = (output / name).with_name(f"{stem}.json")
         targets[beside] = there is not None
@@ -565,7 +576,7 @@ def chosen_inputs(
     registry: Registry | None,
     splits: Sequence[str] | None,
     left: list[str] | None = None,
-) -> dict[str, Path]:
+) -> Inputs:
     """The images of files, folders and patterns, or of a registry's cases as `<dataset>/<case>`.
 
     Args:
@@ -584,9 +595,10 @@ def chosen_inputs(
         )
     if registry is None:
         assert images is not None
-        return find_inputs(*([images] if isinstance(images, Path) else images), left=left)
+        return Inputs(find_inputs(*([images] if isinstance(images, Path) else images), left=left))
     wanted = splits or ["test"]
-    cases = [c for d in registry.datasets for c in registry.cases(d) if c.split in wanted]
+    known = [case for dataset in registry.datasets for case in registry.cases(dataset)]
+    cases = [case for case in known if case.split in wanted]
     if not cases:
         notes = "".join(f"; {note}" for note in registry.empty_splits(wanted))
         raise ConfigError(
@@ -594,7 +606,13 @@ def chosen_inputs(
             where=registry.path,
             fix=f"Set `split` in the registry, or give another --split{notes or '.'}",
         )
-    return {case.name: case.image for case in cases}
+    other = {name for name, entry in registry.datasets.items() if entry.units == "other"}
+    return Inputs(
+        {case.name: case.image for case in cases},
+        frozenset(case.name for case in cases if case.dataset in other),
+        by_case=True,
+        references=[file for case in known for file in (case.image, case.label) if file],
+    )
 
 
 def _found(path: Path, left: list[str]) -> list[tuple[str, Path]]:

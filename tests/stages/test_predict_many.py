@@ -35,8 +35,8 @@ CPU = torch.device("cpu")
 
 def run(student: Path, images: Path, output: Path, **options: Any) -> StageReport:
     return predict.run(
-        PredictConfig(), student, predict.find_inputs(images), output,
-        log=Log(quiet=True), **{"device": "cpu", **options},
+        PredictConfig(), student, predict.chosen_inputs(images, None, None), output,
+        predict.PredictExecution(**{"device": "cpu", **options}), log=Log(quiet=True),
     )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ class TestPatterns:
         assert list(found) == ["p1/ct", "p2/ct"]
         assert set(predict.find_inputs(tmp_path / "**" / "*.nii*")) == {"p1/ct", "p2/ct", "p3/mr"}
         assert list(predict.find_inputs(tmp_path / "p?" / "m*.nii")) == ["p3/mr"]
-        with pytest.raises(ConfigError, match="no NIfTI file there"):
+        with pytest.raises(ConfigError, match="no NIfTI file and no DICOM series there"):
             predict.find_inputs(tmp_path / "*" / "pet.nii.gz")
 
     def test_what_a_shell_made_of_a_pattern(self, tmp_path: Path) -> None:
@@ -152,7 +152,8 @@ class TestWhatIsTaken:
 
     def test_a_folder_without_any_says_what_is_there(self, tmp_path: Path) -> None:
         (tmp_path / "slice.dcm").touch()
-        with pytest.raises(ConfigError, match=r"no NIfTI file there. .*not taken: 1 .dcm"):
+        said = r"no NIfTI file and no DICOM series there\. .*not taken: 1 .dcm"
+        with pytest.raises(ConfigError, match=said):
             predict.find_inputs(tmp_path)
 
     def test_a_name_that_cannot_be_opened_fails_alone_and_what_is_left_is_warned_of(
@@ -186,7 +187,7 @@ class TestWhatIsTaken:
         assert list(predict.find_inputs(tmp_path / "ct[x]" / "?" / "*.nii.gz")) == ["c"]
         assert list(predict.find_inputs(tmp_path / "ct[a-z]" / "*.nii.gz")) == ["ctx/b"]
         assert list(predict.find_inputs(tmp_path / "*" / "d" / "**.nii.gz")) == ["ct[x]/d/e"]
-        with pytest.raises(ConfigError, match="no NIfTI file there"):
+        with pytest.raises(ConfigError, match="no NIfTI file and no DICOM series there"):
             predict.find_inputs(tmp_path / "ct[x]" / "none.nii.gz")
 
     def test_linked_folders_are_followed_and_a_circle_is_an_error(self, tmp_path: Path) -> None:
@@ -296,12 +297,12 @@ _PEAK = """
 import resource, sys
 from pathlib import Path
 from pipeline.log import Log
-from pipeline.student.predict import find_inputs
 from stages import predict
 from tests.tiny import RunCli
 student, image, output = map(Path, sys.argv[1:])
-report = predict.run(predict.PredictConfig(overlap=0.25), student, find_inputs(image), output,
-                     log=Log(quiet=True), device="cpu")
+report = predict.run(
+    predict.PredictConfig(overlap=0.25), student, predict.chosen_inputs(image, None, None), output,
+    predict.PredictExecution("cpu"), log=Log(quiet=True))
 assert report.done == ["ct"], report.failed
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
