@@ -74,12 +74,14 @@ class PredictExecution:
         device: auto, cpu, cuda, cuda:1; several with commas, `cuda:0,cuda:1`.
         window_batch: windows per forward pass.
         probabilities: which are written as well; None: none.
+        dicom_seg: a DICOM SEG is written as well, of images that are DICOM series.
         dry_run: say what would be done, write nothing.
     """
 
     device: str = "auto"
     window_batch: int = 1
     probabilities: Probabilities | None = None
+    dicom_seg: bool = False
     dry_run: bool = False
 
 
@@ -107,7 +109,8 @@ def run(
 
     Raises:
         CheckpointError: no student there.
-        ConfigError: no such device, or files that `predict` did not write are in the way.
+        ConfigError: no such device, files that `predict` did not write are in the way, or a DICOM
+            SEG is wanted of a NIfTI file.
         EngineError: the processes of all devices died.
         WorkFolderError: the output folder cannot be written.
     """
@@ -120,7 +123,7 @@ def run(
     how = How(
         config.overlap, execution.window_batch, execution.probabilities,
         student_identity(student, config.digested()), inputs.other_units, inputs.by_case,
-        config.postprocessing,
+        config.postprocessing, execution.dicom_seg,
     )  # fmt: skip
     refuse_targets(inputs, output, how, record.label_space.organs)
     seen = sorted(set(images) & set(record.trained_on))

@@ -169,6 +169,10 @@ def predict(
     probabilities_4d: Annotated[
         bool, Panel.RESULT.option("--probabilities-4d", help="One 4D file, not a file per organ.")
     ] = False,
+    dicom_seg: Annotated[
+        bool,
+        Panel.RESULT.option("--dicom-seg", help="Also a DICOM SEG; IMAGES are DICOM series."),
+    ] = False,
     no_postprocessing: Annotated[
         bool, typer.Option("--no-postprocessing", help="Keep all parts of each organ.")
     ] = False,
@@ -205,6 +209,7 @@ def predict(
             device,
             window_batch,
             probabilities=Probabilities(probabilities, layout) if probabilities else None,
+            dicom_seg=dicom_seg,
             dry_run=dry_run,
         ),
         log=log,

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,14 +23,14 @@ from torch import nn
 
 from pipeline.cache.store import json_text
 from pipeline.config import digest, file_sha256
-from pipeline.data.dicom import holds_dicom, is_series
+from pipeline.data.dicom import decode_pixels, holds_dicom, is_series, write_segmentation
 from pipeline.data.entries import MAGIC, is_absent, name_of, search_files
 from pipeline.data.hounsfield import Doubt, doubts_of
 from pipeline.data.nifti import read_file, read_image, write_like
 from pipeline.data.registry import Registry
 from pipeline.data.volume import Grid, Volume
 from pipeline.errors import ConfigError, GeometryError, WorkFolderError, listed
-from pipeline.figures import itksnap_text, names_in, slicer_text
+from pipeline.figures import colour_of, itksnap_text, names_in, slicer_text
 from pipeline.folder import (
     Folder,
     changed_since,
@@ -48,6 +49,7 @@ from pipeline.student.postprocessing import postprocess
 
 ITKSNAP_TABLE = "labels.itksnap.txt"
 SLICER_TABLE = "labels.ctbl"
+SEG = ".seg.dcm"
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class How:
         other_units: names of inputs that are no CT in HU on purpose.
         by_case: names are those of a registry's cases: another image of one is its new one.
         postprocessing: parts of organs are removed as the student learnt it.
+        dicom_seg: a DICOM SEG is written beside each label map.
     """
 
     overlap: float
@@ -109,6 +112,16 @@ class How:
     other_units: frozenset[str] = frozenset()
     by_case: bool = False
     postprocessing: bool = True
+    dicom_seg: bool = False
+
+    def files(self, stem: str, organs: tuple[str, ...]) -> list[str]:
+        """Names of a case's files in its folder, the label map's first."""
+        kept = self.probabilities
+        return [
+            f"{stem}.nii.gz",
+            *([] if kept is None else kept.files(stem, organs)),
+            *([f"{stem}{SEG}"] if self.dicom_seg else []),
+        ]
 
 
 @dataclass(frozen=True)
@@ -167,7 +180,7 @@ class CasePredictor:
             "student_sha256": self._how.identity["student_sha256"],
             "settings": self._how.identity["config"], "organs": dict(space.ids),
         }  # fmt: skip
-        files = [f"{stem}.nii.gz", *([] if kept is None else kept.files(stem, space.organs))]
+        files = self._how.files(stem, space.organs)
         if kept is not None:
             named = kept.files(name, space.organs)
             content["probabilities"] = {"precision": kept.precision, "files": named}
@@ -177,7 +190,8 @@ class CasePredictor:
         if there is not None:
             if not self._how.by_case:
                 there.refuse_other_image(read.sha256, image)
-            if there.is_of(content) and there.has(files) and not there.damaged(files):
+            wanted = [f for f in files if not (f.endswith(SEG) and there.has_no_organ)]
+            if there.is_of(content) and there.has(wanted) and not there.damaged(wanted):
                 return Done(name, made=False, doubts=doubts)
             damaged = there.damaged(there.files)
             replaced = there.lost(content, files)
@@ -188,24 +202,10 @@ class CasePredictor:
             return Done(name, made=True, doubts=doubts, note=note, replaced=replaced)
         target = self._output / f"{name}.nii.gz"
         with writing(f"{name}, {target}"), self._scratch(name) as scratch:
-            held = self._room(scratch, read.volume.grid)
-            classes = segment(
-                read.volume, self._record, self._network, take=self._keep(held),
-                overlap=self._how.overlap, window_batch=self._how.window_batch,
-                device=self._device, tell=tell,
-            )  # fmt: skip
-            rules = self._record.postprocessing if self._how.postprocessing else {}
-            if rules:
-                removed = postprocess(classes, space, rules, read.volume.grid.voxel_ml)
-                content["postprocessing"] = {"rules": rules, "removed_ml": removed}
-            labels = Volume(space.to_ids(classes), read.volume.grid)
-            names = {organ_id: organ for organ, organ_id in space.ids.items()}
-            write_like(scratch / files[0], labels, image, names=names)
-            if held is not None:
-                whole = kept is not None and kept.layout == "4d"
-                parts = [held] if whole else list(held)
-                for file, part in zip(files[1:], parts, strict=True):
-                    write_like(scratch / file, Volume(part, read.volume.grid), image)
+            content |= self._make(scratch, stem, image, read.volume, tell)
+            if content.get("dicom_seg", "") is None:
+                files.remove(f"{stem}{SEG}")
+                note = f"no organ was found, of which there is no DICOM SEG. {note}".strip()
             num_bytes = sum((scratch / file).stat().st_size for file in files)
             content["files"] = {file: _synced(scratch / file) for file in files}
             if doubts:
@@ -213,6 +213,36 @@ class CasePredictor:
             replace_file(scratch / f"{stem}.json", json_text(content).encode())
             _appear(scratch, target.parent, stem, there, files)
         return Done(name, True, num_bytes, doubts, note, replaced)
+
+    def _make(
+        self, scratch: Path, stem: str, image: Path, volume: Volume, tell: TellWindows | None
+    ) -> dict[str, Any]:
+        """All files of a case but its JSON; returns what that says of them beside checksums."""
+        space, kept, said = self._record.label_space, self._how.probabilities, dict[str, Any]()
+        files = self._how.files(stem, space.organs)
+        held = self._room(scratch, volume.grid)
+        classes = segment(
+            volume, self._record, self._network, take=self._keep(held), overlap=self._how.overlap,
+            window_batch=self._how.window_batch, device=self._device, tell=tell,
+        )  # fmt: skip
+        rules = self._record.postprocessing if self._how.postprocessing else {}
+        if rules:
+            removed = postprocess(classes, space, rules, volume.grid.voxel_ml)
+            said["postprocessing"] = {"rules": rules, "removed_ml": removed}
+        names = {organ_id: organ for organ, organ_id in space.ids.items()}
+        labels = Volume(space.to_ids(classes), volume.grid)
+        write_like(scratch / files[0], labels, image, names=names)
+        if held is not None and kept is not None:
+            parts = [held] if kept.layout == "4d" else list(held)
+            for file, part in zip(kept.files(stem, space.organs), parts, strict=True):
+                write_like(scratch / file, Volume(part, volume.grid), image)
+        if self._how.dicom_seg:
+            colours = {organ: colour_of(organ_id) for organ, organ_id in space.ids.items()}
+            made = write_segmentation(
+                scratch / files[-1], scratch / files[0], image, space.ids, colours
+            )
+            said["dicom_seg"] = files[-1] if made else None
+        return said
 
     def _keep(
         self, held: npt.NDArray[np.float32] | None
@@ -310,6 +340,11 @@ class Written:
             return None
         return cls(beside.parent, content, files)
 
+    @property
+    def has_no_organ(self) -> bool:
+        """Whether a DICOM SEG was asked for, and there was nothing to put into it."""
+        return self.content.get("dicom_seg", "") is None
+
     def is_of(self, content: Mapping[str, Any]) -> bool:
         """Whether it is from the student, image and settings that this JSON is of, in its ids."""
         wanted = [key for key in ("digest", "organs", "probabilities") if key in content]
@@ -343,8 +378,10 @@ class Written:
         if not here:
             return ""
         old, more = self.content, ""
-        if set(here) - set(names):
-            more = ", whose probabilities are removed"
+        if gone := set(here) - set(names):
+            segs = {name for name in gone if name.endswith(SEG)}
+            kinds = [*(["probabilities"] if gone - segs else []), *(["DICOM SEG"] if segs else [])]
+            more = f", whose {' and '.join(kinds)} {'are' if gone - segs else 'is'} removed"
         if old["digest"] != content["digest"]:
             if "image_sha256" not in old:  # of a version that kept the digest alone
                 return f"of another student, image or settings{more}"
@@ -375,7 +412,7 @@ class Written:
             try:
                 if file_sha256(path) == known:
                     continue
-                read_file(path)
+                decode_pixels(path) if name.endswith(SEG) else read_file(path)
             except OSError as error:
                 raise WorkFolderError(
                     f"what is there cannot be read ({error.strerror or error}).",
@@ -405,7 +442,7 @@ def refuse_targets(inputs: Inputs, output: Path, how: How, organs: tuple[str, ..
     Args:
         inputs: no place for a prediction, by whatever name they are reached.
         output: the folder.
-        how: says which probabilities are written.
+        how: says what is written.
         organs: of the student.
 
     Raises:
@@ -415,12 +452,13 @@ def refuse_targets(inputs: Inputs, output: Path, how: How, organs: tuple[str, ..
     read = {(s.st_dev, s.st_ino) for f in kept_out if (s := _status(f))}
     targets: dict[Path, bool] = {}
     made_of: dict[Path, str] = {}
-    kept = how.probabilities
+    if how.dicom_seg:
+        _refuse_without_series(inputs.images, output)
     for name in inputs.images:
         there, stem = Written.read(output, name), Path(name).name
         beside = (output / name).with_name(f"{stem}.json")
         targets[beside] = there is not None
-        for file in [f"{stem}.nii.gz", *([] if kept is None else kept.files(stem, organs))]:
+        for file in how.files(stem, organs):
             path = beside.parent / file
             if path in made_of:
                 raise ConfigError(
@@ -439,6 +477,34 @@ def refuse_targets(inputs: Inputs, output: Path, how: How, organs: tuple[str, ..
                 fix="Name another --output.",
             )
     refuse_foreign("predict", targets.items())
+
+
+def _refuse_without_series(images: Mapping[str, Path], output: Path) -> None:
+    """A DICOM SEG refers to a series, and does not lie in it: there it would be part of it.
+
+    Raises:
+        ConfigError: an image is a NIfTI file, or `output` is in a series; or no highdicom.
+    """
+    others = [str(path) for path in images.values() if not is_series(path)]
+    if others:
+        raise ConfigError(
+            f"a DICOM SEG refers to a DICOM series, and these are none: {listed(others, _NAMED)}.",
+            where="--dicom-seg",
+            fix="Give the folders or zip files of the series, or leave out --dicom-seg.",
+        )
+    for path in images.values():
+        if output.resolve().is_relative_to(path.resolve()):
+            raise ConfigError(
+                "the DICOM SEG would become part of this series.",
+                where=path,
+                fix="Name an --output outside of it.",
+            )
+    if find_spec("highdicom") is None:
+        raise ConfigError(
+            "highdicom is not installed, which writes DICOM SEG.",
+            where="--dicom-seg",
+            fix="Run  pip install 'organ-distill[dicom]', or leave out --dicom-seg.",
+        )
 
 
 def remove_leftovers(inputs: Iterable[str], output: Path) -> None:
