@@ -9,7 +9,7 @@ of its own, which takes the next case when it is free; files are the same as fro
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from pipeline.folder import Folder
 from pipeline.log import SECONDS_BEFORE_THE_FIRST_LINE, Advance, Log
 from pipeline.networks.by_name import pick_device
 from pipeline.student.checkpoint import load_student
+from pipeline.student.ensemble import averaged
 from pipeline.student.inference import TellWindows
 from pipeline.student.predict import (
     CasePredictor,
@@ -58,12 +59,16 @@ class PredictConfig(Config):
     postprocessing: bool = Field(
         default=True, description="remove the parts of organs that the student learnt to remove"
     )
+    mirror: bool = Field(
+        default=False, description="average logits over the mirror images seen in training"
+    )
 
     def digested(self) -> dict[str, Any]:
         """What digests are of: a field younger than label maps that are there counts where it is
         not at its default."""
-        as_ever = {"postprocessing"} if self.postprocessing else set()
-        return self.model_dump(mode="json", exclude=as_ever)
+        as_ever = {"postprocessing": True, "mirror": False}
+        told = self.model_dump(mode="json")
+        return {k: v for k, v in told.items() if k not in as_ever or as_ever[k] != v}
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class PredictExecution:
 
 def run(
     config: PredictConfig,
-    student: Folder,
+    student: Folder | Sequence[Folder],
     inputs: Inputs,
     output: Path,
     execution: PredictExecution | None = None,
@@ -101,7 +106,7 @@ def run(
 
     Args:
         config: what changes numbers.
-        student: the `student.pt` of a finished run.
+        student: the `student.pt` of a finished run; of several the logits are averaged.
         inputs: the CTs.
         output: folder.
         execution: what it runs on and writes; None: as its defaults say.
@@ -109,8 +114,8 @@ def run(
 
     Raises:
         CheckpointError: no student there.
-        ConfigError: no such device, files that `predict` did not write are in the way, or a DICOM
-            SEG is wanted of a NIfTI file.
+        ConfigError: students that cannot be averaged or mirrored, no such device, files that
+            `predict` did not write are in the way, or a DICOM SEG is wanted of a NIfTI file.
         EngineError: the processes of all devices died.
         WorkFolderError: the output folder cannot be written.
     """
@@ -118,12 +123,14 @@ def run(
     report = StageReport("predict")
     images, execution = inputs.images, execution or PredictExecution()
     dry_run = execution.dry_run
-    record, network = load_student(student)
+    students = list(student) if isinstance(student, Sequence) else [student]
+    loaded = {path: load_student(path) for path in students}
+    record, network = averaged(loaded, mirror=config.mirror)
     devices = pick_devices(execution.device)
+    identity = student_identity(students[0], config.digested(), *students[1:])
     how = How(
-        config.overlap, execution.window_batch, execution.probabilities,
-        student_identity(student, config.digested()), inputs.other_units, inputs.by_case,
-        config.postprocessing, execution.dicom_seg,
+        config.overlap, execution.window_batch, execution.probabilities, identity,
+        inputs.other_units, inputs.by_case, config.postprocessing, execution.dicom_seg,
     )  # fmt: skip
     refuse_targets(inputs, output, how, record.label_space.organs)
     seen = sorted(set(images) & set(record.trained_on))
@@ -139,17 +146,8 @@ def run(
     with log.progress("predict", len(images)) as advance:
         hears = _Hears(report, output, log, advance)
         if len(devices) > 1 and len(images) > 1 and not dry_run:
-            shares = [Share(student, where, output, how) for where in devices]
-            try:
-                for outcome in run_on_devices(
-                    shares[: len(images)], images.items(), name=lambda item: item[0]
-                ):
-                    if outcome.result is not None:
-                        hears.done(outcome.result)
-                    elif outcome.error is not None:
-                        hears.failed(outcome.item[0], outcome.error)
-            except EngineError as error:
-                hears.not_begun(images, error)
+            shares = [Share(students, config.mirror, where, output, how) for where in devices]
+            _share_out(shares[: len(images)], images, hears)
         else:
             predictor = CasePredictor(record, network, devices[0], output, how)
             for name, path in images.items():
@@ -161,6 +159,17 @@ def run(
     hears.say_replaced(len(images))
     report.seconds = time.monotonic() - began
     return report
+
+
+def _share_out(shares: Sequence[Share], images: Mapping[str, Path], hears: _Hears) -> None:
+    try:
+        for outcome in run_on_devices(shares, images.items(), name=lambda item: item[0]):
+            if outcome.result is not None:
+                hears.done(outcome.result)
+            elif outcome.error is not None:
+                hears.failed(outcome.item[0], outcome.error)
+    except EngineError as error:
+        hears.not_begun(images, error)
 
 
 def pick_devices(names: str) -> list[torch.device]:

@@ -154,6 +154,16 @@ def predict(
     split: Annotated[
         list[str] | None, Panel.INPUT.option(help="Of the registry; default: test. Once for each.")
     ] = None,
+    others: Annotated[
+        list[Folder] | None,
+        Panel.INPUT.option(
+            "--with",
+            help="Another student.pt, of another seed or fold, to average with. Once for each.",
+            parser=parse_folder,
+            metavar="STUDENT",
+            autocompletion=student_files,
+        ),
+    ] = None,
     config: ConfigOption = None,
     device: Annotated[
         str,
@@ -168,6 +178,10 @@ def predict(
     ] = None,
     probabilities_4d: Annotated[
         bool, Panel.RESULT.option("--probabilities-4d", help="One 4D file, not a file per organ.")
+    ] = False,
+    mirror: Annotated[
+        bool,
+        Panel.RESULT.option("--mirror", help="Average over mirror images; 2 to 8 times slower."),
     ] = False,
     dicom_seg: Annotated[
         bool,
@@ -200,9 +214,11 @@ def predict(
     settings = open_settings(config, stage.PredictConfig)
     if no_postprocessing:
         settings = settings.model_copy(update={"postprocessing": False})
+    if mirror:
+        settings = settings.model_copy(update={"mirror": True})
     report = stage.run(
         settings,
-        student,
+        [student, *(others or [])],
         inputs,
         output,
         stage.PredictExecution(

@@ -260,7 +260,7 @@ def check_sides(config: AugmentConfig, space: LabelSpace, patch: Index3) -> None
     Raises:
         ConfigError: both are wanted.
     """
-    sided = [organ for organ in space.organs if _is_sided(organ, space.organs)]
+    sided = sided_organs(space)
     if sided and config.swaps_sides(patch):
         raise ConfigError(
             f"flip_axes {list(config.flip_axes)} with rotate_axes {list(config.rotate_axes)} "
@@ -269,6 +269,11 @@ def check_sides(config: AugmentConfig, space: LabelSpace, patch: Index3) -> None
             fix="Take axis 2 out of flip_axes (and, with rotate_axes, the others), or merge "
             "left and right in the registry.",
         )
+
+
+def sided_organs(space: LabelSpace) -> list[str]:
+    """Organs whose name says left or right."""
+    return [organ for organ in space.organs if _is_sided(organ, space.organs)]
 
 
 def _is_sided(organ: str, organs: Sequence[str]) -> bool:

@@ -44,12 +44,19 @@ from pipeline.folder import (
     written_by_dead,
 )
 from pipeline.student.checkpoint import StudentRecord, load_student
-from pipeline.student.inference import FloatArray, TellWindows, organ_probabilities, segment
+from pipeline.student.ensemble import averaged
+from pipeline.student.inference import (
+    FloatArray,
+    TellWindows,
+    organ_probabilities,
+    segment,
+)
 from pipeline.student.postprocessing import postprocess
 
 ITKSNAP_TABLE = "labels.itksnap.txt"
 SLICER_TABLE = "labels.ctbl"
 SEG = ".seg.dcm"
+_MADE_FROM = {"image": ["image_sha256"], "student": ["student_sha256", "averaged_with"]}
 
 
 @dataclass(frozen=True)
@@ -180,6 +187,8 @@ class CasePredictor:
             "student_sha256": self._how.identity["student_sha256"],
             "settings": self._how.identity["config"], "organs": dict(space.ids),
         }  # fmt: skip
+        if "averaged_with" in self._how.identity:
+            content["averaged_with"] = self._how.identity["averaged_with"]
         files = self._how.files(stem, space.organs)
         if kept is not None:
             named = kept.files(name, space.organs)
@@ -291,16 +300,18 @@ class CasePredictor:
 class Share:
     """A process's part of a prediction, as it is sent to it: the student is read there."""
 
-    student: Folder
+    students: Sequence[Folder]
+    mirror: bool
     device: torch.device
     output: Path
     how: How
 
     def __call__(self, item: tuple[str, Path]) -> Done:
-        """Predicts a (name, image) pair; the student is read once."""
+        """Predicts a (name, image) pair; students are read once."""
         global _predictor
         if _predictor is None:
-            record, network = load_student(self.student)
+            loaded = {student: load_student(student) for student in self.students}
+            record, network = averaged(loaded, mirror=self.mirror)
             _predictor = CasePredictor(record, network, self.device, self.output, self.how)
         return _predictor.predict(*item)
 
@@ -385,8 +396,11 @@ class Written:
         if old["digest"] != content["digest"]:
             if "image_sha256" not in old:  # of a version that kept the digest alone
                 return f"of another student, image or settings{more}"
-            keys = "image_sha256", "student_sha256"
-            of = [key.partition("_")[0] for key in keys if old.get(key) != content[key]]
+            of = [
+                what
+                for what, keys in _MADE_FROM.items()
+                if any(old.get(key) != content.get(key) for key in keys)
+            ]
             return f"of another {' and '.join(of)}{more}" if of else f"of other settings{more}"
         if old["organs"] != content["organs"]:
             return f"of other ids{more}"
@@ -576,9 +590,25 @@ def _appear(
         (scratch / name).replace(folder / name)
 
 
-def student_identity(student: Folder, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the digest of a label map is of, beside its image."""
-    return {"student_sha256": file_sha256(student), "config": dict(config)}
+def student_identity(student: Folder, config: Mapping[str, Any], *more: Folder) -> dict[str, Any]:
+    """What the digest of a label map is of, beside its image; `more`: averaged with it.
+
+    Raises:
+        ConfigError: one of them is given twice.
+    """
+    known = {file_sha256(student): student}
+    for path in more:
+        sha256 = file_sha256(path)
+        if sha256 in known:
+            raise ConfigError(
+                f"this student is given twice, as {known[sha256]} too.",
+                where=path,
+                fix="Give each once: twice it would count double in the average.",
+            )
+        known[sha256] = path
+    first, *others = known
+    of_several = {"averaged_with": others} if others else {}
+    return {"student_sha256": first, "config": dict(config), **of_several}
 
 
 def prediction_digest(identity: Mapping[str, Any], image_sha256: str) -> str:
