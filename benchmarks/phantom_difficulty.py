@@ -74,7 +74,7 @@ def one_seed(folder: Path, seed: int) -> dict[str, Any]:
     predict.run(
         predict.PredictConfig(),
         work / "students" / "full" / "student.pt",
-        {case.name: case.image for case in cases},
+        predict.Inputs({case.name: case.image for case in cases}),
         output,
         log=log,
     )

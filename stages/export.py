@@ -8,7 +8,6 @@ only if that was within the tolerance.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -26,6 +25,7 @@ from pipeline.student.export.write import (
     CheckImage,
     ExportJob,
     Format,
+    Wanted,
     check_place,
     is_written,
     open_check_image,
@@ -34,7 +34,7 @@ from pipeline.student.export.write import (
 )
 from stages.report import StageReport
 
-__all__ = ["FORMATS", "ExportConfig", "Format", "run"]
+__all__ = ["FORMATS", "ExportConfig", "Format", "Wanted", "run"]
 
 
 class ExportConfig(Config):
@@ -53,12 +53,10 @@ class ExportConfig(Config):
 def run(
     config: ExportConfig,
     student: Folder,
-    formats: Sequence[Format],
+    wanted: Wanted,
     output: Path,
     *,
     log: Log,
-    check_on: Path | None = None,
-    case: str | None = None,
     dry_run: bool = False,
 ) -> StageReport:
     """Writes `output/<format>/` for each format; what is there from the same student, image and
@@ -67,11 +65,9 @@ def run(
     Args:
         config: what changes what is written.
         student: a run's folder, or its `student.pt`.
-        formats: which.
+        wanted: the formats, and what they are checked on.
         output: folder.
         log: where progress goes.
-        check_on: NIfTI of a CT to hold them against the student on.
-        case: instead: `dataset/case` of the cache; with neither, the cache's first case.
         dry_run: say what would be done, write nothing.
 
     Raises:
@@ -89,17 +85,17 @@ def run(
         "config": config.model_dump(mode="json"),
         "format_version": FORMAT_VERSION,
     }
-    for form in formats:
+    for form in wanted.formats:
         check_place(output / form)
     if not dry_run:
         prepare_work_folder(output)
-    with open_check_image(path, check_on, case) as image:
+    with open_check_image(path, wanted.check_on, wanted.case) as image:
         checked_on = {"name": image.name, "sha256": file_sha256(image.path)}
         what = ExportJob(
             record, network, image.path, config.name or f"student-{record.run_digest[:8]}",
             config.overlap, config.opset, config.tolerance,
         )  # fmt: skip
-        for form in dict.fromkeys(formats):
+        for form in dict.fromkeys(wanted.formats):
             made_from = digest({**identity, "format": form, "image": checked_on["sha256"]})
             folder = output / form
             if is_written(folder, made_from):

@@ -9,10 +9,11 @@ of its own, which takes the next case when it is free; files are the same as fro
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -24,10 +25,12 @@ from pipeline.folder import Folder
 from pipeline.log import SECONDS_BEFORE_THE_FIRST_LINE, Advance, Log
 from pipeline.networks.by_name import pick_device
 from pipeline.student.checkpoint import load_student, read_record
+from pipeline.student.ensemble import averaged, common_record
 from pipeline.student.predict import (
     CasePredictor,
     Done,
     How,
+    Inputs,
     Probabilities,
     Share,
     chosen_inputs,
@@ -41,10 +44,14 @@ from stages.report import StageReport
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from pipeline.student.inference import TellWindows
 
-__all__ = ["PredictConfig", "chosen_inputs", "find_inputs", "pick_devices", "run"]
+__all__ = [
+    "Inputs", "PredictConfig", "PredictExecution", "chosen_inputs", "find_inputs", "pick_devices",
+    "run",
+]  # fmt: skip
 
 
 class PredictConfig(Config):
@@ -56,22 +63,45 @@ class PredictConfig(Config):
     postprocessing: bool = Field(
         default=True, description="remove the parts of organs that the student learnt to remove"
     )
+    mirror: bool = Field(
+        default=False, description="average logits over the mirror images seen in training"
+    )
+
+    def digested(self) -> dict[str, Any]:
+        """What digests are of: a field younger than label maps that are there counts where it is
+        not at its default."""
+        as_ever = {"postprocessing": True, "mirror": False}
+        told = self.model_dump(mode="json")
+        return {k: v for k, v in told.items() if k not in as_ever or as_ever[k] != v}
+
+
+@dataclass(frozen=True)
+class PredictExecution:
+    """What a prediction runs on, and what it writes.
+
+    Attributes:
+        device: auto, cpu, cuda, cuda:1; several with commas, `cuda:0,cuda:1`.
+        window_batch: windows per forward pass.
+        probabilities: which are written as well; None: none.
+        dicom_seg: a DICOM SEG is written as well, of images that are DICOM series.
+        dry_run: say what would be done, write nothing.
+    """
+
+    device: str = "auto"
+    window_batch: int = 1
+    probabilities: Probabilities | None = None
+    dicom_seg: bool = False
+    dry_run: bool = False
 
 
 def run(
     config: PredictConfig,
-    student: Folder,
-    inputs: Mapping[str, Path],
+    student: Folder | Sequence[Folder],
+    inputs: Inputs,
     output: Path,
+    execution: PredictExecution | None = None,
     *,
     log: Log,
-    device: str = "auto",
-    window_batch: int = 1,
-    probabilities: Probabilities | None = None,
-    other_units: Collection[str] = (),
-    by_case: bool = False,
-    references: Iterable[Path] = (),
-    dry_run: bool = False,
 ) -> StageReport:
     """Predicts each input as `output/<name>.nii.gz`; what is there from the same student and image
     is skipped. What is there of another student or other settings is replaced, and said; of another
@@ -80,37 +110,40 @@ def run(
 
     Args:
         config: what changes numbers.
-        student: the `student.pt` of a finished run.
-        inputs: name (may hold a slash) -> NIfTI of a CT.
+        student: the `student.pt` of a finished run; of several the logits are averaged.
+        inputs: the CTs.
         output: folder.
+        execution: what it runs on and writes; None: as its defaults say.
         log: where progress goes.
-        device: auto, cpu, cuda, cuda:1; several with commas, `cuda:0,cuda:1`.
-        window_batch: windows per forward pass.
-        probabilities: which are written as well; None: none.
-        other_units: names of inputs that are no CT in HU on purpose.
-        by_case: names are those of a registry's cases: another image of one is its new one.
-        references: files beside the inputs that are never replaced, whoever wrote them.
-        dry_run: say what would be done, write nothing; the student's network is not built.
 
     Raises:
         CheckpointError: no student there.
-        ConfigError: no such device, or files that `predict` did not write are in the way.
+        ConfigError: students that cannot be averaged or mirrored, no such device, files that
+            `predict` did not write are in the way, or a DICOM SEG is wanted of a NIfTI file.
         EngineError: the processes of all devices died.
         WorkFolderError: the output folder cannot be written.
     """
     began = time.monotonic()
     report = StageReport("predict")
-    record, network = (read_record(student), None) if dry_run else load_student(student)
-    devices = [None] if dry_run and device == "auto" else pick_devices(device)
-    as_ever = {"postprocessing"} if config.postprocessing else set()  # digests of before it hold
-    identity = student_identity(student, config.model_dump(mode="json", exclude=as_ever))
-    others = frozenset(other_units)
+    images, execution = inputs.images, execution or PredictExecution()
+    dry_run = execution.dry_run
+    students = list(student) if isinstance(student, Sequence) else [student]
+    network: nn.Module | None = None
+    if dry_run:
+        records = {path: read_record(path) for path in students}
+        record, _ = common_record(records, mirror=config.mirror)
+    else:
+        loaded = {path: load_student(path) for path in students}
+        record, network = averaged(loaded, mirror=config.mirror)
+    asked = execution.device
+    devices = [None] if dry_run and asked == "auto" else pick_devices(asked)
+    identity = student_identity(students[0], config.digested(), *students[1:])
     how = How(
-        config.overlap, window_batch, probabilities, identity, others, by_case,
-        config.postprocessing,
+        config.overlap, execution.window_batch, execution.probabilities, identity,
+        inputs.other_units, inputs.by_case, config.postprocessing, execution.dicom_seg,
     )  # fmt: skip
-    refuse_targets(inputs, output, how, record.label_space.organs, references)
-    seen = sorted(set(inputs) & set(record.trained_on))
+    refuse_targets(inputs, output, how, record.label_space.organs)
+    seen = sorted(set(images) & set(record.trained_on))
     if seen:
         log.remark(
             f"this student was trained on {listed(seen)}: scores of them say nothing about new "
@@ -118,33 +151,36 @@ def run(
         )
     if not dry_run:
         prepare_work_folder(output)
-        remove_leftovers(inputs, output)
+        remove_leftovers(images, output)
     write_label_tables(output, record, dry_run=dry_run)
-    with log.progress("predict", len(inputs)) as advance:
+    with log.progress("predict", len(images)) as advance:
         hears = _Hears(report, output, log, advance)
-        if len(devices) > 1 and len(inputs) > 1 and not dry_run:
-            shares = [Share(student, where, output, how) for where in devices if where]
-            try:
-                for outcome in run_on_devices(
-                    shares[: len(inputs)], inputs.items(), name=lambda item: item[0]
-                ):
-                    if outcome.result is not None:
-                        hears.done(outcome.result)
-                    elif outcome.error is not None:
-                        hears.failed(outcome.item[0], outcome.error)
-            except EngineError as error:
-                hears.not_begun(inputs, error)
+        if len(devices) > 1 and len(images) > 1 and not dry_run:
+            mirror = config.mirror
+            shares = [Share(students, mirror, where, output, how) for where in devices if where]
+            _share_out(shares[: len(images)], images, hears)
         else:
             predictor = CasePredictor(record, network, devices[0], output, how)
-            for name, path in inputs.items():
+            for name, path in images.items():
                 try:
                     with _windows(log, name) as tell:
                         hears.done(predictor.predict(name, path, tell=tell, dry_run=dry_run))
                 except PipelineError as error:
                     hears.failed(name, error)
-    hears.say_replaced(len(inputs))
+    hears.say_replaced(len(images))
     report.seconds = time.monotonic() - began
     return report
+
+
+def _share_out(shares: Sequence[Share], images: Mapping[str, Path], hears: _Hears) -> None:
+    try:
+        for outcome in run_on_devices(shares, images.items(), name=lambda item: item[0]):
+            if outcome.result is not None:
+                hears.done(outcome.result)
+            elif outcome.error is not None:
+                hears.failed(outcome.item[0], outcome.error)
+    except EngineError as error:
+        hears.not_begun(images, error)
 
 
 def pick_devices(names: str) -> Sequence[torch.device | None]:
@@ -196,9 +232,9 @@ class _Hears:
         if self._replaced:
             self._report.details["replaced"] = self._replaced
 
-    def not_begun(self, inputs: Mapping[str, Path], error: EngineError) -> None:
+    def not_begun(self, images: Mapping[str, Path], error: EngineError) -> None:
         known = {*self._report.done, *self._report.skipped, *self._report.failed}
-        for name in inputs:
+        for name in images:
             if name not in known:
                 self.failed(name, error)
 

@@ -218,4 +218,5 @@ def _record(
         teachers=dict(identity["teachers"]),
         trained_on=tuple(identity["cases"]),
         run_digest=run_digest(training, identity),
+        mirrored=training.augment.flip_axes,
     )

@@ -181,11 +181,10 @@ def _compare_students(folder: Path, registry: Registry, work: Path, log: Log) ->
 
 def _test(kind: str, folder: Path, registry: Registry, work: Path, log: Log) -> Mapping[str, Any]:
     student = work / "students" / _COMPARISON / f"{kind}-seed0" / "student.pt"
-    cases = [c for d in registry.datasets for c in registry.cases(d) if c.split == "test"]
     output = folder / "predictions" / kind
-    inputs = {case.name: case.image for case in cases}
-    config = predict.PredictConfig()
-    made = predict.run(config, student, inputs, output, log=log, window_batch=4, by_case=True)
+    inputs = predict.chosen_inputs(None, registry, ["test"])
+    how = predict.PredictExecution(window_batch=4)
+    made = predict.run(predict.PredictConfig(), student, inputs, output, how, log=log)
     _done(made, log)
     _done(evaluate.run(evaluate.EvaluateConfig(), registry, output, log=log, table=False), log)
     summary: dict[str, Any] = json.loads((output / "summary.json").read_text(encoding="utf-8"))

@@ -216,7 +216,7 @@ def report(
         open_registry(registry, files=False),
         work,
         run,
-        PageSettings(PredictConfig().model_dump(mode="json"), predictions, worst, regions, workers),
+        PageSettings(PredictConfig().digested(), predictions, worst, regions, workers),
         output,
         device=device,
         log=open_log(quiet),

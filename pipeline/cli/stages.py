@@ -154,6 +154,16 @@ def predict(
     split: Annotated[
         list[str] | None, Panel.INPUT.option(help="Of the registry; default: test. Once for each.")
     ] = None,
+    others: Annotated[
+        list[Folder] | None,
+        Panel.INPUT.option(
+            "--with",
+            help="Another student.pt, of another seed or fold, to average with. Once for each.",
+            parser=parse_folder,
+            metavar="STUDENT",
+            autocompletion=student_files,
+        ),
+    ] = None,
     config: ConfigOption = None,
     device: Annotated[
         str,
@@ -168,6 +178,14 @@ def predict(
     ] = None,
     probabilities_4d: Annotated[
         bool, Panel.RESULT.option("--probabilities-4d", help="One 4D file, not a file per organ.")
+    ] = False,
+    mirror: Annotated[
+        bool,
+        Panel.RESULT.option("--mirror", help="Average over mirror images; 2 to 8 times slower."),
+    ] = False,
+    dicom_seg: Annotated[
+        bool,
+        Panel.RESULT.option("--dicom-seg", help="Also a DICOM SEG; IMAGES are DICOM series."),
     ] = False,
     no_postprocessing: Annotated[
         bool, typer.Option("--no-postprocessing", help="Keep all parts of each organ.")
@@ -190,27 +208,27 @@ def predict(
     known = open_registry(registry, files=False) if registry else None
     left: list[str] = []
     inputs = stage.chosen_inputs(images, known, split, left)
-    other = {d for d, e in known.datasets.items() if e.units == "other"} if known else set()
-    cases = [case for name in known.datasets for case in known.cases(name)] if known else []
     log = open_log(quiet)
     for text in left:
         log.warn(text)
     settings = open_settings(config, stage.PredictConfig)
     if no_postprocessing:
         settings = settings.model_copy(update={"postprocessing": False})
+    if mirror:
+        settings = settings.model_copy(update={"mirror": True})
     report = stage.run(
         settings,
-        student,
+        [student, *(others or [])],
         inputs,
         output,
+        stage.PredictExecution(
+            device,
+            window_batch,
+            probabilities=Probabilities(probabilities, layout) if probabilities else None,
+            dicom_seg=dicom_seg,
+            dry_run=dry_run,
+        ),
         log=log,
-        device=device,
-        window_batch=window_batch,
-        probabilities=Probabilities(probabilities, layout) if probabilities else None,
-        other_units=[name for name in inputs if name.partition("/")[0] in other],
-        by_case=known is not None,
-        references=[file for case in cases for file in (case.image, case.label)],
-        dry_run=dry_run,
     )
     report.details["not_taken"] = left
     end(report)
@@ -320,11 +338,9 @@ def export(
     report = stage.run(
         open_settings(config, stage.ExportConfig),
         run,
-        [form.value for form in formats],
+        stage.Wanted([form.value for form in formats], check_on, case),
         output,
         log=open_log(quiet or as_json),
-        check_on=check_on,
-        case=case,
         dry_run=dry_run,
     )
     if as_json:

@@ -297,6 +297,16 @@ def _pixels(data: bytes, where: str) -> npt.NDArray[Any]:
         raise _undecoded(where, error) from error
 
 
+def decode_pixels(path: Path) -> None:
+    """Tries whether a DICOM file is whole.
+
+    Raises:
+        GeometryError: it cannot be decoded.
+        OSError: it cannot be read.
+    """
+    _pixels(path.read_bytes(), str(path))
+
+
 def _undecoded(where: str, error: Exception) -> GeometryError:
     return GeometryError(
         f"a DICOM file cannot be decoded ({type(error).__name__}).",

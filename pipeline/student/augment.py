@@ -227,9 +227,7 @@ class AffineConfig(Config):
 # defaults above; its mirroring is `flip_axes`, for registries in which no organ has a side).
 # `strong`: what helped students on patients of another hospital, see docs/accuracy.md.
 _PRESETS: dict[str, dict[str, Any]] = {
-    "nnunet": {
-        "affine": {"probability": 0.36, "degrees": (30.0, 30.0, 30.0), "scale": (0.7, 1.4)}
-    },
+    "nnunet": {"affine": {"probability": 0.36, "degrees": (30.0, 30.0, 30.0), "scale": (0.7, 1.4)}},
     "strong": {
         "affine": {"probability": 0.9, "degrees": (11.0, 0.0, 0.0), "scale": (0.78, 1.28)},
         "noise": {"probability": 0.3, "std": (0.0, 0.12)},
@@ -296,7 +294,7 @@ def check_sides(config: AugmentConfig, space: LabelSpace, patch: Index3) -> None
     Raises:
         ConfigError: both are wanted.
     """
-    sided = [organ for organ in space.organs if _is_sided(organ, space.organs)]
+    sided = sided_organs(space)
     if sided and config.swaps_sides(patch):
         raise ConfigError(
             f"flip_axes {list(config.flip_axes)} with rotate_axes {list(config.rotate_axes)} "
@@ -305,6 +303,11 @@ def check_sides(config: AugmentConfig, space: LabelSpace, patch: Index3) -> None
             fix="Take axis 2 out of flip_axes (and, with rotate_axes, the others), or merge "
             "left and right in the registry.",
         )
+
+
+def sided_organs(space: LabelSpace) -> list[str]:
+    """Organs whose name says left or right."""
+    return [organ for organ in space.organs if _is_sided(organ, space.organs)]
 
 
 def _is_sided(organ: str, organs: Sequence[str]) -> bool:

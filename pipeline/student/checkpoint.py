@@ -43,6 +43,7 @@ class StudentRecord(Config):
     trained_on: tuple[str, ...]
     run_digest: str
     postprocessing: dict[str, Rule] = Field(default_factory=dict)
+    mirrored: tuple[int, ...] = ()  # axes (0 z, 1 y, 2 x) of augmentation; of before: not known
 
     @property
     def label_space(self) -> LabelSpace:

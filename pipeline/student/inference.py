@@ -8,7 +8,8 @@ there as it is here. Unlike there, never more than one window's depth of the log
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -226,3 +227,33 @@ def organ_probabilities(logits: FloatArray, head: Head) -> FloatArray:
     if head == "sigmoid":
         return np.asarray(expit(logits[1:]), dtype=np.float32)
     return np.asarray(softmax(logits, axis=0)[1:], dtype=np.float32)
+
+
+class MeanLogits(nn.Module):
+    """(N, 1, ..) -> (N, C, ..): the mean of the logits of several networks, each on the window and
+    all its mirror images; before the windows are blended, so that no more of a volume is held.
+
+    Logits are averaged, not probabilities, as nnU-Net does with mirror images (Isensee et al. 2021,
+    Nature Methods 18): the softmax of the mean is the normalised geometric mean of the softmaxes.
+
+    Args:
+        networks: one or more.
+        axes: 0 z, 1 y, 2 x; mirror images along all combinations of them.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], axes: Sequence[int]) -> None:
+        super().__init__()
+        self._networks = nn.ModuleList(networks)
+        dims = [axis - 3 for axis in axes]
+        self._flips = [f for n in range(len(dims) + 1) for f in combinations(dims, n)]
+
+    def forward(self, window: Tensor) -> Tensor:
+        """See the class."""
+        total: Tensor | None = None
+        for network in self._networks:
+            for flip in self._flips:
+                out = first_output(network(window.flip(flip) if flip else window)).float()
+                out = out.flip(flip) if flip else out
+                total = out if total is None else total + out
+        assert total is not None
+        return total / (len(self._networks) * len(self._flips))

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,14 +21,14 @@ import numpy.typing as npt
 
 from pipeline.cache.store import json_text
 from pipeline.config import digest, file_sha256
-from pipeline.data.dicom import holds_dicom, is_series
+from pipeline.data.dicom import decode_pixels, holds_dicom, is_series, write_segmentation
 from pipeline.data.entries import MAGIC, is_absent, name_of, search_files
 from pipeline.data.hounsfield import Doubt, doubts_of
 from pipeline.data.nifti import read_file, read_image, write_like
 from pipeline.data.registry import Registry
 from pipeline.data.volume import Grid, Volume
 from pipeline.errors import ConfigError, GeometryError, WorkFolderError, listed
-from pipeline.figures import itksnap_text, names_in, slicer_text
+from pipeline.figures import colour_of, itksnap_text, names_in, slicer_text
 from pipeline.folder import (
     Folder,
     changed_since,
@@ -41,6 +42,7 @@ from pipeline.folder import (
     written_by_dead,
 )
 from pipeline.student.checkpoint import StudentRecord, load_student
+from pipeline.student.ensemble import averaged
 from pipeline.student.postprocessing import postprocess
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
 
 ITKSNAP_TABLE = "labels.itksnap.txt"
 SLICER_TABLE = "labels.ctbl"
+SEG = ".seg.dcm"
+_MADE_FROM = {"image": ["image_sha256"], "student": ["student_sha256", "averaged_with"]}
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,23 @@ class Probabilities:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """Images, and what is known of them.
+
+    Attributes:
+        images: name (may hold a slash) -> NIfTI or DICOM series of a CT.
+        other_units: names of those that are no CT in HU on purpose.
+        by_case: names are those of a registry's cases: another image of one is its new one.
+        references: files beside them that are never replaced, whoever wrote them.
+    """
+
+    images: Mapping[str, Path]
+    other_units: frozenset[str] = frozenset()
+    by_case: bool = False
+    references: Sequence[Path] = ()
+
+
+@dataclass(frozen=True)
 class How:
     """All that a case is predicted with, but the student and the device.
 
@@ -86,6 +107,7 @@ class How:
         other_units: names of inputs that are no CT in HU on purpose.
         by_case: names are those of a registry's cases: another image of one is its new one.
         postprocessing: parts of organs are removed as the student learnt it.
+        dicom_seg: a DICOM SEG is written beside each label map.
     """
 
     overlap: float
@@ -95,6 +117,16 @@ class How:
     other_units: frozenset[str] = frozenset()
     by_case: bool = False
     postprocessing: bool = True
+    dicom_seg: bool = False
+
+    def files(self, stem: str, organs: tuple[str, ...]) -> list[str]:
+        """Names of a case's files in its folder, the label map's first."""
+        kept = self.probabilities
+        return [
+            f"{stem}.nii.gz",
+            *([] if kept is None else kept.files(stem, organs)),
+            *([f"{stem}{SEG}"] if self.dicom_seg else []),
+        ]
 
 
 @dataclass(frozen=True)
@@ -154,7 +186,9 @@ class CasePredictor:
             "student_sha256": self._how.identity["student_sha256"],
             "settings": self._how.identity["config"], "organs": dict(space.ids),
         }  # fmt: skip
-        files = [f"{stem}.nii.gz", *([] if kept is None else kept.files(stem, space.organs))]
+        if "averaged_with" in self._how.identity:
+            content["averaged_with"] = self._how.identity["averaged_with"]
+        files = self._how.files(stem, space.organs)
         if kept is not None:
             named = kept.files(name, space.organs)
             content["probabilities"] = {"precision": kept.precision, "files": named}
@@ -164,7 +198,8 @@ class CasePredictor:
         if there is not None:
             if not self._how.by_case:
                 there.refuse_other_image(read.sha256, image)
-            if there.is_of(content) and there.has(files) and not there.damaged(files):
+            wanted = [f for f in files if not (f.endswith(SEG) and there.has_no_organ)]
+            if there.is_of(content) and there.has(wanted) and not there.damaged(wanted):
                 return Done(name, made=False, doubts=doubts)
             damaged = there.damaged(there.files)
             replaced = there.lost(content, files)
@@ -173,30 +208,12 @@ class CasePredictor:
             note = f"made again, because it cannot be read: {listed(damaged)}. {note}".strip()
         if dry_run:
             return Done(name, made=True, doubts=doubts, note=note, replaced=replaced)
-        from pipeline.student.inference import segment
-
-        assert self._network is not None
-        assert self._device is not None
         target = self._output / f"{name}.nii.gz"
         with writing(f"{name}, {target}"), self._scratch(name) as scratch:
-            held = self._room(scratch, read.volume.grid)
-            classes = segment(
-                read.volume, self._record, self._network, take=self._keep(held),
-                overlap=self._how.overlap, window_batch=self._how.window_batch,
-                device=self._device, tell=tell,
-            )  # fmt: skip
-            rules = self._record.postprocessing if self._how.postprocessing else {}
-            if rules:
-                removed = postprocess(classes, space, rules, read.volume.grid.voxel_ml)
-                content["postprocessing"] = {"rules": rules, "removed_ml": removed}
-            labels = Volume(space.to_ids(classes), read.volume.grid)
-            names = {organ_id: organ for organ, organ_id in space.ids.items()}
-            write_like(scratch / files[0], labels, image, names=names)
-            if held is not None:
-                whole = kept is not None and kept.layout == "4d"
-                parts = [held] if whole else list(held)
-                for file, part in zip(files[1:], parts, strict=True):
-                    write_like(scratch / file, Volume(part, read.volume.grid), image)
+            content |= self._make(scratch, stem, image, read.volume, tell)
+            if content.get("dicom_seg", "") is None:
+                files.remove(f"{stem}{SEG}")
+                note = f"no organ was found, of which there is no DICOM SEG. {note}".strip()
             num_bytes = sum((scratch / file).stat().st_size for file in files)
             content["files"] = {file: _synced(scratch / file) for file in files}
             if doubts:
@@ -204,6 +221,40 @@ class CasePredictor:
             replace_file(scratch / f"{stem}.json", json_text(content).encode())
             _appear(scratch, target.parent, stem, there, files)
         return Done(name, True, num_bytes, doubts, note, replaced)
+
+    def _make(
+        self, scratch: Path, stem: str, image: Path, volume: Volume, tell: TellWindows | None
+    ) -> dict[str, Any]:
+        """All files of a case but its JSON; returns what that says of them beside checksums."""
+        from pipeline.student.inference import segment
+
+        assert self._network is not None
+        assert self._device is not None
+        space, kept, said = self._record.label_space, self._how.probabilities, dict[str, Any]()
+        files = self._how.files(stem, space.organs)
+        held = self._room(scratch, volume.grid)
+        classes = segment(
+            volume, self._record, self._network, take=self._keep(held), overlap=self._how.overlap,
+            window_batch=self._how.window_batch, device=self._device, tell=tell,
+        )  # fmt: skip
+        rules = self._record.postprocessing if self._how.postprocessing else {}
+        if rules:
+            removed = postprocess(classes, space, rules, volume.grid.voxel_ml)
+            said["postprocessing"] = {"rules": rules, "removed_ml": removed}
+        names = {organ_id: organ for organ, organ_id in space.ids.items()}
+        labels = Volume(space.to_ids(classes), volume.grid)
+        write_like(scratch / files[0], labels, image, names=names)
+        if held is not None and kept is not None:
+            parts = [held] if kept.layout == "4d" else list(held)
+            for file, part in zip(kept.files(stem, space.organs), parts, strict=True):
+                write_like(scratch / file, Volume(part, volume.grid), image)
+        if self._how.dicom_seg:
+            colours = {organ: colour_of(organ_id) for organ, organ_id in space.ids.items()}
+            made = write_segmentation(
+                scratch / files[-1], scratch / files[0], image, space.ids, colours
+            )
+            said["dicom_seg"] = files[-1] if made else None
+        return said
 
     def _keep(
         self, held: npt.NDArray[np.float32] | None
@@ -253,16 +304,18 @@ class CasePredictor:
 class Share:
     """A process's part of a prediction, as it is sent to it: the student is read there."""
 
-    student: Folder
+    students: Sequence[Folder]
+    mirror: bool
     device: torch.device
     output: Path
     how: How
 
     def __call__(self, item: tuple[str, Path]) -> Done:
-        """Predicts a (name, image) pair; the student is read once."""
+        """Predicts a (name, image) pair; students are read once."""
         global _predictor
         if _predictor is None:
-            record, network = load_student(self.student)
+            loaded = {student: load_student(student) for student in self.students}
+            record, network = averaged(loaded, mirror=self.mirror)
             _predictor = CasePredictor(record, network, self.device, self.output, self.how)
         return _predictor.predict(*item)
 
@@ -302,6 +355,11 @@ class Written:
             return None
         return cls(beside.parent, content, files)
 
+    @property
+    def has_no_organ(self) -> bool:
+        """Whether a DICOM SEG was asked for, and there was nothing to put into it."""
+        return self.content.get("dicom_seg", "") is None
+
     def is_of(self, content: Mapping[str, Any]) -> bool:
         """Whether it is from the student, image and settings that this JSON is of, in its ids."""
         wanted = [key for key in ("digest", "organs", "probabilities") if key in content]
@@ -335,13 +393,18 @@ class Written:
         if not here:
             return ""
         old, more = self.content, ""
-        if set(here) - set(names):
-            more = ", whose probabilities are removed"
+        if gone := set(here) - set(names):
+            segs = {name for name in gone if name.endswith(SEG)}
+            kinds = [*(["probabilities"] if gone - segs else []), *(["DICOM SEG"] if segs else [])]
+            more = f", whose {' and '.join(kinds)} {'are' if gone - segs else 'is'} removed"
         if old["digest"] != content["digest"]:
             if "image_sha256" not in old:  # of a version that kept the digest alone
                 return f"of another student, image or settings{more}"
-            keys = "image_sha256", "student_sha256"
-            of = [key.partition("_")[0] for key in keys if old.get(key) != content[key]]
+            of = [
+                what
+                for what, keys in _MADE_FROM.items()
+                if any(old.get(key) != content.get(key) for key in keys)
+            ]
             return f"of another {' and '.join(of)}{more}" if of else f"of other settings{more}"
         if old["organs"] != content["organs"]:
             return f"of other ids{more}"
@@ -367,7 +430,7 @@ class Written:
             try:
                 if file_sha256(path) == known:
                     continue
-                read_file(path)
+                decode_pixels(path) if name.endswith(SEG) else read_file(path)
             except OSError as error:
                 raise WorkFolderError(
                     f"what is there cannot be read ({error.strerror or error}).",
@@ -390,35 +453,30 @@ class Written:
                     (self.folder / name).parent.rmdir()
 
 
-def refuse_targets(
-    inputs: Mapping[str, Path],
-    output: Path,
-    how: How,
-    organs: tuple[str, ...],
-    references: Iterable[Path],
-) -> None:
+def refuse_targets(inputs: Inputs, output: Path, how: How, organs: tuple[str, ...]) -> None:
     """Nothing that `predict` did not write is replaced, no image or reference whatever it says, and
     no file of one case by another's.
 
     Args:
-        inputs: name -> image.
+        inputs: no place for a prediction, by whatever name they are reached.
         output: the folder.
-        how: says which probabilities are written.
+        how: says what is written.
         organs: of the student.
-        references: files that are no place for a prediction, by whatever name they are reached.
 
     Raises:
         ConfigError: it names the files that are in the way, or two cases of one file.
     """
-    read = {(s.st_dev, s.st_ino) for f in (*inputs.values(), *references) if (s := _status(f))}
+    kept_out = *inputs.images.values(), *inputs.references
+    read = {(s.st_dev, s.st_ino) for f in kept_out if (s := _status(f))}
     targets: dict[Path, bool] = {}
     made_of: dict[Path, str] = {}
-    kept = how.probabilities
-    for name in inputs:
+    if how.dicom_seg:
+        _refuse_without_series(inputs.images, output)
+    for name in inputs.images:
         there, stem = Written.read(output, name), Path(name).name
         beside = (output / name).with_name(f"{stem}.json")
         targets[beside] = there is not None
-        for file in [f"{stem}.nii.gz", *([] if kept is None else kept.files(stem, organs))]:
+        for file in how.files(stem, organs):
             path = beside.parent / file
             if path in made_of:
                 raise ConfigError(
@@ -437,6 +495,34 @@ def refuse_targets(
                 fix="Name another --output.",
             )
     refuse_foreign("predict", targets.items())
+
+
+def _refuse_without_series(images: Mapping[str, Path], output: Path) -> None:
+    """A DICOM SEG refers to a series, and does not lie in it: there it would be part of it.
+
+    Raises:
+        ConfigError: an image is a NIfTI file, or `output` is in a series; or no highdicom.
+    """
+    others = [str(path) for path in images.values() if not is_series(path)]
+    if others:
+        raise ConfigError(
+            f"a DICOM SEG refers to a DICOM series, and these are none: {listed(others, _NAMED)}.",
+            where="--dicom-seg",
+            fix="Give the folders or zip files of the series, or leave out --dicom-seg.",
+        )
+    for path in images.values():
+        if output.resolve().is_relative_to(path.resolve()):
+            raise ConfigError(
+                "the DICOM SEG would become part of this series.",
+                where=path,
+                fix="Name an --output outside of it.",
+            )
+    if find_spec("highdicom") is None:
+        raise ConfigError(
+            "highdicom is not installed, which writes DICOM SEG.",
+            where="--dicom-seg",
+            fix="Run  pip install 'organ-distill[dicom]', or leave out --dicom-seg.",
+        )
 
 
 def remove_leftovers(inputs: Iterable[str], output: Path) -> None:
@@ -508,9 +594,25 @@ def _appear(
         (scratch / name).replace(folder / name)
 
 
-def student_identity(student: Folder, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the digest of a label map is of, beside its image."""
-    return {"student_sha256": file_sha256(student), "config": dict(config)}
+def student_identity(student: Folder, config: Mapping[str, Any], *more: Folder) -> dict[str, Any]:
+    """What the digest of a label map is of, beside its image; `more`: averaged with it.
+
+    Raises:
+        ConfigError: one of them is given twice.
+    """
+    known = {file_sha256(student): student}
+    for path in more:
+        sha256 = file_sha256(path)
+        if sha256 in known:
+            raise ConfigError(
+                f"this student is given twice, as {known[sha256]} too.",
+                where=path,
+                fix="Give each once: twice it would count double in the average.",
+            )
+        known[sha256] = path
+    first, *others = known
+    of_several = {"averaged_with": others} if others else {}
+    return {"student_sha256": first, "config": dict(config), **of_several}
 
 
 def prediction_digest(identity: Mapping[str, Any], image_sha256: str) -> str:
@@ -574,7 +676,7 @@ def chosen_inputs(
     registry: Registry | None,
     splits: Sequence[str] | None,
     left: list[str] | None = None,
-) -> dict[str, Path]:
+) -> Inputs:
     """The images of files, folders and patterns, or of a registry's cases as `<dataset>/<case>`.
 
     Args:
@@ -593,9 +695,10 @@ def chosen_inputs(
         )
     if registry is None:
         assert images is not None
-        return find_inputs(*([images] if isinstance(images, Path) else images), left=left)
+        return Inputs(find_inputs(*([images] if isinstance(images, Path) else images), left=left))
     wanted = splits or ["test"]
-    cases = [c for d in registry.datasets for c in registry.cases(d) if c.split in wanted]
+    known = [case for dataset in registry.datasets for case in registry.cases(dataset)]
+    cases = [case for case in known if case.split in wanted]
     if not cases:
         notes = "".join(f"; {note}" for note in registry.empty_splits(wanted))
         raise ConfigError(
@@ -603,7 +706,13 @@ def chosen_inputs(
             where=registry.path,
             fix=f"Set `split` in the registry, or give another --split{notes or '.'}",
         )
-    return {case.name: case.image for case in cases}
+    other = {name for name, entry in registry.datasets.items() if entry.units == "other"}
+    return Inputs(
+        {case.name: case.image for case in cases},
+        frozenset(case.name for case in cases if case.dataset in other),
+        by_case=True,
+        references=[file for case in known for file in (case.image, case.label) if file],
+    )
 
 
 def _found(path: Path, left: list[str]) -> list[tuple[str, Path]]:

@@ -153,7 +153,7 @@ def predict(folder: str, *, overlap: float = 0.5, kill_at: int = 0, fill_at: int
     from stages import predict as stage
 
     root = Path(folder)
-    out, images = root / "out", stage.find_inputs(root / "in")
+    out, images = root / "out", stage.chosen_inputs(root / "in", None, None)
     out.mkdir(exist_ok=True)
     if disk and (problem := _mount(out, "size=2m")):
         return {"impossible": problem}
@@ -165,8 +165,9 @@ def predict(folder: str, *, overlap: float = 0.5, kill_at: int = 0, fill_at: int
         config = stage.PredictConfig(overlap=overlap)
         try:
             report = stage.run(
-                config, root / "student.pt", images, out, log=Log(quiet=True), device="cpu",
-                probabilities=Probabilities("float16"),
+                config, root / "student.pt", images, out,
+                stage.PredictExecution("cpu", probabilities=Probabilities("float16")),
+                log=Log(quiet=True),
             )  # fmt: skip
         except PipelineError as error:
             return {"stopped": f"{type(error).__name__}: {error}", "exit_code": error.exit_code}

@@ -63,9 +63,12 @@ def run(
     formats: Sequence[export.Format],
     output: Path,
     config: ExportConfig = LOOSE,
-    **options: Any,
+    *,
+    dry_run: bool = False,
+    **checked_on: Any,
 ) -> StageReport:
-    return export.run(config, student, formats, output, log=Log(quiet=True), **options)
+    wanted = export.Wanted(formats, **checked_on)
+    return export.run(config, student, wanted, output, log=Log(quiet=True), dry_run=dry_run)
 
 
 def told(output: Path, form: str) -> dict[str, Any]:
@@ -236,8 +239,8 @@ class TestWhatIsExported:
         student = write_spread_student(tmp_path / "student.pt", **COARSE)
         run(student, ["onnx"], tmp_path / "out", check_on=image)
         predicted = predict.run(
-            predict.PredictConfig(), student, predict.find_inputs(image), tmp_path / "labels",
-            log=Log(quiet=True), device="cpu",
+            predict.PredictConfig(), student, predict.chosen_inputs(image, None, None),
+            tmp_path / "labels", predict.PredictExecution("cpu"), log=Log(quiet=True),
         )  # fmt: skip
         assert predicted.done == ["ct"]
         found = by_the_json(tmp_path / "out" / "onnx" / "student.json", image)
@@ -576,8 +579,8 @@ def test_monais_own_commands_take_the_bundle(tmp_path: Path) -> None:
         dataset_dir=str(image.parent), output_dir=str(tmp_path / "labels"),
     )  # fmt: skip
     predict.run(
-        predict.PredictConfig(), student, predict.find_inputs(image), tmp_path / "ours",
-        log=Log(quiet=True), device="cpu",
+        predict.PredictConfig(), student, predict.chosen_inputs(image, None, None),
+        tmp_path / "ours", predict.PredictExecution("cpu"), log=Log(quiet=True),
     )  # fmt: skip
     theirs, ours = (nib.load(tmp_path / f / "ct.nii.gz") for f in ("labels", "ours"))
     assert np.array_equal(np.asarray(theirs.dataobj), np.asarray(ours.dataobj))

@@ -31,7 +31,7 @@ from pipeline.student.inference import predict_logits
 from pipeline.student.network import build_student
 from pipeline.student.predict import write_label_tables
 from stages import predict
-from stages.predict import PredictConfig
+from stages.predict import Inputs, PredictConfig, PredictExecution
 from stages.report import StageReport
 from tests.stages.stage_contract import StageContract, content, snapshot
 from tests.tiny import GRID_MM, NETWORK, change_registry
@@ -121,11 +121,10 @@ def run(
     return predict.run(
         config or PredictConfig(),
         student,
-        predict.find_inputs(images),
+        Inputs(predict.find_inputs(images)),
         output,
+        PredictExecution("cpu", dry_run=dry_run),
         log=Log(quiet=True),
-        device="cpu",
-        dry_run=dry_run,
     )
 
 
@@ -200,11 +199,10 @@ class TestPredict(StageContract):
         return predict.run(
             PredictConfig(),
             registry.parent / "student.pt",
-            self._inputs(registry),
+            Inputs(self._inputs(registry)),
             self.output(registry),
+            PredictExecution("cpu", dry_run=dry_run),
             log=Log(quiet=True),
-            device="cpu",
-            dry_run=dry_run,
         )
 
     def command(self, registry: Path) -> list[str]:
@@ -470,8 +468,8 @@ class TestWhatIsDone:
             assert self._run(student, tmp_path).skipped == ["a"]
         path.write_bytes(path.read_bytes()[:-20])
         report = predict.run(
-            PredictConfig(), student, predict.find_inputs(tmp_path / "in"), tmp_path / "out",
-            log=Log(), device="cpu",
+            PredictConfig(), student, Inputs(predict.find_inputs(tmp_path / "in")),
+            tmp_path / "out", PredictExecution("cpu"), log=Log(),
         )  # fmt: skip
         assert report.done == ["a"]
         assert "a: made again, because it cannot be read: a.nii.gz" in capsys.readouterr().err
@@ -615,12 +613,12 @@ class TestInputs:
 
     def test_cases_of_a_registry_are_named_by_dataset(self, built_cohort: Path) -> None:
         registry = load_registry(built_cohort, files=False)
-        found = predict.chosen_inputs(None, registry, None)
+        found = predict.chosen_inputs(None, registry, None).images
         folder = built_cohort.parent / "data" / "multi-ct" / "images"
         assert found == {
             f"multi-ct/{case}": folder / f"{case}.nii.gz" for case in ("case_001", "case_002")
         }
-        assert len(predict.chosen_inputs(None, registry, ["train", "test"])) == 6
+        assert len(predict.chosen_inputs(None, registry, ["train", "test"]).images) == 6
 
     def test_images_or_a_registry_but_not_both(self, built_cohort: Path, tmp_path: Path) -> None:
         registry = load_registry(built_cohort, files=False)
@@ -646,6 +644,14 @@ class TestInputs:
         (tmp_path / "text.txt").write_text("")
         with pytest.raises(ConfigError, match="no NIfTI file and no DICOM series there"):
             predict.find_inputs(tmp_path / name)
+
+
+def test_digests_of_label_maps_that_are_there_hold() -> None:
+    """A younger setting counts where somebody sets it."""
+    assert PredictConfig().digested() == {"overlap": 0.5}
+    assert PredictConfig(postprocessing=False).digested() == {
+        "overlap": 0.5, "postprocessing": False,
+    }  # fmt: skip
 
 
 def test_other_ids_are_another_prediction(student: Path, tmp_path: Path) -> None:
@@ -675,13 +681,16 @@ def without_checksums(beside: Path) -> None:
 class TestFilesOfOthers:
     """Nothing is computed, and all are named at once."""
 
-    def _refused(self, student: Path, tmp_path: Path, *said: str, **options: Any) -> None:
+    def _refused(self, student: Path, tmp_path: Path, *said: str, **known: Any) -> None:
         before = snapshot(tmp_path)
+        inputs = Inputs(
+            predict.find_inputs(tmp_path / "in"), references=known.pop("references", ())
+        )
         for dry_run in (True, False):
             with pytest.raises(ConfigError) as caught:
                 predict.run(
-                    PredictConfig(), student, predict.find_inputs(tmp_path / "in"),
-                    tmp_path / "out", log=Log(quiet=True), device="cpu", dry_run=dry_run, **options,
+                    PredictConfig(), student, inputs, tmp_path / "out",
+                    PredictExecution("cpu", dry_run=dry_run, **known), log=Log(quiet=True),
                 )  # fmt: skip
             for text in said:
                 assert text in str(caught.value)
@@ -731,8 +740,8 @@ class TestFilesOfOthers:
         kept = predict.Probabilities("float16", layout)
         with pytest.raises(ConfigError) as caught:
             predict.run(
-                PredictConfig(), student, inputs, tmp_path / "out", log=Log(quiet=True),
-                device="cpu", probabilities=kept,
+                PredictConfig(), student, Inputs(inputs), tmp_path / "out",
+                PredictExecution("cpu", probabilities=kept), log=Log(quiet=True),
             )  # fmt: skip
         assert f"{tmp_path / 'out' / file}: ct and {other} would both" in str(caught.value)
         assert not (tmp_path / "out").exists()
@@ -742,12 +751,12 @@ class TestFilesOfOthers:
     ) -> None:
         write_ct(tmp_path / "in" / "ct.nii.gz")
         kept = predict.Probabilities("float16")
-        options: Any = {"log": Log(quiet=True), "device": "cpu", "probabilities": kept}
-        inputs, out = predict.find_inputs(tmp_path / "in"), tmp_path / "out"
-        predict.run(PredictConfig(), student, inputs, out, **options)
+        how, log = PredictExecution("cpu", probabilities=kept), Log(quiet=True)
+        inputs, out = Inputs(predict.find_inputs(tmp_path / "in")), tmp_path / "out"
+        predict.run(PredictConfig(), student, inputs, out, how, log=log)
         (out / "ct.probabilities" / "notes.txt").write_text("mine")
         write_student(student, organs={"spleen": 7, "kidney": 3}, seed=1)
-        assert predict.run(PredictConfig(), student, inputs, out, **options).done == ["ct"]
+        assert predict.run(PredictConfig(), student, inputs, out, how, log=log).done == ["ct"]
         assert run(student, tmp_path / "in", out, PredictConfig(overlap=0.25)).done == ["ct"]
         assert [p.name for p in (out / "ct.probabilities").iterdir()] == ["notes.txt"]
 
@@ -838,7 +847,7 @@ def test_cases_that_the_student_was_trained_on_are_told(
     inputs = predict.chosen_inputs(None, load_registry(tiny_registry), ["test"])
     predict.run(
         PredictConfig(), student, inputs, tmp_path / "out",
-        log=Log(quiet=True), device="cpu", dry_run=True,
+        PredictExecution("cpu", dry_run=True), log=Log(quiet=True),
     )  # fmt: skip
     assert " ".join(capfd.readouterr().err.split())[8:] == (
         " warning: this student was trained on multi-ct/case_001: scores of them say nothing about "

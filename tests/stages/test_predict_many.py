@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import nibabel as nib
 import numpy as np
@@ -16,10 +16,13 @@ import torch
 from nibabel.cmdline import convert
 from scipy.special import softmax
 
+from pipeline.config import file_sha256
+from pipeline.data.labels import Intensity
 from pipeline.data.nifti import read_image
 from pipeline.errors import ConfigError
 from pipeline.log import Log
 from pipeline.student.checkpoint import load_student, save_student
+from pipeline.student.ensemble import averaged
 from pipeline.student.inference import predict_logits
 from pipeline.student.network import build_student
 from pipeline.student.predict import Probabilities
@@ -35,8 +38,8 @@ CPU = torch.device("cpu")
 
 def run(student: Path, images: Path, output: Path, **options: Any) -> StageReport:
     return predict.run(
-        PredictConfig(), student, predict.find_inputs(images), output,
-        log=Log(quiet=True), **{"device": "cpu", **options},
+        PredictConfig(), student, predict.chosen_inputs(images, None, None), output,
+        predict.PredictExecution(**{"device": "cpu", **options}), log=Log(quiet=True),
     )  # fmt: skip
 
 
@@ -297,12 +300,12 @@ _PEAK = """
 import resource, sys
 from pathlib import Path
 from pipeline.log import Log
-from pipeline.student.predict import find_inputs
 from stages import predict
 from tests.tiny import RunCli
 student, image, output = map(Path, sys.argv[1:])
-report = predict.run(predict.PredictConfig(overlap=0.25), student, find_inputs(image), output,
-                     log=Log(quiet=True), device="cpu")
+report = predict.run(
+    predict.PredictConfig(overlap=0.25), student, predict.chosen_inputs(image, None, None), output,
+    predict.PredictExecution("cpu"), log=Log(quiet=True))
 assert report.done == ["ct"], report.failed
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -336,3 +339,128 @@ def test_a_case_five_times_as_long_takes_little_more_memory(
     assert logits_mib > 750
     # The image (bytes, int16), its label map (uint8) and a compressed copy: some bytes per voxel.
     assert peaks[1] - peaks[0] < 16 * voxels / 2**20
+
+
+class TestEnsembles:
+    """On the student's own grid, where nothing is resampled and a window holds the whole image."""
+
+    WHOLE: ClassVar[dict[str, Any]] = {"patch": (16, 16, 16)}
+
+    def logits(self, student: Path, image: Path, *, axes: tuple[int, ...] = ()) -> Any:
+        found, network = load_student(student)
+        array = found.intensity.apply(read_image(image).volume.array)
+        missing = [(m - n, (m - n) // 2) for m, n in zip(found.patch, array.shape, strict=True)]
+        pads = [(before, both - before) for both, before in missing]
+        window = np.flip(np.pad(array, pads, constant_values=found.intensity.air), axes)
+        with torch.inference_mode():
+            out = network(torch.from_numpy(window.copy())[None, None])[0].numpy()
+        inside = [slice(b, n - a) for (b, a), n in zip(pads, found.patch, strict=True)]
+        return np.flip(out, tuple(axis + 1 for axis in axes))[(slice(None), *inside)]
+
+    def _probabilities(self, folder: Path) -> Any:
+        organs = ("liver", "spleen")
+        return np.stack([read_float(folder / "ct.probabilities" / f"{o}.nii.gz") for o in organs])
+
+    @pytest.mark.parametrize("mirror", [False, True])
+    def test_logits_of_students_and_mirror_images_are_averaged(
+        self, tmp_path: Path, mirror: bool
+    ) -> None:
+        image, out = tmp_path / "in" / "ct.nii.gz", tmp_path / "out"
+        write_ct(image)
+        mirrored = ((0, 2), (0, 1, 2))  # what both saw is taken
+        students = [
+            write_student(tmp_path / f"{n}.pt", seed=n, mirrored=mirrored[n], **self.WHOLE)
+            for n in (0, 1)
+        ]
+        inputs = predict.chosen_inputs(image, None, None)
+        how = predict.PredictExecution("cpu", probabilities=Probabilities("float32"))
+        config = PredictConfig(mirror=mirror)
+        report = predict.run(config, students, inputs, out, how, log=Log(quiet=True))
+        assert report.done == ["ct"]
+        flips: list[tuple[int, ...]] = [(), (0,), (2,), (0, 2)] if mirror else [()]
+        each = [self.logits(one, image, axes=flip) for one in students for flip in flips]
+        expected = softmax(np.mean(each, axis=0, dtype=np.float64), axis=0)[1:]
+        assert np.allclose(self._probabilities(out), expected, atol=1e-5)
+        alone = softmax(each[0].astype(np.float64), axis=0)[1:]
+        assert not np.allclose(alone, expected, atol=1e-3)
+        told = json.loads((out / "ct.json").read_text())
+        assert told["averaged_with"] == [file_sha256(students[1])]
+        assert told["settings"].get("mirror", False) is mirror
+        assert predict.run(config, students, inputs, out, how, log=Log(quiet=True)).skipped
+        again = predict.run(config, students[0], inputs, out, how, log=Log(quiet=True))
+        assert again.details["replaced"] == {"ct": "of another student"}
+
+    def test_rules_are_those_of_all_and_cases_those_of_any(self, tmp_path: Path) -> None:
+        rules: list[dict[str, Any]] = [{"liver": "largest", "spleen": 2.0}, {"liver": "largest"}]
+        both = {
+            tmp_path / str(n): (
+                record(postprocessing=rules[n], trained_on=[f"d/{n}"]), torch.nn.Identity(),
+            )
+            for n in (0, 1)
+        }  # fmt: skip
+        common, _ = averaged(both, mirror=False)
+        assert common.postprocessing == {"liver": "largest"}
+        assert common.trained_on == ("d/0", "d/1")
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"organs": {"spleen": 7, "kidney": 3}}, "organs"),
+            ({"spacing_mm": (1.0, 1.0, 1.0)}, "spacing in mm"),
+            ({"head": "sigmoid"}, "head"),
+            ({"intensity": Intensity()}, "intensity"),
+            ({"patch": (16, 16, 16)}, "patch"),
+        ],
+        ids=["organs", "spacing", "head", "intensity", "patch"],
+    )
+    def test_students_that_differ_are_refused_by_name(
+        self, tmp_path: Path, changes: dict[str, Any], said: str
+    ) -> None:
+        students = {
+            tmp_path / "a.pt": (record(), torch.nn.Identity()),
+            tmp_path / "b.pt": (record(**changes), torch.nn.Identity()),
+        }
+        with pytest.raises(ConfigError) as caught:
+            averaged(students, mirror=False)
+        assert f"{tmp_path / 'b.pt'}: it differs from {tmp_path / 'a.pt'} in {said}: " in str(
+            caught.value
+        )
+
+    @pytest.mark.parametrize(
+        ("one", "other", "said"),
+        [
+            ({"mirrored": (0,)}, {}, "b.pt: this student was not trained with mirrored patches"),
+            ({"mirrored": (0,)}, {"mirrored": (1,)}, "a.pt: the students were mirrored along diff"),
+            (
+                {"mirrored": (1, 2), "organs": {"kidney_left": 1, "kidney_right": 2}},
+                {"mirrored": (1, 2), "organs": {"kidney_left": 1, "kidney_right": 2}},
+                "a.pt: a mirrored patient has left for right, which the student tells apart: "
+                "kidney_left, kidney_right.",
+            ),
+        ],
+        ids=["not mirrored", "other axes", "sides"],
+    )
+    def test_mirror_images_that_a_student_does_not_know_are_refused(
+        self, tmp_path: Path, one: dict[str, Any], other: dict[str, Any], said: str
+    ) -> None:
+        students = {
+            tmp_path / "a.pt": (record(**one), torch.nn.Identity()),
+            tmp_path / "b.pt": (record(**other), torch.nn.Identity()),
+        }
+        with pytest.raises(ConfigError) as caught:
+            averaged(students, mirror=True)
+        assert said in str(caught.value)
+
+    def test_on_the_command_line(self, student: Path, tmp_path: Path, run_cli: RunCli) -> None:
+        other = write_student(tmp_path / "other.pt", seed=1)
+        write_ct(tmp_path / "in" / "ct.nii.gz")
+        command = ["predict", str(student), str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-q",
+                   "--device", "cpu", "--with"]  # fmt: skip
+        code, _, said = run_cli(*command, str(other), "--mirror")
+        assert (code, "not trained with mirrored patches" in said) == (2, True)
+        code, _, said = run_cli(*command, str(student))
+        assert (code, "this student is given twice" in said) == (2, True)
+        assert not (tmp_path / "out").exists()
+        assert run_cli(*command, str(other))[0] == 0
+        told = json.loads((tmp_path / "out" / "ct.json").read_text())
+        assert told["averaged_with"] == [file_sha256(other)]

@@ -625,10 +625,11 @@ class TestTheRun:
         assert not all(torch.equal(a, b) for a, b in weights)
 
     def test_the_record_says_what_it_was_made_from(self, tiny_cached: Path) -> None:
-        run(tiny_cached)
+        run(tiny_cached, settings(augment={"flip_axes": [0, 2]}))
         record, network = load_student(run_folder(tiny_cached) / "student.pt")
         marker = json.loads((run_folder(tiny_cached) / "finished.json").read_text())
         assert record.run_digest == marker["run_digest"]
+        assert record.mirrored == (0, 2)
         assert record.spacing_mm == (12.0, 12.0, 12.0)
         assert record.steps == marker["steps"] == 2
         assert not any("adapter" in name for name in network.state_dict())

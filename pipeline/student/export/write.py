@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -50,6 +50,21 @@ Format = Literal["bundle", "torchscript", "torch-export", "onnx"]
 FORMATS: tuple[Format, ...] = ("bundle", "torchscript", "torch-export", "onnx")
 RECORD = "export.json"
 _PACKAGES = ("torch", "monai", "numpy", "onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which formats are written, and the CT that they are held against the student on.
+
+    Attributes:
+        formats: which.
+        check_on: NIfTI of the CT.
+        case: instead: `dataset/case` of the cache; with neither, the cache's first case.
+    """
+
+    formats: Sequence[Format]
+    check_on: Path | None = None
+    case: str | None = None
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,10 @@ def student(tmp_path: Path) -> Path:
 
 
 class TestStudent:
+    def test_a_record_of_before_the_youngest_fields_is_one(self) -> None:
+        told = record().model_dump(mode="json", exclude={"postprocessing", "mirrored"})
+        assert StudentRecord.model_validate(told) == record()
+
     def test_what_is_written_is_read_back(self, student: Path) -> None:
         found, network = load_student(student)
         assert found == read_record(student) == record()

@@ -33,7 +33,7 @@ def source(registry: Path, predictions: Path | None = None, **changes: Any) -> C
     work = work_of(registry)
     record = dataclasses.replace(read_run(work, RUN), **changes)
     known = load_registry(registry, files=False)
-    settings = predict.PredictConfig().model_dump(mode="json")
+    settings = predict.PredictConfig().digested()
     return CaseSource(work, known, record, trace(work, record), None, settings, predictions)
 
 
@@ -132,11 +132,12 @@ def test_a_registry_with_other_ids_is_refused(built_runs: Path) -> None:
 
 def test_label_maps_of_another_student_are_called_so(built_runs: Path, tmp_path: Path) -> None:
     images = built_runs.parent / "data" / "multi-ct" / "images"
-    inputs = {TEST: images / "case_001.nii.gz"}
+    inputs = predict.Inputs({TEST: images / "case_001.nii.gz"})
+    cpu = predict.PredictExecution("cpu")
     for run in (RUN, "labels/only"):
         student = folder_of(built_runs, run) / "student.pt"
         config, log = predict.PredictConfig(), Log(quiet=True)
-        predict.run(config, student, inputs, tmp_path / run, log=log, device="cpu")
+        predict.run(config, student, inputs, tmp_path / run, cpu, log=log)
     assert NOT_OF_THIS_RUN not in source(built_runs, tmp_path / RUN).layers(TEST).notes
     assert NOT_OF_THIS_RUN in source(built_runs, tmp_path / "labels/only").layers(TEST).notes
     made = tmp_path / RUN / f"{TEST}.nii.gz"
