@@ -188,7 +188,7 @@ def predict(
         Panel.RESULT.option("--dicom-seg", help="Also a DICOM SEG; IMAGES are DICOM series."),
     ] = False,
     no_postprocessing: Annotated[
-        bool, typer.Option("--no-postprocessing", help="Keep all parts of each organ.")
+        bool, Panel.RESULT.option("--no-postprocessing", help="Keep all parts of each organ.")
     ] = False,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,

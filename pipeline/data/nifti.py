@@ -14,6 +14,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -347,10 +348,9 @@ def read_grid(path: Path) -> Grid:
     Raises:
         GeometryError: not a 3D NIfTI header, or not one DICOM series.
     """
-    kind, header = read_header(path)
+    _, header = read_header(path)
     try:
-        affine, shape = header.get_best_affine(), header.get_data_shape()
-        image = kind(np.broadcast_to(np.int16(0), shape), affine)
+        image = SimpleNamespace(affine=header.get_best_affine(), shape=header.get_data_shape())
     except Exception as error:
         raise unreadable(path, error) from error
     shape = _check_shape(image, path)

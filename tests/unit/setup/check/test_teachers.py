@@ -172,9 +172,9 @@ def test_on_the_command_line(mixed: Path, run_cli: RunCli) -> None:
     assert code == 2
     found = json.loads(out)
     assert found["teachers"]["num_failed"] == 3
-    assert {f["where"] for f in found["findings"] if f["kind"] == "teacher"} == {
-        "teacher absent", "teacher wrong", "teacher broken",
-    }  # fmt: skip
+    wrong = {f["where"] for f in found["findings"] if f["kind"] == "teacher"}
+    # Of the fourth, whose weights are drawn, the tap does not agree with itself: a warning.
+    assert wrong == {"teacher absent", "teacher wrong", "teacher broken", "teacher zoo"}
     assert err == ""
     assert not work_of(mixed).exists()
 
