@@ -188,7 +188,10 @@ def test_a_file_of_settings(tmp_path: Path, text: str | None, says: str) -> None
             ["predict", "student.pt", "-o", "out"],
             "predict: it takes images, or a registry",
         ),
-        (["predict", "student.pt", "images", "-o", "out"], "error: images: no NIfTI file there."),
+        (
+            ["predict", "student.pt", "images", "-o", "out"],
+            "error: images: no NIfTI file and no DICOM series there.",
+        ),
     ],
 )
 def test_of_the_command_line(

@@ -43,7 +43,8 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "Predicting, evaluating, comparing, looking, exporting",
         ("student/predict", "student/ensemble", "student/inference", "student/export", "predict",
-         "evaluate", "export", "compare/", "against", "review/", "cli/review", "cli/stages", "figures"),
+         "evaluate", "export", "compare/", "against", "review/", "cli/review", "cli/stages",
+         "figures"),
     ),
     ("Training a student", ("student/", "networks/", "cli/self_test", "train_student")),
     ("The command line", ("",)),
