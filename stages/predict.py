@@ -26,15 +26,13 @@ from pipeline.log import SECONDS_BEFORE_THE_FIRST_LINE, Advance, Log
 from pipeline.networks.by_name import pick_device
 from pipeline.student.checkpoint import load_student, read_record
 from pipeline.student.ensemble import averaged, common_record
+from pipeline.student.images import Inputs, chosen_inputs, find_inputs
 from pipeline.student.predict import (
     CasePredictor,
     Done,
     How,
-    Inputs,
     Probabilities,
     Share,
-    chosen_inputs,
-    find_inputs,
     refuse_targets,
     remove_leftovers,
     student_identity,

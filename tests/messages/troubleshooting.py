@@ -42,9 +42,9 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Several workers, Slurm, job arrays", ("engine/", "setup/submit", "cli/setup")),
     (
         "Predicting, evaluating, comparing, looking, exporting",
-        ("student/predict", "student/ensemble", "student/inference", "student/export", "predict",
-         "evaluate", "export", "compare/", "against", "review/", "cli/review", "cli/stages",
-         "figures"),
+        ("student/predict", "student/ensemble", "student/images", "student/inference",
+         "student/export", "predict", "evaluate", "export", "compare/", "against", "review/",
+         "cli/review", "cli/stages", "figures"),
     ),
     ("Training a student", ("student/", "networks/", "cli/self_test", "train_student")),
     ("The command line", ("",)),

@@ -15,7 +15,7 @@ from pipeline.data.nifti import read_grid, read_header, read_image, write_like
 from pipeline.data.volume import Volume
 from pipeline.errors import GeometryError
 from pipeline.setup.init.datasets import look_at_dataset
-from pipeline.student.predict import find_inputs
+from pipeline.student.images import find_inputs
 
 pydicom = pytest.importorskip("pydicom")
 sitk = pytest.importorskip("SimpleITK")
