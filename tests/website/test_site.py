@@ -95,6 +95,16 @@ _RESULTS = """new Promise(done => { const began = Date.now(); const look = () =>
   else setTimeout(look, 100); }; look(); })"""
 
 
+def test_tests_that_pages_name_are_there() -> None:
+    """Below `tests/`: folders, files by their path, files by their name."""
+    rooms = "unit|stages|faults|integration|properties|slurm|benchmarks|website"
+    named = re.compile(rf"`((?:{rooms})/[\w/.]+|test_\w+\.py)`")
+    for page in (ROOT / "docs").glob("*.md"):
+        for path in named.findall(page.read_text(encoding="utf-8")):
+            there = (ROOT / "tests" / path).exists() or (ROOT / path).exists()
+            assert there or list((ROOT / "tests").rglob(path)), f"{page.name}: {path}"
+
+
 class TestNavigation:
     def pages(self, nav: list[dict[str, list[object]]]) -> Iterator[str]:
         for section in nav:
