@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+from dask.delayed import Delayed, delayed
 
 from pipeline.cache.reader import CachedCase
 from pipeline.consensus.cohort import RegionRules, open_cohort
@@ -36,12 +37,17 @@ def perfect_teachers(full: Registry, work: Path) -> Iterator[None]:
     """
     truth = {case.name: case for case in open_cohort(work, full, splits=("train",)).cases}
 
-    def said(case: CachedCase, space: LabelSpace, rules: RegionRules, box: Patch) -> FloatArray:
+    def said(
+        case: CachedCase, space: LabelSpace, rules: RegionRules, box: Patch, *_: object
+    ) -> Delayed:
+        return delayed(odds_of)(case, space, box, pure=False)
+
+    def odds_of(case: CachedCase, space: LabelSpace, box: Patch) -> FloatArray:
         classes = space.to_classes(truth[case.name].label(box, fill=IGNORE))
         numbers = np.arange(1, len(space.organs) + 1)[:, None, None, None]
         odds = np.where(classes == numbers, SURE, -SURE).astype(np.float32)
         odds[:, classes == IGNORE] = np.nan
         return odds
 
-    with patch.object(dataset, "read_log_odds", said):
+    with patch.object(dataset, "lazy_patch", said):
         yield

@@ -21,7 +21,7 @@ from pipeline.errors import (
     CacheMissing,
     CacheStale,
 )
-from pipeline.folder import Folder, is_local, read_text, sizes, unreachable
+from pipeline.folder import Folder, is_local, read_bytes, read_text, sizes, unreachable
 
 RECEIPT = "receipt.json"
 _AGAIN = "Run `pipeline cache-teachers` again: it recomputes this unit alone."
@@ -184,7 +184,7 @@ def read_object(path: Folder, receipt: Receipt, name: str) -> bytes:
 
     def sha256(file: Folder) -> str:
         nonlocal data
-        data = file.read_bytes()
+        data = read_bytes(file)
         return hashlib.sha256(data).hexdigest()
 
     verify_object(path, receipt, name, sha256)

@@ -194,7 +194,7 @@ def test_a_store_that_does_not_answer_is_no_damage(
         for ask in (
             lambda: Unit.open(place.path),
             lambda: unit.read(names[0]),
-            lambda: Unit(place.path, unit.receipt).group,
+            lambda: Unit(place.path, unit.receipt).attributes,
         ):
             with pytest.raises(StoreUnreachable, match=r"did not answer .*Could not connect"):
                 ask()
