@@ -50,12 +50,14 @@ def test_every_unit_says_what_it_holds_once_and_is_not_kept_open(
 ) -> None:
     """Taps, reliability and the sampler ask the same units, of several organs each."""
     asked: list[Path] = []
+    real = Unit._metadata
 
-    def counted(self: Unit, name: str) -> None:
+    def counted(self: Unit, name: str) -> dict[str, Any]:
         assert name == "zarr.json", "an array was opened"
         asked.append(Path(str(self.path)))
+        return real(self, name)
 
-    monkeypatch.setattr(Unit, "_verify", counted)
+    monkeypatch.setattr(Unit, "_metadata", counted)
     registry = load_registry(built_cache, files=False)
     supervision = SupervisionConfig.model_validate({"features": {"student_taps": "bottleneck"}})
     found = open_inputs(
@@ -70,7 +72,7 @@ def test_every_unit_says_what_it_holds_once_and_is_not_kept_open(
     assert len(units) > 6
     assert sorted(asked) == sorted(units | labels)
     kept = [unit for case in found.training for unit in (case.case, *case.teachers.values())]
-    assert not any("group" in vars(unit) or "centres" in unit.noted for unit in kept)
+    assert not any("_store" in vars(unit) or "centres" in unit.noted for unit in kept)
 
 
 class TestSameUnits:
