@@ -23,13 +23,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "-w", root, REPOSITORY], check=True, cwd=root, capture_output=True)
     venv.create(root / "env", with_pip=False)
-    site = next((root / "env" / "lib").glob("python*/site-packages"))
-    # A path in a .pth file is searched, its own .pth files are not: the repository stays out.
-    (site / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
     pip = [sys.executable, "-m", "pip", "--python", root / "env" / "bin" / "python"]
     [wheel] = root.glob("*.whl")
     install = [*pip, "install", "--no-deps", "--no-index", wheel]
     subprocess.run(install, check=True, cwd=root, capture_output=True)
+    # After it, or pip would remove the package that is installed there. A path in a .pth file is
+    # searched, its own .pth files are not: the repository stays out.
+    site = next((root / "env" / "lib").glob("python*/site-packages"))
+    (site / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
     return root / "env"
 
 
