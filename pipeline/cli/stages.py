@@ -143,7 +143,7 @@ def predict(
     output: Annotated[Path, Panel.RESULT.option("--output", "-o", help="Folder of label maps.")],
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="NIfTI files, folders of them, or patterns in quotes."),
+        typer.Argument(help="NIfTI files, DICOM series, folders of them, or patterns."),
     ] = None,
     registry: Annotated[
         Path | None,
@@ -193,7 +193,7 @@ def predict(
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """NIfTI in, label map of all organs out.
+    """A CT in, NIfTI or DICOM; label map of all organs out.
 
     In the geometry of the input.
     """
