@@ -42,7 +42,7 @@ _DIRECTORY = "1.2.840.10008.1.3.10"  # DICOMDIR
 # Positions are written with few digits: 1.25 mm as 1.2 and 1.3.
 _ROUNDING_MM, _UNEVEN = 0.06, 0.02
 _TILT_DEGREES = 0.5
-_SAME_DIRECTION = 1e-4
+_SAME_DIRECTION = 1e-3
 _TAGS = [
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "Modality", "ImageType",
     "Rows", "Columns", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient",
@@ -167,8 +167,9 @@ def read_series(path: Path) -> tuple[nib.Nifti1Image, str]:
             frames[one.file].append((z, one))
         voxels = np.empty(series.shape, dtype=np.float32, order="F")
         hashes = []
-        for number, (name, read) in enumerate(files):
-            data = read()  # the bytes that are hashed are decoded
+        for number, (name, opened) in enumerate(files):
+            with opened() as file:
+                data = file.read()  # the bytes that are hashed are decoded
             hashes.append(hashlib.sha256(data).hexdigest())
             if number not in frames:
                 continue
@@ -197,15 +198,19 @@ def open_series(path: Path) -> Series:
         return _series(path, files)
 
 
-_Files = Sequence[tuple[str, Callable[[], bytes]]]
+_Files = Sequence[tuple[str, Callable[[], IO[bytes]]]]
+
+
+def _open(file: Path) -> IO[bytes]:
+    return file.open("rb")
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[_Files, str]]:
-    """Name and content of each DICOM file there; and of a zip file the SHA-256 of its bytes."""
+    """Name of each DICOM file there, and what opens it; of a zip file the SHA-256 of its bytes."""
     if path.is_dir():
         found = sorted(_dicom_files(path))
-        yield [(str(file.relative_to(path)), file.read_bytes) for file in found], ""
+        yield [(str(file.relative_to(path)), partial(_open, file)) for file in found], ""
         return
     try:
         data = path.read_bytes()
@@ -215,7 +220,7 @@ def _opened(path: Path) -> Iterator[tuple[_Files, str]]:
                 with packed.open(name) as file:
                     names += [name] if _is_dicom(file) else []
             yield (
-                [(name, partial(packed.read, name)) for name in names],
+                [(name, partial(packed.open, name)) for name in names],
                 hashlib.sha256(data).hexdigest(),
             )
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
@@ -231,8 +236,9 @@ def _series(path: Path, files: _Files) -> Series:
     found: dict[str, list[_Slice]] = defaultdict(list)
     numbers: dict[str, str] = {}
     seen = set()
-    for number, (name, read) in enumerate(files):
-        header = _header(read(), f"{path}, {name}")
+    for number, (name, opened) in enumerate(files):
+        with opened() as file:
+            header = _header(file, f"{path}, {name}")
         kind, uid = str(header.get("SOPClassUID", "")), header.get("SOPInstanceUID")
         if kind == _DIRECTORY:
             continue
@@ -271,13 +277,13 @@ def _series(path: Path, files: _Files) -> Series:
     return Series(path, shape, affine, note, slices)
 
 
-def _header(data: bytes, where: str) -> Any:
+def _header(file: IO[bytes], where: str) -> Any:
     try:
         from pydicom import dcmread
     except ImportError as error:
         raise _not_installed("pydicom is not installed, which reads DICOM", where) from error
     try:
-        return dcmread(BytesIO(data), stop_before_pixels=True, specific_tags=_TAGS)
+        return dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
     except Exception as error:  # a damaged file makes pydicom raise almost anything
         raise _undecoded(where, error) from error
 
@@ -371,7 +377,7 @@ def _placed(path: Path, slices: list[_Slice]) -> tuple[list[_Slice], npt.NDArray
     if any(
         one.size != first.size
         or not np.allclose(one.spacing, first.spacing, rtol=1e-3)
-        or not np.allclose(one.axes, first.axes, atol=_SAME_DIRECTION * 10)
+        or not np.allclose(one.axes, first.axes, atol=_SAME_DIRECTION)
         for one in slices
     ):
         raise refuse(
@@ -499,7 +505,10 @@ def _sources(path: Path) -> tuple[list[Any], list[int]]:
         series = _series(path, files)
         slices = series.slices
         wanted = dict.fromkeys(one.file for one in slices)
-        headers = [dcmread(BytesIO(files[n][1]()), stop_before_pixels=True) for n in wanted]
+        headers = []
+        for number in wanted:
+            with files[number][1]() as file:
+                headers.append(dcmread(file, stop_before_pixels=True))
     for header in headers:  # it may be empty, and highdicom wants it
         if not header.get("SliceThickness"):
             header.SliceThickness = round(float(np.linalg.norm(series.affine[:3, 2])), 4)
