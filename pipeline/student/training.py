@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -273,7 +273,7 @@ def learn_postprocessing(
         return [
             {
                 organ: dice_by_rule(ours, theirs, rules[organ], case.grid.voxel_ml)
-                for organ, (ours, theirs) in _masks(network, case, space, config, device).items()
+                for organ, ours, theirs in _masks(network, case, space, config, device)
             }
             for case in mine
         ]
@@ -298,7 +298,7 @@ def _scores(
 ) -> dict[str, float]:
     """Dice of one case per organ that its label shows."""
     masks = _masks(network, case, space, config, device)
-    return {organ: dice_by_rule(*pair, [], 0.0)[0] for organ, pair in masks.items()}
+    return {organ: dice_by_rule(ours, theirs, [], 0.0)[0] for organ, ours, theirs in masks}
 
 
 def _masks(
@@ -307,8 +307,9 @@ def _masks(
     space: LabelSpace,
     config: TrainingConfig,
     device: torch.device,
-) -> dict[str, tuple[BoolArray, BoolArray]]:
-    """Prediction and reference (D, H, W) of each organ that the case's label shows."""
+) -> Iterator[tuple[str, BoolArray, BoolArray]]:
+    """Each organ that the case's label shows, its prediction and its reference (D, H, W); of one
+    organ at a time, for there may be many."""
     logits = predict_logits(
         network, case.image(), config.intensity, config.patch, overlap=0.25, device=device
     )
@@ -316,5 +317,7 @@ def _masks(
     reference = space.to_classes(case.label())
     predicted[reference == IGNORE] = 0
     numbers = {o: space.index(o) + 1 for o in case.annotated if o in space.organs}
-    masks = {o: (predicted == n, reference == n) for o, n in numbers.items()}
-    return {organ: pair for organ, pair in masks.items() if pair[1].any()}
+    for organ, number in numbers.items():
+        theirs = reference == number
+        if theirs.any():
+            yield organ, predicted == number, theirs
