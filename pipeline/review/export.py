@@ -185,14 +185,14 @@ def export_nnunet(
     cached = {case.name: case for case in cohort.cases}
     sources = [case for name in registry.datasets for case in registry.cases(name)]
     names = _nnunet_names(sources, output)
-    before = json_with(output / _TOLD, "cases", "labels") or {"cases": {}}
-    kept = {name: made for name, made in before["cases"].items() if name in cached}
+    before = json_with(output / _TOLD, "cases", "labels")
+    earlier = {} if before is None else before["cases"]
+    kept = {name: made for name, made in earlier.items() if name in cached}
     told: dict[str, Any] = {"labels": _nnunet_labels(registry.label_space), "cases": kept}
     targets = [output / "dataset.json", output / "splits_final.json", output / _TOLD]
     targets += [_place(output, source, names) for source in sources]
     targets += [output / "labelsTr" / f"{names[name]}{_SUFFIX}" for name in cached]
-    is_ours = (output / _TOLD).exists() and "labels" in before
-    refuse_foreign("cache export", [(path, is_ours) for path in targets])
+    refuse_foreign("cache export", [(path, before is not None) for path in targets])
     if not cached:
         raise ConfigError(
             "no case is in the training or validation split.",

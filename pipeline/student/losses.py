@@ -208,7 +208,7 @@ _SURE = 1e30
 
 
 @dataclass(frozen=True)
-class Regions:
+class RegionMasks:
     """Where teachers, and labels that win, see what.
 
     Attributes:
@@ -220,7 +220,7 @@ class Regions:
     background: Tensor
 
 
-def regions_of(log_odds: Tensor, margin: float = 0.0) -> Regions:
+def regions_of(log_odds: Tensor, margin: float = 0.0) -> RegionMasks:
     """R_k = {d_k > m}, and background as far as anybody speaks: some d_k < -m, and every other one
     < -m or NaN. As in `pipeline.consensus.regions`, but on the device.
 
@@ -230,7 +230,7 @@ def regions_of(log_odds: Tensor, margin: float = 0.0) -> Regions:
     """
     below = log_odds < -margin
     background = (below | torch.isnan(log_odds)).all(dim=1) & below.any(dim=1)
-    return Regions(log_odds > margin, background)
+    return RegionMasks(log_odds > margin, background)
 
 
 def one_target(
