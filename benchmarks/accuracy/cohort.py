@@ -63,7 +63,7 @@ def _fill_cache(folder: Path, size: Size, log: Log) -> None:
     store = cache_teachers.CacheTeachersConfig.model_validate({"window": window})
     for name in ("student", "full", "test"):
         registry = load_registry(folder / f"{name}_registry.yaml")
-        _done(
+        raise_failed(
             cache_teachers.run(
                 store, Scope(registry, folder / "work", log, tables=False),
                 Execution(engine=Here(overlap=False), device="cpu", window_batch=4),
@@ -153,11 +153,12 @@ def _train_teachers(folder: Path, regime: Regime, size: Size, seed: int, log: Lo
     # Apart from the student's cache, where no outside case has a place.
     work = folder / ("outside" if regime.outside_cases else "work")
     report = train_teachers.run(config, Scope(registry, work, log), TrainingExecution(device="cpu"))
-    _done(report)
+    raise_failed(report)
     write_json(folder / _TAUGHT, report.to_json())
 
 
-def _done(report: StageReport) -> None:
+def raise_failed(report: StageReport) -> None:
+    """Raises: PipelineError: the first failure of a stage; Stopped: if that is what it was."""
     if not report.failed:
         return
     unit, error = next(iter(report.failed.items()))

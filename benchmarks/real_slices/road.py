@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.cohort import raise_failed
 from benchmarks.accuracy.configurations import merged
 from benchmarks.real_slices.size import Size
 from benchmarks.real_slices.slices import ORGANS, write_registry
@@ -16,7 +17,7 @@ from pipeline.cache.store import write_json
 from pipeline.config import read_yaml
 from pipeline.data.registry import Registry, load_registry
 from pipeline.engine.here import Execution
-from pipeline.errors import ConfigError, PipelineError, Stopped
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.log import Log
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.speed import TrainingExecution
@@ -24,7 +25,7 @@ from stages import cache_teachers, train_teachers
 from stages.compare.plan import ComparisonSettings, plan_comparison
 from stages.compare.results import Results
 from stages.compare.run import compare
-from stages.report import Scope, StageReport
+from stages.report import Scope
 from stages.train_student import TrainStudentConfig
 
 BASELINES = ("marginal", "pseudo_label")
@@ -87,7 +88,7 @@ class Road:
         scope = Scope(registry, self.place(seed) / "work", self.log, tables=False)
         window = {"shape": self.size.window, "overlap": 0.5}
         storing = cache_teachers.CacheTeachersConfig.model_validate({"window": window})
-        _done(
+        raise_failed(
             cache_teachers.run(
                 storing, scope, Execution(device=self.device, window_batch=_WINDOW_BATCH)
             )
@@ -124,7 +125,7 @@ class Road:
         del training["intensity"]  # a teacher's stands in its registry entry
         config = train_teachers.TrainTeachersConfig.model_validate({"training": training})
         scope = Scope(registry, self.place(seed) / "work", self.log, tables=False)
-        _done(train_teachers.run(config, scope, TrainingExecution(device=self.device)))
+        raise_failed(train_teachers.run(config, scope, TrainingExecution(device=self.device)))
 
     def _compare(self, scope: Scope, seed: int, terms: str, *, test: bool) -> Results:
         budget: dict[str, Any] = {"steps": self.size.student_steps}
@@ -199,12 +200,3 @@ def _configuration(
     # Validations of a training choose nothing here: one, at its end.
     training = training.model_copy(update={"validate_every": 10**9})
     return TrainStudentConfig(run=name, training=training)
-
-
-def _done(report: StageReport) -> None:
-    if not report.failed:
-        return
-    unit, error = next(iter(report.failed.items()))
-    if isinstance(error, Stopped):
-        raise error
-    raise PipelineError(f"{report.stage} failed ({error}).", where=unit) from error
