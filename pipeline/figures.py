@@ -194,13 +194,10 @@ def save_planes(
     look at them: the patient's right on the left, anterior at the top or, sagittal, on the left.
 
     Args:
-        path: PNG.
         image_hu: (D, H, W) in RAS+.
-        panels: columns.
         spacing_mm: z, y, x.
         colours: region name -> colour, of every name in the panels.
         legend: region name -> what the legend says, in that order.
-        title: lines above everything.
     """
     regions = [(n, m) for panel in panels for n, m in panel.regions.items()]
     centre = _busiest_voxel((m.mask() for n, m in regions if n != "agreed background"), image_hu)
@@ -313,11 +310,7 @@ def luminance(rgb: tuple[float, float, float]) -> float:
 
 
 def itksnap_text(names: Mapping[int, str]) -> str:
-    """An ITK-SNAP label description file: Segmentation > Import Label Descriptions.
-
-    Args:
-        names: organ id -> name.
-    """
+    """An ITK-SNAP label description file: Segmentation > Import Label Descriptions."""
     lines = [
         _RULE,
         "# ITK-SnAP Label Description File",
@@ -343,12 +336,7 @@ def itksnap_text(names: Mapping[int, str]) -> str:
 
 
 def slicer_text(names: Mapping[int, str], file_name: str) -> str:
-    """A 3D Slicer colour table; names may hold no blanks there, so these become `_`.
-
-    Args:
-        names: organ id -> name.
-        file_name: of the table; Slicer's own first line.
-    """
+    """A 3D Slicer colour table; names may hold no blanks there, so these become `_`."""
     lines = [
         f"# Color table file {file_name}",
         f"# {len(names) + 1} values",
@@ -372,9 +360,6 @@ def caret_xml(names: Mapping[int, str]) -> str:
 
     Its reader takes `CaretExtension / VolumeInformation / LabelTable / Label` of the first
     extension; that table is in the format of the Caret programs.
-
-    Args:
-        names: organ id -> name.
     """
     labels = []
     for organ_id, name in sorted(names.items()):
@@ -424,13 +409,11 @@ def save_curves(
     """Loss terms, validation Dice, and throughput with the wait for data, against steps.
 
     Args:
-        path: PNG.
         terms: term -> (step, value), drawn raw and smoothed; `total` is drawn in black.
         dice: organ -> (step, Dice).
         samples_per_second: (step, samples/s).
         data_wait: (step, share of the time, 0 to 1).
         ids: organ -> id, which says its colour; else by its place in `dice`.
-        title: above everything.
     """
     with open_figure(path, 2, 3, size=(14, 5.2)) as (figure, axes):
         grid = axes[0, 0].get_gridspec()
@@ -552,7 +535,6 @@ def svg_chart(key: str, draw: Callable[[Any], None], *, height: float = 230) -> 
 
     Args:
         key: another one for each chart of a page, so that no two have an id in common.
-        draw: draws into axes.
         height: in the same units.
     """
     import matplotlib as mpl

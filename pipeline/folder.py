@@ -175,7 +175,6 @@ def refuse_foreign(
     Args:
         command: as it is typed, without `pipeline`.
         targets: what it would write; of each, whether the command wrote what may be there.
-        fix: what the user can do.
 
     Raises:
         ConfigError: it names the files that are in the way, the first few of them.

@@ -156,8 +156,6 @@ class Log:
         Lines and events come after a few seconds, then every minute, and at the end.
 
         Args:
-            what: is counted.
-            total: how many there are.
             done: how many of them were made before, and say nothing about speed.
         """
         report = _Advance(self, what, total, done)

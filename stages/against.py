@@ -56,10 +56,7 @@ class SideBySide:
 
     Attributes:
         names: of the folders, the first being the one that others are held against.
-        folders: likewise.
-        organs: organ -> label.
         cases: `dataset/case`, in all folders.
-        summaries: of the folders.
         notices: what a reader has to know.
     """
 
@@ -134,11 +131,7 @@ def side_by_side(
     """Holds a folder that has just been evaluated against others.
 
     Args:
-        config: that it was evaluated with.
-        registry: likewise.
-        predictions: the folder.
         others: folders of predictions, or of runs whose predictions are in `WORK/predictions`.
-        log: where progress and notices go.
 
     Raises:
         ConfigError: the folders were judged by other settings or references, or share no case.

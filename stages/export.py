@@ -62,14 +62,6 @@ def run(
     """Writes `output/<format>/` for each format; what is there from the same student, image and
     settings is skipped.
 
-    Args:
-        config: what changes what is written.
-        student: a run's folder, or its `student.pt`.
-        wanted: the formats, and what they are checked on.
-        output: folder.
-        log: where progress goes.
-        dry_run: say what would be done, write nothing.
-
     Raises:
         CheckpointError: no student there.
         ConfigError: nothing to check on, or files are there that are not as `export` wrote them.

@@ -80,12 +80,8 @@ def run(
     """Trains every teacher of kind `checkpoint` with `trained_on` whose file is not there yet.
 
     Args:
-        config: what changes numbers.
         scope: cases on the teachers' grids and checkpoints go to the work folder; the finished
             teacher goes to `weights` of its registry entry.
-        execution: where and how; changes speed and rounding.
-        only: one teacher by name.
-        dry_run: say what would be done, write nothing.
 
     Raises:
         ConfigError: no such teacher, or none to train; a logger that is not installed; or several
@@ -133,13 +129,7 @@ def _to_train(registry: Registry, only: str | None) -> list[str]:
 
 @dataclass(frozen=True)
 class _Teacher:
-    """A teacher to be trained.
-
-    Attributes:
-        name: in the registry.
-        config: of the stage.
-        scope: of the stage.
-    """
+    """A teacher to be trained."""
 
     name: str
     config: TrainTeachersConfig

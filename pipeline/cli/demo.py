@@ -90,9 +90,7 @@ def run_demo(folder: Path, *, quick: bool, log: Log) -> Mapping[str, float]:
     Everything is resumable: a second call goes on where the first one stopped.
 
     Args:
-        folder: where everything goes.
         quick: a tiny cohort and a few steps, of meaningless quality.
-        log: where progress goes.
 
     Returns:
         Student -> mean test Dice over organs.

@@ -145,10 +145,7 @@ class CallRecord:
         command: as it is typed, `cache-teachers`.
         arguments: parameter -> value, defaults among them.
         path: where the report goes; None: nowhere.
-        verbose: whether the user wants to see everything.
         config_digest: of the settings that are in force, defaults among them.
-        reports: of the stages that ran, in their order.
-        log: what the command opened.
     """
 
     command: str

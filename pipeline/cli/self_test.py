@@ -55,9 +55,6 @@ class Setup:
 
     Attributes:
         config: `training.steps` is how long the test takes.
-        registry: read without its files.
-        work: the work folder; read only.
-        execution: of the undisturbed training.
     """
 
     config: TrainStudentConfig
@@ -71,9 +68,7 @@ class Attempt:
     """One process of a training, from its start to its end or its kill.
 
     Attributes:
-        setup: what is trained.
         folder: of the training; its checkpoints are gone on from.
-        workers: loader processes.
         kill_after: step whose checkpoint is waited for; None lets it live.
         delay_s: seconds from then to the kill.
     """
@@ -90,10 +85,8 @@ class Row:
     """What came of one attempt.
 
     Attributes:
-        workers: loader processes.
         resumed_from: step that it went on from; 0 is the beginning.
         reached: last step whose checkpoint it wrote.
-        killed: whether SIGKILL ended it.
         difference: from the undisturbed training; empty if there is none.
     """
 
@@ -119,8 +112,6 @@ def self_test(
     Args:
         setup: what is tried, with at least three steps.
         kills: how often the second training is killed; fewer where there are fewer steps.
-        seed: of steps, moments and numbers of loader processes.
-        log: says what is being done.
         train_once: what a process does; the tests break it on purpose.
 
     Raises:

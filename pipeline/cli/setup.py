@@ -490,11 +490,7 @@ def stage_settings() -> dict[str, Path]:
 
 
 def about_tool(commands: Mapping[str, str]) -> dict[str, Any]:
-    """Versions, and every command with what it is for.
-
-    Args:
-        commands: command -> its first line of help.
-    """
+    """Versions, and every command with what it is for."""
     from pipeline.config import TOOL, versions
 
     known = versions()

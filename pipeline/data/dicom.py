@@ -126,7 +126,6 @@ class Series:
     """A CT series, without its voxels.
 
     Attributes:
-        path: the folder or zip file.
         shape: (x, y, z) sizes.
         affine: 4 x 4, (x, y, z) voxels to RAS+ mm.
         note: what else lies there and is left out, as a sentence; empty: nothing.
@@ -448,9 +447,7 @@ def write_segmentation(
     copied from the series into this file.
 
     Args:
-        path: where to write.
         labels: a NIfTI in the geometry of the series, as `predict` writes it.
-        series: the folder or zip file.
         ids: organ -> value in the label map; organs without a voxel get no segment.
         colours: organ -> red, green, blue, 0 .. 255.
 

@@ -77,10 +77,8 @@ def map_labels(
     Args:
         label: (D, H, W), whole numbers as in the file; 0 is background.
         values: organ -> the values that mean it in this dataset.
-        ids: organ -> id.
         ignore_values: values that mean "unknown": stored as 255.
         background_values: values of structures that are none of the organs: stored as 0.
-        where: named in the error.
 
     Raises:
         GeometryError: a value that nothing here names.
@@ -135,9 +133,6 @@ def log_odds(
 
     Args:
         logits: (C, D, H, W) float32.
-        channels: those that mean the organ.
-        activation: what the network was trained with.
-        where: named in the error.
 
     Returns:
         (D, H, W) float32.

@@ -173,8 +173,6 @@ class HeaderDoubt:
     """One doubt.
 
     Attributes:
-        what: a sentence.
-        fix: what to do.
         certain: whether the geometry is wrong for sure.
     """
 
@@ -243,7 +241,6 @@ class NiftiVolume:
 
     Attributes:
         volume: array (D, H, W) in RAS+ with its grid, and how the file keeps its axes.
-        path: the file.
         sha256: of the file's bytes, the very bytes that `volume` was decoded from.
         file_shape: (x, y, z) sizes as stored.
         file_affine: 4 x 4 as stored, (x, y, z) voxels to RAS+ mm.
@@ -366,7 +363,6 @@ def write_image(
     """Writes (D, H, W) in RAS+ as NIfTI, atomically.
 
     Args:
-        path: `.nii` or `.nii.gz`.
         volume: its array's dtype is stored as it is (bool as uint8).
         affine_xyz: if given, the file is stored in the orientation of this affine (its axis order
             and directions), with this affine; it must describe the same voxels.
@@ -388,7 +384,6 @@ def write_like(
     """Writes (D, H, W) back in the geometry of the file `like`: same shape, axes, affine, codes.
 
     Args:
-        path: where to write, `.nii` or `.nii.gz`; written atomically.
         volume: in RAS+, on the grid that reading `like` gave; (C, D, H, W) becomes a 4D file, its
             channels last, written channel by channel (a memory map need not be loaded).
         like: the NIfTI whose geometry the output takes over; only its header is read.

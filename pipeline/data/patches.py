@@ -131,11 +131,6 @@ def check_slice(shape: Sequence[int], window: Sequence[int], fix: str) -> None:
     """Refuses windows that are thicker than the one slice that an image is: a network would see one
     row of image among rows of padding, and answer all the same.
 
-    Args:
-        shape: of the image, in voxels.
-        window: in voxels.
-        fix: what to do about it.
-
     Raises:
         GeometryError: see there.
     """

@@ -25,8 +25,6 @@ def resample(volume: Volume, grid: Grid, *, order: int, outside: float | None = 
 
     Args:
         volume: any real dtype; integers are rounded after interpolation.
-        grid: where the result lies.
-        order: 0 or 1.
         outside: value of voxels outside the source's field of view (NaN where a float result must
             say "not seen"); None holds the outermost value there too.
 
@@ -53,8 +51,6 @@ class SlabRows:
 
     Args:
         source: grid of the whole volume that arrives.
-        target: where the result lies.
-        outside: as in `resample`.
     """
 
     def __init__(self, source: Grid, target: Grid, *, outside: float | None = None) -> None:
@@ -72,7 +68,6 @@ class SlabRows:
         """Takes the next rows, (..., n, H, W); yields what they complete of the target.
 
         Args:
-            slab: the rows.
             out: (..., D, H, W) of the target, which is filled; what is yielded are views of it.
                 Without it, arrays of their own, a few rows at a time.
 
@@ -118,13 +113,7 @@ class SlabRows:
 
 
 class SlabResampler:
-    """`SlabRows` with the result held whole.
-
-    Args:
-        source: grid of the whole volume that arrives.
-        target: where the result lies.
-        outside: as in `resample`.
-    """
+    """`SlabRows` with the result held whole."""
 
     def __init__(self, source: Grid, target: Grid, *, outside: float | None = None) -> None:
         self._rows = SlabRows(source, target, outside=outside)

@@ -21,7 +21,6 @@ class CaseSize:
     """A case and its grids.
 
     Attributes:
-        source: its files.
         native: the image's own grid in RAS+.
         grid: the student grid of the case.
     """

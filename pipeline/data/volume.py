@@ -33,7 +33,6 @@ class Grid:
     """Where voxels are: shape (D, H, W) and an affine from (z, y, x) indices to mm.
 
     Attributes:
-        shape: number of voxels along z, y, x.
         affine: 4 x 4, row by row, from voxel index (z, y, x, 1) to (superior, anterior, right, 1)
             in mm. Plain tuples, so that grids compare and hash by value.
     """
@@ -247,8 +246,6 @@ class Volume:
     """An array whose last three axes are (D, H, W) on `grid`; leading axes are channels.
 
     Attributes:
-        array: the values.
-        grid: where they are.
         stored: how the file that it was read from keeps its axes, slowest first. The array itself
             is in RAS+ order whatever this says; only a network that was trained on arrays in the
             order of their files needs it.
@@ -284,7 +281,6 @@ def as_file_array(
 
     Args:
         volume: (D, H, W) in RAS+.
-        orientation: how the file keeps its axes.
 
     Returns:
         The array along i, j, k, as a view, and the 4 x 4 affine of its voxels.

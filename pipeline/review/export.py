@@ -63,11 +63,6 @@ def export_nifti(
     registry has two pairs that would share a name, `k` with `left_x` and `k_left` with `x`.
 
     Args:
-        work: the work folder.
-        registry: read without its files.
-        case: `dataset/case`.
-        teachers: those whose log-odds are written.
-        output: the folder.
         regions: also write `regions` (uint8: organ ids, 0 agreed background, 255 where teachers
             disagree or abstain), `agreed_background` and `conflict` (0 or 1), from all teachers of
             the registry and the case's label.
@@ -156,11 +151,8 @@ def export_nnunet(
     same cache and files, is not made again; `dataset.json` is written last.
 
     Args:
-        work: the work folder.
         registry: read with its files.
-        teachers: those who are asked.
         output: `.../nnUNet_raw/Dataset123_Name`.
-        log: hears of progress.
 
     Returns:
         The path of dataset.json.

@@ -39,7 +39,6 @@ class Garbage:
         index_files: index entries of none of the registries, or unreadable, and evidence of
             teachers that none of them has.
         temporaries: of processes of this host that no longer live.
-        num_bytes: path -> size of each of these.
         young: case units that nobody reaches yet: stage one may be about to index them.
         students: unit -> runs that were trained on it.
         others: registries that are not named and whose entries call for something: it stays.

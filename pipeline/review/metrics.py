@@ -43,7 +43,6 @@ class OrganScore:
     """How well one organ of one case was segmented.
 
     Attributes:
-        organ: the name of the organ.
         dice: overlap, 0 to 1; NaN if neither side has the organ.
         nsd: normalised surface Dice, 0 to 1; NaN if the reference lacks the organ, or if surfaces
             were not asked for.
@@ -112,8 +111,6 @@ def score_case(
         prediction: label values, shape (D, H, W), integer or bool.
         reference: label values, shape (D, H, W), integer or bool.
         organs: label value of each organ, by name.
-        grid: where both lie.
-        tolerance_mm: the t of NSD, in mm.
         ignore_value: the reference value of voxels nobody has judged; None if there is no such
             value.
         surface: whether to compute NSD and HD95, by far the slower part. If not, both are NaN,
@@ -331,8 +328,6 @@ def outdated(
     """Why a summary is not of what is there now; empty if it is.
 
     Args:
-        summary: of a folder.
-        folder: that of the predictions.
         now: case -> `reference_sha256` and `image_sha256` as they are now, where they are known.
     """
     if summary.get("rules") != RULES:

@@ -115,7 +115,6 @@ def differences(
     Args:
         scores: (S, N, K).
         baseline: (S, N, K), the same seeds, cases and organs.
-        seed: of the draws.
         min_seeds: seeds without which there is no interval, `MIN_SEEDS` by default; with 1, for
             what has no seeds, cases alone are drawn.
 

@@ -33,9 +33,7 @@ class UnitProblem:
     """Something that is not as it must be.
 
     Attributes:
-        unit: its name, or that of an index entry.
         state: missing: the registry calls for it and it is not there; damaged: it cannot be used.
-        what: in words, one per problem.
     """
 
     unit: str
@@ -49,9 +47,7 @@ class Verification:
     """What was looked at and what was found.
 
     Attributes:
-        deep: whether every byte was read.
         checked: units that were there; `num_bytes` is what they take on disk.
-        findings: what is wrong, in the order of the work folder.
         unreached: units that no index entry leads to and that were not looked at.
     """
 

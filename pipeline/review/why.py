@@ -161,7 +161,6 @@ class Change:
     """A case or teacher that is in both folders, made from other inputs.
 
     Attributes:
-        name: `dataset/case`, or the teacher.
         a, b: its digest in A, 16 digits, and the one in B that differs least from it.
         differences: `field: in A -> in B`.
     """

@@ -131,8 +131,6 @@ def change_intensity(
 
     Args:
         image: (1, D, H, W) in units of the network's input; left as it is.
-        config: which, and how much.
-        rng: the only source of randomness.
         spacing_mm: z, y, x; only their ratios matter.
     """
 
@@ -390,8 +388,6 @@ class Warp:
 
     Args:
         affine: about the patch's middle.
-        patch: what is wanted.
-        spacing_mm: z, y, x.
 
     Attributes:
         box: what is to be read. It may reach outside the case even where the patch does not, and

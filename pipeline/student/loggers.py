@@ -23,7 +23,6 @@ class LoggedRun:
     """What a logger is told of a run when it starts or goes on.
 
     Attributes:
-        name: for people.
         folder: of the run, on this machine; a logger keeps here what it must find after a resume.
         settings: what the run's YAML may say, nested; its inputs are in config.json.
         resumed_from: step of the checkpoint; 0 at the start. What was logged of later steps, before
@@ -61,10 +60,6 @@ class Loggers:
 
     A full disk or a lost network costs one warning; that logger is then left out, and the training
     goes on.
-
-    Args:
-        loggers: in the order in which they are told.
-        warn: hears of failures.
     """
 
     def __init__(self, loggers: Iterable[RunLogger], warn: Callable[[str], None]) -> None:

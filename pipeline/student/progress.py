@@ -50,12 +50,9 @@ class Metrics:
     """Appends lines to metrics.jsonl, tells loggers, and keeps curves, never all lines.
 
     Args:
-        path: metrics.jsonl.
         keep_until: lines of later steps, written before a kill, are dropped, so that a resumed run
             leaves the same numbers as an undisturbed one.
         batch_size: samples in a step, over all processes.
-        name: of the run, for people; by default the folder's.
-        loggers: who else is told; nobody by default.
         warn: hears, once, that the picture cannot be drawn.
 
     Attributes:
@@ -202,10 +199,7 @@ def followed(
     """The metrics of a run while it trains; what loggers began is finished whatever happens.
 
     Args:
-        run: as loggers are told of it.
         batch_size: samples in a step, over all processes.
-        warn: hears of a logger that fails, or of a picture.
-        loggers: who is told beside metrics.jsonl.
     """
     others = Loggers(loggers, warn)
     metrics = Metrics(
@@ -480,8 +474,6 @@ def show_validations(log: Log, metrics: Path, where: Folder) -> None:
     """A table of first, best and last validation Dice per organ, and where the run's files are.
 
     Args:
-        log: for people.
-        metrics: metrics.jsonl of the run.
         where: the run's folder as the user knows it.
     """
     if log.quiet:

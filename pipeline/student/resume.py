@@ -74,12 +74,7 @@ class TrainingState:
     """A training at a step: its settings, and all that later steps depend on.
 
     Attributes:
-        config: what changes numbers.
-        inputs: what is read.
-        network: on its device.
-        optimiser: of the network's weights.
         speed: precision, memory format and compiling at work, and the device.
-        processes: that train together.
         best: of the validations so far.
     """
 
@@ -117,7 +112,6 @@ class RunFolder:
     Of processes that train together the first alone writes to it.
 
     Attributes:
-        path: on this machine.
         name: of the run, for people; by default the folder's.
         saved: called whenever a checkpoint has been written.
         record: what a student's file says beside its weights, for a step and its Dice per organ;

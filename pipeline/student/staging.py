@@ -34,7 +34,6 @@ class _Outcome:
     """What one process did.
 
     Attributes:
-        host: that it runs on.
         ready: names of the copies that it made or found in order.
         num_bytes: that it copied.
         read_bytes: of the ready copies.
@@ -76,7 +75,6 @@ def staged_cases(
     """Cases, read from copies below a folder: images, labels, log-odds of the experts, and taps.
 
     Args:
-        cases: with the teachers' units that are read.
         folder: on a disk of this node; the same path on all.
         taps: those whose features are read.
         log: hears what was copied, and of everything that is read from the cache after all.

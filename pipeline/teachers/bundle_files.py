@@ -28,8 +28,6 @@ class BundleFiles:
 
     Attributes:
         config: the inference config, with the metadata as `_meta_`; nothing in it is resolved.
-        metadata: `configs/metadata.json`.
-        state: the network's weights.
     """
 
     config: Mapping[str, Any]

@@ -39,9 +39,7 @@ class ExportedTeacher:
         entry: the registry's; says orientation, spacing and intensities.
         network: takes (N, 1, ..) in the entry's orientation, gives (N, C, ..).
         form: `torchscript` or `torch.export`.
-        window: shape along z, y, x.
         batch_size: windows per pass; speed and memory only.
-        device: where it runs.
     """
 
     entry: TeacherEntry
@@ -324,8 +322,6 @@ def inspect_archive(path: Path, *, where: str, trusted: bool) -> Exported:
     """Looks into a file.
 
     Args:
-        path: the file.
-        where: named in errors.
         trusted: the user vouches for the file: it may hold what runs code when it is loaded.
 
     Raises:

@@ -72,10 +72,8 @@ def resolve_parts(
 
     Args:
         config: the inference config as read, with the metadata as `_meta_`.
-        folder: the bundle's.
         device: takes the place of the config's own `device`, which changes speed only.
         trusted: the user vouches for the bundle: everything is resolved as monai.bundle does.
-        where: named in errors.
 
     Raises:
         TeacherError: a part or reference that is not there, what may not run, or what cannot be
@@ -204,11 +202,9 @@ class BundleTeacher:
     """A bundle's network, run by the bundle's own preprocessing and inferer.
 
     Attributes:
-        name: as in the registry.
         parts: of the bundle; the network has its weights.
         image_key: what the preprocessing calls the image.
         taps: tap -> number of channels, and voxels per cell along the network's axes.
-        device: where the network runs.
     """
 
     name: str

@@ -34,13 +34,8 @@ class NnunetTeacher:
     """A model folder, ready to run.
 
     Attributes:
-        name: of the teacher, for errors.
-        options: how the folder is used.
         orientation: `stored` or letters, with the model's own reader taken into account.
         folds: which are averaged.
-        trainer: class name of its trainer.
-        configuration_name: which of the plans' configurations it is.
-        version: of nnU-Net.
         predictor: nnU-Net's, with network and weights.
     """
 
@@ -169,12 +164,6 @@ def load_nnunet_teacher(
     name: str, entry: TeacherEntry, path: Path, *, device: torch.device
 ) -> NnunetTeacher:
     """Loads a model folder and holds it against the registry.
-
-    Args:
-        name: as in the registry.
-        entry: its registry entry.
-        path: the model folder.
-        device: where it runs.
 
     Raises:
         TeacherError: nnU-Net is not installed; the folder lacks something or contradicts the
@@ -373,8 +362,6 @@ class NnunetCheckpoint:
 
     Attributes:
         weights: parameter name -> tensor.
-        configuration: which of the plans' configurations it was trained in.
-        trainer: class name of its trainer.
         mirror_axes: axes (of the transposed image) that may be mirrored when it is used.
     """
 
@@ -420,12 +407,6 @@ def build_architecture(
     folder: ModelFolder, configuration: Any, *, in_channels: int, out_channels: int
 ) -> nn.Module:
     """The network that plans.json describes, without deep supervision; weights are arbitrary.
-
-    Args:
-        folder: named in errors.
-        configuration: nnU-Net's ConfigurationManager.
-        in_channels: of the image.
-        out_channels: labels or regions.
 
     Raises:
         TeacherError: plans.json names code that is not nnU-Net's own, or that does not exist.

@@ -26,9 +26,6 @@ class ModelFolder:
     """What is in a model folder.
 
     Attributes:
-        path: the folder.
-        plans: content of plans.json.
-        dataset: content of dataset.json.
         checkpoints: fold ("0" .. or "all") -> checkpoint file, in the order they are averaged in.
     """
 
@@ -65,7 +62,6 @@ def read_model_folder(path: Path, entry: TeacherEntry) -> ModelFolder:
 
     Args:
         path: the folder, `.../TRAINER__PLANS__CONFIGURATION`.
-        entry: says which folds and which checkpoint.
 
     Raises:
         TeacherError: something is not there, or is not what nnU-Net v2 writes.

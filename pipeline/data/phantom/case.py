@@ -254,8 +254,6 @@ def write_dataset(
     the cases whose files are missing or changed, so a call that was killed is simply repeated.
 
     Args:
-        root: the dataset's folder, made if need be.
-        spec: what to write.
         on_case: called with the case's name after each case, written or found complete.
 
     Raises:

@@ -56,10 +56,8 @@ class CaseLook:
     """Lazy arrays of one case; nothing is read before they are computed.
 
     Attributes:
-        votes: of the teachers and of the label.
         organs: names of the known organs, in the order of axis K.
         ids: their ids in label maps.
-        view: how regions are formed.
         has_ignored_claims: whether some claim of a teacher is ignored here.
     """
 

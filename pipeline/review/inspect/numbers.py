@@ -33,8 +33,6 @@ class TeacherNumbers(Config):
     """One teacher in one organ of a case, before any label wins.
 
     Attributes:
-        teacher: its name.
-        organ: that it claims.
         claimed_ml: where its log-odds are above the margin.
         unseen: share of voxels that it did not see (NaN).
     """
@@ -49,11 +47,8 @@ class IgnoredClaims(Config):
     """What is ignored of a teacher's claims about an organ in a case that does not annotate it.
 
     Attributes:
-        teacher: its name.
-        organ: in which.
         here: whether its "here" counts.
         not_here: whether its "not here" counts.
-        why: in words.
     """
 
     teacher: str
@@ -98,21 +93,13 @@ class CaseNumbers(Config):
     """One case.
 
     Attributes:
-        case: `dataset/case`.
-        split: train, validation or test.
-        volume_ml: of the whole case.
-        organs: organ -> its numbers, of the known organs.
         agreed_background: share of the case.
         unclaimed: share of the case that is background as far as anybody speaks: the agreed
             background, and what lies beside an organ whose teachers are ignored.
         conflict_ml: in two or more organ regions.
         abstained_ml: in no region at all.
         unseen: share of voxels that some organ's experts all did not see (NaN).
-        teachers: each teacher and organ.
-        pairs: each pair of teachers.
         doubts: each teacher and organ of which a claim is ignored here.
-        flags: why the case is improbable, in words.
-        one_slice: whether it is one slice.
     """
 
     case: str
@@ -147,8 +134,6 @@ class LazyNumbers:
     """What the numbers of a case are made of.
 
     Attributes:
-        names: of what is counted.
-        pairs: of teachers.
         arrays: lazily, voxels of each name; voxels of each pair; organ regions (K, ..) and label,
             both coarse.
     """
@@ -281,7 +266,6 @@ def flagged(case: CaseNumbers, usual: Mapping[str, Usual]) -> CaseNumbers:
     """The same numbers with the reasons why they are improbable.
 
     Args:
-        case: its numbers.
         usual: of the cohort; an organ that is absent is judged by the case alone.
     """
     flags: list[str] = []
@@ -336,7 +320,6 @@ class CohortNumbers:
 
     Attributes:
         cases: with flags; improbable ones first, those with most reasons before others.
-        usual: organ -> what its labels look like.
         failed: case -> why it could not be measured.
     """
 
@@ -370,15 +353,7 @@ class CohortNumbers:
 def measure_cohort(
     cases: Sequence[CachedCase], space: LabelSpace, view: View, *, workers: int, log: Log
 ) -> CohortNumbers:
-    """Measures every case, one case in memory per process, and flags them.
-
-    Args:
-        cases: open for reading.
-        space: the organs.
-        view: how regions are formed.
-        workers: processes; 0 for this one. Changes speed only.
-        log: where progress goes.
-    """
+    """Measures every case, one case in memory per process, and flags them."""
     with log.progress("cases", len(cases)) as advance:
         made = in_processes(
             partial(measure_case, space=space, view=view), cases, number=workers,

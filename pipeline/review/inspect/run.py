@@ -64,11 +64,6 @@ def inspect_case(
     """Writes `<output>/<dataset>/<case>/`: maps as NIfTI, colours, `figure.png`, `numbers.json`.
 
     Args:
-        registry: read without its files.
-        work: the work folder.
-        name: `dataset/case`.
-        view: how regions are formed.
-        output: where to write; files of an earlier call are replaced.
         allow_missing: leave out teachers whose units are missing or damaged.
 
     Returns:
@@ -117,13 +112,7 @@ def inspect_cohort(
     measured all the same.
 
     Args:
-        registry: read without its files.
-        work: the work folder.
-        view: how regions are formed.
-        output: where to write.
         allow_missing: measure the cases that there are, each by the teachers that it has.
-        workers: processes; 0 for this one. Changes speed only.
-        log: where progress goes.
 
     Raises:
         ConfigError: the registry has no teacher, or there are files that `inspect` did not write.
@@ -241,8 +230,6 @@ def compute_maps(
     """Every map in one pass: at no time are more log-odds in memory than those of a few chunks.
 
     Args:
-        case: the case.
-        look: at it.
         also: other arrays of the same look, computed in the same pass.
 
     Raises:
@@ -317,15 +304,7 @@ SPLIT_COLOUR = "#00b0ff"
 def draw_case(
     path: Path, case: CachedCase, look: CaseLook, found: CaseMaps, numbers: CaseNumbers
 ) -> None:
-    """Writes a PNG.
-
-    Args:
-        path: of the figure.
-        case: the case.
-        look: at it.
-        found: its maps.
-        numbers: its volumes, which the legend gives.
-    """
+    """Writes a PNG."""
     organs = organ_colours(look)
     ids = dict(zip(look.organs, look.ids, strict=True))
     label = {o: Marked(found.label, (ids[o],)) for o in look.organs if o in case.annotated}

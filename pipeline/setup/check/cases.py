@@ -43,10 +43,6 @@ class Finding:
         kind: what was looked at: registry, split, file, header, grid, values, organ, small, hu,
             patch, duplicate, volume, place, air, teacher.
         where: `dataset/case`, `dataset`, a teacher, or the registry.
-        what: what was found, as a sentence.
-        fix: what to do about it.
-        dataset: that it belongs to; None for none.
-        case: `dataset/case`, if it is of one case.
     """
 
     severity: Severity
@@ -87,8 +83,6 @@ class Task:
     """A case to look at.
 
     Attributes:
-        source: its files.
-        entry: of its dataset.
         spacing_mm: of the student grid.
         patch: of the student, in voxels of that grid.
     """
@@ -104,11 +98,7 @@ class CaseFacts:
     """What one case showed; None and empty where its files did not let themselves be read.
 
     Attributes:
-        case: `dataset/case`.
-        dataset: its dataset.
-        split: likewise.
         shape: of the image in RAS+, z, y, x.
-        spacing_mm: likewise.
         stored: letters of the order that the image's file keeps its axes in, as `LPS`.
         image_key: SHA-256 of the image's voxels in RAS+, whatever file they were in.
         label_key: likewise of the label; None if it is empty.
@@ -117,7 +107,6 @@ class CaseFacts:
         grid_voxels: organ -> voxels that are left of it on the student grid.
         organ_place: organ -> centre along z, y, x: -1 and 1 are the ends of the body.
         organ_air: organ -> share of its voxels in air, below -500 HU.
-        findings: what is wrong with this case alone.
     """
 
     case: str

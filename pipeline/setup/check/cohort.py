@@ -63,12 +63,7 @@ _TELLING: Final = 6  # digits, without leading zeros, by which a name does not j
 def compare_cases(
     facts: Sequence[CaseFacts], datasets: Mapping[str, DatasetEntry]
 ) -> list[Finding]:
-    """All findings that need more than one case.
-
-    Args:
-        facts: of all cases that are checked.
-        datasets: their entries.
-    """
+    """All findings that need more than one case."""
     found = same_voxels(facts) + torn_patients(facts, datasets)
     for dataset, entry in datasets.items():
         own = [case for case in facts if case.dataset == dataset and case.organ_ml]
@@ -315,9 +310,7 @@ class DataReport:
     """What was found in datasets.
 
     Attributes:
-        datasets: that were checked.
         cases: facts of each case whose files are there.
-        num_cases: that the registry names.
         findings: errors first.
     """
 
@@ -348,9 +341,6 @@ def check_datasets(
 
     Args:
         registry: read without its files; what is wrong with them is part of the report.
-        patch: of the student, in voxels of the student grid.
-        log: where progress goes.
-        dataset: one alone; None for all.
         jobs: processes; None for as many as there are cores, at most 16. Changes speed only.
 
     Raises:

@@ -27,8 +27,6 @@ class Report:
     """Datasets and teachers.
 
     Attributes:
-        registry: that was checked.
-        data: of its datasets.
         teachers: of its teachers; None if they were not run.
     """
 

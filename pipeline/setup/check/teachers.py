@@ -34,8 +34,6 @@ class TeacherCheck:
     """What one teacher did with the crop; all but the first three are empty if it failed.
 
     Attributes:
-        teacher: as in the registry.
-        kind: likewise.
         organs: organ -> the output channels that mean it, from the registry.
         problem: what is wrong; None if nothing is.
         fix: what to do about it.
@@ -47,8 +45,6 @@ class TeacherCheck:
         taps: tap -> (F, d, h, w) of its features.
         agreement: tap -> see `tap_agreement`.
         memory_bytes: growth of peak memory while it was loaded and run; None if not known.
-        load_seconds: to load it.
-        seconds: to run it.
     """
 
     teacher: str
@@ -101,10 +97,7 @@ def check_teachers(
     A teacher that fails is reported in its row, and the others are tried all the same.
 
     Args:
-        teachers: of a registry, as stage one would run them.
-        log: where progress goes.
         case: `dataset/case`; None takes the first that can be read.
-        dataset: to take it from; None for any.
         side_mm: of the crop, a cube where the image is that large.
 
     Raises:

@@ -72,9 +72,6 @@ def draft(path: Path, request: InitRequest, *, force: bool = False, ask: Ask | N
     """Looks at folders: the text of the registry that `begin` writes. Nothing is written.
 
     Args:
-        path: of the registry.
-        request: folders, and what the user says of them.
-        force: replace a registry that is there.
         ask: puts a question to the user; None: what is not known is refused, all at once.
 
     Raises:

@@ -36,14 +36,12 @@ class FoundDataset:
 
     Attributes:
         layout: in words, for people.
-        root: its folder.
         images, labels: patterns below root, or None.
         pairs: case -> files below root, instead of patterns.
         names: label values by the names of its JSON file, without background; empty if it has none.
         ignore: label values that the file says mean unknown.
         split: train, validation, test -> cases, where the file says so; empty: it does not.
         licence, source: as the file says.
-        notes: what a user should know.
     """
 
     layout: str

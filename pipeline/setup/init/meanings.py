@@ -121,9 +121,7 @@ def settle(
     Args:
         names: of the file, without background; empty: it names nothing.
         said: by the user; it goes before the file's names.
-        organs: those in use.
         what: `label value` or `channel`, for errors.
-        where: for errors.
 
     Returns:
         the meanings, and the values that have none yet with the file's names for them.

@@ -34,12 +34,10 @@ class FoundTeacher:
     """A network as it lies on the disk.
 
     Attributes:
-        kind: as the registry names it.
         weights: file or folder.
         names: output channels by name, without background; empty: nothing names them.
         num_channels: None: nothing says how many there are.
         settings: further keys of its entry that the files say.
-        notes: what a user should know.
     """
 
     kind: str
@@ -259,10 +257,8 @@ def settings_of(
     """Takes `activation`, `spacing`, `orientation` and `window` out of a flag's parts.
 
     Args:
-        found: what its files say.
         parts: of the flag; what is used is taken out.
         ask: puts a question to the user, or None.
-        where: for errors.
 
     Returns:
         further keys of the teacher's entry, and what is not known, in words for the user.

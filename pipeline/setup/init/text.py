@@ -59,11 +59,7 @@ def registry_text(
     """The whole file.
 
     Args:
-        organs: name -> id.
-        spacing_mm: of the student grid, z, y, x.
         spacings_note: what the files' own spacings are; may be empty.
-        datasets: at least one.
-        teachers: may be none.
     """
     lines = [f"  {_flow(name)}: {number}" for name, number in organs.items()]
     lines += ["", "# The student grid: one spacing for all; finer costs memory and time."]

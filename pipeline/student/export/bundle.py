@@ -43,10 +43,7 @@ def write_bundle(
 
     Args:
         folder: of the bundle, empty.
-        record: of the student.
         network: the student's, on the CPU, in evaluation mode.
-        name: of the bundle.
-        overlap: fraction that neighbouring windows share.
 
     Raises:
         ConfigError: MONAI's own network gives something else than one tensor.
@@ -75,8 +72,6 @@ def run_bundle(folder: Path, image: Path, output: Path) -> Path:
 
     Args:
         folder: of the bundle, which is trusted: postprocessing is code.
-        image: NIfTI.
-        output: folder of label maps.
 
     Returns:
         The label map.
@@ -117,13 +112,6 @@ def compare_bundle(
 
     On an image that is resampled to the student grid beforehand they can only be equal. On the
     image itself, where that is another, MONAI resamples in its own way.
-
-    Args:
-        folder: of the bundle.
-        image: NIfTI.
-        record: of the student.
-        network: the student's.
-        overlap: fraction that neighbouring windows share.
 
     Returns:
         `ON_STUDENT_GRID`, and if the image has another grid `ON_OWN_GRID`.
@@ -270,12 +258,7 @@ def inference_config(record: StudentRecord, *, overlap: float) -> dict[str, Any]
 
 
 def metadata(record: StudentRecord, *, name: str) -> dict[str, Any]:
-    """`configs/metadata.json`.
-
-    Args:
-        record: of the student.
-        name: of the bundle.
-    """
+    """`configs/metadata.json`."""
     low, high = (float(v) for v in _range(record.intensity))
     names = bundle_channels(record)
     patch = {"spatial_shape": list(record.patch), "dtype": "float32", "is_patch_data": True}
@@ -454,12 +437,7 @@ def _versions() -> Mapping[str, str]:
 
 
 def readme(record: StudentRecord, name: str) -> str:
-    """`docs/README.md`.
-
-    Args:
-        record: of the student.
-        name: of the bundle.
-    """
+    """`docs/README.md`."""
     labels = "\n".join(f"| {i} | {organ} |" for organ, i in record.label_space.ids.items())
     entry = yaml.safe_dump({name: teacher_entry(record, folder="path/to/this/bundle")},
                            sort_keys=False)  # fmt: skip

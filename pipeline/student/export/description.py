@@ -24,9 +24,7 @@ def describe(record: StudentRecord, *, file: str, overlap: float) -> dict[str, A
     """All that lies between a CT and its label map, as plain JSON values.
 
     Args:
-        record: of the student.
         file: name of the network's file, beside which the description lies.
-        overlap: fraction that neighbouring windows share.
     """
     batch = ["batch", 1, *record.patch]
     return {

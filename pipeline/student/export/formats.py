@@ -47,11 +47,7 @@ def write_network(
     """Writes a network for windows of one shape, any number at a time.
 
     Args:
-        path: of the file.
         network: in evaluation mode, on the CPU.
-        patch: the windows.
-        form: of the file.
-        opset: of ONNX.
 
     Raises:
         ConfigError: ONNX without its packages.

@@ -47,7 +47,6 @@ class Parity:
     """Two label maps of one case, compared.
 
     Attributes:
-        num_voxels: of the case.
         organ_voxels: that either map gives an organ.
         differing_voxels: whose labels differ.
         dice: organ -> Dice of the two maps; None where neither has it.
@@ -133,11 +132,8 @@ def compare_networks(
     """Both networks in one pass over a case, on the CPU, one window at a time.
 
     Args:
-        network: the student's.
         exported: (N, 1, D, H, W) -> as many logits as the student's.
         image: int16 HU on any grid.
-        record: of the student.
-        overlap: fraction that neighbouring windows share.
 
     Raises:
         ParityError: other numbers of channels.
@@ -151,11 +147,7 @@ def compare_networks(
 
 
 class LabelCount:
-    """Counts what two label maps have in common, part by part.
-
-    Args:
-        record: of the student.
-    """
+    """Counts what two label maps have in common, part by part."""
 
     def __init__(self, record: StudentRecord) -> None:
         self._organs = record.label_space.organs

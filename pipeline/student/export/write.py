@@ -57,8 +57,6 @@ class Wanted:
     """Which formats are written, and the CT that they are held against the student on.
 
     Attributes:
-        formats: which.
-        check_on: NIfTI of the CT.
         case: instead: `dataset/case` of the cache; with neither, the cache's first case.
     """
 
@@ -72,13 +70,7 @@ class ExportJob:
     """What is written, and what it is checked on.
 
     Attributes:
-        record: of the student.
         network: the student's, on the CPU, in evaluation mode.
-        image: NIfTI to check on.
-        name: of a bundle.
-        overlap: fraction that neighbouring windows share.
-        opset: of ONNX.
-        tolerance: what may differ.
     """
 
     record: StudentRecord
@@ -108,9 +100,6 @@ def write_format(
     """Writes `folder` in one go, in place of what was there.
 
     Args:
-        folder: of this format.
-        form: the format.
-        what: the student, and how it is checked.
         described: further entries of `export.json`.
 
     Returns:
@@ -239,12 +228,7 @@ def _versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class CheckImage:
-    """What is compared on.
-
-    Attributes:
-        name: for people.
-        path: NIfTI.
-    """
+    """What is compared on."""
 
     name: str
     path: Path
@@ -261,7 +245,6 @@ def open_check_image(student: Folder, image: Path | None, case: str | None) -> I
 
     Args:
         student: the student's file; the cache is that of the work folder that it lies in.
-        image: a NIfTI file.
         case: `dataset/case` of the cache; with neither, the first case of the cache.
 
     Raises:
