@@ -20,6 +20,10 @@ from pipeline.errors import GeometryError, TeacherError
 
 IGNORE = 255
 MAX_ORGAN_ID = 254
+NAME_THEM = (
+    "Name them under the dataset's `annotated`, or list them in `background_values` (other "
+    "structures) or `ignore_values` (unknown)."
+)
 _SHOWN = 8
 
 
@@ -102,10 +106,7 @@ def map_labels(
         unknown = sorted(int(v) for v in np.unique(label[out < 0]))
         shown, more = some_values(unknown)
         raise GeometryError(
-            f"label values {shown}{more} are not named in the registry.",
-            where=where,
-            fix="Name them under the dataset's `annotated`, or list them in `background_values` "
-            "(other structures) or `ignore_values` (unknown).",
+            f"label values {shown}{more} are not named in the registry.", where=where, fix=NAME_THEM
         )
     return np.asarray(out, dtype=np.uint8)
 
@@ -174,6 +175,16 @@ def _lse(logits: npt.NDArray[np.float32], channels: Sequence[int]) -> npt.NDArra
     from scipy.special import logsumexp
 
     return np.asarray(logsumexp(logits[list(channels)], axis=0))
+
+
+def same_name(one: str, other: str) -> bool:
+    """Spellings of one name: case, spaces, underscores and hyphens do not count."""
+    return plain_name(one) == plain_name(other)
+
+
+def plain_name(name: str) -> str:
+    """The letters and digits of a name, which all its spellings share."""
+    return "".join(letter for letter in name.casefold() if letter.isalnum())
 
 
 # Hounsfield units -> what a network wants to see.

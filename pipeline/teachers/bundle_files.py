@@ -37,15 +37,8 @@ class BundleFiles:
     @property
     def image_key(self) -> str:
         """What the config calls its one input."""
-        inputs = _entry(self.metadata, "network_data_format", "inputs")
+        inputs = entry_of(self.metadata, "network_data_format", "inputs")
         return next(iter(inputs)) if len(inputs) == 1 else "image"
-
-    @property
-    def output(self) -> Mapping[str, Any]:
-        """What the metadata says of the network's output; empty if it says nothing."""
-        outputs = _entry(self.metadata, "network_data_format", "outputs")
-        named = outputs.get("pred", next(iter(outputs.values())) if len(outputs) == 1 else {})
-        return named if isinstance(named, dict) else {}
 
 
 def read_bundle(folder: Path, *, where: str) -> BundleFiles:
@@ -132,7 +125,7 @@ def _read_state(path: Path, where: str) -> dict[str, Tensor]:
 def no_ct_inputs(metadata: Mapping[str, Any]) -> list[str]:
     """What the metadata says of inputs that are not one channel of CT, which is all there is."""
     found = []
-    for name, image in _entry(metadata, "network_data_format", "inputs").items():
+    for name, image in entry_of(metadata, "network_data_format", "inputs").items():
         said = image if isinstance(image, dict) else {}
         number, modality = said.get("num_channels", 1), str(said.get("modality", ""))
         if number != 1:
@@ -142,19 +135,24 @@ def no_ct_inputs(metadata: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def contradictions(
-    entry: TeacherEntry, metadata: Mapping[str, Any], output: Mapping[str, Any]
-) -> list[str]:
+def network_output(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the metadata says of the network's output; empty if it says nothing."""
+    outputs = entry_of(metadata, "network_data_format", "outputs")
+    named = outputs.get("pred", next(iter(outputs.values())) if len(outputs) == 1 else {})
+    return named if isinstance(named, dict) else {}
+
+
+def contradictions(entry: TeacherEntry, metadata: Mapping[str, Any]) -> list[str]:
     """What the registry says of channels against what the bundle's metadata says.
 
     Names agree if they share a word: "liver" with "Liver", "liver and tumor" or "left_liver". Where
     several channels mean an organ, one of them must agree. Names such as "foreground" say nothing.
     """
-    found = no_ct_inputs(metadata)
+    found, output = no_ct_inputs(metadata), network_output(metadata)
     number = output.get("num_channels")
     if isinstance(number, int) and entry.num_channels not in (None, number):
         found.append(f"num_channels is {number} there but {entry.num_channels} in the registry")
-    names = {str(k): str(v) for k, v in _entry(output, "channel_def").items()}
+    names = {str(k): str(v) for k, v in entry_of(output, "channel_def").items()}
     for organ, channels in entry.organs.items():
         if isinstance(number, int) and max(channels) >= number:
             found.append(f"{organ} is channel {max(channels)}, and there are {number} (from 0)")
@@ -184,7 +182,8 @@ def _letters(name: str) -> str:
     return "".join(re.findall(r"[^\W\d_]", name.lower())).removesuffix("s")
 
 
-def _entry(data: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+def entry_of(data: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """The mapping at `data[a][b]`; empty if there is none."""
     for name in names:
         value = data.get(name)
         data = value if isinstance(value, dict) else {}

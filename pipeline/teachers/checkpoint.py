@@ -7,7 +7,7 @@ The file is a `torch.save` of plain tensors, numbers and text, sealed as student
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import Intensity, LabelSpace
 from pipeline.data.patches import Index3, WindowConfig
 from pipeline.data.volume import Spacing, Volume
-from pipeline.errors import CheckpointError, PipelineError, TeacherError
+from pipeline.errors import CheckpointError, PipelineError, TeacherError, named
 from pipeline.networks.by_name import NetworkConfig, build_network, tap_shapes
 from pipeline.networks.tensor_file import load_sealed, save_atomically
 from pipeline.networks.windows import Sink, sliding_window, stream_windows
 from pipeline.teachers.outputs import giving_logits
-from pipeline.teachers.teacher import Prediction
+from pipeline.teachers.teacher import Prediction, first_lines, load_weights
 
 FORMAT_VERSION = 1
 
@@ -134,23 +134,14 @@ class CheckpointTeacher:
     def predict(self, image: Volume) -> Prediction:
         """Int16 HU (D, H, W) at `spacing_mm` -> logits on the same grid and tapped features."""
         logits, features = sliding_window(
-            self.network,
-            image.array,
-            self.window,
-            taps=list(self.taps),
-            strides=list(self.strides.values()),
-            pad_value=self.record.intensity.air,
-            batch_size=self.batch_size,
-            device=self.device,
-            scale=self.record.intensity.apply,
-        )
-        return Prediction(
-            Volume(logits, image.grid),
-            {
-                tap: Volume(features[tap], image.grid.coarsen(stride))
-                for tap, (_, stride) in self.taps.items()
-            },
-        )
+            self.network, image.array, self.window, taps=list(self.taps),
+            strides=list(self.strides.values()), **self._how,
+        )  # fmt: skip
+        on_grid = {
+            tap: Volume(features[tap], image.grid.coarsen(stride))
+            for tap, stride in self.strides.items()
+        }
+        return Prediction(Volume(logits, image.grid), on_grid)
 
     @property
     def strides(self) -> Mapping[str, Index3]:
@@ -160,17 +151,16 @@ class CheckpointTeacher:
     def stream(self, image: Volume, *, logits: Sink, features: Mapping[str, Sink]) -> None:
         """`predict`, slab by slab; see `StreamingTeacher`."""
         stream_windows(
-            self.network,
-            image.array,
-            self.window,
-            logits=logits,
-            features=features,
-            strides=self.strides,
-            pad_value=self.record.intensity.air,
-            batch_size=self.batch_size,
-            device=self.device,
-            scale=self.record.intensity.apply,
-        )
+            self.network, image.array, self.window, logits=logits, features=features,
+            strides=self.strides, **self._how,
+        )  # fmt: skip
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """Of both passes."""
+        intensity = self.record.intensity
+        how = {"batch_size": self.batch_size, "device": self.device}
+        return {"pad_value": intensity.air, "scale": intensity.apply, **how}
 
     def describe(self) -> Mapping[str, Any]:
         """Record, window and taps."""
@@ -203,29 +193,18 @@ def load_checkpoint_teacher(
     """
     record, state = read_teacher(path, student=entry.kind == "student")
     _check_against(name, entry, record, path)
-    try:
+    where = f"teacher {name}, {path}"
+    with named(where):
         network = build_network(record.network, in_channels=1, out_channels=record.num_channels)
-        network.load_state_dict(state, strict=True)
-    except (RuntimeError, PipelineError) as error:
-        raise TeacherError(
-            f"the weights do not fit the network {record.network.name} ({_first(error)}).",
-            where=f"teacher {name}, {path}",
-            fix="The file was changed after it was written: train or fetch it again.",
-        ) from error
+    load_weights(network, state, record.network.name, where=where)
     network.eval().to(device)
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
-    if any(not bool(torch.isfinite(p).all()) for p in network.parameters()):
-        raise TeacherError(
-            "the weights hold NaN or infinity.", where=f"teacher {name}, {path}", fix="Train again."
-        )
     try:
         taps = tap_shapes(network, entry.taps, window.shape)
     except (RuntimeError, ValueError, PipelineError) as error:
         raise TeacherError(
             f"cannot run windows of {window.shape} voxels with taps {list(entry.taps)} "
-            f"({_first(error)}).",
-            where=f"teacher {name}, {path}",
+            f"({first_lines(error)}).",
+            where=where,
             fix="Choose a window that its strides divide, and taps that it has.",
         ) from error
     network = giving_logits(network, entry, where=f"teacher {name}")
@@ -233,21 +212,17 @@ def load_checkpoint_teacher(
 
 
 def _check_against(name: str, entry: TeacherEntry, record: TeacherRecord, path: Path) -> None:
-    said: list[tuple[str, Any, Any]] = []
-    if entry.num_channels is not None:
-        said.append(("num_channels", entry.num_channels, record.num_channels))
-    for organ, channels in entry.organs.items():
-        said.append((f"organs.{organ}", channels, record.channels.get(organ)))
-    if entry.spacing_mm is not None:
-        same = np.allclose(entry.spacing_mm, record.spacing_mm)
-        said.append(
-            ("spacing_mm", entry.spacing_mm, entry.spacing_mm if same else record.spacing_mm)
-        )
-    said.append(("intensity", entry.intensity, record.intensity))
+    said: list[tuple[str, Any, Any]] = [
+        ("num_channels", entry.num_channels, record.num_channels),
+        *((f"organs.{o}", c, record.channels.get(o)) for o, c in entry.organs.items()),
+        ("intensity", entry.intensity, record.intensity),
+    ]
+    if entry.spacing_mm is not None and not np.allclose(entry.spacing_mm, record.spacing_mm):
+        said.append(("spacing_mm", entry.spacing_mm, record.spacing_mm))
     wrong = [
         f"{key} is {theirs} in the file but {ours} in the registry"
         for key, ours, theirs in said
-        if ours != theirs
+        if ours is not None and ours != theirs
     ]
     if wrong:
         raise TeacherError(
@@ -255,8 +230,3 @@ def _check_against(name: str, entry: TeacherEntry, record: TeacherRecord, path: 
             where=f"teacher {name}, {path}",
             fix="Correct the registry, or train the teacher again.",
         )
-
-
-def _first(error: Exception) -> str:
-    lines: Sequence[str] = str(error).strip().split("\n")
-    return " ".join(line.strip() for line in lines[:3])

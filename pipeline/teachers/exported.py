@@ -25,7 +25,7 @@ from pipeline.data.volume import Orientation, Spacing, Volume
 from pipeline.errors import TeacherError
 from pipeline.networks.windows import sliding_window
 from pipeline.teachers.outputs import giving_logits
-from pipeline.teachers.teacher import Prediction
+from pipeline.teachers.teacher import Prediction, first_lines
 
 _NO_LIMIT = 2**31
 _HOW = "`network.eval().float().cpu()`, then export it"
@@ -174,7 +174,7 @@ def _load(
         return FixedBatch(program.module(), _batch_size(program, shape, batch_size)), shape
     except Exception as error:  # damage makes torch raise almost anything
         raise TeacherError(
-            f"the {found.form} file cannot be loaded ({_first_lines(error)}).",
+            f"the {found.form} file cannot be loaded ({first_lines(error)}).",
             where=where,
             fix="It is damaged, or was saved by another version of torch: save it again.",
         ) from error
@@ -269,10 +269,6 @@ def _first(out: Any) -> Any:
     return out[0] if isinstance(out, (list, tuple)) else out
 
 
-def _first_lines(error: Exception) -> str:
-    return " ".join(" ".join(str(error).strip().split("\n")[:3]).split())[:300]
-
-
 def _last_line(error: Exception) -> str:
     """TorchScript puts the cause below its own trace, a missing backend above a long list."""
     lines = [line.strip() for line in str(error).strip().split("\n") if line.strip()]
@@ -284,10 +280,8 @@ def _last_line(error: Exception) -> str:
 #
 # A TorchScript file can do no more than TorchScript. A torch.export file is data by intention, but
 # `torch.export.load` unpickles what the file calls a pickle, follows any dotted name that it gives
-# as
-# an operator, evaluates its shape expressions as Python, and loads compiled libraries. So the
-# archive
-# is read here first, and only what plain exported networks consist of may pass.
+# as an operator, evaluates its shape expressions as Python, and loads compiled libraries. So the
+# archive is read here first, and only what plain exported networks consist of may pass.
 
 _OPERATOR = re.compile(
     r"torch\.ops\.aten\.\w+(\.\w+)?|_operator\.[a-z]+"

@@ -32,20 +32,15 @@ from pipeline.data.volume import Grid, Volume, as_file_array, from_file_array
 from pipeline.errors import PipelineError, TeacherError
 from pipeline.networks.by_name import tap_shapes
 from pipeline.networks.windows import sliding_window
-from pipeline.teachers.bundle_files import BundleFiles, contradictions, read_bundle
+from pipeline.teachers.bundle_files import contradictions, read_bundle
 from pipeline.teachers.outputs import giving_logits
-from pipeline.teachers.teacher import Prediction
+from pipeline.teachers.teacher import Prediction, load_weights
 
-# The config of a MONAI bundle: read, reduced to what inference needs, and held against a list of
-# what may run.
-#
-# A bundle's config is a program: `$` begins a Python expression, `_target_` calls anything that
-# can
+# A bundle's config is a program: `$` begins a Python expression, `_target_` calls anything that can
 # be imported, and resolving any entry first runs every `$import`. A registry is data and must not
-# run
-# code because a file that it names says so. So only the parts asked for, and what they refer to,
-# ever
-# reach `monai.bundle`, and they may hold nothing but classes from a list, with plain arguments.
+# run code because a file that it names says so. So only the parts asked for, and what they refer
+# to, ever reach `monai.bundle`, and they may hold nothing but classes from a list, with plain
+# arguments.
 
 PARTS = ("network_def", "preprocessing", "inferer")
 
@@ -323,10 +318,8 @@ class BundleTeacher:
         }
 
     def _failed(self, what: str, error: Exception) -> PipelineError:
-        while error.__cause__ is not None and isinstance(error.__cause__, Exception):
-            error = error.__cause__
         return TeacherError(
-            f"the bundle's {what} failed ({type(error).__name__}: {str(error)[:300]}).",
+            f"the bundle's {what} failed ({_causes(error)}).",
             where=f"teacher {self.name}",
             fix="Run the bundle by itself on this case to see more.",
         )
@@ -344,7 +337,7 @@ def load_bundle_teacher(
     """
     where = f"teacher {name}, {folder}"
     files = read_bundle(folder, where=where)
-    wrong = contradictions(entry, files.metadata, files.output)
+    wrong = contradictions(entry, files.metadata)
     if wrong:
         raise TeacherError(
             f"configs/metadata.json and the registry disagree: {'; '.join(wrong)}.",
@@ -356,7 +349,7 @@ def load_bundle_teacher(
     parts = resolve_parts(
         files.config, folder=folder, device=device, trusted=entry.trusted, where=where
     )
-    _load_weights(parts.network, files, where)
+    load_weights(parts.network, files.state, "of network_def", where=where)
     parts.network.eval().to(device)
     taps = _taps(entry, parts, where)
     giving_logits(parts.network, entry, where=f"teacher {name}")
@@ -366,22 +359,6 @@ def load_bundle_teacher(
 def _is_out_of_memory(error: Exception) -> bool:
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "t allocate memory" in text
-
-
-def _load_weights(network: nn.Module, files: BundleFiles, where: str) -> None:
-    try:
-        network.load_state_dict(dict(files.state), strict=True)
-    except RuntimeError as error:
-        first = " ".join(line.strip() for line in str(error).strip().split("\n")[:3])
-        raise TeacherError(
-            f"models/model.pt does not fit network_def ({first[:300]}).",
-            where=where,
-            fix="Config and weights are of different versions: fetch the bundle again.",
-        ) from error
-    if any(not bool(torch.isfinite(p).all()) for p in network.parameters()):
-        raise TeacherError("the weights hold NaN or infinity.", where=where, fix="Fetch it again.")
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
 
 
 def _taps(entry: TeacherEntry, parts: Parts, where: str) -> Mapping[str, tuple[int, Index3]]:

@@ -13,7 +13,7 @@ import contextlib
 import io
 import pickle
 import pydoc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from pipeline.data.entries import NnunetOptions, TeacherEntry
 from pipeline.data.volume import Grid, Orientation, Volume
 from pipeline.errors import TeacherError
 from pipeline.teachers.nnunet_folder import ModelFolder, check_against_registry, read_model_folder
-from pipeline.teachers.teacher import Prediction
+from pipeline.teachers.teacher import Prediction, load_weights
 
 
 @dataclass
@@ -61,9 +61,11 @@ class NnunetTeacher:
                 slice and the configuration sees volumes, or slices across another axis.
         """
         plans, configuration = self.predictor.plans_manager, self.predictor.configuration_manager
-        orientation = self._orientation(image)
+        stored = self.orientation == "stored"
+        orientation = image.stored if stored else Orientation.from_code(self.orientation)
         seen = orientation.apply(image)
-        transposed = Orientation(axes=_triple(plans.transpose_forward))
+        z, y, x = (int(axis) for axis in plans.transpose_forward)
+        transposed = Orientation(axes=(z, y, x))
         slice_axis = transposed.apply(seen).grid.slice_axis
         volumes = len(configuration.patch_size) == 3
         if slice_axis is not None and (slice_axis > 0 or volumes):
@@ -116,11 +118,6 @@ class NnunetTeacher:
             "blending": "nnU-Net's: gaussian, channel logits, float16; folds averaged",
         }
 
-    def _orientation(self, image: Volume) -> Orientation:
-        if self.orientation == "stored":
-            return image.stored
-        return Orientation.from_code(self.orientation)
-
 
 def file_spacing(grid: Grid) -> list[float]:
     """The spacing in mm as a NIfTI header holds it, in single precision: nnU-Net rounds sizes, and
@@ -142,11 +139,6 @@ def prepared_grid(grid: Grid, properties: Mapping[str, Any], shape: tuple[int, .
     box = properties["bbox_used_for_cropping"]
     cropped = grid.crop([begin for begin, _ in box], [end - begin for begin, end in box])
     return cropped.with_shape(shape)
-
-
-def _triple(axes: Any) -> tuple[int, int, int]:
-    a, b, c = (int(axis) for axis in axes)
-    return a, b, c
 
 
 # Loading a trained nnU-Net v2 model folder, and holding it against the registry.
@@ -186,7 +178,8 @@ def load_nnunet_teacher(
         folder, configuration, in_channels=1, out_channels=num_channels
     ).eval()
     for fold, checkpoint in checkpoints.items():
-        _check_weights(network, checkpoint, folder.checkpoints[fold], name)
+        where = f"teacher {name}, {folder.checkpoints[fold]}"
+        load_weights(network, checkpoint.weights, "of plans.json", where=where)
     with _quiet():
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
@@ -208,15 +201,9 @@ def load_nnunet_teacher(
             first.mirror_axes,
         )
     return NnunetTeacher(
-        name,
-        options,
-        orientation,
-        tuple(folder.checkpoints),
-        first.trainer,
-        first.configuration,
-        version,
-        predictor,
-    )
+        name, options, orientation, tuple(folder.checkpoints), first.trainer, first.configuration,
+        version, predictor,
+    )  # fmt: skip
 
 
 def _installed_version(name: str) -> str:
@@ -302,25 +289,6 @@ def _agreed(
     return first
 
 
-def _check_weights(
-    network: torch.nn.Module, checkpoint: NnunetCheckpoint, path: Path, name: str
-) -> None:
-    try:
-        network.load_state_dict(dict(checkpoint.weights), strict=True)
-    except RuntimeError as error:
-        first = " ".join(line.strip() for line in str(error).split("\n")[:3])
-        raise TeacherError(
-            f"the weights do not fit the network of plans.json ({first}).",
-            where=f"teacher {name}, {path}",
-            fix=f"Its trainer {checkpoint.trainer} may build another network than plans.json says; "
-            "such a model needs a teacher of kind `factory`.",
-        ) from error
-    if any(not bool(torch.isfinite(p).all()) for p in network.parameters()):
-        raise TeacherError(
-            "the weights hold NaN or infinity.", where=f"teacher {name}, {path}", fix="Train again."
-        )
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """nnU-Net prints advice on its settings when it is set up; here they are ours to know."""
@@ -336,8 +304,7 @@ def _quiet() -> Iterator[None]:
 # nnU-Net's checkpoints and architectures, opened without running code that a file names.
 #
 # nnU-Net loads checkpoints with `weights_only=False` and imports whatever class path stands in
-# plans.json. Here a checkpoint may hold tensors, plain values and numpy numbers, and plans.json
-# may
+# plans.json. Here a checkpoint may hold tensors, plain values and numpy numbers, and plans.json may
 # name layers of torch and networks of `dynamic_network_architectures`, nothing else.
 
 _NETWORKS = "dynamic_network_architectures."
@@ -430,14 +397,9 @@ def build_architecture(
         _check_class(layer, _LAYERS, where)
     try:
         network: nn.Module = get_network_from_plans(
-            name,
-            arguments,
-            imported,
-            in_channels,
-            out_channels,
-            allow_init=False,
-            deep_supervision=False,
-        )
+            name, arguments, imported, in_channels, out_channels,
+            allow_init=False, deep_supervision=False,
+        )  # fmt: skip
     except (TypeError, ValueError, AssertionError, RuntimeError, IndexError) as error:
         raise TeacherError(
             f"{name} cannot be built from plans.json ({error}).",
@@ -453,12 +415,15 @@ def check_parts(folder: ModelFolder, configuration: Mapping[str, Any]) -> None:
     Raises:
         TeacherError: plans.json names another preprocessor, resampling or normalisation.
     """
-    named = [(key, configuration.get(key), allowed) for key, allowed in _PARTS.items()]
-    for scheme in configuration.get("normalization_schemes", ()):
-        named.append(("normalization_schemes", scheme, _NORMALISATIONS))
-    named.append(
-        ("label_manager", folder.plans.get("label_manager", "LabelManager"), ("LabelManager",))
-    )
+    labels = folder.plans.get("label_manager", "LabelManager")
+    named = [
+        *((key, configuration.get(key), allowed) for key, allowed in _PARTS.items()),
+        *(
+            ("normalization_schemes", scheme, _NORMALISATIONS)
+            for scheme in configuration.get("normalization_schemes", ())
+        ),
+        ("label_manager", labels, ("LabelManager",)),
+    ]
     for key, value, allowed in named:
         if value not in allowed:
             raise TeacherError(
@@ -473,8 +438,10 @@ def _check_class(name: Any, allowed: tuple[str, ...], where: Path) -> None:
     """The name must be that of a layer class, defined where it says: `pydoc.locate` would import
     any module, and hand back any of its attributes."""
     found = None
-    if isinstance(name, str) and name.startswith(allowed) and not _has_hidden_part(name):
-        found = pydoc.locate(name)
+    if isinstance(name, str) and name.startswith(allowed):
+        parts = name.split(".")
+        if all(part.isidentifier() and not part.startswith("_") for part in parts):
+            found = pydoc.locate(name)
     is_layer = isinstance(found, type) and issubclass(found, nn.Module)
     if not is_layer or not str(found.__module__).startswith(allowed):
         raise TeacherError(
@@ -486,22 +453,14 @@ def _check_class(name: Any, allowed: tuple[str, ...], where: Path) -> None:
         )
 
 
-def _has_hidden_part(name: str) -> bool:
-    return any(not part.isidentifier() or part.startswith("_") for part in name.split("."))
-
-
-def _numpy_numbers() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+def _numpy_numbers() -> list[Any]:
     """What pickles of numpy numbers and arrays name, as numpy 1 and numpy 2 spell it: nnU-Net's
     log of Dice scores is made of them. None of it can run anything."""
     import _codecs
 
     from numpy._core import multiarray
 
-    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-        np.dtype,
-        np.ndarray,
-        _codecs.encode,
-    ]
+    allowed: list[Any] = [np.dtype, np.ndarray, _codecs.encode]
     for function in ("scalar", "_reconstruct"):
         for package in ("numpy.core", "numpy._core"):
             allowed.append((getattr(multiarray, function), f"{package}.multiarray.{function}"))

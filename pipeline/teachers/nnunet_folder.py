@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.entries import NnunetOptions, TeacherEntry
-from pipeline.data.labels import is_ct
+from pipeline.data.labels import is_ct, plain_name
 from pipeline.data.weights import nnunet_checkpoints
 from pipeline.errors import TeacherError, TeacherWarning
 
@@ -140,27 +140,22 @@ def _channel_problems(
 ) -> list[str]:
     wrong = []
     label_of = {channel: label for label, channel in channels.items()}
-    channel_of = {_plain(label): channel for label, channel in channels.items()}
-    named = {_plain(organ): organ for organ in entry.organs}
+    channel_of = {plain_name(label): channel for label, channel in channels.items()}
+    named = {plain_name(organ): organ for organ in entry.organs}
     for organ, wanted in entry.organs.items():
         beyond = [c for c in wanted if c >= num_channels]
         if beyond:
             wrong.append(f"organs.{organ} is {beyond[0]}, but there are {num_channels} channels")
         if not has_regions and 0 in wanted:
             wrong.append(f"organs.{organ} is 0, which is background")
-        own = channel_of.get(_plain(organ))
+        own = channel_of.get(plain_name(organ))
         if own is not None and own not in wanted:
             wrong.append(f"organs.{organ} is {list(wanted)}, but {organ} is channel {own}")
         for channel in wanted:
-            other = named.get(_plain(label_of.get(channel, "")))
+            other = named.get(plain_name(label_of.get(channel, "")))
             if other is not None and other != organ:
                 wrong.append(f"organs.{organ} is {list(wanted)}, but {channel} is {other}")
     return wrong
-
-
-def _plain(label: str) -> str:
-    """Spellings of one name: case, spaces, underscores and hyphens do not count."""
-    return "".join(letter for letter in label.casefold() if letter.isalnum())
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

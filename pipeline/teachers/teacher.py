@@ -18,6 +18,8 @@ from pipeline.errors import TeacherError
 from pipeline.teachers.outputs import OutputsOfCase
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from pipeline.networks.windows import Sink
 
 FloatArray = npt.NDArray[np.float32]
@@ -176,6 +178,36 @@ def _median_pearson(pairs: FloatArray) -> float | None:
     scale = np.sqrt((both**2).sum(axis=2).prod(axis=0))
     alike = (both[0] * both[1]).sum(axis=1)[scale > 0] / scale[scale > 0]
     return round(float(np.median(alike)), 3) if alike.size else None
+
+
+def load_weights(
+    network: nn.Module, state: Mapping[str, Tensor], named: str, *, where: str
+) -> None:
+    """Puts weights into a network that learns nothing more; `named` is how the error calls it.
+
+    Raises:
+        TeacherError: they do not fit, or are not finite.
+    """
+    try:
+        network.load_state_dict(dict(state), strict=True)
+    except RuntimeError as error:
+        raise TeacherError(
+            f"the weights do not fit the network {named} ({first_lines(error)}).",
+            where=where,
+            fix="The file was changed, or description and weights are of different versions: train "
+            "or fetch it again. A network built by code of its own needs kind `factory`.",
+        ) from error
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+        if not bool(parameter.isfinite().all()):
+            raise TeacherError(
+                "the weights hold NaN or infinity.", where=where, fix="Train or fetch them again."
+            )
+
+
+def first_lines(error: Exception) -> str:
+    """The first three of its lines, as one."""
+    return " ".join(" ".join(str(error).strip().split("\n")[:3]).split())[:300]
 
 
 def check_finite(array: npt.NDArray[Any], what: str, where: str) -> None:

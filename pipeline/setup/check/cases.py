@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from pipeline.data.hounsfield import (
     intensities,
     value_counts,
 )
-from pipeline.data.labels import some_values
+from pipeline.data.labels import NAME_THEM, some_values
 from pipeline.data.nifti import NiftiVolume, read_image, read_label
 from pipeline.data.patches import FLAT_PATCH, check_slice
 from pipeline.data.resample import resample
@@ -144,7 +145,8 @@ def look_at(task: Task) -> CaseFacts:
 def _look(task: Task, facts: CaseFacts) -> CaseFacts:
     name = facts.case
     found: list[Finding] = []
-    image, label = _image(task, found), _label(task, found)
+    image = _read(task, read_image, task.source.image, found)
+    label = _read(task, read_label, task.source.label, found)
     if image is not None:
         facts = _image_facts(task, facts, image, found)
     if label is None:
@@ -191,32 +193,21 @@ def _lost(task: Task, voxels: Mapping[str, int], left: Mapping[str, int]) -> lis
     return [of_case("warning", "small", task.source.name, what, FINER_GRID) for what in said]
 
 
-def _image(task: Task, found: list[Finding]) -> NiftiVolume | None:
+def _read(
+    task: Task, read: Callable[[Path], NiftiVolume], path: Path, found: list[Finding]
+) -> NiftiVolume | None:
     try:
-        return read_image(task.source.image)
+        return read(path)
     except PipelineError as error:
-        found.append(_unreadable(task, error))
+        what = error.what if error.where is None else f"{error.where}: {error.what}"
+        found.append(of_case("error", "file", task.source.name, what, error.fix))
         return None
-
-
-def _label(task: Task, found: list[Finding]) -> NiftiVolume | None:
-    try:
-        return read_label(task.source.label)
-    except PipelineError as error:
-        found.append(_unreadable(task, error))
-        return None
-
-
-def _unreadable(task: Task, error: PipelineError) -> Finding:
-    what = error.what if error.where is None else f"{error.where}: {error.what}"
-    return of_case("error", "file", task.source.name, what, error.fix)
 
 
 def _image_facts(
     task: Task, facts: CaseFacts, image: NiftiVolume, found: list[Finding]
 ) -> CaseFacts:
     name, volume = facts.case, image.volume
-    z, y, x = (round(mm, 4) for mm in volume.spacing_mm)
     if image.note:
         fix = "Nothing need be done; move it elsewhere to be rid of this."
         found.append(of_case("warning", "file", name, image.note, fix))
@@ -228,14 +219,11 @@ def _image_facts(
     if task.entry.units == "hu":
         found += [of_case(d.severity, "hu", name, d.what, d.fix) for d in doubts(counts, seen)]
     found += _sizes(task, volume.grid) + _shear(task, volume.grid)
+    z, y, x = (round(mm, 4) for mm in volume.spacing_mm)
     return replace(
-        facts,
-        shape=volume.grid.shape,
-        spacing_mm=(z, y, x),
-        stored=volume.stored.code,
-        image_key=_key(volume.array),
-        hu=seen,
-    )
+        facts, shape=volume.grid.shape, spacing_mm=(z, y, x), stored=volume.stored.code,
+        image_key=_key(volume.array), hu=seen,
+    )  # fmt: skip
 
 
 def _sizes(task: Task, grid: Grid) -> list[Finding]:
@@ -247,33 +235,27 @@ def _sizes(task: Task, grid: Grid) -> list[Finding]:
     except GeometryError as error:
         return [of_case("error", "patch", task.source.name, error.what, error.fix)]
     filled = math.prod(min(n, p) / p for n, p in zip(shape, patch, strict=True))
-    return [
-        of_case(
-            "warning",
-            "patch",
-            task.source.name,
-            f"on the student grid it has {_by(shape)} voxels, less than the student's patch of "
-            f"{_by(patch)}: at most {filled:.0%} of a patch is image, the rest padding.",
-            "Choose a smaller `patch` or a finer `grid.spacing_mm`, or leave such cases out.",
-        )
-    ]
+    what = (
+        f"on the student grid it has {_by(shape)} voxels, less than the student's patch of "
+        f"{_by(patch)}: at most {filled:.0%} of a patch is image, the rest padding."
+    )
+    fix = "Choose a smaller `patch` or a finer `grid.spacing_mm`, or leave such cases out."
+    return [of_case("warning", "patch", task.source.name, what, fix)]
 
 
 def _shear(task: Task, grid: Grid) -> list[Finding]:
     if not grid.is_sheared:
         return []
-    return [
-        of_case(
-            "warning",
-            "grid",
-            task.source.name,
-            f"its grid is sheared by {grid.shear_degrees:.1f} degrees, as by a tilted gantry: its "
-            "axes are not at right angles. Places, volumes and distances are right, but teachers "
-            "and student see the body leaning by that angle.",
-            "If the teachers were trained on upright scans, resample image and label onto upright "
-            "axes together; else leave it.",
-        )
-    ]
+    what = (
+        f"its grid is sheared by {grid.shear_degrees:.1f} degrees, as by a tilted gantry: its axes "
+        "are not at right angles. Places, volumes and distances are right, but teachers and "
+        "student see the body leaning by that angle."
+    )
+    fix = (
+        "If the teachers were trained on upright scans, resample image and label onto upright axes "
+        "together; else leave it."
+    )
+    return [of_case("warning", "grid", task.source.name, what, fix)]
 
 
 def _unknown_values(task: Task, counts: Counts) -> list[Finding]:
@@ -285,16 +267,8 @@ def _unknown_values(task: Task, counts: Counts) -> list[Finding]:
         return []
     shown, more = some_values(unknown)
     each = ", ".join(f"{value} ({counts[value]:,} voxels)" for value in shown)
-    return [
-        of_case(
-            "error",
-            "values",
-            task.source.name,
-            f"label values that the registry does not name: {each}{more}.",
-            "Name them under the dataset's `annotated`, or list them in `background_values` "
-            "(other structures) or `ignore_values` (unknown).",
-        )
-    ]
+    what = f"label values that the registry does not name: {each}{more}."
+    return [of_case("error", "values", task.source.name, what, NAME_THEM)]
 
 
 def _apart(image: NiftiVolume, label: NiftiVolume) -> str:

@@ -274,15 +274,11 @@ def in_air(organ: str, facts: Sequence[CaseFacts]) -> list[Finding]:
     if len(seen) < MIN_CASES or np.median([c.organ_air[organ] for c in seen]) > _MOST_AIR / 4:
         return []
     fix = "Label and image do not fit: flipped, shifted, or of another scan?"
+    rest = (
+        f"of the label of {organ} lies in air; in most of {len(seen)} cases next to nothing does."
+    )
     return [
-        of_case(
-            "warning",
-            "air",
-            case.case,
-            f"{case.organ_air[organ]:.0%} of the label of {organ} lies in air; in most of "
-            f"{len(seen)} cases next to nothing does.",
-            fix,
-        )
+        of_case("warning", "air", case.case, f"{case.organ_air[organ]:.0%} {rest}", fix)
         for case in seen
         if case.organ_air[organ] > _MOST_AIR
     ]
@@ -379,27 +375,21 @@ def look_at_all(
     A case whose process is killed (by lack of memory, say) is reported.
     """
     number = min(jobs or min(len(os.sched_getaffinity(0)), _MOST_JOBS), len(tasks))
-    facts = []
-    for task, made in zip(
-        tasks,
-        in_processes(
-            look_at, tasks, number=number if number > 1 else 0,
-            name=lambda task: task.source.name, advance=advance,
-        ),
-        strict=True,
-    ):  # fmt: skip
-        if isinstance(made, Exception) and not isinstance(made, WorkerDied):
-            raise made
-        facts.append(_died(task) if isinstance(made, WorkerDied) else made)
-    return facts
-
-
-def _died(task: Task) -> CaseFacts:
-    source = task.source
+    found = in_processes(
+        look_at, tasks, number=number if number > 1 else 0,
+        name=lambda task: task.source.name, advance=advance,
+    )  # fmt: skip
     what = "the process that read it was killed, twice."
     fix = "Most likely memory: how large are its files? Try `--jobs 1` with more memory."
-    finding = of_case("error", "file", source.name, what, fix)
-    return CaseFacts(source.name, source.dataset, source.split, findings=(finding,))
+    facts = []
+    for source, made in zip((task.source for task in tasks), found, strict=True):
+        if isinstance(made, WorkerDied):
+            died = of_case("error", "file", source.name, what, fix)
+            made = CaseFacts(source.name, source.dataset, source.split, findings=(died,))
+        if isinstance(made, Exception):
+            raise made
+        facts.append(made)
+    return facts
 
 
 def _file_findings(registry: Registry, entries: Mapping[str, Any]) -> list[Finding]:

@@ -8,8 +8,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import combinations, count
 from pathlib import Path
 
+from pipeline.data.labels import same_name
 from pipeline.data.nifti import read_grid
 from pipeline.data.registry import Registry, load_registry
 from pipeline.errors import ConfigError, GeometryError, RegistryError, WorkFolderError
@@ -27,7 +29,6 @@ from pipeline.setup.init.meanings import (
     parse_answer,
     parse_flag,
     parse_meanings,
-    same_name,
     settle,
 )
 from pipeline.setup.init.teachers import FoundTeacher, look_at_teacher, settings_of
@@ -58,14 +59,29 @@ class InitRequest:
 def begin(
     path: Path, request: InitRequest, *, force: bool = False, ask: Ask | None = None
 ) -> Registry:
-    """Looks at folders, and writes a registry that has been loaded once.
-
-    Args and errors: as of `draft`.
+    """Looks at folders, and writes a registry that has been loaded once: what cannot be loaded is
+    not left behind. Args and errors: as of `draft`.
 
     Raises:
         WorkFolderError: the registry cannot be written.
     """
-    return _write(path, draft(path, request, force=force, ask=ask))
+    text = draft(path, request, force=force, ask=ask)
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        load_registry(temporary)
+        temporary.replace(path)
+    except RegistryError as error:
+        raise RegistryError(str(error).replace(str(temporary), str(path))) from error
+    except OSError as error:
+        raise WorkFolderError(
+            f"cannot be written ({error}).", where=path, fix="Name another file with -r."
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    return load_registry(path, files=False)
 
 
 def draft(path: Path, request: InitRequest, *, force: bool = False, ask: Ask | None = None) -> str:
@@ -112,11 +128,9 @@ def draft(path: Path, request: InitRequest, *, force: bool = False, ask: Ask | N
         for name, flag in teachers.items()
     ]
     if problems:
-        raise ConfigError(
-            problems[0]
-            if len(problems) == 1
-            else f"{len(problems)} things are not known:\n" + "\n".join(f"  {p}" for p in problems)
-        )
+        whole = "".join(f"\n  {problem}" for problem in problems)
+        several = f"{len(problems)} things are not known:{whole}"
+        raise ConfigError(problems[0] if len(problems) == 1 else several)
     note = _spacings_note(found)
     return registry_text(organs, request.spacing_mm, note, dataset_parts, teacher_parts)
 
@@ -248,26 +262,6 @@ def _as_written(path: str, base: Path) -> str:
     return Path(os.path.relpath(path, base)).as_posix()
 
 
-def _write(path: Path, text: str) -> Registry:
-    """Under a temporary name first, and loaded: what cannot be loaded is not left behind."""
-    temporary = path.with_name(temporary_name(path.name))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        load_registry(temporary)
-        temporary.replace(path)
-    except RegistryError as error:
-        raise RegistryError(str(error).replace(str(temporary), str(path))) from error
-    except OSError as error:
-        raise WorkFolderError(
-            f"cannot be written ({error}).", where=path, fix="Name another file with -r."
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-    return load_registry(path, files=False)
-
-
 def describe(registry: Registry) -> list[str]:
     """What stands in the new registry, a line each, for people."""
     lines = []
@@ -348,13 +342,10 @@ def name_organs(given: Sequence[str], flags: Sequence[Flag]) -> dict[str, int]:
         for name, value in flag.parts.items():
             if re.fullmatch(r"\d+(\+\d+)*", value) and name not in (BACKGROUND, IGNORE):
                 wanted.setdefault(name, None)
-    names = list(wanted)
-    for index, name in enumerate(names):
-        twin = next((n for n in names[:index] if same_name(n, name)), None)
-        if twin:
+    for twin, name in combinations(wanted, 2):
+        if same_name(twin, name):
             raise ConfigError(
                 f"{twin} and {name} are one name.", where="--organ", fix="Spell it one way."
             )
-    taken = {number for number in wanted.values() if number is not None}
-    free = (number for number in range(1, 1000) if number not in taken)
+    free = (number for number in count(1) if number not in wanted.values())
     return {name: next(free) if number is None else number for name, number in wanted.items()}

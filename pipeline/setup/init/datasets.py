@@ -24,8 +24,11 @@ from pipeline.data.entries import (
     name_of,
     search_files,
 )
+from pipeline.data.labels import same_name
+from pipeline.data.splits import SPLITS
 from pipeline.errors import RegistryError, listed
-from pipeline.setup.init.meanings import Named, same_name
+from pipeline.folder import json_with
+from pipeline.setup.init.meanings import Named
 
 _LISTS = ("training", "validation", "testing", "test")
 
@@ -87,7 +90,8 @@ def look_at_dataset(path: Path, patterns: tuple[str, str] | None = None) -> Foun
         images, labels = patterns
         return FoundDataset("files as named", path, images, labels, **about)
     if content is None:
-        lists = [file for file in sorted(path.glob("*.json")) if _is_list(file)]
+        said = {file: json_with(file, "training") or {} for file in sorted(path.glob("*.json"))}
+        lists = [file for file, found in said.items() if isinstance(found.get("training"), list)]
         if len(lists) > 1:
             raise RegistryError(
                 f"several lists of cases: {', '.join(file.name for file in lists)}.",
@@ -177,12 +181,8 @@ def _described(path: Path, content: Mapping[str, Any], file: Path) -> dict[str, 
     names, ignore = _label_names(content.get("labels", {}), file)
     licence = content.get("licence") or content.get("license") or content.get("licences") or ""
     source = content.get("reference") or content.get("description") or ""
-    return {
-        "names": names,
-        "ignore": ignore,
-        "licence": _one_line(licence),
-        "source": _one_line(source),
-    }
+    told = {"licence": _one_line(licence), "source": _one_line(source)}
+    return {"names": names, "ignore": ignore, **told}
 
 
 def _label_names(labels: Any, file: Path) -> tuple[tuple[Named, ...], tuple[int, ...]]:
@@ -244,14 +244,6 @@ def _require_nifti(ending: str, file: Path) -> None:
         )
 
 
-def _is_list(file: Path) -> bool:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and isinstance(content.get("training"), list)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -272,13 +264,7 @@ def _one_line(text: Any) -> str:
 
 # Lists of cases in JSON files (Decathlon, MONAI) -> pairs of files, or patterns that mean them.
 
-_SPLIT_OF = {
-    "training": "train",
-    "validation": "validation",
-    "testing": "test",
-    "test": "test",
-}
-_ENDINGS = (".nii.gz", ".nii")
+_SPLIT_OF = dict(zip(_LISTS, ("train", "validation", "test", "test"), strict=True))
 
 
 def read_lists(
@@ -293,16 +279,13 @@ def read_lists(
         RegistryError: entries that cannot be read, files that are not there, cases of one name.
     """
     entries: list[tuple[str, Pair]] = []
-    num_without = 0
-    has_folds = False
+    num_without, has_folds = 0, False
     for key, split in _SPLIT_OF.items():
         for index, entry in enumerate(content.get(key) or []):
             pair = _pair(entry, f"{file}: {key}[{index}]")
-            has_folds = has_folds or (isinstance(entry, dict) and "fold" in entry)
-            if pair is None:
-                num_without += 1
-            else:
-                entries.append((split, pair))
+            has_folds |= isinstance(entry, dict) and "fold" in entry
+            num_without += pair is None
+            entries += [] if pair is None else [(split, pair)]
     if not entries:
         raise RegistryError(
             "none of its cases has a label.", where=file, fix="Name a list with image and label."
@@ -310,14 +293,14 @@ def read_lists(
     _require_files([pair for _, pair in entries], root, file)
     names = _case_names([pair for _, pair in entries], file)
     pairs = {name: pair for name, (_, pair) in zip(names, entries, strict=True)}
-    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    for name, (split, _) in zip(names, entries, strict=True):
-        splits[split].append(name)
+    of = [split for split, _ in entries]
+    splits: dict[str, tuple[str, ...]] = {
+        split: tuple(name for name, own in zip(names, of, strict=True) if own == split)
+        for split in SPLITS
+    }
     notes = [f"{num_without} cases without a label are left out"] if num_without else []
     notes += ["its folds are not used: see `split`"] if has_folds else []
-    listed = {key: tuple(cases) for key, cases in splits.items()}
-    given = listed if listed["validation"] or listed["test"] else None
-    return pairs, given, tuple(notes)
+    return pairs, splits if splits["validation"] or splits["test"] else None, tuple(notes)
 
 
 def as_patterns(root: Path, pairs: Mapping[str, Pair]) -> tuple[str, str] | None:
@@ -363,27 +346,14 @@ def _require_files(pairs: list[Pair], root: Path, file: Path) -> None:
 
 def _case_names(pairs: list[Pair], file: Path) -> list[str]:
     """By the label's name; by the whole path where that is not enough to tell them apart."""
-    for name in (_stem, _path_as_name):
-        names = [name(pair.label) for pair in pairs]
+    for part in (slice(-1, None), slice(None)):
+        paths = ["/".join(PurePosixPath(pair.label).parts[part]) for pair in pairs]
+        names = [_as_name(re.sub(r"\.nii(\.gz)?$", "", path)) for path in paths]
         if len(set(names)) == len(names):
             return names
     raise RegistryError(
         "a label is listed more than once.", where=file, fix="List each case once, in one split."
     )
-
-
-def _stem(path: str) -> str:
-    return _as_name(PurePosixPath(_without_ending(path)).name)
-
-
-def _path_as_name(path: str) -> str:
-    return _as_name(_without_ending(path))
-
-
-def _without_ending(path: str) -> str:
-    for ending in _ENDINGS:
-        path = path.removesuffix(ending)
-    return path
 
 
 def _as_name(text: str) -> str:

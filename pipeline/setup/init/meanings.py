@@ -7,9 +7,10 @@ else has to be said: whether a tumour belongs to its organ is for a person to de
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pipeline.data.labels import same_name
 from pipeline.errors import ConfigError
 
 Ask = Callable[[str], str]
@@ -40,12 +41,7 @@ class Meanings:
     @property
     def values(self) -> set[int]:
         """All values that have a meaning."""
-        return {v for part in self._parts() for v in part}
-
-    def _parts(self) -> Iterator[tuple[int, ...]]:
-        yield from self.organs.values()
-        yield self.background
-        yield self.ignore
+        return {v for part in self.organs.values() for v in part} | {*self.background, *self.ignore}
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,8 @@ def parse_flag(text: str) -> Flag:
         rest, parts = before, after
     name, equals, path = rest.partition("=")
     if not equals or not _NAME.fullmatch(name):
-        name, path = re.sub(r"[^A-Za-z0-9_.-]", "-", _stem(rest)).lstrip("-_."), rest
+        stem = rest.rstrip("/").rpartition("/")[2].partition(".")[0]
+        name, path = re.sub(r"[^A-Za-z0-9_.-]", "-", stem).lstrip("-_."), rest
     if not path or not name:
         raise ConfigError(
             "neither a path nor NAME=PATH.",
@@ -99,11 +96,8 @@ def parse_meanings(parts: Mapping[str, str], *, where: str) -> Meanings:
         organs[name] = tuple(int(number) for number in text.split("+"))
         for value in organs[name]:
             if owner.setdefault(value, name) != name:
-                raise ConfigError(
-                    f"{value} is both {owner[value]} and {name}.",
-                    where=where,
-                    fix="A value has one meaning.",
-                )
+                what = f"{value} is both {owner[value]} and {name}."
+                raise ConfigError(what, where=where, fix="A value has one meaning.")
     background, ignore = organs.pop(BACKGROUND, ()), organs.pop(IGNORE, ())
     return Meanings(organs, background, ignore, parts.get(BACKGROUND) == REST)
 
@@ -174,18 +168,13 @@ def open_question(
     """What has to be said of the values without a meaning, in words for the user."""
     listed = ", ".join(f"{value} ({name})" for value, name in left.items())
     first = next(iter(left))
-    choices = [f"{o}={_some((*meanings.organs.get(o, ()), first))}" for o in organs[:3]]
+    choices = [f"{o}={in_flag((*meanings.organs.get(o, ()), first))}" for o in organs[:3]]
     choices += [f"{BACKGROUND}={first}"]
     choices += [f"{IGNORE}={first}"] if what == "label value" else []
     return (
         f"it is not said what {what} {listed} means. Add to the flag, for example, "
         f"{' or '.join(choices)}; {BACKGROUND}={REST} says that none of the others is an organ."
     )
-
-
-def same_name(one: str, other: str) -> bool:
-    """Spellings of one name: case, spaces, underscores and hyphens do not count."""
-    return _plain(one) == _plain(other)
 
 
 def _refuse_contradictions(
@@ -201,11 +190,11 @@ def _refuse_contradictions(
     for organ, values in said.organs.items():
         own = {v for n in names if same_name(n.name, organ) for v in n.values}
         if not own <= set(values):
-            wrong.append(f"{organ} is {what} {_some(own)}, not {_some(values)}")
+            wrong.append(f"{organ} is {what} {in_flag(own)}, not {in_flag(values)}")
         for other in organs:
             theirs = {v for n in names if same_name(n.name, other) for v in n.values}
             if other != organ and theirs & set(values) - own:
-                wrong.append(f"{what} {_some(theirs & set(values))} is {other}, not {organ}")
+                wrong.append(f"{what} {in_flag(theirs & set(values))} is {other}, not {organ}")
     if wrong:
         table = ", ".join(f"{value} is {name}" for value, name in sorted(called.items()))
         raise ConfigError(
@@ -215,7 +204,8 @@ def _refuse_contradictions(
         )
 
 
-def _some(values: Collection[int]) -> str:
+def in_flag(values: Collection[int]) -> str:
+    """`1+2`, as a flag has it."""
     return "+".join(str(value) for value in sorted(values))
 
 
@@ -224,10 +214,9 @@ def _parts_of(text: str, where: str) -> dict[str, str]:
         return {}
     if not _PARTS.fullmatch(text):
         raise ConfigError(
-            f"{text!r} says nothing that can be read.",
-            where=where,
+            f"{text!r} says nothing that can be read.", where=where,
             fix="Write liver=1+2,background=3.",
-        )
+        )  # fmt: skip
     pairs = [part.partition("=")[::2] for part in text.split(",")]
     repeated = {name for name, _ in pairs if sum(n == name for n, _ in pairs) > 1}
     if repeated:
@@ -237,11 +226,3 @@ def _parts_of(text: str, where: str) -> dict[str, str]:
             fix="Join several numbers by +, as in liver=1+2.",
         )
     return dict(pairs)
-
-
-def _stem(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2].partition(".")[0]
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.casefold() if letter.isalnum())

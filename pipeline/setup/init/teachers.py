@@ -11,6 +11,7 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -19,11 +20,11 @@ from typing import Any
 import yaml
 
 from pipeline.data.entries import NnunetOptions, TeacherEntry
-from pipeline.data.labels import is_ct
+from pipeline.data.labels import is_ct, same_name
 from pipeline.data.weights import bundle_config, bundle_weights
 from pipeline.errors import ConfigError, TeacherError
-from pipeline.setup.init.meanings import Ask, Named, same_name
-from pipeline.teachers.bundle_files import no_ct_inputs
+from pipeline.setup.init.meanings import Ask, Named
+from pipeline.teachers.bundle_files import entry_of, network_output, no_ct_inputs
 from pipeline.teachers.nnunet_folder import read_model_folder
 
 _BEST = "checkpoint_best.pth"
@@ -95,21 +96,13 @@ def _nnunet(path: Path) -> FoundTeacher:
             fix="Only networks of one CT channel can teach.",
         )
     folds = ", ".join(folder.checkpoints)
-    return FoundTeacher(
-        "nnunet",
-        path,
-        names=tuple(
-            Named(label, (channel,))
-            for label, channel in folder.channels.items()
-            if folder.has_regions or channel
-        ),
-        num_channels=len(set(folder.channels.values())),
-        settings={
-            **({"activation": "sigmoid"} if folder.has_regions else {}),
-            **({"nnunet": {"checkpoint": _BEST}} if best else {}),
-        },
-        notes=(f"folds that have a {'best, no final' if best else 'final'} checkpoint: {folds}",),
-    )
+    names = [Named(n, (c,)) for n, c in folder.channels.items() if folder.has_regions or c]
+    settings: dict[str, Any] = {"activation": "sigmoid"} if folder.has_regions else {}
+    if best:
+        settings["nnunet"] = {"checkpoint": _BEST}
+    note = f"folds that have a {'best, no final' if best else 'final'} checkpoint: {folds}"
+    num_channels = len(set(folder.channels.values()))
+    return FoundTeacher("nnunet", path, tuple(names), num_channels, settings, (note,))
 
 
 def _bundle(path: Path) -> FoundTeacher:
@@ -127,25 +120,18 @@ def _bundle(path: Path) -> FoundTeacher:
         raise TeacherError(
             f"{'; '.join(wrong)}.", where=path, fix="Only networks of one CT channel can teach."
         )
-    outputs = _mapping(_mapping(metadata.get("network_data_format")).get("outputs"))
-    output = outputs.get("pred", next(iter(outputs.values())) if len(outputs) == 1 else {})
-    channels = _mapping(_mapping(output).get("channel_def"))
-    number = _mapping(output).get("num_channels")
+    output = network_output(metadata)
+    number = output.get("num_channels")
     names = tuple(
         Named(str(name), (int(channel),))
-        for channel, name in channels.items()
+        for channel, name in entry_of(output, "channel_def").items()
         if str(channel).isdecimal() and not same_name(str(name), "background")
     )
     config = bundle_config(path)
     found = set() if config is None else _activations(_read_mapping(config))
     settings = {"activation": found.pop()} if len(found) == 1 else {}
-    return FoundTeacher(
-        "monai-bundle",
-        path,
-        names=names,
-        num_channels=number if isinstance(number, int) else None,
-        settings=settings,
-    )
+    number = number if isinstance(number, int) else None
+    return FoundTeacher("monai-bundle", path, names, number, settings)
 
 
 def _activations(config: Any) -> set[str]:
@@ -193,13 +179,10 @@ def _record(pickled: bytes) -> dict[str, Any] | None:
         texts = [arg for _, arg, _ in pickletools.genops(pickled) if isinstance(arg, str)]
     except ValueError:
         return None
-    for key, value in pairwise(texts):
-        if key == "record":
-            try:
-                record = json.loads(value)
-            except ValueError:
-                return None
-            return record if isinstance(record, dict) and "channels" in record else None
+    text = next((value for key, value in pairwise(texts) if key == "record"), "null")
+    with suppress(ValueError):
+        record = json.loads(text)
+        return record if isinstance(record, dict) and "channels" in record else None
     return None
 
 
@@ -207,7 +190,7 @@ def _checkpoint(path: Path, record: Mapping[str, Any]) -> FoundTeacher:
     return FoundTeacher(
         "checkpoint",
         path,
-        names=tuple(Named(str(n), tuple(v)) for n, v in _mapping(record["channels"]).items()),
+        names=tuple(Named(str(n), tuple(v)) for n, v in entry_of(record, "channels").items()),
         num_channels=record.get("num_channels"),
         settings={k: record[k] for k in ("spacing_mm", "intensity") if k in record},
         notes=(f"trained on {' '.join(str(record.get('trained_on', '?')).split())}",),
@@ -223,11 +206,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise TeacherError(
             f"cannot be read ({error}).", where=path, fix="Fetch the bundle again."
         ) from error
-    return _mapping(content)
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 # What a teacher's entry says beside its channels: from its files, or from the user's flag.

@@ -10,7 +10,7 @@ import yaml
 
 from pipeline.data.splits import SplitEntry, fitting_seed
 from pipeline.setup.init.datasets import FoundDataset
-from pipeline.setup.init.meanings import Meanings
+from pipeline.setup.init.meanings import Meanings, Named, in_flag
 from pipeline.setup.init.teachers import FoundTeacher
 
 _HEAD = """\
@@ -91,8 +91,7 @@ def _dataset(part: DatasetPart, seed: int) -> Iterable[str]:
         for case, pair in found.pairs.items():
             yield f"      {_flow(case)}: {_flow(pair.model_dump())}"
     if found.names:
-        named = ", ".join(f"{_values(n.values)} {n.name}" for n in found.names)
-        yield f"    # values by the names of its own file: {_one_line(named)}"
+        yield f"    # values by the names of its own file: {_named(found.names)}"
     yield f"    annotated: {_flow(_short(meanings.organs))}  # organ -> label value, or list"
     ignore = sorted({*meanings.ignore, *found.ignore})
     yield f"    ignore_values: {_flow(ignore)}  # mean unknown: they teach nothing"
@@ -118,8 +117,7 @@ def _teacher(part: TeacherPart) -> Iterable[str]:
     yield f"    kind: {found.kind}"
     yield f"    weights: {_flow(part.weights)}"
     if found.names:
-        named = ", ".join(f"{_values(n.values)} {n.name}" for n in found.names)
-        yield f"    # channels by the names of its own files: {_one_line(named)}"
+        yield f"    # channels by the names of its own files: {_named(found.names)}"
     yield f"    organs: {_flow(_short(part.organs))}  # organ -> output channel, or list"
     if found.num_channels is not None:
         yield f"    num_channels: {found.num_channels}"
@@ -139,30 +137,23 @@ def _to_train(datasets: Sequence[DatasetPart], teachers: Sequence[TeacherPart]) 
         if not organs:
             continue
         channels = {organ: channel for channel, organ in enumerate(organs, start=1)}
-        lines += [
-            f"  {_flow(part.name)}:",
-            "    kind: checkpoint",
-            f"    weights: teachers/{part.name}.pt",
-            f"    organs: {_flow(channels)}",
-            f"    num_channels: {len(organs) + 1}",
-            f"    trained_on: {part.name}",
-        ]
-    if not lines:
-        return ""
-    lines = [*([] if teachers else ["teachers:"]), *lines]
-    return _TRAIN + "\n".join(f"# {line}" for line in lines) + "\n"
+        entry = {
+            "kind": "checkpoint", "weights": f"teachers/{part.name}.pt", "organs": channels,
+            "num_channels": len(organs) + 1, "trained_on": part.name,
+        }  # fmt: skip
+        lines += [f"  {_flow(part.name)}:", *(f"    {k}: {_flow(v)}" for k, v in entry.items())]
+    if lines and not teachers:
+        lines.insert(0, "teachers:")
+    return _TRAIN + "".join(f"# {line}\n" for line in lines) if lines else ""
+
+
+def _named(names: Iterable[Named]) -> str:
+    """Values and names, on one line whatever stands in a file."""
+    return " ".join(", ".join(f"{in_flag(n.values)} {n.name}" for n in names).split())
 
 
 def _short(organs: Mapping[str, tuple[int, ...]]) -> dict[str, int | list[int]]:
     return {o: v[0] if len(v) == 1 else list(v) for o, v in organs.items()}
-
-
-def _values(values: tuple[int, ...]) -> str:
-    return "+".join(str(value) for value in values)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _flow(value: Any) -> str:

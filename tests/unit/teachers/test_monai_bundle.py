@@ -240,9 +240,9 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     folder = write_bundle(tmp_path / "bundle")
     path = folder / "models" / "model.pt"
     torch.save(seeded_network(out_channels=2).state_dict(), path)
-    refused(folder, "does not fit network_def .*size mismatch")
+    refused(folder, "do not fit the network of network_def .*size mismatch")
     torch.save({"elsewhere": torch.zeros(1)}, path)
-    refused(folder, "does not fit network_def .*Missing key")
+    refused(folder, "do not fit the network of network_def .*Missing key")
     torch.save([1, 2], path)
     refused(folder, "holds no state dict")
 

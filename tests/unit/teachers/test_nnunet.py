@@ -162,7 +162,7 @@ def test_a_tensor_file_from_elsewhere(content: object, model: Path) -> None:
 
 def test_weights_that_do_not_fit(model: Path) -> None:
     change_checkpoint(model, lambda c: c["network_weights"].popitem(), fold=1)
-    assert "nnUNetTrainer may build another network" in refused(model, "do not fit the network")
+    assert "built by code of its own" in refused(model, "do not fit the network")
 
 
 def test_folds_of_different_trainings(model: Path) -> None:
