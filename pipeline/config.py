@@ -156,10 +156,7 @@ def read_yaml(path: Path, *, error: type[PipelineError] = ConfigError) -> Docume
 
 
 def load_config(
-    path: Path,
-    model: type[ConfigT],
-    *,
-    error: type[PipelineError] = ConfigError,
+    path: Path, model: type[ConfigT], *, error: type[PipelineError] = ConfigError
 ) -> ConfigT:
     """Reads and validates a YAML file; every field may be left out where the model has defaults.
 
@@ -198,9 +195,10 @@ def raise_problems(
     for group in alike.values():
         many = len(group) > _APART
         for p in group[:1] if many else group:
-            place = f"{document.path}:{document.line_of(p.location)}"
+            place = f"{document.path}:{document.line_of(p.location)}: "
+            place += f"{'.'.join(map(str, p.location))}: " if p.location else ""
             more = f" And {len(group) - 1} more like it." if many else ""
-            texts.append(f"{place}: {_dotted(p.location)}{f'{p.what} {p.fix}'.rstrip()}{more}")
+            texts.append(f"{place}{f'{p.what} {p.fix}'.rstrip()}{more}")
     if len(listed) == 1:
         raise error(texts[0])
     raise error(f"{len(listed)} mistakes:\n" + "\n".join(f"  {text}" for text in texts))
@@ -257,6 +255,14 @@ def file_sha256(path: Folder) -> str:
         return hashlib.sha256(read_bytes(path)).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_if_there(path: Folder) -> str | None:
+    """None for a file that is not there, or cannot be read."""
+    try:
+        return file_sha256(path)
+    except OSError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -381,10 +387,6 @@ def _alike(problem: Problem) -> object:
     return (*place, problem.what, problem.fix)
 
 
-def _dotted(location: Location) -> str:
-    return f"{'.'.join(str(part) for part in location)}: " if location else ""
-
-
 # Versions of this tool and of the packages that its numbers come from; none of them is loaded.
 
 TOOL = "organ-distill"
@@ -396,6 +398,12 @@ PACKAGES = (
 OPTIONAL = (
     "distributed", "dask-jobqueue", "nnunetv2", "s3fs", "tensorboard", "mlflow-skinny", "wandb",
 )  # fmt: skip
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Package -> its version, of those that are installed."""
+    found = {name: _version(name) for name in packages}
+    return {name: text for name, text in found.items() if text is not None}
 
 
 def versions() -> dict[str, str | None]:

@@ -22,77 +22,6 @@ BACKGROUND_COLOUR = "#4dd0e1"
 WINDOW_HU = (-160, 240)
 
 
-def save_overlay(
-    path: Path,
-    image_hu: npt.NDArray[Any],
-    panels: Mapping[str, Mapping[str, npt.NDArray[np.bool_]]],
-    spacing_mm: tuple[float, float, float],
-    *,
-    title: str,
-    colours: Mapping[str, str],
-) -> None:
-    """One row of slices per plane, one column per panel.
-
-    Args:
-        path: PNG.
-        image_hu: (D, H, W) in RAS+.
-        panels: column title -> region name -> bool (D, H, W) drawn over the CT; an empty mapping
-            shows the CT alone.
-        spacing_mm: z, y, x.
-        title: above everything.
-        colours: region name -> colour, of every name but "agreed background".
-    """
-    names = list(dict.fromkeys(n for regions in panels.values() for n in regions))
-    palette = {"agreed background": BACKGROUND_COLOUR, **colours}
-    centre = _busiest_voxel([m for n, m in _all(panels) if n != "agreed background"], image_hu)
-    aspects = (spacing_mm[1] / spacing_mm[2], spacing_mm[0] / spacing_mm[2])
-    with open_figure(path, 2, len(panels), size=(2.6 * len(panels), 5.4)) as (figure, axes):
-        for column, (heading, regions) in enumerate(panels.items()):
-            axes[0, column].set_title(heading, fontsize=9)
-            for plane, aspect in enumerate(aspects):
-                ax = axes[plane, column]
-                ax.imshow(
-                    _plane(image_hu, plane, centre), cmap="gray", vmin=WINDOW_HU[0],
-                    vmax=WINDOW_HU[1], origin="lower", aspect=aspect,
-                )  # fmt: skip
-                for name, mask in regions.items():
-                    _fill(ax, _plane(mask, plane, centre), palette[name], aspect)
-                ax.set_xticks([])
-                ax.set_yticks([])
-        for plane, name in enumerate(("axial", "coronal")):
-            ax = axes[plane, 0]
-            ax.set_ylabel(name, fontsize=9)
-            ax.text(0.02, 0.5, "R", color="w", transform=ax.transAxes, fontsize=8)
-        handles = [_patch(palette[n]) for n in names]
-        if handles:
-            figure.legend(
-                handles, names, loc="outside lower center", ncol=min(8, len(names)),
-                frameon=False, fontsize=9,
-            )  # fmt: skip
-        figure.suptitle(title, fontsize=10)
-
-
-def _plane(volume: npt.NDArray[Any], plane: int, centre: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Axial (0) or coronal (1), as radiologists look: the patient's right is on the left."""
-    slice_ = volume[centre[0]] if plane == 0 else volume[:, centre[1]]
-    return slice_[:, ::-1]
-
-
-def _fill(ax: Any, mask: npt.NDArray[Any], colour: str, aspect: float) -> None:
-    from matplotlib.colors import to_rgb
-
-    rgba = np.zeros((*mask.shape, 4))
-    rgba[..., :3] = to_rgb(colour)
-    rgba[..., 3] = 0.45 * mask
-    ax.imshow(rgba, origin="lower", aspect=aspect, interpolation="nearest")
-
-
-def _all(
-    panels: Mapping[str, Mapping[str, npt.NDArray[np.bool_]]],
-) -> list[tuple[str, npt.NDArray[np.bool_]]]:
-    return [(name, mask) for regions in panels.values() for name, mask in regions.items()]
-
-
 def _busiest_voxel(masks: Iterable[npt.NDArray[Any]], image: npt.NDArray[Any]) -> tuple[int, ...]:
     """Per axis the slice that shows the most different regions, then the most of them; the middle
     one where nothing is shown. One mask is looked at after the other."""
@@ -102,12 +31,6 @@ def _busiest_voxel(masks: Iterable[npt.NDArray[Any]], image: npt.NDArray[Any]) -
             areas = mask.sum(axis=tuple(a for a in range(3) if a != axis))
             score += areas / max(1, areas.max())
     return tuple(int(s.argmax()) if s.any() else s.size // 2 for s in scores)
-
-
-def _patch(colour: str) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((0, 0), 1, 1, color=colour)
 
 
 @contextmanager
@@ -199,6 +122,8 @@ def save_planes(
         colours: region name -> colour, of every name in the panels.
         legend: region name -> what the legend says, in that order.
     """
+    from matplotlib.patches import Rectangle
+
     regions = [(n, m) for panel in panels for n, m in panel.regions.items()]
     centre = _busiest_voxel((m.mask() for n, m in regions if n != "agreed background"), image_hu)
     size_mm = [n * mm for n, mm in zip(image_hu.shape, spacing_mm, strict=True)]
@@ -215,7 +140,7 @@ def save_planes(
                 _draw_plane(ax, image_hu, panel.regions, plane, centre, spacing_mm, colours)
                 if column == 0:
                     ax.set_ylabel(f"{plane}, slice {centre[axis] + 1}", fontsize=9)
-        handles = [_patch(colours[name]) for name in legend]
+        handles = [Rectangle((0, 0), 1, 1, color=colours[name]) for name in legend]
         figure.suptitle("\n".join(title), fontsize=11, x=0.01, ha="left")
         if handles:
             figure.legend(
@@ -233,6 +158,7 @@ def _draw_plane(
     spacing_mm: tuple[float, float, float],
     colours: Mapping[str, str],
 ) -> None:
+    from matplotlib.colors import to_rgb
     from matplotlib.patheffects import withStroke
 
     axis = list(PLANE_ENDS).index(plane)
@@ -245,7 +171,10 @@ def _draw_plane(
     ax.imshow(shown, cmap="gray", vmin=low, vmax=high, origin="lower", aspect=aspect)
     for name, marked in regions.items():
         shown = marked.mask(index)[:, ::-1]
-        _fill(ax, shown, colours[name], aspect)
+        rgba = np.zeros((*shown.shape, 4))
+        rgba[..., :3] = to_rgb(colours[name])
+        rgba[..., 3] = 0.45 * shown
+        ax.imshow(rgba, origin="lower", aspect=aspect, interpolation="nearest")
         if shown.any() and not shown.all():
             ax.contour(shown, levels=[0.5], colors=[colours[name]], linewidths=0.8)
     ax.set_xticks([])
@@ -272,8 +201,7 @@ _FIRST = (
 )  # fmt: skip
 _LIGHTEST, _DARKEST = 0.3, 0.125  # relative luminance (WCAG): 3:1 against white and the dark page
 _WHITER = 0.2
-
-
+_IGNORED, _GREY = 255, (128, 128, 128)  # voxels of a label map that nobody has judged
 _ROW = re.compile(
     r'^ *(?P<id>\d+) +(?:(?P<bare>\S+)(?: +\d+){4}|(?: +[\d.]+){6} +"(?P<quoted>.*)") *$',
     re.MULTILINE,
@@ -285,6 +213,8 @@ def colour_of(organ_id: int) -> Colour:
 
     Behind the first ids, hues a golden ratio apart are never close for ids that are.
     """
+    if organ_id == _IGNORED:
+        return _GREY
     if organ_id <= len(_FIRST):
         red, green, blue = bytes.fromhex(_FIRST[organ_id - 1])
         return red, green, blue
@@ -417,11 +347,10 @@ def save_curves(
     """
     with open_figure(path, 2, 3, size=(14, 5.2)) as (figure, axes):
         grid = axes[0, 0].get_gridspec()
-        for column in (0, 1):
-            for row in (0, 1):
-                axes[row, column].remove()
+        for ax in axes[:, :2].flat:
+            ax.remove()
         losses, scores = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[:, 1])
-        rates, waits = axes[0, 2], axes[1, 2]
+        rates, waits = axes[:, 2]
         draw_terms(losses, terms)
         draw_dice(scores, dice, ids or {})
         draw_rate(rates, samples_per_second)

@@ -386,8 +386,7 @@ def _alive(pid: int) -> bool:
 # A run's folder in an object store, worked on as a folder of this machine.
 #
 # Training appends to files, replaces them and renames them, which no object store can do. So the
-# run
-# is fetched when it begins, worked on here, and sent back whenever it has saved its state.
+# run is fetched when it begins, worked on here, and sent back whenever it has saved its state.
 
 _State = dict[str, tuple[int, int]]
 
@@ -403,7 +402,7 @@ def mirrored(folder: Folder) -> Iterator[tuple[Path, Callable[[], None]]]:
         WorkFolderError: the object store cannot be read or written.
     """
     if is_local(folder):
-        yield folder, _nothing
+        yield folder, lambda: None
         return
     local = local_temporaries() / temporary_name("run")
     try:
@@ -415,10 +414,6 @@ def mirrored(folder: Folder) -> Iterator[tuple[Path, Callable[[], None]]]:
         raise
     finally:
         shutil.rmtree(local, ignore_errors=True)
-
-
-def _nothing() -> None:
-    return None
 
 
 def _fetch(remote: UPath, local: Path) -> _State:
@@ -462,10 +457,8 @@ def _send(local: Path, remote: UPath, sent: _State) -> None:
 def _state(local: Path) -> _State:
     """Name -> size and time of change in ns; without what is being written just now."""
     files = (p for p in local.rglob("*") if p.is_file() and not p.name.endswith(".tmp"))
-    return {
-        path.relative_to(local).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)
-        for path in files
-    }
+    status = {path.relative_to(local).as_posix(): path.stat() for path in files}
+    return {name: (found.st_size, found.st_mtime_ns) for name, found in status.items()}
 
 
 def _rank(name: str) -> tuple[int, str]:

@@ -147,7 +147,7 @@ class Log:
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table for people; dropped when quiet."""
         if not self.quiet:
-            _print_table(title, columns, rows, sys.stderr)
+            print_table(title, columns, rows, file=sys.stderr)
 
     @contextmanager
     def progress(self, what: str, total: int, *, done: int = 0) -> Iterator[Advance]:
@@ -257,19 +257,16 @@ def number(value: float | None, form: str = ".3f") -> str:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_text: int = 1
-) -> None:
-    """A table on standard output; but for the first `num_text`, columns are right-aligned."""
-    _print_table(title, columns, rows, sys.stdout, num_text)
-
-
-def _print_table(
     title: str,
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
-    file: TextIO,
+    *,
     num_text: int = 1,
+    file: TextIO | None = None,
 ) -> None:
+    """A table, on standard output if nothing else is said; but for the first `num_text`, columns
+    are right-aligned."""
+    file = file or sys.stdout
     width = None if file.isatty() else max(120, int(os.environ.get("COLUMNS", "0")))
     console = Console(file=file, width=width, highlight=False, markup=False)
     table = Table(title=title, title_justify="left", show_header=any(columns))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from pipeline.cli.options import (
     open_log,
     open_registry,
     open_settings,
+    show,
     teacher_names,
 )
 from pipeline.cli.record import recorded
@@ -177,11 +177,7 @@ def status(
     from pipeline.setup.submit import with_states
 
     found = look(open_registry(registry, files=False), work)
-    found = replace(found, jobs=with_states(work))
-    if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=1))
-    else:
-        print_status(found)
+    show(replace(found, jobs=with_states(work)), print_status, as_json)
 
 
 @recorded

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +28,7 @@ from pipeline.cli.options import (
     open_log,
     open_registry,
     open_settings,
+    show,
     teacher_names,
 )
 from pipeline.cli.record import recorded
@@ -52,13 +51,6 @@ CaseOption = Annotated[
 ]
 
 
-class ExportFormat(StrEnum):
-    """What `export` writes."""
-
-    nifti = "nifti"
-    nnunet = "nnunet"
-
-
 @cache_app.command("ls", cls=Command)
 def list_(
     registry: RegistryOption = REGISTRY, work: WorkOption = WORK, as_json: JsonOption = False
@@ -69,11 +61,7 @@ def list_(
     """
     from pipeline.review.status import list_cache, print_listing
 
-    found = list_cache(_existing(work), _registry_if_there(registry))
-    if as_json:
-        _print_json(found.to_json())
-    else:
-        print_listing(found)
+    show(list_cache(_existing(work), _registry_if_there(registry)), print_listing, as_json)
 
 
 @cache_app.command(cls=Command)
@@ -95,14 +83,11 @@ def why(
     from stages.cache_teachers import CacheTeachersConfig
 
     settings = open_settings(config, CacheTeachersConfig)
+    opened = open_registry(registry, files=False, trust=trust)
     reasons = explain(
-        work,
-        open_registry(registry, files=False, trust=trust),
-        case,
-        window=settings.window,
-        storage=settings.storage,
-        splits=settings.splits,
-    )
+        work, opened, case,
+        window=settings.window, storage=settings.storage, splits=settings.splits,
+    )  # fmt: skip
     if as_json:
         _print_json(plain(reasons))
     else:
@@ -154,23 +139,21 @@ def verify(
     found = look(_existing(work), known, deep=deep, everything=everything, log=log)
     again: list[Recomputed] = []
     if recompute:
+        from pipeline.review.recompute import print_recomputed
         from pipeline.review.recompute import recompute as run_again
 
+        opened = open_registry(registry, trust=trust)
         again = run_again(
-            work,
-            open_registry(registry, trust=trust),
-            sample=sample,
-            seed=seed,
-            device=device,
-            window_batch=window_batch,
+            work, opened, sample=sample, seed=seed, device=device, window_batch=window_batch,
             log=log,
-        )
+        )  # fmt: skip
     if as_json:
         _print_json({**plain(found), "recomputed": [one.to_json() for one in again]})
     else:
         typer.echo(found.summary())
         print_verification(found)
-        _print_again(again, tolerance)
+        if again:
+            print_recomputed(again, tolerance)
     repaired = _repair(work, found, repair, yes)
     wrong = [one for one in again if not one.agrees(tolerance)]
     if wrong or (found.findings and not repaired):
@@ -187,11 +170,7 @@ def diff(
     from pipeline.review.why import diff as compare
     from pipeline.review.why import print_difference
 
-    found = compare(a, b)
-    if as_json:
-        _print_json(found.to_json())
-    else:
-        print_difference(found)
+    show(compare(a, b), print_difference, as_json)
 
 
 @cache_app.command(cls=Command)
@@ -218,10 +197,7 @@ def gc(
 
     known = [open_registry(path, files=False) for path in registries]
     garbage = find_garbage(_existing(work), known, grace_hours=grace_hours)
-    if as_json:
-        _print_json(garbage.to_json())
-    else:
-        print_garbage(garbage)
+    show(garbage, print_garbage, as_json)
     if garbage.young:
         typer.echo(
             f"gc: {counted(len(garbage.young), 'case unit')} that nobody reaches, younger than "
@@ -255,7 +231,7 @@ def export(
             help="By name; default: all. Once for each.", autocompletion=teacher_names
         ),
     ] = None,
-    to: Annotated[ExportFormat, Panel.RESULT.option(help="Format.")] = ExportFormat.nifti,
+    to: Annotated[Literal["nifti", "nnunet"], Panel.RESULT.option(help="Format.")] = "nifti",
     regions: Annotated[
         bool,
         Panel.RESULT.option("--regions", help="Also organ regions, agreed background, conflicts."),
@@ -273,28 +249,21 @@ def export(
     nifti: log-odds of a case on the student grid. nnunet: labels and experts of all cases together,
     as a raw dataset (OUTPUT: nnUNet_raw/Dataset123_Name).
     """
-    from pipeline.review.export import export_nifti, export_nnunet
+    from pipeline.review.cached_files import export_nifti, export_nnunet
 
-    if (case is None) != (to is ExportFormat.nnunet) or (regions and case is None):
+    if (case is None) != (to == "nnunet") or (regions and case is None):
         raise ConfigError(
             "--to nifti is of one case, and --to nnunet of all, without --regions.",
             where="pipeline cache export",
             fix="Add --case dataset/case, or --to nnunet.",
         )
-    known = open_registry(registry, files=to is ExportFormat.nnunet)
+    known = open_registry(registry, files=to == "nnunet")
     teachers = teacher or list(known.teachers)
     if case is None:
         typer.echo(str(export_nnunet(work, known, teachers, output, open_log(quiet))))
         return
     for path in export_nifti(work, known, case, teachers, output, regions=regions):
         typer.echo(str(path))
-
-
-def _print_again(again: Sequence[Recomputed], tolerance: float) -> None:
-    if again:
-        from pipeline.review.recompute import print_recomputed
-
-        print_recomputed(again, tolerance)
 
 
 def _repair(work: Folder, found: Verification, wanted: bool, yes: bool) -> bool:

@@ -25,9 +25,9 @@ from pipeline.data.registry import Registry, load_registry
 from pipeline.engine.here import Execution
 from pipeline.engine.processes import in_processes
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.figures import hex_colour, save_overlay
+from pipeline.figures import BACKGROUND_COLOUR, Marked, PlaneColumn, hex_colour, save_planes
 from pipeline.folder import refuse_foreign, replace_file, writing
-from pipeline.log import Log, number, print_table
+from pipeline.log import Log, duration, number, print_table
 from pipeline.review.metrics import organ_means, overall_means
 from pipeline.student.speed import TrainingExecution
 from stages import cache_teachers, evaluate, predict, train_teachers
@@ -68,8 +68,7 @@ def generate_phantoms(registry: Registry, log: Log, *, dry_run: bool = False) ->
     if dry_run:
         report.done = list(specs)
         return report
-    began = time.monotonic()
-    with log.progress("phantom datasets", len(specs)) as advance:
+    with report.timed(), log.progress("phantom datasets", len(specs)) as advance:
         made = in_processes(
             _generate, list(specs.items()), number=min(len(specs), os.cpu_count() or 1),
             name=lambda item: item[0], advance=advance,
@@ -80,20 +79,17 @@ def generate_phantoms(registry: Registry, log: Log, *, dry_run: bool = False) ->
         else:
             log.warn(f"dataset {name} failed: {error}")
             report.failed[name] = error
-    report.seconds = time.monotonic() - began
     return report
 
 
 def run_demo(folder: Path, *, quick: bool, log: Log) -> Mapping[str, float]:
-    """Runs phantom, teachers, cache, comparison of students, prediction, evaluation, picture.
+    """Runs phantom, teachers, cache, comparison of students, prediction, evaluation, picture;
+    returns the mean test Dice over organs of each student.
 
     Everything is resumable: a second call goes on where the first one stopped.
 
     Args:
         quick: a tiny cohort and a few steps, of meaningless quality.
-
-    Returns:
-        Student -> mean test Dice over organs.
 
     Raises:
         PipelineError: a stage failed; the message says which unit.
@@ -144,17 +140,23 @@ def draw_overlay(registry: Registry, work: Path, predictions: Path, path: Path) 
     predicted = read_label(predictions / dataset / f"{name}.nii.gz").volume
     student = resample(predicted, case.grid, order=0).array
     label = case.label()
-    panels: dict[str, dict[str, Any]] = {
-        "CT": {},
-        "reference": {o: label == i for o, i in space.ids.items()},
-        "student (ms_kd)": {o: student == i for o, i in space.ids.items()},
-    }
-    for row, k in enumerate(known):
-        panels[f"teacher: {space.organs[k]}"] = {space.organs[k]: organ[row]}
-    panels["agreed background"] = {"agreed background": background}
+    panels = [
+        PlaneColumn("CT", {}),
+        PlaneColumn("reference", {o: Marked(label, (i,)) for o, i in space.ids.items()}),
+        PlaneColumn("student (ms_kd)", {o: Marked(student, (i,)) for o, i in space.ids.items()}),
+        *(
+            PlaneColumn(f"teacher: {space.organs[k]}", {space.organs[k]: Marked(mask, (1,))})
+            for k, mask in zip(known, organ, strict=True)
+        ),
+        PlaneColumn("agreed background", {"agreed background": Marked(background, (1,))}),
+    ]
     title = f"{case.name}: student and teachers on a test case (synthetic CT)"
     colours = {organ: hex_colour(organ_id) for organ, organ_id in space.ids.items()}
-    save_overlay(path, case.image(), panels, case.grid.spacing_mm, title=title, colours=colours)
+    colours["agreed background"] = BACKGROUND_COLOUR
+    save_planes(
+        path, case.image(), panels, case.grid.spacing_mm,
+        colours=colours, legend={name: name for name in colours}, title=[title],
+    )  # fmt: skip
 
 
 def _compare_students(folder: Path, registry: Registry, work: Path, log: Log) -> Results:
@@ -242,17 +244,12 @@ def _say_where(folder: Path, figure: Path, quick: bool, began: float) -> None:
         f"again by hand, with three seeds:\n"
         f"pipeline compare {students} --seeds 0,1,2 --baseline {_BASELINE} \\\n"
         f"  -r {folder / 'data_registry.yaml'} -w {folder / 'work'} -o {folder / _COMPARISON}\n"
-        f"took {_since(began)}"
+        f"took {duration(time.monotonic() - began)}"
     )
 
 
 def _generate(item: tuple[str, tuple[Path, PhantomSpec]]) -> None:
     write_dataset(*item[1])
-
-
-def _since(began: float) -> str:
-    seconds = round(time.monotonic() - began)
-    return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
 
 
 # Registry and configurations of the demo: the reference registry, and settings that fit it.
@@ -283,24 +280,17 @@ def write_settings(folder: Path, *, quick: bool) -> Path:
         targets = [folder / name for name in (*named, "train_teachers.yaml", "cache_teachers.yaml")]
         refuse_foreign("demo", [(path, False) for path in targets], fix="Name another folder.")
     _write_yaml(registry, data)
-    steps = 8 if quick else 300
     training = {"patch": _PATCH, "batch_size": 2, "validate_every": 100}
-    _write_yaml(
-        folder / "train_teachers.yaml",
-        {"training": {**training, "steps": steps, "optimiser": {"lr": 0.003}}},
-    )
+    training["optimiser"] = {"lr": 0.003}
+    teacher = {**training, "steps": 8 if quick else 300}
+    _write_yaml(folder / "train_teachers.yaml", {"training": teacher})
     window = {"shape": _PATCH, "overlap": 0.5}
     _write_yaml(folder / "cache_teachers.yaml", {"window": window})
     for kind in STUDENTS:
         supervision: dict[str, Any] = {"kind": kind}
         if kind == "ms_kd":
             supervision["features"] = {"student_taps": [_STUDENT_TAP]}
-        student = {
-            **training,
-            "steps": 8 if quick else 450,
-            "optimiser": {"lr": 0.003},
-            "supervision": supervision,
-        }
+        student = {**training, "steps": 8 if quick else 450, "supervision": supervision}
         _write_yaml(folder / _student(kind), {"run": kind, "training": student})
     return registry
 

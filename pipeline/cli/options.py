@@ -4,6 +4,7 @@ its registry and its log.
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -62,11 +63,7 @@ _REGISTRY, _WORK = "data_registry.yaml", "work"
 
 def one_of(*names: str) -> Callable[[str], list[str]]:
     """Completes fixed names."""
-
-    def complete(incomplete: str) -> list[str]:
-        return [name for name in names if name.startswith(incomplete)]
-
-    return complete
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
 
 
 def teacher_names(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -124,8 +121,6 @@ def _starting(names: Any, incomplete: str) -> list[str]:
         return []
     return sorted(str(name) for name in names if str(name).startswith(incomplete))
 
-
-# Options that several commands share, and how a command opens its registry and its log.
 
 RegistryOption = Annotated[
     Path, Panel.INPUT.option("--registry", "-r", help="YAML: organs, datasets and teachers.")
@@ -280,6 +275,14 @@ def open_log(
     if record is not None:
         record.attach(log)
     return log
+
+
+def show(found: Any, people: Callable[[Any], None], as_json: bool) -> None:
+    """A result on standard output: for machines, or in its tables for people."""
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        people(found)
 
 
 def end(report: StageReport) -> None:

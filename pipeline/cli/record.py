@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
-from pipeline.errors import ConfigError, PipelineError, WorkFolderError
+from pipeline.errors import ConfigError, PipelineError, WorkFolderError, named
 from pipeline.folder import check_writable, json_with, refuse_foreign, replace_file
 
 if TYPE_CHECKING:
@@ -187,8 +187,7 @@ class CallRecord:
 
         self.log = log
         known = {name: text for name, text in versions().items() if text is not None}
-        arguments = {name: _plain(value) for name, value in self.arguments.items()}
-        log.begin(command=self.command, arguments=arguments, versions=known)
+        log.begin(command=self.command, arguments=dict(self.arguments), versions=known)
         log.detail(", ".join(f"{name} {text}" for name, text in known.items()))
         if self.config_digest is not None:
             log.detail(f"digest of the settings: {self.config_digest}")
@@ -226,7 +225,7 @@ class CallRecord:
         return {
             "format_version": FORMAT_VERSION,
             "command": self.command,
-            "arguments": {name: _plain(value) for name, value in self.arguments.items()},
+            "arguments": dict(self.arguments),
             "dry_run": self.is_dry_run,
             "began": self._at,
             "ended": _now(),
@@ -237,7 +236,7 @@ class CallRecord:
             "stages": [dict(report.to_json()) for report in self.reports],
             "config_digest": self.config_digest,
             "inputs": {name: found for name, found in self._inputs.items() if found is not None},
-            "outputs": {name: _plain(v) for name, v in outputs.items() if v is not None},
+            "outputs": {name: value for name, value in outputs.items() if value is not None},
             "device": _device(self.arguments),
             "memory": _memory(),
             "machine": {
@@ -256,11 +255,8 @@ class CallRecord:
         if short:
             texts = {unit: str(error) for unit, error in failed.items()}
             return {"done": len(done), "skipped": len(skipped), "failed": texts}
-        return {
-            "done": done,
-            "skipped": skipped,
-            "failed": {unit: _said(error) for unit, error in failed.items()},
-        }
+        said = {unit: _said(error) for unit, error in failed.items()}
+        return {"done": done, "skipped": skipped, "failed": said}
 
 
 def current() -> CallRecord | None:
@@ -290,16 +286,14 @@ def note_silence() -> None:
 
 def _check_place(path: Path, command: str) -> None:
     """Nothing is written here: a dry run, too, may have a report."""
-    folder = path.parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        what = "it is a folder" if path.is_dir() else "its folder cannot be written"
+    if path.is_dir():
         raise WorkFolderError(
-            f"the report cannot be written: {what}.",
+            "the report cannot be written: it is a folder.",
             where=f"--report {path}",
             fix="Name a file, for example run.json.",
         )
+    with named(f"--report {path}"):
+        check_writable(path.parent)
     is_ours = json_with(path, "format_version", "command", "exit_code") is not None
     refuse_foreign(command, [(path, is_ours)], fix="Name another file with --report.")
 
@@ -312,19 +306,17 @@ def _described(value: Any) -> Any:
         return [_described(one) for one in value]
     if not isinstance(value, Path):
         return None if value is None else {"path": str(value), "sha256": None}
-    found: dict[str, str | None] = {"path": str(value), "sha256": None}
+    sha256 = None
     with suppress(OSError):
-        if value.is_file():
-            found["sha256"] = file_sha256(value)
-    return found
+        sha256 = file_sha256(value) if value.is_file() else None
+    return {"path": str(value), "sha256": sha256}
 
 
 def _said(error: BaseException) -> dict[str, Any]:
+    parts: dict[str, Any] = {"what": str(error), "where": None, "fix": None}
     if isinstance(error, PipelineError):
         parts = {"what": error.what, "where": error.where, "fix": error.fix or None}
-        code = error.exit_code
-    else:
-        parts, code = {"what": str(error), "where": None, "fix": None}, 1
+    code = getattr(error, "exit_code", 1)
     return {"kind": type(error).__name__, **parts, "message": str(error), "exit_code": code}
 
 
@@ -361,15 +353,6 @@ def _memory() -> dict[str, int | None]:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             gpu = max(torch.cuda.max_memory_reserved(n) for n in range(torch.cuda.device_count()))
     return {"peak_rss_bytes": own, "peak_rss_of_a_child_bytes": others, "peak_gpu_bytes": gpu}
-
-
-def _plain(value: Any) -> Any:
-    """A value of a parameter as JSON knows it; paths and folders of stores as text."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Sequence):
-        return [_plain(one) for one in value]
-    return str(value)
 
 
 def _now() -> str:

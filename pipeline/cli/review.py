@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,18 +33,16 @@ from pipeline.cli.options import (
     open_registry,
     open_settings,
     run_names,
+    show,
 )
 from pipeline.cli.record import recorded
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.data.registry import Registry
-    from pipeline.errors import PipelineError
     from pipeline.folder import Folder
     from pipeline.review.inspect.look import View
     from pipeline.review.inspect.numbers import CohortNumbers
-
-# `pipeline inspect`.
 
 
 @recorded
@@ -117,7 +115,7 @@ def inspect(
     found = inspect_cohort(
         known, work, view, output, allow_missing=allowed, workers=workers, log=log
     )
-    _show(found, output, as_json)
+    _tell(found, output, as_json)
 
 
 def _view(
@@ -141,13 +139,11 @@ def _view(
     return view, settings.allow_missing
 
 
-def _show(found: CohortNumbers, output: Path, as_json: bool) -> None:
+def _tell(found: CohortNumbers, output: Path, as_json: bool) -> None:
     from pipeline.review.inspect.numbers import print_cohort
+    from stages.report import StageReport
 
-    if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=1))
-    else:
-        print_cohort(found)
+    show(found, print_cohort, as_json)
     typer.echo(
         f"inspect: {len(found.cases)} cases, {found.num_improbable} improbable; "
         f"{output / 'cohort.csv'}, {output / 'cohort.json'}",
@@ -156,15 +152,7 @@ def _show(found: CohortNumbers, output: Path, as_json: bool) -> None:
     for unit, error in found.failed.items():
         typer.echo(f"not inspected: {unit}: {error}", err=True)
     if found.failed:
-        raise typer.Exit(exit_code(found.failed.values()))
-
-
-def exit_code(errors: Iterable[PipelineError]) -> int:
-    """As of a stage: 2 if every failure is the user's input, else 1."""
-    return 2 if all(error.exit_code == 2 for error in errors) else 1
-
-
-# `pipeline report`.
+        raise typer.Exit(StageReport("inspect", failed=dict(found.failed)).exit_code)
 
 
 @recorded
@@ -224,9 +212,6 @@ def report(
     typer.echo(str(written))
 
 
-# `pipeline compare`.
-
-
 @recorded
 def compare(
     configs: Annotated[
@@ -284,14 +269,9 @@ def compare(
         checkpoint_minutes=checkpoint_minutes, stage_to=stage_to,
     )  # fmt: skip
     settings = ComparisonSettings(
-        name=name or output.resolve().name,
-        seeds=_numbers(seeds),
-        steps=steps,
-        seconds=seconds,
-        baseline=baseline,
-        test=test,
-        allow_missing=allow_missing,
-    )
+        name=name or output.resolve().name, seeds=_numbers(seeds), steps=steps, seconds=seconds,
+        baseline=baseline, test=test, allow_missing=allow_missing,
+    )  # fmt: skip
     plan = plan_comparison(
         load_configurations(configs), settings, scope, None if dry_run else execution
     )

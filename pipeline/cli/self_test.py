@@ -39,6 +39,7 @@ from pipeline.student.checkpoint import training_checkpoints
 from pipeline.student.dataset import forks_of_a_server
 from pipeline.student.inputs import open_inputs
 from pipeline.student.processes import Silent
+from pipeline.student.progress import metric_lines, without_timing
 from pipeline.student.resume import RunFolder
 from pipeline.student.speed import TrainingExecution
 from pipeline.student.training import train
@@ -128,7 +129,8 @@ def self_test(
         log.info(f"self-test: {steps} steps undisturbed")
         undisturbed = Attempt(setup, straight, setup.execution.workers)
         rows = [_row(train_once, undisturbed, straight)]
-        pace = seconds_per_step(straight)
+        times = [note["time"] for _, note in sorted(notes_of(straight).items())]
+        pace = statistics.median(b - a for a, b in pairwise(times))
         at = sorted(drawn.sample(range(1, steps - 1), min(kills, steps - 2)))
         workers = setup.execution.workers
         for kill_after in (*at, None):
@@ -200,12 +202,7 @@ def _train(attempt: Attempt) -> None:
         # Whether validation disturbs training shows on one case.
         replace(found, validation=found.validation[:1]),
         RunFolder(attempt.folder, saved=saved, pictures=False),
-        replace(
-            setup.execution,
-            workers=attempt.workers,
-            loggers=(),
-            checkpoint_minutes=0,
-        ),
+        replace(setup.execution, workers=attempt.workers, loggers=(), checkpoint_minutes=0),
         Silent(),
     )
     for timer in timers:
@@ -232,6 +229,12 @@ def _row(train_once: Callable[[Attempt], None], attempt: Attempt, straight: Path
     return Row(attempt.workers, began, reached, code != 0, difference)
 
 
+def _repeats(train_once: Callable[[Attempt], None], attempt: Attempt) -> bool:
+    """Whether a second undisturbed training is the first one again."""
+    again = replace(attempt, folder=attempt.folder.with_name("again"))
+    return not _row(train_once, again, attempt.folder).difference
+
+
 def _failure(attempt: Attempt, code: int | None) -> PipelineError:
     told = attempt.folder / "error.json"
     if told.exists():
@@ -244,12 +247,6 @@ def _failure(attempt: Attempt, code: int | None) -> PipelineError:
         where="self-test",
         fix="Its output is above. Code -9 may mean that the machine has too little memory.",
     )
-
-
-def _repeats(train_once: Callable[[Attempt], None], attempt: Attempt) -> bool:
-    """Whether a second undisturbed training is the first one again."""
-    again = replace(attempt, folder=attempt.folder.with_name("again"))
-    return not _row(train_once, again, attempt.folder).difference
 
 
 # `pipeline train-student --self-test`: whether this setup resumes exactly.
@@ -362,8 +359,6 @@ def _made_up(folder: Path, log: Log) -> tuple[Path, Folder, TrainStudentConfig]:
 
 # What a training was after each of its steps, by digest, and where two trainings first differ.
 
-WALL_CLOCK = "timing"  # the key of a line of metrics.jsonl that may differ
-
 
 def note_step(folder: Path) -> int:
     """Digests of the newest checkpoint of a run, beside it; returns its step."""
@@ -416,20 +411,10 @@ def first_difference(straight: Path, notes: Mapping[int, Mapping[str, Any]]) -> 
 
 def metrics_difference(straight: Path, killed: Path) -> str:
     """The first line of metrics.jsonl that differs but for its times; empty if none does."""
-    ours, theirs = _lines(killed), _lines(straight)
+    ours, theirs = (
+        without_timing(metric_lines(run / "metrics.jsonl")) for run in (killed, straight)
+    )
     for number, (one, other) in enumerate(zip(ours, theirs, strict=False), start=1):
         if one != other:
             return f"metrics.jsonl, line {number}"
     return "" if len(ours) == len(theirs) else "the number of lines in metrics.jsonl"
-
-
-def _lines(folder: Path) -> list[Mapping[str, Any]]:
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
-    return [{key: line[key] for key in line if key != WALL_CLOCK} for line in lines]
-
-
-def seconds_per_step(straight: Path) -> float:
-    """Median over a training that nothing disturbed."""
-    times = [note["time"] for _, note in sorted(notes_of(straight).items())]
-    return float(statistics.median(b - a for a, b in pairwise(times)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pkgutil
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from pipeline.cli.options import (
     open_log,
     open_registry,
     open_settings,
+    show,
 )
 from pipeline.cli.record import recorded
 from pipeline.errors import ConfigError, PipelineError
@@ -39,8 +39,6 @@ from pipeline.folder import Folder, is_local
 if TYPE_CHECKING:
     from pipeline.data.registry import Registry
     from pipeline.setup.submit import Stage, Target
-
-# `pipeline init`.
 
 
 @recorded
@@ -114,9 +112,6 @@ def _ask(question: str) -> str:
     return answer
 
 
-# `pipeline check`.
-
-
 @recorded
 def check(
     registry: RegistryOption = REGISTRY,
@@ -171,15 +166,9 @@ def check(
         case = case or next((found.case for found in data.cases if found.is_slice), None)
         teachers = check_teachers(asked, log, case=case, dataset=dataset, side_mm=side_mm)
     report = Report(opened, data, teachers)
-    if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=1))
-    else:
-        print_report(report)
+    show(report, print_report, as_json)
     if report.exit_code:
         raise typer.Exit(report.exit_code)
-
-
-# `pipeline plan`.
 
 
 @recorded
@@ -214,10 +203,7 @@ def plan(
         device=device,
         window_batch=window_batch,
     )
-    if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=1))
-    else:
-        print_plan(found)
+    show(found, print_plan, as_json)
     if found.problem:
         raise SpaceError(
             found.problem,
@@ -227,8 +213,6 @@ def plan(
         )
 
 
-# `pipeline submit`.
-
 STAGES = ("train-teachers", "cache-teachers", "train-student", "predict", "evaluate")
 
 
@@ -237,8 +221,7 @@ def submit(
     stages: Annotated[
         list[str] | None,
         typer.Argument(
-            help=f"One or several of {', '.join(STAGES)}.",
-            autocompletion=one_of(*STAGES),
+            help=f"One or several of {', '.join(STAGES)}.", autocompletion=one_of(*STAGES)
         ),
     ] = None,
     registry: RegistryOption = REGISTRY,
@@ -364,7 +347,11 @@ def _files(configs: list[str]) -> dict[Stage, Path]:
     return {stage: Path(pairs[stage]).absolute() for stage in in_order(list(pairs))}
 
 
-# `pipeline info`.
+# `pipeline info`: this tool, its packages, its commands, and what a registry holds.
+#
+# No network and no image is read: the answer is there at once, also where there is no GPU.
+
+SPLITS = ("train", "validation", "test")
 
 
 def info(
@@ -458,52 +445,35 @@ def _print_registry(found: dict[str, Any] | None, path: Path) -> None:
         if one["note"]:
             typer.echo(f"{name}: {one['note']}")
     rows = [
-        [
-            name,
-            one["kind"],
-            ", ".join(one["organs"]),
-            ", ".join(one["taps"]) or "–",
-            one["weights"] if one["weights_there"] else f"{one['weights']} (not there yet)",
-        ]
+        [name, one["kind"], ", ".join(one["organs"]), ", ".join(one["taps"]) or "–",
+         f"{one['weights']}{'' if one['weights_there'] else ' (not there yet)'}"]
         for name, one in found["teachers"].items()
-    ]
+    ]  # fmt: skip
     if rows:
         print_table("Teachers", ["teacher", "kind", "organs", "taps", "weights"], rows)
 
 
-# `pipeline info`: this tool, its packages, its commands, and what a registry holds.
-#
-# No network and no image is read: the answer is there at once, also where there is no GPU.
-
-SPLITS = ("train", "validation", "test")
-
-
 def stage_settings() -> dict[str, Path]:
     """Command of each stage -> its annotated YAML, which shows all settings with their defaults."""
-    folder = Path(stages.__path__[0])
-    names = sorted(module.name for module in pkgutil.iter_modules(stages.__path__))
-    return {
-        name.replace("_", "-"): folder / f"{name}.yaml"
-        for name in names
-        if (folder / f"{name}.yaml").is_file()
-    }
+    modules = sorted(Path(stages.__path__[0]).glob("*.py"))
+    found = {path.stem.replace("_", "-"): path.with_suffix(".yaml") for path in modules}
+    return {name: path for name, path in found.items() if path.is_file()}
 
 
 def about_tool(commands: Mapping[str, str]) -> dict[str, Any]:
     """Versions, and every command with what it is for."""
     from pipeline.config import TOOL, versions
 
-    known = versions()
-    settings = stage_settings()
+    known, settings = versions(), stage_settings()
     return {
         "version": known.pop(TOOL),
         "python": known.pop("python"),
         "packages": known,
         "commands": dict(commands),
         "stages": {
-            name: {"command": f"pipeline {name}", "settings": str(path)}
+            name: {"command": f"pipeline {name}", "settings": str(settings[name])}
             for name in commands
-            if (path := settings.get(name))
+            if name in settings
         },
     }
 

@@ -35,8 +35,6 @@ from pipeline.cli.record import recorded
 from pipeline.errors import ConfigError
 from pipeline.folder import Folder, parse_folder
 
-# `pipeline cache-teachers`.
-
 
 @recorded
 def cache_teachers(
@@ -66,29 +64,17 @@ def cache_teachers(
     ] = None,
     workers: Annotated[
         int | None,
-        Panel.JOBS.option(
-            help="How many to start; default: one per GPU, or per 4 cores.",
-            min=1,
-        ),
+        Panel.JOBS.option(help="How many to start; default: one per GPU, or per 4 cores.", min=1),
     ] = None,
     slurm_config: Annotated[
-        Path | None,
-        Panel.JOBS.option(
-            help="YAML: what each worker's job asks for.",
-        ),
+        Path | None, Panel.JOBS.option(help="YAML: what each worker's job asks for.")
     ] = None,
     num_parts: Annotated[
-        int | None,
-        Panel.JOBS.option(
-            help="Do one of so many parts of the cases.",
-            min=1,
-        ),
+        int | None, Panel.JOBS.option(help="Do one of so many parts of the cases.", min=1)
     ] = None,
     part_id: Annotated[
         int | None,
-        Panel.JOBS.option(
-            help="Which one, from 0; default: this job's place in its Slurm array.",
-        ),
+        Panel.JOBS.option(help="Which one, from 0; default: this job's place in its Slurm array."),
     ] = None,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
@@ -107,26 +93,17 @@ def cache_teachers(
         registry, work = registry.absolute(), work.absolute() if is_local(work) else work
     loaded = open_registry(registry, trust=trust)
     log = open_log(quiet, work, dry_run, writer="" if part is None else part.tag)
+    if dry_run:
+        executor = workers = slurm_config = None
     with open_engine(
-        None if dry_run else executor,
-        workers=None if dry_run else workers,
-        slurm_config=None if dry_run else slurm_config,
-        device=device,
-        work=work,
-        log=log,
+        executor, workers=workers, slurm_config=slurm_config, device=device, work=work, log=log
     ) as engine:
+        execution = Execution(engine=engine, device=device, window_batch=window_batch, force=force)
+        scope = Scope(loaded, work, log, tables=not quiet)
         report = stage.run(
-            settings,
-            Scope(loaded, work, log, tables=not quiet),
-            Execution(engine=engine, device=device, window_batch=window_batch, force=force),
-            part=part,
-            accept=accept or [],
-            dry_run=dry_run,
+            settings, scope, execution, part=part, accept=accept or [], dry_run=dry_run
         )
     end(report)
-
-
-# `pipeline predict`.
 
 
 @recorded
@@ -184,8 +161,7 @@ def predict(
         Panel.RESULT.option("--mirror", help="Average over mirror images; 2 to 8 times slower."),
     ] = False,
     dicom_seg: Annotated[
-        bool,
-        Panel.RESULT.option("--dicom-seg", help="Also a DICOM SEG; IMAGES are DICOM series."),
+        bool, Panel.RESULT.option("--dicom-seg", help="Also a DICOM SEG; IMAGES are DICOM series.")
     ] = False,
     no_postprocessing: Annotated[
         bool, Panel.RESULT.option("--no-postprocessing", help="Keep all parts of each organ.")
@@ -216,25 +192,15 @@ def predict(
         settings = settings.model_copy(update={"postprocessing": False})
     if mirror:
         settings = settings.model_copy(update={"mirror": True})
-    report = stage.run(
-        settings,
-        [student, *(others or [])],
-        inputs,
-        output,
-        stage.PredictExecution(
-            device,
-            window_batch,
-            probabilities=Probabilities(probabilities, layout) if probabilities else None,
-            dicom_seg=dicom_seg,
-            dry_run=dry_run,
-        ),
-        log=log,
-    )
+    execution = stage.PredictExecution(
+        device, window_batch,
+        probabilities=Probabilities(probabilities, layout) if probabilities else None,
+        dicom_seg=dicom_seg, dry_run=dry_run,
+    )  # fmt: skip
+    students = [student, *(others or [])]
+    report = stage.run(settings, students, inputs, output, execution, log=log)
     report.details["not_taken"] = left
     end(report)
-
-
-# `pipeline evaluate`.
 
 
 @recorded
@@ -281,9 +247,6 @@ def evaluate(
     end(report)
 
 
-# `pipeline export`.
-
-
 class FormatName(StrEnum):
     """What `--format` takes; `stages.export.FORMATS`, without loading torch."""
 
@@ -308,8 +271,7 @@ def export(
         Path, Panel.RESULT.option("--output", "-o", help="A folder per format in it.")
     ],
     formats: Annotated[
-        list[FormatName],
-        Panel.RESULT.option("--format", "-f", help="Give it once for each."),
+        list[FormatName], Panel.RESULT.option("--format", "-f", help="Give it once for each.")
     ],
     check_on: Annotated[
         Path | None,

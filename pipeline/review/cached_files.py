@@ -67,9 +67,6 @@ def export_nifti(
             disagree or abstain), `agreed_background` and `conflict` (0 or 1), from all teachers of
             the registry and the case's label.
 
-    Returns:
-        The files.
-
     Raises:
         ConfigError: files are there that `cache export` did not write.
         RegistryError: no such dataset or teacher.
@@ -154,9 +151,6 @@ def export_nnunet(
         registry: read with its files.
         output: `.../nnUNet_raw/Dataset123_Name`.
 
-    Returns:
-        The path of dataset.json.
-
     Raises:
         ConfigError: a name that nnU-Net does not take, files that were not written here, cases
             that would share a name, or no training case.
@@ -240,11 +234,7 @@ def _link(path: Path, source: CaseFiles) -> None:
 
 
 def _consensus_label(
-    path: Path,
-    registry: Registry,
-    source: CaseFiles,
-    case: CachedCase,
-    known: Mapping[str, Any],
+    path: Path, registry: Registry, source: CaseFiles, case: CachedCase, known: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Writes a label map, unless it is there; says what it is of, and the voxels of each value."""
     made_of = digest(
@@ -259,11 +249,8 @@ def _consensus_label(
     for begin, rows in _consensus_rows(registry, source, case, image, label):
         classes[begin : begin + len(rows)] = rows
     write_like(path, Volume(classes, image.volume.grid), source.image)
-    values, voxels = np.unique(classes, return_counts=True)
-    return {
-        "digest": made_of,
-        "voxels": {str(v): int(n) for v, n in zip(values, voxels, strict=True)},
-    }
+    counts = zip(*np.unique(classes, return_counts=True), strict=True)
+    return {"digest": made_of, "voxels": {str(value): int(number) for value, number in counts}}
 
 
 def _consensus_rows(

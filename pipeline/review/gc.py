@@ -65,14 +65,10 @@ class Garbage:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         units = [
-            {
-                "unit": place.name,
-                "path": str(place.path),
-                "bytes": self.num_bytes[place.path],
-                "students": self.students[place.path],
-            }
+            {"unit": place.name, "path": str(path := place.path), "bytes": self.num_bytes[path],
+             "students": self.students[path]}
             for place in self.units
-        ]
+        ]  # fmt: skip
         return {
             "units": units,
             "index_files": plain(self.index_files),
@@ -118,10 +114,8 @@ def find_garbage(work: Folder, registries: Sequence[Registry], *, grace_hours: f
 def remove_garbage(
     work: Folder, registries: Sequence[Registry], garbage: Garbage, *, log: Log
 ) -> tuple[int, int]:
-    """Removes what was found, except what a registry has come to reach since.
-
-    Returns:
-        How many things went, and their bytes.
+    """Removes what was found, except what a registry has come to reach since; returns how many
+    things went, and their bytes.
 
     Raises:
         ConfigError: a registry is no longer in the index.
@@ -137,11 +131,7 @@ def remove_garbage(
                 remove_unit(place.path)
                 gone.append(place.path)
             advance(place.name)
-    for path in garbage.index_files:
-        if path not in entries:
-            remove(path)
-            gone.append(path)
-    for path in garbage.temporaries:
+    for path in (*(p for p in garbage.index_files if p not in entries), *garbage.temporaries):
         remove(path)
         gone.append(path)
     return len(gone), sum(garbage.num_bytes[path] for path in gone)
@@ -150,14 +140,10 @@ def remove_garbage(
 def print_garbage(garbage: Garbage) -> None:
     """A table by dataset and teacher, for people."""
     rows = [
-        [
-            what,
-            str(len(places)),
-            size(sum(garbage.num_bytes[place.path] for place in places)),
-            in_few_words({r for p in places for r in garbage.students[p.path]}),
-        ]
+        [what, str(len(places)), size(sum(garbage.num_bytes[place.path] for place in places)),
+         in_few_words({run for place in places for run in garbage.students[place.path]})]
         for what, places in by_folder(garbage.units).items()
-    ]
+    ]  # fmt: skip
     for what, paths in (("index", garbage.index_files), ("unfinished", garbage.temporaries)):
         if paths:
             taken = sum(garbage.num_bytes[path] for path in paths)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.cache.cases import json_beside, prediction_file
-from pipeline.config import file_sha256
+from pipeline.config import sha256_if_there
 from pipeline.data.volume import Array, Grid
 from pipeline.errors import GeometryError
 from pipeline.review.surfaces import Mask, diagonal_mm, surface_scores
@@ -162,12 +162,7 @@ def score_json(score: OrganScore) -> dict[str, Any]:
 
 
 def _score_organ(
-    organ: str,
-    predicted: Mask,
-    expected: Mask,
-    grid: Grid,
-    tolerance: float,
-    surface: bool,
+    organ: str, predicted: Mask, expected: Mask, grid: Grid, tolerance: float, surface: bool
 ) -> OrganScore:
     """The three rules of this module, for one organ."""
     num_predicted, num_reference = int(predicted.sum()), int(expected.sum())
@@ -234,14 +229,11 @@ def _check_labels(prediction: Array, reference: Array) -> None:
 #
 # The keys that nnU-Net 2 knows hold what its `compute_metrics` holds for the same label maps; its
 # `load_summary_json` reads the file. Labels are the organs' ids. NaN is written as nnU-Net writes
-# it,
-# as `NaN`, which Python reads and strict JSON readers do not; the CSV has empty cells instead.
+# it, as `NaN`, which Python reads and strict JSON readers do not; the CSV has empty cells instead.
 #
-# Three things nnU-Net does not know are added: `NSD` and `HD95_mm`; organs that nobody annotated
-# in a
-# case, which are NaN there; and `foreground_mean` leaves organs without any value out, where nnU-
-# Net
-# would say NaN.
+# Three things nnU-Net does not know are added: `NSD` and `HD95_mm`; organs that nobody annotated in
+# a case, which are NaN there; and `foreground_mean` leaves organs without any value out, where
+# nnU-Net would say NaN.
 
 # In nnU-Net's order, then ours.
 METRICS: Final = (
@@ -347,14 +339,6 @@ def outdated(
         if sha256_if_there(json_beside(path)) != row["prediction_json_sha256"]:
             return f"the JSON beside {case} has changed since it was evaluated"
     return ""
-
-
-def sha256_if_there(path: Path) -> str | None:
-    """None for a file that is not there, or cannot be read."""
-    try:
-        return file_sha256(path)
-    except OSError:
-        return None
 
 
 def known(value: float | None) -> float | None:

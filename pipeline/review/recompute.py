@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,11 +99,19 @@ def recompute(
             fix="Run `pipeline cache-teachers` with this registry first.",
         )
     drawn = random.Random(seed).sample(units, min(sample, len(units)))
+    found: list[Recomputed] = []
+    loaded: LoadedTeacher | None = None
     with log.progress("units made again", len(drawn)) as advance:
-        found = []
-        for one in _each(registry, drawn, device, window_batch):
-            found.append(one)
-            advance(one.unit)
+        # Teacher by teacher, so that each is loaded once.
+        for path, unit in sorted(drawn, key=lambda item: str(item[0])):
+            assert unit.teacher is not None
+            if loaded is None or loaded.indexed.teacher != unit.teacher.teacher:
+                loaded = _load(registry, unit, device, window_batch)
+            try:
+                found.append(_compare(registry, loaded, path, unit))
+            except PipelineError as error:
+                found.append(Recomputed(unit.name, {}, {}, error=error))
+            advance(unit.name)
     return found
 
 
@@ -118,21 +126,6 @@ def print_recomputed(found: Sequence[Recomputed], tolerance: float) -> None:
         rows.append([one.unit, *numbers, str(one.seen), verdict])
     columns = ["unit", "log-odds", "features", "seen by one", f"tolerance {tolerance:g}"]
     print_table("Made again: largest differences", columns, rows)
-
-
-def _each(
-    registry: Registry, drawn: Sequence[tuple[Folder, Reached]], device: str, window_batch: int
-) -> Iterator[Recomputed]:
-    """Teacher by teacher, so that each is loaded once."""
-    loaded: LoadedTeacher | None = None
-    for path, unit in sorted(drawn, key=lambda item: str(item[0])):
-        assert unit.teacher is not None
-        if loaded is None or loaded.indexed.teacher != unit.teacher.teacher:
-            loaded = _load(registry, unit, device, window_batch)
-        try:
-            yield _compare(registry, loaded, path, unit)
-        except PipelineError as error:
-            yield Recomputed(unit.name, {}, {}, error=error)
 
 
 def _load(registry: Registry, unit: Reached, device: str, window_batch: int) -> LoadedTeacher:

@@ -10,12 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import wilcoxon
 
-# Means, spreads and paired differences of scores: pure functions of arrays.
-#
 # Letters: S seeds, N cases, K organs. A score is NaN where a case has none for that organ (it is
-# not
-# annotated there, or absent) and where a seed has no finished run. Differences are of scores whose
-# places depend on the reference alone, so that they are the same for every configuration and seed.
+# not annotated there, or absent) and where a seed has no finished run. Differences are of scores
+# whose places depend on the reference alone, so that they are the same for every configuration and
+# seed.
 
 Floats = npt.NDArray[np.float64]
 
@@ -162,15 +160,11 @@ def _difference(
 ) -> Difference:
     if np.isnan(mean):
         return Difference(None, None, None, num_seeds, num_cases, "no case has a score")
-    few = []
-    if num_seeds < min_seeds:
-        few.append(f"{num_seeds} of {min_seeds} seeds")
-    if num_cases < MIN_CASES:
-        few.append(f"{num_cases} of {MIN_CASES} cases")
+    few = [f"{num_seeds} of {min_seeds} seeds"] if num_seeds < min_seeds else []
+    few += [f"{num_cases} of {MIN_CASES} cases"] if num_cases < MIN_CASES else []
     if few:
-        return Difference(
-            mean, None, None, num_seeds, num_cases, f"too few for an interval: {' and '.join(few)}"
-        )
+        note = f"too few for an interval: {' and '.join(few)}"
+        return Difference(mean, None, None, num_seeds, num_cases, note)
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.nanpercentile(drawn, [tail, 100 - tail])
     return Difference(mean, float(low), float(high), num_seeds, num_cases, "")
@@ -193,10 +187,7 @@ def _mean(values: Floats, axis: int) -> Floats:
     return np.asarray(np.where(number > 0, total / np.maximum(number, 1), np.nan))
 
 
-# Two sets of scores of the same cases: paired differences, intervals, tests. Pure functions.
-#
-# Letters: N cases, K organs. A score is NaN where a case has none for that organ, in both sets
-# alike.
+# Two sets of scores of the same cases: paired differences, intervals, tests.
 
 # With five pairs no two-sided p of a signed-rank test is below 2 / 2^5 = 0.06.
 MIN_PAIRS = 6
@@ -253,13 +244,9 @@ def paired(first: Floats, other: Floats) -> list[Paired]:
     if not np.array_equal(np.isnan(first), np.isnan(other)):
         raise ValueError("a score without its pair")
     apart = first - other
-    known = ~np.isnan(apart)
-    total = np.where(known, apart, 0.0).sum(axis=1)
-    number = known.sum(axis=1)
-    over_organs = np.where(number > 0, total / np.maximum(number, 1), np.nan)
     gaps = differences(first[None], other[None], min_seeds=1)
     means = [[e.mean for e in estimates(scores[None])] for scores in (first, other)]
-    columns = [*apart.T, over_organs]
+    columns = [*apart.T, _mean(apart, axis=1)]
     return [
         _paired(column[~np.isnan(column)], gap, one, two)
         for column, gap, one, two in zip(columns, gaps, *means, strict=True)
@@ -281,12 +268,9 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def _paired(apart: Floats, gap: Difference, first: float | None, other: float | None) -> Paired:
     differing = apart[np.abs(apart) > _EQUAL]
     higher = int((differing > 0).sum())
-    p: float | None = None
-    note = ""
-    if len(differing) < MIN_PAIRS:
-        note = f"no test: {len(differing)} of {MIN_PAIRS} cases differ"
-    else:
-        # Equal sizes are ties, whatever the last bits say.
-        p = float(wilcoxon(differing.round(9)).pvalue)
     equal = len(apart) - len(differing)
+    p, note = None, f"no test: {len(differing)} of {MIN_PAIRS} cases differ"
+    if len(differing) >= MIN_PAIRS:
+        # Equal sizes are ties, whatever the last bits say.
+        p, note = float(wilcoxon(differing.round(9)).pvalue), ""
     return Paired(first, other, gap, higher, equal, len(differing) - higher, p, note)

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pipeline.cache.identity import read_teacher
@@ -22,7 +21,7 @@ from pipeline.cache.index import (
 )
 from pipeline.cache.places import Place, unit_bytes
 from pipeline.cache.receipt import Receipt
-from pipeline.config import file_sha256, short
+from pipeline.config import sha256_if_there, short
 from pipeline.data.entries import CaseFiles
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheStale, counted
@@ -137,16 +136,8 @@ def _teacher(registry: Registry, work: Folder, name: str) -> IndexedTeacher | St
 
 def _same_image(entry: IndexedCase, source: CaseFiles | None) -> bool:
     """An image that is not here (stage two's machine) cannot have made the cache stale."""
-    found = None if source is None else _sha256(source.image)
+    found = None if source is None else sha256_if_there(source.image)
     return found is None or found == entry.image_sha256
-
-
-def _sha256(path: Path) -> str | None:
-    """None: the file cannot be read here; `pipeline check` says why."""
-    try:
-        return file_sha256(path)
-    except OSError:
-        return None
 
 
 def _state_of_case(
@@ -158,7 +149,7 @@ def _state_of_case(
     if not current:
         return "stale"
     found = unit_state(case_path(work, entry), entry.digest)
-    label = None if found.receipt is None or source is None else _sha256(source.label)
+    label = None if found.receipt is None or source is None else sha256_if_there(source.label)
     if found.receipt is not None and label not in (None, found.receipt.inputs["label_sha256"]):
         return "stale"
     return found.state

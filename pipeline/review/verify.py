@@ -74,12 +74,7 @@ class Verification:
 
 
 def verify(
-    work: Folder,
-    registry: Registry | None,
-    *,
-    deep: bool,
-    everything: bool,
-    log: Log,
+    work: Folder, registry: Registry | None, *, deep: bool, everything: bool, log: Log
 ) -> Verification:
     """Checks the units of a work folder.
 
@@ -101,13 +96,10 @@ def verify(
         found.findings += _missing(there, registry)
     with log.progress("units", len(places)) as advance:
         for place in places:
-            problems = check(place, there.reached.get(place.path), deep=deep)
             found.checked += 1
             found.num_bytes += unit_bytes(place.path)
-            if problems:
-                found.findings.append(
-                    UnitProblem(place.name, place.path, "damaged", tuple(problems))
-                )
+            if problems := tuple(check(place, there.reached.get(place.path), deep=deep)):
+                found.findings.append(UnitProblem(place.name, place.path, "damaged", problems))
             advance(place.name)
     return found
 
@@ -121,9 +113,6 @@ def check(place: Place, reached: Reached | None, *, deep: bool) -> list[str]:
 def repair(work: Folder, found: Verification) -> list[Folder]:
     """Removes what was found damaged and still is; the next run of stage one makes it anew.
 
-    Returns:
-        What was removed.
-
     Raises:
         WorkFolderError: something cannot be removed.
     """
@@ -131,14 +120,12 @@ def repair(work: Folder, found: Verification) -> list[Folder]:
     places = {place.path: place for place in there.places}
     removed = []
     for finding in found.damaged:
-        place = places.get(finding.path)
-        # Since it was found, another process may have replaced it.
-        if place is not None and not check(place, there.reached.get(place.path), deep=found.deep):
-            continue
-        if place is not None:
-            remove_unit(place.path)
-        else:
+        if (place := places.get(finding.path)) is None:
             remove(finding.path)
+        elif check(place, there.reached.get(place.path), deep=found.deep):
+            remove_unit(place.path)
+        else:  # since it was found, another process has replaced it
+            continue
         removed.append(finding.path)
     return removed
 
@@ -154,16 +141,15 @@ def print_verification(found: Verification) -> None:
 def _missing(there: Inventory, registry: Registry) -> Sequence[UnitProblem]:
     reach = registry_reach(there.work, registry)
     places = {place.path for place in there.places}
-    gone = [
-        UnitProblem(name, there.work / "index", "missing", (error.what,))
-        for name, error in reach.absent.items()
+    index = there.work / "index"
+    return [
+        *(UnitProblem(n, index, "missing", (error.what,)) for n, error in reach.absent.items()),
+        *(
+            UnitProblem(unit.name, path, "missing", ("not in the cache",))
+            for path, unit in reach.units.items()
+            if path not in places
+        ),
     ]
-    gone += [
-        UnitProblem(unit.name, path, "missing", ("not in the cache",))
-        for path, unit in reach.units.items()
-        if path not in places
-    ]
-    return gone
 
 
 # What is wrong with one unit: cheaply by its receipt, or deeply by every byte and number in it.
@@ -262,15 +248,13 @@ def _array(unit: Unit, name: str) -> list[str]:
 
 
 def _values(unit: Unit, name: str, values: npt.NDArray[Any]) -> list[str]:
-    match name:
-        case _ if values.dtype.kind == "f":
-            bad = int(np.count_nonzero(np.isinf(values)))
-            return [f"{name} holds {bad} infinite values"] if bad else []
-        case _ if name == LABEL:
-            known = {0, IGNORE, *unit.attributes["organ_ids"].values()}
-            strange = sorted({int(v) for v in np.unique(values)} - known)
-            return [f"label holds the values {strange}, which are no organ's"] if strange else []
-        case _ if name == IMAGE:
-            return []
-        case _:
-            return [f"{name} is {values.dtype}, neither float nor image nor label"]
+    if values.dtype.kind == "f":
+        bad = int(np.count_nonzero(np.isinf(values)))
+        return [f"{name} holds {bad} infinite values"] if bad else []
+    if name == LABEL:
+        known = {0, IGNORE, *unit.attributes["organ_ids"].values()}
+        strange = sorted({int(v) for v in np.unique(values)} - known)
+        return [f"label holds the values {strange}, which are no organ's"] if strange else []
+    if name == IMAGE:
+        return []
+    return [f"{name} is {values.dtype}, neither float nor image nor label"]

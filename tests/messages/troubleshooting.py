@@ -37,7 +37,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "The cache and the work folder",
         ("cache/", "consensus/", "folder", "cli/cache", "setup/plan", "review/units",
          "review/status", "review/verify", "review/recompute", "review/why", "review/gc",
-         "review/export"),
+         "review/cached_files"),
     ),
     ("Several workers, Slurm, job arrays", ("engine/", "setup/submit", "cli/setup")),
     (

@@ -16,7 +16,6 @@ from pipeline.figures import (
     PlaneColumn,
     _line_style,
     save_curves,
-    save_overlay,
     save_planes,
 )
 
@@ -39,9 +38,16 @@ def block(*start: int) -> npt.NDArray[np.bool_]:
     return mask
 
 
-def overlay(path: Path, panels: Any, **changes: Any) -> npt.NDArray[Any]:
-    colours = changes.pop("colours", {"liver": "#e6550d"})
-    save_overlay(path, image(), panels, (3.0, 2.0, 2.0), title="a case", colours=colours, **changes)
+def overlay(path: Path, panels: Any, colours: Any = None) -> npt.NDArray[Any]:
+    colours = colours or {"liver": "#e6550d"}
+    columns = [
+        PlaneColumn(heading, {name: Marked(mask, (1,)) for name, mask in regions.items()})
+        for heading, regions in panels.items()
+    ]
+    save_planes(
+        path, image(), columns, (3.0, 2.0, 2.0),
+        colours=colours, legend={name: name for name in colours}, title=["a case"],
+    )  # fmt: skip
     return picture(path)
 
 
@@ -138,16 +144,6 @@ class TestOverlay:
         b = overlay(tmp_path / "b.png", {"x": {"liver": block(2, 2, 8)}})
         assert a.shape == b.shape
         assert not np.array_equal(a, b)
-
-    def test_the_patients_right_is_on_the_left(self, tmp_path: Path) -> None:
-        # Along x of RAS+, indices grow towards the patient's right.
-        right = np.zeros(SHAPE, dtype=np.bool_)
-        right[:, :, 10:] = True
-        found = overlay(tmp_path / "a.png", {"x": {"r": right}}, colours={"r": "#ff0000"})
-        red = found[..., 0] - found[..., 1] > 0.2
-        columns = np.flatnonzero(red[: red.shape[0] // 2].any(axis=0))
-        assert columns.size
-        assert columns.mean() < found.shape[1] / 2
 
     def test_no_regions_and_empty_regions(self, tmp_path: Path) -> None:
         plain = overlay(tmp_path / "a.png", {"CT": {}})

@@ -98,29 +98,21 @@ class CaseLook:
     def pairs(self) -> tuple[list[tuple[str, str]], da.Array]:
         """Voxels in conflict for each pair of teachers, after labels have won if they do."""
         claims = in_blocks(
-            block_claims,
-            "czyx",
-            np.bool_,
-            (self.log_odds, "czyx"),
-            (self.excluded, "kzyx"),
+            block_claims, "czyx", np.bool_, (self.log_odds, "czyx"), (self.excluded, "kzyx"),
             organs=tuple(k for _, k in self.channels),
-            margin=self.view.margin,
-            labels_win=self.view.labels_win,
-        )
+            margin=self.view.margin, labels_win=self.view.labels_win,
+        )  # fmt: skip
         teachers, organs = zip(*self.channels, strict=True)
         return pair_conflicts(claims, teachers, organs)
 
     def counts(self) -> tuple[list[Count], da.Array]:
         """What there is to count, and its voxels, int64 (M,)."""
+        votes, regions = self.votes, self.regions
         knowledge = Knowledge(
-            tuple(self.organs),
-            tuple(self.channels),
-            tuple(self.votes.annotated),
-            self.view.margin,
+            tuple(self.organs), tuple(self.channels), tuple(votes.annotated), self.view.margin
         )
-        regions = self.regions
         arrays = [  # in the order of `Counted`
-            (self.votes.classes, "zyx"),
+            (votes.classes, "zyx"),
             (self.log_odds, "czyx"),
             (self.alone.log_odds, "kzyx"),
             (self.excluded, "kzyx"),
@@ -147,15 +139,9 @@ class CaseLook:
     def against_label(self) -> da.Array:
         """uint8 (D, H, W): `FALSE_POSITIVE`, `MISS`, or `BOTH`: the label's organ is missed
         and another one is claimed."""
-        return in_blocks(
-            block_against_label,
-            "zyx",
-            np.uint8,
-            (self.votes.classes, "zyx"),
-            (self.alone.organ, "kzyx"),
-            (self.excluded, "kzyx"),
-            judged=tuple(k for k in self.votes.annotated if self.votes.experts[k]),
-        )
+        judged = tuple(k for k in self.votes.annotated if self.votes.experts[k])
+        arrays = (self.votes.classes, "zyx"), (self.alone.organ, "kzyx"), (self.excluded, "kzyx")
+        return in_blocks(block_against_label, "zyx", np.uint8, *arrays, judged=judged)
 
     @property
     def has_rivals(self) -> bool:
@@ -169,10 +155,8 @@ class CaseLook:
 
     def spread(self) -> da.Array:
         """float32 (D, H, W): the largest spread of any organ's experts, in log-odds."""
-        channels = tuple(self.channels)
-        return in_blocks(
-            block_spread, "zyx", np.float32, (self.log_odds, "czyx"), channels=channels
-        )
+        options: dict[str, Any] = {"channels": tuple(self.channels)}
+        return in_blocks(block_spread, "zyx", np.float32, (self.log_odds, "czyx"), **options)
 
 
 def look_at(case: CachedCase, space: LabelSpace, view: View) -> CaseLook:
@@ -207,11 +191,11 @@ def block_claims(
     d: Array, excluded: Array, organs: tuple[int, ...], margin: float, labels_win: bool
 ) -> npt.NDArray[np.bool_]:
     """bool (C, d, h, w), what each teacher claims; if labels win, not where they exclude it."""
-    block_claims: npt.NDArray[np.bool_] = d > margin
+    claims: npt.NDArray[np.bool_] = d > margin
     if labels_win:
-        for claim, organ in zip(block_claims, organs, strict=True):
+        for claim, organ in zip(claims, organs, strict=True):
             claim &= ~excluded[organ]
-    return block_claims
+    return claims
 
 
 class Knowledge(NamedTuple):

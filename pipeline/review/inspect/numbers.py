@@ -7,7 +7,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -181,17 +181,15 @@ def numbers_of(
             false_positive_ml=ml("false positive", name) if look.votes.annotated else None,
             split_ml=ml("split", name),
         )
-    teachers = []
-    for teacher, k in look.channels:
-        key = f"{teacher}: {look.organs[k]}"
-        teachers.append(
-            TeacherNumbers(
-                teacher=teacher,
-                organ=look.organs[k],
-                claimed_ml=ml("claimed", key) or 0.0,
-                unseen=share("unseen", key),
-            )
+    teachers = [
+        TeacherNumbers(
+            teacher=teacher,
+            organ=look.organs[k],
+            claimed_ml=ml("claimed", f"{teacher}: {look.organs[k]}") or 0.0,
+            unseen=share("unseen", f"{teacher}: {look.organs[k]}"),
         )
+        for teacher, k in look.channels
+    ]
     return CaseNumbers(
         case=case.name,
         split=case.split,
@@ -218,10 +216,8 @@ def numbers_of(
 # Which cases are improbable, and why, in words: pure functions of their numbers.
 #
 # Nobody can say that a region is wrong where no label speaks of it: an organ may be cut off,
-# removed
-# or ill. So a flag says what is odd and asks for a look; it stops nothing. The limits are coarse
-# on
-# purpose: a warning that comes often is not heard.
+# removed or ill. So a flag says what is odd and asks for a look; it stops nothing. The limits are
+# coarse on purpose: a warning that comes often is not heard.
 
 # The share of a labelled organ that teachers may miss, and that their agreed background may hold.
 MOST_MISSED: Final = 0.5
@@ -336,14 +332,7 @@ class CohortNumbers:
         """Plain values."""
         return {
             "cases": [case.model_dump(mode="json") for case in self.cases],
-            "usual": {
-                organ: {
-                    "label_ml": usual.label_ml and list(usual.label_ml),
-                    "components": usual.components,
-                    "num_cases": usual.num_cases,
-                }
-                for organ, usual in self.usual.items()
-            },
+            "usual": {organ: asdict(usual) for organ, usual in self.usual.items()},
             "pairs": pair_rows(self.cases),
             "doubts": ignored_rows(self.cases),
             "failed": {name: str(error) for name, error in self.failed.items()},
@@ -379,18 +368,16 @@ def pair_rows(cases: Sequence[CaseNumbers]) -> list[dict[str, Any]]:
     for case in cases:
         for pair in case.pairs:
             found.setdefault(pair.teachers, []).append((pair.conflict_ml, case.case))
-    rows = []
-    for teachers, seen in found.items():
-        worst_ml, worst = max(seen)
-        rows.append(
-            {
-                "teachers": list(teachers),
-                "conflict_ml": round(sum(ml for ml, _ in seen), 3),
-                "num_cases": sum(ml > 0 for ml, _ in seen),
-                "worst_ml": worst_ml,
-                "worst_case": worst if worst_ml else None,
-            }
-        )
+    rows = [
+        {
+            "teachers": list(teachers),
+            "conflict_ml": round(sum(ml for ml, _ in seen), 3),
+            "num_cases": sum(ml > 0 for ml, _ in seen),
+            "worst_ml": max(seen)[0],
+            "worst_case": max(seen)[1] if max(seen)[0] else None,
+        }
+        for teachers, seen in found.items()
+    ]
     return sorted(rows, key=lambda row: (-row["conflict_ml"], row["teachers"]))
 
 
@@ -426,30 +413,22 @@ def print_cohort(found: CohortNumbers) -> None:
     )
     doubts = ignored_rows(found.cases)
     if doubts:
+        sides = ("no_here", "no_not_here", "silent")
         cells = [
-            [
-                row["teacher"],
-                row["organ"],
-                str(row["num_cases"]),
-                *(str(row[side] or "") for side in ("no_here", "no_not_here", "silent")),
-                row["why"],
-            ]
+            [row["teacher"], row["organ"], str(row["num_cases"]),
+             *(str(row[side] or "") for side in sides), row["why"]]
             for row in doubts
-        ]
+        ]  # fmt: skip
         title = "Teachers that are not believed everywhere: cases in which"
         columns = ["teacher", "organ", "asked", 'no "here"', 'no "not here"', "silent", "such as"]
         print_table(title, columns, cells)
     pairs = [row for row in pair_rows(found.cases) if row["conflict_ml"]]
     if pairs:
         cells = [
-            [
-                " and ".join(row["teachers"]),
-                in_ml(row["conflict_ml"]),
-                str(row["num_cases"]),
-                f"{row['worst_case']} ({in_ml(row['worst_ml'])})",
-            ]
+            [" and ".join(row["teachers"]), in_ml(row["conflict_ml"]), str(row["num_cases"]),
+             f"{row['worst_case']} ({in_ml(row['worst_ml'])})"]
             for row in pairs[:_MOST_PAIRS]
-        ]
+        ]  # fmt: skip
         title = "Teachers that claim the same voxels for different organs, in ml"
         print_table(title, ["teachers", "all cases", "in cases", "worst case"], cells)
     reasons = [[case.case, reason] for case in cases for reason in case.flags]
@@ -469,10 +448,9 @@ def to_csv(found: CohortNumbers) -> str:
 
 
 def _flat(case: CaseNumbers) -> dict[str, Any]:
-    row: dict[str, Any] = {"case": case.case, "split": case.split}
-    row |= {"agreed_background": case.agreed_background, "unclaimed": case.unclaimed}
-    row |= {"conflict_ml": case.conflict_ml, "abstained_ml": case.abstained_ml}
-    row |= {"unseen": case.unseen}
+    whole = ("case", "split", "agreed_background", "unclaimed", "conflict_ml", "abstained_ml",
+             "unseen")  # fmt: skip
+    row: dict[str, Any] = {name: getattr(case, name) for name in whole}
     for organ, numbers in case.organs.items():
         known = numbers.model_dump(exclude_none=True)
         row |= {f"{organ}: {name}": value for name, value in known.items()}

@@ -18,17 +18,19 @@ import numpy.typing as npt
 from pipeline.cache.reader import CachedCase
 from pipeline.consensus.cohort import open_case, open_cohort
 from pipeline.consensus.reliability import read_validation_scores, trusting
+from pipeline.data.labels import IGNORE
 from pipeline.data.nifti import write_image
 from pipeline.data.registry import Registry
 from pipeline.data.volume import Volume
-from pipeline.errors import CacheError, CacheMissing, ConfigError, PipelineError
+from pipeline.errors import CacheMissing, ConfigError
 from pipeline.figures import (
     BACKGROUND_COLOUR,
     Marked,
     PlaneColumn,
-    colour_of,
     hex_colour,
+    itksnap_text,
     save_planes,
+    slicer_text,
 )
 from pipeline.folder import (
     Folder,
@@ -65,9 +67,6 @@ def inspect_case(
 
     Args:
         allow_missing: leave out teachers whose units are missing or damaged.
-
-    Returns:
-        The numbers, flagged by the case alone, and the files.
 
     Raises:
         ConfigError: the registry has no teacher, or there are files that `inspect` did not write.
@@ -128,21 +127,19 @@ def inspect_cohort(
     }
     refuse_foreign("inspect", ours.items())
     cohort = open_cohort(work, registry, teachers=list(registry.teachers))
-    failed: dict[str, PipelineError] = {}
-    absent = [
-        unit
-        for unit, error in cohort.problems.items()
-        if isinstance(error, CacheMissing) and " x " not in unit
-    ]
+    of_cases = {unit: error for unit, error in cohort.problems.items() if " x " not in unit}
+    failed = of_cases if allow_missing else dict(cohort.problems)
+    absent = [unit for unit, error in of_cases.items() if isinstance(error, CacheMissing)]
     if allow_missing and absent:
         log.remark(f"cases that are not in the cache and left out: {', '.join(absent)}")
-    for unit, error in cohort.problems.items():
-        if not allow_missing or (" x " not in unit and unit not in absent):
-            failed[unit] = error
+        failed = {unit: error for unit, error in failed.items() if unit not in absent}
     incomplete = {unit.rpartition(" x ")[2] for unit in failed}
     cases = [case for case in cohort.cases if case.name not in incomplete]
     if not cohort.cases:
-        raise next(iter(cohort.problems.values()), _no_case(work))
+        nothing = CacheMissing(
+            "there is no case in the cache.", where=work, fix="Run `pipeline cache-teachers`."
+        )
+        raise next(iter(cohort.problems.values()), nothing)
     weighed = _with_reliability(cases, registry, work, view)
     found = measure_cohort(weighed, registry.label_space, view, workers=workers, log=log)
     found = CohortNumbers(found.cases, found.usual, {**failed, **found.failed})
@@ -170,12 +167,6 @@ def _check_teachers(registry: Registry) -> None:
             where=registry.path,
             fix="Add teachers and run `pipeline cache-teachers`.",
         )
-
-
-def _no_case(work: Folder) -> CacheError:
-    return CacheMissing(
-        "there is no case in the cache.", where=work, fix="Run `pipeline cache-teachers`."
-    )
 
 
 # One case as NIfTI files on the student grid, that any viewer lays over each other.
@@ -261,34 +252,13 @@ def write_maps(folder: Path, case: CachedCase, look: CaseLook, found: CaseMaps) 
         path = folder / f"{name}.nii.gz"
         write_image(path, Volume(array, case.grid))
         written.append(path)
-    tables = {_SNAP_LABELS: snap_labels(look), _SLICER_COLOURS: slicer_colours(look)}
+    names = {**dict(zip(look.ids, look.organs, strict=True)), IGNORE: "ignored"}
+    tables = {
+        _SNAP_LABELS: itksnap_text(names),
+        _SLICER_COLOURS: slicer_text(names, _SLICER_COLOURS),
+    }
     replace_files({folder / name: text.encode() for name, text in tables.items()})
     return [*written, *(folder / name for name in tables)]
-
-
-def organ_colours(look: CaseLook) -> dict[str, str]:
-    """Organ -> its colour, in files and in the figure."""
-    return {o: hex_colour(i) for o, i in zip(look.organs, look.ids, strict=True)}
-
-
-def snap_labels(look: CaseLook) -> str:
-    """ITK-SNAP's label description: id, R, G, B, opacity, visibility, mesh visibility, name."""
-    rows = ['0 0 0 0 0 0 0 "background"']
-    for organ, organ_id in zip(look.organs, look.ids, strict=True):
-        red, green, blue = colour_of(organ_id)
-        rows.append(f'{organ_id} {red} {green} {blue} 1 1 1 "{organ}"')
-    rows.append('255 128 128 128 1 1 0 "ignored"')
-    return "\n".join(rows) + "\n"
-
-
-def slicer_colours(look: CaseLook) -> str:
-    """3D Slicer's colour table: id, name, R, G, B, A."""
-    rows = ["# Color table of organ ids", "0 background 0 0 0 0"]
-    for organ, organ_id in zip(look.organs, look.ids, strict=True):
-        red, green, blue = colour_of(organ_id)
-        rows.append(f"{organ_id} {organ} {red} {green} {blue} 255")
-    rows.append("255 ignored 128 128 128 255")
-    return "\n".join(rows) + "\n"
 
 
 # One case as a figure: three planes through its organs, a column per question.
@@ -305,10 +275,14 @@ def draw_case(
     path: Path, case: CachedCase, look: CaseLook, found: CaseMaps, numbers: CaseNumbers
 ) -> None:
     """Writes a PNG."""
-    organs = organ_colours(look)
     ids = dict(zip(look.organs, look.ids, strict=True))
     label = {o: Marked(found.label, (ids[o],)) for o in look.organs if o in case.annotated}
     regions = {o: Marked(found.maps["regions"], (i,)) for o, i in ids.items()}
+    background = {"agreed background": Marked(found.maps["agreed_background"], (1,))}
+    unsure = {
+        "conflict": Marked(found.maps["conflicts"], _ONE_OR_MORE),
+        "abstained": Marked(found.maps["abstained"], (1,)),
+    }
     against = found.maps["against_label"]
     disagreement = {
         "false positive": Marked(against, (FALSE_POSITIVE, BOTH)),
@@ -320,21 +294,12 @@ def draw_case(
         PlaneColumn("CT", {}),
         PlaneColumn(f"label ({', '.join(label) or 'none'})", label),
         PlaneColumn("organ regions", regions),
-        PlaneColumn(
-            "agreed background",
-            {"agreed background": Marked(found.maps["agreed_background"], (1,))},
-        ),
-        PlaneColumn(
-            "conflict, abstained",
-            {
-                "conflict": Marked(found.maps["conflicts"], _ONE_OR_MORE),
-                "abstained": Marked(found.maps["abstained"], (1,)),
-            },
-        ),
+        PlaneColumn("agreed background", background),
+        PlaneColumn("conflict, abstained", unsure),
         PlaneColumn("teachers against label", disagreement),
     ]
     colours = {
-        **organs,
+        **{organ: hex_colour(organ_id) for organ, organ_id in ids.items()},
         "agreed background": BACKGROUND_COLOUR,
         "conflict": CONFLICT_COLOUR,
         "abstained": ABSTAINED_COLOUR,
@@ -364,14 +329,15 @@ def _legend(
 ) -> dict[str, str]:
     """Name -> what the legend says of it."""
     organs = numbers.organs
-    words = {name: f"{name} {numbers.organs[name].region_ml:.0f} ml" for name in organs}
-    words["agreed background"] = f"agreed background {numbers.agreed_background:.1%}"
-    words["conflict"] = f"conflict {numbers.conflict_ml:.1f} ml"
-    words["abstained"] = f"abstained {numbers.abstained_ml:.1f} ml"
     false = sum(n.false_positive_ml or 0.0 for n in organs.values())
     missed = sum(n.missed_ml or 0.0 for n in organs.values())
     split = sum(n.split_ml or 0.0 for n in organs.values())
-    words["false positive"] = f"teacher says organ, label says not: {false:.1f} ml"
-    words["miss"] = f"label says organ, its teacher does not: {missed:.1f} ml"
-    words["split experts"] = f"experts of one organ differ: {split:.1f} ml"
+    words = {name: f"{name} {organ.region_ml:.0f} ml" for name, organ in organs.items()} | {
+        "agreed background": f"agreed background {numbers.agreed_background:.1%}",
+        "conflict": f"conflict {numbers.conflict_ml:.1f} ml",
+        "abstained": f"abstained {numbers.abstained_ml:.1f} ml",
+        "false positive": f"teacher says organ, label says not: {false:.1f} ml",
+        "miss": f"label says organ, its teacher does not: {missed:.1f} ml",
+        "split experts": f"experts of one organ differ: {split:.1f} ml",
+    }
     return {n: words[n] for n in colours if n in words and (n != "split experts" or n in shown)}

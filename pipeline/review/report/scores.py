@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.cache.reader import CachedCase
-from pipeline.config import file_sha256
+from pipeline.config import file_sha256, sha256_if_there
 from pipeline.data.labels import IGNORE, LabelSpace
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, ConfigError, listed
@@ -28,7 +28,6 @@ from pipeline.review.metrics import (
     outdated,
     score_case,
     score_json,
-    sha256_if_there,
 )
 from pipeline.review.report.trace import RunRecord
 from pipeline.student.checkpoint import load_student, read_record

@@ -22,7 +22,7 @@ from pipeline.data.resample import resample
 from pipeline.data.volume import Volume
 from pipeline.errors import CacheError, CacheMissing, CacheStale, ConfigError, RegistryError
 from pipeline.log import Log
-from pipeline.review.export import export_nifti, export_nnunet
+from pipeline.review.cached_files import export_nifti, export_nnunet
 from stages import cache_teachers
 from tests.stages.stage_contract import snapshot
 from tests.tiny import change_registry, fill_cache, run_cache, work_of
