@@ -7,8 +7,6 @@ A teacher is trained as a student of one organ with full labels: the same loop, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -20,7 +18,6 @@ from pipeline.cache.receipt import read_receipt
 from pipeline.cache.schema import StorageConfig
 from pipeline.cache.store import prepare_work_folder
 from pipeline.config import Config
-from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import LabelSpace
 from pipeline.data.registry import Registry
 from pipeline.errors import (
@@ -32,7 +29,6 @@ from pipeline.errors import (
     TeacherError,
     named,
 )
-from pipeline.log import Log
 from pipeline.student.augment import check_sides
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.processes import refuse_several
@@ -47,14 +43,12 @@ from stages.report import Scope, StageReport
 _SPLITS = ("train", "validation")
 
 
-def _full() -> TrainingConfig:
-    return TrainingConfig(supervision=SupervisionConfig(kind="full"))
-
-
 class TrainTeachersConfig(Config):
     """How teachers are trained; see train_teachers.yaml."""
 
-    training: TrainingConfig = Field(default_factory=_full)
+    training: TrainingConfig = Field(
+        default_factory=lambda: TrainingConfig(supervision=SupervisionConfig(kind="full"))
+    )
     storage: StorageConfig = Field(default_factory=StorageConfig)
 
     @model_validator(mode="before")
@@ -127,54 +121,18 @@ def _to_train(registry: Registry, only: str | None) -> list[str]:
     return names
 
 
-@dataclass(frozen=True)
 class _Teacher:
-    """A teacher to be trained."""
+    """A teacher to be trained: what the registry and the settings say of it."""
 
-    name: str
-    config: TrainTeachersConfig
-    scope: Scope
-
-    @property
-    def registry(self) -> Registry:
-        """With its files."""
-        return self.scope.registry
-
-    @property
-    def log(self) -> Log:
-        """Of the stage."""
-        return self.scope.log
-
-    @property
-    def entry(self) -> TeacherEntry:
-        """Of the registry."""
-        return self.registry.teachers[self.name]
-
-    @property
-    def dataset(self) -> str:
-        """That it is trained on."""
-        assert self.entry.trained_on is not None
-        return self.entry.trained_on
-
-    @property
-    def weights(self) -> Path:
-        """Its file."""
-        return self.registry.resolve(self.entry.weights)
-
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Of its grid."""
-        return self.entry.spacing_mm or self.registry.grid.spacing_mm
-
-    @property
-    def space(self) -> LabelSpace:
-        """Its organs."""
-        return LabelSpace({organ: self.registry.organs[organ] for organ in self.entry.organs})
-
-    @property
-    def training(self) -> TrainingConfig:
-        """The stage's, with the intensity that its entry names."""
-        return self.config.training.model_copy(update={"intensity": self.entry.intensity})
+    def __init__(self, name: str, config: TrainTeachersConfig, scope: Scope) -> None:
+        self.name, self.work, self.log, self.registry = name, scope.work, scope.log, scope.registry
+        self.entry = entry = scope.registry.teachers[name]
+        self.dataset = entry.trained_on or ""
+        self.weights = scope.registry.resolve(entry.weights)
+        self.spacing_mm = entry.spacing_mm or scope.registry.grid.spacing_mm
+        self.space = LabelSpace({organ: scope.registry.organs[organ] for organ in entry.organs})
+        self.storage = config.storage
+        self.training = config.training.model_copy(update={"intensity": entry.intensity})
 
 
 def _train_one(
@@ -200,7 +158,7 @@ def _train_one(
     if note := teacher.registry.empty_split(teacher.dataset):
         log.remark(f"dataset {teacher.dataset}: {' '.join(note)}")
     inputs = _open(teacher, files, identity)
-    folder = teacher.scope.work / "teachers-in-training" / name
+    folder = teacher.work / "teachers-in-training" / name
     with open_run(folder, name=name) as run_folder:
         trained = train(training, inputs, run_folder, execution, log)
         if trained.finished:
@@ -270,7 +228,7 @@ def _open(
     annotated = tuple(teacher.registry.datasets[teacher.dataset].annotated)
     cases = []
     for file in files:
-        unit = Unit.open(case_path(teacher.scope.work, file), expect=file.digest)
+        unit = Unit.open(case_path(teacher.work, file), expect=file.digest)
         cases.append(CachedCase(file.name, file.split, annotated, unit, {}, {}))
     return TrainingInputs(
         training=[case for case in cases if case.split == "train"],
@@ -284,8 +242,9 @@ def _prepare(teacher: _Teacher, report: StageReport, *, dry_run: bool) -> list[I
     """The dataset's cases at the teacher's spacing; at the student's they are the cache's own."""
     log, found = teacher.log, list[IndexedCase]()
     files = [c for c in teacher.registry.cases(teacher.dataset) if c.split in _SPLITS]
-    storage = teacher.config.storage
-    to_grid = CaseToGrid(teacher.registry, teacher.scope.work, storage, teacher.spacing_mm, dry_run)
+    to_grid = CaseToGrid(
+        teacher.registry, teacher.work, teacher.storage, teacher.spacing_mm, dry_run
+    )
     with log.progress(f"{teacher.dataset} on the teacher's grid", len(files)) as advance:
         for source in files:
             try:
@@ -301,9 +260,8 @@ def _is_swallowed(teacher: _Teacher, case: IndexedCase) -> bool:
     """Whether the teacher's grid leaves nothing of an organ that the label shows: the case would
     teach that it is absent. A case that a dry run does not make is not known to."""
     try:
-        receipt = read_receipt(
-            case_path(teacher.scope.work, case), expect=case.digest, objects=False
-        )
+        path = case_path(teacher.work, case)
+        receipt = read_receipt(path, expect=case.digest, objects=False)
     except CacheError:
         return False
     lost = [organ for organ in teacher.space.organs if organ in receipt.swallowed]

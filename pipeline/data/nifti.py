@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -59,17 +59,13 @@ def read_file(path: Path) -> tuple[Any, str]:
             fix="Check the path and its permissions.",
         ) from error
     digest = hashlib.sha256(data).hexdigest()
-    try:
+    with _decoding(path):
         if path.name.lower().endswith(".gz") or data[:2] == _GZIP_MAGIC:
             # Of the well-kept readers the fastest, and it checks lengths and CRCs (decision 0023).
             data = igzip.decompress(data)
         kind = nib.Nifti2Image if data[:4] in _NIFTI2_HEADER_SIZE else nib.Nifti1Image
         _check_voxel_size(kind.header_class, data, path)
         return kind.from_bytes(data), digest
-    except GeometryError:
-        raise
-    except Exception as error:  # a damaged header makes nibabel raise almost anything
-        raise unreadable(path, error) from error
 
 
 def read_header(path: Path) -> tuple[Any, Any]:
@@ -81,22 +77,17 @@ def read_header(path: Path) -> tuple[Any, Any]:
     require_file(path)
     if is_series(path):
         return nib.Nifti1Image, open_series(path).header()
-    try:
-        with path.open("rb") as file:
-            begin = file.read(4)
-            packed = path.name.lower().endswith(".gz") or begin[:2] == _GZIP_MAGIC
-            file.seek(0)
-            with igzip.open(file) if packed else nullcontext(file) as stream:
-                first = stream.read(4)
-                kind = nib.Nifti2Image if first in _NIFTI2_HEADER_SIZE else nib.Nifti1Image
-                # What nibabel keeps of a header is at its beginning; extensions go anyway.
-                data = first + stream.read(kind.header_class.sizeof_hdr - 4)
-                _check_voxel_size(kind.header_class, data, path)
-                return kind, kind.header_class(data)
-    except GeometryError:
-        raise
-    except Exception as error:  # a damaged header makes nibabel raise almost anything
-        raise unreadable(path, error) from error
+    with _decoding(path), path.open("rb") as file:
+        begin = file.read(4)
+        packed = path.name.lower().endswith(".gz") or begin[:2] == _GZIP_MAGIC
+        file.seek(0)
+        with igzip.open(file) if packed else nullcontext(file) as stream:
+            first = stream.read(4)
+            kind = nib.Nifti2Image if first in _NIFTI2_HEADER_SIZE else nib.Nifti1Image
+            # What nibabel keeps of a header is at its beginning; extensions go anyway.
+            data = first + stream.read(kind.header_class.sizeof_hdr - 4)
+            _check_voxel_size(kind.header_class, data, path)
+            return kind, kind.header_class(data)
 
 
 def _check_voxel_size(kind: Any, data: bytes, path: Path) -> None:
@@ -111,13 +102,19 @@ def _check_voxel_size(kind: Any, data: bytes, path: Path) -> None:
         )
 
 
-def unreadable(path: Path, error: Exception) -> GeometryError:
-    """What a user is told where nibabel or gzip refuse a file."""
-    return GeometryError(
-        f"not a readable NIfTI file ({type(error).__name__}: {error}).",
-        where=path,
-        fix="It may be truncated, or not gzip: fetch or export it again.",
-    )
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Within the block, what nibabel or gzip raise becomes a `GeometryError`."""
+    try:
+        yield
+    except GeometryError:
+        raise
+    except Exception as error:  # a damaged header makes nibabel raise almost anything
+        raise GeometryError(
+            f"not a readable NIfTI file ({type(error).__name__}: {error}).",
+            where=path,
+            fix="It may be truncated, or not gzip: fetch or export it again.",
+        ) from error
 
 
 def name_extensions(names: Mapping[int, str]) -> list[Any]:
@@ -227,7 +224,7 @@ def _forms(header: Any, shape: tuple[int, ...]) -> list[HeaderDoubt]:
     return [HeaderDoubt(what, "Find out which is right and save the file with that one alone.")]
 
 
-# NIfTI in and out. With `pipeline.data.volume` the only file that knows the (x, y, z) of files.
+# With `pipeline.data.volume` the only file that knows the (x, y, z) of files.
 
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=np.float64)
 _INT16 = np.iinfo(np.int16)
@@ -346,15 +343,11 @@ def read_grid(path: Path) -> Grid:
         GeometryError: not a 3D NIfTI header, or not one DICOM series.
     """
     _, header = read_header(path)
-    try:
+    with _decoding(path):
         image = SimpleNamespace(affine=header.get_best_affine(), shape=header.get_data_shape())
-    except Exception as error:
-        raise unreadable(path, error) from error
     shape = _check_shape(image, path)
-    orientation = io_orientation(image.affine)
-    order = np.argsort(orientation[:, 0])
-    canonical = image.affine @ nib.orientations.inv_ornt_aff(orientation, shape)
-    return _grid_from_file([shape[i] for i in order], canonical)
+    order = np.argsort(io_orientation(image.affine)[:, 0])
+    return _canonical_grid([shape[i] for i in order], image.affine, shape)
 
 
 def write_image(
@@ -369,7 +362,7 @@ def write_image(
         description: at most 80 bytes, in the header.
     """
     array = _to_file_order(volume.array)
-    affine = _swap(volume.grid.matrix)
+    affine = file_affine(volume.grid)
     if affine_xyz is not None:
         affine = np.asarray(affine_xyz, dtype=np.float64)
         array = apply_orientation(array, ornt_transform(_RAS, io_orientation(affine)))
@@ -454,10 +447,8 @@ def _is_invertible(affine: npt.NDArray[np.float64]) -> bool:
 def _stored_voxels(image: Any, path: Path) -> npt.NDArray[Any]:
     """(x, y, z) as in the file, before rescaling."""
     shape = _check_shape(image, path)
-    try:
+    with _decoding(path):
         array: npt.NDArray[Any] = np.asanyarray(image.dataobj.get_unscaled()).reshape(shape)
-    except Exception as error:
-        raise unreadable(path, error) from error
     if array.dtype.kind not in "iuf":
         raise GeometryError(
             f"voxels are of type {array.dtype}, not one real number each.",
@@ -482,15 +473,24 @@ def _scaled(image: Any, part: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _wrap(image: Any, array: npt.NDArray[Any], path: Path, sha256: str) -> NiftiVolume:
     shape = _check_shape(image, path)
     affine = np.array(image.affine, dtype=np.float64)
-    canonical = affine @ nib.orientations.inv_ornt_aff(io_orientation(affine), shape)
-    volume = Volume(array, _grid_from_file(array.shape[::-1], canonical), orientation_of(affine))
+    grid = _canonical_grid(array.shape[::-1], affine, shape)
+    volume = Volume(array, grid, orientation_of(affine))
     doubts, names = header_doubts(image), names_in(image.header)
     note = str(image.extra.get("note", ""))
     return NiftiVolume(volume, path, sha256, shape, affine, doubts, names, note)
 
 
-def _grid_from_file(shape_xyz: Any, affine_xyz: npt.NDArray[np.float64]) -> Grid:
-    return Grid.from_matrix([int(n) for n in reversed(list(shape_xyz))], _swap(affine_xyz))
+def _canonical_grid(
+    shape_xyz: Sequence[int], affine: npt.NDArray[np.float64], stored: tuple[int, ...]
+) -> Grid:
+    """The grid in RAS+ of a file's affine and shape; `shape_xyz` is that shape in RAS+."""
+    canonical = affine @ nib.orientations.inv_ornt_aff(io_orientation(affine), stored)
+    return Grid.from_matrix([int(n) for n in reversed(shape_xyz)], _swap(canonical))
+
+
+def file_affine(grid: Grid) -> npt.NDArray[np.float64]:
+    """4 x 4, (x, y, z) voxels to RAS+ mm."""
+    return _swap(grid.matrix)
 
 
 def _swap(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -27,9 +27,6 @@ def resample(volume: Volume, grid: Grid, *, order: int, outside: float | None = 
         volume: any real dtype; integers are rounded after interpolation.
         outside: value of voxels outside the source's field of view (NaN where a float result must
             say "not seen"); None holds the outermost value there too.
-
-    Returns:
-        A volume of the same dtype on `grid`.
     """
     if same_grid(volume.grid, grid):
         return Volume(volume.array, grid, volume.stored)

@@ -43,11 +43,8 @@ class CaseSize:
 def case_sizes(
     registry: Registry, splits: Sequence[str]
 ) -> tuple[list[CaseSize], Mapping[str, PipelineError]]:
-    """Reads the header of every image of some splits.
-
-    Returns:
-        The cases, and per case whose header cannot be read the reason.
-    """
+    """Reads the header of every image of some splits: the cases, and per case whose header cannot
+    be read the reason."""
     found: list[CaseSize] = []
     unreadable: dict[str, PipelineError] = {}
     for dataset in registry.datasets:

@@ -200,13 +200,10 @@ class Orientation:
         return "".join(_LETTERS[axis][turned] for axis, turned in pairs)[::-1]
 
     def apply(self, volume: Volume) -> Volume:
-        """The same voxels at the same places in mm, with their axes in this order.
+        """The same voxels at the same places in mm, with their axes in this order, as a view.
 
         Args:
             volume: (..., D, H, W) in RAS+ order.
-
-        Returns:
-            A view, not a copy, whose axes are this orientation's.
         """
         lead = tuple(range(volume.array.ndim - 3))
         array = volume.array.transpose(*lead, *(len(lead) + axis for axis in self.axes))

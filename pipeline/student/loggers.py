@@ -238,12 +238,9 @@ class WandbLogger:
         self._run.finish(exit_code=0 if well else 1)
 
 
-# Loggers by the names that the command line takes.
-
+# By the names that the command line takes.
 LOGGERS: dict[str, Callable[[], RunLogger]] = {
-    "tensorboard": TensorBoardLogger,
-    "mlflow": MlflowLogger,
-    "wandb": WandbLogger,
+    logger.name: logger for logger in (TensorBoardLogger, MlflowLogger, WandbLogger)
 }
 
 

@@ -139,8 +139,13 @@ class Processes:
         Raises:
             PipelineError: as in `gathered`.
         """
+
+        def own() -> None:
+            if error is not None:
+                raise error
+
         if any(self.any(error is not None)):
-            self.together(lambda: _raise(error))
+            self.together(own)
 
     @contextmanager
     def averaging(self, weights: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -292,11 +297,6 @@ def _portable(error: Exception | None) -> PipelineError | None:
         where="another process",
         fix="Its own output says where.",
     )
-
-
-def _raise(error: Exception | None) -> None:
-    if error is not None:
-        raise error
 
 
 # How the processes of a training find each other, started by torchrun or srun.

@@ -87,11 +87,6 @@ class Metrics:
         self._warn = warn
 
     @property
-    def last_validation(self) -> Mapping[str, float | None]:
-        """Per organ, of the last validation; empty before the first."""
-        return self.history.last_validation
-
-    @property
     def note(self) -> str:
         """The run in half a line: smoothed loss, throughput, share of time waiting for data."""
         loss, timing = self.history.smooth_loss, self._timing
@@ -191,10 +186,7 @@ class Metrics:
 
 @contextmanager
 def followed(
-    run: LoggedRun,
-    batch_size: int,
-    warn: Callable[[str], None],
-    loggers: Iterable[RunLogger] = (),
+    run: LoggedRun, batch_size: int, warn: Callable[[str], None], loggers: Iterable[RunLogger] = ()
 ) -> Iterator[Metrics]:
     """The metrics of a run while it trains; what loggers began is finished whatever happens.
 
@@ -243,10 +235,8 @@ def _scalars(lines: list[dict[str, Any]]) -> dict[str, float]:
     if norms:
         found["gradient_norm"] = _mean(norms)
     found["lr"] = last["lr"]
-    if "timing" in last:
-        found["speed/samples_per_second"] = last["timing"]["samples_per_second"]
-        found["speed/data_wait"] = last["timing"]["data_wait"]
-    return found
+    speed = {k: v for k, v in last.get("timing", {}).items() if k not in ("steps", "seconds")}
+    return found | {f"speed/{name}": value for name, value in speed.items()}
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -431,9 +421,8 @@ def kept_lines(path: Path, keep_until: int) -> Iterator[dict[str, Any]]:
     if end < path.stat().st_size:
         os.truncate(path, end)
     if not last.endswith(b"\n"):
-        append = path.open("ab")
-        with append:
-            append.write(b"\n")
+        with path.open("ab") as file:
+            file.write(b"\n")
 
 
 def parsed(text: bytes) -> dict[str, Any] | None:
@@ -493,11 +482,10 @@ def _table(history: History) -> tuple[list[str], list[list[str]]]:
         return [], []
     organs = list(history.last_validation)
     first = min(scores.first[0] for scores in history.scores.values())
-    if first == history.step:
-        columns = ["organ", f"step {first}"]
-    else:
-        columns = ["organ", f"first (step {first})", "best", "at step"]
-        columns.append(f"last (step {history.step})")
+    columns = ["organ", f"step {first}"]
+    if first != history.step:
+        last = f"last (step {history.step})"
+        columns = ["organ", f"first (step {first})", "best", "at step", last]
     rows = []
     for name in organs if len(organs) == 1 else [*organs, "mean"]:
         found = history.scores.get(name)

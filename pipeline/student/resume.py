@@ -89,20 +89,14 @@ class TrainingState:
     @property
     def identity(self) -> dict[str, Any]:
         """Settings and inputs: with others it is another run."""
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "inputs": dict(self.inputs.identity),
-        }
+        inputs = dict(self.inputs.identity)
+        return {"config": self.config.model_dump(mode="json"), "inputs": inputs}
 
     @property
     def parts(self) -> dict[str, Stateful]:
         """What is in a checkpoint, by name."""
-        return {
-            "network": self.network,
-            "optimiser": self.optimiser,
-            "speed": self.speed,
-            "best": self.best,
-        }
+        names = ("network", "optimiser", "speed", "best")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -139,7 +133,8 @@ class RunFolder:
         if found is None:
             torch.manual_seed(_stream(config.seed, 0, processes.rank))
             if processes.size > 1:  # equal already, if the machines are
-                first = processes.from_first(lambda: _on_cpu(state.network.state_dict()))
+                weights = state.network.state_dict()
+                first = processes.from_first(lambda: {n: w.cpu() for n, w in weights.items()})
                 state.network.load_state_dict(first)
             return 0
         step = int(found["step"])
@@ -290,10 +285,6 @@ def check_finite(state: Any, where: object, step: int) -> None:
             where=where,
             fix="The last checkpoint is intact. Lower optimiser.lr.",
         )
-
-
-def _on_cpu(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.cpu() for name, tensor in state.items()}
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:

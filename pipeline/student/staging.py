@@ -20,7 +20,7 @@ from pipeline.cache.schema import IMAGE, LABEL, features_name, log_odds_name
 from pipeline.cache.staged import Copy
 from pipeline.errors import CacheError
 from pipeline.folder import temporary_name
-from pipeline.log import Log
+from pipeline.log import Log, size
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import TapKey
 from pipeline.student.processes import ALONE, Processes
@@ -81,11 +81,7 @@ def staged_cases(
         processes: that train together; those of one host share the work.
     """
     root = folder / f"organ-distill-staged-{os.getuid()}"
-    copies = {
-        copy.name: copy
-        for case in cases
-        for copy in (_of_case(case, root), *_of_teachers(case, root, taps))
-    }
+    copies = {copy.name: copy for case in cases for copy in _copies(case, root, taps)}
     decoded = {name: replace(copy, decoded=True) for name, copy in copies.items()}
     host, share = socket.gethostname(), list[Copy]()
     found = processes.gathered(
@@ -106,12 +102,9 @@ def staged_cases(
     return [_reading(case, root, taps, opened) for case in cases]
 
 
-def _of_case(case: CachedCase, root: Path) -> Copy:
-    return Copy(case.case, root, (IMAGE, LABEL))
-
-
-def _of_teachers(case: CachedCase, root: Path, taps: Sequence[TapKey]) -> list[Copy]:
-    copies = []
+def _copies(case: CachedCase, root: Path, taps: Sequence[TapKey]) -> list[Copy]:
+    """Of the case, then of its teachers."""
+    copies = [Copy(case.case, root, (IMAGE, LABEL))]
     for teacher, unit in case.teachers.items():
         organs = [organ for organ, experts in case.experts.items() if teacher in experts]
         names = [log_odds_name(organ) for organ in organs]
@@ -123,12 +116,8 @@ def _of_teachers(case: CachedCase, root: Path, taps: Sequence[TapKey]) -> list[C
 def _reading(
     case: CachedCase, root: Path, taps: Sequence[TapKey], opened: Mapping[str, Unit]
 ) -> CachedCase:
-    def of(copy: Copy) -> Unit:
-        return opened.get(copy.name, copy.unit)
-
-    units = map(of, _of_teachers(case, root, taps))
-    teachers = dict(zip(case.teachers, units, strict=True))
-    return replace(case, case=of(_of_case(case, root)), teachers=teachers)
+    unit, *units = (opened.get(copy.name, copy.unit) for copy in _copies(case, root, taps))
+    return replace(case, case=unit, teachers=dict(zip(case.teachers, units, strict=True)))
 
 
 def _why_not(root: Path, copies: Sequence[Copy]) -> str:
@@ -147,8 +136,8 @@ def _why_not(root: Path, copies: Sequence[Copy]) -> str:
     need, free = sum(copy.missing_bytes() for copy in copies), disk.free - disk.total * _LEFT_FREE
     if need > free:
         return (
-            f"{_size(need)} more are needed there and {_size(max(0.0, free))} are free, a "
-            "twentieth of the disk left aside"
+            f"{size(need)} more are needed there and {size(max(0.0, free))} are free, a twentieth "
+            "of the disk left aside"
         )
     return ""
 
@@ -206,7 +195,7 @@ def _report(outcomes: Sequence[_Outcome], num_copies: int, folder: Path, log: Lo
             made = sum(outcome.num_bytes for outcome in of_host)
             log.info(
                 f"{where}{len(ready)} of {num_copies} units are read from {folder}, {how}; "
-                f"{_size(read)}, {_size(made)} of it copied now"
+                f"{size(read)}, {size(made)} of it copied now"
             )
         problems = list(dict.fromkeys(p for outcome in of_host for p in outcome.problems))
         if len(ready) < num_copies:
@@ -215,7 +204,3 @@ def _report(outcomes: Sequence[_Outcome], num_copies: int, folder: Path, log: Lo
                 f"{where}{num_copies - len(ready)} of {num_copies} units are read from the cache "
                 f"itself, not from {folder}: {problems[0] if problems else 'unknown'}{more}."
             )
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.2f} MB"

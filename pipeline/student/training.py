@@ -113,7 +113,7 @@ def train(
         log.progress("steps", config.steps, done=start) as advance,
         loaded_batches(data, start, execution.workers) as loader,
     ):
-        scores = processes.from_first(lambda: dict(metrics.last_validation))
+        scores = processes.from_first(lambda: dict(metrics.history.last_validation))
         for collated in metrics.batches(loader):
             line = _step_of_all(state, collated, step, run)
             step += 1

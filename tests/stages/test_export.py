@@ -457,7 +457,7 @@ class TestParityIsDemanded:
         for row in range(5):
             count.add(ours[row], theirs[row])
         parity = count.parity(0.5)
-        assert parity.num_voxels == ours.size
+        assert parity.voxels == ours.size
         assert parity.organ_voxels == np.count_nonzero((ours > 0) | (theirs > 0))
         assert parity.differing_voxels == np.count_nonzero(ours != theirs)
         liver, other = ours == 1, theirs == 1

@@ -91,13 +91,9 @@ def pancreas(canvas: Canvas, inside: Field, patient: Patient, rng: Rng) -> None:
     """A thin lobulated curve from the duodenum across the midline towards the spleen."""
     lift, bow = rng.uniform(-8, 18), rng.uniform(-6, 8)
     points = [
-        (-34, 2, 30),
-        (-16, 8, 34),
-        (0, 20 + bow, 16),
-        (6 + 0.3 * lift, 28 + bow, -6),
-        (14 + 0.7 * lift, 14 + bow, -36),
-        (22 + lift, -14, -68),
-    ]
+        (-34, 2, 30), (-16, 8, 34), (0, 20 + bow, 16), (6 + 0.3 * lift, 28 + bow, -6),
+        (14 + 0.7 * lift, 14 + bow, -36), (22 + lift, -14, -68),
+    ]  # fmt: skip
     radii = np.array([11, 16, 12.5, 12, 12.5, 12]) * rng.uniform(0.85, 1.15)
     box, tube = tube_along(canvas, [near(rng, p, 3) for p in points], radii.tolist())
     fatty = rng.uniform(0, 1) ** 2
@@ -128,8 +124,7 @@ def lesions(canvas: Canvas, inside: Field, patient: Patient, rng: Rng) -> None:
 # A canvas of voxels in millimetres, and the implicit shapes that are painted on it.
 #
 # Every shape is a signed distance in millimetres, negative inside, in the frame of a reference
-# body:
-# z superior, y anterior, x right, origin in front of the first lumbar vertebra.
+# body: z superior, y anterior, x right, origin in front of the first lumbar vertebra.
 
 Field = npt.NDArray[np.float32]
 Box = tuple[slice, slice, slice]
@@ -332,12 +327,8 @@ def _skeleton(canvas: Canvas, cavity: Field, rng: Rng) -> None:
     """Vertebrae with discs, canal and spinous processes; ribs; psoas muscles."""
     marrow = rng.uniform(130, 240)
     for side in (-1, 1):
-        path = [
-            (30, -58, side * 24),
-            (-20, -52, side * 36),
-            (-80, -48, side * 46),
-            (-190, -42, side * 56),
-        ]
+        path = [(30, -58, 24), (-20, -52, 36), (-80, -48, 46), (-190, -42, 56)]
+        path = [(z, y, side * x) for z, y, x in path]
         box, psoas = tube_along(canvas, path, [4, 13, 19, 22])
         canvas.paint(box, psoas, 56 + 5 * canvas.texture[box])
     box = canvas.box((-400, -130, -60), (400, -25, 60))
@@ -420,21 +411,15 @@ def _great_vessels(canvas: Canvas, patient: Patient, rng: Rng) -> None:
     grow = rng.uniform(0.85, 1.2)
     runs = [
         ("cava", [(200, -20, 30), (70, -22, 28), (0, -24, 24), (-200, -28, 22)], [12, 12, 10, 10]),
-        (
-            "aorta",
-            [(200, -30, -16), (60, -26, -10), (0, -22, -7), (-200, -24, -4)],
-            [12, 11, 10, 8],
-        ),
+        ("aorta", [(200, -30, -16), (60, -26, -10), (0, -22, -7), (-200, -24, -4)],
+         [12, 11, 10, 8]),
         ("aorta", [(8, -14, -7), (0, 0, -7), (-40, 12, -4), (-120, 20, 5)], [4, 4, 4, 3]),
-        (
-            "portal",
-            [(-120, 25, 18), (-40, 15, 12), (2, 10, 12), (22, 8, 36), (38, 8, 60)],
-            [4, 6, 7, 8, 7],
-        ),
+        ("portal", [(-120, 25, 18), (-40, 15, 12), (2, 10, 12), (22, 8, 36), (38, 8, 60)],
+         [4, 6, 7, 8, 7]),
         ("portal", [(4, 9, 12), (8, 4, -20), (22, -22, -66), (36, -30, -92)], [5, 5, 5, 4]),
         ("cava", [(-6, -24, 24), (-8, -34, 48)], [6, 5]),
         ("cava", [(-6, -18, 16), (-4, -12, -7), (-6, -34, -48)], [5, 4, 5]),
-    ]
+    ]  # fmt: skip
     for vessel, points, radii in runs:
         box, tube = tube_along(canvas, [near(rng, p, 2) for p in points], [r * grow for r in radii])
         canvas.paint(box, np.where(canvas.label[box] > 1, FAR, tube), hu[vessel])

@@ -7,9 +7,7 @@ anatomy is drawn in millimetres (`body`); here it is bent and scanned.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from pipeline.config import file_sha256
 from pipeline.data.entries import ORGANS, PhantomSpec, case_names
-from pipeline.data.nifti import write_image
+from pipeline.data.nifti import file_affine, write_image
 from pipeline.data.phantom.body import PHASES, TISSUE_HU, Canvas, Patient, draw
 from pipeline.data.volume import Grid, Volume
 from pipeline.errors import RegistryError
-from pipeline.folder import refuse_foreign
+from pipeline.folder import refuse_foreign, replace_file
 
 FORMAT_VERSION: Final = 2  # raise it whenever the numbers of a case change
 _FIELD_OF_VIEW_MM: Final = (288.0, 336.0, 384.0)
@@ -281,30 +280,18 @@ def write_dataset(
 def _write_case(files: dict[str, Path], spec: PhantomSpec, index: int) -> None:
     case = make_case(spec, index)
     label = case.label.array
-    if len(spec.annotated) == 1:
-        label = (label == ORGANS.index(spec.annotated[0]) + 1).astype(np.uint8)
-    else:
-        keep = [0] + [ORGANS.index(organ) + 1 for organ in spec.annotated]
-        label = np.where(np.isin(label, keep), label, 0).astype(np.uint8)
+    wanted = [ORGANS.index(organ) + 1 for organ in spec.annotated]
+    label = np.where(np.isin(label, wanted), 1 if len(wanted) == 1 else label, 0).astype(np.uint8)
     turned = (spec.seed + index) % len(_ORIENTATIONS)
-    affine = _file_affine(case.image.grid, _ORIENTATIONS[turned])
+    turn = nib.orientations.axcodes2ornt(_ORIENTATIONS[turned])
+    grid = case.image.grid  # the same voxels, stored along these axes
+    affine = file_affine(grid) @ nib.orientations.inv_ornt_aff(turn, grid.shape[::-1])
     write_image(files["images"], case.image, affine_xyz=affine)
     write_image(files["labels"], Volume(label, case.label.grid), affine_xyz=affine)
 
 
-def _file_affine(grid: Grid, codes: str) -> npt.NDArray[np.float64]:
-    """The affine (x, y, z order, RAS+ world) of the same voxels stored along `codes`."""
-    order = [2, 1, 0, 3]
-    matrix = grid.matrix[np.ix_(order, order)]
-    turn = nib.orientations.axcodes2ornt(codes)
-    return np.asarray(matrix @ nib.orientations.inv_ornt_aff(turn, grid.shape[::-1]))
-
-
 def _digests(files: dict[str, Path]) -> dict[str, str]:
-    return {
-        part: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        for part, path in files.items()
-    }
+    return {part: file_sha256(path) if path.is_file() else "" for part, path in files.items()}
 
 
 def _finished(marker: Path, identity: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -326,6 +313,4 @@ def _finished(marker: Path, identity: dict[str, Any]) -> dict[str, dict[str, str
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    replace_file(path, f"{json.dumps(content, indent=1)}\n".encode())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from pipeline.config import installed
 from pipeline.data.labels import Intensity
 from pipeline.data.nifti import read_image, read_label, write_image
 from pipeline.data.resample import resample, same_grid
@@ -72,9 +72,6 @@ def run_bundle(folder: Path, image: Path, output: Path) -> Path:
 
     Args:
         folder: of the bundle, which is trusted: postprocessing is code.
-
-    Returns:
-        The label map.
 
     Raises:
         ParityError: no label map came of it.
@@ -189,10 +186,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 # The configs of a MONAI bundle: inference.json and metadata.json, as the specification has them.
 #
 # Network, preprocessing and inferer are plain classes with plain arguments, so that whoever reads
-# the
-# bundle without trusting it (as this project does) has to run no code of it. What needs
-# expressions
-# stands in the postprocessing and in the workflow.
+# the bundle without trusting it (as this project does) has to run no code of it. What needs
+# expressions stands in the postprocessing and in the workflow.
 
 _SCHEMA = (
     "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/"
@@ -270,7 +265,7 @@ def metadata(record: StudentRecord, *, name: str) -> dict[str, Any]:
         "monai_version": version("monai"),
         "pytorch_version": version("torch").split("+")[0],
         "numpy_version": version("numpy"),
-        "required_packages_version": _versions(),
+        "required_packages_version": installed(_OPTIONAL),
         "name": name,
         "task": f"Segmentation of {', '.join(record.label_space.organs)} in CT",
         "description": f"A {record.network.name} that was distilled from "
@@ -326,7 +321,7 @@ def bundle_channels(record: StudentRecord) -> list[str]:
     return channel_names(record) if record.head == "softmax" else list(record.label_space.organs)
 
 
-def teacher_entry(record: StudentRecord, *, folder: str) -> dict[str, Any]:
+def bundle_entry(record: StudentRecord, *, folder: str) -> dict[str, Any]:
     """An entry for `teachers` of a data_registry.yaml: the bundle as another student's teacher."""
     names = bundle_channels(record)
     return {
@@ -405,32 +400,15 @@ def _postprocessing(record: StudentRecord) -> list[dict[str, Any]]:
         background = "$lambda logits: torch.cat([torch.zeros_like(logits[:1]), logits])"
         steps.append({"_target_": "Lambdad", **keys, "func": background})
     steps.append({"_target_": "AsDiscreted", **keys, "argmax": True})
-    if ids != list(range(1, len(ids) + 1)):
-        classes = list(range(1, len(ids) + 1))
-        steps.append(
-            {
-                "_target_": "MapLabelValued", **keys,
-                "orig_labels": classes, "target_labels": ids, "dtype": "$torch.uint8",
-            }
-        )  # fmt: skip
-    steps.append(
-        {
-            "_target_": "SaveImaged", **keys,
-            "output_dir": "@output_dir", "output_postfix": "", "output_ext": ".nii.gz",
-            "output_dtype": "$torch.uint8", "resample": False, "separate_folder": False,
-        }
-    )  # fmt: skip
-    return steps
-
-
-def _versions() -> Mapping[str, str]:
-    found = {}
-    for package in _OPTIONAL:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    classes = list(range(1, len(ids) + 1))
+    if ids != classes:
+        mapped = {"orig_labels": classes, "target_labels": ids, "dtype": "$torch.uint8"}
+        steps.append({"_target_": "MapLabelValued", **keys, **mapped})
+    saved = {
+        "output_dir": "@output_dir", "output_postfix": "", "output_ext": ".nii.gz",
+        "output_dtype": "$torch.uint8", "resample": False, "separate_folder": False,
+    }  # fmt: skip
+    return [*steps, {"_target_": "SaveImaged", **keys, **saved}]
 
 
 # What people read in a bundle: docs/README.md and LICENSE.
@@ -439,8 +417,8 @@ def _versions() -> Mapping[str, str]:
 def readme(record: StudentRecord, name: str) -> str:
     """`docs/README.md`."""
     labels = "\n".join(f"| {i} | {organ} |" for organ, i in record.label_space.ids.items())
-    entry = yaml.safe_dump({name: teacher_entry(record, folder="path/to/this/bundle")},
-                           sort_keys=False)  # fmt: skip
+    entry = bundle_entry(record, folder="path/to/this/bundle")
+    entry_text = yaml.safe_dump({name: entry}, sort_keys=False).rstrip()
     spacing = " x ".join(f"{mm:g}" for mm in record.spacing_mm)
     patch = " x ".join(map(str, record.patch))
     channels = bundle_channels(record)
@@ -504,7 +482,7 @@ The second fetches MONAI's schema unless `schema.json` is there already.
 In a `data_registry.yaml` of organ-distill, under `teachers`:
 
 ```yaml
-{entry.rstrip()}
+{entry_text}
 ```
 """
 

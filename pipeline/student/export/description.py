@@ -68,7 +68,9 @@ def describe(record: StudentRecord, *, file: str, overlap: float) -> dict[str, A
             "dtype": "float32",
             "channels": channel_names(record),
             "head": record.head,
-            "probabilities": _probabilities(record),
+            "probabilities": "softmax over channels"
+            if record.head == "softmax"
+            else "1 / (1 + exp(-logit)) of each organ; background's logit is always 0",
             "label_map": "argmax over channels, the first of equals, then `labels`",
         },
         "labels": {"background": 0, **record.label_space.ids},
@@ -82,9 +84,8 @@ def origin(record: StudentRecord) -> dict[str, Any]:
     names = ("network", "steps", "seed", "supervision", "teachers", "trained_on", "run_digest",
              "validation_dice")  # fmt: skip
     rules = told["postprocessing"]  # of label maps, by `pipeline predict`
-    return {name: told[name] for name in names} | (
-        {"postprocessing_left_out": rules} if rules else {}
-    )
+    left_out = {"postprocessing_left_out": rules} if rules else {}
+    return {name: told[name] for name in names} | left_out
 
 
 def teacher_entry(record: StudentRecord, *, weights: str) -> dict[str, Any]:
@@ -101,29 +102,17 @@ def teacher_entry(record: StudentRecord, *, weights: str) -> dict[str, Any]:
     }
 
 
-def _probabilities(record: StudentRecord) -> str:
-    if record.head == "softmax":
-        return "softmax over channels"
-    return "1 / (1 + exp(-logit)) of each organ; background's logit is always 0"
-
-
 def _intensity(intensity: Intensity) -> dict[str, Any]:
     low, high = intensity.window_hu
+    told: dict[str, Any] = {"window_hu": [low, high]}
     match intensity.kind:
         case "window":
             first, last = intensity.scaled_to
+            told |= {"scaled_to": [first, last]}
             how = f"(clip(hu, {low}, {high}) - {low}) * ({last - first} / {high - low}) + {first}"
         case "zscore":
+            told |= {"mean_hu": intensity.mean_hu, "std_hu": intensity.std_hu}
             how = f"(clip(hu, {low}, {high}) - {intensity.mean_hu}) / {intensity.std_hu}"
         case "raw":
-            how = "hu"
-    told = {
-        "kind": intensity.kind, "window_hu": [low, high], "scaled_to": list(intensity.scaled_to),
-        "mean_hu": intensity.mean_hu, "std_hu": intensity.std_hu,
-    }  # fmt: skip
-    used = {
-        "window": ("window_hu", "scaled_to"),
-        "zscore": ("window_hu", "mean_hu", "std_hu"),
-        "raw": (),
-    }[intensity.kind]
-    return {"kind": intensity.kind, **{name: told[name] for name in used}, "formula": how}
+            told, how = {}, "hu"
+    return {"kind": intensity.kind, **told, "formula": how}

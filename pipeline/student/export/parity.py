@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ class Parity:
         max_logit_difference: of any logit of any window; None where logits were not compared.
     """
 
-    num_voxels: int
+    voxels: int
     organ_voxels: int
     differing_voxels: int
     dice: Mapping[str, float | None]
@@ -66,14 +66,7 @@ class Parity:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "voxels": self.num_voxels,
-            "organ_voxels": self.organ_voxels,
-            "differing_voxels": self.differing_voxels,
-            "differing_fraction": self.differing_fraction,
-            "dice": dict(self.dice),
-            "max_logit_difference": self.max_logit_difference,
-        }
+        return {**asdict(self), "differing_fraction": self.differing_fraction}
 
     def check(self, what: str, max_fraction: float, max_logit: float) -> None:
         """Refuses what is worse than a tolerance.
@@ -122,12 +115,7 @@ class _SideBySide(nn.Module):
 
 
 def compare_networks(
-    network: nn.Module,
-    exported: nn.Module,
-    image: Volume,
-    record: StudentRecord,
-    *,
-    overlap: float,
+    network: nn.Module, exported: nn.Module, image: Volume, record: StudentRecord, *, overlap: float
 ) -> Parity:
     """Both networks in one pass over a case, on the CPU, one window at a time.
 

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from pipeline.cache.places import Place, find_units
 from pipeline.cache.reader import Unit
 from pipeline.cache.schema import IMAGE
 from pipeline.cache.store import write_json
-from pipeline.config import file_sha256
+from pipeline.config import file_sha256, installed
 from pipeline.data.nifti import read_image, write_image
 from pipeline.data.volume import Grid, Volume
 from pipeline.errors import ConfigError
@@ -38,10 +37,10 @@ from pipeline.student.export.bundle import (
     ON_STUDENT_GRID,
     SCRIPTED,
     all_channels,
+    bundle_entry,
     compare_bundle,
     write_bundle,
 )
-from pipeline.student.export.bundle import teacher_entry as bundle_entry
 from pipeline.student.export.description import describe, teacher_entry
 from pipeline.student.export.formats import FILES, NetworkFormat, open_network, write_network
 from pipeline.student.export.parity import Parity, Tolerance, compare_networks
@@ -102,9 +101,6 @@ def write_format(
     Args:
         described: further entries of `export.json`.
 
-    Returns:
-        What was compared -> how it compared.
-
     Raises:
         ParityError: worse than tolerated; nothing is written, and what was there stays.
         PipelineError: the network cannot be written so.
@@ -121,7 +117,7 @@ def write_format(
             **described,
             "parity": {compared: parity.to_json() for compared, parity in found.items()},
             "tolerance": what.tolerance.model_dump(mode="json"),
-            "versions": _versions(),
+            "versions": installed(_PACKAGES),
         }
         if form != "onnx":  # no teacher is of that kind
             content["teacher_entry"] = entry
@@ -177,18 +173,13 @@ def _bundle(folder: Path, what: ExportJob) -> dict[str, Parity]:
     write_bundle(folder, record, network, name=what.name, overlap=overlap)
     scripted = all_channels(record, open_network(folder / SCRIPTED, "torchscript"))
     found = {SCRIPTED.as_posix(): what.compare(scripted, SCRIPTED.as_posix())}
-    tolerance = what.tolerance
-    for place, parity in compare_bundle(
-        folder, what.image, record, network, overlap=overlap
-    ).items():
+    said = what.tolerance
+    compared = compare_bundle(folder, what.image, record, network, overlap=overlap)
+    for place, parity in compared.items():
         same = place == ON_STUDENT_GRID
-        parity.check(
-            place,
-            tolerance.max_differing_fraction if same else tolerance.bundle_max_differing_fraction,
-            tolerance.max_logit_difference,
-        )
-        found[place] = parity
-    return found
+        most = said.max_differing_fraction if same else said.bundle_max_differing_fraction
+        parity.check(place, most, said.max_logit_difference)
+    return found | compared
 
 
 @contextmanager
@@ -211,16 +202,6 @@ def _in_one_go(folder: Path) -> Iterator[Path]:
             here.replace(folder)
     finally:
         shutil.rmtree(here, ignore_errors=True)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 # The case on which an export is held against its student: a NIfTI file, or one from the cache.
@@ -269,7 +250,9 @@ def open_check_image(student: Folder, image: Path | None, case: str | None) -> I
 
 
 def _cached(student: Folder, case: str | None) -> Place:
-    work = _work_folder(student)
+    above = (folder for folder in student.absolute().parents if folder.name == "students")
+    runs = next(above, None)  # however deep the run lies in it
+    work = None if runs is None else runs.parent
     places = [] if work is None else [p for p in find_units(work) if p.teacher is None]
     if case is not None:
         places = [p for p in places if p.case_name == case]
@@ -281,11 +264,3 @@ def _cached(student: Folder, case: str | None) -> Place:
             fix="Give a CT to check it on: --check-on IMAGE.nii.gz.",
         )
     return places[0]
-
-
-def _work_folder(student: Folder) -> Folder | None:
-    """Above `students/`, however deep the run lies in it."""
-    for folder in student.absolute().parents:
-        if folder.name == "students":
-            return folder.parent
-    return None
