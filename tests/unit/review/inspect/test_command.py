@@ -108,7 +108,7 @@ def test_files_of_a_case_lie_where_the_case_lies(built_cache: Path, tmp_path: Pa
     assert image.get_data_dtype() == np.uint8
     assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
     assert image.header.get_zooms() == pytest.approx((12, 12, 12))
-    assert (folder / "organs.ctbl").read_text().splitlines()[2].startswith("1 liver ")
+    assert (folder / "organs.ctbl").read_text().splitlines()[3].startswith("1 liver ")
     assert '"spleen"' in (folder / "organs.label.txt").read_text()
     assert matplotlib.image.imread(folder / "figure.png").std() > 0.1
 
