@@ -134,4 +134,4 @@ class TestCommand:
         )  # fmt: skip
         assert result.exit_code == 0, result.output
         assert result.output.count("units are read from") == 2
-        assert result.output.count("0.00 MB of it copied now") == 1
+        assert result.output.count("0 B of it copied now") == 1

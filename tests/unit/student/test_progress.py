@@ -184,7 +184,7 @@ class TestHistory:
             assert again.terms[name].points == metrics.history.terms[name].points
             assert len(again.terms[name].points) == 7
         assert again.scores == metrics.history.scores
-        assert again.history.last_validation == {"liver": 0.6, "spleen": None}
+        assert again.last_validation == {"liver": 0.6, "spleen": None}
         assert again.smooth_loss == pytest.approx(metrics.history.smooth_loss, abs=1e-5)
 
     def test_memory_does_not_grow_with_the_steps(self, tmp_path: Path) -> None:

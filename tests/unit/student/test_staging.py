@@ -69,8 +69,8 @@ class TestOneProcess:
         assert f"27 of 27 units are read from {tmp_path}, decoded; " in first
         assert not list(tmp_path.glob("**/c"))
         assert first.rstrip().endswith("of it copied now")
-        assert "0.00 MB of it copied now" not in first
-        assert "0.00 MB of it copied now" in capsys.readouterr().err
+        assert "0 B of it copied now" not in first
+        assert "0 B of it copied now" in capsys.readouterr().err
 
     def test_another_users_folder_is_not_touched(
         self, cases: list[CachedCase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
