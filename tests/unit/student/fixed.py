@@ -104,7 +104,7 @@ def p_of(logits: Tensor) -> Tensor:
 
 
 def dice_of(p: Tensor, y: Tensor, seen: Tensor) -> float:
-    both, size = (p * y)[seen].sum(), (p + y)[seen].sum()
+    both, size = (p * y)[seen].sum(), (p.square() + y)[seen].sum()
     return float(1 - (2 * both + 1e-5) / (size + 1e-5))
 
 

@@ -56,7 +56,7 @@ def dice(p: Floats, classes: Array, organs: Array) -> float:
         for n, v, number in voxels_of(classes):
             if organs[n, k]:
                 own, y = p[(n, k, *v)], float(number == k + 1)
-                both, size = both + own * y, size + own + y
+                both, size = both + own * y, size + own**2 + y
         scores.append(1 - (2 * both + SMOOTH) / (size + SMOOTH))
     return mean(scores)
 
