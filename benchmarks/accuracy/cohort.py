@@ -17,7 +17,7 @@ from benchmarks.accuracy.registries import phantoms, registries
 from benchmarks.accuracy.size import Size
 from pipeline.cache.store import write_json
 from pipeline.data.phantom.case import write_dataset
-from pipeline.data.registry import load_registry
+from pipeline.data.registry import Registry, load_registry
 from pipeline.engine.here import Execution, Here
 from pipeline.errors import ConfigError, PipelineError, Stopped
 from pipeline.log import Log
@@ -54,21 +54,43 @@ def make_cohort(folder: Path, regime: Regime, size: Size, seed: int, log: Log) -
     with _timed(folder, "teachers"):
         _train_teachers(folder, regime, size, seed, log)
     with _timed(folder, "cache"):
-        _fill_cache(folder, size, log)
+        for name in ("student", "full", "test"):
+            _cached(folder / f"{name}_registry.yaml", size, log)
     write_json(folder / COHORT, {"teachers": measure_teachers(folder), "seconds": _seconds(folder)})
 
 
-def _fill_cache(folder: Path, size: Size, log: Log) -> None:
+def next_generation(folder: Path, student: Path, size: Size, log: Log) -> Registry:
+    """The student's registry with one teacher more, a student of all organs; its words are cached.
+
+    Args:
+        folder: of a job.
+        student: a student.pt in it.
+        size: of everything.
+        log: where progress goes.
+    """
+    content = yaml.safe_load((folder / "student_registry.yaml").read_text(encoding="utf-8"))
+    content["teachers"]["student"] = {
+        "kind": "student",
+        "weights": student.relative_to(folder).as_posix(),
+        "organs": dict(content["organs"]),
+    }
+    place = folder / f"next_{student.parent.name}_registry.yaml"
+    place.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return _cached(place, size, log)
+
+
+def _cached(place: Path, size: Size, log: Log) -> Registry:
+    """Runs stage one on what a registry says."""
     window = {"shape": list(size.patch), "overlap": 0.5}
     store = cache_teachers.CacheTeachersConfig.model_validate({"window": window})
-    for name in ("student", "full", "test"):
-        registry = load_registry(folder / f"{name}_registry.yaml")
-        raise_failed(
-            cache_teachers.run(
-                store, Scope(registry, folder / "work", log, tables=False),
-                Execution(engine=Here(overlap=False), device="cpu", window_batch=4),
-            )
-        )  # fmt: skip
+    registry = load_registry(place)
+    raise_failed(
+        cache_teachers.run(
+            store, Scope(registry, place.parent / "work", log, tables=False),
+            Execution(engine=Here(overlap=False), device="cpu", window_batch=4),
+        )
+    )  # fmt: skip
+    return registry
 
 
 @contextmanager

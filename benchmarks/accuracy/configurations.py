@@ -32,8 +32,9 @@ _READ: Mapping[str, tuple[str, ...]] = {
     "pseudo_label": ("labels_win", "confidence", "calibrated"),
 }
 ORACLE = "perfect_teachers"  # the method, taught by teachers that never err
-ROWS = (*KINDS, ORACLE)
-Teachers = Literal["cached", "online", "perfect"]
+GENERATION = "generation_2"  # the method, whose student teaches the next one beside the experts
+ROWS = (*KINDS, ORACLE, GENERATION)
+Teachers = Literal["cached", "online", "perfect", "and-student"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Configuration:
     Attributes:
         name: a kind's, or of the file that it was read from.
         training: with seed and steps of no meaning.
-        teachers: who speaks: the cache, the teachers' networks in the loop (see `online`), or the
-            labels of all organs (see `oracle`).
+        teachers: who speaks: the cache, the teachers' networks in the loop (see `online`), the
+            labels of all organs (see `oracle`), or the cache and the method's own student, trained
+            before.
     """
 
     name: str
@@ -58,11 +60,13 @@ class Configuration:
 
 
 def named(size: Size, rows: Sequence[str]) -> list[Configuration]:
-    """The kinds of supervision with their defaults, and the method with perfect teachers."""
+    """The kinds of supervision with their defaults, and the method with other teachers."""
+    others: dict[str, tuple[dict[str, Any], Teachers]] = {
+        ORACLE: ({"supervision": {"reliability": None}}, "perfect"),
+        GENERATION: ({}, "and-student"),
+    }
     return [
-        _configuration(ORACLE, size, {"supervision": {"reliability": None}}, "perfect")
-        if row == ORACLE
-        else _configuration(row, size, {"supervision": {"kind": row}})
+        _configuration(row, size, *others.get(row, ({"supervision": {"kind": row}},)))
         for row in rows
     ]
 

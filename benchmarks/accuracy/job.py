@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy.cohort import make_cohort
+from benchmarks.accuracy.cohort import make_cohort, next_generation
+from benchmarks.accuracy.configurations import METHOD
 from benchmarks.accuracy.online import teachers_in_the_loop
 from benchmarks.accuracy.oracle import perfect_teachers
 from benchmarks.accuracy.regimes import REGIMES
@@ -53,15 +54,16 @@ def main(path: Path) -> int:
             make_cohort(
                 folder, REGIMES[request["regime"]], SIZES[request["size"]], request["seed"], log
             )
-            return make_students(folder, request["runs"], request["split"], log)
+            return make_students(folder, request, log)
         except PipelineError as error:
             log.warn(str(error))
             return FAILED
 
 
-def make_students(folder: Path, runs: Sequence[Mapping[str, Any]], split: str, log: Log) -> int:
+def make_students(folder: Path, request: Mapping[str, Any], log: Log) -> int:
     """Trains what is not trained and scores what is not scored; a failure leaves the others, a
     signal does not."""
+    runs, split, size = request["runs"], request["split"], SIZES[request["size"]]
     if not runs:
         return 0
     work = folder / "work"
@@ -74,7 +76,10 @@ def make_students(folder: Path, runs: Sequence[Mapping[str, Any]], split: str, l
     for run in runs:
         place = work / "students" / str(run["folder"])
         try:
-            _train(run, registries, work, place, log)
+            registry = registries[run["registry"]]
+            if run["teachers"] == "and-student":
+                registry = next_generation(folder, _first(run, runs, work), size, log)
+            _train(run, registries["full"], Scope(registry, work, log))
             with log.progress(f"scoring {run['folder']}", len(cases)) as advance:
                 score_student(
                     place, cases, ScoringSettings(split=split, surface=False),
@@ -99,24 +104,28 @@ def scored_cases(
     return open_cohort(work, registry, splits=(split,)).cases
 
 
-def _train(
-    run: Mapping[str, Any], registries: Mapping[str, Registry], work: Path, place: Path, log: Log
-) -> None:
+def _first(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], work: Path) -> Path:
+    """The student.pt of the method in the same budget."""
+    wanted = (METHOD, run["budget"])
+    found = next(other for other in runs if (other["name"], other["budget"]) == wanted)
+    return work / "students" / str(found["folder"]) / "student.pt"
+
+
+def _train(run: Mapping[str, Any], full: Registry, scope: Scope) -> None:
+    place = scope.work / "students" / str(run["folder"])
     # The folder's name says all that counts for it (see `identity`).
     if run["is_baseline"] and (place / "finished.json").exists():
         return
     config = TrainStudentConfig.model_validate({"run": run["folder"], "training": run["training"]})
-    registry = registries[run["registry"]]
     speaking: dict[str, Callable[[], AbstractContextManager[None]]] = {
         "cached": nullcontext,
-        "online": lambda: teachers_in_the_loop(registry),
-        "perfect": lambda: perfect_teachers(registries["full"], work),
+        "and-student": nullcontext,
+        "online": lambda: teachers_in_the_loop(scope.registry),
+        "perfect": lambda: perfect_teachers(full, scope.work),
     }
     began = time.process_time()
     with speaking[run["teachers"]]():
-        report = train_student.run(
-            config, Scope(registry, work, log), TrainingExecution(device="cpu")
-        )
+        report = train_student.run(config, scope, TrainingExecution(device="cpu"))
     for error in report.failed.values():
         raise error
     if report.done:

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.accuracy.cohort import COHORT
 from benchmarks.accuracy.configurations import (
     BASELINES,
+    GENERATION,
     KINDS_OF_BUDGET,
     METHOD,
     ORACLE,
@@ -23,6 +24,7 @@ from benchmarks.accuracy.configurations import (
 )
 from benchmarks.accuracy.regimes import Regime, drawn_seed
 from benchmarks.accuracy.size import Size
+from pipeline.errors import ConfigError
 
 EQUAL_TIME = "equal time"
 
@@ -122,7 +124,17 @@ def choose(
     kinds: Sequence[str] | None,
     others: Sequence[Configuration],
 ) -> dict[str, list[Configuration]]:
-    """Budget -> configurations: its kinds, or those named, and all others."""
+    """Budget -> configurations: its kinds, or those named, and all others.
+
+    Raises:
+        ConfigError: the second generation without the first.
+    """
+    if kinds and GENERATION in kinds and METHOD not in kinds:
+        raise ConfigError(
+            f"{GENERATION} is taught by the student of {METHOD}.",
+            where="--kinds",
+            fix=f"Name {METHOD} as well.",
+        )
     found = {}
     for budget in budgets:
         wanted = [row for row in ROWS if row in (kinds or (*KINDS_OF_BUDGET[budget], ORACLE))]
@@ -173,7 +185,7 @@ def read_rows(job: Job, run: Run, split: str) -> list[dict[str, Any]] | None:
 
 def parts_of_folder(name: str) -> tuple[str, str, str]:
     """Configuration, steps and digits of the name of a run's folder, as `_run` makes it."""
-    found = re.fullmatch(r"(.+)-(\d+)-([0-9a-f]+(?:-online|-perfect)?)", name)
+    found = re.fullmatch(r"(.+)-(\d+)-([0-9a-f]+(?:-online|-perfect|-and-student)?)", name)
     assert found is not None, name
     return found[1], found[2], found[3]
 

@@ -18,7 +18,6 @@ from benchmarks.accuracy.collect import Scores, as_array, collect, note_tried
 from benchmarks.accuracy.configurations import (
     KINDS,
     ORACLE,
-    ROWS,
     Configuration,
     identity,
     named,
@@ -238,7 +237,7 @@ def test_plan_of_jobs(tmp_path: Path) -> None:
     assert [job.name for job in jobs] == ["a/seed5", "d/seed5", "a/seed6", "d/seed6"]
     for job in jobs:
         assert [(r.budget, r.name) for r in job.runs] == [
-            *(("short", row) for row in ROWS),
+            *(("short", row) for row in (*KINDS, ORACLE)),
             *(("long", k) for k in ("marginal", "pseudo_label", "ms_kd", "full", ORACLE)),
             ("short, equal time", "marginal"),
             ("long, equal time", "marginal"),

@@ -119,7 +119,8 @@ def test_a_stopped_training_ends_the_job_and_a_failed_one_does_not(
         for n in "ab"
     ]
     log = Log(quiet=True)
-    assert make_students(tiny_cached.parent, wanted, "validation", log) == 1
+    request = {"runs": wanted, "split": "validation", "size": "tiny"}
+    assert make_students(tiny_cached.parent, request, log) == 1
     assert len(runs) == tried
 
 
@@ -129,6 +130,7 @@ def test_a_stopped_training_ends_the_job_and_a_failed_one_does_not(
         (["--regimes", "a,z"], "no 'z'"),
         (["--budgets", "medium"], "short, long"),
         (["--kinds", "ms-kd"], "ms_kd"),
+        (["--kinds", "generation_2"], "taught by the student of ms_kd"),
         (["--seeds", "0"], "at least one"),
     ],
 )
@@ -148,8 +150,8 @@ def test_from_nothing_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[st
     folder = tmp_path / "bench"
     wanted = [
         str(folder), "--size", "tiny", "--regimes", "d", "--seeds", "1", "--first-seed", "3",
-        "--budgets", "short", "--kinds", "marginal,pseudo_label,ms_kd,full,perfect_teachers",
-        "--configs", str(configs),
+        "--budgets", "short", "--configs", str(configs),
+        "--kinds", "marginal,pseudo_label,ms_kd,full,perfect_teachers,generation_2",
     ]  # fmt: skip
     # Killed outright while it makes teachers: the same command goes on.
     began = subprocess.Popen(
@@ -168,10 +170,11 @@ def test_from_nothing_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[st
     table = capsys.readouterr().out
     assert "ms_kd - the better of both" in table
     assert "decaying - marginal" in table
-    assert "6 configurations were ever scored" in table
+    assert "7 configurations were ever scored" in table
     results = json.loads((folder / "validation" / "results.json").read_text())
     assert set(results["findings"]["dice"]["short"]["d"]) == {
-        "marginal", "pseudo_label", "ms_kd", "full", "perfect_teachers", "decaying",
+        "marginal", "pseudo_label", "ms_kd", "full", "perfect_teachers", "generation_2",
+        "decaying",
     }  # fmt: skip
     assert results["missing"] == []
     assert results["num_scored_on_test"] == 0
@@ -183,11 +186,13 @@ def test_from_nothing_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "| d: ms_kd | 2 |" in page
 
     students = {p: p.stat().st_mtime_ns for p in folder.glob("**/student.pt")}
-    assert len(students) == 6
+    assert len(students) == 7
+    # Experts and the first student, of all its organs.
+    assert len(list((job / "work" / "teachers").glob("student@*"))) == 1
     assert main([*wanted, "--test"]) == 0
     assert {p: p.stat().st_mtime_ns for p in folder.glob("**/student.pt")} == students
     tested = json.loads((folder / "test" / "results.json").read_text())
-    assert tested["num_scored_on_test"] == 6
+    assert tested["num_scored_on_test"] == 7
     rows = json.loads(next(folder.glob("**/ms_kd-*/scores_test.json")).read_text())["rows"]
     cases = {row["case"] for row in rows}
     assert cases == {f"{o}-ct/case_003" for o in ("liver", "spleen", "kidneys", "pancreas")} | {
