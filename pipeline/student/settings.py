@@ -65,6 +65,10 @@ class LogitsConfig(WeightConfig):
         le=1,
         description="w of the one target; the labels alone, all else merged, weigh 1 - w",
     )
+    schedule: Literal["constant", "ramp_up", "decay"] = Field(
+        default="decay",
+        description="how the weight runs over time; decaying, labels have the last word",
+    )
     hard: bool = Field(default=False, description="targets of 0 and 1 instead of probabilities")
     temperature: float = Field(
         default=1.0, gt=0, description="log-odds are divided by it; below 1: a harder target"

@@ -128,4 +128,4 @@ class TestConfig:
         assert settings.kind == "ms_kd"
         assert settings.labels_win
         assert settings.margin == 0
-        assert settings.logits == LogitsConfig(weight=1, schedule="constant", hard=False)
+        assert settings.logits == LogitsConfig(weight=1, schedule="decay", hard=False)

@@ -147,7 +147,7 @@ class TestFeaturesTerm:
 class TestAgreement:
     """From some step on a teacher's word counts only where the student says the same."""
 
-    AFTER = config(reliability={"agree_after": 0.2})
+    AFTER = config(reliability={"agree_after": 0.2}, logits={"schedule": "constant"})
 
     @staticmethod
     def _sure_of(organ: int) -> Tensor:
@@ -168,7 +168,8 @@ class TestAgreement:
     def test_who_contradicts_is_silent_from_then_on(self) -> None:
         logits, batch = self._sure_of(1), make_batch()
         before = terms_of(self.AFTER, logits=logits, fraction=0.19)
-        assert before == terms_of(config(), logits=logits, fraction=0.19)
+        constant = config(logits={"schedule": "constant"})
+        assert before == terms_of(constant, logits=logits, fraction=0.19)
         assert batch.log_odds is not None
         silent = batch.log_odds.masked_fill(contradicted(logits, batch), NAN)
         found = list(terms_of(self.AFTER, logits=logits, fraction=0.2).values())
