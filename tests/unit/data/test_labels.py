@@ -63,12 +63,6 @@ def test_negative_values_are_unknown_and_do_not_wrap_round() -> None:
         map_labels(array(-1, -2, 0, 1, 2, dtype=np.int16), {"liver": (1, 2)}, IDS)
 
 
-def test_label_space_is_ordered_by_id() -> None:
-    space = LabelSpace({"liver": 7, "spleen": 2, "pancreas": 254})
-    assert space.organs == ("spleen", "liver", "pancreas")
-    assert [space.index(organ) for organ in space.organs] == [0, 1, 2]
-
-
 def test_label_space_round_trip() -> None:
     space = LabelSpace({"liver": 7, "spleen": 2, "pancreas": 254})
     stored = np.array([[0, 2, 7, 254]], dtype=np.uint8)
