@@ -223,13 +223,6 @@ def test_the_entry_must_state_all_preprocessing_and_have_no_taps() -> None:
         exported_entry(orientation="RAR")
 
 
-def test_modules_of_a_scripted_network_take_no_hooks(scripted: Path) -> None:
-    """Why taps are refused: if torch ever allows it, this is the place to begin."""
-    network = torch.jit.load(scripted)  # type: ignore[no-untyped-call]
-    with pytest.raises(RuntimeError, match="not supported on ScriptModules"):
-        next(network.children()).register_forward_hook(lambda *_: None)
-
-
 # --- devices, dtypes, channels ------------------------------------------------------------------
 
 
@@ -357,16 +350,3 @@ def test_compiled_libraries_and_doubled_names(program: Path, tmp_path: Path) -> 
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(name, b"")
         refused(path, match)
-
-
-def test_a_batch_of_any_number_is_cut_and_filled() -> None:
-    sizes: list[int] = []
-
-    class Doubling(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            sizes.append(x.shape[0])
-            return x * 2
-
-    batch = torch.rand(5, 1, 2, 3, 4)
-    assert torch.equal(FixedBatch(Doubling(), 2)(batch), batch * 2)
-    assert sizes == [2, 2, 2]
