@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import pytest
 from rich.text import Text
 
 from pipeline.folder import read_text, sizes
-from pipeline.log import Log, number, print_table, size
+from pipeline.log import Log, print_table, size
 from stages.compare.plan import StepClock
 from website.screens import ROOT
 from website.terminal import run
@@ -41,7 +42,7 @@ def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("pipeline.log.time.monotonic", clock)
+    monkeypatch.setattr(time, "monotonic", clock)
     return clock
 
 
@@ -201,14 +202,6 @@ def test_events_are_one_json_object_a_line(tmp_path: Path) -> None:
     ]
 
 
-def test_no_events_file_is_written_unless_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Log(quiet=True).event("unit")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_table_goes_to_standard_output_unwrapped(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,13 +233,6 @@ def test_a_table_on_a_terminal_breaks_words_only_where_they_do_not_fit(
     assert max(map(len, text)) <= width
     words = set(re.findall(r"[a-z]+", "\n".join(text)))
     assert (not set(re.findall(r"[a-z]+", " ".join(columns + row))) <= words) == broken
-
-
-def test_a_table_without_a_head_has_none(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table("Space", ["", ""], [["free", "3 GB"]])
-    assert "┡" not in capsys.readouterr().out
-    print_table("Space", ["", "size"], [["free", "3 GB"]])
-    assert "┡" in capsys.readouterr().out
 
 
 def test_events_in_an_object_store_are_an_object_of_this_process(
@@ -281,8 +267,3 @@ def test_events_in_an_object_store_are_an_object_of_this_process(
 )
 def test_sizes(num_bytes: float, said: str) -> None:
     assert size(num_bytes) == said
-
-
-def test_numbers() -> None:
-    assert [number(value) for value in (None, 0.5)] == ["–", "0.500"]
-    assert number(0.123, ".1%") == "12.3%"
