@@ -350,3 +350,16 @@ def test_compiled_libraries_and_doubled_names(program: Path, tmp_path: Path) -> 
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(name, b"")
         refused(path, match)
+
+
+def test_a_batch_of_any_number_is_cut_and_filled() -> None:
+    sizes: list[int] = []
+
+    class Doubling(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sizes.append(x.shape[0])
+            return x * 2
+
+    batch = torch.rand(5, 1, 2, 3, 4)
+    assert torch.equal(FixedBatch(Doubling(), 2)(batch), batch * 2)
+    assert sizes == [2, 2, 2]
