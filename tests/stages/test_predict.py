@@ -134,13 +134,13 @@ def student(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def threshold_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def threshold_of(student: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Called with what its record says, the student becomes one with `Threshold` as its network."""
 
     def put(**changes: Any) -> None:
-        student = record(**changes), Threshold()
-        monkeypatch.setattr(predict, "load_student", lambda path: student)
-        monkeypatch.setattr(predict, "read_record", lambda path: student[0])
+        write_student(student, **changes)
+        loaded = record(**changes), Threshold()
+        monkeypatch.setattr(predict, "load_student", lambda path: loaded)
 
     return put
 
@@ -158,7 +158,6 @@ def test_parts_are_removed_as_the_student_learnt_it(
     image = np.full(file_shape("RAS"), -500, dtype=np.int16)
     image[1:6, 1:6, 1:6], image[7:9, 8:10, 9:11] = 900, 900
     nib.save(nib.Nifti1Image(image, oriented("RAS")), tmp_path / "ct.nii.gz")
-    write_student(tmp_path / "student.pt", postprocessing={"liver": "largest"})
     threshold_of(postprocessing={"liver": "largest"})
     maps = {}
     for kept in (True, False):

@@ -236,20 +236,20 @@ def test_a_table_on_a_terminal_breaks_words_only_where_they_do_not_fit(
 
 
 def test_events_in_an_object_store_are_an_object_of_this_process(
-    store_work: UPath, monkeypatch: pytest.MonkeyPatch
+    store_work: UPath,
 ) -> None:
     """Nothing can be appended to there: each process renews its own."""
-    monkeypatch.setattr("pipeline.log.SECONDS_BETWEEN_SENDS", -1.0)
     for nth in range(2):
         log = Log(quiet=True, events=store_work / "events.jsonl")
-        log.event("first", number=nth)
-        log.event("second", value=float("nan"))
+        log.begin(number=nth)
+        log.event("first", value=float("nan"))
+        log.end()
     names = sizes(store_work)
     assert len(names) == 2
     assert all(name.startswith("events/") for name in names)
     texts = [read_text(store_work / name) for name in names]
     told = [[json.loads(line) for line in text.splitlines()] for text in texts]
-    assert all([line["event"] for line in lines] == ["first", "second"] for lines in told)
+    assert all([line["event"] for line in lines] == ["begin", "first", "end"] for lines in told)
     assert sorted(lines[0]["number"] for lines in told) == [0, 1]
     assert all(lines[1]["value"] is None for lines in told)
 

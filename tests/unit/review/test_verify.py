@@ -11,7 +11,6 @@ import pytest
 from pipeline.cache.receipt import read_receipt
 from pipeline.data.registry import load_registry
 from pipeline.log import Log
-from pipeline.review import verify as verifying
 from pipeline.review.verify import Verification, repair, verify
 from tests.stages.stage_contract import snapshot
 from tests.tiny import change_registry, work_of
@@ -246,18 +245,3 @@ def test_what_was_replaced_meanwhile_is_left_alone(tiny_cached: Path) -> None:
     kept.rename(unit)
     assert repair(work, found) == []
     assert read_receipt(unit)
-
-
-def test_a_unit_that_vanishes_while_it_is_looked_at(
-    tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = verifying.check
-
-    def removes(place: Any, *args: Any, **options: Any) -> list[str]:
-        problems = real(place, *args, **options)
-        if place.name == LIVER:
-            shutil.rmtree(place.path)
-        return problems
-
-    monkeypatch.setattr(verifying, "check", removes)
-    assert look(tiny_cached).findings == []
