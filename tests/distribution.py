@@ -7,14 +7,18 @@ with idle cores beside them.
 from __future__ import annotations
 
 import os
+import re
 
 from xdist.scheduler import LoadFileScheduling
 
+# Each process that runs one of these trains the models of nnU-Net once more.
+NNUNET = re.compile(r"test_(?:cache_teachers_)?nnunet(?:_axes|_parity)?\.py")
 LONG_FIRST = ("tests/slurm/", "tests/faults/", "tests/integration/", "tests/benchmarks/")
 
 
 class Dealt(LoadFileScheduling):
-    """A file is one piece, and so is all of `tests/slurm`: its cluster has the machine's cores."""
+    """A file is one piece, and so is all of `tests/slurm`: its cluster has the machine's cores.
+    So are the files that share the models of nnU-Net, which take most of a minute to train."""
 
     def _split_scope(self, nodeid: str) -> str:
         return piece(nodeid)
@@ -22,11 +26,16 @@ class Dealt(LoadFileScheduling):
 
 def piece(nodeid: str) -> str:
     """What a test runs together with, in one process."""
-    return LONG_FIRST[0] if nodeid.startswith(LONG_FIRST[0]) else nodeid.split("::", 1)[0]
+    file = nodeid.split("::", 1)[0]
+    if NNUNET.search(file):
+        return "nnU-Net"
+    return LONG_FIRST[0] if file.startswith(LONG_FIRST[0]) else file
 
 
 def rank(nodeid: str) -> int:
     """The lower, the earlier."""
+    if NNUNET.search(nodeid):
+        return 1
     found = [i for i, folder in enumerate(LONG_FIRST) if nodeid.startswith(folder)]
     return found[0] if found else len(LONG_FIRST)
 

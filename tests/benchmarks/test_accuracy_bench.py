@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import combinations
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.transforms import Bbox
 
-from benchmarks.accuracy import figure, tables
+from benchmarks.accuracy import tables
 from benchmarks.accuracy.collect import Scores, as_array, collect, note_tried
 from benchmarks.accuracy.configurations import (
     KINDS,
@@ -32,8 +29,6 @@ from benchmarks.accuracy.size import FULL, TINY
 from benchmarks.accuracy.statistics import (
     Floats,
     draws,
-    gap_closed,
-    interval,
     over_seeds,
     seed_means,
     spread,
@@ -42,7 +37,6 @@ from benchmarks.accuracy.statistics import (
 from pipeline.data.entries import ORGANS
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError
-from pipeline.figures import open_figure
 from pipeline.student.sampling import SamplingConfig
 from stages.compare.plan import differing_fields
 from stages.train_student import TrainStudentConfig
@@ -118,17 +112,6 @@ def test_registries_say_what_their_user_may_know(regime: Regime) -> None:
         suffix = "outside" if regime.outside_cases else "ct"
         assert trainer.teachers[organ].trained_on == f"{organ}-{suffix}"
     assert all(tuple(d.annotated) == ORGANS for d in found["test"].datasets.values())
-
-
-def test_everything_is_drawn_anew() -> None:
-    drawn = [
-        drawn_seed(regime, seed, what)
-        for regime in REGIMES.values()
-        for seed in (0, 1, 100)
-        for what in ("liver-ct", "multi-ct", "teachers", "students")
-    ]
-    assert len(set(drawn)) == len(drawn)
-    assert phantoms(REGIMES["c"], FULL, 0) == phantoms(REGIMES["c"], FULL, 0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -216,11 +199,6 @@ def test_a_mistake_in_a_screened_one_is_said(
         screened(FULL, tmp_path)
     assert name in str(caught.value)
     assert caught.value.exit_code == 2
-
-
-def test_no_screened_one_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no \.yaml file"):
-        screened(FULL, tmp_path)
 
 
 # --- plan ----------------------------------------------------------------------------------------
@@ -357,14 +335,6 @@ def test_draws_are_of_seeds_and_of_cases_within_them() -> None:
         np.testing.assert_allclose(found[d], slow_over_seeds(rows))
 
 
-def test_interval_is_of_percentiles_and_needs_three_seeds() -> None:
-    drawn = np.random.default_rng(0).permutation(np.arange(1001.0))
-    assert interval(500.0, drawn, 3) == pytest.approx(interval(500.0, drawn, 9))
-    found = interval(500.0, drawn, 3)
-    assert (found.low, found.high) == pytest.approx((25.0, 975.0))
-    assert interval(500.0, drawn, 2).low is None
-
-
 def test_regimes_count_the_same() -> None:
     parts = [(np.full(5, 0.1), np.full((3, 5), 0.2)), (np.full(5, 0.3), np.full((3, 5), 0.6))]
     mean, drawn = stratified(parts)
@@ -374,12 +344,6 @@ def test_regimes_count_the_same() -> None:
     rng = np.random.default_rng(1)
     each = [(np.zeros(1), rng.standard_normal((20_000, 1))) for _ in range(2)]
     assert stratified(each)[1].std() == pytest.approx(0.5**0.5, rel=0.03)
-
-
-def test_share_of_the_gap() -> None:
-    low, high = np.full((2, 1, 4), 0.6), np.full((2, 1, 4), 0.8)
-    assert gap_closed(np.full((2, 1, 4), 0.65), low, high) == pytest.approx(0.25)
-    assert gap_closed(high, low, low + 0.005) is None
 
 
 # --- findings ------------------------------------------------------------------------------------
@@ -446,15 +410,6 @@ def test_the_better_baseline_is_chosen_by_regime() -> None:
     assert 0.1 < found["gap_closed"]["short"]["ms_kd"]["a"] < 0.4
 
 
-def test_what_was_screened_is_held_against_the_method_too() -> None:
-    scores, found = made_findings()
-    by_name = found["differences"]["equal steps"]["short"]
-    assert "ms_kd" not in by_name["ms_kd"]
-    apart = scores.arrays["a", "short", "mine"] - scores.arrays["a", "short", "ms_kd"]
-    assert by_name["mine"]["ms_kd"]["a"]["mean"]["mean"] == pytest.approx(over_seeds(apart)[-1])
-    assert by_name["mine"]["ms_kd"]["b"]["num_seeds"] == 3
-
-
 def test_equal_time_takes_the_longer_training_of_a_baseline() -> None:
     scores, found = made_findings()
     rows = found["differences"]["equal time"]["short"]["ms_kd"]
@@ -469,31 +424,3 @@ def test_equal_time_takes_the_longer_training_of_a_baseline() -> None:
 
 
 # --- picture -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("names", [KINDS[3:], KINDS])
-def test_no_title_of_a_panel_reaches_into_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: Sequence[str]
-) -> None:
-    boxes: list[Bbox] = []
-
-    @contextmanager
-    def watched(*arguments: Any, **options: Any) -> Iterator[Any]:
-        with open_figure(*arguments, **options) as (drawn, axes):
-            yield drawn, axes
-            drawn.canvas.draw()
-            texts = [*(ax.title for ax in axes[0]), drawn.texts[0]]
-            boxes.extend(text.get_window_extent() for text in texts)
-            for ax in axes[0]:  # not even near to it
-                assert ax.title.get_window_extent().width <= ax.get_window_extent().width
-
-    monkeypatch.setattr(figure, "open_figure", watched)
-    one = {"mean": {"mean": 0.5, "per_seed": [0.4, 0.6]}}
-    by_regime = {regime: dict.fromkeys(names, one) for regime in REGIMES}
-    content = {
-        "findings": {"dice": {"short": by_regime, "long": by_regime}},
-        "regimes": list(REGIMES), "seeds": [0, 1], "split": "test",
-    }  # fmt: skip
-    figure.draw(content, tmp_path / "accuracy.png")
-    assert len(boxes) == len(REGIMES) + 1
-    assert not [(a, b) for a, b in combinations(boxes, 2) if a.overlaps(b)]

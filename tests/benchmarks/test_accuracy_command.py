@@ -15,14 +15,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accuracy.__main__ import main
-from benchmarks.accuracy.job import BUSY, make_students
+from benchmarks.accuracy.job import BUSY
 from benchmarks.accuracy.job import main as job_main
 from benchmarks.accuracy.runner import StoppedBySignal, Task, run_tasks
-from pipeline.errors import PipelineError, Stopped
 from pipeline.log import Log
-from stages import train_student
-from stages.report import StageReport
-from stages.train_student import TrainStudentConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,48 +76,6 @@ def test_two_processes_never_work_on_one_job(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert job_main(request) == BUSY
-
-
-@pytest.mark.parametrize(
-    ("error", "signalled", "tried"),
-    [
-        (Stopped("stopped."), True, 1),
-        (None, True, 1),  # in its last step
-        (PipelineError("bad."), False, 2),
-    ],
-)
-def test_a_stopped_training_ends_the_job_and_a_failed_one_does_not(
-    monkeypatch: pytest.MonkeyPatch,
-    tiny_cached: Path,
-    error: PipelineError | None,
-    signalled: bool,
-    tried: int,
-) -> None:
-    runs: list[str] = []
-
-    def run(config: TrainStudentConfig, *_: object, **__: object) -> StageReport:
-        runs.append(config.run)
-        failed: dict[str, Exception] = {} if error is None else {config.run: error}
-        return StageReport("train-student", failed=failed, signalled=signalled)
-
-    monkeypatch.setattr(train_student, "run", run)
-    for name in ("student", "full", "test"):
-        copy = tiny_cached.with_name(f"{name}_registry.yaml")
-        copy.write_text(tiny_cached.read_text())
-    wanted = [
-        {
-            "folder": f"short/{n}",
-            "registry": "student",
-            "is_baseline": True,
-            "teachers": "cached",
-            "training": {},
-        }
-        for n in "ab"
-    ]
-    log = Log(quiet=True)
-    request = {"runs": wanted, "split": "validation", "size": "tiny"}
-    assert make_students(tiny_cached.parent, request, log) == 1
-    assert len(runs) == tried
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ class TestOfThisMachine:
             dask._slurm(1, SlurmSettings(), tmp_path),
         ):
             pass
-        monkeypatch.setattr("pipeline.student.loggers.find_spec", lambda name: None)
+        monkeypatch.setitem(sys.modules, "wandb", None)
         with pytest.raises(ConfigError, match="logger wandb needs a package"):
             open_loggers(["wandb"])
 

@@ -7,24 +7,23 @@ import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
-import yaml
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from typer.testing import CliRunner
 
 from pipeline.cache.index import read_teacher_index
-from pipeline.cache.receipt import RECEIPT, read_receipt, verify_unit, write_receipt
+from pipeline.cache.receipt import RECEIPT, read_receipt, write_receipt
 from pipeline.cli import app as cli
 from pipeline.consensus.cohort import open_cohort
 from pipeline.consensus.evidence import read_evidence
 from pipeline.data.registry import load_registry
 from pipeline.errors import (
     GeometryError,
-    PipelineError,
     RegistryError,
     TeacherError,
     WorkFolderError,
@@ -32,12 +31,9 @@ from pipeline.errors import (
 from pipeline.log import Log
 from pipeline.student.inputs import open_inputs
 from pipeline.student.settings import SupervisionConfig
-from pipeline.teachers import units
-from pipeline.teachers.units import Outputs
 from tests.stages.stage_contract import snapshot
 from tests.stages.test_cache_teachers import run, units_of
-from tests.tiny import cache_config, change_registry, shrink_organ, work_of
-from tests.unit.teachers.made_teachers import Payload
+from tests.tiny import change_registry, shrink_organ, teacher_data, work_of
 
 FACTORIES = "tests.unit.teachers.made_teachers"
 
@@ -147,30 +143,24 @@ def test_a_teacher_that_does_not_load_stops_before_any_case(
     assert units_of(work_of(tiny_registry)) == []
 
 
-def test_a_factory_with_other_channels_than_the_registry(tiny_registry: Path) -> None:
-    keep(tiny_registry, "liver-ct", liver=factory("threshold", num_channels=3))
-    report = run(tiny_registry)
-    assert len(report.failed) == 3
-    assert all("emits 2 channels, the registry says 3" in str(e) for e in report.failed.values())
-    assert len(report.done) == 3
-    assert report.exit_code == 2
-
-
 def test_what_nobody_foresaw_stops_one_unit_and_keeps_its_traceback(
-    tiny_registry: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_registry: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keep(tiny_registry, "liver-ct", liver=factory("threshold"))
-    real = units.compute_unit
+    keep(tiny_registry, "liver-ct", liver=teacher_data("liver"))
+    bugs = [ZeroDivisionError("a bug")]
 
-    def sometimes(*args: Any) -> Outputs:
-        return broken() if args[3].endswith("/case_001") else real(*args)
+    def broken(network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """The first window of a CT; loading a network tries it without one."""
+        if bugs and inputs[0].device.type == "cpu" and inputs[0].any():
+            raise bugs.pop()
 
-    def broken() -> NoReturn:
-        raise ZeroDivisionError("a bug")
-
-    monkeypatch.setattr(units, "compute_unit", sometimes)
-    report = run(tiny_registry)
-    assert set(report.failed) == {"liver x liver-ct/case_001"}
+    hook = register_module_forward_pre_hook(broken)
+    try:
+        report = run(tiny_registry)
+    finally:
+        hook.remove()
+    (unit,) = report.failed
+    assert unit.startswith("liver x liver-ct/case_00")
     assert len(report.done) == 5
     assert report.exit_code == 1
     told = capsys.readouterr().err
@@ -265,26 +255,6 @@ def test_an_organ_that_the_grid_swallows_in_one_case_is_unknown_there(
 # --- damage to the cache ------------------------------------------------------------------------
 
 
-def test_a_truncated_unit_is_made_again_with_a_word(
-    tiny_cached: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    work = work_of(tiny_cached)
-    (unit,) = work.glob("teachers/liver@*/liver-ct/case_001@*.zarr")
-    shard = next(p for p in (unit / "log_odds").rglob("c/**/*") if p.is_file())
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1])
-    (case,) = work.glob("cases/spleen-ct/case_000@*.zarr")
-    next(p for p in case.rglob("c/**/*") if p.is_file()).unlink()
-    dry = run(tiny_cached, dry_run=True)
-    assert sorted(dry.done) == ["liver x liver-ct/case_001", "spleen-ct/case_000"]
-    report = run(tiny_cached)
-    assert sorted(report.done) == ["liver x liver-ct/case_001", "spleen-ct/case_000"]
-    assert "bytes instead of" in capsys.readouterr().err
-    assert shard.read_bytes() == whole
-    for path in units_of(work):
-        verify_unit(path)
-
-
 def test_what_a_killed_run_left_is_removed_and_the_rest_is_not(tiny_cached: Path) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
@@ -314,22 +284,3 @@ def test_a_bad_case_decides_the_exit_code_of_the_command(tiny_registry: Path) ->
     assert "4 done" in result.stderr
     assert "failed: liver-ct/case_000" in result.stderr
     assert str(image) in result.stderr
-
-
-def test_an_unknown_key_in_the_configuration(tiny_registry: Path) -> None:
-    path = tiny_registry.parent / "cache.yaml"
-    path.write_text(yaml.safe_dump({**cache_config().model_dump(mode="json"), "widow": 3}))
-    command = ["cache-teachers", "-r", str(tiny_registry), "-w", str(work_of(tiny_registry))]
-    result = CliRunner().invoke(cli.app, [*command, "-c", str(path)])
-    assert isinstance(result.exception, PipelineError)
-    assert result.exception.exit_code == 2
-    assert "widow: unknown key" in str(result.exception)
-    assert not work_of(tiny_registry).exists()
-
-
-def test_weights_with_code_are_refused_and_not_run(tiny_registry: Path, tmp_path: Path) -> None:
-    content = {"record": Payload(tmp_path / "ran"), "state": {}}
-    torch.save(content, tiny_registry.parent / "teachers" / "liver.pt")
-    with pytest.raises(TeacherError, match="not a plain tensor file"):
-        run(tiny_registry)
-    assert not (tmp_path / "ran").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,11 @@ import torch
 
 from pipeline.cache.reader import CachedCase
 from pipeline.cache.schema import round_bits
-from pipeline.consensus import cohort
 from pipeline.consensus.cohort import (
     RegionRules,
     compute,
     lazy_consensus,
     open_cohort,
-    print_regions,
 )
 from pipeline.data.labels import Intensity, log_odds
 from pipeline.data.nifti import read_image
@@ -28,9 +27,9 @@ from pipeline.networks.by_name import build_network
 from pipeline.teachers.checkpoint import read_teacher
 from pipeline.teachers.units import feature_stride
 from stages.report import StageReport
-from tests.stages.stage_contract import snapshot
 from tests.stages.test_cache_teachers import quiet_run, run
 from tests.stages.test_cache_teachers_input import factory, keep
+from tests.stages.test_teacher_kinds import bundle
 from tests.tiny import (
     GRID_MM,
     TAP,
@@ -55,63 +54,7 @@ def done(registry: Path) -> StageReport:
     return report
 
 
-def teacher_folders(registry: Path) -> dict[str, Any]:
-    work = work_of(registry)
-    return {p.name: snapshot(p) for p in (work / "teachers").iterdir()}
-
-
 # --- teachers come and go -----------------------------------------------------------------------
-
-
-def test_a_swapped_teacher_gets_another_folder_and_the_old_one_stays(tiny_cached: Path) -> None:
-    before = teacher_folders(tiny_cached)
-    weights = tiny_cached.parent / "teachers" / "liver.pt"
-    old = weights.read_bytes()
-    write_teacher(weights, "liver", seed=77)
-    report = done(tiny_cached)
-    assert len(report.done) == 9
-    after = teacher_folders(tiny_cached)
-    assert len(after) == 3
-    assert {name: after[name] for name in before} == before
-    # Swapped back, everything is there already.
-    weights.write_bytes(old)
-    assert done(tiny_cached).done == []
-
-
-def test_a_dropped_teacher_leaves_its_folder_and_the_tables(tiny_cached: Path) -> None:
-    before = teacher_folders(tiny_cached)
-    change_registry(tiny_cached, lambda data: data["teachers"].pop("spleen"))
-    report = done(tiny_cached)
-    assert report.done == []
-    assert teacher_folders(tiny_cached) == before
-    assert {row["teacher"] for row in report.details["teachers"]} == {"liver"}
-    row = next(r for r in report.details["regions_ml"] if r["case"] == "liver-ct/case_001")
-    assert "spleen" not in row["ml"]
-
-
-def test_another_label_makes_the_case_again_and_no_teacher(tiny_cached: Path) -> None:
-    before = teacher_folders(tiny_cached)
-    change_registry(
-        tiny_cached, lambda data: data["datasets"]["liver-ct"]["annotated"].update(liver=[1, 2])
-    )
-    assert sorted(done(tiny_cached).done) == [f"liver-ct/case_00{i}" for i in range(3)]
-    assert teacher_folders(tiny_cached) == before
-
-
-@pytest.mark.parametrize(
-    "change", [{"window": {"shape": [16, 16, 16], "overlap": 0.5}}, {"storage": {"chunk": 16}}]
-)
-def test_settings_that_change_numbers_make_other_units(
-    tiny_registry: Path, change: dict[str, Any]
-) -> None:
-    keep(tiny_registry, "liver-ct", liver=teacher_data("liver"))
-    done(tiny_registry)
-    before = snapshot(work_of(tiny_registry) / "teachers")
-    config = cache_config(**change)
-    report = quiet_run(config, load_registry(tiny_registry), work_of(tiny_registry))
-    assert sum(" x " in unit for unit in report.done) == 3
-    after = snapshot(work_of(tiny_registry) / "teachers")
-    assert {name: after[name] for name in before} == before
 
 
 def test_a_run_over_some_splits_forgets_no_other(tiny_cached: Path) -> None:
@@ -333,21 +276,12 @@ def test_each_tap_says_how_far_it_agrees_with_itself(built_cache: Path) -> None:
 
 
 def test_a_tap_that_does_not_is_told(
-    tiny_registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_registry: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cohort, "LEAST_AGREEMENT", 1.1)
-    keep(tiny_registry, "liver-ct", liver=teacher_data("liver"))
+    keep(tiny_registry, "liver-ct", zoo=bundle(tiny_registry))
     done(tiny_registry)
     said = capsys.readouterr().err
-    assert f"teacher liver: tap '{TAP}' agrees with itself by 0." in said
-    assert "1.1 is wanted" in said
-
-
-def test_the_table_is_printed(built_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    print_regions(report_of(built_cache)["regions_ml"])
-    shown = capsys.readouterr().out
-    assert "agreed background" in shown
-    assert "spleen-ct/case_002" in shown
+    assert re.search(r"teacher zoo: tap '\S+' agrees with itself by -?0\.\d+ only", said)
 
 
 def report_of(registry: Path) -> dict[str, Any]:

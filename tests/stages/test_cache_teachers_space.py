@@ -118,16 +118,6 @@ def test_the_quota_of_the_plan_holds_for_the_stage(tiny_registry: Path) -> None:
     assert run(tiny_registry).exit_code == 0
 
 
-def test_force_starts_and_warns(
-    tiny_registry: Path, free: list[int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    free[0] = 1000
-    report = run(tiny_registry, force=True)
-    assert report.exit_code == 0
-    assert len(units(tiny_registry)) == 27
-    assert "1 kB are free" in capsys.readouterr().err
-
-
 def test_a_dry_run_warns_and_writes_nothing(
     tiny_registry: Path, free: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,6 +36,16 @@ ARGUMENTS = {
     "init": "-d mine={}/data/liver-ct:liver=1 --organ liver -r {}/mine.yaml",
 }
 
+# What their reports say.
+TO_DO = {
+    "train-teachers": ["spleen"],
+    "train-student": ["student"],
+    "evaluate": ["multi-ct/case_001", "multi-ct/case_002"],
+    "predict": ["multi-ct/case_001", "multi-ct/case_002"],
+    "export": ["torchscript", "onnx"],
+    "phantom": ["liver-ct"],
+}
+
 
 def commands_with_dry_run(typer_app: typer.Typer = app, prefix: str = "") -> Iterator[str]:
     """As they are typed, groups included."""
@@ -98,27 +108,7 @@ def test_it_writes_nothing(place: Path, command: str, run_cli: RunCli) -> None:
     assert (found["command"], found["exit_code"]) == (command, 0)
     assert found["dry_run"]
     assert work_of(place).exists()
-
-
-@pytest.mark.parametrize(
-    ("command", "expected"),
-    [
-        ("train-teachers", ["spleen"]),
-        ("train-student", ["student"]),
-        ("evaluate", ["multi-ct/case_001", "multi-ct/case_002"]),
-        ("predict", ["multi-ct/case_001", "multi-ct/case_002"]),
-        ("export", ["torchscript", "onnx"]),
-        ("phantom", ["liver-ct"]),
-    ],
-)
-def test_its_report_says_what_would_be_done(
-    place: Path, command: str, expected: list[str], run_cli: RunCli
-) -> None:
-    folder = place.parent
-    arguments = ARGUMENTS[command].replace("{}", str(folder)).split(" ")
-    report = folder.parent / "run.json"
-    run = (command, *arguments, "--dry-run", "--report", str(report))
-    code, _, said = run_cli(*run)
-    assert code == 0
-    assert json.loads(report.read_text())["units"]["done"] == expected
-    assert f"{command}: dry run, nothing is written; {len(expected)} to do" in said
+    if command in TO_DO:
+        assert found["units"]["done"] == TO_DO[command]
+        to_do = f"{len(TO_DO[command])} to do"
+        assert f"{command}: dry run, nothing is written; {to_do}" in err

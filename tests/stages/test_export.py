@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +24,7 @@ from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import Intensity
 from pipeline.data.nifti import read_image
 from pipeline.data.patches import WindowConfig
+from pipeline.data.volume import Grid, Volume
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.log import Log
 from pipeline.networks.by_name import NetworkConfig
@@ -82,6 +85,36 @@ def image(tmp_path: Path) -> Path:
     return tmp_path / "in" / "ct.nii.gz"
 
 
+@dataclass(frozen=True)
+class Exported:
+    """Of a student in every format; nobody changes its files."""
+
+    student: Path
+    image: Path
+    output: Path
+    report: StageReport
+
+    def copied(self, form: export.Format, output: Path) -> Path:
+        shutil.copytree(self.output / form, output / form)
+        return output
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """By the name of the student's head; each is written once."""
+
+    @functools.cache
+    def of(head: str) -> Exported:
+        folder = tmp_path_factory.mktemp(head)
+        write_ct(folder / "in" / "ct.nii.gz", "PIR", oblique=True)
+        student = write_spread_student(folder / "student.pt", head=head, **COARSE)
+        image, output = folder / "in" / "ct.nii.gz", folder / "out"
+        report = run(student, export.FORMATS, output, check_on=image)
+        return Exported(student, image, output, report)
+
+    return of
+
+
 class TestExport(StageContract):
     kill_at = "pipeline.student.export.write:write_json"
     kill_nth = 3  # the bundle's only one; TorchScript writes two
@@ -128,12 +161,11 @@ class TestWhatIsExported:
     @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
     @pytest.mark.parametrize("form", ["torchscript", "torch-export", "onnx"])
     def test_says_what_predict_says(
-        self, tmp_path: Path, image: Path, form: export.Format, head: str
+        self, exported: Callable[[str], Exported], form: export.Format, head: str
     ) -> None:
-        student = write_spread_student(tmp_path / "student.pt", head=head, **COARSE)
-        report = run(student, [form], tmp_path / "out", check_on=image)
-        assert (report.done, report.exit_code) == ([form], 0)
-        (parity,) = told(tmp_path / "out", form)["parity"].values()
+        report = exported(head).report
+        assert (form in report.done, report.exit_code) == (True, 0)
+        (parity,) = told(exported(head).output, form)["parity"].values()
         assert parity["organ_voxels"] > 100
         assert parity["differing_voxels"] == 0
         assert 0 <= parity["max_logit_difference"] < 1e-4
@@ -141,13 +173,12 @@ class TestWhatIsExported:
 
     @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
     def test_a_bundle_says_it_in_monais_own_hands(
-        self, tmp_path: Path, image: Path, head: str
+        self, exported: Callable[[str], Exported], head: str
     ) -> None:
         """The label map is read from what MONAI wrote: ids 3 and 7, the file's geometry."""
-        student = write_spread_student(tmp_path / "student.pt", head=head, **COARSE)
-        report = run(student, ["bundle"], tmp_path / "out", check_on=image)
-        assert report.done == ["bundle"], report.failed
-        found = told(tmp_path / "out", "bundle")["parity"]
+        output, report = exported(head).output, exported(head).report
+        assert "bundle" in report.done, report.failed
+        found = told(output, "bundle")["parity"]
         assert set(found) == {
             "models/model.ts", "run by MONAI on the student grid",
             "run by MONAI on the image's own grid",
@@ -157,24 +188,26 @@ class TestWhatIsExported:
         assert exact["differing_voxels"] == 0
         assert all(dice == 1.0 for dice in exact["dice"].values())
         own = found["run by MONAI on the image's own grid"]
-        assert own["voxels"] == read_image(image).volume.array.size
+        assert own["voxels"] == read_image(exported(head).image).volume.array.size
         assert 0 < own["differing_fraction"] < 0.6
-        assert (tmp_path / "out" / "bundle" / "LICENSE").read_text().count("  - a\n") == 1
+        assert (output / "bundle" / "LICENSE").read_text().count("  - a\n") == 1
 
-    def test_a_file_that_is_gone_is_made_again(self, tmp_path: Path, image: Path) -> None:
-        student, out = write_spread_student(tmp_path / "student.pt", **COARSE), tmp_path / "out"
-        run(student, ["torchscript"], out, check_on=image)
+    def test_a_file_that_is_gone_is_made_again(
+        self, tmp_path: Path, exported: Callable[[str], Exported]
+    ) -> None:
+        student, image = exported("softmax").student, exported("softmax").image
+        out = exported("softmax").copied("torchscript", tmp_path / "out")
         for name in ("student.ts", "student.json"):
             (out / "torchscript" / name).unlink()
             assert run(student, ["torchscript"], out, check_on=image).done == ["torchscript"]
         assert run(student, ["torchscript"], out, check_on=image).skipped == ["torchscript"]
 
     def test_what_it_did_not_write_or_somebody_changed_is_not_replaced(
-        self, tmp_path: Path, image: Path
+        self, tmp_path: Path, exported: Callable[[str], Exported]
     ) -> None:
         """Nor removed with the folder; and nothing is computed."""
-        student, out = write_spread_student(tmp_path / "student.pt", **COARSE), tmp_path / "out"
-        run(student, ["torchscript"], out, check_on=image)
+        student, image = exported("softmax").student, exported("softmax").image
+        out = exported("softmax").copied("torchscript", tmp_path / "out")
         folder, again = out / "torchscript", ExportConfig(overlap=0.25)
         whole = {path: path.read_bytes() for path in folder.iterdir()}
 
@@ -202,10 +235,10 @@ class TestWhatIsExported:
         refused("does not replace it, nor student.ts. Move away what is there, or name another")
 
     def test_the_record_of_an_older_version_has_sizes_alone(
-        self, tmp_path: Path, image: Path
+        self, tmp_path: Path, exported: Callable[[str], Exported]
     ) -> None:
-        student, out = write_spread_student(tmp_path / "student.pt", **COARSE), tmp_path / "out"
-        run(student, ["torchscript"], out, check_on=image)
+        student, image = exported("softmax").student, exported("softmax").image
+        out = exported("softmax").copied("torchscript", tmp_path / "out")
         record = told(out, "torchscript")
         del record["sha256"]
         (out / "torchscript" / "export.json").write_text(json.dumps(record))
@@ -216,11 +249,11 @@ class TestWhatIsExported:
 
     @pytest.mark.parametrize("form", ["torchscript", "torch-export", "bundle", "onnx"])
     def test_a_disk_that_refuses_it_fails_that_format_alone(
-        self, tmp_path: Path, image: Path, form: export.Format
+        self, tmp_path: Path, exported: Callable[[str], Exported], form: export.Format
     ) -> None:
         """As a full disk does: by a limit on the size of files, below that of the network's."""
-        student, out = write_spread_student(tmp_path / "student.pt", **COARSE), tmp_path / "out"
-        run(student, [form], out, check_on=image)
+        student, image = exported("softmax").student, exported("softmax").image
+        out = exported("softmax").copied(form, tmp_path / "out")
         before, limit = snapshot(out), resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limit[1]))
         try:
@@ -234,16 +267,17 @@ class TestWhatIsExported:
         )
         assert snapshot(out) == before
 
-    def test_the_json_beside_an_onnx_file_is_enough(self, tmp_path: Path, image: Path) -> None:
+    def test_the_json_beside_an_onnx_file_is_enough(
+        self, tmp_path: Path, exported: Callable[[str], Exported]
+    ) -> None:
         """A program that knows nothing else gets the label map of `pipeline predict`."""
-        student = write_spread_student(tmp_path / "student.pt", **COARSE)
-        run(student, ["onnx"], tmp_path / "out", check_on=image)
+        student, image = exported("softmax").student, exported("softmax").image
         predicted = predict.run(
             predict.PredictConfig(), student, predict.chosen_inputs(image, None, None),
             tmp_path / "labels", predict.PredictExecution("cpu"), log=Log(quiet=True),
         )  # fmt: skip
         assert predicted.done == ["ct"]
-        found = by_the_json(tmp_path / "out" / "onnx" / "student.json", image)
+        found = by_the_json(exported("softmax").output / "onnx" / "student.json", image)
         expected = nib.as_closest_canonical(nib.load(tmp_path / "labels" / "ct.nii.gz"))
         labels = np.asarray(expected.dataobj).transpose(2, 1, 0)
         assert set(np.unique(labels)) == {0, 3, 7}
@@ -312,18 +346,16 @@ class TestAsATeacher:
     @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
     @pytest.mark.parametrize("form", ["torchscript", "torch-export", "bundle"])
     def test_it_is_loaded_without_trust_and_says_the_same(
-        self, tmp_path: Path, form: export.Format, head: str
+        self, exported: Callable[[str], Exported], form: export.Format, head: str
     ) -> None:
-        image = tmp_path / "ct.nii.gz"
-        write_ct(image, "LPS")
-        student = write_spread_student(tmp_path / "student.pt", head=head)
-        assert run(student, [form], tmp_path / "out", check_on=image).done == [form]
-        entry = TeacherEntry.model_validate(told(tmp_path / "out", form)["teacher_entry"])
-        path = tmp_path / "out" / entry.weights
-        found, network = load_student(student)
+        output = exported(head).output
+        entry = TeacherEntry.model_validate(told(output, form)["teacher_entry"])
+        path = output / entry.weights
+        found, network = load_student(exported(head).student)
         window = WindowConfig(shape=found.patch, overlap=0.5)
         teacher = load_teacher("old", entry, path, window=window, batch_size=1, device=CPU)
-        volume = read_image(image).volume
+        array = read_image(exported(head).image).volume.array
+        volume = Volume(array, Grid.axis_aligned(array.shape, COARSE["spacing_mm"]))
         said = teacher.predict(volume).logits.array
         logits = predict_logits(
             network, volume.array, found.intensity, found.patch, overlap=0.5, device=CPU
@@ -360,11 +392,10 @@ def written_as(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., nn.Mo
 class TestParityIsDemanded:
     @pytest.mark.parametrize("by", [0.5, float("nan")])
     def test_what_is_worse_than_tolerated_is_not_written(
-        self, tmp_path: Path, image: Path, written_as: Any, by: float
+        self, tmp_path: Path, exported: Callable[[str], Exported], written_as: Any, by: float
     ) -> None:
-        student = write_spread_student(tmp_path / "student.pt", **COARSE)
-        out = tmp_path / "out"
-        assert run(student, ["torchscript"], out, check_on=image).exit_code == 0
+        student, image = exported("softmax").student, exported("softmax").image
+        out = exported("softmax").copied("torchscript", tmp_path / "out")
         before = snapshot(out)
         written_as(lambda network: Wrong(network, by))
         again = ExportConfig(overlap=0.25)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.tiny import RunCli, training_settings, work_of
+from tests.tiny import training_settings, work_of
 
 
 def test_a_damaged_chunk_stops_the_training_and_does_not_hang(tiny_cached: Path) -> None:
@@ -29,11 +29,3 @@ def test_a_damaged_chunk_stops_the_training_and_does_not_hang(tiny_cached: Path)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert "cannot be decoded" in last
-
-
-def test_a_mistyped_work_folder_is_not_created(built_cache: Path, run_cli: RunCli) -> None:
-    absent = built_cache.parent / "wrok"
-    code, _, err = run_cli("train-student", "-r", str(built_cache), "-w", str(absent))
-    assert code == 1
-    assert "cache-teachers" in err
-    assert not absent.exists()

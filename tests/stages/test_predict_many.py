@@ -64,23 +64,6 @@ class TestSeveralDevices:
         assert (again.done, set(again.skipped)) == ([], set("01234"))
         assert snapshot(tmp_path / "two") == before
 
-    def test_a_bad_file_fails_alone(self, student: Path, tmp_path: Path) -> None:
-        for name in "abc":
-            write_ct(tmp_path / "in" / f"{name}.nii.gz")
-        (tmp_path / "in" / "b.nii.gz").write_bytes(b"no")
-        report = run(student, tmp_path / "in", tmp_path / "out", device="cpu,cpu")
-        assert (set(report.done), set(report.failed)) == ({"a", "c"}, {"b"})
-        assert "not a readable NIfTI" in str(report.failed["b"])
-        assert report.exit_code == 2
-
-    def test_an_unknown_device_stops_before_anything_is_written(
-        self, student: Path, tmp_path: Path
-    ) -> None:
-        write_ct(tmp_path / "in" / "a.nii.gz")
-        with pytest.raises(ConfigError, match="'gpu' is no device"):
-            run(student, tmp_path / "in", tmp_path / "out", device="cpu,gpu")
-        assert not (tmp_path / "out").exists()
-
 
 def test_one_file_of_probabilities_is_none_without_probabilities(
     tmp_path: Path, run_cli: RunCli

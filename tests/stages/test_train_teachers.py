@@ -25,7 +25,6 @@ from tests.tiny import (
     NETWORK,
     at_step,
     change_registry,
-    fill_cache,
     shrink_organ,
     training_settings,
     work_of,
@@ -147,11 +146,6 @@ def test_a_case_whose_organ_the_grid_swallows_is_left_out(
     said = capsys.readouterr().err
     assert "liver-ct/case_001 is left out: its grid has no voxel of liver" in said
     assert "liver-ct/case_001: liver has 1 voxel in the label's file" in said
-
-
-def test_what_was_trained_can_be_cached(untrained: Path) -> None:
-    run(untrained)
-    fill_cache(untrained)
 
 
 def test_training_moves_the_weights_and_the_seed_moves_them_elsewhere(untrained: Path) -> None:

@@ -15,10 +15,9 @@ from pipeline.config import (
     digest,
     file_sha256,
     load_config,
-    read_yaml,
     short,
 )
-from pipeline.errors import ConfigError, PipelineError, RegistryError
+from pipeline.errors import ConfigError, RegistryError
 from tests.messages.ledger import JARGON
 
 
@@ -60,15 +59,6 @@ def test_an_empty_file_means_all_defaults(tmp_path: Path) -> None:
         path = tmp_path / "a.yaml"
         path.write_text(text)
         assert load_config(path, Outer) == Outer()
-
-
-def test_values_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.yaml"
-    path.write_text("name: b\ninner: {size: 3}\nitems:\n- {low: 0.5}\nnamed: {x: {size: 2}}\n")
-    expected = Outer(
-        name="b", inner=Inner(size=3), items=(Inner(low=0.5),), named={"x": Inner(size=2)}
-    )
-    assert load_config(path, Outer) == expected
 
 
 def test_every_mistake_is_told_at_once_with_its_line_in_the_order_of_the_file(
@@ -180,20 +170,6 @@ def test_the_caller_names_the_kind_of_error(tmp_path: Path) -> None:
             load_config(path, Outer, error=RegistryError)
 
 
-def test_lines_of_values(tmp_path: Path) -> None:
-    path = tmp_path / "a.yaml"
-    path.write_text("a:\n  b:\n  - 1\n  - c: 2\nd: 3\n")
-    document = read_yaml(path)
-    assert document.line_of(()) == 1
-    assert document.line_of(("a", "b")) == 2
-    assert document.line_of(("a", "b", 0)) == 3
-    assert document.line_of(("a", "b", 1, "c")) == 4
-    assert document.line_of(("d",)) == 5
-    # What is not in the file is passed over: the nearest parent's line.
-    assert document.line_of(("a", "absent")) == 1
-    assert document.line_of(("a", "b", "tuple[...]", 1)) == 4
-
-
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Inner().size = 3  # type: ignore[misc]
@@ -260,13 +236,6 @@ def test_sha256_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"abc" * 100_000)
     assert file_sha256(path) == hashlib.sha256(b"abc" * 100_000).hexdigest()
-
-
-def test_errors_say_where_and_what_to_do() -> None:
-    error = PipelineError("is broken.", where="case a", fix="Mend it.")
-    assert str(error) == "case a: is broken. Mend it."
-    assert str(PipelineError("Broken.")) == "Broken."
-    assert (PipelineError("x").exit_code, ConfigError("x").exit_code) == (1, 2)
 
 
 class Everything(Config):

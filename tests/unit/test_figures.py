@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from pipeline.figures import (
     Marked,
     PlaneColumn,
-    _line_style,
     save_curves,
     save_planes,
 )
@@ -107,14 +106,6 @@ class TestCurves:
             texts.append([text.get_text() for text in legend.get_texts()])
         assert texts == [["total 2.9", "cross entropy 1", "dice 0.9"], ["liver 0.60"]]
 
-    def test_no_two_of_twenty_organs_look_alike(self) -> None:
-        looks = [tuple(_line_style(number).items()) for number in range(20)]
-        assert len(set(looks)) == 20
-
-    def test_nothing_yet_is_a_picture_too(self, tmp_path: Path) -> None:
-        save_curves(tmp_path / "progress.png", {}, {})
-        assert picture(tmp_path / "progress.png").std() > 0.005
-
     @pytest.mark.parametrize("length", [1, 2, 9, 10, 11, 700])
     def test_curves_of_any_length(self, undrawn: list[Figure], tmp_path: Path, length: int) -> None:
         points = [(step, float(step % 7)) for step in range(1, length + 1)]
@@ -138,18 +129,6 @@ class TestOverlay:
         assert near("#ff0000", found) > 50
         assert near("#0000ff", found) > 50
         assert found.std() > 0.1
-
-    def test_regions_change_the_picture_where_they_are(self, tmp_path: Path) -> None:
-        a = overlay(tmp_path / "a.png", {"x": {"liver": block(2, 2, 2)}})
-        b = overlay(tmp_path / "b.png", {"x": {"liver": block(2, 2, 8)}})
-        assert a.shape == b.shape
-        assert not np.array_equal(a, b)
-
-    def test_no_regions_and_empty_regions(self, tmp_path: Path) -> None:
-        plain = overlay(tmp_path / "a.png", {"CT": {}})
-        assert plain.std() > 0.1
-        empty = overlay(tmp_path / "b.png", {"x": {"liver": np.zeros(SHAPE, dtype=np.bool_)}})
-        assert empty.std() > 0.1
 
 
 class TestPlanes:
@@ -186,9 +165,6 @@ class TestPlanes:
         assert set(np.diff(np.unique(red))) == {1}
         assert found.shape[0] < 2 * found.shape[1]
 
-    def test_nothing_to_show_is_a_picture_too(self, tmp_path: Path) -> None:
-        assert not self.drawn(tmp_path / "a.png", z=slice(0, 0)).any()
-
 
 def full_disk(self: Figure, path: Path, **options: object) -> None:
     Path(path).write_bytes(b"half a picture")
@@ -203,15 +179,6 @@ class TestFailure:
             save_curves(tmp_path / "progress.png", TERMS, DICE)
         assert list(tmp_path.iterdir()) == []
         assert plt.get_fignums() == figures
-
-    def test_what_was_there_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        path = tmp_path / "progress.png"
-        save_curves(path, TERMS, DICE)
-        before = path.read_bytes()
-        monkeypatch.setattr(Figure, "savefig", full_disk)
-        with pytest.raises(OSError, match="No space"):
-            save_curves(path, {}, {})
-        assert path.read_bytes() == before
 
     def test_a_colour_that_is_none_leaves_no_file_and_no_figure(self, tmp_path: Path) -> None:
         figures = plt.get_fignums()

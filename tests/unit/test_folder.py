@@ -46,11 +46,6 @@ def test_a_path_is_local_and_a_url_is_not(store_work: UPath) -> None:
     assert hash(again) == hash(store_work)
 
 
-def test_an_unknown_store_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"nowhere://x: .*organ-distill\[s3\]"):
-        parse_folder("nowhere://x")
-
-
 def test_a_bucket_that_is_not_there_is_named(store_work: UPath) -> None:
     check_answers(store_work)
     with pytest.raises(WorkFolderError, match=r"s3://no-such-bucket/work.*bucket"):

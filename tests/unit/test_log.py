@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import pytest
 from rich.text import Text
 
 from pipeline.folder import read_text, sizes
-from pipeline.log import Log, number, print_table, size
+from pipeline.log import Log, print_table, size
 from stages.compare.plan import StepClock
 from website.screens import ROOT
 from website.terminal import run
@@ -41,7 +42,7 @@ def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("pipeline.log.time.monotonic", clock)
+    monkeypatch.setattr(time, "monotonic", clock)
     return clock
 
 
@@ -201,14 +202,6 @@ def test_events_are_one_json_object_a_line(tmp_path: Path) -> None:
     ]
 
 
-def test_no_events_file_is_written_unless_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Log(quiet=True).event("unit")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_table_goes_to_standard_output_unwrapped(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,28 +235,21 @@ def test_a_table_on_a_terminal_breaks_words_only_where_they_do_not_fit(
     assert (not set(re.findall(r"[a-z]+", " ".join(columns + row))) <= words) == broken
 
 
-def test_a_table_without_a_head_has_none(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table("Space", ["", ""], [["free", "3 GB"]])
-    assert "┡" not in capsys.readouterr().out
-    print_table("Space", ["", "size"], [["free", "3 GB"]])
-    assert "┡" in capsys.readouterr().out
-
-
 def test_events_in_an_object_store_are_an_object_of_this_process(
-    store_work: UPath, monkeypatch: pytest.MonkeyPatch
+    store_work: UPath,
 ) -> None:
     """Nothing can be appended to there: each process renews its own."""
-    monkeypatch.setattr("pipeline.log.SECONDS_BETWEEN_SENDS", -1.0)
     for nth in range(2):
         log = Log(quiet=True, events=store_work / "events.jsonl")
-        log.event("first", number=nth)
-        log.event("second", value=float("nan"))
+        log.begin(number=nth)
+        log.event("first", value=float("nan"))
+        log.end()
     names = sizes(store_work)
     assert len(names) == 2
     assert all(name.startswith("events/") for name in names)
     texts = [read_text(store_work / name) for name in names]
     told = [[json.loads(line) for line in text.splitlines()] for text in texts]
-    assert all([line["event"] for line in lines] == ["first", "second"] for lines in told)
+    assert all([line["event"] for line in lines] == ["begin", "first", "end"] for lines in told)
     assert sorted(lines[0]["number"] for lines in told) == [0, 1]
     assert all(lines[1]["value"] is None for lines in told)
 
@@ -281,8 +267,3 @@ def test_events_in_an_object_store_are_an_object_of_this_process(
 )
 def test_sizes(num_bytes: float, said: str) -> None:
     assert size(num_bytes) == said
-
-
-def test_numbers() -> None:
-    assert [number(value) for value in (None, 0.5)] == ["–", "0.500"]
-    assert number(0.123, ".1%") == "12.3%"

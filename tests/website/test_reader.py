@@ -36,13 +36,6 @@ def reader(tmp_path: Path) -> Callable[..., Reader]:
     return make
 
 
-def test_blocks_are_typed_in_order_and_keep_variables(reader: Callable[..., Reader]) -> None:
-    with reader('R="-r a.yaml"', "touch b.yaml\npipeline one $R \\\n  *.yaml # why", "ls") as typed:
-        typed.type_next()
-        assert typed.type_next() == "said one -r a.yaml b.yaml\n"
-        assert "b.yaml" in typed.type_rest()
-
-
 def test_a_command_that_fails_is_told_with_page_line_and_output(
     reader: Callable[..., Reader],
 ) -> None:
@@ -73,9 +66,3 @@ def test_a_change_that_does_not_fit_is_told(
 ) -> None:
     with pytest.raises(AssertionError, match=f"stands {times} times"):
         reader("pipeline one", "pipeline two", changes=(Change(old, "", "why"),))
-
-
-def test_what_is_not_typed_is_gone_and_leaves_no_empty_block(reader: Callable[..., Reader]) -> None:
-    changes = (Change("pipeline one", "", "why"), Change("two", "2", "why"))
-    with reader("pipeline one # so", "pipeline two", changes=changes) as typed:
-        assert typed.type_next() == "said 2\n"

@@ -69,12 +69,6 @@ def test_the_configured_setting_is_marked_once_and_varied(found: Tuning) -> None
         assert sorted(alike) == [(32, 1), (64, 1), (64, 3), (128, 1)]
 
 
-def test_bits_that_are_not_on_offer_are_measured_too(built_cohort: Path) -> None:
-    log_odds = tuned(built_cohort, log_odds_bits=8, chunk=48).log_odds
-    (configured,) = (r for r in log_odds if r["configured"])
-    assert (configured["bits"], configured["chunk"]) == (8, 48)
-
-
 def test_bytes_are_those_that_stage_one_writes(built_cache: Path, found: Tuning) -> None:
     """Of the two cases that were tuned on."""
     written = voxels = 0
@@ -88,10 +82,6 @@ def test_bytes_are_those_that_stage_one_writes(built_cache: Path, found: Tuning)
     assert configured["bytes_per_voxel"] == pytest.approx(written / voxels, rel=1e-3)
 
 
-def test_two_cases_of_two_datasets(found: Tuning) -> None:
-    assert len({name.split("/")[0] for name in found.cases}) == 2
-
-
 def test_the_tables_hold_what_was_found(
     found: Tuning, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,19 +92,6 @@ def test_the_tables_hold_what_was_found(
     for part in (*names, *found.cases):
         assert part in printed
     assert json.loads(json.dumps(found.to_json()))["log_odds"][0]["stored_as"] == "float32"
-
-
-def test_teachers_without_taps_have_no_table_of_features(
-    tiny_registry: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def no_taps(data: dict[str, Any]) -> None:
-        for entry in data["teachers"].values():
-            entry["taps"] = []
-
-    result = tuned(change_registry(tiny_registry, no_taps))
-    assert result.features == []
-    print_tuning(result)
-    assert "Features" not in capsys.readouterr().out
 
 
 def test_a_registry_without_teachers_is_refused(tiny_registry: Path) -> None:

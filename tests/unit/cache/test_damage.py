@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from pipeline.cache.reader import POOL, Unit
 from pipeline.cache.schema import StorageConfig, image_spec, log_odds_spec
 from pipeline.cache.store import write_unit
 from pipeline.data.patches import Patch
-from pipeline.errors import CacheCorrupt, CacheIncomplete
+from pipeline.errors import CacheCorrupt
 
 SHAPE = (20, 16, 9)
 STORAGE = StorageConfig(chunk=8)
@@ -94,30 +93,6 @@ def test_the_chunk_that_is_named_is_the_one_that_is_damaged(path: Path) -> None:
     assert_array_equal(
         Unit.open(path).read("image", Patch((0, 0, 0), (7, 8, 5))), IMAGE[:7, :8, :5]
     )
-
-
-@pytest.mark.parametrize("read", [whole, patch])
-@pytest.mark.parametrize("name", ["image", "log_odds/liver"])
-@pytest.mark.parametrize("how", ["deleted", "emptied", "array gone", "unit gone"])
-def test_what_vanishes_after_opening_is_no_fill_value(
-    path: Path, name: str, how: str, read: Callable[[Unit, str], object]
-) -> None:
-    unit = Unit.open(path)
-    unit.array(name)
-    match how:
-        case "deleted":
-            shard(path, name).unlink()
-        case "emptied":
-            shard(path, name).write_bytes(b"")
-        case "array gone":
-            shutil.rmtree(path / name)
-        case _:
-            shutil.rmtree(path)
-    what = "cannot be decoded" if how == "emptied" else "is gone since the unit was opened"
-    with pytest.raises((CacheIncomplete, CacheCorrupt), match=what) as caught:
-        read(unit, name)
-    assert "liver x multi-ct/case_7: chunk (" in str(caught.value)
-    assert "pipeline cache-teachers" in str(caught.value)
 
 
 def test_chunks_that_hold_nothing_but_fill_values_are_read(path: Path) -> None:

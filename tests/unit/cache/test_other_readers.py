@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +54,3 @@ def test_tensorstore_notices_a_flipped_byte(tiny_cached: Path) -> None:
     chunk.write_bytes(data)
     with pytest.raises(ValueError, match=r"(?i)zstd|checksum|crc|corrupt|decod"):
         opened(array).read().result()
-
-
-def test_only_core_codecs_are_named(array: Path) -> None:
-    text = (array / "zarr.json").read_text()
-    names = {part["name"] for part in _codecs(json.loads(text)["codecs"])}
-    assert names <= {"sharding_indexed", "bytes", "zstd", "crc32c"}
-
-
-def _codecs(codecs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = list(codecs)
-    for codec in codecs:
-        inner = codec.get("configuration", {})
-        found += _codecs([*inner.get("codecs", []), *inner.get("index_codecs", [])])
-    return found

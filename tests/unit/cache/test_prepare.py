@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipeline.cache import cases
 from pipeline.cache.cases import CaseToGrid, centres, organ_voxels, prepare_case
 from pipeline.cache.index import IndexedCase, case_path
 from pipeline.cache.reader import CachedCase, Unit
 from pipeline.cache.receipt import Receipt, verify_unit, write_receipt
 from pipeline.cache.schema import IMAGE, LABEL, StorageConfig
-from pipeline.config import FileStamp
 from pipeline.data.entries import CaseFiles
 from pipeline.data.nifti import read_image
 from pipeline.data.registry import Registry
@@ -145,41 +141,6 @@ def test_what_stands_beside_the_arrays(run: Prepare, source: CaseFiles, tmp_path
         assert (label[tuple(found.T)] == organ_id).all()
 
 
-def test_the_second_time_nothing_is_done(
-    run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, _ = run()
-    path = case_path(tmp_path / "work", first)
-    before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
-
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("read again")
-
-    monkeypatch.setattr(cases, "read_image", never)
-    monkeypatch.setattr(cases, "write_unit", never)
-    assert run() == (first, None)
-    assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
-
-
-def test_a_dry_run_writes_nothing(run: Prepare, tmp_path: Path) -> None:
-    indexed, num_bytes = run(dry_run=True)
-    assert num_bytes == 0
-    assert not (tmp_path / "work").exists()
-    assert run()[0] == indexed
-    assert run(dry_run=True) == (indexed, None)
-
-
-def test_the_same_files_elsewhere_are_the_same_case(run: Prepare, tmp_path: Path) -> None:
-    here, _ = run()
-    there, num_bytes = run(work="elsewhere")
-    assert there == here
-    assert num_bytes is not None
-    one, other = (
-        Unit.open(case_path(tmp_path / work, here)).attributes for work in ("work", "elsewhere")
-    )
-    assert one == other
-
-
 def nothing_written(work: Path) -> bool:
     return not any(p.is_file() for p in work.rglob("*")) if work.exists() else True
 
@@ -242,37 +203,6 @@ def test_an_absent_or_broken_file_is_refused_by_its_path(
     assert str(path) in str(caught.value)
     assert "ct/a" in str(caught.value)
     assert nothing_written(tmp_path / "work")
-
-
-def test_a_disk_that_does_not_give_a_file_is_named(
-    run: Prepare, source: CaseFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(path: Path) -> FileStamp:
-        raise OSError(errno.EIO, "Input/output error", str(path))
-
-    monkeypatch.setattr(cases, "stamp_file", fail)
-    with pytest.raises(GeometryError, match=r"ct/a, .*a.nii.gz: .*\(Input/output error\)"):
-        run()
-
-
-def test_a_case_without_receipt_is_made_again(run: Prepare, tmp_path: Path) -> None:
-    indexed, _ = run()
-    path = case_path(tmp_path / "work", indexed)
-    shutil.rmtree(path)
-    assert run()[1] is not None
-    assert Unit.open(path, expect=indexed.digest).read(IMAGE).shape == SHAPE_XYZ[::-1]
-
-
-def test_an_organ_that_is_not_there_has_no_centres(
-    run: Prepare, source: CaseFiles, tmp_path: Path
-) -> None:
-    label = labels()
-    label[label == 1] = 0
-    put(source.label, label)
-    indexed, _ = run()
-    attributes = Unit.open(case_path(tmp_path / "work", indexed)).attributes
-    assert attributes["centres"]["spleen"] == []
-    assert attributes["organ_voxels"]["spleen"] == 0
 
 
 # --- what is no CT in HU ------------------------------------------------------------------------

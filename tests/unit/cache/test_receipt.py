@@ -52,13 +52,6 @@ def test_what_is_written_is_read_back(unit: Path) -> None:
     verify_seal(unit, receipt)
 
 
-def test_a_case_unit_has_no_teacher_inputs(tmp_path: Path) -> None:
-    image = np.zeros((8, 8, 8), dtype=np.int16)
-    path = tmp_path / "u.zarr"
-    receipt = write_unit(path, [image_spec(image)], {}, {"a": 1}, storage=STORAGE, seconds=0)
-    assert receipt.teacher_inputs == {}
-
-
 def noted(tmp_path: Path, **options: Any) -> Path:
     path = tmp_path / "noted.zarr"
     image = np.zeros((8, 8, 8), dtype=np.int16)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import NoReturn
@@ -8,7 +9,6 @@ from typing import NoReturn
 import numpy as np
 import pytest
 
-from pipeline.cache import store
 from pipeline.cache.places import clean_temporaries, dead_temporaries
 from pipeline.cache.reader import Unit
 from pipeline.cache.schema import StorageConfig, image_spec
@@ -58,8 +58,8 @@ def test_it_is_gone_before_its_first_byte_is(unit: Path, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.shutil, "rmtree", crash)
-        patch.setattr(store.os, "getpid", lambda: dead)
+        patch.setattr(shutil, "rmtree", crash)
+        patch.setattr(os, "getpid", lambda: dead)
         with pytest.raises(KeyboardInterrupt):
             remove_unit(unit)
     assert dead_temporaries(unit.parent) == seen

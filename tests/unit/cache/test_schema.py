@@ -172,13 +172,6 @@ def test_axes_and_fill_values(
     assert metadata["fill_value"] == fill
 
 
-def test_channels_of_a_feature_are_in_one_chunk(tmp_path: Path) -> None:
-    values = np.random.default_rng(0).normal(size=(5, 12, 4, 4)).astype(np.float32)
-    array, _ = written(tmp_path, features_spec("a.b", values, StorageConfig()))
-    assert array.chunks == (5, 6, 4, 4)
-    assert np.array_equal(array[...], round_bits(values, 5))
-
-
 def test_chunks_that_hold_only_fill_are_written(tmp_path: Path) -> None:
     unseen = np.full((16, 16, 16), np.nan, np.float32)
     array, _ = written(tmp_path, log_odds_spec("liver", unseen, StorageConfig()))

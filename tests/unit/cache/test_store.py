@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
@@ -13,23 +12,18 @@ import pytest
 from zarr.storage import LocalStore
 
 from pipeline.cache import receipt as receipts
-from pipeline.cache import store
 from pipeline.cache.places import clean_temporaries
 from pipeline.cache.reader import Unit
-from pipeline.cache.receipt import RECEIPT, read_receipt, verify_unit
+from pipeline.cache.receipt import RECEIPT, verify_unit
 from pipeline.cache.schema import StorageConfig, image_spec, log_odds_spec
 from pipeline.cache.store import (
-    prepare_work_folder,
     write_json,
     write_unit,
 )
 from pipeline.config import digest
 from pipeline.errors import (
     CacheCorrupt,
-    CacheIncomplete,
-    CacheMissing,
     CacheStale,
-    WorkFolderError,
 )
 from tests.stages.stage_contract import snapshot
 
@@ -52,17 +46,6 @@ def write(path: Path, *, inputs: dict[str, Any] | None = None, shift: int = 0) -
 
 def files(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 0x10
-    path.write_bytes(data)
-
-
-def shard(unit: Path, name: str) -> Path:
-    (file,) = (p for p in (unit / name / "c").rglob("*") if p.is_file())
-    return file
 
 
 # --- a unit as written --------------------------------------------------------------------------
@@ -96,11 +79,6 @@ def test_the_receipt_names_every_file_and_its_size(tmp_path: Path) -> None:
     assert verify_unit(unit) == receipt
 
 
-def test_nothing_else_is_left_beside_it(tmp_path: Path) -> None:
-    write(tmp_path / "unit.zarr")
-    assert [p.name for p in tmp_path.iterdir()] == ["unit.zarr"]
-
-
 @pytest.fixture
 def synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files and folders that were forced onto the disk before the unit was visible."""
@@ -125,63 +103,7 @@ def test_all_is_on_the_disk_before_the_name_is_and_the_receipt_last(
     assert on_disk[-1] == RECEIPT
 
 
-@pytest.mark.parametrize("last", ["zarr.json", RECEIPT])
-def test_a_crash_before_the_name_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: list[str], last: str
-) -> None:
-    noted = os.fsync
-
-    def crash(descriptor: int) -> None:
-        noted(descriptor)
-        if synced[-1] == last:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", crash)
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "unit.zarr")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> NoReturn:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(store.os, "fsync", full)
-    with pytest.raises(WorkFolderError, match="No space left on device") as caught:
-        write(tmp_path / "unit.zarr")
-    assert caught.value.exit_code == 2
-    assert list(tmp_path.iterdir()) == []
-
-
 # --- what a reader refuses ----------------------------------------------------------------------
-
-
-def test_no_unit_and_no_receipt_are_missing(tmp_path: Path) -> None:
-    unit = tmp_path / "unit.zarr"
-    with pytest.raises(CacheMissing):
-        read_receipt(unit)
-    write(unit)
-    (unit / RECEIPT).unlink()
-    with pytest.raises(CacheMissing, match="not in the cache"):
-        Unit.open(unit)
-
-
-def test_an_absent_object_is_incomplete(tmp_path: Path) -> None:
-    unit = tmp_path / "unit.zarr"
-    write(unit)
-    shard(unit, "image").unlink()
-    with pytest.raises(CacheIncomplete, match=r"image/c/0/0/0 is missing"):
-        Unit.open(unit)
-
-
-@pytest.mark.parametrize("size", [0, 10])
-def test_an_object_of_another_size_is_incomplete(tmp_path: Path, size: int) -> None:
-    unit = tmp_path / "unit.zarr"
-    write(unit)
-    file = shard(unit, "log_odds/liver")
-    file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(CacheIncomplete, match=f"has {size} bytes instead of"):
-        Unit.open(unit)
 
 
 def test_another_digest_is_stale(tmp_path: Path) -> None:
@@ -240,33 +162,6 @@ def test_the_second_writer_keeps_the_units_of_the_first(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
-def test_a_damaged_unit_is_replaced(tmp_path: Path) -> None:
-    unit = tmp_path / "unit.zarr"
-    write(unit)
-    flip(shard(unit, "image"), 5)
-    write(unit)
-    verify_unit(unit)
-    assert np.array_equal(Unit.open(unit).read("image"), IMAGE)
-    assert [p.name for p in tmp_path.iterdir()] == ["unit.zarr"]
-
-
-@pytest.mark.parametrize("left", ["nothing", "no receipt", "a file", "other inputs"])
-def test_what_is_no_unit_is_replaced(tmp_path: Path, left: str) -> None:
-    unit = tmp_path / "unit.zarr"
-    if left == "a file":
-        unit.write_text("not a folder")
-    else:
-        write(unit, inputs={"other": 1} if left == "other inputs" else None)
-    if left == "nothing":
-        for name in files(unit):
-            (unit / name).unlink()
-    if left == "no receipt":
-        (unit / RECEIPT).unlink()
-    receipt = write(unit)
-    assert read_receipt(unit, expect=digest(INPUTS)) == receipt
-    assert [p.name for p in tmp_path.iterdir()] == ["unit.zarr"]
-
-
 # --- temporaries --------------------------------------------------------------------------------
 
 
@@ -296,48 +191,7 @@ def test_only_temporaries_of_dead_processes_of_this_host_are_removed(tmp_path: P
     assert sorted(p.name for p in folder.iterdir()) == sorted(kept)
 
 
-def test_what_a_killed_writer_leaves_is_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dead = dead_pid()
-
-    def killed(*args: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(store.shutil, "rmtree", lambda *a, **k: None)
-    monkeypatch.setattr(store.os, "getpid", lambda: dead)
-    monkeypatch.setattr(Path, "rename", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "unit.zarr")
-    monkeypatch.undo()
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".unit.zarr~")
-    assert clean_temporaries(tmp_path) == 1
-    assert list(tmp_path.iterdir()) == []
-
-
 # --- the work folder and JSON files -------------------------------------------------------------
-
-
-def test_a_work_folder_is_made_and_left_as_it_is(tmp_path: Path) -> None:
-    prepare_work_folder(tmp_path / "a" / "work")
-    assert list((tmp_path / "a" / "work").iterdir()) == []
-
-
-def test_a_work_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for work in (tmp_path / "file", tmp_path / "file" / "work"):
-        with pytest.raises(WorkFolderError, match="cannot be written") as caught:
-            prepare_work_folder(work)
-        assert caught.value.exit_code == 2
-        assert str(work) in str(caught.value)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_work_folder_without_permission(tmp_path: Path) -> None:
-    tmp_path.chmod(0o555)
-    with pytest.raises(WorkFolderError, match="Permission denied"):
-        prepare_work_folder(tmp_path)
 
 
 def test_json_is_replaced_whole_and_only_when_it_says_something_else(
@@ -353,7 +207,7 @@ def test_json_is_replaced_whole_and_only_when_it_says_something_else(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "fsync", crash)
+        patch.setattr(os, "fsync", crash)
         with pytest.raises(KeyboardInterrupt):
             write_json(path, {"x": [3]})
     assert snapshot(tmp_path) == before

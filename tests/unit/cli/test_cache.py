@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from pipeline.cli.app import app
 from pipeline.errors import ConfigError, PipelineError
 from tests.stages.stage_contract import snapshot
-from tests.tiny import RunCli, cache_config, change_registry, fill_cache, work_of
+from tests.tiny import cache_config, change_registry, fill_cache, work_of
 from tests.unit.review.damage import flip, rewrite, shard, unit_at
 
 CASE = "multi-ct/case_001"
@@ -144,13 +144,6 @@ def test_verify_recomputes(tiny_cached: Path) -> None:
     assert call(tiny_cached, "verify", *options, "--tolerance", "3").exit_code == 0
 
 
-@pytest.mark.parametrize("options", [["--recompute"], ["--sample", "3"]])
-def test_recompute_and_sample_go_together(built_cache: Path, options: list[str]) -> None:
-    result = call(built_cache, "verify", *options)
-    assert isinstance(result.exception, ConfigError)
-    assert result.exception.exit_code == 2
-
-
 # --- diff -----------------------------------------------------------------------------------------
 
 
@@ -235,10 +228,3 @@ def test_export(built_cache: Path, tmp_path: Path) -> None:
 
 
 # --- the whole command line -----------------------------------------------------------------------
-
-
-def test_a_refusal_is_one_paragraph_and_the_exit_code(tmp_path: Path, run_cli: RunCli) -> None:
-    code, out, err = run_cli("cache", "ls", "-w", str(tmp_path / "nowhere"))
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert "Traceback" not in err

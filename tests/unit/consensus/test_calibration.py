@@ -107,8 +107,3 @@ def test_the_largest_values_of_the_cache_stay_finite() -> None:
     assert found is not None
     assert np.isfinite(found.nll_before)
     assert found.temperature == BOUNDS[1]
-
-
-def test_it_survives_being_written_down() -> None:
-    found = drawn(3.0)
-    assert Calibration.model_validate_json(found.model_dump_json()) == found

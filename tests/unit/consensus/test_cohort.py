@@ -22,7 +22,7 @@ from pipeline.consensus.cohort import (
 )
 from pipeline.data.patches import Patch
 from pipeline.data.registry import load_registry
-from pipeline.errors import CacheIncomplete, CacheMissing, CacheStale
+from pipeline.errors import CacheIncomplete, CacheMissing
 from tests.stages.stage_contract import snapshot
 from tests.tiny import change_registry, work_of
 
@@ -136,40 +136,6 @@ def test_missing_and_damaged_units_are_problems_and_the_case_stays(tiny_cached: 
     assert case.experts == {"liver": [], "spleen": ["spleen"]}
 
 
-def test_a_case_without_its_image_is_no_case(tiny_cached: Path) -> None:
-    (gone,) = work_of(tiny_cached).glob("cases/multi-ct/case_001@*.zarr")
-    shutil.rmtree(gone)
-    cohort = opened(tiny_cached)
-    assert set(cohort.problems) == {"multi-ct/case_001"}
-    assert "multi-ct/case_001" not in {c.name for c in cohort.cases}
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [("grid", "spacing_mm"), ("datasets", "liver-ct", "annotated"), ("teachers", "liver", "taps")],
-)
-def test_another_registry_entry_is_stale(tiny_cached: Path, keys: tuple[str, ...]) -> None:
-    values = {"spacing_mm": [12, 12, 6], "annotated": {"liver": [1, 2]}, "taps": []}
-
-    def change(data: dict[str, Any]) -> None:
-        for key in keys[:-1]:
-            data = data[key]
-        data[keys[-1]] = values[keys[-1]]
-
-    change_registry(tiny_cached, change)
-    with pytest.raises(CacheStale, match="Run `pipeline cache-teachers`"):
-        opened(tiny_cached)
-
-
-def test_licence_and_source_are_only_words(tiny_cached: Path) -> None:
-    def change(data: dict[str, Any]) -> None:
-        data["datasets"]["liver-ct"]["licence"] = "CC BY 4.0"
-        data["teachers"]["liver"]["source"] = "a friend"
-
-    change_registry(tiny_cached, change)
-    assert len(opened(tiny_cached).cases) == 9
-
-
 def test_dropping_a_teacher_changes_the_regions_at_once_and_no_file(tiny_cached: Path) -> None:
     before = snapshot(work_of(tiny_cached))
     both = regions(find(opened(tiny_cached), "liver-ct/case_001"), tiny_cached)
@@ -182,25 +148,6 @@ def test_dropping_a_teacher_changes_the_regions_at_once_and_no_file(tiny_cached:
     np.testing.assert_array_equal(alone["background"], outside)
     assert both["background"].sum() < alone["background"].sum()
     assert snapshot(work_of(tiny_cached)) == before
-
-
-@pytest.mark.parametrize("whole", [True, False], ids=["case", "patch"])
-def test_what_is_lost_after_opening_is_in_no_region(tiny_cached: Path, whole: bool) -> None:
-    case = find(opened(tiny_cached), "liver-ct/case_001")
-    space = load_registry(tiny_cached, files=False).label_space
-    patch, classes = Patch((0, 0, 0), (8, 8, 8)), np.zeros((8, 8, 8), np.uint8)
-
-    def read() -> None:
-        compute(
-            lazy_consensus(case, space)[0].organ
-            if whole
-            else lazy_patch(case, space, RegionRules(), patch, classes)
-        )
-
-    read()
-    shutil.rmtree(case.teachers["spleen"].path / "log_odds" / "spleen" / "c")
-    with pytest.raises(CacheIncomplete, match="spleen x liver-ct/case_001: chunk"):
-        read()
 
 
 def test_computing_does_not_import_distributed(monkeypatch: pytest.MonkeyPatch) -> None:

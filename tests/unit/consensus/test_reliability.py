@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from pipeline.cache.reader import FULL, CachedCase, ReliabilityConfig, Trust
-from pipeline.consensus import reliability
 from pipeline.consensus.cohort import compute, known_organs, lazy_consensus
 from pipeline.consensus.evidence import OrganEvidence, Score
 from pipeline.consensus.reliability import (
@@ -20,15 +19,12 @@ from pipeline.consensus.reliability import (
     ignored_claims,
     precision,
     region_of,
-    reliable_cases,
     remarks,
     trust_of,
     trusting,
     usual_ml,
     validation_score,
 )
-from pipeline.data.registry import Registry
-from pipeline.log import Log
 from tests.unit.review.inspect.made_cases import SPACE, made_case
 
 STRICT = ReliabilityConfig(least_found=0.6, least_right=0.4)
@@ -221,17 +217,6 @@ class TestCases:
             "so it adds nothing on elsewhere."
         )
 
-    def test_who_reads_the_cases_twice_hears_of_a_doubt_once(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        """As `pipeline compare` does: its plan, then each of its trainings."""
-        cases, log = self.cases(tmp_path), Log(quiet=True)
-        monkeypatch.setattr(reliability, "read_validation_scores", lambda *_: SCORES)
-        for _ in range(2):
-            registry = Registry.model_construct()
-            reliable_cases(cases, [], registry, tmp_path, ReliabilityConfig(), log)
-        assert capsys.readouterr().err.count("warning: teacher two, spleen") == 1
-
     def test_sizes_of_labels_and_claims(self, tmp_path: Path) -> None:
         cases = self.cases(tmp_path)
         assert usual_ml(cases, "liver") == pytest.approx((30, 30))
@@ -241,8 +226,3 @@ class TestCases:
         noted = {**unit.noted, "regions": {"spleen": {"voxels": 7, "parts": 2}}}
         vars(unit)["noted"] = noted
         assert region_of(unit, "spleen") == ClaimedRegion(pytest.approx(7), 2)
-
-
-def test_a_trust_that_says_nothing_of_either_side_is_silence() -> None:
-    assert Trust(False, False).ignored
-    assert not FULL.ignored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,12 @@ def noise(shape: tuple[int, ...], dtype: Any = np.float32, seed: int = 0) -> Arr
     return np.random.default_rng(seed).normal(0, 100, shape).astype(dtype)
 
 
+@pytest.fixture
+def small_slabs(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Called with how many voxels a slab may have."""
+    return lambda voxels: monkeypatch.setattr(module, "_SLAB_VOXELS", voxels)
+
+
 def test_the_same_grid_is_the_identity() -> None:
     for dtype in (np.int16, np.float32, np.uint8):
         array = noise(SOURCE.shape).astype(dtype)
@@ -129,22 +136,6 @@ def test_a_sheared_source_is_resampled_by_places_in_mm(target: str) -> None:
         assert not np.isnan(found).any()
 
 
-@EACH_TARGET
-@pytest.mark.parametrize("order", [0, 1])
-def test_exactly_what_lies_outside_the_field_of_view_is_marked(target: Grid, order: int) -> None:
-    volume = Volume(noise(SOURCE.shape), SOURCE)
-    found = resample(volume, target, order=order, outside=float("nan")).array
-    index = source_indices(SOURCE, target)
-    limits = np.array(SOURCE.shape).reshape(3, 1, 1, 1) - 0.5
-    beyond = np.any((index < -0.5) | (index > limits), axis=0)
-    from_border = np.minimum(np.abs(index + 0.5), np.abs(index - limits))
-    clear = np.all(from_border > 1e-5, axis=0)
-    unseen = np.asarray(np.isnan(found))
-    np.testing.assert_array_equal(unseen[clear], beyond[clear])
-    seen = resample(volume, target, order=order).array
-    np.testing.assert_array_equal(found[~unseen], seen[~unseen])
-
-
 @pytest.mark.parametrize("order", [0, 1])
 def test_the_border_of_the_field_of_view_belongs_to_it(order: int) -> None:
     source = Grid.axis_aligned((4, 4, 4), (1, 1, 1))
@@ -159,11 +150,11 @@ def test_the_border_of_the_field_of_view_belongs_to_it(order: int) -> None:
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("voxels", [1, 500])
 def test_where_slabs_end_does_not_matter(
-    target: Grid, order: int, voxels: int, monkeypatch: pytest.MonkeyPatch
+    target: Grid, order: int, voxels: int, small_slabs: Callable[[int], None]
 ) -> None:
     volume = Volume(noise((2, *SOURCE.shape)), SOURCE)
     whole = resample(volume, target, order=order, outside=float("nan")).array
-    monkeypatch.setattr(module, "_SLAB_VOXELS", voxels)
+    small_slabs(voxels)
     slabs = resample(volume, target, order=order, outside=float("nan")).array
     np.testing.assert_array_equal(np.isnan(slabs), np.isnan(whole))
     np.testing.assert_allclose(slabs, whole, rtol=1e-5, atol=1e-3)
@@ -269,7 +260,9 @@ def test_a_volume_of_which_rows_are_missing_is_refused() -> None:
         slabs.finish()
 
 
-def test_of_an_integer_source_only_a_slab_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_an_integer_source_only_a_slab_is_converted(
+    monkeypatch: pytest.MonkeyPatch, small_slabs: Callable[[int], None]
+) -> None:
     """A CT of a gigabyte as int16 must not be held as float32 as well."""
     seen = []
     real = ndimage.affine_transform
@@ -279,8 +272,8 @@ def test_of_an_integer_source_only_a_slab_is_converted(monkeypatch: pytest.Monke
         return real(source, *args, **options)
 
     source = grid_of((90, 10, 11), (0.3, 2.0, 1.5), (5, -3, 8))
-    monkeypatch.setattr(module.ndimage, "affine_transform", spy)
-    monkeypatch.setattr(module, "_SLAB_VOXELS", 1)
+    monkeypatch.setattr(ndimage, "affine_transform", spy)
+    small_slabs(1)
     resample(Volume(noise(source.shape, np.int16), source), TARGETS["finer"], order=1)
     assert len(seen) == 20
     assert max(seen) <= 4

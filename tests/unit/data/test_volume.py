@@ -67,12 +67,6 @@ def test_one_slice_stays_one_at_any_spacing_and_leans_in_its_plane_alone() -> No
     assert Grid.from_matrix((6, 1, 8), matrix[[1, 0, 2, 3]]).slice_axis == 1
 
 
-def test_axis_aligned() -> None:
-    grid = Grid.axis_aligned((2, 3, 4), (3, 2, 1), (10, 20, 30))
-    np.testing.assert_array_equal(grid.matrix @ [1, 1, 1, 1], [13, 22, 31, 1])
-    assert grid.shape == (2, 3, 4)
-
-
 def test_coarsen_puts_cells_in_the_middle_of_their_voxels() -> None:
     grid = turned((4, 5, 7))
     coarse = grid.coarsen((2, 1, 4))
@@ -88,12 +82,6 @@ def test_crop_moves_the_origin() -> None:
     assert cropped.shape == (2, 9, 3)
     np.testing.assert_allclose(cropped.matrix @ [0, 0, 0, 1], grid.matrix @ [1, -2, 3, 1])
     np.testing.assert_array_equal(cropped.matrix[:3, :3], grid.matrix[:3, :3])
-
-
-def test_index_map() -> None:
-    grid = turned()
-    to_grid = grid.index_map_from(grid.crop((1, 2, 3), (2, 2, 2)))
-    np.testing.assert_allclose(to_grid @ [0, 1, 0, 1], [1, 3, 3, 1], atol=1e-12)
 
 
 def test_largest_corner_distance() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,8 @@ from typing import Any
 import pytest
 
 from pipeline.data.registry import load_registry
-from pipeline.errors import ConfigError
 from pipeline.log import Log
-from pipeline.review.why import WorkDifference, diff, print_difference
+from pipeline.review.why import WorkDifference, diff
 from tests.tiny import cache_config, fill_cache, run_cache, work_of, write_teacher
 from tests.unit.review.damage import rewrite, shard, unit_at
 
@@ -34,15 +32,6 @@ def only(found: WorkDifference) -> dict[str, Any]:
         for how, value in sides[what].items()
         if how != "same" and value
     }
-
-
-def test_copies_are_the_same(copies: tuple[Path, Path]) -> None:
-    found = diff(*copies)
-    assert found.same
-    assert only(found) == {}
-    assert (len(found.cases.same), len(found.teachers.same), len(found.units.same)) == (9, 2, 18)
-    assert len(set(found.num_bytes)) == 1
-    assert found.num_bytes[0] > 100_000
 
 
 def test_cases_and_units_that_one_lacks(copies: tuple[Path, Path]) -> None:
@@ -124,22 +113,3 @@ def test_what_has_no_valid_receipt_is_said(copies: tuple[Path, Path]) -> None:
     found = diff(a, b)
     assert found.unreadable == (f"{LIVER} in B",)
     assert not found.same
-
-
-def test_what_is_no_work_folder(copies: tuple[Path, Path], tmp_path: Path) -> None:
-    for pair in ((copies[0], tmp_path / "absent"), (tmp_path, copies[1])):
-        with pytest.raises(ConfigError, match="no cache here") as caught:
-            diff(*pair)
-        assert caught.value.exit_code == 2
-
-
-def test_the_report(copies: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    a, b = copies
-    shutil.rmtree(unit_at(a, CASE))
-    shard(unit_at(b, LIVER), "log_odds/liver").unlink()
-    found = diff(a, b)
-    assert json.loads(json.dumps(found.to_json()))["cases"]["only_b"] == [CASE]
-    print_difference(found)
-    shown = capsys.readouterr().out
-    assert CASE in shown
-    assert f"{LIVER} in B" in shown

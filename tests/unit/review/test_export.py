@@ -177,25 +177,6 @@ def test_log_odds_of_one_teacher_as_they_are_cached(built_cache: Path, tmp_path:
     np.testing.assert_array_equal(values.transpose(2, 1, 0), stored.astype(np.float32))
 
 
-def test_regions_are_those_of_all_teachers_and_the_label(built_cache: Path, tmp_path: Path) -> None:
-    found = export(built_cache, tmp_path, "liver", regions=True)
-    assert list(found) == [
-        "liver_liver.nii.gz", "regions.nii.gz", "agreed_background.nii.gz", "conflict.nii.gz",
-    ]  # fmt: skip
-    arrays = {n: np.asanyarray(nib.load(path).dataobj) for n, path in found.items()}
-    regions, background = arrays["regions.nii.gz"], arrays["agreed_background.nii.gz"]
-    assert regions.dtype == background.dtype == np.uint8
-    assert set(np.unique(regions)) <= {0, 1, 2, 255}
-    assert np.array_equal(regions == 0, background == 1)
-    assert not (background & arrays["conflict.nii.gz"]).any()
-    # Both organs are annotated in this dataset, and labels win: regions are the label.
-    from pipeline.cache.reader import Unit
-
-    label = Unit.open(unit_at(work_of(built_cache), CASE)).read("label")
-    assert np.array_equal(regions.transpose(2, 1, 0), label)
-    assert set(np.unique(label)) == {0, 1, 2}
-
-
 def test_conflicts_and_what_nobody_saw_are_no_organ(tiny_cached: Path, tmp_path: Path) -> None:
     """z slices: 0 liver alone, 1 spleen alone, 2 both, 3 unseen by one, the rest neither."""
 
@@ -255,12 +236,6 @@ def test_names_that_would_be_one_are_kept_apart(tiny_registry: Path, tmp_path: P
         list(found)[:2]
     )
     assert set(snapshot(tmp_path / "out")) == set(before)
-
-
-def test_a_second_export_writes_the_same(built_cache: Path, tmp_path: Path) -> None:
-    first = np.asanyarray(nib.load(export(built_cache, tmp_path, "liver").popitem()[1]).dataobj)
-    second = np.asanyarray(nib.load(export(built_cache, tmp_path, "liver").popitem()[1]).dataobj)
-    assert np.array_equal(first, second)
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -37,12 +37,6 @@ def test_everything_that_is_there(built_cache: Path) -> None:
     assert found.to_json()["bytes"] == size
 
 
-def test_without_a_registry_nothing_is_said_to_be_reached(built_cache: Path) -> None:
-    found = listing(built_cache, named=False)
-    assert {e.reached for e in (*found.datasets, *found.teachers)} == {None}
-    assert len(found.teachers) == 2
-
-
 def test_what_the_registry_no_longer_means_is_listed_and_not_reached(tiny_cached: Path) -> None:
     change_registry(tiny_cached, lambda data: data["teachers"].pop("liver"))
     found = listing(tiny_cached)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -21,7 +20,7 @@ from pipeline.engine.parts import Part
 from pipeline.errors import ConfigError
 from pipeline.log import Advance, Log
 from pipeline.review import gc
-from pipeline.review.gc import Garbage, find_garbage, print_garbage, remove_garbage
+from pipeline.review.gc import Garbage, find_garbage, remove_garbage
 from pipeline.review.units import registry_reach
 from pipeline.review.verify import verify
 from tests.stages.stage_contract import content, snapshot
@@ -67,14 +66,6 @@ def second_registry(registry: Path, change: Any) -> Path:
     other = registry.with_name("other_registry.yaml")
     shutil.copy(registry, other)
     return change_registry(other, change)
-
-
-def test_a_cache_that_is_all_in_use(tiny_cached: Path) -> None:
-    before = snapshot(work_of(tiny_cached))
-    found = garbage_of(tiny_cached)
-    assert (found.count, found.total, found.young) == (0, 0, ())
-    assert collect(tiny_cached) == (0, 0)
-    assert snapshot(work_of(tiny_cached)) == before
 
 
 def test_a_dropped_teacher_goes_with_its_entry_and_nothing_else(tiny_cached: Path) -> None:
@@ -246,17 +237,6 @@ def test_a_registry_that_was_not_cached_as_it_stands(
     assert str(tiny_cached) in str(caught.value)
 
 
-def test_one_uncached_registry_among_several_stops_all(tiny_cached: Path) -> None:
-    other = second_registry(tiny_cached, lambda d: d["teachers"]["liver"].update(taps=[]))
-    with pytest.raises(ConfigError, match="teacher liver"):
-        garbage_of(tiny_cached, other)
-
-
-def test_no_registry_at_all(tiny_cached: Path) -> None:
-    with pytest.raises(ConfigError, match="no registry"):
-        find_garbage(work_of(tiny_cached), [], grace_hours=0)
-
-
 def test_an_unreadable_entry_of_a_named_registry_stops_it(tiny_cached: Path) -> None:
     (path,) = (work_of(tiny_cached) / "index" / "teachers").glob("liver.*.json")
     path.write_text("{")
@@ -336,18 +316,3 @@ def test_the_index_is_read_again_while_units_go(
     monkeypatch.setattr(gc, "_RECHECK_EVERY", 2)
     assert remove_garbage(work, registries, found, log=Meanwhile(quiet=True))[0] == 4
     assert len(looked_at) == 9
-
-
-def test_the_report(tiny_cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change_registry(tiny_cached, drop("liver"))
-    found = garbage_of(tiny_cached)
-    plain = json.loads(json.dumps(found.to_json()))
-    assert len(plain["units"]) == 9
-    assert plain["bytes"] == sum(u["bytes"] for u in plain["units"]) + sum(
-        Path(path).stat().st_size for path in plain["index_files"]
-    )
-    print_garbage(found)
-    shown = capsys.readouterr().out
-    (row,) = (line for line in shown.splitlines() if "teachers/liver@" in line)
-    assert " 9 " in row
-    assert "index" in shown

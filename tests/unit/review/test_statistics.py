@@ -69,7 +69,6 @@ class TestEstimates:
 class TestDifferences:
     def test_the_interval_is_that_of_all_draws(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(statistics, "MIN_CASES", 3)
-        monkeypatch.setattr(statistics, "NUM_DRAWS", 40_000)
         scores, baseline = planted(3, 4, 2, seed=1), planted(3, 4, 2, seed=2)
         scores[:, 0, 1] = baseline[:, 0, 1] = NAN
         found = differences(scores, baseline)
@@ -77,8 +76,8 @@ class TestDifferences:
             exact = np.array(all_draws(scores - baseline, organ))
             low, high = np.nanpercentile(exact, [2.5, 97.5])
             assert found[organ].mean == pytest.approx(np.nanmean((scores - baseline)[..., organ]))
-            assert found[organ].low == pytest.approx(low, abs=0.015)
-            assert found[organ].high == pytest.approx(high, abs=0.015)
+            assert found[organ].low == pytest.approx(low, abs=0.03)
+            assert found[organ].high == pytest.approx(high, abs=0.03)
 
     def test_seeds_are_drawn_as_seeds_and_cases_as_cases(self) -> None:
         """Where seeds alone differ, more cases do not narrow the interval; nor the other way."""

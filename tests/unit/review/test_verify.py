@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,10 @@ import pytest
 from pipeline.cache.receipt import read_receipt
 from pipeline.data.registry import load_registry
 from pipeline.log import Log
-from pipeline.review import verify as verifying
-from pipeline.review.units import plain
-from pipeline.review.verify import Verification, print_verification, repair, verify
+from pipeline.review.verify import Verification, repair, verify
 from tests.stages.stage_contract import snapshot
 from tests.tiny import change_registry, work_of
-from tests.unit.review.damage import flip, lose_receipt, rewrite, say, shard, unit_at
+from tests.unit.review.damage import flip, rewrite, shard, unit_at
 
 CASE = "multi-ct/case_001"
 LIVER = f"liver x {CASE}"
@@ -48,38 +45,8 @@ def lose_shard(unit: Path) -> None:
     shard(unit, "log_odds/liver").unlink()
 
 
-def cut_shard(unit: Path) -> None:
-    file = shard(unit, "log_odds/liver")
-    file.write_bytes(file.read_bytes()[:-3])
-
-
-def change_receipt(unit: Path) -> None:
-    say(unit, seconds=99)
-
-
 def lose_arrays(unit: Path) -> None:
     shutil.rmtree(unit / "log_odds")
-
-
-@pytest.mark.parametrize("deep", [False, True])
-@pytest.mark.parametrize(
-    ("damage", "match"),
-    [
-        (lose_shard, "log_odds/liver/c/0/0/0 is missing"),
-        (lose_arrays, "is missing"),
-        (cut_shard, "bytes instead of"),
-        (lose_receipt, "it has no receipt"),
-        (change_receipt, "its own digest"),
-    ],
-)
-def test_what_the_cheap_check_sees(
-    tiny_cached: Path, damage: Callable[[Path], None], match: str, deep: bool
-) -> None:
-    damage(unit_at(work_of(tiny_cached), LIVER))
-    found = look(tiny_cached, deep=deep)
-    assert list(wrong(found)) == [LIVER]
-    assert match in wrong(found)[LIVER]
-    assert [f.state for f in found.findings] == ["damaged"]
 
 
 def flip_shard(unit: Path) -> None:
@@ -278,31 +245,3 @@ def test_what_was_replaced_meanwhile_is_left_alone(tiny_cached: Path) -> None:
     kept.rename(unit)
     assert repair(work, found) == []
     assert read_receipt(unit)
-
-
-def test_a_unit_that_vanishes_while_it_is_looked_at(
-    tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = verifying.check
-
-    def removes(place: Any, *args: Any, **options: Any) -> list[str]:
-        problems = real(place, *args, **options)
-        if place.name == LIVER:
-            shutil.rmtree(place.path)
-        return problems
-
-    monkeypatch.setattr(verifying, "check", removes)
-    assert look(tiny_cached).findings == []
-
-
-def test_the_report(tiny_cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flip(shard(unit_at(work_of(tiny_cached), LIVER), "log_odds/liver"))
-    found = look(tiny_cached)
-    said = json.loads(json.dumps(plain(found)))
-    assert said["findings"][0]["unit"] == LIVER
-    assert said["findings"][0]["state"] == "damaged"
-    assert Path(said["findings"][0]["path"]).is_dir()
-    assert (said["deep"], said["checked"]) == (True, 27)
-    print_verification(found)
-    assert LIVER in capsys.readouterr().out
-    assert "1 thing wrong" in found.summary()

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.data.registry import load_registry
 from pipeline.errors import GeometryError, RegistryError
-from pipeline.review.why import Reason, print_reasons, why
+from pipeline.review.why import Reason, why
 from tests.tiny import cache_config, change_registry, fill_cache, run_cache, work_of, write_teacher
 from tests.unit.review.damage import flip, say, shard, unit_at
 
@@ -205,13 +205,3 @@ def test_what_it_says_is_what_stage_one_then_does(tiny_cached: Path) -> None:
     assert {r.verdict for r in reasons(tiny_cached).values()} == {"reused"}
     assert before[LIVER].nearest is not None
     assert before[LIVER].nearest.exists()
-
-
-def test_the_tables(built_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = reasons(built_cache, storage={"log_odds_bits": 4})
-    print_reasons(list(found.values()))
-    shown = capsys.readouterr().out
-    assert "storage.log_odds_bits" in shown
-    assert "5 -> 4" in shown
-    print_reasons(list(reasons(built_cache).values()))
-    assert "What differs" not in capsys.readouterr().out

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.labels import IGNORE
+from pipeline.student import training
 from pipeline.student.network import CachedTap, StudentNetwork, TapKey
 from pipeline.student.settings import Kind, SupervisionConfig
 from pipeline.student.supervision import Batch, batch_loss
@@ -109,3 +111,17 @@ def dice_of(p: Tensor, y: Tensor, seen: Tensor) -> float:
 
 
 SEEN = grid(1, 1, 1, 1, 1, 0, 1, 1).bool()
+
+
+@contextmanager
+def changed_loss(change: Callable[[Tensor, Any, Any], tuple[Tensor, Any]]) -> Iterator[None]:
+    """Whatever is trained meanwhile has other losses: what `change` makes of loss, terms and
+    network."""
+    real = training.batch_loss
+
+    def changed(config: Any, network: Any, *rest: Any) -> tuple[Tensor, Any]:
+        return change(*real(config, network, *rest), network)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "batch_loss", changed)
+        yield

@@ -92,23 +92,3 @@ def gradient(term: Term, at: Tensor) -> Tensor:
     point = at.clone().requires_grad_()
     (found,) = torch.autograd.grad(term(point), point)
     return found
-
-
-def descend(term: Term, start: Tensor) -> Tensor:
-    point = start.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS(
-        [point],
-        max_iter=500,
-        tolerance_grad=1e-12,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
-
-    def again() -> Tensor:
-        optimiser.zero_grad()
-        loss = term(point)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    optimiser.step(again)  # type: ignore[no-untyped-call]
-    return point.detach()

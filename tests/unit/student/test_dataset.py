@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pipeline.cache.reader import CachedCase
 from pipeline.data.labels import IGNORE
 from pipeline.data.patches import Patch
 from pipeline.student.augment import AugmentConfig
-from pipeline.student.dataset import features_at, to_batch
+from pipeline.student.dataset import features_at
 from pipeline.student.network import CachedTap
 from pipeline.student.settings import SupervisionConfig
 from tests.unit.student.coded import (
@@ -27,7 +27,24 @@ from tests.unit.student.coded import (
 )
 from tests.unit.student.samples import CACHED, MOVING, PATCH, STILL, arrays, check_places, dataset
 
-ROOT = Path(__file__).resolve().parents[3]
+
+class Watched(CachedCase):
+    """A case that keeps which cells are read; of each box, cell (1, 0, 0) is not seen."""
+
+    read: list[Patch]
+
+    @classmethod
+    def of(cls, case: CachedCase) -> Watched:
+        watched = cls(**{field.name: getattr(case, field.name) for field in fields(case)})
+        object.__setattr__(watched, "read", [])
+        return watched
+
+    def features(self, teacher: str, tap: str, cells: Patch | None = None) -> npt.NDArray[Any]:
+        assert cells is not None
+        self.read.append(cells)
+        found = np.ones((1, *cells.shape), dtype=np.float16)
+        found[:, 1, 0, 0] = np.nan
+        return found
 
 
 class TestWhatASampleHolds:
@@ -97,40 +114,24 @@ class TestWhatASampleHolds:
         assert np.array_equal(sample["body"], sample["image"][0] >= 0)
         assert not sample["body"].all()
 
-    def test_next_to_a_cell_that_is_not_seen_is_nothing(
-        self, coded_case: CachedCase, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        read: list[Patch] = []
-
-        def features(self: CachedCase, teacher: str, tap: str, cells: Patch) -> npt.NDArray[Any]:
-            read.append(cells)
-            found = np.ones((1, *cells.shape), dtype=np.float16)
-            found[:, 1, 0, 0] = np.nan
-            return found
-
-        monkeypatch.setattr(CachedCase, "features", features)
-        found = features_at(coded_case, "one", "deep", Patch((5, 2, 3), (8, 4, 1)), (2, 2, 1))
-        assert read == [Patch((2, 1, 3), (5, 2, 1))]
+    def test_next_to_a_cell_that_is_not_seen_is_nothing(self, coded_case: CachedCase) -> None:
+        case = Watched.of(coded_case)
+        found = features_at(case, "one", "deep", Patch((5, 2, 3), (8, 4, 1)), (2, 2, 1))
+        assert case.read == [Patch((2, 1, 3), (5, 2, 1))]
         assert found.shape == (1, 4, 2, 1)
         assert np.argwhere(np.isnan(found)).tolist() == [[0, 0, 0, 0], [0, 1, 0, 0]]
 
     def test_each_tap_is_read_in_its_own_cells_of_the_same_place(
-        self, coded_case: CachedCase, monkeypatch: pytest.MonkeyPatch
+        self, coded_case: CachedCase
     ) -> None:
-        read: list[Patch] = []
-
-        def features(self: CachedCase, teacher: str, tap: str, cells: Patch) -> npt.NDArray[Any]:
-            read.append(cells)
-            return np.zeros((1, *cells.shape), dtype=np.float16)
-
-        monkeypatch.setattr(CachedCase, "features", features)
+        case = Watched.of(coded_case)
         strides = ((2, 2, 2), (4, 1, 5))
         taps = {("one", str(s)): CachedTap(1, s, (0,)) for s in strides}
-        data = dataset([coded_case], taps=taps)
+        data = dataset([case], taps=taps)
         for item in range(len(data)):
-            read.clear()
+            case.read.clear()
             voxels = place(arrays(data[item])["image"][0])[1]
-            for cells, stride in zip(read, strides, strict=True):
+            for cells, stride in zip(case.read, strides, strict=True):
                 into = voxels[0] % stride
                 assert np.array_equal(np.multiply(cells.start, stride) + into, voxels[0])
                 assert np.array_equal(np.multiply(cells.shape - (into > 0), stride), PATCH)
@@ -143,18 +144,6 @@ class TestWhatASampleHolds:
         assert not np.array_equal(still.pop("image"), changed.pop("image"))
         for name, array in still.items():
             assert np.array_equal(array, changed[name], equal_nan=array.dtype.kind == "f"), name
-
-    def test_dtypes_and_shapes(self, coded_cases: list[CachedCase]) -> None:
-        data = dataset(coded_cases, taps={TAP: CACHED})
-        collated = torch.utils.data.default_collate([data[0], data[1]])
-        batch = to_batch(collated, [TAP], torch.device("cpu"))
-        assert batch.image.shape == (2, 1, *PATCH)
-        assert batch.image.dtype == torch.float32
-        assert batch.classes.dtype == torch.int64
-        assert batch.log_odds is not None
-        assert batch.log_odds.dtype == torch.float32
-        assert batch.log_odds.shape == (2, 2, *PATCH)
-        assert batch.features[TAP].shape == (2, CHANNELS, 4, 5, 5)
 
     def test_labels_alone_read_no_teacher(self, coded_case: CachedCase) -> None:
         blind = CachedCase(

@@ -101,12 +101,6 @@ def test_outside_the_case_nothing_is_known_and_nothing_made_up(coded_folder: Pat
             assert lowest[organ] - 0.01 <= values.min() <= values.max() <= highest[organ] + 0.01
 
 
-def test_of_a_case_that_nobody_knows_nothing_is_said(coded_folder: Path) -> None:
-    case = write_case(coded_folder, "liver-ct/only-label", teachers=())
-    found = samples(dataset([case], augment=TURNED))[0]
-    assert np.isnan(found["log_odds"]).all()
-
-
 def test_a_label_without_a_teacher_has_log_odds_where_it_wins(coded_folder: Path) -> None:
     case = write_case(coded_folder, "liver-ct/two", teachers=("two",))
     found = samples(dataset([case], augment=TURNED, supervision=SupervisionConfig()))[0]

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pipeline.cache.reader import CachedCase
-from pipeline.errors import ConfigError
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.processes import Processes
 from tests.unit.student.coded import TAP
@@ -106,10 +105,3 @@ class TestProcesses:
         ]
         assert together == whole
         assert {len(share) for share in shares} == {3 * size}
-
-    def test_a_batch_that_cannot_be_shared_evenly_is_refused(
-        self, coded_cases: list[CachedCase]
-    ) -> None:
-        with pytest.raises(ConfigError, match="3 cannot be shared equally by 2") as caught:
-            dataset(coded_cases, batch_size=3, processes=Processes(0, 2))
-        assert caught.value.exit_code == 2

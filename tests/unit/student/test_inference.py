@@ -76,33 +76,6 @@ class TestPredictLogits:
         expected = np.stack([values, -2 * values, values**2 / 100])
         assert np.allclose(found, expected, rtol=1e-4, atol=1e-2)
 
-    def test_a_volume_of_one_window_is_one_pass(self) -> None:
-        network = Pointwise()
-        predict_logits(network, hu((16, 16, 16)), RAW, (16, 16, 16), device=CPU)
-        assert network.seen == [(1, 1, 16, 16, 16)]
-
-    def test_a_small_volume_is_padded_with_air(self) -> None:
-        class Corner(nn.Module):
-            def forward(self, image: Tensor) -> Tensor:
-                least = image.amin(dim=(2, 3, 4), keepdim=True)
-                return least.repeat(1, 2, *image.shape[2:])
-
-        image = np.zeros((8, 16, 16), dtype=np.int16)
-        for intensity, air in ((RAW, -1024.0), (Intensity(window_hu=(-100, 100)), -1.0)):
-            found = predict_logits(Corner(), image, intensity, (16, 16, 16), device=CPU)
-            assert (found == air).all()
-
-    def test_the_window_batch_only_changes_speed(self) -> None:
-        torch.manual_seed(0)
-        network = build_network(NETWORK, in_channels=1, out_channels=3).eval()
-        image = hu((20, 24, 18))
-        one, four = (
-            predict_logits(network, image, Intensity(), (16, 16, 16), window_batch=n, device=CPU)
-            for n in (1, 4)
-        )
-        assert np.allclose(one, four, atol=1e-5)
-        assert one.std() > 0.01
-
     @pytest.mark.parametrize("shape", [(40, 24, 18), (9, 30, 16), (16, 16, 16), (61, 5, 17)])
     @pytest.mark.parametrize("overlap", [0.0, 0.3, 0.5])
     @pytest.mark.parametrize("window_batch", [1, 3])

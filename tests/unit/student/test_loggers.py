@@ -11,17 +11,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConfigError
-from pipeline.student import loggers as by_name
 from pipeline.student.loggers import (
     _DEFAULTS,
     LOGGERS,
     LoggedRun,
-    Loggers,
     MlflowLogger,
     TensorBoardLogger,
     WandbLogger,
-    flat_settings,
     open_loggers,
 )
 from pipeline.student.progress import followed
@@ -114,25 +110,6 @@ class TestByName:
         found = open_loggers(["tensorboard", "tensorboard"])
         assert [logger.name for logger in found] == ["tensorboard"]
         assert all(make().name == name for name, make in LOGGERS.items())
-
-    def test_one_that_is_unknown(self) -> None:
-        with pytest.raises(ConfigError, match=r"--logger: there is no logger 'tensorbord'"):
-            open_loggers(["tensorbord"])
-
-    def test_one_that_is_not_installed_names_the_extra(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(by_name, "find_spec", lambda name: None)
-        with pytest.raises(ConfigError, match=r"pip install 'organ-distill\[wandb\]'") as caught:
-            open_loggers(["wandb"])
-        assert caught.value.exit_code == 2
-
-
-def test_settings_are_flat_for_those_who_want_them_so() -> None:
-    assert dict(flat_settings(SETTINGS)) == {
-        "config.steps": "4", "config.patch": "[8, 8, 8]", "config.none": "{}",
-        "inputs.cases.a (b)": "1",
-    }  # fmt: skip
 
 
 class TestTensorBoard:
@@ -288,12 +265,3 @@ class TestWandb:
         assert opened[0]["config"] == SETTINGS
         assert [row["step"] for row in rows if "dice/liver" in row] == [2, 4]
         assert ends == [0, 0]
-
-
-def test_no_logger_is_told_twice_of_an_end() -> None:
-    recorder = Recorder("finish")
-    said: list[str] = []
-    loggers = Loggers([recorder], said.append)
-    for _ in range(2):
-        loggers.finish(Path("progress.png"), well=True)
-    assert len(said) == len(recorder.heard) == 1

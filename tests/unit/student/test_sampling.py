@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -141,20 +142,12 @@ class TestBalance:
 
 
 class TestWithoutReadingVolumes:
-    def test_attributes_alone_are_read_and_not_kept(
-        self, uneven: list[CachedCase], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def never(*_: object) -> None:
-            raise AssertionError("a volume was opened")
-
-        fresh = [
-            CachedCase(c.name, c.split, c.annotated, Unit.open(c.case.path), c.teachers, c.experts)
-            for c in uneven
-        ]
-        monkeypatch.setattr(Unit, "array", never)
-        monkeypatch.setattr(Unit, "read", never)
-        draws(fresh, num=0)
-        assert not any("group" in vars(case.case) for case in fresh)
+    def test_attributes_alone_are_read_and_not_kept(self, tmp_path: Path) -> None:
+        case = held(tmp_path, "liver-ct/0", LIVER, SPLEEN)
+        for unit in (case.case, case.teachers["t"]):
+            shutil.rmtree(unit.path / "image")
+        assert {AT[centre] for _, centre in draws([case])} == {"liver", "spleen"}
+        assert "group" not in vars(case.case)
 
     def test_damaged_attributes_are_told_before_the_training(self, tmp_path: Path) -> None:
         case = held(tmp_path, "liver-ct/0", LIVER)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import AbstractContextManager
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,7 @@ from torch import nn
 from pipeline.errors import ConfigError
 from pipeline.log import Log
 from pipeline.networks.by_name import NetworkConfig
-from pipeline.student import training
-from pipeline.student.network import CachedTap, StudentNetwork, seeded_network
+from pipeline.student.network import CachedTap, seeded_network
 from pipeline.student.settings import (
     FeaturesConfig,
     SupervisionConfig,
@@ -23,6 +24,8 @@ from pipeline.student.settings import (
 from pipeline.student.speed import Speed, SpeedFlags, check_device
 from pipeline.student.training import make_step
 from tests.tiny import NETWORK
+from tests.unit.student.fixed import changed_loss
+from tests.unit.student.ranks import steep
 from tests.unit.student.same import assert_same
 from tests.unit.student.samples import state_of
 from tests.unit.student.test_deep_supervision import batch
@@ -91,37 +94,29 @@ def test_channels_last_gives_the_same_numbers_in_another_memory_order() -> None:
 
 
 class TestScaler:
-    def test_an_overflow_leaves_the_step_out_and_halves_the_scale(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_an_overflow_leaves_the_step_out_and_halves_the_scale(self) -> None:
         one = One(precision="fp16")
         one.step()
         before, scale = one.weights(), one.speed.scaler.get_scale()
-        real = training.batch_loss
-        monkeypatch.setattr(training, "batch_loss", lambda *a: _times(real(*a), 1e36))
-        assert one.step(1)["gradient_norm"] is None
+        with steeper(1e36):
+            assert one.step(1)["gradient_norm"] is None
         assert_same(one.weights(), before)
         assert one.speed.scaler.get_scale() == scale / 2
-        monkeypatch.undo()
         assert one.step(2)["gradient_norm"] > 0
         assert not all(torch.equal(w, before[n]) for n, w in one.weights().items())
 
-    def test_what_no_scale_can_mend_stops_the_training(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_what_no_scale_can_mend_stops_the_training(self) -> None:
         one = One(precision="fp16")
         before = one.weights()
-        real = training.batch_loss
 
-        def poisoned(config: Any, network: StudentNetwork, *rest: Any) -> Any:
-            loss, terms = real(config, network, *rest)
-            return loss + (0 * next(network.parameters()).sum()).sqrt(), terms
+        def poisoned(loss: torch.Tensor, terms: Any, network: nn.Module) -> Any:
+            return loss + steep(next(network.parameters())), terms
 
-        monkeypatch.setattr(training, "batch_loss", poisoned)
-        while one.speed.scaler.get_scale() > 1:
-            assert one.step(1)["gradient_norm"] is None
-        with pytest.raises(FloatingPointError, match="gradient became NaN"):
-            one.step(1)
+        with changed_loss(poisoned):
+            while one.speed.scaler.get_scale() > 1:
+                assert one.step(1)["gradient_norm"] is None
+            with pytest.raises(FloatingPointError, match="gradient became NaN"):
+                one.step(1)
         assert one.speed.scaler.get_scale() <= 1
         assert_same(one.weights(), before)
 
@@ -134,30 +129,21 @@ class TestScaler:
         norms = [w.grad.norm() for w in one.network.parameters() if w.grad is not None]
         assert float(torch.stack(norms).norm()) == pytest.approx(0.01, rel=1e-3)
 
-    def test_its_state_is_in_the_checkpoint_and_comes_back(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Stopped after 2 of 4 steps, one of which overflowed, and gone on: as if undisturbed."""
-        monkeypatch.setattr("pipeline.student.resume.draw_progress", lambda *args: None)
-        real, calls = training.batch_loss, []
-
-        def overflowing(*arguments: Any) -> Any:
-            calls.append(1)
-            return _times(real(*arguments), 1e36 if arguments[3] == 0 else 1)
-
-        monkeypatch.setattr(training, "batch_loss", overflowing)
+    def test_its_state_is_in_the_checkpoint_and_comes_back(self, tmp_path: Path) -> None:
+        """Killed after 3 of 4 steps, the first of which overflowed, and gone on: as if
+        undisturbed."""
         config = run_settings(steps=4, validate_every=4)
         flags = SpeedFlags(precision="fp16")
-        start(tmp_path / "cases", tmp_path / "a", config=config, flags=flags)
+        with steeper(1e36):
+            start(tmp_path / "cases", tmp_path / "a", config=config, flags=flags)
         undisturbed = newest(tmp_path / "a")
         assert undisturbed["speed"]["scaler"]["scale"] == 2.0**15
         assert undisturbed["speed"]["scaler"]["_growth_tracker"] == 3
-        start(tmp_path / "cases", tmp_path / "b", config=config, flags=flags, minutes=0.0)
+        with steeper(1e36):
+            start(tmp_path / "cases", tmp_path / "b", config=config, flags=flags, minutes=0.0)
         checkpoints = tmp_path / "b" / "checkpoints"
         (checkpoints / "step_00000004.pt").unlink()
-        calls.clear()
         start(tmp_path / "cases", tmp_path / "b", config=config, flags=flags)
-        assert len(calls) == 1
         assert_same(newest(tmp_path / "b"), undisturbed)
 
     def test_a_run_may_go_on_with_other_flags(self) -> None:
@@ -171,9 +157,8 @@ class TestScaler:
 
 
 def test_going_on_with_other_flags_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pipeline.student.resume.draw_progress", lambda *args: None)
     config = run_settings(steps=2, validate_every=2)
     start(tmp_path / "cases", tmp_path / "a", config=config, minutes=0.0)
     (tmp_path / "a" / "checkpoints" / "step_00000002.pt").unlink()
@@ -187,29 +172,17 @@ def test_going_on_with_other_flags_is_said(
 
 
 class TestCompile:
-    def test_the_flag_compiles_the_network_and_renames_nothing(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        compiled: list[nn.Module] = []
-        monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
-        monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
-        plain, one = One(), One(compile=True)
-        assert compiled == [one.network.network]
-        assert one.weights().keys() == plain.weights().keys()
-
-    def test_without_a_compiler_it_is_refused_before_training(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(shutil, "which", lambda name: None)
-        with pytest.raises(ConfigError, match=r"--compile: .*C\+\+ compiler"):
-            One(compile=True)
-
     def test_a_compiled_network_gives_the_same_and_its_feature_is_tapped(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Traced as ever, but not turned into C++, which takes twenty seconds."""
-        real = nn.Module.compile
-        monkeypatch.setattr(nn.Module, "compile", lambda self: real(self, backend="eager"))
+        real, compiled = nn.Module.compile, []
+
+        def compile_(network: nn.Module) -> None:
+            compiled.append(network)
+            real(network, backend="eager")
+
+        monkeypatch.setattr(nn.Module, "compile", compile_)
         monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
         cached = {("one", "deep"): CachedTap(3, (2, 2, 2), (0,))}
         features = FeaturesConfig(student_taps=("model.0.conv",))
@@ -221,8 +194,10 @@ class TestCompile:
             Speed(flags, CPU).prepare(network, network.network, Log(quiet=True))
             logits, features = network(batch().image)
             found.append((logits, features["model.0.conv"]))
-        for eager, compiled in zip(*found, strict=True):
-            torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
+        assert compiled == [network.network]
+        assert network.state_dict().keys() == seeded_network(config, 2, cached).state_dict().keys()
+        for eager, traced in zip(*found, strict=True):
+            torch.testing.assert_close(traced, eager, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -234,8 +209,12 @@ def test_half_precision_on_a_cpu_is_refused(precision: Any) -> None:
     check_device(None, CPU)
 
 
-def _times(found: tuple[torch.Tensor, dict[str, float]], factor: float) -> Any:
-    """The same loss to look at, with a gradient that many times as large."""
-    loss, terms = found
-    assert math.isfinite(float(loss.detach()))
-    return loss.detach() + factor * (loss - loss.detach()), terms
+def steeper(factor: float) -> AbstractContextManager[None]:
+    """The first loss is the same to look at, with a gradient that many times as large."""
+    factors = chain([factor], repeat(1))
+
+    def change(loss: torch.Tensor, terms: Any, network: nn.Module) -> Any:
+        assert math.isfinite(float(loss.detach()))
+        return loss.detach() + next(factors) * (loss - loss.detach()), terms
+
+    return changed_loss(change)

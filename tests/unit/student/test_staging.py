@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +24,6 @@ from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError
 from pipeline.log import Log
-from pipeline.student import staging
 from pipeline.student.processes import ALONE, Processes
 from pipeline.student.staging import staged_cases
 from tests.tiny import ORGANS, TAP, work_of
@@ -104,29 +105,11 @@ class TestOneProcess:
             (room[1], 27, "decoded; "),
         ):
             disk = SimpleNamespace(total=2_000_000, free=100_000 + free)
-            monkeypatch.setattr(staging.shutil, "disk_usage", lambda _, disk=disk: disk)
+            monkeypatch.setattr(shutil, "disk_usage", lambda _, disk=disk: disk)
             assert num_staged(stage(cases, tmp_path / f"node{free}")) == staged
             told = capsys.readouterr().err
             assert ("are free, a twentieth of the disk left aside" in told) is (staged == 0)
             assert how in told
-
-    def test_what_fits_only_as_it_is_stored_is_copied_so(
-        self,
-        cases: list[CachedCase],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        real = staging._why_not
-        monkeypatch.setattr(
-            staging, "_why_not", lambda root, of: real(root, of) or "too small" * of[0].decoded
-        )
-        staged = stage(cases, tmp_path)
-        assert num_staged(staged) == len(units(cases))
-        assert np.array_equal(staged[0].label(), cases[0].label())
-        told = capsys.readouterr().err
-        assert f"read from {tmp_path}, as stored: decoded they do not fit there; " in told
-        assert not list(tmp_path.glob("**/decoded"))
 
     def test_a_disk_that_fills_up_meanwhile(
         self,
@@ -135,15 +118,14 @@ class TestOneProcess:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        real, made = Copy.make, Counter[str]()
+        made = Counter[str]()
 
-        def make(self: Copy) -> int:
-            made["units"] += self.decoded
+        def fill(copy: Copy) -> None:
+            made["units"] += copy.decoded
             if made["units"] > 5:
-                raise OSError(28, "No space left on device", str(self.path))
-            return real(self)
+                raise OSError(28, "No space left on device", str(copy.path))
 
-        monkeypatch.setattr(Copy, "make", make)
+        before_each_copy(monkeypatch, fill)
         staged = stage(cases, tmp_path)
         assert (num_staged(staged), made["units"]) == (5, 6)
         told = capsys.readouterr().err
@@ -159,16 +141,14 @@ class TestSeveralProcesses:
         """Ranks 0, 1, 3 on a, rank 2 on b; a host's disk is a folder of its own."""
         hosts = ["a", "a", "b", "a"]
         made: list[tuple[str, Path]] = []
-        real = Copy.make
 
-        def make(self: Copy) -> int:
-            if self.decoded:  # to decode one it is copied as it is stored first
-                made.append((threading.current_thread().name, self.path))
-            return real(self)
+        def note(copy: Copy) -> None:
+            if copy.decoded:  # to decode one it is copied as it is stored first
+                made.append((threading.current_thread().name, copy.path))
 
-        monkeypatch.setattr(Copy, "make", make)
+        before_each_copy(monkeypatch, note)
         monkeypatch.setattr(
-            staging.socket, "gethostname", lambda: hosts[int(threading.current_thread().name)]
+            socket, "gethostname", lambda: hosts[int(threading.current_thread().name)]
         )
         staged = each_of(4, lambda own: stage(cases, tmp_path / hosts[own.rank], processes=own))
         assert [num_staged(found) for found in staged] == [27] * 4
@@ -185,9 +165,7 @@ class TestSeveralProcesses:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         (tmp_path / "1").touch()
-        monkeypatch.setattr(
-            staging.socket, "gethostname", lambda: f"node{threading.current_thread().name}"
-        )
+        monkeypatch.setattr(socket, "gethostname", lambda: f"node{threading.current_thread().name}")
         staged = each_of(2, lambda own: stage(cases, tmp_path / str(own.rank), processes=own))
         assert [num_staged(found) for found in staged] == [27, 0]
         told = capsys.readouterr().err
@@ -251,8 +229,18 @@ def each_of(size: int, do: Callable[[Processes], Any]) -> list[Any]:
 def spied(monkeypatch: pytest.MonkeyPatch, cases: list[CachedCase], folder: Path) -> list[Copy]:
     """The copies that staging makes."""
     found: list[Copy] = []
-    real = Copy.make
     with monkeypatch.context() as patch:
-        patch.setattr(Copy, "make", lambda self: (found.append(self), real(self))[1])
+        before_each_copy(patch, found.append)
         stage(cases, folder)
     return found
+
+
+def before_each_copy(monkeypatch: pytest.MonkeyPatch, act: Callable[[Copy], object]) -> None:
+    """Something happens whenever a unit is about to be copied."""
+    real = Copy.make
+
+    def make(self: Copy) -> int:
+        act(self)
+        return real(self)
+
+    monkeypatch.setattr(Copy, "make", make)

@@ -132,7 +132,3 @@ class TestMaskedBce:
         found = gradient(config("masked_bce"))
         assert not found[:, [0, 2]].any()
         assert found[:, 1][SEEN].all()
-
-    def test_the_head_is_a_sigmoid_there_alone(self) -> None:
-        kinds: tuple[Kind, ...] = ("masked_bce", "marginal", "ms_kd", "pseudo_label", "full")
-        assert [config(kind).head for kind in kinds] == ["sigmoid"] + ["softmax"] * 4

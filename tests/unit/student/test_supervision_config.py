@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from pipeline.student.settings import (
     FeaturesConfig,
     Kind,
-    LogitsConfig,
     SupervisionConfig,
     WeightConfig,
 )
@@ -53,10 +52,6 @@ class TestConfig:
             config(margin=6.0, confidence=6.0)
         assert config(margin=6.0, confidence=6.0, labels_win=False).margin == 6.0
         assert config(margin=5.9, confidence=6.0).margin == 5.9
-
-    def test_features_alone_are_a_distillation_term(self) -> None:
-        settings = config(logits={"weight": 0}, features={"student_taps": "x"})
-        assert settings.uses_features
 
     @pytest.mark.parametrize(
         ("kind", "features", "uses"),
@@ -122,10 +117,3 @@ class TestConfig:
     def test_values_out_of_range_are_refused(self, wrong: dict[str, Any]) -> None:
         with pytest.raises(ValidationError):
             SupervisionConfig.model_validate(wrong)
-
-    def test_defaults_are_those_of_the_method(self) -> None:
-        settings = SupervisionConfig()
-        assert settings.kind == "ms_kd"
-        assert settings.labels_win
-        assert settings.margin == 0
-        assert settings.logits == LogitsConfig(weight=1, schedule="decay", hard=False)

@@ -6,37 +6,37 @@ import multiprocessing
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import matplotlib.image
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pipeline.data.labels import LabelSpace
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 from pipeline.log import Log
-from pipeline.student import resume, training
 from pipeline.student.checkpoint import training_checkpoints
 from pipeline.student.dataset import forks_of_a_server
 from pipeline.student.inputs import TrainingInputs
-from pipeline.student.network import CachedTap
+from pipeline.student.network import CachedTap, StudentNetwork
 from pipeline.student.progress import without_timing
 from pipeline.student.resume import RunFolder, stop_signals
 from pipeline.student.settings import OptimiserConfig, TrainingConfig, run_digest
 from pipeline.student.speed import SpeedFlags, TrainingExecution
-from pipeline.student.supervision import Batch
 from pipeline.student.training import Trained, train
-from tests.tiny import NETWORK
+from tests.tiny import NETWORK, at_step
 from tests.unit.student.coded import CHANNELS, SPACE, STRIDE, TAP, write_case
+from tests.unit.student.fixed import changed_loss
 from tests.unit.student.ranks import steep
 from tests.unit.student.same import assert_same
 
-ROOT = Path(__file__).resolve().parents[3]
 STEPS = 8
 STUDENT_TAP = "model.0.conv"
 INPUTS = {"cases": {"liver-ct/a": "digest"}}
@@ -90,9 +90,11 @@ def start(
         write_case(cases, "spleen-ct/b", annotated=("spleen",)),
     ]
     taps = {TAP: CachedTap(CHANNELS, STRIDE, (0,))} if features else {}
-    run = RunFolder(folder)
+    run = RunFolder(folder, pictures=False)
     if keep_best is not None:
-        run = _Watched(folder, record=lambda step, scores: pytest.fail("not asked for"))
+        run = _Watched(
+            folder, record=lambda step, scores: pytest.fail("not asked for"), pictures=False
+        )
         run.keep_best = keep_best
     return train(
         config or settings(features=features),
@@ -118,12 +120,6 @@ def _threads_as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(straight: dict[bool, Straight], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the undisturbed runs draw theirs: a picture takes longer than eight steps."""
-    monkeypatch.setattr(resume, "draw_progress", lambda *args: None)
-
-
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cases")
@@ -146,24 +142,18 @@ def newest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _signalled_with_its_loaders(cases: Path, folder: Path, number: int) -> None:
-    """Trains with a loader process; in the fourth step both get the signal. Runs in a process of
-    its own, which ends with the step that it came to."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    real, calls = training.make_step, []
+def _signalled_with_its_loaders(cases: Path, folder: Path) -> None:
+    """Trains with a loader process; in the fourth step both get SIGTERM. Runs in a process of its
+    own, which ends with the step that it came to."""
 
-    def fatal(*args: Any) -> dict[str, Any]:
-        calls.append(1)
-        if len(calls) == 4:
-            (loader,) = multiprocessing.active_children()
-            assert loader.pid is not None
-            os.kill(loader.pid, number)
-            os.kill(os.getpid(), number)
-        return real(*args)
+    def fatal() -> None:
+        (loader,) = multiprocessing.active_children()
+        assert loader.pid is not None
+        os.kill(loader.pid, signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    training.make_step = fatal  # type: ignore[assignment]
-    resume.draw_progress = lambda *args: None
-    raise SystemExit(start(cases, folder, workers=1).step)
+    with at_step(4, fatal):
+        raise SystemExit(start(cases, folder, workers=1).step)
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -188,21 +178,11 @@ class TestResume:
         cases: Path,
         straight: dict[bool, Straight],
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
         name: str,
         features: bool,
         workers: int,
     ) -> None:
-        real, calls = training.make_step, []
-
-        def signalled(*args: Any) -> dict[str, Any]:
-            calls.append(1)
-            if len(calls) == 4:
-                os.kill(os.getpid(), signal.Signals[name])
-            return real(*args)
-
-        with monkeypatch.context() as context:
-            context.setattr(training, "make_step", signalled)
+        with at_step(4, lambda: os.kill(os.getpid(), signal.Signals[name])):
             stopped = start(cases, tmp_path, features=features)
         assert (stopped.step, stopped.finished) == (4, False)
         assert newest(tmp_path)["step"] == 4
@@ -217,26 +197,17 @@ class TestResume:
         assert trained.validation_dice == undisturbed.trained.validation_dice
         assert numbers_of(tmp_path) == numbers_of(undisturbed.folder)
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_loader_processes_outlive_a_signal_to_the_whole_job(
-        self, cases: Path, tmp_path: Path, number: int
+        self, cases: Path, tmp_path: Path
     ) -> None:
+        """SIGTERM; what Ctrl-C does to them is in tests/stages/test_train_student.py."""
         process = forks_of_a_server().Process(
-            target=_signalled_with_its_loaders, args=(cases, tmp_path, number)
+            target=_signalled_with_its_loaders, args=(cases, tmp_path)
         )
         process.start()
         process.join(100)
         assert process.exitcode == 4
         assert newest(tmp_path)["step"] == 4
-
-    def test_the_comparison_can_fail(self, cases: Path, tmp_path: Path) -> None:
-        # Without the random state of the checkpoint, dropout would go other ways.
-        start(cases, tmp_path / "a", config=settings(steps=2))
-        start(cases, tmp_path / "b", config=settings(steps=2, seed=6))
-        with pytest.raises(AssertionError):
-            assert_same(newest(tmp_path / "a")["network"], newest(tmp_path / "b")["network"])
-        with pytest.raises(AssertionError):
-            assert_same(newest(tmp_path / "a")["rng"], newest(tmp_path / "b")["rng"])
 
     def test_a_damaged_newest_checkpoint_costs_only_its_steps(
         self,
@@ -331,103 +302,44 @@ class TestWhatARunLeaves:
         validations = [line["timing"] for line in lines if "validation_dice" in line]
         assert all(timing["seconds"] > 0 for timing in validations)
 
-    def test_the_best_is_told_whenever_the_mean_dice_is_higher_than_ever(
-        self, cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        dice = iter([0.2, 0.5, 0.4, 0.5, 0.6])
-        monkeypatch.setattr(
-            training, "validate", lambda *args: {"liver": next(dice), "spleen": None}
-        )
-        told: list[tuple[int, Any]] = []
 
-        def keep(network: Any, step: int, scores: Mapping[str, float | None]) -> None:
-            told.append((step, scores["liver"]))
-
-        config = settings(steps=5, validate_every=1)
-        with monkeypatch.context() as context:  # what was the best outlives a stop
-            real = training.make_step
-            context.setattr(
-                training,
-                "make_step",
-                lambda *args: (
-                    (os.kill(os.getpid(), signal.SIGTERM), real(*args))[1]
-                    if args[-1] == 2
-                    else real(*args)
-                ),
-            )
-            assert start(cases, tmp_path, config=config, keep_best=keep).step == 3
-        start(cases, tmp_path, config=config, keep_best=keep)
-        assert told == [(1, 0.2), (2, 0.5), (5, 0.6)]
-
-    def test_a_picture(self, straight: dict[bool, Straight]) -> None:
-        picture = matplotlib.image.imread(straight[True].folder / "progress.png")
-        assert picture.std() > 0.01
-
-    def test_its_settings(self, straight: dict[bool, Straight]) -> None:
-        written = json.loads((straight[True].folder / "config.json").read_text())
-        assert TrainingConfig.model_validate(written["config"]) == settings(features=True)
-        assert written["inputs"] == INPUTS
-
-    def test_validation_dice_of_the_organs_that_are_shown(
-        self, straight: dict[bool, Straight]
-    ) -> None:
-        found = straight[False].trained.validation_dice
-        assert set(found) == {"liver", "spleen"}
-        assert found["liver"] is not None
-        assert 0 <= found["liver"] <= 1
-        assert found["spleen"] is None
-
-    def test_weights_moved_and_adapters_too(
-        self, cases: Path, straight: dict[bool, Straight]
-    ) -> None:
-        folder = straight[True].folder
-        weights = newest(folder)["network"]
-        assert any(name.startswith("adapters") for name in weights)
-        first = newest(straight[False].folder)["network"]
-        assert not torch.equal(
-            first["network.model.0.conv.weight"], weights["network.model.0.conv.weight"]
-        )
-
-
-def test_features_of_hardly_any_weight_change_nothing(
-    cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_of_hardly_any_weight_change_nothing(cases: Path, tmp_path: Path) -> None:
     """Which patches are drawn, and where they begin, is not for a term of the loss to say."""
-    real, seen = training.make_step, []
+    seen: list[torch.Tensor] = []
 
-    def watched(state: Any, batch: Batch, step: int) -> dict[str, Any]:
-        seen.append(batch.image)
-        return real(state, batch, step)
+    def watch(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(network, StudentNetwork) and network.training:
+            seen.append(inputs[0])
 
-    monkeypatch.setattr(training, "make_step", watched)
+    hook = register_module_forward_pre_hook(watch)
     found = []
     for weight in (0, 1e-12):
         features = {"student_taps": [STUDENT_TAP], "weight": weight}
         config = settings(supervision={"features": features}, augment={"flip_axes": [0, 1]})
         folder = tmp_path / f"{weight}"
         found.append(start(cases, folder, features=weight > 0, config=config).network.network)
+    hook.remove()
     without, with_them = seen[:STEPS], seen[STEPS:]
     assert all(torch.equal(a, b) for a, b in zip(without, with_them, strict=True))
     for before, after in zip(*(network.parameters() for network in found), strict=True):
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
 
 
+def poisoned(how: str) -> AbstractContextManager[None]:
+    """In the third step the loss is NaN in a term, or its gradient alone."""
+    calls = count(1)
+
+    def poison(loss: torch.Tensor, terms: Any, network: Any) -> Any:
+        if next(calls) != 3:
+            return loss, terms
+        if how == "loss":
+            return loss * math.nan, {**terms, "dice": math.nan}
+        return loss + steep(next(network.parameters())), terms
+
+    return changed_loss(poison)
+
+
 class TestNotFinite:
-    def _poison(self, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-        real, calls = training.batch_loss, []
-
-        def poisoned(config: Any, network: Any, *rest: Any) -> Any:
-            calls.append(1)
-            loss, terms = real(config, network, *rest)
-            if len(calls) != 3:
-                return loss, terms
-            if how == "loss":
-                return loss * math.nan, {**terms, "dice": math.nan}
-            # In no term.
-            return loss + steep(next(network.parameters())), terms
-
-        monkeypatch.setattr(training, "batch_loss", poisoned)
-
     @pytest.mark.parametrize(
         ("how", "says"),
         [
@@ -439,12 +351,10 @@ class TestNotFinite:
         self,
         cases: Path,
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
         how: str,
         says: str,
     ) -> None:
-        self._poison(monkeypatch, how)
-        with pytest.raises(PipelineError) as caught:
+        with poisoned(how), pytest.raises(PipelineError) as caught:
             start(cases, tmp_path, minutes=0.0)
         text = str(caught.value)
         assert re.search(r"step 3, with cases (liver-ct/a|spleen-ct/b), \S+:", text)
@@ -457,23 +367,22 @@ class TestNotFinite:
 
     @pytest.mark.parametrize("signalled", [False, True])
     def test_weights_that_are_not_finite_are_never_written(
-        self, cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signalled: bool
+        self, cases: Path, tmp_path: Path, signalled: bool
     ) -> None:
-        real, calls, best = training.make_step, [], []
+        best: list[Any] = []
+        steps = count(1)
 
-        def overflowing(state: Any, *rest: Any) -> dict[str, Any]:
-            line = real(state, *rest)
-            calls.append(1)
-            if len(calls) == 3:  # also a step of validation
-                next(state.network.parameters()).data[0] = math.inf
+        def overflow(optimiser: torch.optim.Optimizer, *_: object) -> None:
+            if next(steps) == 3:  # also a step of validation
+                optimiser.param_groups[0]["params"][0].data[0] = math.inf
                 if signalled:
                     os.kill(os.getpid(), signal.SIGTERM)
-            return line
 
-        monkeypatch.setattr(training, "make_step", overflowing)
+        hook = register_optimizer_step_post_hook(overflow)
         minutes = NEVER if signalled else 0.0
         with pytest.raises(PipelineError, match=r"network\.\S+ is not finite after step 3"):
             start(cases, tmp_path, minutes=minutes, keep_best=lambda *args: best.append(args))
+        hook.remove()
         assert best == []
         names = [p.name for p in training_checkpoints(tmp_path / "checkpoints")]
         assert names == ([] if signalled else ["step_00000001.pt", "step_00000002.pt"])
@@ -483,12 +392,9 @@ class TestNotFinite:
         cases: Path,
         straight: dict[bool, Straight],
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        with monkeypatch.context() as context:
-            self._poison(context, "gradient")
-            with pytest.raises(PipelineError):
-                start(cases, tmp_path, minutes=0.0)
+        with poisoned("gradient"), pytest.raises(PipelineError):
+            start(cases, tmp_path, minutes=0.0)
         start(cases, tmp_path)
         assert_same(newest(tmp_path), newest(straight[False].folder))
 
@@ -500,11 +406,6 @@ class TestRefusals:
                 settings(), TrainingInputs([], [], SPACE, {}), RunFolder(tmp_path),
                 TrainingExecution(device="cpu"), Log(quiet=True),
             )  # fmt: skip
-        assert list(tmp_path.iterdir()) == []
-
-    def test_a_patch_that_the_network_cannot_take(self, cases: Path, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="cannot take a patch"):
-            start(cases, tmp_path, config=settings(patch=[8, 8, 10]))
         assert list(tmp_path.iterdir()) == []
 
 
@@ -541,13 +442,6 @@ class TestLearningRate:
 
 
 class TestIdentity:
-    def test_whatever_changes_numbers_changes_the_digest(self) -> None:
-        here = run_digest(settings(), INPUTS)
-        assert here == run_digest(settings(), dict(INPUTS))
-        assert here != run_digest(settings(seed=6), INPUTS)
-        assert here != run_digest(settings(features=True), INPUTS)
-        assert here != run_digest(settings(), {"cases": {}})
-
     def test_a_whole_number_may_be_written_either_way(self) -> None:
         one, same = (settings(optimiser={"clip_norm": value}) for value in (12, 12.0))
         assert run_digest(one, {}) == run_digest(same, {})
@@ -576,7 +470,7 @@ class TestStopSignals:
         self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
         now = 100.0
-        monkeypatch.setattr("pipeline.student.resume.time.monotonic", lambda: now)
+        monkeypatch.setattr(time, "monotonic", lambda: now)
         with stop_signals(answered=True) as stopping:
             os.kill(os.getpid(), signal.SIGINT)
             assert stopping()
@@ -612,10 +506,3 @@ class TestStopSignals:
         thread.start()
         thread.join()
         assert seen == [False]
-
-
-def test_organs_decide_the_channels(cases: Path, tmp_path: Path) -> None:
-    trained = start(cases, tmp_path, config=settings(steps=1))
-    out = trained.network(torch.zeros(1, 1, 8, 8, 8))[0]
-    assert out.shape[1] == len(LabelSpace(SPACE.ids).organs) + 1
-    assert not trained.network.training

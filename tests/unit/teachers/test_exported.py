@@ -223,13 +223,6 @@ def test_the_entry_must_state_all_preprocessing_and_have_no_taps() -> None:
         exported_entry(orientation="RAR")
 
 
-def test_modules_of_a_scripted_network_take_no_hooks(scripted: Path) -> None:
-    """Why taps are refused: if torch ever allows it, this is the place to begin."""
-    network = torch.jit.load(scripted)  # type: ignore[no-untyped-call]
-    with pytest.raises(RuntimeError, match="not supported on ScriptModules"):
-        next(network.children()).register_forward_hook(lambda *_: None)
-
-
 # --- devices, dtypes, channels ------------------------------------------------------------------
 
 

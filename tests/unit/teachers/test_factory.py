@@ -10,7 +10,7 @@ import torch
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.patches import WindowConfig
 from pipeline.data.volume import Grid, Volume
-from pipeline.errors import ConfigError, TeacherError
+from pipeline.errors import ConfigError, PipelineError, TeacherError
 from pipeline.teachers.factory import FactoryTeacher
 from pipeline.teachers.load import load_teacher
 from tests.unit.teachers.teacher_contract import TeacherContract
@@ -92,54 +92,38 @@ def test_its_code_is_digested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert load(tmp_path, "some_factory:make").describe()["code_sha256"] != first
 
 
-def test_a_module_that_is_not_there(tmp_path: Path) -> None:
-    refused(tmp_path, "cannot be imported.*no_such_module", "no_such_module:make")
-
-
-def test_a_function_that_is_not_there(tmp_path: Path) -> None:
-    refused(tmp_path, "cannot be imported.*no_such_function", f"{MODULE}:no_such_function")
-
-
-def test_a_module_that_fails_while_it_is_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("function", "args", "match"),
+    [
+        ("no_such_module:make", {}, "cannot be imported.*no_such_module"),
+        (f"{MODULE}:no_such_function", {}, "cannot be imported.*no_such_function"),
+        ("broken_factory:make", {}, "cannot be imported.*division by zero"),
+        (f"{MODULE}:NOT_CALLABLE", {}, "factory failed.*not callable"),
+        (f"{MODULE}:failing", {}, "factory failed.*licence server"),
+        (f"{MODULE}:threshold", {"colour": 1}, "unexpected keyword"),
+    ],
+)
+def test_a_factory_that_gives_no_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, args: Any, match: str
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "broken_factory.py").write_text("1 / 0\n")
-    refused(tmp_path, "cannot be imported.*division by zero", "broken_factory:make")
+    refused(tmp_path, match, function, args=args)
 
 
-def test_something_that_is_no_function(tmp_path: Path) -> None:
-    refused(tmp_path, "factory failed.*not callable", f"{MODULE}:NOT_CALLABLE")
-
-
-def test_a_factory_that_fails(tmp_path: Path) -> None:
-    refused(tmp_path, "factory failed.*licence server", f"{MODULE}:failing")
-
-
-def test_arguments_that_it_does_not_take(tmp_path: Path) -> None:
-    refused(tmp_path, "unexpected keyword", f"{MODULE}:threshold", args={"colour": 1})
-
-
-@pytest.mark.parametrize("how", ["array", "no channels"])
-def test_a_wrong_return_value(tmp_path: Path, how: str) -> None:
-    teacher = load(tmp_path, f"{MODULE}:poor", args={"how": how})
-    with pytest.raises(TeacherError, match="must return a Prediction"):
-        teacher.predict(IMAGE)
-
-
-def test_taps_that_it_does_not_return(tmp_path: Path) -> None:
-    teacher = load(tmp_path, f"{MODULE}:poor", args={"how": "well"}, taps=["a", "b"])
-    with pytest.raises(TeacherError, match=r"no features for taps \['a', 'b'\]"):
-        teacher.predict(IMAGE)
-
-
-def test_a_failure_while_predicting_is_the_teachers(tmp_path: Path) -> None:
-    teacher = load(tmp_path, f"{MODULE}:poor", args={"how": "raise"})
-    with pytest.raises(TeacherError, match="RuntimeError: out of memory"):
-        teacher.predict(IMAGE)
-
-
-def test_an_error_in_our_own_words_stays_as_it_is(tmp_path: Path) -> None:
-    teacher = load(tmp_path, f"{MODULE}:poor", args={"how": "pipeline error"})
-    with pytest.raises(ConfigError, match="my own words"):
+@pytest.mark.parametrize(
+    ("how", "taps", "kind", "match"),
+    [
+        ("array", [], TeacherError, "must return a Prediction"),
+        ("no channels", [], TeacherError, "must return a Prediction"),
+        ("well", ["a", "b"], TeacherError, r"no features for taps \['a', 'b'\]"),
+        ("raise", [], TeacherError, "RuntimeError: out of memory"),
+        ("pipeline error", [], ConfigError, "my own words"),
+    ],
+)
+def test_a_prediction_that_is_none(
+    tmp_path: Path, how: str, taps: list[str], kind: type[PipelineError], match: str
+) -> None:
+    teacher = load(tmp_path, f"{MODULE}:poor", args={"how": how}, taps=taps)
+    with pytest.raises(kind, match=match):
         teacher.predict(IMAGE)

@@ -21,7 +21,6 @@ from pipeline.teachers.nnunet import read_checkpoint
 from pipeline.teachers.teacher import organ_log_odds
 from tests.blobs import write_blobs
 from tests.nnunet_models import change_json, copy_model
-from tests.unit.teachers.made_teachers import Payload
 from tests.unit.teachers.teacher_contract import StoredNetworkContract
 from tests.unit.teachers.test_nnunet_parity import entry_of, load
 
@@ -128,19 +127,6 @@ def test_checkpoints_are_read_without_running_code(model: Path) -> None:
     assert read.trainer == "nnUNetTrainer"
     for name, tensor in content["network_weights"].items():
         assert torch.equal(read.weights[name], tensor)
-
-
-def test_a_checkpoint_with_code_is_refused_and_its_code_not_run(
-    model: Path, tmp_path: Path
-) -> None:
-    marker = tmp_path / "ran"
-    change_checkpoint(model, lambda c: c["logging"].update(payload=Payload(marker)), fold=1)
-    message = refused(model, "not a checkpoint of tensors")
-    assert "fold_1" in message
-    assert "docs/teachers.md" in message
-    assert not marker.exists()
-    torch.load(model / "fold_1" / "checkpoint_final.pth", weights_only=False)
-    assert marker.exists()
 
 
 def test_a_checkpoint_saved_again_as_the_documentation_shows(model: Path) -> None:

@@ -12,7 +12,6 @@ import pytest
 from pydantic import ValidationError
 
 import pipeline
-from pipeline.config import file_sha256
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.weights import weights_digest
 from pipeline.errors import TeacherError, TeacherWarning
@@ -150,14 +149,6 @@ def test_a_registry_that_contradicts_dataset_json(
     assert "Output channels there: " in message
 
 
-def test_all_contradictions_at_once(tmp_path: Path) -> None:
-    model = folder(tmp_path / "m", channel_names={"0": "T1", "1": "T2"})
-    message = refused(model, "2 input channels", organs={"liver": 2}, num_channels=7)
-    assert "T1, T2" in message
-    assert "num_channels" in message
-    assert "liver is channel 1" in message
-
-
 @pytest.mark.parametrize("name", ["MRI", "T1w", "FLAIR", "rgb_to_0_1"])
 def test_a_channel_that_is_no_ct(tmp_path: Path, name: str) -> None:
     model = folder(tmp_path / "m", channel_names={"0": name})
@@ -227,21 +218,6 @@ def test_the_digest_is_of_the_files_that_are_used_wherever_they_lie(tmp_path: Pa
         (swapped / f"fold_{fold}").mkdir()
         (swapped / f"fold_{fold}" / "checkpoint_final.pth").write_bytes(content)
     assert weights_digest(entry(), swapped) != first
-
-
-def test_the_digest_of_one_file_is_that_of_its_bytes(tmp_path: Path) -> None:
-    path = tmp_path / "weights.pt"
-    path.write_bytes(b"w")
-    checkpoint = TeacherEntry.model_validate(
-        {"kind": "checkpoint", "weights": "weights.pt", "organs": {"liver": 1}}
-    )
-    assert weights_digest(checkpoint, path) == file_sha256(path)
-    with pytest.raises(TeacherError, match="cannot be read"):
-        weights_digest(checkpoint, tmp_path / "none.pt")
-    with pytest.raises(TeacherError, match="cannot be read"):
-        weights_digest(checkpoint, tmp_path)
-    with pytest.raises(TeacherError, match="holds no fold_0"):
-        weights_digest(entry(), path)
 
 
 def test_the_key_of_an_entry_of_another_kind_does_not_know_of_nnunet() -> None:

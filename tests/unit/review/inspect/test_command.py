@@ -218,12 +218,3 @@ def test_damage_that_only_reading_finds_stops_one_case(tiny_cached: Path, tmp_pa
     assert result.exit_code == 1
     assert f"not inspected: {CASE}:" in result.stderr
     assert len(json.loads((tmp_path / "cohort.json").read_text())["cases"]) == 8
-
-
-def test_an_output_that_cannot_be_written(built_cache: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for arguments in ([], [CASE]):
-        error = call(built_cache, tmp_path / "file", *arguments).exception
-        assert isinstance(error, PipelineError)
-        assert "a file is in the way" in str(error)
-        assert "Name another folder" in str(error)

@@ -16,7 +16,6 @@ from pipeline.review.inspect.numbers import (
     flagged,
     measure_cohort,
     pair_rows,
-    to_csv,
     usual_of,
 )
 from tests.unit.review.inspect.made_cases import SPACE, made_case
@@ -138,24 +137,6 @@ def test_pairs_are_told_with_their_worst_case() -> None:
         "teachers": ["x", "y"], "conflict_ml": 5.0, "num_cases": 2,
         "worst_ml": 4.0, "worst_case": "a/b",
     }  # fmt: skip
-
-
-def test_labels_that_win_settle_conflicts(planted: CohortNumbers) -> None:
-    (row,) = pair_rows(planted.cases)
-    assert row["conflict_ml"] == 0
-    assert row["worst_case"] is None
-
-
-def test_a_table_for_spreadsheets(planted: CohortNumbers) -> None:
-    lines = to_csv(planted).splitlines()
-    assert len(lines) == 6
-    columns = lines[0].split(",")
-    assert {"case", "agreed_background", "liver: region_ml", "good and bad: conflict_ml"} <= set(
-        columns
-    )
-    first = lines[1].split(",")
-    assert len(first) >= len(columns)
-    assert first[0] == planted.cases[0].case
 
 
 def test_processes_find_the_same(planted: CohortNumbers, tmp_path: Path) -> None:

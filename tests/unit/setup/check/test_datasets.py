@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,7 @@ from pipeline.data.nifti import read_grid
 from pipeline.data.registry import load_registry
 from pipeline.errors import RegistryError
 from pipeline.log import Log
-from pipeline.setup.check import cohort
-from pipeline.setup.check.cases import CaseFacts, Finding, Task, look_at
+from pipeline.setup.check.cases import Finding
 from pipeline.setup.check.cohort import DataReport, check_datasets
 from pipeline.setup.check.report import Report, print_report
 from tests.tiny import ORGANS, WINDOW, RunCli, change_registry, shrink_organ
@@ -226,22 +223,6 @@ def test_a_case_that_is_smaller_than_the_patch(tiny_registry: Path) -> None:
 def test_processes_find_the_same(tiny_registry: Path) -> None:
     rewrite(file_of(tiny_registry, "liver-ct/case_001"), lambda a: a * 0)
     assert check(tiny_registry, jobs=2) == check(tiny_registry)
-
-
-def dies(task: Task) -> CaseFacts:
-    if task.source.case == "case_001":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return look_at(task)
-
-
-@pytest.mark.slow  # processes that import the readers, twice
-def test_a_case_that_kills_its_process_costs_no_other(
-    tiny_registry: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cohort, "look_at", dies)
-    report = check(tiny_registry, jobs=2, dataset="liver-ct")
-    assert "was killed, twice" in only(report, "liver-ct/case_001").what
-    assert [case.shape is None for case in report.cases] == [False, True, False]
 
 
 def test_people_see_rows_and_machines_see_all(
