@@ -29,12 +29,13 @@ from pipeline.consensus.evidence import (
     is_current,
     measured_of,
     no_counts,
+    read_evidence,
     write_evidence,
 )
 from pipeline.data.labels import IGNORE
 from pipeline.data.registry import Registry
 from pipeline.data.volume import Grid
-from pipeline.errors import CacheError, ConfigError, TeacherError, WorkFolderError
+from pipeline.errors import CacheError, CacheMissing, ConfigError, TeacherError, WorkFolderError
 from pipeline.folder import Folder
 from pipeline.log import Log, number, print_table
 
@@ -323,12 +324,50 @@ def run_gate(
             except WorkFolderError as error:
                 problems[f"evidence of teacher {name}"] = error
         evidence.append(known)
-    scores = score_rows(registry, evidence, accept)
-    result = GateResult(
-        scores, elsewhere_rows(evidence), refusals(scores), acceptance(scores), problems, evidence
-    )
+    result = _judge(registry, evidence, accept, problems)
     _report(work, result, problems, log)
     return result
+
+
+def read_gate_result(
+    registry: Registry,
+    work: Folder,
+    teachers: Mapping[str, IndexedTeacher],
+    gate_cases: Sequence[GateCases],
+    accept: Sequence[str],
+) -> GateResult:
+    """What follows from what `run_gate` has measured of these very teachers on these very cases,
+    units that were missing then or not; measures nothing. The arguments are those of `run_gate`.
+
+    Raises:
+        CacheMissing: it has not.
+    """
+    evidence = []
+    for name, own in by_teacher(gate_cases).items():
+        measured = measured_of(teachers[name], own)
+        try:
+            evidence.append(read_evidence(work, registry, teachers[name], measured=measured))
+        except CacheMissing as error:
+            raise CacheMissing(
+                f"the admission gate has not judged teacher {name} on the cases that are in the "
+                "cache now, and no part of a job array judges.",
+                where=work,
+                fix="Run `pipeline cache-teachers --gate-only` with this registry and these "
+                "settings, then the parts; `pipeline submit` makes such a chain.",
+            ) from error
+    return _judge(registry, evidence, accept, {})
+
+
+def _judge(
+    registry: Registry,
+    evidence: Sequence[Evidence],
+    accept: Sequence[str],
+    problems: Mapping[str, Exception],
+) -> GateResult:
+    scores = score_rows(registry, evidence, accept)
+    return GateResult(
+        scores, elsewhere_rows(evidence), refusals(scores), acceptance(scores), problems, evidence
+    )
 
 
 def _report(work: Folder, result: GateResult, problems: dict[str, Exception], log: Log) -> None:
@@ -364,42 +403,30 @@ def print_gate_result(result: GateResult) -> None:
     """Both tables and the temperatures, for people."""
     if not result.scores:
         return
-    measured = {
-        (found.teacher, organ): seen.calibration
+    temperatures = {
+        (found.teacher, organ): None if seen.calibration is None else seen.calibration.temperature
         for found in result.evidence
         for organ, seen in found.organs.items()
     }
-    rows = []
-    for r in result.scores:
-        known = measured.get((r["teacher"], r["organ"]))
-        rows.append(
-            [
-                r["teacher"],
-                r["organ"],
-                r["dataset"] or "–",
-                f"{r['num_cases']} ({r['split']})" if r["split"] else "0",
-                number(r["dice"]),
-                number(r["sensitivity"]),
-                f"{r['threshold']:g}",
-                number(None if known is None else known.temperature, ".2f"),
-                r["flag"],
-            ]
-        )
+    rows = [
+        [
+            r["teacher"], r["organ"], r["dataset"] or "–",
+            f"{r['num_cases']} ({r['split']})" if r["split"] else "0",
+            number(r["dice"]), number(r["sensitivity"]), f"{r['threshold']:g}",
+            number(temperatures.get((r["teacher"], r["organ"])), ".2f"), r["flag"],
+        ]
+        for r in result.scores
+    ]  # fmt: skip
     columns = ["teacher", "organ", "dataset", "cases", "Dice", "sensitivity", "least Dice", "T", ""]
     print_table("Teachers against the labels, read back from the cache", columns, rows)
-    if result.elsewhere:
-        rows = [
-            [
-                r["teacher"],
-                r["organ"],
-                r["dataset"],
-                str(r["num_cases"]),
-                f"{r['median_ml']:.0f}",
-                "–" if r["label_ml"] is None else "{:.0f} to {:.0f}".format(*r["label_ml"]),
-                r["flag"],
-            ]
-            for r in result.elsewhere
+    rows = [
+        [
+            r["teacher"], r["organ"], r["dataset"], str(r["num_cases"]), f"{r['median_ml']:.0f}",
+            "–" if r["label_ml"] is None else "{:.0f} to {:.0f}".format(*r["label_ml"]), r["flag"],
         ]
+        for r in result.elsewhere
+    ]  # fmt: skip
+    if rows:
         columns = ["teacher", "organ", "dataset", "cases", "median ml", "labels, ml", ""]
         print_table("Teachers where nobody annotated their organ", columns, rows)
 

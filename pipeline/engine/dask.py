@@ -13,9 +13,7 @@ import re
 import secrets
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +39,7 @@ from pipeline.engine.here import (
     Value,
     sendable,
 )
-from pipeline.engine.parts import SlurmSettings
+from pipeline.engine.parts import SlurmSettings, sbatch
 from pipeline.errors import ConfigError, EngineError, WorkerDied, listed
 from pipeline.log import SECONDS_BETWEEN_LINES, Log
 
@@ -556,24 +554,8 @@ class _Renewal:
 
 
 def _ask_slurm(script: str) -> None:
-    """Whether Slurm would take such a job; submitted later, its refusal would only be logged.
-
-    Raises:
-        ConfigError: it would not, or there is no Slurm here.
-    """
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-        file.write(script)
-        file.flush()
-        try:
-            asked = subprocess.run(
-                ["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False
-            )
-        except OSError as error:
-            raise ConfigError(
-                f"sbatch cannot be run ({error.strerror}).",
-                where="--executor slurm",
-                fix="--executor slurm must be started where jobs can be submitted.",
-            ) from error
+    """Whether Slurm would take such a job; submitted later, its refusal would only be logged."""
+    asked = sbatch(script, "--test-only", where="--executor slurm")
     if asked.returncode:
         raise ConfigError(
             f"Slurm refuses the workers' jobs ({asked.stderr.strip()}).",
