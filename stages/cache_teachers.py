@@ -59,7 +59,14 @@ from pipeline.data.patches import WindowConfig
 from pipeline.data.sizes import cases_of_part
 from pipeline.engine.here import Execution, Item, Outcome, Outcomes, Result, Steps
 from pipeline.engine.parts import GATE, Gate, Part
-from pipeline.errors import CacheError, CacheStale, OutputsError, PipelineError, WorkFolderError
+from pipeline.errors import (
+    CacheError,
+    CacheStale,
+    OutputsError,
+    PipelineError,
+    TeacherError,
+    WorkFolderError,
+)
 from pipeline.log import Advance
 from pipeline.setup.plan import check_space
 from pipeline.teachers.load import Teachers
@@ -138,7 +145,8 @@ class CacheRun:
         report: of the stage.
         known: teachers, by name.
         cases: that are on the student grid, of all parts, by name.
-        wrong: teachers whose outputs are of the wrong kind: no unit of theirs can be right.
+        wrong: teachers whose outputs are of the wrong kind, or of which a part knows that no unit
+            could be made for the gate.
     """
 
     config: CacheTeachersConfig
@@ -324,6 +332,7 @@ class CacheRun:
             return NOT_JUDGED
         if isinstance(self.part, Part):
             result = read_gate_result(registry, work, self.known, gate_cases, self.accept)
+            self.wrong |= {found.teacher for found in result.evidence if found.saw_nothing}
         else:
             result = run_gate(registry, work, self.known, gate_cases, accept=self.accept, log=log)
         if self.scope.tables:
@@ -338,7 +347,16 @@ class CacheRun:
         what is left out."""
         log = self.scope.log
         for name in sorted(self.wrong):
-            log.warn(f"teacher {name}: outputs of the wrong kind, so no other unit of it is made")
+            if isinstance(self.part, Part):
+                error = TeacherError(
+                    "the array's first job could make none of its units that the gate looks at, so "
+                    "a part makes no other.",
+                    where=f"teacher {name}",
+                    fix="That job's report says why. Mend it, then run it again.",
+                )
+                self.fail(f"teacher {name}", error)
+            else:
+                log.warn(f"teacher {name}: outputs of the wrong kind, so no other unit is made")
         units = [unit for unit in units if unit.teacher not in self.wrong]
         if result.refused:
             log.warn(f"stopped at the admission gate: {len(units)} units are not looked at")
@@ -366,16 +384,13 @@ class CacheRun:
         for row in taps:
             if (doubt := doubtful_tap(row["tap"], row["agreement"])) is not None:
                 self.scope.log.warn(f"teacher {row['teacher']}: {doubt}")
-        self._write_report()
+        part = f".{self.part.tag}" if isinstance(self.part, Part) else ""
+        path = work / "reports" / f"cache-teachers{part}.json"
+        try:
+            write_json(path, report.to_json())
+        except WorkFolderError as error:
+            self.fail(path.name, error)
         if self.scope.tables:
             print_taps(taps)
             print_regions(regions)
         return report
-
-    def _write_report(self) -> None:
-        part = f".{self.part.tag}" if isinstance(self.part, Part) else ""
-        path = self.scope.work / "reports" / f"cache-teachers{part}.json"
-        try:
-            write_json(path, self.report.to_json())
-        except WorkFolderError as error:
-            self.fail(path.name, error)

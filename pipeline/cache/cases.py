@@ -412,7 +412,13 @@ def check_organs(
             if counts and not any(count.get(organ, 0) for count in counts):
                 where = f"{registry.path}, datasets.{dataset}.annotated.{organ}"
                 found[f"dataset {dataset}"] = (
-                    _swallowed_everywhere(organ, len(counts), where)
+                    RegistryError(
+                        f"{organ} has no voxel left on the student grid in any of {len(counts)} "
+                        "cases, though their labels show it.",
+                        where=where,
+                        fix=f"Choose a finer `grid.spacing_mm`, or take {organ} out of "
+                        "`annotated`.",
+                    )
                     if organ in lost
                     else RegistryError(
                         f"{organ} is empty in all {len(counts)} cases that could be read.",
@@ -421,12 +427,3 @@ def check_organs(
                     )
                 )
     return found
-
-
-def _swallowed_everywhere(organ: str, num_cases: int, where: str) -> RegistryError:
-    return RegistryError(
-        f"{organ} has no voxel left on the student grid in any of {num_cases} cases, though their "
-        "labels show it.",
-        where=where,
-        fix=f"Choose a finer `grid.spacing_mm`, or take {organ} out of `annotated`.",
-    )

@@ -181,13 +181,14 @@ def write_dataset_index(
     """Records the cases of a dataset under the registry's key for it, each in a file: these, those
     that were left out as such, and no others."""
     others = {*dataset_entries(work, dataset, key)}  # not those that another run adds meanwhile
-    whose = {"version": VERSION, "dataset": dataset, "key": key}
-    whose["origin"] = None if origin is None else asdict(origin)
-    found = {case.case: {"cases": [asdict(case)], "left_out": []} for case in cases}
-    found |= {name: {"cases": [], "left_out": [name]} for name in left_out}
-    for name, content in found.items():
+    whom = None if origin is None else asdict(origin)
+    found: list[tuple[str, list[Any], list[str]]]
+    found = [(case.case, [asdict(case)], []) for case in cases]
+    found += [(name, [], [name]) for name in left_out]
+    for name, known, lost in found:
         record = dataset_folder(work, dataset, key) / f"{name}.json"
-        write_sealed(record, whose | content)
+        content = {"version": VERSION, "dataset": dataset, "key": key, "origin": whom}
+        write_sealed(record, content | {"cases": known, "left_out": lost})
         others.discard(record)
     for path in others:
         remove(path)

@@ -328,6 +328,11 @@ class Evidence(Config):
     cases: dict[str, Circumstances]
     unread: tuple[str, ...]
 
+    @property
+    def saw_nothing(self) -> bool:
+        """Whether there were cases to look at, and none of its units could be read."""
+        return bool(self.unread) and not self.cases
+
 
 def evidence_file(work: Folder, registry: Registry, teacher: IndexedTeacher) -> Folder:
     """Where it is kept: by the teacher's digest and by what the registry says of the datasets,

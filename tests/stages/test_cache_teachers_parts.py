@@ -148,6 +148,19 @@ def test_a_teacher_that_is_refused_costs_no_part_a_unit(cohort: Path) -> None:
     assert deep_findings(cohort) == []
 
 
+def test_a_teacher_of_which_the_gate_saw_nothing_costs_no_part_a_unit(cohort: Path) -> None:
+    probabilities = {"factory": "tests.unit.teachers.made_teachers:sure", "args": {}, "taps": []}
+    change_registry(cohort, lambda data: data["teachers"]["one"].update(probabilities))
+    gate = run_stage(cohort, part=GATE)
+    assert gate.failed
+    assert all("one x" in name for name in gate.failed)
+    for number in (0, 1):
+        report = run_stage(cohort, part=Part(number, 2))
+        assert list(report.failed) == ["teacher one"]
+        assert not any(name.startswith("one x") for name in report.done)
+        assert report.exit_code == 2
+
+
 def test_an_organ_that_is_empty_everywhere_is_told_before_any_part(cohort: Path) -> None:
     labels = sorted((cohort.parent / "data" / DATASET / "labels").iterdir())
     for label in labels[:-1]:
