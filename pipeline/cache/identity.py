@@ -258,11 +258,11 @@ def index_cases(
         key = registry.dataset_key(dataset)
         origin = claim_dataset(work, registry, dataset)
         known = registry.cases(dataset)
-        left_out = {c.case for c in known if c.split not in splits}
-        try:
-            earlier = [c for c in read_dataset_index(work, dataset, key) if c.case in left_out]
-        except CacheStale:
-            earlier = []
+        earlier: list[IndexedCase] = []
+        if left_out := {c.case for c in known if c.split not in splits}:
+            with suppress(CacheStale):
+                earlier = read_dataset_index(work, dataset, key)
+        earlier = [case for case in earlier if case.case in left_out]
         cases = [*(case for case in indexed if case.dataset == dataset), *earlier]
         absent = {c.case for c in known} - {c.case for c in cases}
         write_dataset_index(work, dataset, key, cases, origin=origin, left_out=absent)
