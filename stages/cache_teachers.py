@@ -136,13 +136,9 @@ class CacheRun:
     """The arguments of `run`, what is known meanwhile, and what came of it.
 
     Attributes:
-        config: what changes numbers.
-        scope: the registry, the work folder, and who hears of it.
-        execution: where cases are worked on, and how fast.
         part: do these cases only, after another run went as far as the gate; None: all.
         accept: teachers to go on with although the gate would stop at them.
         dry_run: say what would be done, write nothing.
-        report: of the stage.
         known: teachers, by name.
         cases: that are on the student grid, of all parts, by name.
         wrong: teachers whose outputs are of the wrong kind, or of which a part knows that no unit

@@ -172,13 +172,8 @@ def unchecked(work: Folder, registry: Registry, teachers: Iterable[str]) -> list
 def claim_dataset(
     work: Folder, registry: Registry, dataset: str, *, log: Log | None = None
 ) -> Origin:
-    """Makes sure that stage one may write a dataset's entry; returns for whom.
-
-    Args:
-        work: the work folder.
-        registry: read with its files.
-        dataset: its name.
-        log: hears of an entry that is taken over.
+    """Makes sure that stage one may write a dataset's entry; returns for whom. `registry` is read
+    with its files, `log` hears of an entry that is taken over.
 
     Raises:
         WorkFolderError: the entry is another project's, and speaks of other files.

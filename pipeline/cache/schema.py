@@ -163,15 +163,8 @@ def case_inputs(
     spacing_mm: Sequence[float],
     storage: StorageConfig,
 ) -> Inputs:
-    """Everything that determines the image and label of a case on the student grid.
-
-    Args:
-        entry: of its dataset.
-        ids: organ -> id.
-        hashes: SHA-256 of the image's file and of the label's.
-        spacing_mm: z, y, x of the grid.
-        storage: how arrays are stored.
-    """
+    """Everything that determines the image and label of a case on the student grid; `hashes` are
+    the SHA-256 of their files, `spacing_mm` is that of the grid, z, y, x."""
     return {
         # Only where it is said: cases of before it could be keep their digests.
         **({} if entry.units == "hu" else {"units": entry.units}),

@@ -360,12 +360,8 @@ def remove_objects(unit: UPath) -> None:
 
 
 def copies_without_receipt(unit: UPath, names: Iterable[str]) -> list[str]:
-    """The copies in a unit's folder that its receipt, if there is one, does not name.
-
-    Args:
-        unit: the unit.
-        names: of all objects in it.
-    """
+    """The copies in a unit's folder, by the names of all objects in it, that its receipt, if there
+    is one, does not name."""
     there = {name.split("/", 1)[0] for name in names if name.startswith("copy~") and "/" in name}
     if RECEIPT in names and len(there) < 2:
         return []

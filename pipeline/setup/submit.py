@@ -94,10 +94,10 @@ def submit(
                 fix="Change the file that --slurm-config names; `--print` shows the script.",
             )
     prepare_work_folder(target.work)
+    logs = {name: target.work / settings.of(_stage_of(name)).logs for name in texts}
     try:
-        target.jobs.mkdir(exist_ok=True)
-        for name in texts:  # Slurm makes no folder, and a job without its log fails
-            (target.work / settings.of(_stage_of(name)).logs).mkdir(parents=True, exist_ok=True)
+        for folder in (target.jobs, *logs.values()):  # Slurm makes none: a job without a log fails
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WorkFolderError(
             f"cannot be written ({error.strerror}).",
@@ -120,8 +120,7 @@ def submit(
             )
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         elements = "_*" if "\n#SBATCH --array=" in text else ""
-        logs = target.work / settings.of(_stage_of(name)).logs
-        output = logs / f"{name}-{number}{elements}.log"
+        output = logs[name] / f"{name}-{number}{elements}.log"
         jobs.append(Job(number, name, now, waits, str(output)))
         _keep(jobs[-1], text, target)
         waiting = f", after {', '.join(waits)}" if waits else ""
@@ -269,9 +268,7 @@ class JobSettings(SlurmSettings):
     num_restarts: int = Field(default=20, ge=0)
     signal_seconds: int = Field(default=120, ge=1, le=65535)
     arguments: tuple[Line, ...] = ()
-    stage_to: Annotated[str, Field(pattern=r'^[^\n"`\\]+$')] | None = Field(
-        default=None, description="train-student's --stage-to; the job's shell puts variables in"
-    )
+    stage_to: Annotated[str, Field(pattern=r'^[^\n"`\\]+$')] | None = None
 
 
 class SubmitSettings(JobSettings):

@@ -36,12 +36,8 @@ def load_teacher(
     """Loads a teacher of any kind.
 
     Args:
-        name: as in the registry.
-        entry: its registry entry.
-        weights: where its weights are.
         window: for kinds that this project runs by sliding window.
         batch_size: windows per forward pass; speed and memory only.
-        device: where it runs.
 
     Raises:
         TeacherError: see the kinds' own loaders.

@@ -203,13 +203,8 @@ def teacher_image(loaded: LoadedTeacher, native: Volume, where: str) -> TeacherI
 def compute_unit(
     registry: Registry, loaded: LoadedTeacher, seen: TeacherImage, where: str
 ) -> Outputs:
-    """The network's part of a unit: a teacher's outputs for a case, on the student grid.
-
-    Args:
-        registry: says what the teacher's channels mean, and the student grid.
-        loaded: the teacher.
-        seen: the case.
-        where: teacher and case, named in errors.
+    """The network's part of a unit: a teacher's outputs for a case, on the student grid; errors
+    name `where`.
 
     Raises:
         TeacherError: outputs that cannot be used, or out of memory.

@@ -658,7 +658,7 @@ class TestCalibrated:
             calibration = organ.calibration.model_copy(update={"temperature": value})
             organs = {name: organ.model_copy(update={"calibration": calibration})}
             known = known.model_copy(update={"organs": organs})
-            write_evidence(work, loaded, teacher, {}, known)
+            write_evidence(work, loaded, teacher, [], known)
             found[name, name] = value
         return found
 
