@@ -64,8 +64,9 @@ def read_dataset(
     others are hashed. Where no file can be listed, the entry is taken as it is.
 
     Raises:
-        CacheStale: stage one has not seen this registry entry, or other files, or it has cases
-            that are gone or in another split; in another project's entry also cases that it lacks.
+        CacheStale: stage one has not seen this registry entry, or other files, or the entry lacks
+            records, or has cases that are gone or in another split; in another project's entry also
+            cases that it lacks.
     """
     mine, sources = _origin(work, registry, dataset), _listed(registry, dataset)
     try:
@@ -79,7 +80,8 @@ def read_dataset(
     if not compare:
         return cases, {}
     stranger = _stranger(found, mine)
-    wrong = _differences(found, sources, mine, splits)
+    wrong = [] if found.whole else ["records of some of its cases are missing"]
+    wrong += _differences(found, sources, mine, splits)
     if stranger:
         wrong += _not_cached(found, sources, splits)
     if wrong:

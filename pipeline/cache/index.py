@@ -81,11 +81,13 @@ class IndexedDataset:
         cases: that are in the cache.
         left_out: names of cases that failed, or are of a split that was not asked for.
         origins: of the records, without repetition.
+        whole: there are as many records as each of them says.
     """
 
     cases: list[IndexedCase]
     left_out: frozenset[str]
     origins: tuple[Origin, ...]
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def write_dataset_index(
     for name, known, lost in found:
         record = dataset_folder(work, dataset, key) / f"{name}.json"
         content = {"version": VERSION, "dataset": dataset, "key": key, "origin": whom}
-        write_sealed(record, content | {"cases": known, "left_out": lost})
+        write_sealed(record, content | {"of": len(found), "cases": known, "left_out": lost})
         others.discard(record)
     for path in others:
         remove(path)
@@ -209,14 +211,17 @@ def read_indexed_dataset(work: Folder, dataset: str, key: str) -> IndexedDataset
     left_out: set[str] = set()
     origins: dict[Origin, None] = {}
     with _stale_if_unreadable("dataset", dataset, work):
-        for content in _contents(work, dataset, key):
+        contents = _contents(work, dataset, key)
+        for content in contents:
             seen = {case.case: case for case in _cases(content)}
             left_out = (left_out - {*seen}) | {*content["left_out"]}
             cases = {name: case for name, case in (cases | seen).items() if name not in left_out}
             if (origin := _origin(content)) is not None:
                 origins[origin] = None
     found = sorted(cases.values(), key=lambda case: case.case)
-    return IndexedDataset(found, frozenset(left_out), tuple(origins))
+    number = len(found) + len(left_out)
+    whole = all(content.get("of", number) == number for content in contents)
+    return IndexedDataset(found, frozenset(left_out), tuple(origins), whole)
 
 
 def _contents(work: Folder, dataset: str, key: str) -> list[dict[str, Any]]:

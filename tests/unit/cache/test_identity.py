@@ -570,6 +570,21 @@ def test_an_index_of_one_file_is_found_and_becomes_records_without_a_unit_made_a
     assert content(work) == before
 
 
+def test_a_record_that_is_lost_is_missed_where_no_file_tells_which_cases_there_are(
+    a: Path,
+) -> None:
+    work, key = work_of(a), load_registry(a).dataset_key(DATASET)
+    dataset_entries(work, DATASET, key)[1].unlink()
+    for here in (True, False):
+        if not here:
+            (a.parent / "data").rename(a.parent / "elsewhere")
+        with pytest.raises(CacheStale, match="records of some of its cases are missing"):
+            reads(a)
+    (a.parent / "elsewhere").rename(a.parent / "data")
+    assert run_stage(a).done == []
+    assert len(names(reads(a))) == 3
+
+
 def test_an_entry_says_for_whom_it_was_written(a: Path) -> None:
     work = work_of(a)
     for file in read_index(work)[0]:
