@@ -98,7 +98,7 @@ def make_cached(folder: Path, shape: Sequence[int]) -> CachedCase:
     }.items():
         path = folder / f"{name}.zarr"
         if not path.exists():
-            write_unit(path, arrays, attributes, {"of": name}, storage=storage, seconds=0.0)
+            write_unit(path, arrays, attributes, {"of": name}, storage=storage)
         units[name] = Unit.open(path)
     shown = units.pop("case")
     experts = {organ: [organ] for organ in ORGANS}

@@ -96,7 +96,7 @@ def write_all(folder: Path, arrays: Mapping[str, Array]) -> dict[str, int]:
     for chunk in CHUNKS:
         storage = StorageConfig(chunk=chunk)
         path = folder / f"chunk{chunk}.zarr"
-        receipt = write_unit(path, specs, {}, {"chunk": chunk}, storage=storage, seconds=0)
+        receipt = write_unit(path, specs, {}, {"chunk": chunk}, storage=storage)
         sizes[f"zarr, chunk {chunk}"] = receipt.num_bytes
     return sizes
 

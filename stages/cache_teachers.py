@@ -2,13 +2,14 @@
 
 Per case: CT -> student grid -> cases/; CT -> the teacher's own grid -> sliding window -> log-odds
 and features -> student grid -> teachers/. Receipts last; what has one is skipped. The units by
-which the admission gate judges the teachers come first. An engine says where cases are worked on; a
-part of the cases may be all that a run has to do.
+which the admission gate judges the teachers come first. An engine says where cases are worked on.
+
+In a job array the first job goes as far as the gate, for all cases. Each part then makes the units
+of its own cases: it takes them from the index and the gate's evidence from the work folder.
 """
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 import traceback
@@ -23,22 +24,20 @@ from pipeline.cache.cases import CaseToGrid, StoredCase, check_organs
 from pipeline.cache.identity import (
     claim_dataset,
     claim_teacher,
-    forget_dataset,
     held_out_since,
     index_cases,
-    record_cases,
+    read_dataset,
 )
 from pipeline.cache.index import (
     IndexedCase,
     IndexedTeacher,
-    read_dataset_index,
     unit_path,
     write_teacher_index,
 )
 from pipeline.cache.places import clean_temporaries
 from pipeline.cache.schema import StorageConfig
 from pipeline.cache.store import prepare_work_folder, write_json
-from pipeline.config import Config, digest
+from pipeline.config import Config
 from pipeline.consensus.cohort import (
     doubtful_tap,
     print_regions,
@@ -52,15 +51,22 @@ from pipeline.consensus.gate import (
     GateResult,
     check_accepted,
     print_gate_result,
+    read_gate_result,
     run_gate,
 )
 from pipeline.data.entries import CaseFiles
 from pipeline.data.patches import WindowConfig
 from pipeline.data.sizes import cases_of_part
 from pipeline.engine.here import Execution, Item, Outcome, Outcomes, Result, Steps
-from pipeline.engine.parts import Part
-from pipeline.errors import CacheError, CacheStale, OutputsError, PipelineError, WorkFolderError
-from pipeline.folder import Folder, read_text, remove
+from pipeline.engine.parts import GATE, Gate, Part
+from pipeline.errors import (
+    CacheError,
+    CacheStale,
+    OutputsError,
+    PipelineError,
+    TeacherError,
+    WorkFolderError,
+)
 from pipeline.log import Advance
 from pipeline.setup.plan import check_space
 from pipeline.teachers.load import Teachers
@@ -83,7 +89,7 @@ def run(
     scope: Scope,
     execution: Execution,
     *,
-    part: Part | None = None,
+    part: Part | Gate | None = None,
     accept: Sequence[str] = (),
     dry_run: bool = False,
 ) -> StageReport:
@@ -97,11 +103,20 @@ def run(
     this.begin()
     teachers = this.open_teachers()
     own = this.own_cases()
-    this.check_space()
-    with this.follow("cases on the student grid", this.to_grid, own) as cases:
-        for case in cases:
-            this.add_case(case)
-    this.write_index(own)
+    check_space(
+        scope.registry, scope.work, this.known, splits=config.splits, storage=config.storage,
+        log=scope.log, force=execution.force or dry_run,
+    )  # fmt: skip
+    if isinstance(part, Part):
+        this.read_index(own)
+    else:
+        # All of them before any teacher runs: bad input is found before GPU time is spent.
+        spacing = scope.registry.grid.spacing_mm
+        to_grid = CaseToGrid(scope.registry, scope.work, config.storage, spacing, dry_run)
+        with this.follow("cases on the student grid", to_grid, own) as cases:
+            for case in cases:
+                this.add_case(case)
+        this.write_index(own)
     gate_cases, first, rest = this.gate_units(own)
     on_case = TeacherOnCase(scope.work, teachers, this.known, dry_run=dry_run)
     with this.follow("units of the admission gate", on_case, first) as units:
@@ -109,11 +124,10 @@ def run(
             this.add_unit(unit)
     result = this.judge(gate_cases)
     rest = this.let_pass(rest, result)
-    if not result.refused:
-        on_case = replace(on_case, notes=result.notes)
-        with this.follow("teachers", on_case, rest) as units:
-            for unit in units:
-                this.add_unit(unit)
+    on_case = replace(on_case, notes=result.notes)
+    with this.follow("teachers", on_case, rest) as units:
+        for unit in units:
+            this.add_unit(unit)
     return this.finish(result)
 
 
@@ -122,28 +136,23 @@ class CacheRun:
     """The arguments of `run`, what is known meanwhile, and what came of it.
 
     Attributes:
-        config: what changes numbers.
-        scope: the registry, the work folder, and who hears of it.
-        execution: where cases are worked on, and how fast.
-        part: do these cases only; None: all.
+        part: do these cases only, after another run went as far as the gate; None: all.
         accept: teachers to go on with although the gate would stop at them.
         dry_run: say what would be done, write nothing.
-        report: of the stage.
         known: teachers, by name.
-        files: cases of all parts.
-        cases: those of this run that are on the student grid, by name.
-        wrong: teachers whose outputs are of the wrong kind: no unit of theirs can be right.
+        cases: that are on the student grid, of all parts, by name.
+        wrong: teachers whose outputs are of the wrong kind, or of which a part knows that no unit
+            could be made for the gate.
     """
 
     config: CacheTeachersConfig
     scope: Scope
     execution: Execution
-    part: Part | None
+    part: Part | Gate | None
     accept: Sequence[str]
     dry_run: bool
     report: StageReport = field(default_factory=lambda: StageReport("cache-teachers"))
     known: Mapping[str, IndexedTeacher] = field(default_factory=dict)
-    files: Sequence[CaseFiles] = ()
     cases: dict[str, IndexedCase] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
     _began: float = field(default_factory=time.monotonic)
@@ -161,8 +170,6 @@ class CacheRun:
         removed = clean_temporaries(work)
         if removed:
             log.info(f"removed {removed} unfinished units of a run that was killed")
-        if self.part is not None:
-            remove(report_file(work, self.part))  # one that runs again has not come to its end
 
     def open_teachers(self) -> Teachers:
         """With workers elsewhere, this process loads no network: one of them says what the teachers
@@ -182,33 +189,16 @@ class CacheRun:
         registry, work, log = self.scope.registry, self.scope.work, self.scope.log
         splits = self.config.splits
         files = [c for d in registry.datasets for c in registry.cases(d) if c.split in splits]
-        own = self.files = files
+        own: Sequence[CaseFiles] = files
         for note in registry.empty_splits(splits):
             log.remark(note)
         if held_out := held_out_since(registry, work, files):
             log.remark(held_out)
-        if self.part is not None:
+        if isinstance(self.part, Part):
             own = cases_of_part(registry, files, splits, self.part)
             log.info(f"{self.part}: {len(own)} of {len(files)} cases")
         log.info(f"{len(own)} cases, {len(self.known)} teachers -> {work}")
         return own
-
-    def check_space(self) -> None:
-        """See `check_space`."""
-        check_space(
-            self.scope.registry, self.scope.work, self.known, splits=self.config.splits,
-            storage=self.config.storage, log=self.scope.log,
-            force=self.execution.force or self.dry_run,
-        )  # fmt: skip
-
-    @property
-    def to_grid(self) -> CaseToGrid:
-        """Every case is read and put on the student grid before any teacher runs, so that bad input
-        is found before GPU time is spent."""
-        registry = self.scope.registry
-        return CaseToGrid(
-            registry, self.scope.work, self.config.storage, registry.grid.spacing_mm, self.dry_run
-        )
 
     @contextmanager
     def follow(
@@ -275,41 +265,23 @@ class CacheRun:
         failed = self.report.failed
         return [d for d in self.scope.registry.datasets if f"dataset {d}" not in failed]
 
-    def all_parts(self) -> AllParts:
-        """Reads what all parts have left."""
-        assert self.part is not None
+    def read_index(self, own: Sequence[CaseFiles]) -> None:
+        """The cases as the array's first job has left them; tells which of a part's own it could
+        not take."""
         registry, work = self.scope.registry, self.scope.work
-        wanted = {case.name for case in self.files}
-        cases: list[IndexedCase] = []
+        names = {source.name for source in own}
         for dataset in registry.datasets:
             try:
-                found = read_dataset_index(work, dataset, registry.dataset_key(dataset))
-            except CacheStale:
+                found, lost = read_dataset(work, registry, dataset, splits=self.config.splits)
+            except CacheStale as error:
+                self.fail(f"dataset {dataset}", error)
                 continue
-            cases += [case for case in found if case.name in wanted]
-        run = self.parts_digest()
-        finished = all(_finished_run(work, other) == run for other in self.part.others())
-        return AllParts(cases, len(cases) == len(wanted), finished)
-
-    def parts_digest(self) -> str:
-        """What parts have in common that belong together."""
-        assert self.part is not None
-        registry = self.scope.registry
-        return digest(
-            {
-                "datasets": {name: registry.dataset_key(name) for name in registry.datasets},
-                "teachers": {name: teacher.digest for name, teacher in self.known.items()},
-                "settings": self.config,
-                "num_parts": self.part.of,
-            }
-        )
+            self.cases |= {case.name: case for case in found}
+            for name in sorted(names & {*lost}):
+                self.fail(name, lost[name])
 
     def write_index(self, own: Sequence[CaseFiles]) -> None:
-        """Tells what is wrong with organs, and writes which cases and teachers there are.
-
-        What is wrong with a dataset as a whole only shows in all its cases: parts leave that to
-        the one that comes last.
-        """
+        """Tells what is wrong with organs, and writes which cases and teachers there are."""
         registry, work, report = self.scope.registry, self.scope.work, self.report
         again = [name for name in report.warnings if name in report.skipped]
         if again:
@@ -323,60 +295,42 @@ class CacheRun:
             return
         cases = list(self.cases.values())
         for what, wrong in check_organs(registry, work, cases).items():
-            if self.part is None or not what.startswith("dataset "):
-                self.fail(what, wrong)
+            self.fail(what, wrong)
         for name, teacher in self.known.items():
             origin = claim_teacher(work, registry, teacher)
             write_teacher_index(work, registry.teacher_key(name), replace(teacher, origin=origin))
-        failed = [source for source in own if source.name in report.failed]
-        if self.part is not None:
-            record_cases(registry, work, cases, failed)
-        else:
-            index_cases(registry, work, cases, self.usable(), self.config.splits)
+        index_cases(registry, work, cases, self.usable(), self.config.splits)
 
     def gate_units(
         self, own: Sequence[CaseFiles]
     ) -> tuple[Sequence[GateCases], Sequence[TeacherUnit], Sequence[TeacherUnit]]:
         """What the gate looks at, and the units of this run: those that it is about, and all
-        others; case by case."""
+        others; case by case. In a part nothing is judged any more: there all are others."""
         usable = self.usable()
         cases = {name: case for name, case in self.cases.items() if case.dataset in usable}
-        all_cases = list(cases.values()) if self.part is None else self.all_parts().cases
-        gate_cases = plan_gate_cases(self.scope.registry, all_cases)
-        sources = {source.name: source for source in own}
-        asked = units_of(gate_cases)
+        gate_cases = plan_gate_cases(self.scope.registry, list(cases.values()))
+        asked = frozenset[Any]() if isinstance(self.part, Part) else units_of(gate_cases)
         units: dict[bool, list[TeacherUnit]] = {True: [], False: []}
-        for name, case in cases.items():
-            for teacher in self.known:
-                is_asked = (teacher, name) in asked
-                units[is_asked].append(TeacherUnit(teacher, case, sources[name]))
+        for source in own:
+            for teacher in self.known if source.name in cases else ():
+                unit = TeacherUnit(teacher, cases[source.name], source)
+                units[(teacher, source.name) in asked].append(unit)
         return gate_cases, units[True], units[False]
 
     def judge(self, gate_cases: Sequence[GateCases]) -> GateResult:
-        """The gate's result; NOT_JUDGED in a dry run, and in a part while units of others may
-        still come.
+        """The gate's result, in a part by what the first job has measured; NOT_JUDGED in a dry run.
 
-        A part judges when the units that the gate looks at are all there, or all other parts have
-        ended; until then it goes on unjudged, since nobody can say whether the others will ever
-        run.
+        Raises:
+            CacheMissing: a part, and the first job has not come to its end.
         """
         registry, work, log = self.scope.registry, self.scope.work, self.scope.log
         if self.dry_run:
             return NOT_JUDGED
-        if self.part is not None:
-            parts = self.all_parts()
-            cases = {case.name: case for case in parts.cases if case.dataset in self.usable()}
-            gate_cases = plan_gate_cases(registry, list(cases.values()))
-            if not parts.all_finished and not (
-                parts.all_prepared
-                and all(is_there(work, self.known[t], cases[c]) for t, c in units_of(gate_cases))
-            ):
-                log.info(
-                    "the admission gate has not judged: units that it looks at are still with "
-                    "other parts. Whichever part finds them all there judges."
-                )
-                return NOT_JUDGED
-        result = run_gate(registry, work, self.known, gate_cases, accept=self.accept, log=log)
+        if isinstance(self.part, Part):
+            result = read_gate_result(registry, work, self.known, gate_cases, self.accept)
+            self.wrong |= {found.teacher for found in result.evidence if found.saw_nothing}
+        else:
+            result = run_gate(registry, work, self.known, gate_cases, accept=self.accept, log=log)
         if self.scope.tables:
             print_gate_result(result)
         for what, error in result.failed.items():
@@ -385,92 +339,54 @@ class CacheRun:
         return result
 
     def let_pass(self, units: Sequence[TeacherUnit], result: GateResult) -> Sequence[TeacherUnit]:
-        """Those of teachers whose outputs are of the right kind; says what is left out."""
+        """Those that are made after the gate: of teachers whose outputs are of the right kind; says
+        what is left out."""
         log = self.scope.log
         for name in sorted(self.wrong):
-            log.warn(f"teacher {name}: outputs of the wrong kind, so no other unit of it is made")
+            if isinstance(self.part, Part):
+                error = TeacherError(
+                    "the array's first job could make none of its units that the gate looks at, so "
+                    "a part makes no other.",
+                    where=f"teacher {name}",
+                    fix="That job's report says why. Mend it, then run it again.",
+                )
+                self.fail(f"teacher {name}", error)
+            else:
+                log.warn(f"teacher {name}: outputs of the wrong kind, so no other unit is made")
         units = [unit for unit in units if unit.teacher not in self.wrong]
         if result.refused:
             log.warn(f"stopped at the admission gate: {len(units)} units are not looked at")
-        return units
+        elif self.part == GATE:
+            log.info(f"the admission gate has judged: {len(units)} units are left to the parts")
+        return [] if result.refused or self.part == GATE else units
 
     def finish(self, result: GateResult) -> StageReport:
-        """The report, tables, and what only the last of several parts can tell."""
+        """The report, and the tables of all cases: of regions where all units are made, of taps
+        from the gate on, before time is spent on one that no student can learn."""
         report, registry, work = self.report, self.scope.registry, self.scope.work
         report.seconds = time.monotonic() - self._began
         if self.dry_run:
             return report
         regions, taps = [], []
-        whole = self.part is None
-        if (part := self.part) is not None:
-            # First say that this part has ended, then look: of two that end at once, one sees both.
-            run = self.parts_digest()
-            report.details = {"run": run, "part": part.number, "num_parts": part.of}
-            self._write_report()
-            whole = self.all_parts().all_finished
-            if whole:
-                self._check_datasets()
-            if result is NOT_JUDGED:
-                result = self.judge([])
         try:
             # Of a run that was refused most units are missing, and so are most regions.
-            if whole and not result.refused:
+            if not isinstance(self.part, Part) and not result.refused:
                 taps = tap_rows(registry, work, self.usable())
+            if self.part is None and not result.refused:
                 regions = region_rows(registry, work, self.usable())
         except CacheError as error:  # damage that only reading finds
             self.fail("table of regions", error)
-        report.details |= {"regions_ml": regions, "taps": taps, **result.to_json()}
+        report.details = {"regions_ml": regions, "taps": taps, **result.to_json()}
         for row in taps:
             if (doubt := doubtful_tap(row["tap"], row["agreement"])) is not None:
                 self.scope.log.warn(f"teacher {row['teacher']}: {doubt}")
-        self._write_report()
+        part = f".{self.part.tag}" if isinstance(self.part, Part) else ""
+        path = work / "reports" / f"cache-teachers{part}.json"
+        try:
+            write_json(path, report.to_json())
+        except WorkFolderError as error:
+            self.fail(path.name, error)
         if self.scope.tables:
             print_taps(taps)
             print_regions(regions)
         return report
-
-    def _check_datasets(self) -> None:
-        registry, work = self.scope.registry, self.scope.work
-        for what, wrong in check_organs(registry, work, self.all_parts().cases).items():
-            if what.startswith("dataset "):
-                self.fail(what, wrong)
-                forget_dataset(registry, work, what.removeprefix("dataset "))
-
-    def _write_report(self) -> None:
-        path = report_file(self.scope.work, self.part)
-        try:
-            write_json(path, self.report.to_json())
-        except WorkFolderError as error:
-            self.fail(path.name, error)
-
-
-# One part of a run among others that nobody coordinates: what the others have left.
-
-
-@dataclass(frozen=True)
-class AllParts:
-    """What all parts together have done so far.
-
-    Attributes:
-        cases: of all parts, as far as they are on the student grid.
-        all_prepared: each case of the registry is among them.
-        all_finished: every other part has come to its end, whatever became of its units.
-    """
-
-    cases: Sequence[IndexedCase]
-    all_prepared: bool
-    all_finished: bool
-
-
-def report_file(work: Folder, part: Part | None) -> Folder:
-    """Where stage one's report is; that of a part says, by being there, that it came to its end."""
-    name = "cache-teachers" if part is None else f"cache-teachers.{part.tag}"
-    return work / "reports" / f"{name}.json"
-
-
-def _finished_run(work: Folder, part: Part) -> str | None:
-    try:
-        content = json.loads(read_text(report_file(work, part)))
-        return str(content["run"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

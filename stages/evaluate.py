@@ -11,15 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.cache.cases import (
-    GEOMETRY_TOLERANCE_MM,
-    SUFFIXES,
-    ReadAs,
-    json_beside,
-    organ_labels,
-    predicted_labels,
-    prediction_file,
-)
+from pipeline.cache.cases import GEOMETRY_TOLERANCE_MM, organ_labels
 from pipeline.cache.store import json_text, prepare_work_folder
 from pipeline.config import Config, digest, file_sha256
 from pipeline.data.entries import CaseFiles, is_absent
@@ -39,6 +31,13 @@ from pipeline.review.metrics import (
     score_case,
     summarise,
     to_csv,
+)
+from pipeline.review.predictions import (
+    SUFFIXES,
+    ReadAs,
+    json_beside,
+    predicted_labels,
+    prediction_file,
 )
 from stages.report import StageReport
 

@@ -82,19 +82,12 @@ def run(
     from pipeline.student.staging import staged_inputs
     from pipeline.student.training import learn_postprocessing, train
 
-    registry, work = scope.registry, scope.work
     execution.check()
-    check_sides(config.training.augment, registry.label_space, config.training.patch)
+    check_sides(config.training.augment, scope.registry.label_space, config.training.patch)
     with StageReport("train-student").timed() as report, joined() as processes:
         log = processes.log(scope.log)
-        supervision, allowed = config.training.supervision, config.allow_missing
-        inputs = processes.together(
-            lambda: open_inputs(supervision, registry, work, allow_missing=allowed, log=log)
-        )
-        processes.same(inputs.identity, "the cache")
-        flags = asdict(execution.flags)
-        processes.same([config.model_dump(mode="json"), flags], "the settings")
-        folder = work / "students" / config.run
+        inputs = _open(config, scope, execution, processes)
+        folder = scope.work / "students" / config.run
         digest = run_digest(config.training, inputs.identity)
         for name in inputs.identity.get("missing_cases", ()):
             report.warnings[name] = ["it is not in the cache, and was left out."]
@@ -102,28 +95,43 @@ def run(
             log.info(f"{folder} is finished already")
             report.skipped.append(config.run)
             return report
-        processes.from_first(lambda: check_same_units(folder, inputs.identity))
-        processes.from_first(lambda: check_own_files(folder, digest))
+        processes.from_first(lambda: _check_folder(folder, inputs, digest))
         log.info(f"{config.run}: {_in_words(config, inputs, processes)} -> {folder}")
         if dry_run:
             report.done.append(config.run)
             return report
-        processes.from_first(lambda: prepare_work_folder(work))
+        processes.from_first(lambda: prepare_work_folder(scope.work))
         inputs = staged_inputs(inputs, execution.stage_to, log=log, processes=processes)
-        record = partial(_record, config, registry, inputs.identity)
+        record = partial(_record, config, scope.registry, inputs.identity)
         with open_run(folder, processes, name=config.run, record=record) as files:
             trained = train(config.training, inputs, files, execution, log, processes)
             if trained.finished:
                 rules = learn_postprocessing(trained, inputs, config.training, processes)
                 processes.from_first(lambda: _finish(files, trained, digest, rules))
                 show_validations(log, files.path / "metrics.jsonl", folder)
-        if trained.finished:
-            report.done.append(config.run)
-        else:
-            report.failed[config.run] = trained.stopped(folder)
-        report.signalled = trained.signalled
-        report.details = _details(config, trained)
+        _tell(report, config, trained, folder)
         return report
+
+
+def _open(
+    config: TrainStudentConfig, scope: Scope, execution: TrainingExecution, processes: Processes
+) -> TrainingInputs:
+    """What is trained on. Refuses processes that have not the same, or other settings."""
+    inputs = processes.together(
+        lambda: open_inputs(
+            config.training.supervision, scope.registry, scope.work,
+            allow_missing=config.allow_missing, log=processes.log(scope.log),
+        )
+    )  # fmt: skip
+    processes.same(inputs.identity, "the cache")
+    settings = [config.model_dump(mode="json"), asdict(execution.flags)]
+    processes.same(settings, "the settings")
+    return inputs
+
+
+def _check_folder(folder: Folder, inputs: TrainingInputs, digest: str) -> None:
+    check_same_units(folder, inputs.identity)
+    check_own_files(folder, digest)
 
 
 def _in_words(config: TrainStudentConfig, inputs: TrainingInputs, processes: Processes) -> str:
@@ -142,8 +150,15 @@ def _finish(files: RunFolder, trained: Trained, digest: str, rules: Mapping[str,
     files.saved()
 
 
-def _details(config: TrainStudentConfig, trained: Trained) -> dict[str, Any]:
-    return {
+def _tell(
+    report: StageReport, config: TrainStudentConfig, trained: Trained, folder: Folder
+) -> None:
+    if trained.finished:
+        report.done.append(config.run)
+    else:
+        report.failed[config.run] = trained.stopped(folder)
+    report.signalled = trained.signalled
+    report.details = {
         "run": config.run,
         "steps": trained.step,
         "finished": trained.finished,

@@ -31,7 +31,9 @@ import torch
 import yaml
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pipeline.data.entries import PhantomSpec
+from pipeline.cache.index import read_sealed, write_sealed
+from pipeline.cache.schema import Inputs, StorageConfig, case_inputs, teacher_inputs
+from pipeline.data.entries import DatasetEntry, PhantomSpec, TeacherEntry
 from pipeline.data.labels import Intensity
 from pipeline.data.nifti import read_label, write_like
 from pipeline.data.phantom.case import write_dataset
@@ -98,6 +100,44 @@ def placeless_entry(path: Path) -> dict[str, Any]:
         case.pop("image", None)
         case.pop("label", None)
     return entry
+
+
+def case_digested(
+    image_sha256: str,
+    label_sha256: str,
+    ids: Mapping[str, int],
+    spacing_mm: Any,
+    storage: StorageConfig,
+    **entry: Any,
+) -> Inputs:
+    """`case_inputs` of a dataset's entry with these fields alone."""
+    plain = DatasetEntry.model_construct(**entry)
+    hashes = image_sha256, label_sha256
+    return case_inputs(plain, ids, hashes, spacing_mm=spacing_mm, storage=storage)
+
+
+def teacher_digested(
+    weights_sha256: str,
+    description: Mapping[str, Any],
+    spacing_mm: Any,
+    storage: StorageConfig,
+    **entry: Any,
+) -> Inputs:
+    """`teacher_inputs` of a teacher's entry with these fields alone."""
+    plain = TeacherEntry.model_construct(**{"activation": "softmax", **entry})
+    return teacher_inputs(
+        plain, description, weights_sha256=weights_sha256, spacing_mm=spacing_mm, storage=storage
+    )
+
+
+def as_one_file(records: Path) -> Path:
+    """A dataset's records in the index -> the one file that earlier versions wrote of all cases."""
+    entries = [read_sealed(path) for path in sorted(records.iterdir(), reverse=True)]
+    together = {n: [one for e in entries for one in e[n]] for n in ("cases", "left_out")}
+    file = records.with_name(f"{records.name}.json")
+    write_sealed(file, entries[0] | together)
+    shutil.rmtree(records)
+    return file
 
 
 def shrink_organ(label: Path, value: int, spacing_mm: float) -> None:

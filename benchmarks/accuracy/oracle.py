@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -20,13 +19,14 @@ from pipeline.consensus.regions import FloatArray
 from pipeline.data.labels import IGNORE, LabelSpace
 from pipeline.data.patches import Patch
 from pipeline.data.registry import Registry
+from pipeline.folder import Folder
 from pipeline.student import dataset
 
 SURE = 6.0  # as labels that win
 
 
 @contextmanager
-def perfect_teachers(full: Registry, work: Path) -> Iterator[None]:
+def perfect_teachers(full: Registry, work: Folder) -> Iterator[None]:
     """While it is open, patches of this process read the labels of all organs for log-odds.
 
     Where patches are centred is still what the real teachers say.

@@ -28,7 +28,7 @@ from pipeline.data.registry import Registry
 from pipeline.data.sizes import case_sizes, two_cases
 from pipeline.errors import RegistryError
 from pipeline.log import Log
-from pipeline.teachers.load import open_teacher
+from pipeline.teachers.load import Teachers
 from pipeline.teachers.units import Outputs, run_teacher
 
 _CHUNKS = (32, 64, 128)
@@ -185,12 +185,7 @@ def tune(
             where=registry.path,
             fix="Name teachers in the registry first.",
         )
-    teachers = {
-        name: open_teacher(
-            name, registry, window=window, storage=storage, device=device, window_batch=window_batch
-        )
-        for name in registry.teachers
-    }
+    teachers = Teachers(registry, window, storage, device, window_batch).loaded
     log_odds = _settings(log_odds_encodings(), storage, storage.log_odds_bits)
     features = _settings(feature_encodings(), storage, storage.feature_bits)
     chosen = two_cases(case_sizes(registry, splits)[0])

@@ -5,11 +5,9 @@ centres to sample patches at.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +24,10 @@ from pipeline.cache.schema import (
     image_spec,
     label_spec,
 )
-from pipeline.cache.store import add_notes, write_unit
+from pipeline.cache.store import Made, add_notes, write_unit
 from pipeline.config import digest, stamp_file
 from pipeline.data.dicom import stamp_image
-from pipeline.data.entries import CaseFiles, is_absent, require_file
+from pipeline.data.entries import CaseFiles, require_file
 from pipeline.data.hounsfield import doubts_of
 from pipeline.data.labels import map_labels
 from pipeline.data.nifti import NiftiVolume, read_image, read_label
@@ -42,32 +40,25 @@ from pipeline.folder import Folder
 
 
 @dataclass(frozen=True)
-class FoundCase:
-    """A case as its files say, and what is still to be done for it.
+class GridCase:
+    """A case on its way onto a grid, and what is still to be done for it.
 
     Attributes:
         indexed: where it is in the cache.
         inputs: what its digest is of.
         there: it is in the cache already.
-        files: image and label, read if they are needed.
-        seconds: what reading took.
+        files: image and label, read if they are needed, until they are resampled.
         warnings: what is improbable in it, a sentence or two each.
+        arrays: to be written; none where nothing is.
+        attributes, notes: of the unit and its receipt.
+        seconds: what reading and resampling took.
     """
 
     indexed: IndexedCase
     inputs: Mapping[str, Any]
-    there: bool
+    there: bool = False
     files: tuple[NiftiVolume, NiftiVolume] | None = None
-    seconds: float = 0.0
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class FittedCase:
-    """A case on its grid; `arrays` is empty where nothing is to be written, `notes` are those of
-    its receipt."""
-
-    found: FoundCase
     arrays: Sequence[ArraySpec] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -111,7 +102,7 @@ class CaseToGrid:
         """`dataset/case`."""
         return source.name
 
-    def read(self, source: CaseFiles) -> FoundCase:
+    def read(self, source: CaseFiles) -> GridCase:
         """Hashes the files of a case and, where the cache lacks it, reads them.
 
         Raises:
@@ -128,11 +119,11 @@ class CaseToGrid:
             receipt = read_receipt(path, expect=indexed.digest)
         except CacheError:
             if self.dry_run:
-                return FoundCase(indexed, inputs, there=False)
+                return GridCase(indexed, inputs)
         else:
             if not self.dry_run:
                 receipt = _with_file_voxels(registry, source, path, receipt)
-            return FoundCase(indexed, inputs, there=True, warnings=warnings_in(receipt.notes))
+            return GridCase(indexed, inputs, there=True, warnings=warnings_in(receipt.notes))
         began = time.monotonic()
         image, label = read_image(source.image), read_label(source.label)
         if (image.sha256, label.sha256) != (inputs["image_sha256"], inputs["label_sha256"]):
@@ -146,16 +137,17 @@ class CaseToGrid:
         if registry.datasets[source.dataset].units == "hu":
             warnings += check_hounsfield(image, source.name)
         seconds = time.monotonic() - began
-        return FoundCase(indexed, inputs, False, (image, label), seconds, tuple(warnings))
+        files = image, label
+        return GridCase(indexed, inputs, files=files, warnings=tuple(warnings), seconds=seconds)
 
-    def compute(self, source: CaseFiles, found: FoundCase) -> FittedCase:
+    def compute(self, source: CaseFiles, found: GridCase) -> GridCase:
         """Resamples image and label.
 
         Raises:
             GeometryError: label values that the registry does not name.
         """
         if found.files is None:
-            return FittedCase(found)
+            return found
         began = time.monotonic()
         image, label = found.files
         entry = self.registry.datasets[source.dataset]
@@ -180,25 +172,25 @@ class CaseToGrid:
             notes["warnings"] = warnings
         seconds = found.seconds + time.monotonic() - began
         # Without the files: the volumes on their own grid are not needed any more.
-        return FittedCase(replace(found, files=None), arrays, attributes, notes, seconds)
+        return replace(
+            found, files=None, arrays=arrays, attributes=attributes, notes=notes, seconds=seconds
+        )
 
-    def store(self, source: CaseFiles, fitted: FittedCase) -> StoredCase:
+    def store(self, source: CaseFiles, case: GridCase) -> StoredCase:
         """Writes a case unless it is there.
 
         Raises:
             WorkFolderError: it cannot be written.
         """
-        found = fitted.found
-        if found.there:
-            return StoredCase(found.indexed, None, found.warnings)
+        if case.there:
+            return StoredCase(case.indexed, None, case.warnings)
         num_bytes = 0
-        if fitted.arrays:
-            receipt = write_unit(
-                case_path(self.work, found.indexed), fitted.arrays, fitted.attributes,
-                found.inputs, storage=self.storage, seconds=fitted.seconds, notes=fitted.notes,
-            )  # fmt: skip
-            num_bytes = receipt.num_bytes
-        return StoredCase(found.indexed, num_bytes, warnings_in(fitted.notes))
+        if case.arrays:
+            path, made = case_path(self.work, case.indexed), Made(case.seconds, notes=case.notes)
+            num_bytes = write_unit(
+                path, case.arrays, case.attributes, case.inputs, storage=self.storage, made=made
+            ).num_bytes
+        return StoredCase(case.indexed, num_bytes, warnings_in(case.notes))
 
 
 def prepare_case(
@@ -292,17 +284,7 @@ def case_of_hashes(
 ) -> tuple[IndexedCase, Mapping[str, Any]]:
     """`identify_case` for files whose SHA-256 (of image, of label) are known; none is read."""
     entry = registry.datasets[source.dataset]
-    inputs = case_inputs(
-        image_sha256=hashes[0],
-        label_sha256=hashes[1],
-        values=entry.annotated,
-        ids=registry.organs,
-        ignore_values=entry.ignore_values,
-        background_values=entry.background_values,
-        spacing_mm=spacing_mm,
-        storage=storage,
-        units=entry.units,
-    )
+    inputs = case_inputs(entry, registry.organs, hashes, spacing_mm=spacing_mm, storage=storage)
     case = IndexedCase(source.dataset, source.case, source.split, hashes[0], digest(inputs))
     return case, inputs
 
@@ -310,7 +292,6 @@ def case_of_hashes(
 # Whether a case's files, and a dataset's cases, can be what the registry says they are.
 
 GEOMETRY_TOLERANCE_MM = 0.1
-SUFFIXES = (".nii.gz", ".nii")
 FEW_VOXELS = 10
 FINER_GRID = "A finer `grid.spacing_mm` would keep it."
 
@@ -332,144 +313,6 @@ def organ_labels(
         entry.background_values,
         where=f"{source.name}, {source.label}",
     )
-
-
-@dataclass(frozen=True)
-class ReadAs:
-    """How a label map of a student was brought to the registry's ids.
-
-    Attributes:
-        mapped: whether its own ids are others: organs were found by their names.
-        others: organs that it has and the registry has not; they became background.
-    """
-
-    mapped: bool
-    others: tuple[str, ...]
-
-
-def prediction_file(folder: Path, name: str) -> Path:
-    """Where the label map of `dataset/case` is, or would be.
-
-    Raises:
-        GeometryError: it is there twice, packed and not.
-    """
-    paths = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
-    found = [path for path in paths if not is_absent(path)]
-    if len(found) == 2:
-        raise GeometryError(
-            f"{found[0].name} and {found[1].name} are both there.",
-            where=f"{name}, {folder / name}",
-            fix="Remove the one that is not meant.",
-        )
-    return found[0] if found else paths[0]
-
-
-def json_beside(prediction: Path) -> Path:
-    """Where `pipeline predict` says which organs the values of a label map are."""
-    name = next(
-        prediction.name.removesuffix(s) for s in (*SUFFIXES, "") if prediction.name.endswith(s)
-    )
-    return prediction.with_name(f"{name}.json")
-
-
-def predicted_labels(
-    found: NiftiVolume, ids: Mapping[str, int], wanted: Collection[str], *, where: str
-) -> tuple[npt.NDArray[np.uint8], ReadAs]:
-    """A prediction by the registry's ids, (D, H, W).
-
-    What its values mean is said by the JSON beside it or by its header; of a file about which
-    nobody says anything, they are taken for the registry's ids.
-
-    Args:
-        found: the label map.
-        ids: organ -> id, of the registry.
-        wanted: organs that it must have been made for.
-        where: named in errors.
-
-    Raises:
-        GeometryError: JSON and header disagree, it was not made for an organ that is wanted, or it
-            holds values that no organ has.
-    """
-    said = _said(found, where)
-    names = {value: organ for organ, value in ids.items()} if said is None else said
-    missing = [organ for organ in wanted if organ not in names.values()]
-    if missing:
-        raise GeometryError(
-            f"the organs of this prediction are {_listed(names)}; not among them: "
-            f"{', '.join(missing)}.",
-            where=where,
-            fix="Evaluate with a registry that names organs as the student does, and whose "
-            "datasets annotate only what it was taught.",
-        )
-    table = np.full(1 << 16, -1, dtype=np.int16)
-    table[0] = 0
-    for value, organ in names.items():
-        table[value] = ids.get(organ, 0)
-    labels = table[found.volume.array]
-    if labels.min() < 0:
-        raise _unknown(found, labels < 0, names, said is not None, where)
-    return labels.astype(np.uint8), ReadAs(
-        any(ids.get(organ, value) != value for value, organ in names.items()),
-        tuple(organ for organ in names.values() if organ not in ids),
-    )
-
-
-def _said(found: NiftiVolume, where: str) -> Mapping[int, str] | None:
-    """Label value -> organ; None where neither JSON nor header say it."""
-    beside = json_beside(found.path)
-    said = [("its header", names) for names in found.names]
-    in_json = _read_organs(beside, where)
-    if in_json is not None:
-        said.insert(0, (beside.name, in_json))
-    for source, names in said[1:]:
-        if names != said[0][1]:
-            raise GeometryError(
-                f"{said[0][0]} says that its values are {_listed(said[0][1])}, {source} that they "
-                f"are {_listed(names)}.",
-                where=where,
-                fix="One of the two belongs to another prediction: predict the case again.",
-            )
-    return said[0][1] if said else None
-
-
-def _read_organs(beside: Path, where: str) -> Mapping[int, str] | None:
-    try:
-        content = json.loads(beside.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or "organs" not in content:
-            return None  # of another program
-        organs: Mapping[str, int] = content["organs"]
-        names = {int(value): organ for organ, value in organs.items()}
-        whole = all(isinstance(value, int) and 0 < value < 1 << 16 for value in organs.values())
-        if len(names) < len(organs) or not whole:
-            raise ValueError("ids are whole numbers from 1 to 65535, each once")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise GeometryError(
-            f"{beside.name} does not say which organs its values are ({error}).",
-            where=where,
-            fix="Predict the case again, or remove that file.",
-        ) from error
-    return names
-
-
-def _unknown(
-    found: NiftiVolume, where_not: npt.NDArray[np.bool_], names: Mapping[int, str], said: bool,
-    where: str,
-) -> GeometryError:  # fmt: skip
-    values, counts = np.unique(found.volume.array[where_not], return_counts=True)
-    each = ", ".join(f"{v} ({n:,} voxels)" for v, n in zip(values, counts, strict=True))
-    who = "it says" if said else "nothing says what its values mean, and the registry has"
-    return GeometryError(
-        f"label values that are no organ's: {each}; {who} {_listed(names)}.",
-        where=where,
-        fix=f"Set them to 0, or write what all values mean into {json_beside(found.path).name}, as "
-        '{"organs": {"liver": 1}}.',
-    )
-
-
-def _listed(names: Mapping[int, str]) -> str:
-    return ", ".join(f"{organ} {value}" for value, organ in sorted(names.items()))
 
 
 def check_same_grid(image: NiftiVolume, label: NiftiVolume, name: str) -> None:
@@ -569,7 +412,13 @@ def check_organs(
             if counts and not any(count.get(organ, 0) for count in counts):
                 where = f"{registry.path}, datasets.{dataset}.annotated.{organ}"
                 found[f"dataset {dataset}"] = (
-                    _swallowed_everywhere(organ, len(counts), where)
+                    RegistryError(
+                        f"{organ} has no voxel left on the student grid in any of {len(counts)} "
+                        "cases, though their labels show it.",
+                        where=where,
+                        fix=f"Choose a finer `grid.spacing_mm`, or take {organ} out of "
+                        "`annotated`.",
+                    )
                     if organ in lost
                     else RegistryError(
                         f"{organ} is empty in all {len(counts)} cases that could be read.",
@@ -578,18 +427,3 @@ def check_organs(
                     )
                 )
     return found
-
-
-def _swallowed_everywhere(organ: str, num_cases: int, where: str) -> RegistryError:
-    return RegistryError(
-        f"{organ} has no voxel left on the student grid in any of {num_cases} cases, though their "
-        "labels show it.",
-        where=where,
-        fix=f"Choose a finer `grid.spacing_mm`, or take {organ} out of `annotated`.",
-    )
-
-
-def organ_voxels(path: Folder) -> Mapping[str, int]:
-    """Voxels per annotated organ of a stored case."""
-    counts: Mapping[str, int] = Unit.open(path).attributes["organ_voxels"]
-    return counts

@@ -20,16 +20,14 @@ from pipeline.cache.index import (
     IndexedTeacher,
     IndexFile,
     Origin,
-    case_records,
-    dataset_file,
+    dataset_entries,
+    dataset_folder,
     read_dataset_index,
+    read_index,
     read_indexed_dataset,
-    read_sealed,
     read_teacher_index,
     teacher_file,
-    write_case_record,
     write_dataset_index,
-    write_failed_record,
 )
 from pipeline.config import FileStamp, digest
 from pipeline.data.dicom import stamp_image
@@ -45,7 +43,7 @@ from pipeline.errors import (
     WorkFolderError,
     listed,
 )
-from pipeline.folder import Folder, is_local, matching, remove
+from pipeline.folder import Folder, is_local, matching
 from pipeline.log import Log
 
 _NAMED = 3
@@ -66,8 +64,9 @@ def read_dataset(
     others are hashed. Where no file can be listed, the entry is taken as it is.
 
     Raises:
-        CacheStale: stage one has not seen this registry entry, or other files, or it has cases
-            that are gone or in another split; in another project's entry also cases that it lacks.
+        CacheStale: stage one has not seen this registry entry, or other files, or the entry lacks
+            records, or has cases that are gone or in another split; in another project's entry also
+            cases that it lacks.
     """
     mine, sources = _origin(work, registry, dataset), _listed(registry, dataset)
     try:
@@ -76,12 +75,13 @@ def read_dataset(
         of_it = f"{dataset}.{'[0-9a-f]' * 16}*"
         if not compare or not sources or matching(work / "index" / "datasets", of_it):
             raise
-        found = IndexedDataset([], frozenset(), ())  # other parts of a job array have its cases
+        found = IndexedDataset([], frozenset(), ())  # new, or wrong as a whole: cases are missing
     cases = [case for case in found.cases if case.split in splits]
     if not compare:
         return cases, {}
     stranger = _stranger(found, mine)
-    wrong = _differences(found, sources, mine, splits)
+    wrong = [] if found.whole else ["records of some of its cases are missing"]
+    wrong += _differences(found, sources, mine, splits)
     if stranger:
         wrong += _not_cached(found, sources, splits)
     if wrong:
@@ -174,13 +174,8 @@ def unchecked(work: Folder, registry: Registry, teachers: Iterable[str]) -> list
 def claim_dataset(
     work: Folder, registry: Registry, dataset: str, *, log: Log | None = None
 ) -> Origin:
-    """Makes sure that stage one may write a dataset's entry; returns for whom.
-
-    Args:
-        work: the work folder.
-        registry: read with its files.
-        dataset: its name.
-        log: hears of an entry that is taken over.
+    """Makes sure that stage one may write a dataset's entry; returns for whom. `registry` is read
+    with its files, `log` hears of an entry that is taken over.
 
     Raises:
         WorkFolderError: the entry is another project's, and speaks of other files.
@@ -206,8 +201,8 @@ def claim_dataset(
     wrong = _differences(found, sources, mine, SPLITS) + _not_cached(found, sources, SPLITS)
     if not wrong:
         return known
-    path = dataset_file(work, dataset, key)
-    raise _refusal(f"dataset {dataset}", listed(wrong, _NAMED, "; "), known, path, registry)
+    entry = dataset_folder(work, dataset, key)
+    raise _refusal(f"dataset {dataset}", listed(wrong, _NAMED, "; "), known, entry, registry)
 
 
 def claim_teacher(
@@ -239,7 +234,8 @@ def claim_teacher(
         if same
         else f"its weights are {known.place[0]} there and {mine.place[0]} here, with other bytes"
     )
-    raise _refusal(f"teacher {name}", wrong, known, teacher_file(work, name, key), registry)
+    entry = teacher_file(work, name, key).with_suffix("")
+    raise _refusal(f"teacher {name}", wrong, known, entry, registry)
 
 
 def index_cases(
@@ -259,11 +255,11 @@ def index_cases(
         key = registry.dataset_key(dataset)
         origin = claim_dataset(work, registry, dataset)
         known = registry.cases(dataset)
-        left_out = {c.case for c in known if c.split not in splits}
-        try:
-            earlier = [c for c in read_dataset_index(work, dataset, key) if c.case in left_out]
-        except CacheStale:
-            earlier = []
+        earlier: list[IndexedCase] = []
+        if left_out := {c.case for c in known if c.split not in splits}:
+            with suppress(CacheStale):
+                earlier = read_dataset_index(work, dataset, key)
+        earlier = [case for case in earlier if case.case in left_out]
         cases = [*(case for case in indexed if case.dataset == dataset), *earlier]
         absent = {c.case for c in known} - {c.case for c in cases}
         write_dataset_index(work, dataset, key, cases, origin=origin, left_out=absent)
@@ -276,22 +272,10 @@ def held_out_since(registry: Registry, work: Folder, files: Sequence[CaseFiles])
     Raises:
         WorkFolderError: the index cannot be listed.
     """
-    new = {
-        dataset
-        for dataset in registry.datasets
-        for key in [registry.dataset_key(dataset)]
-        if not dataset_file(work, dataset, key).exists() and not case_records(work, dataset, key)
-    }
-    trained = set()
-    for pattern in ("datasets/[!.]*.json", "datasets/*/[!.]*.json") if new else ():
-        for path in matching(work / "index", pattern):
-            with suppress(OSError, ValueError, KeyError, TypeError):  # which others report
-                content = read_sealed(path)
-                trained |= {
-                    f"{content['dataset']}/{case['case']}"
-                    for case in content["cases"]
-                    if case["split"] == "train"
-                }
+    keys = {dataset: registry.dataset_key(dataset) for dataset in registry.datasets}
+    new = {d for d, key in keys.items() if not dataset_entries(work, d, key)}
+    known = [case for file in read_index(work)[0] for case in file.cases or ()] if new else []
+    trained = {case.name for case in known if case.split == "train"}
     held_out = [c for c in files if c.dataset in new and c.split != "train"]
     seen = [case.name for case in held_out if case.name in trained]
     if not seen:
@@ -301,31 +285,6 @@ def held_out_since(registry: Registry, work: Folder, files: Sequence[CaseFiles])
         f"before: {listed(seen)}. What was trained then has seen them: "
         "train it again, or keep the splits of then (docs/registry.md, Registries from before)."
     )
-
-
-def record_cases(
-    registry: Registry, work: Folder, indexed: Iterable[IndexedCase], failed: Iterable[CaseFiles]
-) -> None:
-    """Leaves a record of each own case; in that of one that failed now, there is no case.
-
-    Raises:
-        WorkFolderError: it cannot be written, or the entry is another project's.
-    """
-    keys = {name: registry.dataset_key(name) for name in registry.datasets}
-    origins = {name: claim_dataset(work, registry, name) for name in registry.datasets}
-    for case in indexed:
-        name = case.dataset
-        write_case_record(work, keys[name], case, origin=origins[name])
-    for source in failed:
-        name = source.dataset
-        write_failed_record(work, name, keys[name], source.case, origin=origins[name])
-
-
-def forget_dataset(registry: Registry, work: Folder, dataset: str) -> None:
-    """Stage two must not find a dataset that turned out to be wrong as a whole."""
-    key = registry.dataset_key(dataset)
-    for record in case_records(work, dataset, key):
-        remove(record)
 
 
 def entries_of_others(
@@ -350,16 +309,16 @@ def entries_of_others(
 
 
 def _refusal(
-    what: str, wrong: str, known: Origin, path: Folder, registry: Registry
+    what: str, wrong: str, known: Origin, entry: Folder, registry: Registry
 ) -> WorkFolderError:
     kind = what.split()[0]
     return WorkFolderError(
-        f"{what} of this registry is not the one that the work folder {path.parent.parent.parent} "
+        f"{what} of this registry is not the one that the work folder {entry.parents[2]} "
         f"holds by that name, for {known.registry[0]} on {known.host}: {wrong}. Nothing was "
         "changed.",
         where=registry.path,
         fix=f"Give this registry a work folder of its own (--work), or its {kind} another name. "
-        f"Only if the other project has given up its {kind}, remove {path.with_suffix('')}* first.",
+        f"Only if the other project has given up its {kind}, remove {entry}* first.",
     )
 
 

@@ -1,12 +1,11 @@
 """The index: which digests a registry entry means now. It is how stage two finds its units.
 
-Stage two has neither weights nor raw CTs to digest, so stage one writes, per registry entry, one
-small JSON under a key that the registry alone determines. It says where to look, never what is
+Stage two has neither weights nor raw CTs to digest, so stage one writes a small JSON per case and
+per teacher, under a key that the registry alone determines. It says where to look, never what is
 done: that is for receipts to say.
 
-A run over all cases of a dataset writes one file for it. Runs that share the cases between them
-write a record per case in a folder beside it, so that none overwrites what another found, without
-locks; readers take both, a record before the file, and the next run over all cases folds them in.
+Earlier versions wrote one file for all cases of a dataset. It has the fields of a record, and is
+read as one, before the records; the next run of stage one writes records in its place.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from pipeline.folder import Folder, is_local, matching, read_text, remove, unrea
 
 # Raised when entries of before must not be believed: 1 knew cases by the registry's text.
 VERSION: Final = 2
+_ATTEMPTS = 3
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
@@ -80,12 +80,14 @@ class IndexedDataset:
     Attributes:
         cases: that are in the cache.
         left_out: names of cases that failed, or are of a split that was not asked for.
-        origins: of the file and of the records, without repetition.
+        origins: of the records, without repetition.
+        whole: there are as many records as each of them says.
     """
 
     cases: list[IndexedCase]
     left_out: frozenset[str]
     origins: tuple[Origin, ...]
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ class IndexFile:
         name: of the dataset or teacher.
         key: the registry's key that it was written under.
         origin: for whom it was written.
-        cases: what it says of a dataset, or of one case in a case's record; None in a teacher's.
-        teacher: what it says of a teacher; None in a dataset's file.
+        cases: the case of a record, none if it was left out; None in a teacher's.
+        teacher: what it says of a teacher; None in a case's.
     """
 
     path: Folder
@@ -178,28 +180,20 @@ def write_dataset_index(
     origin: Origin | None = None,
     left_out: Iterable[str] = (),
 ) -> None:
-    """Records the cases of a dataset under the registry's key for it: these and no others."""
-    records = case_records(work, dataset, key)
-    content = _content(dataset, key, origin, cases, left_out)
-    write_sealed(dataset_file(work, dataset, key), content)
-    for record in records:  # not those that another run has added meanwhile
-        remove(record)
-
-
-def write_case_record(
-    work: Folder, key: str, case: IndexedCase, *, origin: Origin | None = None
-) -> None:
-    """Records one case of a dataset, whatever other runs record of other cases meanwhile."""
-    content = _content(case.dataset, key, origin, [case], [])
-    write_sealed(_record(work, case.dataset, key, case.case), content)
-
-
-def write_failed_record(
-    work: Folder, dataset: str, key: str, case: str, *, origin: Origin | None = None
-) -> None:
-    """Records that a case failed: what earlier runs recorded of it holds no longer."""
-    content = _content(dataset, key, origin, [], [case])
-    write_sealed(_record(work, dataset, key, case), content)
+    """Records the cases of a dataset under the registry's key for it, each in a file: these, those
+    that were left out as such, and no others."""
+    others = {*dataset_entries(work, dataset, key)}  # not those that another run adds meanwhile
+    whom = None if origin is None else asdict(origin)
+    found: list[tuple[str, list[Any], list[str]]]
+    found = [(case.case, [asdict(case)], []) for case in cases]
+    found += [(name, [], [name]) for name in left_out]
+    for name, known, lost in found:
+        record = dataset_folder(work, dataset, key) / f"{name}.json"
+        content = {"version": VERSION, "dataset": dataset, "key": key, "origin": whom}
+        write_sealed(record, content | {"of": len(found), "cases": known, "left_out": lost})
+        others.discard(record)
+    for path in others:
+        remove(path)
 
 
 def read_dataset_index(work: Folder, dataset: str, key: str) -> list[IndexedCase]:
@@ -208,7 +202,7 @@ def read_dataset_index(work: Folder, dataset: str, key: str) -> list[IndexedCase
 
 
 def read_indexed_dataset(work: Folder, dataset: str, key: str) -> IndexedDataset:
-    """A dataset, as its file and the records of single cases have it.
+    """A dataset, by the records of its cases, in order of their names.
 
     Raises:
         CacheStale: stage one has not seen this registry entry.
@@ -217,30 +211,34 @@ def read_indexed_dataset(work: Folder, dataset: str, key: str) -> IndexedDataset
     left_out: set[str] = set()
     origins: dict[Origin, None] = {}
     with _stale_if_unreadable("dataset", dataset, work):
-        contents = []
-        for path in case_records(work, dataset, key):
-            with suppress(FileNotFoundError):  # just folded into the file, which is read next
-                contents.append(_read(path))
-        try:
-            contents.insert(0, _read(dataset_file(work, dataset, key)))
-        except FileNotFoundError:
-            if not contents:
-                raise
+        contents = _contents(work, dataset, key)
         for content in contents:
             seen = {case.case: case for case in _cases(content)}
             left_out = (left_out - {*seen}) | {*content["left_out"]}
             cases = {name: case for name, case in (cases | seen).items() if name not in left_out}
             if (origin := _origin(content)) is not None:
                 origins[origin] = None
-    found = list(cases.values())
-    if len(contents) > 1:
-        found.sort(key=lambda case: case.case)
-    return IndexedDataset(found, frozenset(left_out), tuple(origins))
+    found = sorted(cases.values(), key=lambda case: case.case)
+    number = len(found) + len(left_out)
+    whole = all(content.get("of", number) == number for content in contents)
+    return IndexedDataset(found, frozenset(left_out), tuple(origins), whole)
 
 
-def case_records(work: Folder, dataset: str, key: str) -> list[Folder]:
-    """The records of single cases under the registry's key for a dataset."""
-    return matching(dataset_file(work, dataset, key).with_suffix(""), "[!.]*.json")
+def _contents(work: Folder, dataset: str, key: str) -> list[dict[str, Any]]:
+    for _ in range(_ATTEMPTS):
+        # One that is gone by now has given way to records that were not there yet: look again.
+        with suppress(FileNotFoundError):
+            if contents := [_read(path) for path in dataset_entries(work, dataset, key)]:
+                return contents
+    raise FileNotFoundError(dataset_folder(work, dataset, key))
+
+
+def dataset_entries(work: Folder, dataset: str, key: str) -> list[Folder]:
+    """The index files of a dataset under the registry's key for it: the one that earlier versions
+    wrote for all of its cases, if it is still there, then the records."""
+    folder = dataset_folder(work, dataset, key)
+    patterns = (f"{folder.name}.json", f"{folder.name}/[!.]*.json")
+    return [path for pattern in patterns for path in matching(folder.parent, pattern)]
 
 
 def write_teacher_index(work: Folder, key: str, teacher: IndexedTeacher) -> None:
@@ -260,35 +258,14 @@ def read_teacher_index(work: Folder, teacher: str, key: str) -> IndexedTeacher:
         return _teacher(_read(path))
 
 
-def dataset_file(work: Folder, dataset: str, key: str) -> Folder:
-    """The index file of a dataset under a registry's key for it."""
-    return work / "index" / "datasets" / f"{dataset}.{short(key)}.json"
+def dataset_folder(work: Folder, dataset: str, key: str) -> Folder:
+    """Where the records of a dataset's cases are under a registry's key for it."""
+    return work / "index" / "datasets" / f"{dataset}.{short(key)}"
 
 
 def teacher_file(work: Folder, teacher: str, key: str) -> Folder:
     """The index file of a teacher under a registry's key for it."""
     return work / "index" / "teachers" / f"{teacher}.{short(key)}.json"
-
-
-def _record(work: Folder, dataset: str, key: str, case: str) -> Folder:
-    return dataset_file(work, dataset, key).with_suffix("") / f"{case}.json"
-
-
-def _content(
-    dataset: str,
-    key: str,
-    origin: Origin | None,
-    cases: Iterable[IndexedCase],
-    left_out: Iterable[str],
-) -> dict[str, Any]:
-    return {
-        "version": VERSION,
-        "dataset": dataset,
-        "key": key,
-        "origin": None if origin is None else asdict(origin),
-        "cases": [asdict(case) for case in cases],
-        "left_out": sorted(left_out),
-    }
 
 
 def _read(path: Folder) -> dict[str, Any]:

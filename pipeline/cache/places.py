@@ -79,13 +79,8 @@ def unit_name(path: Folder) -> str:
 
 
 def find_units(work: Folder, *, dataset: str = "*", case: str = "*") -> list[Place]:
-    """All that is laid out as a unit in a work folder, cases first, in order of path.
-
-    Args:
-        work: the work folder.
-        dataset: only of this one.
-        case: only of this one.
-    """
+    """All that is laid out as a unit in a work folder, cases first, in order of path; of a dataset
+    or a case only, if one is given."""
     found = []
     for pattern in (f"{CASES}/*/*.zarr", f"{TEACHERS}/*/*/*.zarr"):
         places = (place_of(path) for path in matching(work, pattern))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numcodecs
 import numpy as np
@@ -19,6 +19,9 @@ from pydantic import Field
 from zarr.codecs import ZstdCodec
 
 from pipeline.config import Config, digest
+
+if TYPE_CHECKING:
+    from pipeline.data.entries import DatasetEntry, TeacherEntry
 
 FORMAT_VERSION: Final = 1
 # Of units with features: 1 took each cell from one window, and had no moments.
@@ -153,28 +156,25 @@ Inputs = Mapping[str, Any]
 
 
 def case_inputs(
-    *,
-    image_sha256: str,
-    label_sha256: str,
-    values: Mapping[str, Sequence[int]],
+    entry: DatasetEntry,
     ids: Mapping[str, int],
-    ignore_values: Sequence[int],
-    background_values: Sequence[int],
+    hashes: tuple[str, str],
+    *,
     spacing_mm: Sequence[float],
     storage: StorageConfig,
-    units: str = "hu",
 ) -> Inputs:
-    """Everything that determines the image and label of a case on the student grid."""
+    """Everything that determines the image and label of a case on the student grid; `hashes` are
+    the SHA-256 of their files, `spacing_mm` is that of the grid, z, y, x."""
     return {
         # Only where it is said: cases of before it could be keep their digests.
-        **({} if units == "hu" else {"units": units}),
+        **({} if entry.units == "hu" else {"units": entry.units}),
         "format_version": FORMAT_VERSION,
-        "image_sha256": image_sha256,
-        "label_sha256": label_sha256,
-        "label_values": {organ: sorted(v) for organ, v in values.items()},
-        "organ_ids": {organ: ids[organ] for organ in values},
-        "ignore_values": sorted(ignore_values),
-        "background_values": sorted(background_values),
+        "image_sha256": hashes[0],
+        "label_sha256": hashes[1],
+        "label_values": {organ: sorted(v) for organ, v in entry.annotated.items()},
+        "organ_ids": {organ: ids[organ] for organ in entry.annotated},
+        "ignore_values": sorted(entry.ignore_values),
+        "background_values": sorted(entry.background_values),
         "grid": {"spacing_mm": list(spacing_mm), "orientation": "RAS"},
         "resampling": {"image": "linear", "label": "nearest"},
         "storage": storage.model_dump(mode="json"),
@@ -182,16 +182,15 @@ def case_inputs(
 
 
 def teacher_inputs(
+    entry: TeacherEntry,
+    description: Mapping[str, Any],
     *,
     weights_sha256: str,
-    description: Mapping[str, Any],
-    organs: Mapping[str, Sequence[int]],
-    activation: str,
     spacing_mm: Sequence[float],
     storage: StorageConfig,
-    outputs: str = "logits",
 ) -> Inputs:
-    """Everything that determines a teacher's numbers, whatever the case.
+    """Everything that determines a teacher's numbers, whatever the case; `description` is what it
+    says of itself, `spacing_mm` that of the student grid.
 
     `outputs` is left out at its default, so that units of before it existed keep their digests.
     """
@@ -200,9 +199,9 @@ def teacher_inputs(
         "format_version": FORMAT_VERSION,
         "weights_sha256": weights_sha256,
         "teacher": dict(description),
-        "organs": {organ: sorted(channels) for organ, channels in organs.items()},
-        "activation": activation,
-        **({} if outputs == "logits" else {"outputs": outputs}),
+        "organs": {organ: sorted(channels) for organ, channels in entry.organs.items()},
+        "activation": entry.activation,
+        **({} if entry.outputs == "logits" else {"outputs": entry.outputs}),
         **features,
         "grid": {"spacing_mm": list(spacing_mm), "orientation": "RAS"},
         "resampling": "linear",

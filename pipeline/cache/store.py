@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,22 @@ _ATTEMPTS = 8
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
+@dataclass(frozen=True)
+class Made:
+    """How a unit came to be, for its receipt; in no digest.
+
+    Attributes:
+        seconds: what it took to compute it.
+        teacher_inputs: what the teacher's digest in its inputs is of, so that a difference can be
+            named later; empty for a case.
+        notes: what else there is to say.
+    """
+
+    seconds: float = 0.0
+    teacher_inputs: Inputs = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
 def write_unit(
     path: Folder,
     arrays: Sequence[ArraySpec],
@@ -57,9 +73,7 @@ def write_unit(
     inputs: Inputs,
     *,
     storage: StorageConfig,
-    seconds: float,
-    teacher_inputs: Inputs | None = None,
-    notes: Mapping[str, Any] | None = None,
+    made: Made = Made(),
 ) -> Receipt:
     """Writes a unit; it becomes visible whole, or not at all.
 
@@ -69,10 +83,7 @@ def write_unit(
         attributes: of the Zarr group.
         inputs: what its digest is of.
         storage: how arrays are stored.
-        seconds: what it took to compute them.
-        teacher_inputs: what the teacher's digest in `inputs` is of, so that a difference can be
-            named later.
-        notes: what else the receipt says of how the unit came to be; in no digest.
+        made: how it came to be.
 
     Returns:
         The receipt of the unit that is now at `path`: ours, or that of another writer who was
@@ -91,10 +102,10 @@ def write_unit(
                 inputs=inputs,
                 arrays={spec.name: describe(spec) for spec in arrays},
                 objects=_sync_and_hash(temporary),
-                seconds=round(seconds, 3),
+                seconds=round(made.seconds, 3),
                 written=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                teacher_inputs=teacher_inputs or {},
-                notes=notes or {},
+                teacher_inputs=made.teacher_inputs,
+                notes=made.notes,
             )
             if is_local(path):
                 _write_synced(temporary / RECEIPT, write_receipt(receipt))
@@ -349,12 +360,8 @@ def remove_objects(unit: UPath) -> None:
 
 
 def copies_without_receipt(unit: UPath, names: Iterable[str]) -> list[str]:
-    """The copies in a unit's folder that its receipt, if there is one, does not name.
-
-    Args:
-        unit: the unit.
-        names: of all objects in it.
-    """
+    """The copies in a unit's folder, by the names of all objects in it, that its receipt, if there
+    is one, does not name."""
     there = {name.split("/", 1)[0] for name in names if name.startswith("copy~") and "/" in name}
     if RECEIPT in names and len(there) < 2:
         return []

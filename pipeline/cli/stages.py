@@ -76,23 +76,29 @@ def cache_teachers(
         int | None,
         Panel.JOBS.option(help="Which one, from 0; default: this job's place in its Slurm array."),
     ] = None,
+    gate_only: Annotated[
+        bool,
+        Panel.JOBS.option(
+            "--gate-only", help="Judge the teachers, then stop: the job before all parts."
+        ),
+    ] = False,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Run every teacher over every case once; cache the outputs."""
     from pipeline.engine.choose import open_engine
     from pipeline.engine.here import Execution
-    from pipeline.engine.parts import chosen_part
+    from pipeline.engine.parts import Part, chosen_part
     from pipeline.folder import is_local
     from stages import cache_teachers as stage
     from stages.report import Scope
 
     settings = open_settings(config, stage.CacheTeachersConfig)
-    part = chosen_part(num_parts, part_id, os.environ)
+    part = chosen_part(num_parts, part_id, os.environ, gate_only=gate_only)
     if executor is not None:  # workers may stand in other folders
         registry, work = registry.absolute(), work.absolute() if is_local(work) else work
     loaded = open_registry(registry, trust=trust)
-    log = open_log(quiet, work, dry_run, writer="" if part is None else part.tag)
+    log = open_log(quiet, work, dry_run, writer=part.tag if isinstance(part, Part) else "")
     if dry_run:
         executor = workers = slurm_config = None
     with open_engine(

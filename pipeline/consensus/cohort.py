@@ -104,7 +104,7 @@ def open_cohort(
         datasets: None for all.
         splits: cases of other splits are left out.
         as_indexed: take the index as it is, whatever its files and weights are now: for stage one,
-            which has just written it, and whose other parts may not have seen what changed.
+            which has just written it.
 
     Raises:
         CacheStale: stage one has not seen the registry, or its files, as they are now.

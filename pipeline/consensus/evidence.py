@@ -23,7 +23,7 @@ from pipeline.cache.index import (
 )
 from pipeline.config import Config, digest, short
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError, CacheMissing
+from pipeline.errors import CacheMissing
 from pipeline.folder import Folder, matching
 
 # Which units the gate looks at. They are units of the cache that stage one makes anyway: it makes
@@ -328,6 +328,11 @@ class Evidence(Config):
     cases: dict[str, Circumstances]
     unread: tuple[str, ...]
 
+    @property
+    def saw_nothing(self) -> bool:
+        """Whether there were cases to look at, and none of its units could be read."""
+        return bool(self.unread) and not self.cases
+
 
 def evidence_file(work: Folder, registry: Registry, teacher: IndexedTeacher) -> Folder:
     """Where it is kept: by the teacher's digest and by what the registry says of the datasets,
@@ -342,7 +347,7 @@ def evidence_files(work: Folder) -> list[Folder]:
     return matching(work / _FOLDER, "[!.]*.json")
 
 
-def measured_of(teacher: IndexedTeacher, gate_cases: Sequence[GateCases]) -> dict[str, Any]:
+def _measured(teacher: IndexedTeacher, gate_cases: Sequence[GateCases]) -> dict[str, Any]:
     """All that the evidence depends on: whoever finds the same need not measure again."""
     return {
         "version": _VERSION,
@@ -355,17 +360,16 @@ def write_evidence(
     work: Folder,
     registry: Registry,
     teacher: IndexedTeacher,
-    measured: Mapping[str, Any],
+    gate_cases: Sequence[GateCases],
     evidence: Evidence,
 ) -> None:
-    """Records what was measured, and of what (`measured_of`).
+    """Records what was measured of a teacher, and on which cases.
 
     Raises:
         WorkFolderError: it cannot be written.
     """
-    content = {"of": dict(measured), "evidence": evidence.model_dump(mode="json")}
-    path = evidence_file(work, registry, teacher)
-    write_sealed(path, content)
+    content = {"of": _measured(teacher, gate_cases), "evidence": evidence.model_dump(mode="json")}
+    write_sealed(evidence_file(work, registry, teacher), content)
 
 
 def read_evidence(
@@ -373,15 +377,9 @@ def read_evidence(
     registry: Registry,
     teacher: IndexedTeacher,
     *,
-    measured: Mapping[str, Any] | None = None,
+    gate_cases: Sequence[GateCases] | None = None,
 ) -> Evidence:
-    """What was measured of a teacher.
-
-    Args:
-        work: the work folder.
-        registry: read with or without its files.
-        teacher: as the index has it.
-        measured: what it must have been measured of; None takes any.
+    """What was measured of a teacher; on exactly these gate cases, if any are given.
 
     Raises:
         CacheMissing: it is absent, damaged, or of something else.
@@ -389,7 +387,8 @@ def read_evidence(
     path = evidence_file(work, registry, teacher)
     try:
         content = read_sealed(path)
-        if measured is not None and digest(content["of"]) != digest(measured):
+        of = content["of"] if gate_cases is None else _measured(teacher, gate_cases)
+        if digest(content["of"]) != digest(of):
             raise ValueError("it was measured on other cases")
         return Evidence.model_validate(content["evidence"])
     except _UNREADABLE as error:
@@ -428,14 +427,3 @@ def temperatures(
             known = evidence.calibration
             found[name, organ] = None if known is None else known.temperature
     return found
-
-
-def is_current(
-    work: Folder, registry: Registry, teacher: IndexedTeacher, measured: Mapping[str, Any]
-) -> Evidence | None:
-    """The evidence on record, if it is of exactly this and nothing was missing then."""
-    try:
-        evidence = read_evidence(work, registry, teacher, measured=measured)
-    except CacheError:
-        return None
-    return None if evidence.unread else evidence

@@ -5,36 +5,27 @@ pass.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from pipeline.cache.index import IndexedCase, IndexedTeacher, case_path, unit_digest, unit_path
-from pipeline.cache.reader import Unit
-from pipeline.cache.schema import IMAGE, LABEL, log_odds_name
+from pipeline.cache.index import IndexedTeacher
 from pipeline.cache.store import write_json
 from pipeline.consensus.evidence import (
     Circumstances,
-    Counts,
     Evidence,
     GateCases,
     OrganEvidence,
-    Region,
     Score,
     by_teacher,
-    calibrate,
-    count_log_odds,
-    is_current,
-    measured_of,
-    no_counts,
+    read_evidence,
     write_evidence,
 )
-from pipeline.data.labels import IGNORE
+from pipeline.consensus.measure import measure
 from pipeline.data.registry import Registry
-from pipeline.data.volume import Grid
-from pipeline.errors import CacheError, ConfigError, TeacherError, WorkFolderError
+from pipeline.errors import CacheMissing, ConfigError, TeacherError, WorkFolderError
 from pipeline.folder import Folder
 from pipeline.log import Log, number, print_table
 
@@ -58,12 +49,8 @@ def score_rows(
 ) -> list[Row]:
     """Each teacher against the labels: one row per organ and dataset that annotates it.
 
-    Dice and sensitivity are means over the scored cases whose label is not empty.
-
-    Args:
-        registry: thresholds.
-        evidence: one per teacher.
-        accepted: teachers that the user takes as they are.
+    Dice and sensitivity are means over the scored cases whose label is not empty. `accepted` are
+    teachers that the user takes as they are.
     """
     rows = []
     for found in evidence:
@@ -117,11 +104,8 @@ def elsewhere_rows(evidence: Sequence[Evidence]) -> list[Row]:
 
 
 def refusals(rows: Sequence[Row]) -> Mapping[str, TeacherError]:
-    """Teacher -> why stage one does not go on with it; those who passed or are accepted are absent.
-
-    Args:
-        rows: of `score_rows`.
-    """
+    """Teacher -> why stage one does not go on with it, by rows of `score_rows`; those who passed or
+    are accepted are absent."""
     poor: dict[str, list[Row]] = {}
     for row in rows:
         if row["passed"] is False and not row["accepted"]:
@@ -138,11 +122,8 @@ def refusals(rows: Sequence[Row]) -> Mapping[str, TeacherError]:
 
 
 def acceptance(rows: Sequence[Row]) -> Mapping[str, Mapping[str, Any]]:
-    """Teacher -> organ -> by how little it would have failed; for the receipts.
-
-    Args:
-        rows: of `score_rows`; of several poor datasets the worst counts.
-    """
+    """Teacher -> organ -> by how little it would have failed, by rows of `score_rows`; for the
+    receipts. Of several poor datasets the worst counts."""
     found: dict[str, dict[str, Any]] = {}
     for row in sorted(rows, key=lambda r: 1.0 if r["dice"] is None else r["dice"]):
         if row["accepted"]:
@@ -300,35 +281,66 @@ def run_gate(
     """Judges every teacher by the units in the cache that the gate looks at.
 
     What is on record for the same cases is not measured again. Units that could not be made or
-    read are left out; a teacher without any is not scored, and passes.
-
-    Args:
-        registry: thresholds and organs.
-        work: the work folder.
-        teachers: as indexed now.
-        gate_cases: from `plan_gate_cases`.
-        accept: teachers to go on with all the same.
-        log: hears of what is implausible.
+    read are left out; a teacher without any is not scored, and passes. `accept` are teachers to go
+    on with all the same.
     """
     evidence: list[Evidence] = []
     problems: dict[str, Exception] = {}
     for name, own in by_teacher(gate_cases).items():
-        measured = measured_of(teachers[name], own)
-        known = is_current(work, registry, teachers[name], measured)
-        if known is None:
+        known = None
+        with suppress(CacheMissing):
+            known = read_evidence(work, registry, teachers[name], gate_cases=own)
+        if known is None or known.unread:  # what could not be read then may be there now
             known, unread = measure(work, registry, teachers[name], own)
             problems |= {f"{name} x {case}": error for case, error in unread.items()}
             try:
-                write_evidence(work, registry, teachers[name], measured, known)
+                write_evidence(work, registry, teachers[name], own, known)
             except WorkFolderError as error:
                 problems[f"evidence of teacher {name}"] = error
         evidence.append(known)
-    scores = score_rows(registry, evidence, accept)
-    result = GateResult(
-        scores, elsewhere_rows(evidence), refusals(scores), acceptance(scores), problems, evidence
-    )
+    result = _judge(registry, evidence, accept, problems)
     _report(work, result, problems, log)
     return result
+
+
+def read_gate_result(
+    registry: Registry,
+    work: Folder,
+    teachers: Mapping[str, IndexedTeacher],
+    gate_cases: Sequence[GateCases],
+    accept: Sequence[str],
+) -> GateResult:
+    """What follows from what `run_gate` has measured of these very teachers on these very cases,
+    units that were missing then or not; measures nothing. The arguments are those of `run_gate`.
+
+    Raises:
+        CacheMissing: it has not.
+    """
+    evidence = []
+    for name, own in by_teacher(gate_cases).items():
+        try:
+            evidence.append(read_evidence(work, registry, teachers[name], gate_cases=own))
+        except CacheMissing as error:
+            raise CacheMissing(
+                f"the admission gate has not judged teacher {name} on the cases that are in the "
+                "cache now, and no part of a job array judges.",
+                where=work,
+                fix="Run `pipeline cache-teachers --gate-only` with this registry and these "
+                "settings, then the parts; `pipeline submit` makes such a chain.",
+            ) from error
+    return _judge(registry, evidence, accept, {})
+
+
+def _judge(
+    registry: Registry,
+    evidence: Sequence[Evidence],
+    accept: Sequence[str],
+    problems: Mapping[str, Exception],
+) -> GateResult:
+    scores = score_rows(registry, evidence, accept)
+    return GateResult(
+        scores, elsewhere_rows(evidence), refusals(scores), acceptance(scores), problems, evidence
+    )
 
 
 def _report(work: Folder, result: GateResult, problems: dict[str, Exception], log: Log) -> None:
@@ -364,171 +376,29 @@ def print_gate_result(result: GateResult) -> None:
     """Both tables and the temperatures, for people."""
     if not result.scores:
         return
-    measured = {
-        (found.teacher, organ): seen.calibration
+    temperatures = {
+        (found.teacher, organ): None if seen.calibration is None else seen.calibration.temperature
         for found in result.evidence
         for organ, seen in found.organs.items()
     }
-    rows = []
-    for r in result.scores:
-        known = measured.get((r["teacher"], r["organ"]))
-        rows.append(
-            [
-                r["teacher"],
-                r["organ"],
-                r["dataset"] or "–",
-                f"{r['num_cases']} ({r['split']})" if r["split"] else "0",
-                number(r["dice"]),
-                number(r["sensitivity"]),
-                f"{r['threshold']:g}",
-                number(None if known is None else known.temperature, ".2f"),
-                r["flag"],
-            ]
-        )
+    rows = [
+        [
+            r["teacher"], r["organ"], r["dataset"] or "–",
+            f"{r['num_cases']} ({r['split']})" if r["split"] else "0",
+            number(r["dice"]), number(r["sensitivity"]), f"{r['threshold']:g}",
+            number(temperatures.get((r["teacher"], r["organ"])), ".2f"), r["flag"],
+        ]
+        for r in result.scores
+    ]  # fmt: skip
     columns = ["teacher", "organ", "dataset", "cases", "Dice", "sensitivity", "least Dice", "T", ""]
     print_table("Teachers against the labels, read back from the cache", columns, rows)
-    if result.elsewhere:
-        rows = [
-            [
-                r["teacher"],
-                r["organ"],
-                r["dataset"],
-                str(r["num_cases"]),
-                f"{r['median_ml']:.0f}",
-                "–" if r["label_ml"] is None else "{:.0f} to {:.0f}".format(*r["label_ml"]),
-                r["flag"],
-            ]
-            for r in result.elsewhere
+    rows = [
+        [
+            r["teacher"], r["organ"], r["dataset"], str(r["num_cases"]), f"{r['median_ml']:.0f}",
+            "–" if r["label_ml"] is None else "{:.0f} to {:.0f}".format(*r["label_ml"]), r["flag"],
         ]
+        for r in result.elsewhere
+    ]  # fmt: skip
+    if rows:
         columns = ["teacher", "organ", "dataset", "cases", "median ml", "labels, ml", ""]
         print_table("Teachers where nobody annotated their organ", columns, rows)
-
-
-# Reads units back from the cache and measures a teacher by them: scores, volumes, temperatures.
-
-_PERCENTILES = (1, 99)
-
-
-@dataclass
-class _Tally:
-    """What is collected of one organ, case by case."""
-
-    scored: list[Score] = field(default_factory=list)
-    elsewhere: list[Region] = field(default_factory=list)
-    counts: Counts = field(default_factory=no_counts)
-
-
-def measure(
-    work: Folder, registry: Registry, teacher: IndexedTeacher, gate_cases: Sequence[GateCases]
-) -> tuple[Evidence, Mapping[str, CacheError]]:
-    """Measures one teacher by the units that are in the cache, one case in memory at a time.
-
-    Args:
-        work: the work folder.
-        registry: ids of the organs.
-        teacher: as the index has it.
-        gate_cases: which cases, organ by organ.
-
-    Returns:
-        The evidence, and the units that could not be read -> why.
-    """
-    tallies = {one.organ: _Tally() for one in gate_cases}
-    cases: dict[str, Circumstances] = {}
-    unread: dict[str, CacheError] = {}
-    for case in dict.fromkeys(c for one in gate_cases for c in (*one.scored, *one.elsewhere)):
-        try:
-            cases[case.name] = _measure_case(work, registry, teacher, case, gate_cases, tallies)
-        except CacheError as error:
-            unread[case.name] = error
-    organs = {
-        one.organ: OrganEvidence(
-            split=one.split,
-            scored=tuple(tallies[one.organ].scored),
-            elsewhere=tuple(tallies[one.organ].elsewhere),
-            label_ml=_label_range(work, one),
-            calibration=calibrate(tallies[one.organ].counts),
-        )
-        for one in gate_cases
-    }
-    evidence = Evidence(
-        teacher=teacher.teacher,
-        teacher_digest=teacher.digest,
-        spacing_mm=teacher.inputs["teacher"].get("spacing_mm"),
-        organs=organs,
-        cases=cases,
-        unread=tuple(unread),
-    )
-    return evidence, unread
-
-
-def _measure_case(
-    work: Folder,
-    registry: Registry,
-    teacher: IndexedTeacher,
-    case: IndexedCase,
-    gate_cases: Sequence[GateCases],
-    tallies: Mapping[str, _Tally],
-) -> Circumstances:
-    """Adds one case to the tallies of all organs that want it; all of it is read before any is."""
-    unit = Unit.open(unit_path(work, teacher, case), expect=unit_digest(teacher, case))
-    shown = Unit.open(case_path(work, case), expect=case.digest)
-    wanted = [one for one in gate_cases if case in one.scored or case in one.elsewhere]
-    odds = {one.organ: unit.read(log_odds_name(one.organ)) for one in wanted}
-    label: npt.NDArray[np.uint8] = shown.read(LABEL)
-    circumstances = _circumstances(shown)
-    voxel_ml = Grid.from_json(shown.attributes["grid"]).voxel_ml
-    for one in wanted:
-        tally, values = tallies[one.organ], odds[one.organ]
-        region_ml = round(float(np.count_nonzero(values > 0)) * voxel_ml, 3)
-        if case in one.elsewhere:
-            tally.elsewhere.append(Region(case=case.name, region_ml=region_ml))
-            continue
-        inside, known = label == registry.organs[one.organ], label != IGNORE
-        dice, sensitivity = _overlap(values > 0, inside, known)
-        tally.scored.append(
-            Score(case=case.name, dice=dice, sensitivity=sensitivity, region_ml=region_ml)
-        )
-        if one.organ not in shown.receipt.swallowed:  # else nobody knows where it is
-            tally.counts += count_log_odds(values, inside, known)
-    return circumstances
-
-
-def _overlap(
-    region: npt.NDArray[np.bool_], inside: npt.NDArray[np.bool_], known: npt.NDArray[np.bool_]
-) -> tuple[float | None, float | None]:
-    """Dice and sensitivity over voxels that the label knows; an unseen voxel counts as a miss."""
-    region = region & known
-    num_inside = int(np.count_nonzero(inside))
-    if num_inside == 0:
-        return None, None
-    hits = int(np.count_nonzero(region & inside))
-    dice = 2 * hits / (int(np.count_nonzero(region)) + num_inside)
-    return round(dice, 6), round(hits / num_inside, 6)
-
-
-def _circumstances(case: Unit) -> Circumstances:
-    image = case.read(IMAGE)[::2, ::2, ::2]
-    low, high = np.percentile(image, _PERCENTILES)
-    grid = Grid.from_json(case.attributes["source_grid"])
-    z, y, x = (
-        0.0 if axis == grid.slice_axis else round(float(mm), 4)
-        for axis, mm in enumerate(grid.spacing_mm)
-    )
-    return Circumstances(spacing_mm=(z, y, x), hu=(round(float(low), 1), round(float(high), 1)))
-
-
-def _label_range(work: Folder, one: GateCases) -> tuple[float, float] | None:
-    """Smallest and largest organ in ml by the labels, those of volumes where there are any, as far
-    as they can be read; no array is."""
-    sizes: dict[bool, list[float]] = {False: [], True: []}  # of volumes, of slices
-    for case in one.labelled:
-        try:
-            attributes = Unit.open(case_path(work, case), expect=case.digest).attributes
-        except CacheError:
-            continue  # the case is reported where it is needed
-        voxels = attributes["organ_voxels"][one.organ]
-        if voxels:
-            grid = Grid.from_json(attributes["grid"])
-            sizes[grid.slice_axis is not None].append(voxels * grid.voxel_ml)
-    found = sizes[False] or sizes[True]
-    return (round(min(found), 3), round(max(found), 3)) if found else None

@@ -13,9 +13,7 @@ import re
 import secrets
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,9 +39,9 @@ from pipeline.engine.here import (
     Value,
     sendable,
 )
-from pipeline.engine.parts import SlurmSettings
+from pipeline.engine.parts import SlurmSettings, sbatch
 from pipeline.errors import ConfigError, EngineError, WorkerDied, listed
-from pipeline.log import SECONDS_BETWEEN_LINES, Log
+from pipeline.log import SECONDS_BETWEEN_LINES, Log, size
 
 # How often a case is tried whose workers die, and whose workers leave.
 _DEATHS, _LEAVES = 3, 10
@@ -168,17 +166,16 @@ class _Run(Generic[Item, Result]):
     ) -> None:
         self._engine, self._client, self._log = engine, engine._client, engine._log
         self._steps = steps
-        self._fresh = groupby(items, key=steps.group)
-        self._next: _Try[Item] | None = None
+        groups = groupby(items, key=steps.group)
+        self._fresh = deque(_Try(name, list(group)) for name, group in groups)
         self._again: deque[_Try[Item]] = deque()
         self._assigned: dict[str, _Assignment[Item]] = {}
         self._ended: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._quiet_since = time.monotonic()
-        self._take_next()
 
     def run(self) -> Outcomes[Item, Result]:
         try:
-            while self._assigned or self._next is not None or self._again:
+            while self._assigned or self._fresh or self._again:
                 workers = self._engine.workers()
                 yield from self._release_gone(workers)
                 self._send(workers)
@@ -188,12 +185,6 @@ class _Run(Generic[Item, Result]):
         finally:
             if self._assigned:
                 self._client.cancel([assignment.future for assignment in self._assigned.values()])
-
-    def _take_next(self) -> None:
-        self._next = None
-        for name, items in self._fresh:
-            self._next = _Try(name, list(items))
-            return
 
     def _send(self, workers: Mapping[str, Mapping[str, Any]]) -> None:
         for address, seen in workers.items():
@@ -214,10 +205,8 @@ class _Run(Generic[Item, Result]):
         """Fresh ones first, suspects later, their last try alone."""
         if any(assignment.what.is_last for assignment in self._assigned.values()):
             return None
-        if self._next is not None:
-            what = self._next
-            self._take_next()
-            return what
+        if self._fresh:
+            return self._fresh.popleft()
         if not self._again or (self._again[0].is_last and self._assigned):
             return None
         return self._again.popleft()
@@ -556,24 +545,8 @@ class _Renewal:
 
 
 def _ask_slurm(script: str) -> None:
-    """Whether Slurm would take such a job; submitted later, its refusal would only be logged.
-
-    Raises:
-        ConfigError: it would not, or there is no Slurm here.
-    """
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-        file.write(script)
-        file.flush()
-        try:
-            asked = subprocess.run(
-                ["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False
-            )
-        except OSError as error:
-            raise ConfigError(
-                f"sbatch cannot be run ({error.strerror}).",
-                where="--executor slurm",
-                fix="--executor slurm must be started where jobs can be submitted.",
-            ) from error
+    """Whether Slurm would take such a job; submitted later, its refusal would only be logged."""
+    asked = sbatch(script, "--test-only", where="--executor slurm")
     if asked.returncode:
         raise ConfigError(
             f"Slurm refuses the workers' jobs ({asked.stderr.strip()}).",
@@ -669,13 +642,13 @@ def in_words(worker: str, report: Mapping[str, Any] | None, last: Mapping[str, A
     """
     if report is None:
         memory = (last or {}).get("metrics", {}).get("memory")
-        held = "" if not memory else f" At its last heartbeat it held {_size(memory)}."
+        held = "" if not memory else f" At its last heartbeat it held {size(memory)}."
         return (
             f"worker {worker} went without a word: no nanny, or its job or node ended with it, so "
             f"nobody knows the exit code.{held}"
         )
     code, peak = report["exit_code"], report["peak_bytes"]
-    held = "" if not peak else f", having held {_size(peak)} of memory at the most"
+    held = "" if not peak else f", having held {size(peak)} of memory at the most"
     who = f"worker {worker} (host {report['host']}, pid {report['pid']})"
     if code >= 0:
         return f"{who} exited with status {code}{held}."
@@ -694,10 +667,6 @@ def _signal_name(number: int) -> str:
         return "unknown"
     hint = ", which the system also sends when memory runs out" if name == "SIGKILL" else ""
     return f"{name}{hint}"
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"
 
 
 def allowed_threads() -> int | None:

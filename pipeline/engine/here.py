@@ -80,7 +80,7 @@ class Engine(Protocol):
 
         Args:
             steps: what to do.
-            items: consumed in the calling thread, as they are needed.
+            items: consumed in the calling thread.
 
         Yields:
             An outcome per item; in this process in the order of items. Close it

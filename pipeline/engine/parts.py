@@ -1,18 +1,23 @@
-"""Parts of a whole for jobs that know nothing of each other, `sbatch --array` and the like; and
-what a job of Slurm asks for.
+"""Parts of stage one for jobs that know nothing of each other, `sbatch --array` and the like, after
+a first job that does what must be done in one place; and what a job of Slurm asks for.
 """
 
 from __future__ import annotations
 
 import heapq
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+
+# All cases onto the student grid, the units of the admission gate, the gate: an array's first job.
+Gate = Literal["gate"]
+GATE: Final[Gate] = "gate"
 
 _HOW = 'Give both --num-parts N and --part-id I, for example --part-id "$SLURM_ARRAY_TASK_ID".'
 
@@ -34,18 +39,19 @@ class Part:
         """For file names."""
         return f"part-{self.number:04d}-of-{self.of:04d}"
 
-    def others(self) -> list[Part]:
-        """All parts but this one."""
-        return [Part(number, self.of) for number in range(self.of) if number != self.number]
-
     def __str__(self) -> str:
         return f"part {self.number} of {self.of} (they count from 0)"
 
 
 def chosen_part(
-    num_parts: int | None, part_id: int | None, environment: Mapping[str, str]
-) -> Part | None:
-    """The part that the command line, or the job's place in its Slurm array, names.
+    num_parts: int | None,
+    part_id: int | None,
+    environment: Mapping[str, str],
+    *,
+    gate_only: bool = False,
+) -> Part | Gate | None:
+    """The part that the command line, or the job's place in its Slurm array, names; None, without
+    parts or with one, is all.
 
     Only an array that has as many elements as there are parts tells which part a job is: after
     `--array=1-16`, resubmitting `--array=3,7` says 3 and 7, but no longer whether 0 or 1 was first.
@@ -54,10 +60,18 @@ def chosen_part(
         num_parts: as given; None: everything is done by this job.
         part_id: as given; None: from the array.
         environment: where Slurm says it.
+        gate_only: the first job is meant.
 
     Raises:
         ConfigError: half of it is missing, or it does not fit.
     """
+    if gate_only:
+        if num_parts is not None or part_id is not None:
+            raise ConfigError(
+                "--gate-only with --num-parts or --part-id: the gate is no part of the cases.",
+                fix="Run it first, for all parts together, without these two.",
+            )
+        return GATE
     if num_parts is None:
         if part_id is not None:
             raise ConfigError("--part-id without --num-parts.", fix=_HOW)
@@ -68,7 +82,7 @@ def chosen_part(
         raise ConfigError(
             f"--part-id {part_id}: parts of {num_parts} are 0 to {num_parts - 1}.", fix=_HOW
         )
-    return Part(part_id, num_parts)
+    return Part(part_id, num_parts) if num_parts > 1 else None
 
 
 def share(costs: Mapping[str, float], num_parts: int) -> list[list[str]]:
@@ -144,3 +158,21 @@ class SlurmSettings(Config):
     prologue: tuple[Line, ...] = ()
     interface: Line | None = None
     logs: Line = "logs/slurm"
+
+
+def sbatch(script: str, *options: str, where: str) -> subprocess.CompletedProcess[str]:
+    """Gives Slurm a script, with `--test-only` to ask whether it would take it; `where` is named.
+
+    Raises:
+        ConfigError: there is no Slurm here.
+    """
+    try:
+        return subprocess.run(
+            ["sbatch", *options], input=script, capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"sbatch cannot be run ({error.strerror}).",
+            where=where,
+            fix="Start it where jobs can be submitted; `pipeline submit --print` only shows them.",
+        ) from error

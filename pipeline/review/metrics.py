@@ -25,10 +25,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.cache.cases import json_beside, prediction_file
 from pipeline.config import sha256_if_there
 from pipeline.data.volume import Array, Grid
 from pipeline.errors import GeometryError
+from pipeline.review.predictions import json_beside, prediction_file
 from pipeline.review.surfaces import Mask, diagonal_mm, surface_scores
 
 # Of the rules above: raised with them, so that scores kept in files are not mixed.

@@ -20,7 +20,7 @@ from pipeline.errors import CacheStale, ConfigError, GeometryError, PipelineErro
 from pipeline.folder import Folder
 from pipeline.log import Log, print_table
 from pipeline.review.units import Reached, registry_reach
-from pipeline.teachers.load import LoadedTeacher, open_teacher
+from pipeline.teachers.load import LoadedTeacher, Teachers
 from pipeline.teachers.units import run_teacher, unit_arrays
 
 FEATURE_TOLERANCE = 0.05
@@ -132,15 +132,9 @@ def _load(registry: Registry, unit: Reached, device: str, window_batch: int) -> 
     """The teacher, run as the index says it was."""
     assert unit.teacher is not None
     name, inputs = unit.teacher.teacher, unit.teacher.inputs
-    window = inputs["teacher"].get("window")
-    loaded = open_teacher(
-        name,
-        registry,
-        window=WindowConfig() if window is None else WindowConfig.model_validate(window),
-        storage=StorageConfig.model_validate(inputs["storage"]),
-        device=device,
-        window_batch=window_batch,
-    )
+    window = WindowConfig.model_validate(inputs["teacher"].get("window") or {})
+    storage = StorageConfig.model_validate(inputs["storage"])
+    loaded = Teachers(registry, window, storage, device, window_batch).open(name)
     if loaded.indexed.digest != unit.teacher.digest:
         lines = differing(inputs, loaded.indexed.inputs)
         raise CacheStale(

@@ -17,8 +17,7 @@ from pipeline.cache.index import (
     IndexedCase,
     IndexedTeacher,
     case_path,
-    case_records,
-    dataset_file,
+    dataset_entries,
     read_dataset_index,
     read_index,
     read_teacher_index,
@@ -144,7 +143,7 @@ def registry_reach(work: Folder, registry: Registry) -> Reach:
         key = registry.dataset_key(dataset)
         try:
             cases += [(key, case) for case in read_dataset_index(work, dataset, key)]
-            files |= {dataset_file(work, dataset, key), *case_records(work, dataset, key)}
+            files |= {*dataset_entries(work, dataset, key)}
         except CacheStale as error:
             absent[f"dataset {dataset}"] = error
     for teacher in registry.teachers:

@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError, PipelineError, RegistryError, counted
 from pipeline.folder import Folder
 from pipeline.log import print_table, size
 from pipeline.review.units import Inventory, accepted_in_words, plain, print_changes, unit_state
-from pipeline.teachers.load import open_teacher
+from pipeline.teachers.load import Teachers
 
 T = TypeVar("T")
 
@@ -68,12 +68,11 @@ def why(
     there = Inventory(work, dataset=source.dataset, case=source.case)
     others = {p.path: r.inputs for p, r in there.receipts.items() if p.teacher is None}
     reasons = [_reason(case, case_path(work, indexed), indexed.digest, inputs, others)]
+    teachers = Teachers(registry, window, storage, "cpu")
     for name in registry.teachers:
         unit = f"{name} x {case}"
         try:
-            teacher = open_teacher(
-                name, registry, window=window, storage=storage, device="cpu", window_batch=1
-            ).indexed
+            teacher = teachers.open(name).indexed
         except PipelineError as error:
             reasons.append(Reason(unit, "unknown", f"the teacher cannot be loaded: {error}"))
             continue

@@ -31,7 +31,7 @@ from pipeline.errors import CacheError, ConfigError, RegistryError, SpaceError
 from pipeline.folder import Folder, is_local, read_text, remove, replace_file, sizes, temporary_name
 from pipeline.log import Advance, Log, duration, print_table, size
 from pipeline.teachers.load import LoadedTeacher, Teachers
-from pipeline.teachers.units import cache_unit
+from pipeline.teachers.units import run_teacher, store_unit
 
 # Which units stage one has to make, by headers and receipts; no voxel and no file is hashed.
 
@@ -320,7 +320,8 @@ def _probe_case(
     for name, loaded in teachers.items():
         began = time.monotonic()
         path = unit_path(scratch, loaded.indexed, indexed)
-        cache_unit(to_grid.registry, loaded, native, indexed, path, storage=to_grid.storage)
+        outputs = run_teacher(to_grid.registry, loaded, native, where=f"{name} x {indexed.name}")
+        store_unit(loaded, outputs, indexed, path, storage=to_grid.storage)
         samples.append(_sample(name, path, case, time.monotonic() - began + reading))
         advance(f"{name} x {case.source.name}")
     return samples

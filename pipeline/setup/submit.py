@@ -19,10 +19,12 @@ import jinja2.meta
 from pydantic import Field
 
 from pipeline.cache.store import prepare_work_folder, write_json
-from pipeline.engine.parts import Line, SlurmSettings
+from pipeline.engine.parts import Line, SlurmSettings, sbatch
 from pipeline.errors import ConfigError, EngineError, WorkFolderError
 from pipeline.folder import Folder, matching, read_text, replace_file
 from pipeline.log import Log
+
+_HERE = "pipeline submit"
 
 # Scripts to Slurm: all are tried, then submitted, each to wait for the one before.
 
@@ -37,13 +39,11 @@ def in_order(stages: Sequence[str]) -> list[Stage]:
         if name not in STAGES:
             raise ConfigError(
                 f"no job can be made of {name!r}.",
-                where="pipeline submit",
+                where=_HERE,
                 fix=f"There are {', '.join(STAGES)}.",
             )
         if stages.count(name) > 1:
-            raise ConfigError(
-                f"{name} is there twice.", where="pipeline submit", fix="Name each stage once."
-            )
+            raise ConfigError(f"{name} is there twice.", where=_HERE, fix="Name each stage once.")
     return [stage for stage in STAGES if stage in stages]
 
 
@@ -52,17 +52,22 @@ def scripts(
     settings: SubmitSettings,
     target: Target,
     templates: Path | None = None,
-) -> dict[Stage, str]:
-    """Stage -> what would be submitted.
+) -> dict[str, str]:
+    """Job -> what would be submitted: a job for each stage; before an array of parts one for the
+    gate, which they go by.
 
     Raises:
         ConfigError, WorkFolderError: as `script`.
     """
-    return {stage: script(stage, settings.of(stage), target, templates) for stage in stages}
+    jobs: list[str] = []
+    for stage in stages:
+        parts = stage == "cache-teachers" and settings.of(stage).num_parts > 1
+        jobs += [GATE_JOB, stage] if parts else [stage]
+    return {job: script(job, settings.of(_stage_of(job)), target, templates) for job in jobs}
 
 
 def submit(
-    texts: Mapping[Stage, str],
+    texts: Mapping[str, str],
     settings: SubmitSettings,
     target: Target,
     *,
@@ -72,24 +77,27 @@ def submit(
     """Submits the scripts; each job waits until the one before it has ended well, the first one
     until those of `after` have. Each script is kept beside its job's record.
 
+    After the gate's job parts begin however it ended: one bad case need not stop them, and they
+    look themselves whether it has judged, and refused no teacher.
+
     Raises:
         ConfigError: Slurm refuses one of them, or there is no Slurm here; nothing was submitted.
         EngineError: Slurm refuses one only now; the message names what was submitted before.
         WorkFolderError: a folder cannot be written.
     """
-    for stage, text in texts.items():
-        tried = _sbatch(text, "--test-only")
+    for name, text in texts.items():
+        tried = sbatch(text, "--test-only", where=_HERE)
         if tried.returncode:
             raise ConfigError(
                 f"Slurm refuses it ({tried.stderr.strip()}).",
-                where=f"the job of {stage}",
+                where=f"the job of {name}",
                 fix="Change the file that --slurm-config names; `--print` shows the script.",
             )
     prepare_work_folder(target.work)
+    logs = {name: target.work / settings.of(_stage_of(name)).logs for name in texts}
     try:
-        target.jobs.mkdir(exist_ok=True)
-        for stage in texts:  # Slurm makes no folder, and a job without its log fails
-            (target.work / settings.of(stage).logs).mkdir(parents=True, exist_ok=True)
+        for folder in (target.jobs, *logs.values()):  # Slurm makes none: a job without a log fails
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WorkFolderError(
             f"cannot be written ({error.strerror}).",
@@ -97,25 +105,26 @@ def submit(
             fix="Check free space and permissions.",
         ) from error
     jobs: list[Job] = []
-    for stage, text in texts.items():
+    for name, text in texts.items():
         waits = (jobs[-1].job,) if jobs else tuple(after)
-        dependency = [f"--dependency=afterok:{':'.join(waits)}", "--kill-on-invalid-dep=yes"]
-        told = _sbatch(text, "--parsable", *(dependency if waits else ()))
+        how = "afterany" if jobs and jobs[-1].stage == GATE_JOB else "afterok"
+        dependency = [f"--dependency={how}:{':'.join(waits)}", "--kill-on-invalid-dep=yes"]
+        told = sbatch(text, "--parsable", *(dependency if waits else ()), where=_HERE)
         number = told.stdout.strip().partition(";")[0]
         if told.returncode or not number.isdecimal():
             before = ", ".join(f"{job.stage} is {job.job}" for job in jobs) or "nothing"
             raise EngineError(
                 f"Slurm refuses it ({told.stderr.strip() or told.stdout.strip()}).",
-                where=f"the job of {stage}",
+                where=f"the job of {name}",
                 fix=f"Submitted before: {before}. Submit the rest with --after.",
             )
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         elements = "_*" if "\n#SBATCH --array=" in text else ""
-        output = target.work / settings.of(stage).logs / f"{stage}-{number}{elements}.log"
-        jobs.append(Job(number, stage, now, waits, str(output)))
+        output = logs[name] / f"{name}-{number}{elements}.log"
+        jobs.append(Job(number, name, now, waits, str(output)))
         _keep(jobs[-1], text, target)
         waiting = f", after {', '.join(waits)}" if waits else ""
-        log.info(f"{stage}: job {number}{waiting}; its output: {jobs[-1].log}")
+        log.info(f"{name}: job {number}{waiting}; its output: {jobs[-1].log}")
     return jobs
 
 
@@ -131,19 +140,6 @@ def _keep(job: Job, text: str, target: Target) -> None:
         ) from error
 
 
-def _sbatch(text: str, *options: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            ["sbatch", *options], input=text, capture_output=True, text=True, check=False
-        )
-    except OSError as error:
-        raise ConfigError(
-            f"sbatch cannot be run ({error.strerror}).",
-            where="pipeline submit",
-            fix="Submit where Slurm's commands are, or use --print.",
-        ) from error
-
-
 # Jobs that were submitted for a work folder: their records, and what Slurm says of them now.
 
 UNKNOWN = "unknown"
@@ -156,7 +152,7 @@ class Job:
 
     Attributes:
         job: its number, as Slurm gave it.
-        stage: whose command it runs.
+        stage: whose command it runs, or `GATE_JOB`.
         submitted: when, UTC, ISO 8601.
         after: numbers of the jobs that it waits for.
         log: where its output goes, as Slurm writes such names.
@@ -241,6 +237,12 @@ def with_states(work: Folder) -> list[dict[str, Any]]:
 
 Stage = Literal["train-teachers", "cache-teachers", "train-student", "predict", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)  # each waits for those before it
+# The first job of cache-teachers where it is an array of several parts, with the same settings.
+GATE_JOB = "cache-teachers-gate"
+
+
+def _stage_of(job: str) -> Stage:
+    return next(stage for stage in STAGES if stage == job.removesuffix("-gate"))
 
 
 class JobSettings(SlurmSettings):
@@ -266,9 +268,7 @@ class JobSettings(SlurmSettings):
     num_restarts: int = Field(default=20, ge=0)
     signal_seconds: int = Field(default=120, ge=1, le=65535)
     arguments: tuple[Line, ...] = ()
-    stage_to: Annotated[str, Field(pattern=r'^[^\n"`\\]+$')] | None = Field(
-        default=None, description="train-student's --stage-to; the job's shell puts variables in"
-    )
+    stage_to: Annotated[str, Field(pattern=r'^[^\n"`\\]+$')] | None = None
 
 
 class SubmitSettings(JobSettings):
@@ -368,19 +368,18 @@ class Target:
         return [*words, *settings.arguments]
 
 
-def script(
-    stage: Stage, settings: JobSettings, target: Target, templates: Path | None = None
-) -> str:
-    """The text that `sbatch` gets. Templates that the folder lacks are the built-in ones.
+def script(job: str, settings: JobSettings, target: Target, templates: Path | None = None) -> str:
+    """The text that `sbatch` gets, of a stage or the gate; from built-in templates where the folder
+    has none.
 
     Raises:
         ConfigError: no teacher to train, or a template with an unknown place.
         WorkFolderError: the template cannot be read.
     """
     array = None
-    if stage == "cache-teachers":
+    if job == "cache-teachers":
         array = settings.num_parts
-    if stage == "train-teachers":
+    if job == "train-teachers":
         array = len(target.teachers)
         if not array:
             raise ConfigError(
@@ -388,15 +387,15 @@ def script(
                 where=target.registry,
                 fix="Leave train-teachers out, or name a dataset in a teacher's `trained_on`.",
             )
-    command = shlex.join(target.words(stage, settings))
+    command = shlex.join(target.words(_stage_of(job), settings))
     if settings.stage_to is not None:  # the job's shell, on the node, is to put variables in
         command += f' --stage-to "{settings.stage_to}"'
-    log = f"{stage}-{'%j' if array is None else '%A_%a'}.log"
+    log = f"{job}-{'%j' if array is None else '%A_%a'}.log"
     folder = str(target.work / settings.logs).replace("%", "%%")
     return fill(
-        _template(stage, templates),
+        _template(job, templates),
         {
-            "name": stage,
+            "name": job,
             "directives": "\n".join(directives(settings, array)),
             "log": f'"{folder}/{log}"',
             "signal_seconds": str(settings.signal_seconds),
@@ -461,7 +460,7 @@ def copy_templates(folder: Path) -> Sequence[Path]:
         ConfigError: one of them is there already.
         WorkFolderError: the folder cannot be written.
     """
-    paths = [folder / f"{stage}.sh" for stage in STAGES]
+    paths = [folder / f"{job}.sh" for job in (*STAGES, GATE_JOB)]
     if there := [path.name for path in paths if path.exists()]:
         raise ConfigError(
             f"it holds {', '.join(there)} already.", where=folder, fix="Name another folder."
@@ -477,9 +476,9 @@ def copy_templates(folder: Path) -> Sequence[Path]:
     return paths
 
 
-def _template(stage: Stage, folder: Path | None) -> str:
-    own = None if folder is None else folder / f"{stage}.sh"
-    path = own if own is not None and own.exists() else TEMPLATES / f"{stage}.sh"
+def _template(job: str, folder: Path | None) -> str:
+    own = None if folder is None else folder / f"{job}.sh"
+    path = own if own is not None and own.exists() else TEMPLATES / f"{job}.sh"
     try:
         if folder is not None and not folder.is_dir():
             raise ConfigError("no such folder of templates.", where=folder, fix="Check the path.")

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.cache.identity import unchecked
-from pipeline.cache.index import read_index
 from pipeline.cache.reader import CachedCase
 from pipeline.consensus.cohort import Cohort, Temperatures, open_cohort
 from pipeline.consensus.evidence import temperatures
@@ -259,8 +258,7 @@ def _warn_of_unknown_organs(cases: Sequence[CachedCase], log: Log) -> None:
 
 
 def _check_stage_one(work: Folder) -> None:
-    files, unreadable = read_index(work)
-    if not files and not unreadable:
+    if not matching(work / "index", "*/*"):
         raise CacheMissing(
             "there is no cache here: `pipeline cache-teachers` has not run in this work folder.",
             where=work,

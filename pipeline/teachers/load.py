@@ -36,12 +36,8 @@ def load_teacher(
     """Loads a teacher of any kind.
 
     Args:
-        name: as in the registry.
-        entry: its registry entry.
-        weights: where its weights are.
         window: for kinds that this project runs by sliding window.
         batch_size: windows per forward pass; speed and memory only.
-        device: where it runs.
 
     Raises:
         TeacherError: see the kinds' own loaders.
@@ -82,46 +78,6 @@ class LoadedTeacher:
     indexed: IndexedTeacher
 
 
-def open_teacher(
-    name: str,
-    registry: Registry,
-    *,
-    window: WindowConfig,
-    storage: StorageConfig,
-    device: str,
-    window_batch: int,
-) -> LoadedTeacher:
-    """Loads a teacher of the registry and digests all that its numbers depend on.
-
-    Raises:
-        TeacherError: see `load_teacher`.
-    """
-    entry = registry.teachers[name]
-    weights = registry.resolve(entry.weights)
-    teacher = load_teacher(
-        name,
-        entry,
-        weights,
-        window=window,
-        batch_size=window_batch,
-        device=pick_device(device),
-    )
-    stamps = stamp_weights(entry, weights)
-    inputs = teacher_inputs(
-        weights_sha256=digest_of(entry, stamps),
-        description=teacher.describe(),
-        organs=entry.organs,
-        activation=entry.activation,
-        outputs=entry.outputs,
-        spacing_mm=registry.grid.spacing_mm,
-        storage=storage,
-    )
-    indexed = IndexedTeacher(
-        name, digest(inputs), tuple(entry.organs), entry.taps, dict(inputs), stamps
-    )
-    return LoadedTeacher(teacher, indexed)
-
-
 @dataclass(frozen=True)
 class Teachers:
     """The teachers of a registry, loaded when they are first asked for.
@@ -135,7 +91,7 @@ class Teachers:
     window: WindowConfig
     storage: StorageConfig
     device: str
-    window_batch: int
+    window_batch: int = 1
     run: str = ""
 
     @cached_property
@@ -155,11 +111,22 @@ class Teachers:
         return {name: self.open(name) for name in self.registry.teachers}
 
     def open(self, name: str) -> LoadedTeacher:
-        """One of them, loaded anew. Raises as `open_teacher`."""
-        return open_teacher(
-            name, self.registry, window=self.window, storage=self.storage,
-            device=self.device, window_batch=self.window_batch,
+        """One of them, loaded anew, and the digest of all that its numbers depend on. Raises as
+        `load_teacher`."""
+        registry, entry = self.registry, self.registry.teachers[name]
+        weights = registry.resolve(entry.weights)
+        teacher = load_teacher(
+            name, entry, weights, window=self.window, batch_size=self.window_batch,
+            device=pick_device(self.device),
         )  # fmt: skip
+        stamps = stamp_weights(entry, weights)
+        inputs = teacher_inputs(
+            entry, teacher.describe(), weights_sha256=digest_of(entry, stamps),
+            spacing_mm=registry.grid.spacing_mm, storage=self.storage,
+        )  # fmt: skip
+        organs = tuple(entry.organs)
+        indexed = IndexedTeacher(name, digest(inputs), organs, entry.taps, dict(inputs), stamps)
+        return LoadedTeacher(teacher, indexed)
 
     def describe(self) -> Mapping[str, IndexedTeacher]:
         """What the index says of each: only who loads one can digest it. Raises as `loaded`."""

@@ -25,7 +25,7 @@ from pipeline.cache.schema import (
     log_odds_spec,
     unit_inputs,
 )
-from pipeline.cache.store import write_unit
+from pipeline.cache.store import Made, write_unit
 from pipeline.data.entries import CaseFiles, TeacherEntry
 from pipeline.data.nifti import read_image
 from pipeline.data.patches import Index3
@@ -174,25 +174,6 @@ class TeacherImage:
     seconds: float = 0.0
 
 
-def cache_unit(
-    registry: Registry,
-    loaded: LoadedTeacher,
-    native: Volume,
-    case: IndexedCase,
-    path: Folder,
-    *,
-    storage: StorageConfig,
-) -> int:
-    """Runs a teacher on a CT, on its own grid, and writes its outputs; returns the bytes written.
-
-    Raises:
-        TeacherError: outputs that cannot be used; nothing is written.
-    """
-    where = f"{loaded.indexed.teacher} x {case.name}"
-    outputs = compute_unit(registry, loaded, teacher_image(loaded, native, case.name), where)
-    return store_unit(loaded, outputs, case, path, storage=storage)
-
-
 def run_teacher(
     registry: Registry, loaded: LoadedTeacher, native: Volume, *, where: str
 ) -> Outputs:
@@ -222,13 +203,8 @@ def teacher_image(loaded: LoadedTeacher, native: Volume, where: str) -> TeacherI
 def compute_unit(
     registry: Registry, loaded: LoadedTeacher, seen: TeacherImage, where: str
 ) -> Outputs:
-    """The network's part of a unit: a teacher's outputs for a case, on the student grid.
-
-    Args:
-        registry: says what the teacher's channels mean, and the student grid.
-        loaded: the teacher.
-        seen: the case.
-        where: teacher and case, named in errors.
+    """The network's part of a unit: a teacher's outputs for a case, on the student grid; errors
+    name `where`.
 
     Raises:
         TeacherError: outputs that cannot be used, or out of memory.
@@ -310,17 +286,9 @@ def store_unit(
         "taps": taps,
     }
     inputs = unit_inputs(teacher_digest=loaded.indexed.digest, image_sha256=case.image_sha256)
-    receipt = write_unit(
-        path,
-        specs,
-        attributes,
-        inputs,
-        storage=storage,
-        seconds=outputs.seconds + time.monotonic() - began,
-        teacher_inputs=loaded.indexed.inputs,
-        notes=notes,
-    )
-    return receipt.num_bytes
+    seconds = outputs.seconds + time.monotonic() - began
+    made = Made(seconds, loaded.indexed.inputs, notes or {})
+    return write_unit(path, specs, attributes, inputs, storage=storage, made=made).num_bytes
 
 
 def unit_arrays(outputs: Outputs, storage: StorageConfig) -> list[ArraySpec]:

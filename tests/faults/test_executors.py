@@ -82,7 +82,7 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_case_costs_nothing_but_time(
     told = capsys.readouterr().err
     assert f"{POISON} was at work when its worker" in told
     assert f"pid {death.name.split('.')[1]}) was killed by signal 9 (SIGKILL" in told
-    assert "GB of memory at the most" in told
+    assert "B of memory at the most" in told
     assert_whole(cohort, undisturbed)
     LEDGER.add("worker killed in the middle of a case, Dask on one machine")
 

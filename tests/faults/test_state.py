@@ -27,7 +27,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from pipeline.cache.index import read_teacher_index
+from pipeline.cache.index import case_path, read_dataset_index, read_teacher_index
 from pipeline.cache.places import find_units
 from pipeline.data.registry import Registry, load_registry
 from pipeline.errors import CacheStale, ConfigError
@@ -37,6 +37,7 @@ from pipeline.review.verify import cheap_problems, deep_problems, repair, verify
 from tests.faults.ledger import LEDGER, how_many
 from tests.faults.nursery import Job, Nursery
 from tests.faults.small import (
+    DATASET,
     build_small,
     content,
     files_of,
@@ -94,7 +95,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.whole: set[Unit] = set()
         self.loud: set[Unit] = set()
         self.quiet: set[Unit] = set()
-        # Which bits the index leads to: of the cases (""), of a teacher with a threshold.
+        # What the index leads to: case units, and which bits of a teacher with a threshold.
+        self.cases: set[Unit] = set()
         self.index: dict[tuple[str, float], int] = {}
 
     @initialize(hu=st.sampled_from(THRESHOLDS), bits=st.sampled_from(BITS))
@@ -208,7 +210,7 @@ class CacheMachine(RuleBasedStateMachine):
         reached = self.reached()
         self.whole, self.loud = self.whole & reached, self.loud & reached
         self.quiet &= reached
-        self.index = {key: self.index[key] for key in self.entries()}
+        self.index = {key: self.index[key] for key in self.teachers.items()}
         assert hidden(self.work) == []
         self.compare()
         LEDGER.add("state machine: gc")
@@ -223,13 +225,17 @@ class CacheMachine(RuleBasedStateMachine):
         return [("", 0.0), *self.teachers.items()]
 
     def is_indexed(self) -> bool:
-        return all(entry in self.index for entry in self.entries())
+        return bool(self.cases) and all(entry in self.index for entry in self.teachers.items())
 
     def wanted(self) -> set[Unit]:
         return set().union(*(self.world.of[name, hu, self.bits] for name, hu in self.entries()))
 
     def reached(self) -> set[Unit]:
-        return set().union(*(self.world.of[*key, self.index[key]] for key in self.entries()))
+        names = {self.world.names[unit] for unit in self.cases}
+        units = set().union(
+            *(self.world.of[*key, self.index[key]] for key in self.teachers.items())
+        )
+        return self.cases | {u for u in units if self.world.names[u].rpartition(" x ")[2] in names}
 
     def units(self, paths: Any) -> set[Unit]:
         return {path.relative_to(self.work).as_posix() for path in paths}
@@ -244,34 +250,42 @@ class CacheMachine(RuleBasedStateMachine):
         assert exit_code == (1 if failed else 0)
         self.whole |= made
         self.loud -= made
-        self.index.update(dict.fromkeys(self.entries(), self.bits))
+        self.cases = self.world.cases(self.bits)
+        self.index.update(dict.fromkeys(self.teachers.items(), self.bits))
         assert hidden(self.work) == []
         self.compare()
         LEDGER.add("state machine: run")
 
     def look_after_kill(self) -> None:
-        """A killed run has made some of what it had to, and the index is old or new."""
+        """A killed run has made some of what it had to, and the index is old or new, case by case
+        and teacher by teacher."""
         there = self.units(place.path for place in find_units(self.work))
         made = {unit for unit in there & self.wanted() - self.whole - self.quiet
                 if self.is_whole(unit)}  # fmt: skip
         self.whole |= made
         self.loud = (self.loud - made) & there  # it may have been moved aside already
         registry = load_registry(self.registry)
-        for name, hu in self.entries():
+        indexed = self.indexed_cases(registry)
+        assert indexed <= self.cases | self.world.cases(self.bits)
+        assert {self.world.names[unit] for unit in indexed} >= {
+            self.world.names[unit] for unit in self.cases
+        }
+        self.cases = indexed
+        for name, hu in self.teachers.items():
             bits = self.indexed_bits(registry, name)
             assert bits in (self.bits, self.index.get((name, hu)))
             if bits is not None:
                 self.index[name, hu] = bits
         self.compare()
 
+    def indexed_cases(self, registry: Registry) -> set[Unit]:
+        try:
+            cases = read_dataset_index(self.work, DATASET, registry.dataset_key(DATASET))
+        except CacheStale:
+            return set()
+        return self.units(case_path(self.work, case) for case in cases)
+
     def indexed_bits(self, registry: Registry, name: str) -> int | None:
-        if not name:
-            for bits in BITS:
-                tags = {unit.rpartition("@")[2].split(".")[0] for unit in self.world.cases(bits)}
-                texts = [path.read_text() for path in (self.work / "index").glob("datasets/[!.]*")]
-                if any(all(tag in text for tag in tags) for text in texts):
-                    return bits
-            return None
         try:
             found = read_teacher_index(self.work, name, registry.teacher_key(name))
         except CacheStale:

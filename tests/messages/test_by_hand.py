@@ -68,10 +68,9 @@ def engine(executor: str | None = None, **changes: Any) -> None:
         pass
 
 
-def part(number: int | None, of: int | None, **environment: str) -> parts.Part | None:
-    return parts.chosen_part(
-        of, number, {f"SLURM_ARRAY_TASK_{k}": v for k, v in environment.items()}
-    )
+def part(number: int | None, of: int | None, gate: bool = False, **environment: str) -> object:
+    told = {f"SLURM_ARRAY_TASK_{k}": v for k, v in environment.items()}
+    return parts.chosen_part(of, number, told, gate_only=gate)
 
 
 def score(prediction: Any, reference: Any, spacing_mm: Any = (1, 1, 1)) -> object:
@@ -105,6 +104,7 @@ FLAGS: dict[str, Callable[[], object]] = {
     "--part-id without --num-parts.": lambda: part(1, None),
     "--part-id 4: parts of 4 are 0 to 3.": lambda: part(4, 4),
     "--num-parts without --part-id": lambda: part(None, 4),
+    "--gate-only with --num-parts or --part-id": lambda: part(None, 4, gate=True),
     "this Slurm array has 3 elements": lambda: part(None, 4, ID="1", COUNT="3"),
     "element 9 of this Slurm array": lambda: part(None, 4, ID="9", COUNT="4", MIN="1"),
     "this kind of folder cannot be used": lambda: parse_folder("nosuchstore://a/b"),
@@ -244,9 +244,8 @@ class TestOfThisMachine:
 
     def test_no_slurm(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "/nowhere")
-        for ask in (lambda: dask._ask_slurm("#!/bin/sh\n"), lambda: submit._sbatch("")):
-            with pytest.raises(ConfigError, match="sbatch cannot be run"):
-                ask()
+        with pytest.raises(ConfigError, match="sbatch cannot be run"):
+            dask._ask_slurm("#!/bin/sh\n")
 
     def test_slurm_that_refuses(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sbatch = tmp_path / "sbatch"

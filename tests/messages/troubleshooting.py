@@ -17,7 +17,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "Images and label maps",
         ("data/nifti", "data/resample", "data/phantom", "data/volume", "data/labels", "data/sizes",
-         "data/hounsfield", "cache/cases", "review/metrics"),
+         "data/hounsfield", "cache/cases", "review/predictions", "review/metrics"),
     ),
     (
         "Settings and the registry",

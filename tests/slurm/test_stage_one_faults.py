@@ -103,7 +103,7 @@ def test_a_job_that_comes_to_its_time_limit(
     states = slurm.wait(job, until=ENDS)
     assert set(states.values()) == {"COMPLETED"}, logs(cohort)
     assert "Restarts=0" not in slurm.call("scontrol", "show", "job", job)
-    assert run_stage(cohort).done == []  # folds the part's records into one index
+    assert run_stage(cohort).done == []
     assert_whole(cohort, undisturbed)
     LEDGER.add("stage one at its time limit")
 

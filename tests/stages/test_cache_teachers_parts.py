@@ -1,4 +1,5 @@
-"""Parts of stage one: together they do what one run does, in whatever order and however often."""
+"""Parts of stage one: after the gate they do together what one run does, in whatever order and
+however often."""
 
 from __future__ import annotations
 
@@ -8,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cache.index import case_records, read_dataset_index
+from pipeline.cache.index import read_dataset_index
 from pipeline.cache.places import find_units
 from pipeline.data.nifti import read_image, write_image
 from pipeline.data.registry import load_registry
 from pipeline.data.volume import Volume
-from pipeline.engine.parts import Part
+from pipeline.engine.parts import GATE, Part
+from pipeline.errors import CacheMissing
 from pipeline.log import Log
 from pipeline.review.gc import find_garbage
 from pipeline.review.status import status
@@ -40,12 +42,6 @@ def cohort(built: Path, tmp_path: Path) -> Path:
     return copy_cohort(built, tmp_path / "cohort")
 
 
-def units_and_evidence(registry: Path) -> dict[str, str]:
-    """All but the form of the datasets' index, which differs between parts and a whole run."""
-    found = content(work_of(registry))
-    return {name: data for name, data in found.items() if not name.startswith("index/datasets/")}
-
-
 def empty(label: Path) -> None:
     volume = read_image(label).volume
     write_image(label, Volume(np.zeros_like(volume.array, dtype=np.uint8), volume.grid))
@@ -63,111 +59,112 @@ def report_of(registry: Path, part: Part) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-def test_together_they_make_what_one_run_makes(
+def test_after_the_gate_they_make_what_one_run_makes(
     cohort: Path, whole: Path, order: tuple[int, ...]
 ) -> None:
     registry = load_registry(cohort)
-    done: list[str] = []
+    gate = run_stage(cohort, part=GATE)
+    assert (gate.failed, gate.skipped, gate.details["regions_ml"]) == ({}, [], [])
+    done = list(gate.done)
+    asked = set(done)
     for number in order:
         report = run_stage(cohort, part=Part(number, 3))
-        assert (report.failed, report.skipped) == ({}, [])
+        assert report.failed == {}
+        assert asked.issuperset(report.skipped)
         done += report.done
     assert sorted(done) == sorted(unit_names(cohort))
-    assert units_and_evidence(cohort) == units_and_evidence(whole)
-    key = registry.dataset_key(DATASET)
-    assert len(case_records(work_of(cohort), DATASET, key)) == NUM_CASES
+    assert content(work_of(cohort)) == content(work_of(whole))
     # What nobody reaches may go; these records are the registry's.
     assert find_garbage(work_of(cohort), [registry], grace_hours=0).index_files == ()
-    expected = read_dataset_index(work_of(whole), DATASET, key)
-    assert read_dataset_index(work_of(cohort), DATASET, key) == expected
     assert set(status(registry, work_of(cohort)).units.values()) == {"done"}
-    # Only the last can know the whole: it judges and makes the tables.
-    *_, last = order
-    told = {number: report_of(cohort, Part(number, 3)) for number in order}
-    assert [bool(told[number]["teachers"]) for number in order] == [False, False, True]
     one = json.loads((work_of(whole) / "reports" / "cache-teachers.json").read_text())
-    for table in ("teachers", "elsewhere", "regions_ml"):
-        assert told[last][table] == one[table]
+    for told in (gate.details, *(report_of(cohort, Part(number, 3)) for number in order)):
+        for table in ("teachers", "elsewhere"):
+            assert told[table] == one[table]
+    assert gate.details["taps"]
     assert deep_findings(cohort) == []
-    # A run over everything finds nothing to do and folds the records in.
     report = run_stage(cohort)
     assert (report.done, report.failed) == ([], {})
-    assert content(work_of(cohort)) == content(work_of(whole))
+    assert report.details["regions_ml"] == one["regions_ml"]
 
 
 def test_parts_that_overlap_and_parts_again_do_no_harm(cohort: Path, whole: Path) -> None:
-    for part in (Part(0, 2), Part(1, 3), Part(0, 2), Part(1, 2), Part(0, 3)):
+    for part in (GATE, Part(0, 2), Part(1, 3), Part(0, 2), GATE, Part(1, 2), Part(0, 3)):
         assert run_stage(cohort, part=part).exit_code == 0
     assert run_stage(cohort, part=Part(1, 2)).done == []
-    assert units_and_evidence(cohort) == units_and_evidence(whole)
+    assert content(work_of(cohort)) == content(work_of(whole))
     assert deep_findings(cohort) == []
 
 
 def test_a_part_alone_is_seen_as_what_it_is(cohort: Path) -> None:
+    judged = run_stage(cohort, part=GATE)
     report = run_stage(cohort, part=Part(0, 3))
     states = status(load_registry(cohort), work_of(cohort)).units
-    assert sorted(states.values()).count("done") == len(report.done) == NUM_CASES
+    made = len(judged.done) + len(report.done)
+    assert sorted(states.values()).count("done") == made == len(find_units(work_of(cohort)))
     assert set(states.values()) == {"done", "missing"}
-    assert len(find_units(work_of(cohort))) == NUM_CASES
 
 
-def test_a_case_that_fails_is_named_by_its_part_and_the_last_judges_without_it(
-    cohort: Path,
-) -> None:
+@pytest.mark.parametrize("before", [None, "other settings", "another case", "other weights"])
+def test_a_part_makes_no_unit_before_the_gate_has_judged(cohort: Path, before: str | None) -> None:
+    if before is not None:
+        run_stage(cohort, part=GATE, bits=6 if before == "other settings" else 5)
+    if before == "another case":
+        empty(sorted((cohort.parent / "data" / DATASET / "labels").iterdir())[0])
+    if before == "other weights":
+        (cohort.parent / "teachers" / "none.pt").write_bytes(b"others")
+    made = set(find_units(work_of(cohort)))
+    with pytest.raises(CacheMissing, match="the admission gate has not judged") as refused:
+        run_stage(cohort, part=Part(0, 3))
+    assert "`pipeline cache-teachers --gate-only`" in refused.value.fix
+    assert set(find_units(work_of(cohort))) == made
+    assert run_stage(cohort, part=GATE).exit_code == 0
+    assert run_stage(cohort, part=Part(0, 3)).exit_code == 0
+
+
+def test_a_case_that_fails_is_named_by_the_gate_and_by_its_part(cohort: Path) -> None:
     broken = cohort.parent / "data" / DATASET / "images" / "case_001.nii.gz"
-    run_stage(cohort, part=Part(0, 2))
-    run_stage(cohort, part=Part(1, 2))
     broken.write_bytes(broken.read_bytes()[:400])
-    reports = {number: run_stage(cohort, part=Part(number, 2)) for number in (0, 1)}
-    failed = [unit for report in reports.values() for unit in report.failed]
-    assert failed == [f"{DATASET}/case_001"]
-    registry = load_registry(cohort)
-    key = registry.dataset_key(DATASET)
+    assert list(run_stage(cohort, part=GATE).failed) == [f"{DATASET}/case_001"]
+    reports = [run_stage(cohort, part=Part(number, 2)) for number in (0, 1)]
+    failed = {name: error for report in reports for name, error in report.failed.items()}
+    assert list(failed) == [f"{DATASET}/case_001"]
+    assert "stage one left this case out" in str(failed[f"{DATASET}/case_001"])
+    assert sorted(report.exit_code for report in reports) == [0, 1]
+    key = load_registry(cohort).dataset_key(DATASET)
     names = [case.case for case in read_dataset_index(work_of(cohort), DATASET, key)]
     assert names == [f"case_{n:03}" for n in range(NUM_CASES) if n != 1]
-    assert report_of(cohort, Part(1, 2))["teachers"]
 
 
-def test_the_last_part_says_that_a_teacher_is_refused_and_then_all_stop(cohort: Path) -> None:
+def test_a_teacher_that_is_refused_costs_no_part_a_unit(cohort: Path) -> None:
     change_registry(cohort, lambda data: data["admission"].update(dice=0.99))
-    first, last = (run_stage(cohort, part=Part(number, 2)) for number in (0, 1))
-    assert first.failed == {}
-    assert set(last.failed) == {"teacher one", "teacher two"}
-    assert last.exit_code == 2
-    again = run_stage(cohort, part=Part(0, 2))  # now there is a verdict before anything is made
-    assert set(again.failed) == {"teacher one", "teacher two"}
+    for part in (GATE, Part(0, 2), Part(1, 2)):
+        report = run_stage(cohort, part=part)
+        assert set(report.failed) == {"teacher one", "teacher two"}
+        assert report.exit_code == 2
+        assert (report.done == []) == (part != GATE)
     accepted = [run_stage(cohort, part=Part(n, 2), accept=["one", "two"]) for n in (0, 1)]
     assert [report.exit_code for report in accepted] == [0, 0]
+    assert deep_findings(cohort) == []
 
 
-def test_a_teacher_that_is_known_to_be_refused_costs_a_part_nothing(
-    cohort: Path, built: Path
-) -> None:
-    change_registry(cohort, lambda data: data["admission"].update(dice=0.99))
-    assert run_stage(cohort).exit_code == 2
-    made = len(find_units(work_of(cohort)))
-    assert made < len(unit_names(cohort))
+def test_a_teacher_of_which_the_gate_saw_nothing_costs_no_part_a_unit(cohort: Path) -> None:
+    probabilities = {"factory": "tests.unit.teachers.made_teachers:sure", "args": {}, "taps": []}
+    change_registry(cohort, lambda data: data["teachers"]["one"].update(probabilities))
+    gate = run_stage(cohort, part=GATE)
+    assert gate.failed
+    assert all("one x" in name for name in gate.failed)
     for number in (0, 1):
-        assert run_stage(cohort, part=Part(number, 2)).exit_code == 2
-    assert len(find_units(work_of(cohort))) == made
+        report = run_stage(cohort, part=Part(number, 2))
+        assert list(report.failed) == ["teacher one"]
+        assert not any(name.startswith("one x") for name in report.done)
+        assert report.exit_code == 2
 
 
-def test_an_organ_that_is_empty_in_one_part_only_is_no_mistake(cohort: Path) -> None:
+def test_an_organ_that_is_empty_everywhere_is_told_before_any_part(cohort: Path) -> None:
     labels = sorted((cohort.parent / "data" / DATASET / "labels").iterdir())
     for label in labels[:-1]:
         empty(label)
-    for number in range(NUM_CASES):
-        assert run_stage(cohort, part=Part(number, NUM_CASES)).failed == {}
+    assert run_stage(cohort, part=GATE).failed == {}
     empty(labels[-1])
-    failed = [
-        what
-        for number in range(NUM_CASES)
-        for what in run_stage(cohort, part=Part(number, NUM_CASES)).failed
-    ]
-    assert failed == [f"dataset {DATASET}"]
-
-
-def test_parts_of_other_settings_do_not_count_as_the_others(cohort: Path) -> None:
-    run_stage(cohort, part=Part(0, 2), bits=6)
-    run_stage(cohort, part=Part(1, 2))
-    assert not report_of(cohort, Part(1, 2))["regions_ml"]
+    assert list(run_stage(cohort, part=GATE).failed) == [f"dataset {DATASET}"]

@@ -22,7 +22,6 @@ from pipeline.cache.index import read_dataset_index, read_teacher_index
 from pipeline.cli import app as cli
 from pipeline.consensus.evidence import read_evidence, write_evidence
 from pipeline.data.registry import load_registry
-from pipeline.engine.parts import Part
 from pipeline.errors import (
     CacheMissing,
     CacheStale,
@@ -426,18 +425,15 @@ class TestMissingUnits:
         assert inputs["missing_cases"] == [lost.name]
         assert lost.name not in {**inputs["cases"], **inputs["validation"]}
 
-    def test_a_job_array_of_which_one_part_has_run(
-        self, tiny_registry: Path, capsys: pytest.CaptureFixture[str]
+    def test_a_dataset_that_stage_one_has_not_come_to(
+        self, tiny_cached: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        run_cache(
-            cache_config(), load_registry(tiny_registry), work_of(tiny_registry), part=Part(0, 2),
-            log=Log(quiet=True), device="cpu", window_batch=8, tables=False,
-        )  # fmt: skip
+        shutil.rmtree(next((work_of(tiny_cached) / "index" / "datasets").glob("liver-ct.*")))
         with pytest.raises(CacheMissing, match=r"this case has not been cached") as caught:
-            run(tiny_registry)
-        named = re.findall(r"[a-z]+-ct/case_\d+", str(caught.value))
+            run(tiny_cached)
+        named = re.findall(r"liver-ct/case_\d+", str(caught.value))
         assert named
-        report = run(tiny_registry, settings(allow_missing=True))
+        report = run(tiny_cached, settings(allow_missing=True))
         assert report.done == ["student"]
         assert set(report.warnings) == {*named}
         assert "left out: " in capsys.readouterr().err
@@ -645,7 +641,7 @@ class TestCalibrated:
             calibration = organ.calibration.model_copy(update={"temperature": value})
             organs = {name: organ.model_copy(update={"calibration": calibration})}
             known = known.model_copy(update={"organs": organs})
-            write_evidence(work, loaded, teacher, {}, known)
+            write_evidence(work, loaded, teacher, [], known)
 
     def test_the_students_log_odds_are_divided(self, tiny_cached: Path) -> None:
         self.warm(tiny_cached, 2.0)

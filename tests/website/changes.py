@@ -120,6 +120,13 @@ PAGES: Mapping[str, Page] = {
                 "no job of Slurm, and " + _WINDOWS,
                 tested=_SLURM,
             ),
+            Change(
+                "srun pipeline cache-teachers -r data_registry.yaml -w work --gate-only",
+                "pipeline cache-teachers -r data_registry.yaml -w work -c cache_teachers.yaml "
+                "--gate-only",
+                "no job of Slurm, and " + _WINDOWS,
+                tested=("tests/slurm/test_stage_one.py", "--gate-only"),
+            ),
         ),
         folders.with_slurm_settings,
         written=[

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageColor
 
-from pipeline.cache.cases import json_beside, predicted_labels, prediction_file
 from pipeline.cache.reader import CachedCase
 from pipeline.consensus.cohort import compute, open_case
 from pipeline.data.labels import IGNORE, LabelSpace
@@ -33,6 +32,7 @@ from pipeline.figures import (
 from pipeline.folder import Folder
 from pipeline.review.inspect.look import View, look_at
 from pipeline.review.inspect.run import CONFLICT_COLOUR
+from pipeline.review.predictions import json_beside, predicted_labels, prediction_file
 from pipeline.review.report.scores import Student
 from pipeline.review.report.trace import Lineage, RunRecord
 from pipeline.student.predict import prediction_digest, student_identity

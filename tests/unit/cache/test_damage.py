@@ -30,7 +30,7 @@ PATCH = Patch((8, 8, 0), (6, 6, 6))
 def path(tmp_path: Path) -> Path:
     place = tmp_path / "teachers" / f"liver@{'0' * 16}" / "multi-ct" / f"case_7@{'1' * 16}.zarr"
     specs = [image_spec(IMAGE), log_odds_spec("liver", ODDS, STORAGE)]
-    write_unit(place, specs, {"case": "x"}, {"a": 1}, storage=STORAGE, seconds=0)
+    write_unit(place, specs, {"case": "x"}, {"a": 1}, storage=STORAGE)
     return place
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -12,7 +13,14 @@ from typing import Any
 import pytest
 
 from pipeline.cache.identity import read_teacher, unchecked
-from pipeline.cache.index import read_index, read_sealed, write_sealed
+from pipeline.cache.index import (
+    dataset_entries,
+    dataset_folder,
+    read_dataset_index,
+    read_index,
+    read_sealed,
+    write_sealed,
+)
 from pipeline.consensus.cohort import Cohort, open_cohort
 from pipeline.data.entries import SplitEntry
 from pipeline.data.nifti import read_image, write_image
@@ -35,7 +43,7 @@ from tests.faults.small import (
     run_stage,
     settings,
 )
-from tests.tiny import change_registry, copy_cohort, run_cache, work_of
+from tests.tiny import as_one_file, change_registry, copy_cohort, run_cache, work_of
 
 CASES = [f"case_{number:03}" for number in range(3)]
 
@@ -463,13 +471,10 @@ def test_cases_that_change_their_split_need_stage_one(
     assert all_done(a, work_of(a))
 
 
-@pytest.mark.parametrize("part", [None, Part(0, 1)])
-def test_a_case_that_stage_one_could_not_take_makes_nothing_stale(
-    a: Path, part: Part | None
-) -> None:
+def test_a_case_that_stage_one_could_not_take_makes_nothing_stale(a: Path) -> None:
     broken = files(a)[1]
     broken.write_bytes(broken.read_bytes()[:400])
-    report = run_stage(a, part=part)
+    report = run_stage(a)
     assert set(report.failed) == {f"{DATASET}/case_001"}
     split = {case.case: case.split for case in load_registry(a).cases(DATASET)}["case_001"]
     others = [name for name in SPLITS if name != split]
@@ -501,6 +506,8 @@ def test_a_case_that_came_since_is_named_and_hinders_no_other(a: Path) -> None:
 
 def as_version_1(work: Path) -> None:
     """The index as it was written before it knew of places, under other keys."""
+    for records in (work / "index" / "datasets").iterdir():
+        as_one_file(records)
     for file in read_index(work)[0]:
         old = read_sealed(file.path)
         for name in ("version", "origin", "left_out", "weights"):
@@ -535,3 +542,45 @@ def test_an_index_of_before_is_refused_and_mended_by_one_command(a: Path) -> Non
     with pytest.raises(CacheStale, match="not in the cache as the registry describes it now"):
         reads(a)
     assert units.items() <= content(work).items()
+
+
+def test_an_index_of_one_file_is_found_and_becomes_records_without_a_unit_made_again(
+    a: Path,
+) -> None:
+    work, key = work_of(a), load_registry(a).dataset_key(DATASET)
+    before, cohort = content(work), reads(a)
+    file = as_one_file(dataset_folder(work, DATASET, key))
+    assert dataset_entries(work, DATASET, key) == [file]
+    assert names(reads(a)) == names(cohort)
+    assert all_done(a, work)
+    assert find_garbage(work, [load_registry(a)], grace_hours=0).index_files == ()
+    assert run_stage(a).done == []
+    assert content(work) == before
+
+
+def test_a_record_that_is_lost_is_missed_where_no_file_tells_which_cases_there_are(
+    a: Path,
+) -> None:
+    work, key = work_of(a), load_registry(a).dataset_key(DATASET)
+    dataset_entries(work, DATASET, key)[1].unlink()
+    for here in (True, False):
+        if not here:
+            (a.parent / "data").rename(a.parent / "elsewhere")
+        with pytest.raises(CacheStale, match="records of some of its cases are missing"):
+            reads(a)
+    (a.parent / "elsewhere").rename(a.parent / "data")
+    assert run_stage(a).done == []
+    assert len(names(reads(a))) == 3
+
+
+def test_an_entry_says_for_whom_it_was_written(a: Path) -> None:
+    work = work_of(a)
+    for file in read_index(work)[0]:
+        entry = json.loads(file.path.read_text())
+        assert entry["version"] == 2
+        assert entry["origin"]["registry"] == [str(a), "../data_registry.yaml"]
+    key = load_registry(a).dataset_key(DATASET)
+    (first, *_) = read_dataset_index(work, DATASET, key)
+    assert first.image is not None
+    assert first.image.sha256 == first.image_sha256
+    assert first.image.size == files(a)[0].stat().st_size

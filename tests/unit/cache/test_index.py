@@ -3,15 +3,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.cache import index
 from pipeline.cache.index import (
     IndexedCase,
     IndexedTeacher,
     case_path,
-    case_records,
-    dataset_file,
+    dataset_entries,
+    dataset_folder,
     read_dataset_index,
     read_index,
     read_indexed_dataset,
@@ -20,12 +22,11 @@ from pipeline.cache.index import (
     teacher_folder,
     unit_digest,
     unit_path,
-    write_case_record,
     write_dataset_index,
-    write_failed_record,
     write_teacher_index,
 )
 from pipeline.errors import CacheStale
+from tests.tiny import as_one_file
 
 KEY, OTHER_KEY = "1" * 64, "2" * 64
 CASE = IndexedCase("ct", "case_1", "train", "a" * 64, "b" * 64)
@@ -33,9 +34,9 @@ TEACHER = IndexedTeacher("liver", "c" * 64, ("liver", "tumour"), ("tap",), {"win
 
 
 def test_cases_come_back_in_order(tmp_path: Path) -> None:
-    cases = [CASE, replace(CASE, case="case_0", split="test", digest="d" * 64)]
-    write_dataset_index(tmp_path, "ct", KEY, cases)
-    assert read_dataset_index(tmp_path, "ct", KEY) == cases
+    other = replace(CASE, case="case_0", split="test", digest="d" * 64)
+    write_dataset_index(tmp_path, "ct", KEY, [CASE, other])
+    assert read_dataset_index(tmp_path, "ct", KEY) == [other, CASE]
     assert CASE.name == "ct/case_1"
 
 
@@ -46,7 +47,7 @@ def test_teachers_come_back(tmp_path: Path) -> None:
 
 def test_another_registry_entry_is_another_file(tmp_path: Path) -> None:
     write_dataset_index(tmp_path, "ct", KEY, [CASE])
-    write_dataset_index(tmp_path, "ct", OTHER_KEY, [])
+    write_dataset_index(tmp_path, "ct", OTHER_KEY, [], left_out=["case_1"])
     assert read_dataset_index(tmp_path, "ct", KEY) == [CASE]
     assert read_dataset_index(tmp_path, "ct", OTHER_KEY) == []
 
@@ -99,13 +100,13 @@ def test_a_units_digest_is_of_teacher_and_image_alone() -> None:
 def test_the_whole_index(tmp_path: Path) -> None:
     assert read_index(tmp_path) == ([], {})
     write_dataset_index(tmp_path, "ct", KEY, [CASE])
-    write_dataset_index(tmp_path, "ct", OTHER_KEY, [])
+    write_dataset_index(tmp_path, "ct", OTHER_KEY, [], left_out=["case_1"])
     write_teacher_index(tmp_path, KEY, TEACHER)
     found, unreadable = read_index(tmp_path)
     assert unreadable == {}
     assert {(f.path, f.key, f.cases, f.teacher) for f in found if f.teacher is None} == {
-        (dataset_file(tmp_path, "ct", KEY), KEY, (CASE,), None),
-        (dataset_file(tmp_path, "ct", OTHER_KEY), OTHER_KEY, (), None),
+        (dataset_folder(tmp_path, "ct", KEY) / "case_1.json", KEY, (CASE,), None),
+        (dataset_folder(tmp_path, "ct", OTHER_KEY) / "case_1.json", OTHER_KEY, (), None),
     }
     (teacher,) = (f for f in found if f.teacher is not None)
     assert (teacher.path, teacher.cases) == (teacher_file(tmp_path, "liver", KEY), None)
@@ -120,44 +121,62 @@ def test_entries_that_cannot_be_read_are_told_from_the_others(tmp_path: Path) ->
     (tmp_path / "index" / "teachers" / "README").write_text("mine")
     (tmp_path / "index" / "teachers" / ".hidden.json").write_text("{")
     found, unreadable = read_index(tmp_path)
-    assert [f.path for f in found] == [dataset_file(tmp_path, "ct", KEY)]
+    assert [f.path for f in found] == dataset_entries(tmp_path, "ct", KEY)
     assert list(unreadable) == [broken]
 
 
-def test_records_of_single_cases_are_read_with_the_file_and_before_it(tmp_path: Path) -> None:
-    other, third = replace(CASE, case="case_0"), replace(CASE, case="case_2")
-    write_dataset_index(tmp_path, "ct", KEY, [CASE, other])
-    seen_anew = replace(CASE, digest="f" * 64)
-    for case in (third, seen_anew):
-        write_case_record(tmp_path, KEY, case)
-    assert read_dataset_index(tmp_path, "ct", KEY) == [other, seen_anew, third]
-    found, unreadable = read_index(tmp_path)
-    assert {case for file in found for case in file.cases or ()} == {CASE, other, seen_anew, third}
-    assert unreadable == {}
-    write_failed_record(tmp_path, "ct", KEY, "case_2")
+def test_a_run_over_all_cases_records_these_and_no_others(tmp_path: Path) -> None:
+    gone = replace(CASE, case="gone")
+    write_dataset_index(tmp_path, "ct", KEY, [replace(CASE, digest="0" * 64), gone])
+    write_dataset_index(tmp_path, "ct", KEY, [CASE], left_out=["case_2"])
     found = read_indexed_dataset(tmp_path, "ct", KEY)
-    assert (found.cases, found.left_out) == ([other, seen_anew], {"case_2"})
+    assert (found.cases, found.left_out) == ([CASE], {"case_2"})
+    names = [path.name for path in dataset_entries(tmp_path, "ct", KEY)]
+    assert names == ["case_1.json", "case_2.json"]
 
 
-def test_records_alone_are_an_index(tmp_path: Path) -> None:
-    write_case_record(tmp_path, KEY, CASE)
-    assert read_dataset_index(tmp_path, "ct", KEY) == [CASE]
-    with pytest.raises(CacheStale):
-        read_dataset_index(tmp_path, "ct", OTHER_KEY)
-
-
-def test_a_run_over_all_cases_folds_the_records_in(tmp_path: Path) -> None:
-    write_case_record(tmp_path, KEY, replace(CASE, digest="0" * 64))
-    write_case_record(tmp_path, KEY, replace(CASE, case="gone"))
+def test_the_one_file_that_earlier_versions_wrote_is_read_until_records_take_its_place(
+    tmp_path: Path,
+) -> None:
+    other, third = replace(CASE, case="case_0"), replace(CASE, case="case_2")
+    write_dataset_index(tmp_path, "ct", KEY, [CASE, other], left_out=["case_2"])
+    file = as_one_file(dataset_folder(tmp_path, "ct", KEY))
+    assert dataset_entries(tmp_path, "ct", KEY) == [file]
+    found = read_indexed_dataset(tmp_path, "ct", KEY)
+    assert (found.cases, found.left_out) == ([other, CASE], {"case_2"})
+    assert [f.cases for f in read_index(tmp_path)[0]] == [(CASE, other)]
+    # Killed while it gave way, or with records of parts of a job array beside it: these hold.
+    before, seen_anew = file.read_text(), replace(CASE, digest="f" * 64)
+    write_dataset_index(tmp_path, "ct", KEY, [seen_anew, third])
+    assert not file.exists()
+    file.write_text(before)
+    found = read_indexed_dataset(tmp_path, "ct", KEY)
+    assert (found.cases, found.left_out) == ([other, seen_anew, third], set())
     write_dataset_index(tmp_path, "ct", KEY, [CASE])
     assert read_dataset_index(tmp_path, "ct", KEY) == [CASE]
-    assert case_records(tmp_path, "ct", KEY) == []
+    assert not file.exists()
+
+
+def test_a_reader_looks_again_where_a_file_has_just_given_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset_index(tmp_path, "ct", KEY, [CASE])
+    as_one_file(dataset_folder(tmp_path, "ct", KEY))
+    real = index.dataset_entries
+
+    def just_before(*arguments: Any) -> Any:
+        listed = real(*arguments)
+        monkeypatch.undo()
+        write_dataset_index(tmp_path, "ct", KEY, [CASE])
+        return listed
+
+    monkeypatch.setattr(index, "dataset_entries", just_before)
+    assert read_dataset_index(tmp_path, "ct", KEY) == [CASE]
 
 
 def test_a_damaged_record_is_not_passed_over(tmp_path: Path) -> None:
-    write_dataset_index(tmp_path, "ct", KEY, [CASE])
-    write_case_record(tmp_path, KEY, CASE)
-    (record,) = case_records(tmp_path, "ct", KEY)
+    write_dataset_index(tmp_path, "ct", KEY, [CASE, replace(CASE, case="case_0")])
+    record = dataset_entries(tmp_path, "ct", KEY)[0]
     record.write_text(record.read_text().replace("train", "test"))
     with pytest.raises(CacheStale):
         read_dataset_index(tmp_path, "ct", KEY)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.cache.schema import StorageConfig, case_inputs, differing, teacher_inputs
+from pipeline.cache.schema import StorageConfig, differing
 from pipeline.config import digest
+from tests.tiny import case_digested, teacher_digested
 
 CASE: dict[str, Any] = {
     "image_sha256": "a",
     "label_sha256": "b",
-    "values": {"liver": (1,), "spleen": (2, 3)},
+    "annotated": {"liver": (1,), "spleen": (2, 3)},
     "ids": {"liver": 1, "spleen": 2},
     "ignore_values": (9,),
     "background_values": (8,),
@@ -28,25 +29,25 @@ TEACHER: dict[str, Any] = {
 
 
 def test_logits_are_what_they_were_before_one_could_say_so() -> None:
-    assert teacher_inputs(**TEACHER, outputs="logits") == teacher_inputs(**TEACHER)
-    assert "outputs" not in teacher_inputs(**TEACHER)
+    assert teacher_digested(**TEACHER, outputs="logits") == teacher_digested(**TEACHER)
+    assert "outputs" not in teacher_digested(**TEACHER)
 
 
 def test_features_have_a_version_and_units_without_them_know_nothing_of_it() -> None:
     for description in ({**TEACHER["description"], "taps": []}, TEACHER["description"]):
-        assert "features_version" not in teacher_inputs(**{**TEACHER, "description": description})
+        assert "features_version" not in teacher_digested(**{**TEACHER, "description": description})
     tapped = {**TEACHER["description"], "taps": {"deep": [2, 2, 2]}}
-    assert teacher_inputs(**{**TEACHER, "description": tapped})["features_version"] == 2
+    assert teacher_digested(**{**TEACHER, "description": tapped})["features_version"] == 2
 
 
 def test_organs_that_a_dataset_does_not_annotate_leave_its_cases_alone() -> None:
     more = {**CASE, "ids": {**CASE["ids"], "pancreas": 7}}
-    assert digest(case_inputs(**more)) == digest(case_inputs(**CASE))
+    assert digest(case_digested(**more)) == digest(case_digested(**CASE))
 
 
 def test_differences_are_named_with_old_and_new() -> None:
-    old = teacher_inputs(**TEACHER)
-    new = teacher_inputs(
+    old = teacher_digested(**TEACHER)
+    new = teacher_digested(
         **{**TEACHER, "activation": "sigmoid", "storage": StorageConfig(log_odds_bits=4)}
     )
     assert differing(old, new) == [

@@ -47,7 +47,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> CachedCase:
     teachers = [log_odds_spec("liver", ODDS, STORAGE), features_spec("tap", FEATURES, STORAGE)]
     for name, specs in (("case", own), ("teacher", teachers)):
         path = folder / f"{name}.zarr"
-        write_unit(path, specs, attributes, {"of": name}, storage=STORAGE, seconds=0)
+        write_unit(path, specs, attributes, {"of": name}, storage=STORAGE)
     teacher = Unit.open(folder / "teacher.zarr")
     unit = Unit.open(folder / "case.zarr")
     return CachedCase("d/c", "train", ("liver",), unit, {"t": teacher}, {"liver": ("t",)})

@@ -19,7 +19,7 @@ from pipeline.cache.receipt import (
     write_receipt,
 )
 from pipeline.cache.schema import StorageConfig, image_spec
-from pipeline.cache.store import write_unit
+from pipeline.cache.store import Made, write_unit
 from pipeline.config import digest
 from pipeline.errors import CacheCorrupt, CacheError, CacheIncomplete
 
@@ -37,8 +37,7 @@ def unit(tmp_path: Path) -> Path:
         {"case": "d/ä"},
         {"teacher_digest": "t", "spacing_mm": [3.0, 2.5]},
         storage=STORAGE,
-        seconds=1.0,
-        teacher_inputs=TEACHER,
+        made=Made(1.0, TEACHER),
     )
     return path
 
@@ -52,10 +51,10 @@ def test_what_is_written_is_read_back(unit: Path) -> None:
     verify_seal(unit, receipt)
 
 
-def noted(tmp_path: Path, **options: Any) -> Path:
+def noted(tmp_path: Path, **made: Any) -> Path:
     path = tmp_path / "noted.zarr"
     image = np.zeros((8, 8, 8), dtype=np.int16)
-    write_unit(path, [image_spec(image)], {}, {"a": 1}, storage=STORAGE, seconds=0, **options)
+    write_unit(path, [image_spec(image)], {}, {"a": 1}, storage=STORAGE, made=Made(**made))
     return path
 
 

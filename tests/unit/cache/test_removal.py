@@ -23,7 +23,7 @@ STORAGE = StorageConfig(chunk=8)
 def unit(tmp_path: Path) -> Path:
     path = tmp_path / "teachers" / "liver@0" / "ct" / "case.zarr"
     image = np.ones((8, 8, 8), dtype=np.int16)
-    write_unit(path, [image_spec(image)], {}, {"a": 1}, storage=STORAGE, seconds=0)
+    write_unit(path, [image_spec(image)], {}, {"a": 1}, storage=STORAGE)
     return path
 
 

@@ -37,7 +37,7 @@ def unit(tmp_path: Path) -> Unit:
         log_odds_spec("spleen", -ODDS, STORAGE),
         features_spec("tap", np.stack([ODDS, ODDS]), STORAGE),
     ]
-    write_unit(path, arrays, {"of": "a teacher"}, {"of": "c"}, storage=STORAGE, seconds=0)
+    write_unit(path, arrays, {"of": "a teacher"}, {"of": "c"}, storage=STORAGE)
     return Unit.open(path)
 
 
@@ -119,7 +119,7 @@ class TestCopy:
         names = unit.path.parts[len(tmp_path.parts) + 1 :]
         path = tmp_path.joinpath("other", *names)
         arrays = [log_odds_spec("liver", ODDS, StorageConfig(chunk=9))]
-        write_unit(path, arrays, {}, {"of": "c"}, storage=StorageConfig(chunk=9), seconds=0)
+        write_unit(path, arrays, {}, {"of": "c"}, storage=StorageConfig(chunk=9))
         root = tmp_path / "node"
         ours, theirs = (Copy(u, root, ARRAYS[:1]).path for u in (unit, Unit.open(path)))
         assert ours != theirs

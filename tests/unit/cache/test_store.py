@@ -17,6 +17,7 @@ from pipeline.cache.reader import Unit
 from pipeline.cache.receipt import RECEIPT, verify_unit
 from pipeline.cache.schema import StorageConfig, image_spec, log_odds_spec
 from pipeline.cache.store import (
+    Made,
     write_json,
     write_unit,
 )
@@ -40,7 +41,7 @@ def write(path: Path, *, inputs: dict[str, Any] | None = None, shift: int = 0) -
         {"case": "d/c", "grid": {"shape": [12, 10, 9]}},
         inputs or INPUTS,
         storage=STORAGE,
-        seconds=1.5,
+        made=Made(1.5),
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.engine.parts import Part, chosen_part, share
+from pipeline.engine.parts import GATE, Part, chosen_part, share
 from pipeline.errors import ConfigError
 
 
@@ -48,6 +48,7 @@ def test_large_cases_do_not_meet_in_one_part() -> None:
         (16, None, array(3, 0, 16), Part(3, 16)),
         (16, None, array(16, 1, 16), Part(15, 16)),  # --array=1-16
         (3, None, array(8, 2, 3, 3), Part(2, 3)),  # --array=2-8:3
+        (1, 0, {}, None),  # one part is all
     ],
 )
 def test_the_part_of_a_job(
@@ -75,3 +76,9 @@ def test_what_does_not_say_which_part_is_refused(
     with pytest.raises(ConfigError, match=why) as caught:
         chosen_part(num_parts, part_id, environment)
     assert "--part-id" in caught.value.fix
+
+
+def test_the_gate_is_no_part() -> None:
+    assert chosen_part(None, None, array(3, 0, 16), gate_only=True) == GATE
+    with pytest.raises(ConfigError, match="--gate-only with --num-parts"):
+        chosen_part(4, 0, {}, gate_only=True)

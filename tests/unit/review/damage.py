@@ -15,7 +15,7 @@ import zarr
 from pipeline.cache.places import find_units
 from pipeline.cache.receipt import RECEIPT, Receipt, read_receipt
 from pipeline.cache.schema import ArraySpec, StorageConfig
-from pipeline.cache.store import write_unit
+from pipeline.cache.store import Made, write_unit
 
 
 def unit_at(work: Path, name: str) -> Path:
@@ -71,6 +71,5 @@ def rewrite(
         described,
         receipt.inputs,
         storage=StorageConfig(),
-        seconds=1,
-        teacher_inputs=receipt.teacher_inputs,
+        made=Made(1, receipt.teacher_inputs),
     )

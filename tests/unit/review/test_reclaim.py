@@ -16,7 +16,6 @@ from pipeline.cache.places import find_units
 from pipeline.cache.store import write_json
 from pipeline.cli.app import app
 from pipeline.data.registry import Registry, load_registry
-from pipeline.engine.parts import Part
 from pipeline.errors import ConfigError
 from pipeline.log import Advance, Log
 from pipeline.review import gc
@@ -93,9 +92,8 @@ def test_what_another_named_registry_reaches_stays(tiny_cached: Path) -> None:
     assert {place.teacher for place in garbage_of(tiny_cached).units} == {"liver"}
 
 
-@pytest.mark.parametrize("parts", [None, 2])
 def test_what_the_entries_of_another_project_call_for_stays_until_it_is_given_up(
-    tiny_cached: Path, parts: int | None, capsys: pytest.CaptureFixture[str]
+    tiny_cached: Path,
 ) -> None:
     """Of another folder, with datasets and teachers of its own and some in common."""
     work = work_of(tiny_cached)
@@ -109,12 +107,10 @@ def test_what_the_entries_of_another_project_call_for_stays_until_it_is_given_up
         data["teachers"]["spleen"]["trained_on"] = "theirs"
 
     change_registry(other, change)
-    for part in [None] if parts is None else [Part(number, parts) for number in range(parts)]:
-        report = run_cache(
-            cache_config(), load_registry(other), work,
-            log=QUIET, device="cpu", part=part, tables=False,
-        )  # fmt: skip
-        assert not report.failed
+    report = run_cache(
+        cache_config(), load_registry(other), work, log=QUIET, device="cpu", tables=False
+    )
+    assert not report.failed
     before = snapshot(work)
     found = garbage_of(tiny_cached)
     assert (found.count, found.others) == (0, (f"{other} on {socket.gethostname()}",))

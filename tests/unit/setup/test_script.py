@@ -10,6 +10,7 @@ import pytest
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
 from pipeline.setup.submit import (
+    GATE_JOB,
     STAGES,
     TEMPLATES,
     JobSettings,
@@ -18,9 +19,11 @@ from pipeline.setup.submit import (
     copy_templates,
     fill,
     script,
+    scripts,
 )
 
 ORDINARY = JobSettings()
+ALL = (*STAGES, GATE_JOB)
 
 
 def target(folder: Path, **changes: object) -> Target:
@@ -70,9 +73,9 @@ class TestSettings:
 
 
 class TestScripts:
-    @pytest.mark.parametrize("stage", STAGES)
+    @pytest.mark.parametrize("stage", ALL)
     def test_it_is_shell_and_leaves_no_place_empty(self, stage: str, tmp_path: Path) -> None:
-        text = script(stage, ORDINARY, target(tmp_path / "it's here"))  # type: ignore[arg-type]
+        text = script(stage, ORDINARY, target(tmp_path / "it's here"))
         checked = subprocess.run(["bash", "-n"], input=text, text=True, check=False)
         assert checked.returncode == 0
         assert "{{" not in text
@@ -115,6 +118,21 @@ class TestScripts:
         assert '--num-parts 16 --part-id "$SLURM_ARRAY_TASK_ID"\n' in text
         assert "cache-teachers-%A_%a.log" in text
 
+    def test_parts_have_a_job_before_them_that_goes_as_far_as_the_gate(
+        self, tmp_path: Path
+    ) -> None:
+        there = target(tmp_path)
+        several = SubmitSettings(gres="gpu:1").with_parts(4)
+        texts = scripts(["cache-teachers", "predict"], several, there)
+        assert list(texts) == [GATE_JOB, "cache-teachers", "predict"]
+        gate = texts[GATE_JOB]
+        assert " --gate-only\ncode=$?" in gate
+        assert "--num-parts" not in gate
+        assert "--array" not in gate
+        assert "#SBATCH --gres=gpu:1\n" in gate
+        assert f"{GATE_JOB}-%j.log" in gate
+        assert list(scripts(["cache-teachers"], SubmitSettings(), there)) == ["cache-teachers"]
+
     def test_a_student_that_is_not_called_so_is_predicted_and_judged(self, tmp_path: Path) -> None:
         configs = {"predict": tmp_path / "predict.yaml"}
         named = target(tmp_path, run="a/b", splits=("test", "validation"), configs=configs)
@@ -135,7 +153,7 @@ class TestTemplates:
     def test_a_changed_one_is_used_and_the_others_are_built_in(self, tmp_path: Path) -> None:
         own = tmp_path / "own"
         copy_templates(own)
-        assert sorted(p.name for p in own.iterdir()) == sorted(f"{s}.sh" for s in STAGES)
+        assert sorted(p.name for p in own.iterdir()) == sorted(f"{s}.sh" for s in ALL)
         changed = own / "predict.sh"
         changed.write_text(changed.read_text() + "# ours: {{name}} $HOME\n")
         (own / "evaluate.sh").unlink()
@@ -174,8 +192,8 @@ class TestTemplates:
         with pytest.raises(ConfigError, match="no such folder of templates"):
             script("predict", ORDINARY, target(tmp_path), tmp_path / "none")
 
-    def test_one_for_each_stage(self) -> None:
-        assert sorted(p.stem for p in TEMPLATES.iterdir()) == sorted(STAGES)
+    def test_one_for_each_job(self) -> None:
+        assert sorted(p.stem for p in TEMPLATES.iterdir()) == sorted(ALL)
 
 
 class TestWhatAStartLeadsTo:
@@ -200,6 +218,9 @@ class TestWhatAStartLeadsTo:
             ("cache-teachers", "exit 138", 0, 138, "requeue 5_1"),
             ("cache-teachers", "exit 138", 3, 138, ""),
             ("cache-teachers", "exit 1", 0, 1, ""),
+            (GATE_JOB, "exit 138", 0, 138, "requeue 7"),
+            (GATE_JOB, "exit 138", 3, 138, ""),
+            (GATE_JOB, "exit 2", 0, 2, ""),
             ("predict", "exit 137", 0, 137, "requeue 7"),
         ],
     )
@@ -225,7 +246,7 @@ class TestWhatAStartLeadsTo:
         }.items():
             (programs / name).write_text(f"#!/bin/bash\n{text}\n")
             (programs / name).chmod(0o755)
-        text = script(stage, JobSettings(num_restarts=3), named)  # type: ignore[arg-type]
+        text = script(stage, JobSettings(num_restarts=3), named)
         ended = subprocess.run(
             ["bash"],
             input=text,

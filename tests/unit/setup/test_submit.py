@@ -56,9 +56,9 @@ def play(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def chain(folder: Path, *stages: str, after: tuple[str, ...] = ()) -> list[Job]:
+def chain(folder: Path, *stages: str, after: tuple[str, ...] = (), num_parts: int = 1) -> list[Job]:
     target = Target(folder / "data_registry.yaml", folder / "work", teachers=("liver",))
-    settings = SubmitSettings()
+    settings = SubmitSettings().with_parts(num_parts)
     texts = scripts(in_order(stages), settings, target)
     return submit(texts, settings, target, after=after, log=Log(quiet=True))
 
@@ -76,6 +76,22 @@ class TestSubmission:
             "--parsable --dependency=afterok:41 --kill-on-invalid-dep=yes",
             "--parsable --dependency=afterok:42 --kill-on-invalid-dep=yes",
         ]
+
+    def test_parts_wait_until_the_gates_job_has_ended_however_it_did(
+        self, slurm: Path, tmp_path: Path
+    ) -> None:
+        jobs = chain(tmp_path, "train-teachers", "cache-teachers", "predict", num_parts=4)
+        assert [(j.job, j.stage, j.after) for j in jobs] == [
+            ("41", "train-teachers", ()),
+            ("42", "cache-teachers-gate", ("41",)),
+            ("43", "cache-teachers", ("42",)),
+            ("44", "predict", ("43",)),
+        ]
+        said = (slurm / "options").read_text().splitlines()
+        waits = [line.split()[1] for line in said[1:]]
+        assert waits == ["--dependency=afterok:41", "--dependency=afterany:42",
+                         "--dependency=afterok:43"]  # fmt: skip
+        assert jobs[1].log == str(tmp_path / "work/logs/slurm/cache-teachers-gate-42.log")
 
     def test_records_and_scripts_are_kept_and_read_back(self, slurm: Path, tmp_path: Path) -> None:
         jobs = chain(tmp_path, "cache-teachers", "train-student")

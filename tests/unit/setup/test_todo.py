@@ -8,7 +8,7 @@ from pipeline.cache.schema import StorageConfig
 from pipeline.data.registry import load_registry
 from pipeline.data.sizes import case_sizes
 from pipeline.setup.plan import CASES, Todo, find_todo
-from pipeline.teachers.load import open_teacher
+from pipeline.teachers.load import Teachers
 from tests.tiny import cache_config, change_registry, work_of, write_teacher
 
 ALL = ("train", "validation", "test")
@@ -17,13 +17,7 @@ ALL = ("train", "validation", "test")
 def todo(registry_path: Path, storage: StorageConfig | None = None) -> Todo:
     registry = load_registry(registry_path)
     stored = storage or cache_config().storage
-    teachers = {
-        name: open_teacher(
-            name, registry, window=cache_config().window, storage=stored, device="cpu",
-            window_batch=1,
-        ).indexed
-        for name in registry.teachers
-    }  # fmt: skip
+    teachers = Teachers(registry, cache_config().window, stored, "cpu").describe()
     sizes, _ = case_sizes(registry, ALL)
     return find_todo(work_of(registry_path), registry, sizes, teachers, stored)
 

@@ -112,5 +112,5 @@ def _unit(
 ) -> Unit:
     grid = Grid.axis_aligned(shape, (3.0, 3.0, 3.0))
     whole = {"grid": grid.to_json(), **attributes}
-    write_unit(path, specs, whole, {"path": path.name}, storage=EXACT, seconds=0.0)
+    write_unit(path, specs, whole, {"path": path.name}, storage=EXACT)
     return Unit.open(path)

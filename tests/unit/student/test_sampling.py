@@ -36,7 +36,7 @@ def held(folder: Path, name: str, labelled: Centres, taught: Centres | None = No
         path = folder / what / f"{name}.zarr"
         attributes = {"grid": grid, "centres": dict(centres)}
         arrays = [image_spec(np.zeros(SHAPE, dtype=np.int16))]
-        write_unit(path, arrays, attributes, {}, storage=StorageConfig(), seconds=0.0)
+        write_unit(path, arrays, attributes, {}, storage=StorageConfig())
         units.append(Unit.open(path))
     experts = {organ: ["t"] for organ in taught}
     return CachedCase(name, "train", tuple(labelled), units[0], {"t": units[1]}, experts)

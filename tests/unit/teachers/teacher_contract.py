@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.schema import StorageConfig, teacher_inputs
+from pipeline.cache.schema import StorageConfig
 from pipeline.config import digest
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.patches import WindowConfig
@@ -31,6 +31,7 @@ from pipeline.data.weights import weights_digest
 from pipeline.errors import TeacherError
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.teacher import Teacher, organ_log_odds
+from tests.tiny import teacher_digested
 from tests.unit.teachers.made_teachers import Payload
 
 WINDOW = WindowConfig(shape=(8, 12, 16), overlap=0.25)
@@ -84,12 +85,9 @@ class TeacherContract(ABC):
     def says(self, path: Path, **changes: Any) -> str:
         """The digest of what its numbers depend on, but for the bytes of its weights."""
         teacher = self.load(path, **changes)
-        return digest(
-            teacher_inputs(
-                weights_sha256="w", description=teacher.describe(), organs={"liver": (1,)},
-                activation="softmax", spacing_mm=(3, 3, 3), storage=StorageConfig(),
-            )
-        )  # fmt: skip
+        organs = {"liver": (1,)}
+        says = teacher_digested("w", teacher.describe(), (3, 3, 3), StorageConfig(), organs=organs)
+        return digest(says)
 
     def refused(self, path: Path, match: str, **changes: Any) -> None:
         """It is not loaded, or what it says of an image is not taken."""

@@ -38,7 +38,7 @@ def made_case(
     attributes = {"grid": grid.to_json(), "centres": {}, "taps": {}, "organ_voxels": sizes}
 
     def write(path: Path, specs: Any) -> Unit:
-        write_unit(path, specs, attributes, {"path": str(path)}, storage=EXACT, seconds=0.0)
+        write_unit(path, specs, attributes, {"path": str(path)}, storage=EXACT)
         return Unit.open(path)
 
     image = np.arange(label.size).reshape(shape).astype(np.int16)
