@@ -287,6 +287,19 @@ MOST_OPEN_ROWS = 12
 
 def render(content: Content) -> str:
     """The page, whole: styles, code and pictures are in it."""
+    return filled(
+        "report.html",
+        c=content,
+        lineage=lineage_json(content.record, content.lineage),
+        training=TRAINING,
+        most_region_rows=MOST_REGION_ROWS,
+        most_open_rows=MOST_OPEN_ROWS,
+        most_flagged_rows=MOST_FLAGGED_ROWS,
+    )
+
+
+def filled(template: str, **values: Any) -> str:
+    """A page by one of the templates."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -304,14 +317,7 @@ def render(content: Content) -> str:
         "mm": partial(number, form=".1f"),
         "count": _count,
     }
-    return environment.get_template("report.html").render(
-        c=content,
-        lineage=lineage_json(content.record, content.lineage),
-        training=TRAINING,
-        most_region_rows=MOST_REGION_ROWS,
-        most_open_rows=MOST_OPEN_ROWS,
-        most_flagged_rows=MOST_FLAGGED_ROWS,
-    )
+    return environment.get_template(template).render(values)
 
 
 def _duration(seconds: float | None) -> str:

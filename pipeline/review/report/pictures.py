@@ -180,7 +180,7 @@ def side_by_side(case: CaseLayers, titles: Mapping[str, Sequence[str]]) -> tuple
                     inside = values == value
                     drawn[inside] = drawn[inside] // 2 + np.array(ImageColor.getrgb(colour)) // 2
             picture = Image.fromarray(drawn)
-            panels.append(Panel(title, _uri(picture, "jpeg", quality=85, subsampling=0)))
+            panels.append(Panel(title, data_uri(picture, "jpeg", quality=85, subsampling=0)))
     return f"{name} slice {index + 1} of {len(areas)}", panels
 
 
@@ -208,7 +208,7 @@ def _tile(volume: Array, axis: int, index: int) -> Array:
 
 def _image_uri(grey: Array, axis: int, chosen: Array, shape: tuple[int, ...]) -> str:
     tiles = [_scaled(_tile(grey, axis, i), shape[2:], Image.Resampling.BILINEAR) for i in chosen]
-    return _uri(Image.fromarray(_montage(tiles, shape)), "jpeg", quality=_JPEG_QUALITY)
+    return data_uri(Image.fromarray(_montage(tiles, shape)), "jpeg", quality=_JPEG_QUALITY)
 
 
 def _layer_uri(layer: Layer, axis: int, chosen: Array, shape: tuple[int, ...]) -> str:
@@ -224,7 +224,7 @@ def _layer_uri(layer: Layer, axis: int, chosen: Array, shape: tuple[int, ...]) -
     colours = [ImageColor.getrgb(colour)[:3] for colour in layer.colours.values()]
     sheet.putpalette([0, 0, 0, *(part for colour in colours for part in colour)])
     transparency = bytes([0] + [_ALPHA[layer.style]] * len(layer.colours))
-    return _uri(sheet, "png", optimize=True, transparency=transparency)
+    return data_uri(sheet, "png", optimize=True, transparency=transparency)
 
 
 def _scaled(tile: Array, size: Sequence[int], how: Image.Resampling) -> Array:
@@ -251,7 +251,8 @@ def _outline(tile: Array) -> Array:
     return np.where(inner, 0, tile).astype(np.uint8)
 
 
-def _uri(image: Image.Image, kind: str, **options: Any) -> str:
+def data_uri(image: Image.Image, kind: str, **options: Any) -> str:
+    """A picture as a page holds it; options are Pillow's."""
     buffer = io.BytesIO()
     image.save(buffer, format=kind.upper(), **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
@@ -344,14 +345,12 @@ class CaseSource:
         if not votes:
             notes.append(f"No regions of the teachers: {why}")
         layers += votes
-        known = np.isin(label, [space.ids[organ] for organ in annotated])
-        reference = np.where(known, label, 0).astype(np.uint8)
+        ids = [space.ids[organ] for organ in annotated]
         title = f"reference ({', '.join(annotated) or 'no organ'})"
-        layers.append(Layer("reference", title, reference, colours, "outline", True))
+        layers.append(Layer("reference", title, among(label, ids), colours, "outline", True))
         wrong = np.zeros(label.shape, dtype=np.bool_)
         if predicted is not None:
-            judged = np.isin(predicted, [space.ids[organ] for organ in annotated])
-            wrong = (np.where(judged, predicted, 0) != reference) & (label != IGNORE)
+            wrong = differing(predicted, label, ids)
         spacing_mm = case.grid.spacing_mm
         return CaseLayers(name, case.split, case.image(), spacing_mm, layers, wrong, notes)
 
@@ -440,6 +439,16 @@ class CaseSource:
             Layer("background", title, background, {1: BACKGROUND_COLOUR}, "fill", False),
             Layer("conflict", "conflict of teachers", claims, {1: CONFLICT_COLOUR}, "solid", True),
         ], ""
+
+
+def among(values: Array, ids: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """The ids that are asked for; all else is 0."""
+    return np.where(np.isin(values, ids), values, 0).astype(np.uint8)
+
+
+def differing(predicted: Array, label: Array, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """Where a label map and a label differ, in the ids that the label annotates."""
+    return np.asarray((among(predicted, ids) != among(label, ids)) & (label != IGNORE))
 
 
 def organ_colours(space: LabelSpace) -> dict[int, str]:
