@@ -32,8 +32,8 @@ from pipeline.review.report.pictures import (
     SIZE_STEPS,
     CaseLayers,
     CaseSource,
-    Panel,
     Plane,
+    Sheet,
     fitting_planes,
     organ_colours,
     side_by_side,
@@ -349,7 +349,7 @@ class Shown:
     planes: Sequence[Plane] = ()
     problem: str = ""
     slice: str = ""
-    panels: Sequence[Panel] = ()
+    panels: Sequence[Sheet] = ()
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ _ALPHA = {"fill": 115, "solid": 215, "outline": 255}
 
 @dataclass(frozen=True)
 class Sheet:
-    """One layer of one plane as a data URI."""
+    """One layer of one plane, or one slice with its layers, as a data URI."""
 
     key: str
     uri: str
@@ -146,15 +146,7 @@ def planes_of(case: CaseLayers, most_slices: int, side: int) -> list[Plane]:
     return planes
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One slice with something laid over it, as a data URI."""
-
-    title: str
-    uri: str
-
-
-def side_by_side(case: CaseLayers, titles: Mapping[str, Sequence[str]]) -> tuple[str, list[Panel]]:
+def side_by_side(case: CaseLayers, titles: Mapping[str, Sequence[str]]) -> tuple[str, list[Sheet]]:
     """One slice several times, axial where student and reference differ most, and which, in words.
 
     Args:
@@ -180,7 +172,7 @@ def side_by_side(case: CaseLayers, titles: Mapping[str, Sequence[str]]) -> tuple
                     inside = values == value
                     drawn[inside] = drawn[inside] // 2 + np.array(ImageColor.getrgb(colour)) // 2
             picture = Image.fromarray(drawn)
-            panels.append(Panel(title, data_uri(picture, "jpeg", quality=85, subsampling=0)))
+            panels.append(Sheet(title, data_uri(picture, "jpeg", quality=85, subsampling=0)))
     return f"{name} slice {index + 1} of {len(areas)}", panels
 
 
