@@ -31,8 +31,9 @@ from pipeline.log import Log, duration, number, print_table
 from pipeline.review.metrics import organ_means, overall_means
 from pipeline.student.speed import TrainingExecution
 from stages import cache_teachers, evaluate, predict, train_teachers
+from stages.compare.page import write_results
 from stages.compare.plan import ComparisonSettings, load_configurations, plan_comparison
-from stages.compare.results import Results, print_results, write_results
+from stages.compare.results import Results, print_results
 from stages.compare.run import compare
 from stages.report import Scope, StageReport
 
@@ -239,7 +240,7 @@ def _say_where(folder: Path, figure: Path, quick: bool, began: float) -> None:
         f"cache         {folder / 'work' / 'cases'}, {folder / 'work' / 'teachers'}\n"
         f"students      {folder / 'work' / 'students' / _COMPARISON} (progress.png, "
         "metrics.jsonl, student.pt)\n"
-        f"comparison    {folder / _COMPARISON} (validation.md, .png, .json, .csv)\n"
+        f"comparison    {folder / _COMPARISON} (validation.html, .png, .json, .csv)\n"
         f"predictions   {folder / 'predictions'} (summary.json beside the label maps)\n"
         f"again by hand, with three seeds:\n"
         f"pipeline compare {students} --seeds 0,1,2 --baseline {_BASELINE} \\\n"

@@ -255,8 +255,9 @@ def compare(
     """
     from pipeline.student.processes import refuse_several
     from pipeline.student.speed import SpeedFlags, TrainingExecution
+    from stages.compare.page import write_results
     from stages.compare.plan import ComparisonSettings, load_configurations, plan_comparison
-    from stages.compare.results import check_place, print_results, write_results
+    from stages.compare.results import check_place, print_results
     from stages.compare.run import compare as run
     from stages.report import Scope
 
@@ -280,7 +281,7 @@ def compare(
             typer.echo(f"{'finished' if one.finished else 'to train'}  {one.folder}")
         return
     results = run(plan, scope, execution, window_batch=window_batch)
-    written = write_results(results, output)
+    written = write_results(results, output, device=device)
     if not quiet:
         print_results(results)
     log.info(f"written: {', '.join(str(path) for path in written)}")

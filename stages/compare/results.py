@@ -1,6 +1,4 @@
-"""All that a comparison found: scores of every run and case, and what follows from them, as
-tables and a picture.
-"""
+"""All that a comparison found: scores of every run and case, what follows from them, and tables."""
 
 from __future__ import annotations
 
@@ -16,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.store import json_text
-from pipeline.errors import counted, listed
-from pipeline.figures import open_figure
-from pipeline.folder import Folder, json_with, refuse_foreign, replace_files, writing
+from pipeline.errors import listed
+from pipeline.folder import Folder, json_with, refuse_foreign
 from pipeline.log import print_table
 from pipeline.review.statistics import (
     CONFIDENCE,
@@ -232,7 +228,7 @@ class Results:
         }
 
 
-# A comparison as tables: for a terminal, as Markdown, as CSV and as JSON.
+# A comparison as tables: for a terminal, a page and as CSV.
 
 _SCORE_COLUMNS = ("case", "organ", "Dice", "NSD", "HD95_mm", "n_ref", "n_pred", "reason")
 
@@ -252,38 +248,20 @@ class Table:
         return f"**{self.title}**\n\n{body}\n"
 
 
-def write_results(results: Results, folder: Path) -> list[Path]:
-    """Writes what a comparison found: `<split>.json`, `.md`, `.png`, `_table.csv`, `_scores.csv`.
-
-    Raises:
-        WorkFolderError: the folder cannot be written.
-    """
-    page, data, picture, table, scores = _files(folder, results.split)
-    texts = {
-        data: json_text(results.to_json()),
-        page: to_markdown(results),
-        table: _csv(table_rows(results)),
-        scores: _csv(score_rows(results)),
-    }
-    with writing(folder):
-        replace_files({path: text.encode() for path, text in texts.items()})
-        draw_comparison(results, picture)
-    return [page, data, picture, table, scores]
-
-
 def check_place(folder: Path, split: str) -> None:
     """Before anything is computed: that `write_results` may write.
 
     Raises:
         ConfigError: files are there that `compare` did not write.
     """
-    files = _files(folder, split)
+    files = files_of(folder, split)
     is_ours = json_with(files[1], "comparison", "split") is not None
     refuse_foreign("compare", [(path, is_ours) for path in files])
 
 
-def _files(folder: Path, split: str) -> list[Path]:
-    ends = (".md", ".json", ".png", "_table.csv", "_scores.csv")
+def files_of(folder: Path, split: str) -> list[Path]:
+    """Page, data, picture, table and scores."""
+    ends = (".html", ".json", ".png", "_table.csv", "_scores.csv")
     return [folder / f"{split}{end}" for end in ends]
 
 
@@ -293,13 +271,6 @@ def print_results(results: Results) -> None:
         print_table(table.title, table.columns, table.rows)
     for notice in results.notices:
         print(f"note: {notice}")  # noqa: T201
-
-
-def to_markdown(results: Results) -> str:
-    """The same as a page, with every metric."""
-    notes = "".join(f"- {notice}\n" for notice in results.notices)
-    page = "\n".join(table.to_markdown() for table in all_tables(results, results.metrics))
-    return f"# {results.plan.settings.name}\n\n{page}" + (f"\n{notes}" if notes else "")
 
 
 def all_tables(results: Results, metrics: Sequence[str]) -> list[Table]:
@@ -412,7 +383,8 @@ def _escaped(cell: str) -> str:
     return cell.replace("|", "\\|").replace("\n", " ")
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """With a header; empty without rows."""
     if not rows:
         return ""
     text = io.StringIO()
@@ -420,90 +392,3 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-# A comparison as a picture: scores by organ, and differences to the baseline.
-
-_COLOURS = ("#3182bd", "#e6550d", "#31a354", "#8e44ad", "#00acc1", "#d81b60", "#7f6000", "#555555")
-_MARKERS = "osD^vP*X"
-
-
-def draw_comparison(results: Results, path: Path) -> None:
-    """Left, per organ and configuration, the mean (bar) and every seed (dot). Right, the paired
-    difference to the baseline, with its interval where there is one. Dice alone.
-
-    Args:
-        results: of a comparison.
-        path: PNG.
-    """
-    width = 1.5 + max(4.0, 0.55 * len(results.rows) * (1 + len(results.configs) / 3))
-    halves = 2 if results.others else 1
-    with open_figure(path, 1, halves, size=(width * halves, 4.6)) as (figure, axes):
-        _draw_scores(axes[0, 0], results)
-        if results.others:
-            _draw_differences(axes[0, 1], results)
-        seeds = len(results.plan.settings.seeds)
-        figure.suptitle(
-            f"{results.plan.settings.name}: {len(results.plan.cases)} {results.split} cases, "
-            f"{counted(seeds, 'seed')}",
-            fontsize=11,
-        )
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncol=min(4, len(labels)),
-            frameon=False, fontsize=9,
-        )  # fmt: skip
-
-
-def _draw_scores(ax: Any, results: Results) -> None:
-    bar = 0.8 / len(results.configs)
-    for number, config in enumerate(results.configs):
-        found = results.estimates(config, "Dice")
-        at = np.arange(len(results.rows)) + (number - (len(results.configs) - 1) / 2) * bar
-        label = f"{config} (baseline)" if config == results.plan.baseline else config
-        heights = [e.mean or 0.0 for e in found.values()]
-        ax.bar(at, heights, bar * 0.9, color=_colour(number), alpha=0.45, label=label)
-        for x, e in zip(at, found.values(), strict=True):
-            values = [value for value in e.per_seed if value is not None]
-            ax.plot(
-                [x] * len(values), values, linestyle="", marker=_MARKERS[number % len(_MARKERS)],
-                markersize=4, color=_colour(number),
-            )  # fmt: skip
-    ax.set(ylabel="Dice", ylim=(0, 1), title="Mean over seeds (bar)\nand each seed (marker)")
-    _finish(ax, results)
-
-
-def _draw_differences(ax: Any, results: Results) -> None:
-    step = 0.7 / len(results.others)
-    said = "too few seeds or cases for an interval"
-    for index, config in enumerate(results.others):
-        colour = _colour(number := results.configs.index(config))
-        for place, d in enumerate(results.differences(config, "Dice").values()):
-            if d.mean is None:
-                continue
-            x = place + (index - (len(results.others) - 1) / 2) * step
-            if d.low is not None:
-                said = f"{CONFIDENCE:.0%} interval"
-                ax.plot([x, x], [d.low, d.high], color=colour, linewidth=1.6)
-            ax.plot(
-                x, d.mean, marker=_MARKERS[number % len(_MARKERS)], markersize=6,
-                color=colour, markerfacecolor="w" if d.low is None else colour,
-            )  # fmt: skip
-    ax.axhline(0, color="0.3", linewidth=0.9)
-    _finish(ax, results)
-    ax.set_xlim(-0.6, len(results.rows) - 0.4)
-    reach = 1.1 * max(*map(abs, ax.get_ylim()), 0.02)
-    ax.set_ylim(-reach, reach)
-    ax.set(ylabel="difference in Dice", title=f"Difference to {results.plan.baseline}\n({said})")
-
-
-def _finish(ax: Any, results: Results) -> None:
-    """Organs below, a line before their mean, a grid behind."""
-    ax.set_xticks(np.arange(len(results.rows)), results.rows)
-    ax.axvline(len(results.rows) - 1.5, color="0.7", linewidth=0.8)
-    ax.grid(axis="y", alpha=0.3)
-    ax.set_axisbelow(True)
-
-
-def _colour(number: int) -> str:
-    return _COLOURS[number % len(_COLOURS)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import nibabel as nib
@@ -65,6 +67,29 @@ def test_it_is_one_of_the_files_of_its_case(student: Path, tmp_path: Path) -> No
     again = seg(student, images, dicom_seg=False)
     assert again.details["replaced"] == {"p1": "of another student, whose DICOM SEG is removed"}
     assert not (out / "p1.seg.dcm").exists()
+
+
+@pytest.mark.skipif(not shutil.which("segimage2itkimage"), reason="dcmqi is absent: pip install it")
+@pytest.mark.usefixtures("threshold")
+def test_dcmqi_reads_voxels_names_and_colours_as_they_were_written(
+    student: Path, tmp_path: Path
+) -> None:
+    """What 3D Slicer reads a DICOM SEG with; it shares no code with highdicom and pydicom."""
+    write_student(student, spacing_mm=(2.5, 0.8, 0.7))
+    images, out = write_series(tmp_path / "in" / "p1", voxels()), tmp_path / "out"
+    assert seg(student, images).done == ["p1"]
+    command = ["segimage2itkimage", "--inputDICOM", out / "p1.seg.dcm", "--outputType", "nifti"]
+    subprocess.run([*command, "--outputDirectory", tmp_path], check=True, capture_output=True)
+    ours, theirs = nib.load(out / "p1.nii.gz"), nib.load(tmp_path / "1.nii.gz")
+    assert np.allclose(
+        nib.as_closest_canonical(theirs).affine, nib.as_closest_canonical(ours).affine
+    )
+    liver = np.asarray(nib.as_closest_canonical(ours).dataobj) == ORGANS["liver"]
+    assert np.array_equal(np.asarray(nib.as_closest_canonical(theirs).dataobj) > 0, liver)
+    ((described,),) = json.loads((tmp_path / "meta.json").read_text())["segmentAttributes"]
+    assert described["SegmentLabel"] == "liver"
+    assert described["SegmentedPropertyTypeCodeSequence"]["CodeMeaning"] == "Liver"
+    assert np.allclose(described["recommendedDisplayRGBValue"], colour_of(ORGANS["liver"]), atol=2)
 
 
 @pytest.mark.usefixtures("threshold")

@@ -21,6 +21,7 @@ from pipeline.figures import (
     slicer_text,
 )
 from pipeline.review.report.pictures import organ_colours as on_the_page
+from website.viewer import niivue_names, read_itksnap
 
 
 def test_colours_of_all_ids_differ_and_neighbours_differ_much() -> None:
@@ -78,6 +79,19 @@ def test_names_that_the_formats_cannot_hold_stay_readable() -> None:
     assert slicer_text(names, "t.ctbl").splitlines()[3].split()[1] == 'the_"left"_kidney'
     labels = ET.fromstring(caret_xml(names)).iter("Label")
     assert [label.text for label in labels] == ['the "left" kidney', "a]] >b <&>"]
+
+
+def test_the_label_file_is_what_itksnap_documents(tmp_path: Path) -> None:
+    path = tmp_path / "labels.itksnap.txt"
+    path.write_text(itksnap_text({1: "liver", 7: "left kidney", 254: "12th rib"}))
+    found = read_itksnap(path)
+    assert found[0] == ((0, 0, 0), "Clear Label")
+    assert found[7] == (colour_of(7), "left kidney")
+    assert niivue_names(path)["labels"] == ["", "liver", "left kidney", "12th rib"]
+    for wrong in ('1 256 0 0 1 1 1 "a"', "1 0 0 0 1 1 1 a", '1 0 0 0 2 1 1 "a"'):
+        path.write_text(f"# IDX\n{wrong}\n")
+        with pytest.raises(ValueError, match="line 2 is no label description"):
+            read_itksnap(path)
 
 
 def test_names_are_read_back_and_written_again_the_same() -> None:

@@ -23,7 +23,7 @@ DOCS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
 PAGE = {page.name: page for page in DOCS}
 # What the pages say that is written.
 DEMO = ("data_registry.yaml", "phantom/*/images/*.nii.gz", "teachers/*.pt", "work",
-        "predictions/*/summary.json", "kinds/validation.md", "overlay.png")  # fmt: skip
+        "predictions/*/summary.json", "kinds/validation.html", "overlay.png")  # fmt: skip
 CACHE = ("cases/*/*@*.zarr", "teachers/*@*/*/*@*.zarr", "index/*", "reports/cache-teachers.json",
          "reports/admission.json", "events.jsonl")  # fmt: skip
 RUN = ("config.json", "checkpoints/*", "best.pt", "metrics.jsonl", "progress.png", "student.pt",
@@ -76,7 +76,7 @@ def test_quickstart(quickstart: Reader) -> None:
         reader.type_next()
         assert_there(run, *RUN)
         assert "difference to marginal" in reader.type_next()
-        assert_there(demo / "kinds", "validation.md", "validation.png", "validation_scores.csv")
+        assert_there(demo / "kinds", "validation.html", "validation.png", "validation_scores.csv")
         reader.type_next()
         assert_there(
             folder / "demo-quick" / "out",
@@ -134,7 +134,7 @@ def test_readme(shell: Shell, nnunet: Path, tmp_path: Path) -> None:
         said = reader.type_rest()
     assert "POOR" not in said
     assert "paired" in said
-    assert_there(folder / "ab", "validation.md")
+    assert_there(folder / "ab", "validation.html")
     assert_there(folder, "labels/ct_0000.nii.gz", "out/liver-ct/*.nii.gz", "out/summary.json")
 
 

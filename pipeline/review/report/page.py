@@ -26,15 +26,17 @@ from pipeline.folder import (
     replace_file,
     writing,
 )
-from pipeline.log import Log, duration, number, size
+from pipeline.log import Log, duration, number
 from pipeline.networks.by_name import pick_device
 from pipeline.review.report.pictures import (
     SIZE_STEPS,
     CaseLayers,
     CaseSource,
     Plane,
+    Sheet,
     fitting_planes,
     organ_colours,
+    side_by_side,
 )
 from pipeline.review.report.scores import (
     Chart,
@@ -63,6 +65,13 @@ from pipeline.review.report.trace import (
     trace,
 )
 
+# Title -> the layers that are laid over the CT.
+_PANELS = {
+    "CT": (),
+    "reference": ("reference",),
+    "teachers": ("regions", "conflict"),
+    "student": ("student",),
+}
 _ORDINALS = ("", "second", "third", "fourth", "fifth", "sixth")
 
 
@@ -74,8 +83,7 @@ class PageSettings:
         predict: settings of `pipeline predict` that predictions are expected to be made with.
         predictions: a folder that `predict` and `evaluate` filled; None for validation cases.
         num_worst: so many of the worst cases are shown, beside the median one.
-        regions: whether every case is read for volumes and conflicts.
-        workers: processes that measure them. Changes speed only.
+        regions: whether every case is read for volumes and conflicts, in `workers` processes.
     """
 
     predict: Mapping[str, Any]
@@ -102,12 +110,9 @@ def write_report(
         work: the work folder.
         run: its name.
         settings: what is put on the page.
-        output: the file; None for report.html in the run's folder.
+        output: the file that is returned; None for report.html in the run's folder.
         device: where the student predicts, if it must.
         log: where progress goes.
-
-    Returns:
-        The file.
 
     Raises:
         ConfigError: no such run, no scores in `predictions`, or `output` is no HTML file, or one
@@ -157,7 +162,9 @@ def gather(
     return Content(
         record=record,
         lineage=lineage,
-        settings_yaml=settings_as_yaml(record),
+        settings_yaml=yaml.safe_dump(
+            dict(record.settings), sort_keys=False, default_flow_style=None
+        ),
         registered=registered_teachers(registry, lineage.teachers),
         gate=read_gate(work, registry, lineage.teachers),
         regions=regions,
@@ -167,8 +174,8 @@ def gather(
         summaries=[] if scores is None else summarised(organs, scores),
         strips=[] if scores is None else strip_charts(record.space.ids, scores.rows),
         shown=shown,
+        disputed=_disputed(source, regions),
         limits=limits,
-        stored=stored(record, lineage),
         versions={name: versions()[name] or "not installed" for name in _PACKAGES},
         made_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
@@ -223,17 +230,37 @@ def _shown(
     for name, why in chosen_cases(scores, num_worst):
         assert scores is not None
         rows = [row for row in scores.rows if row.case == name]
-        shown = Shown(name, why, scores.cases[name], rows)
-        try:
-            found.append(replace(shown, layers=source.layers(name)))
-        except PipelineError as error:
-            found.append(replace(shown, problem=str(error)))
+        found.append(_pictured(source, Shown(name, why, scores.cases[name], rows)))
     pictured = [case.layers for case in found if case.layers is not None]
     planes, limits = fitting_planes(pictured) if pictured else ([], SIZE_STEPS[0])
     of = iter(planes)
     return [
         case if case.layers is None else replace(case, planes=next(of)) for case in found
     ], limits
+
+
+def _pictured(source: CaseSource, shown: Shown) -> Shown:
+    try:
+        layers = source.layers(shown.name)
+    except PipelineError as error:
+        return replace(shown, problem=str(error))
+    said, panels = side_by_side(layers, _PANELS)
+    return replace(shown, layers=layers, slice=said, panels=panels)
+
+
+def _disputed(source: CaseSource, regions: Regions) -> Shown | None:
+    """Where two teachers claim most of the same voxels, at the slice with most of them."""
+    if not regions.pairs:
+        return None
+    name = max(regions.cases, key=lambda case: case.conflict_ml).case
+    shown = _pictured(source, Shown(name, "", 0.0, ()))
+    claimed = (
+        [layer for layer in shown.layers.layers if layer.key == "conflict"] if shown.layers else []
+    )
+    if not claimed or shown.layers is None:
+        return shown
+    said, panels = side_by_side(replace(shown.layers, wrong=claimed[0].values > 0), _PANELS)
+    return replace(shown, slice=said, panels=panels)
 
 
 def chosen_cases(scores: ReportScores | None, num_worst: int) -> Sequence[tuple[str, str]]:
@@ -260,6 +287,19 @@ MOST_OPEN_ROWS = 12
 
 def render(content: Content) -> str:
     """The page, whole: styles, code and pictures are in it."""
+    return filled(
+        "report.html",
+        c=content,
+        lineage=lineage_json(content.record, content.lineage),
+        training=TRAINING,
+        most_region_rows=MOST_REGION_ROWS,
+        most_open_rows=MOST_OPEN_ROWS,
+        most_flagged_rows=MOST_FLAGGED_ROWS,
+    )
+
+
+def filled(template: str, **values: Any) -> str:
+    """A page by one of the templates."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -272,20 +312,12 @@ def render(content: Content) -> str:
         "score": number,
         "ml": in_ml,
         "percent": partial(number, form=".1%"),
-        "bytes": size,
         "duration": _duration,
         "counted": counted,
         "mm": partial(number, form=".1f"),
         "count": _count,
     }
-    return environment.get_template("report.html").render(
-        c=content,
-        lineage=lineage_json(content.record, content.lineage),
-        training=TRAINING,
-        most_region_rows=MOST_REGION_ROWS,
-        most_open_rows=MOST_OPEN_ROWS,
-        most_flagged_rows=MOST_FLAGGED_ROWS,
-    )
+    return environment.get_template(template).render(values)
 
 
 def _duration(seconds: float | None) -> str:
@@ -305,7 +337,9 @@ _PACKAGES = ("python", "organ-distill", "torch", "monai", "numpy", "zarr", "dask
 
 @dataclass(frozen=True)
 class Shown:
-    """A case in pictures: why it was chosen, its scores, and its planes or why there are none."""
+    """A case in pictures: why it was chosen, its scores, one slice of it in panels and all of it in
+    planes, or why there are none.
+    """
 
     name: str
     why: str
@@ -314,16 +348,8 @@ class Shown:
     layers: CaseLayers | None = None
     planes: Sequence[Plane] = ()
     problem: str = ""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What something takes on disk, and what it took to make; None where nobody measured it."""
-
-    what: str
-    files: int
-    num_bytes: int
-    seconds: float | None
+    slice: str = ""
+    panels: Sequence[Sheet] = ()
 
 
 @dataclass(frozen=True)
@@ -331,22 +357,10 @@ class Content:
     """All that the template is given.
 
     Attributes:
-        record: of the run.
-        lineage: cases, units and teachers.
-        settings_yaml: the run's settings as YAML.
         registered: teacher -> what the registry says of it beside its numbers.
-        gate: verdicts.
-        regions: volumes and conflicts.
-        curves: charts of the training.
-        scores: of the student; None without any.
         no_scores: why there are none.
-        summaries: per organ.
-        strips: charts of the metrics.
-        shown: cases in pictures.
+        disputed: the case in which teachers contradict each other most; None where none do.
         limits: (slices per plane, pixels of the longest side) of the pictures.
-        stored: storage and time.
-        versions: of the packages that made the page.
-        made_at: when, UTC.
     """
 
     record: RunRecord
@@ -361,8 +375,8 @@ class Content:
     summaries: Sequence[OrganSummary]
     strips: Sequence[Chart]
     shown: Sequence[Shown]
+    disputed: Shown | None
     limits: tuple[int, int]
-    stored: Sequence[Stored]
     versions: Mapping[str, str]
     made_at: str
 
@@ -372,25 +386,10 @@ class Content:
         return organ_colours(self.record.space)
 
     @property
-    def cache_bytes(self) -> int:
-        """Of the cases and units that the run used."""
-        return sum(row.num_bytes for row in self.stored if not row.what.startswith("run: "))
-
-    @property
-    def seconds(self) -> float:
-        """Of all that was measured."""
-        return sum(row.seconds or 0.0 for row in self.stored)
-
-    @property
     def mean_dice(self) -> float | None:
         """Mean over organs of their means, as `pipeline evaluate` has it."""
         means = [s.spreads["Dice"].mean for s in self.summaries if "Dice" in s.spreads]
         return sum(means) / len(means) if means else None
-
-
-def settings_as_yaml(record: RunRecord) -> str:
-    """What a configuration file of the same run says under `training`."""
-    return yaml.safe_dump(dict(record.settings), sort_keys=False, default_flow_style=None)
 
 
 def registered_teachers(
@@ -443,35 +442,6 @@ def _last(points: Points, unit: str) -> str:
 def _height(curves: Mapping[str, Points]) -> float:
     """So that the legend fits."""
     return max(230.0, 60.0 + 15.0 * len(curves))
-
-
-def stored(record: RunRecord, lineage: Lineage) -> list[Stored]:
-    """Cases, each teacher's units, and the run's own files."""
-    units = [case.case.unit for case in lineage.cases]
-    found = [_of_units("cases on the student grid", units)]
-    for teacher in lineage.teachers:
-        # What no training read is not what this run took.
-        own = [case.units[teacher.name].unit for case in lineage.of(TRAINING)]
-        found.append(_of_units(f"units of teacher {teacher.name}", own))
-    groups: dict[str, list[int]] = {
-        "checkpoints": [],
-        "students (*.pt)": [],
-        "records, curves": [],
-    }
-    for name, num_bytes in record.files.items():
-        kind = "students (*.pt)" if name.endswith(".pt") else "records, curves"
-        groups["checkpoints" if name.startswith("checkpoints/") else kind].append(num_bytes)
-    found += [Stored(f"run: {what}", len(of), sum(of), None) for what, of in groups.items()]
-    if record.training is not None:
-        found.append(Stored("run: training steps", 0, 0, record.training.seconds))
-        found.append(Stored("run: validations", 0, 0, record.training.validation_seconds))
-    return found
-
-
-def _of_units(what: str, units: Sequence[Any]) -> Stored:
-    receipts = [unit.receipt for unit in units if unit is not None]
-    seconds = sum(receipt.seconds for receipt in receipts) if receipts else None
-    return Stored(what, len(receipts), sum(r.num_bytes for r in receipts), seconds)
 
 
 def lineage_json(record: RunRecord, lineage: Lineage) -> dict[str, Any]:

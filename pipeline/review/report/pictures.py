@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,22 +37,22 @@ from pipeline.review.report.scores import Student
 from pipeline.review.report.trace import Lineage, RunRecord
 from pipeline.student.predict import prediction_digest, student_identity
 
-# Slices of a case as few pictures: per plane one sheet of tiles for the CT, one for each layer.
-#
-# A sheet compresses better than single slices, and a page needs no code to show the tile that it
-# opens at. CT sheets are JPEG, layers PNG with a palette and transparency.
+# Slices of a case as few pictures: per plane one sheet of tiles for the CT, one for each layer. A
+# sheet compresses better than single slices, and a page shows the tile that it opens at without
+# code. CT sheets are JPEG, layers PNG with a palette and transparency.
 
 Array = npt.NDArray[Any]
 # (slices per plane, pixels of the longest side), the first that fits is taken.
 SIZE_STEPS = ((48, 240), (36, 240), (24, 208), (16, 176), (8, 144), (4, 112))
 IMAGE_BYTES = 11_000_000
 _JPEG_QUALITY = 80
+_PANEL_SIDE = 360
 _ALPHA = {"fill": 115, "solid": 215, "outline": 255}
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """One layer of one plane as a data URI."""
+    """One layer of one plane, or one slice with its layers, as a data URI."""
 
     key: str
     uri: str
@@ -65,14 +65,10 @@ class Plane:
     Attributes:
         name: axial, coronal or sagittal.
         ends: what lies left, right, at the top and at the bottom.
-        slices: numbers of the slices shown, from 1, of `num_slices`.
-        num_slices: that the case has.
-        step_mm: between neighbouring slices of the case.
+        slices: numbers of the slices shown, from 1, of `num_slices` that the case has.
         start: which of `slices` is shown first, from 0.
-        columns: of each sheet.
-        rows: of each sheet.
-        width: of a tile, in pixels.
-        height: of a tile, in pixels.
+        columns: of each sheet; `rows` likewise.
+        width: of a tile, in pixels; `height` likewise.
         image: the CT.
         sheets: of the layers that show anything, lowest first.
     """
@@ -81,7 +77,6 @@ class Plane:
     ends: tuple[str, str, str, str]
     slices: tuple[int, ...]
     num_slices: int
-    step_mm: float
     start: int
     columns: int
     rows: int
@@ -99,14 +94,8 @@ class Plane:
 def fitting_planes(
     cases: Sequence[CaseLayers], most_bytes: int = IMAGE_BYTES
 ) -> tuple[list[list[Plane]], tuple[int, int]]:
-    """All planes of all cases, with as many slices and pixels as the page has room for.
-
-    Args:
-        cases: to be shown.
-        most_bytes: of all pictures together; the last step of `SIZE_STEPS` is taken in any case.
-
-    Returns:
-        Planes of each case, and (slices, pixels) that it came to.
+    """All planes of all cases, with as many slices and pixels as the page has room for, and
+    (slices, pixels) that it came to: the last of `SIZE_STEPS` whatever it takes.
     """
     planes: list[list[Plane]] = []
     for step in SIZE_STEPS:
@@ -117,18 +106,12 @@ def fitting_planes(
 
 
 def planes_of(case: CaseLayers, most_slices: int, side: int) -> list[Plane]:
-    """Axial, coronal and sagittal, all at one scale; of one slice its own plane.
-
-    Args:
-        case: what is shown.
-        most_slices: per plane, evenly through the case.
-        side: pixels of the case's longest edge.
+    """Axial, coronal and sagittal, all at one scale, `side` pixels along the case's longest edge;
+    of one slice its own plane.
     """
     edges_mm = [n * mm for n, mm in zip(case.image.shape, case.spacing_mm, strict=True)]
     pixels = [max(1, round(side * mm / max(edges_mm))) for mm in edges_mm]
-    low, high = WINDOW_HU
-    grey = np.clip((case.image.astype(np.float32) - low) / (high - low) * 255, 0, 255)
-    grey = np.rint(grey).astype(np.uint8)
+    grey = _grey(case.image)
     busy = _busy(case)
     planes = []
     for name, axis in planes_of_shape(case.image.shape).items():
@@ -151,7 +134,6 @@ def planes_of(case: CaseLayers, most_slices: int, side: int) -> list[Plane]:
                 PLANE_ENDS[name],
                 tuple(int(i) + 1 for i in chosen),
                 total,
-                case.spacing_mm[axis],
                 start,
                 columns,
                 rows,
@@ -162,6 +144,42 @@ def planes_of(case: CaseLayers, most_slices: int, side: int) -> list[Plane]:
             )
         )
     return planes
+
+
+def side_by_side(case: CaseLayers, titles: Mapping[str, Sequence[str]]) -> tuple[str, list[Sheet]]:
+    """One slice several times, axial where student and reference differ most, and which, in words.
+
+    Args:
+        case: what is shown.
+        titles: panel -> keys of the layers that are laid over the CT. A panel none of whose layers
+            the case has is left out.
+    """
+    name, axis = next(iter(planes_of_shape(case.image.shape).items()))
+    across = tuple(a for a in range(3) if a != axis)
+    areas = _busy(case).sum(axis=across)
+    index = int(areas.argmax()) if areas.any() else len(areas) // 2
+    edges_mm = [case.image.shape[a] * case.spacing_mm[a] for a in across]
+    size = [max(1, round(_PANEL_SIDE * mm / max(edges_mm))) for mm in edges_mm]
+    grey = _scaled(_tile(_grey(case.image), axis, index), size, Image.Resampling.BILINEAR)
+    panels = []
+    for title, keys in titles.items():
+        layers = [layer for layer in case.layers if layer.key in keys]
+        if layers or not keys:
+            drawn = np.repeat(grey[..., None], 3, axis=-1)
+            for layer in layers:
+                values = _scaled(_tile(layer.values, axis, index), size, Image.Resampling.NEAREST)
+                for value, colour in layer.colours.items():
+                    inside = values == value
+                    drawn[inside] = drawn[inside] // 2 + np.array(ImageColor.getrgb(colour)) // 2
+            picture = Image.fromarray(drawn)
+            panels.append(Sheet(title, data_uri(picture, "jpeg", quality=85, subsampling=0)))
+    return f"{name} slice {index + 1} of {len(areas)}", panels
+
+
+def _grey(image_hu: Array) -> Array:
+    low, high = WINDOW_HU
+    grey = np.clip((image_hu.astype(np.float32) - low) / (high - low) * 255, 0, 255)
+    return np.rint(grey).astype(np.uint8)
 
 
 def _busy(case: CaseLayers) -> npt.NDArray[np.bool_]:
@@ -181,8 +199,8 @@ def _tile(volume: Array, axis: int, index: int) -> Array:
 
 
 def _image_uri(grey: Array, axis: int, chosen: Array, shape: tuple[int, ...]) -> str:
-    tiles = [_scaled(_tile(grey, axis, i), shape, Image.Resampling.BILINEAR) for i in chosen]
-    return _uri(Image.fromarray(_montage(tiles, shape)), "jpeg", quality=_JPEG_QUALITY)
+    tiles = [_scaled(_tile(grey, axis, i), shape[2:], Image.Resampling.BILINEAR) for i in chosen]
+    return data_uri(Image.fromarray(_montage(tiles, shape)), "jpeg", quality=_JPEG_QUALITY)
 
 
 def _layer_uri(layer: Layer, axis: int, chosen: Array, shape: tuple[int, ...]) -> str:
@@ -192,17 +210,17 @@ def _layer_uri(layer: Layer, axis: int, chosen: Array, shape: tuple[int, ...]) -
     tiles = []
     for index in chosen:
         values = numbers[_tile(layer.values, axis, index)]
-        tile = _scaled(values, shape, Image.Resampling.NEAREST)
+        tile = _scaled(values, shape[2:], Image.Resampling.NEAREST)
         tiles.append(_outline(tile) if layer.style == "outline" else tile)
     sheet = Image.fromarray(_montage(tiles, shape), mode="P")
     colours = [ImageColor.getrgb(colour)[:3] for colour in layer.colours.values()]
     sheet.putpalette([0, 0, 0, *(part for colour in colours for part in colour)])
     transparency = bytes([0] + [_ALPHA[layer.style]] * len(layer.colours))
-    return _uri(sheet, "png", optimize=True, transparency=transparency)
+    return data_uri(sheet, "png", optimize=True, transparency=transparency)
 
 
-def _scaled(tile: Array, shape: tuple[int, ...], how: Image.Resampling) -> Array:
-    height, width = shape[2:]
+def _scaled(tile: Array, size: Sequence[int], how: Image.Resampling) -> Array:
+    height, width = size
     return np.asarray(Image.fromarray(np.ascontiguousarray(tile)).resize((width, height), how))
 
 
@@ -225,13 +243,12 @@ def _outline(tile: Array) -> Array:
     return np.where(inner, 0, tile).astype(np.uint8)
 
 
-def _uri(image: Image.Image, kind: str, **options: Any) -> str:
+def data_uri(image: Image.Image, kind: str, **options: Any) -> str:
+    """A picture as a page holds it; options are Pillow's."""
     buffer = io.BytesIO()
     image.save(buffer, format=kind.upper(), **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
-
-# One case as arrays to look at: the CT, and what lies over it.
 
 NOT_OF_THIS_RUN = (
     "Nothing says that this run's student.pt made this label map: it is of another student, of "
@@ -244,11 +261,9 @@ class Layer:
     """What can be laid over the CT.
 
     Attributes:
-        key: short name.
-        title: what it is, in words.
         values: uint8 (D, H, W), 0 where there is nothing.
         colours: value -> colour, as `#rrggbb`.
-        style: filled, filled so that what lies below is hidden, or outlined.
+        style: `solid` is filled so that what lies below is hidden.
         shown: whether it is on when the page opens.
     """
 
@@ -266,8 +281,6 @@ class CaseLayers:
 
     Attributes:
         name: `dataset/case`.
-        split: train, validation or test.
-        annotated: organs that its label speaks of.
         image: int16 HU (D, H, W).
         spacing_mm: z, y, x.
         layers: from the lowest to the uppermost.
@@ -277,7 +290,6 @@ class CaseLayers:
 
     name: str
     split: str
-    annotated: tuple[str, ...]
     image: Array
     spacing_mm: tuple[float, float, float]
     layers: Sequence[Layer]
@@ -290,10 +302,7 @@ class CaseSource:
     """Where cases, label maps and teachers' regions come from.
 
     Attributes:
-        work: the work folder.
         registry: for cases that are not the run's own, such as test cases.
-        record: of the run.
-        lineage: its units.
         student: predicts where there is no prediction; None without weights.
         settings: of `pipeline predict`, by which predictions are known as the run's own.
         predictions: folder of label maps; or None.
@@ -306,10 +315,6 @@ class CaseSource:
     student: Student | None
     settings: Mapping[str, Any]
     predictions: Path | None = None
-    _own: dict[str, Any] = field(default_factory=dict, init=False)
-
-    def __post_init__(self) -> None:
-        self._own.update({case.name: case for case in self.lineage.cases})
 
     def layers(self, name: str) -> CaseLayers:
         """Everything that can be shown of a case.
@@ -332,28 +337,18 @@ class CaseSource:
         if not votes:
             notes.append(f"No regions of the teachers: {why}")
         layers += votes
-        known = np.isin(label, [space.ids[organ] for organ in annotated])
-        reference = np.where(known, label, 0).astype(np.uint8)
+        ids = [space.ids[organ] for organ in annotated]
         title = f"reference ({', '.join(annotated) or 'no organ'})"
-        layers.append(Layer("reference", title, reference, colours, "outline", True))
+        layers.append(Layer("reference", title, among(label, ids), colours, "outline", True))
         wrong = np.zeros(label.shape, dtype=np.bool_)
         if predicted is not None:
-            judged = np.isin(predicted, [space.ids[organ] for organ in annotated])
-            wrong = (np.where(judged, predicted, 0) != reference) & (label != IGNORE)
-        return CaseLayers(
-            name,
-            case.split,
-            annotated,
-            case.image(),
-            case.grid.spacing_mm,
-            layers,
-            wrong,
-            notes,
-        )
+            wrong = differing(predicted, label, ids)
+        spacing_mm = case.grid.spacing_mm
+        return CaseLayers(name, case.split, case.image(), spacing_mm, layers, wrong, notes)
 
     def _case(self, name: str) -> tuple[CachedCase, list[str]]:
         """The run's own by digest, others as the registry names them now."""
-        own = self._own.get(name)
+        own = next((case for case in self.lineage.cases if case.name == name), None)
         if own is not None:
             opened = self.lineage.open(own)
             if opened is None:
@@ -436,6 +431,16 @@ class CaseSource:
             Layer("background", title, background, {1: BACKGROUND_COLOUR}, "fill", False),
             Layer("conflict", "conflict of teachers", claims, {1: CONFLICT_COLOUR}, "solid", True),
         ], ""
+
+
+def among(values: Array, ids: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """The ids that are asked for; all else is 0."""
+    return np.where(np.isin(values, ids), values, 0).astype(np.uint8)
+
+
+def differing(predicted: Array, label: Array, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """Where a label map and a label differ, in the ids that the label annotates."""
+    return np.asarray((among(predicted, ids) != among(label, ids)) & (label != IGNORE))
 
 
 def organ_colours(space: LabelSpace) -> dict[int, str]:

@@ -272,23 +272,20 @@ class Spread:
 
 @dataclass(frozen=True)
 class OrganSummary:
-    """One organ: metric -> spread, absent where nobody measured it; cases with and without."""
+    """One organ: metric -> spread, absent where nobody measured it; cases with a Dice."""
 
     organ: str
     spreads: Mapping[str, Spread]
     num_cases: int
-    without: int
 
 
 def summarised(organs: Sequence[str], scores: ReportScores) -> list[OrganSummary]:
     """Per organ of the run, in its order; organs without any row are told with no case."""
     found = []
-    cases = {row.case for row in scores.rows}
     for organ in organs:
         rows = [row for row in scores.rows if row.organ == organ]
         spreads = {m: s for m in METRICS if (s := _spread(rows, m)) is not None}
-        num = sum(row.dice is not None for row in rows)
-        found.append(OrganSummary(organ, spreads, num, len(cases) - num))
+        found.append(OrganSummary(organ, spreads, sum(row.dice is not None for row in rows)))
     return found
 
 

@@ -41,13 +41,11 @@ class Training:
     Attributes:
         history: its curves and scores.
         seconds: of the steps, as far as they are in the file; None if no clock is.
-        validation_seconds: of the validations, likewise.
         data_wait: share of the steps' time in which the loop waited for data, 0 to 1; or None.
     """
 
     history: History
     seconds: float | None
-    validation_seconds: float | None
     data_wait: float | None
 
 
@@ -56,8 +54,6 @@ class RunRecord:
     """A run as its folder records it.
 
     Attributes:
-        run: its name.
-        folder: of the run.
         settings: `training` of its configuration, as written in config.json.
         inputs: cases, teachers and organs by digest, likewise.
         digest: of both; the run's digest.
@@ -183,7 +179,6 @@ def _training(path: Folder) -> Training | None:
     history = History()
     seconds: list[float] = []
     waits: list[float] = []
-    validations: list[float] = []
     for line in map(parsed, text.splitlines()):
         if line is None:
             break
@@ -192,24 +187,15 @@ def _training(path: Folder) -> Training | None:
         if "loss" in line and timing:
             seconds.append(float(timing["seconds"]))
             waits.append(float(timing["seconds"]) * float(timing["data_wait"]))
-        elif timing:
-            validations.append(float(timing["seconds"]))
     if not history.step:
         return None
     total = sum(seconds)
-    return Training(
-        history,
-        total if seconds else None,
-        sum(validations) if validations else None,
-        sum(waits) / total if total else None,
-    )
+    return Training(history, total if seconds else None, sum(waits) / total if total else None)
 
 
 # What a run was trained from, followed by digests through the cache down to files and weights.
-#
 # The registry is not asked: it may have changed since. Names of units come from the digests that
-# the
-# run recorded, and what made them from their receipts.
+# the run recorded, and what made them from their receipts.
 
 TRAINING, VALIDATION = "train", "validation"
 GONE = "no longer in the cache"
@@ -454,14 +440,7 @@ class Regions:
 
 
 def measure_regions(record: RunRecord, lineage: Lineage, *, workers: int, log: Log) -> Regions:
-    """Measures every case of the run that the cache still has, as its training saw it.
-
-    Args:
-        record: of the run.
-        lineage: its units.
-        workers: processes; 0 for this one. Changes speed only.
-        log: where progress goes.
-    """
+    """Measures every case of the run that the cache still has, as its training saw it."""
     if not record.teachers:
         return Regions(
             absent="This run's supervision uses no teacher, so there are no regions: it was "

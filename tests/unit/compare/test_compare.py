@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Sequence
@@ -31,8 +32,9 @@ from stages import train_student
 from stages.compare import plan as budget
 from stages.compare import results as tables
 from stages.compare import scoring
+from stages.compare.page import to_html, write_results
 from stages.compare.plan import Comparison, ComparisonSettings, load_configurations, plan_comparison
-from stages.compare.results import Results, RunResult, print_results, to_markdown, write_results
+from stages.compare.results import Results, RunResult, print_results
 from stages.compare.run import compare
 from stages.report import Scope
 from stages.train_student import TrainStudentConfig
@@ -208,15 +210,26 @@ class TestResults:
         assert found.mean == pytest.approx(np.nanmean(apart))
         assert found.num_cases == 1
         said = "; hard, multi-ct/case_000 (spleen)."
-        assert said in to_markdown(changed)
-        assert said not in to_markdown(results)
+        assert said in to_html(changed)
+        assert said not in to_html(results)
 
     def test_the_page_says_what_differs_and_what_it_does_not_show(
         self, compared: tuple[Path, Results, Path]
     ) -> None:
         _, _, out = compared
-        page = (out / "validation.md").read_text()
-        assert "| configuration | kind | steps | parameters | s/step | runs |" in page
+        page = (out / "validation.html").read_text()
+        columns = re.findall(r"<th scope=\"col\".*?>(.*?)</th>", page)[:6]
+        assert columns == ["configuration", "kind", "steps", "parameters", "s/step", "runs"]
+        assert page.count("<article") == 2  # the worst case and the median one
+        titles = re.findall(r"<figcaption>(\w+)", page)
+        assert titles == ["CT", "reference", "labels", "hard"] * 2
+        assert not re.search(r"(src|href)=\"(?!data:)", page)
+        lead = re.findall(r"class=\"lead\">(.*?)</p>", page)
+        assert re.fullmatch(
+            r"Highest mean Dice: (labels|hard), 0\.\d+ ± 0\.\d+ \(3 validation cases, 2 seeds\)\.",
+            lead[0],
+        )
+        assert re.fullmatch(r"hard minus labels: [+-]0\.\d+; too few for an interval\.", lead[1])
         assert "too few for an interval: 2 of 3 seeds and 2 of 5 cases: liver, spleen, mean" in page
         assert "difference to labels" in page
         assert "not an equal budget" not in page
@@ -246,8 +259,8 @@ class TestResults:
         assert found.low is not None
         assert found.high is not None
         assert found.low <= (found.mean or 0) <= found.high
-        said = f"| hard | {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}] |"
-        assert said in to_markdown(results)
+        said = f'hard</th><td class="num">{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]<'
+        assert said in to_html(results)
         print_results(results)
         assert f"[{found.low:+.3f}, {found.high:+.3f}]" in capsys.readouterr().out
         write_results(results, tmp_path)
@@ -308,8 +321,8 @@ class TestResults:
         results = run(finished, more, seeds=(0,))
         assert results.configs == ("labels", "hard", "lower")
         assert (students(finished) / "hard-seed0" / "student.pt").stat().st_mtime_ns == before
-        assert "optimiser.lr" in to_markdown(results)
-        assert "shows no significance" in to_markdown(results)
+        assert "optimiser.lr" in to_html(results)
+        assert "shows no significance" in to_html(results)
 
     def test_test_cases_are_scored_on_request_and_it_is_written_down(
         self, finished: Path, tmp_path: Path
@@ -321,7 +334,7 @@ class TestResults:
         assert content["test_cases_were_scored"] is True
         assert content["num_configurations"] == 2
         assert len(content["runs_ever_scored_on_test"]) == 4
-        assert "no longer tested by it" in to_markdown(results)
+        assert "no longer tested by it" in to_html(results)
         assert list(content["configurations"][0]["scores"]) == ["Dice"]
 
 
@@ -388,8 +401,8 @@ class TestInterruptions:
             results = run(tiny_cached)
         assert results.exit_code == 1
         assert [(r.config, r.seed) for r in results.failed] == [("hard", 1)]
-        assert "hard, seed 1 failed and is in no number" in to_markdown(results)
-        assert "1/2 FAILED" in to_markdown(results)
+        assert "hard, seed 1 failed and is in no number" in to_html(results)
+        assert "1/2 FAILED" in to_html(results)
         assert results.estimates("hard", "Dice")["liver"].per_seed[1] is None
         assert results.differences("hard", "Dice")["liver"].num_seeds == 1
         write_results(results, tmp_path / "out")
@@ -524,8 +537,8 @@ class TestBadInput:
         found = results.estimates("labels", "Dice")
         assert found["spleen"].mean is None
         assert found["mean"].mean == found["liver"].mean
-        assert "| labels | " in to_markdown(results)
-        assert " | – | " in to_markdown(results)
+        assert ">labels</th>" in to_html(results)
+        assert ">–</td>" in to_html(results)
 
     def test_without_a_validation_case_there_is_nothing_to_compare_on(
         self, tiny_cached: Path
@@ -575,7 +588,7 @@ def test_the_command_line(compared: tuple[Path, Results, Path], tmp_path: Path) 
     assert dry.exit_code == 0, dry.output
     assert [line.split()[0] for line in dry.stdout.splitlines()] == ["finished"] * 2 + ["to"] * 2
     assert not (tmp_path / "both").exists()
-    theirs = tmp_path / "both" / "validation.md"
+    theirs = tmp_path / "both" / "validation.html"
     theirs.parent.mkdir()
     theirs.write_text("notes on our validation")
     refused = CliRunner().invoke(cli.app, command)

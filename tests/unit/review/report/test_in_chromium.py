@@ -36,6 +36,7 @@ def shown(browser: Page, written: Path) -> Page:
     browser.blocked.clear()
     browser.call("Emulation.setEmulatedMedia", media="", features=[])
     browser.open(written)
+    browser.value("document.querySelectorAll('details').forEach(closed => closed.open = true)")
     return browser
 
 

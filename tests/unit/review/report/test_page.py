@@ -32,7 +32,8 @@ from tests.unit.review.report.pages import RUN, Element, call, folder_of, page, 
 if TYPE_CHECKING:
     from upath import UPath
 
-SECTIONS = ("lineage", "gate", "regions", "training", "scores", "cases", "storage", "about")
+# What somebody asks first stands first.
+SECTIONS = ("scores", "cases", "conflicts", "training", "gate", "regions", "lineage", "about")
 HOSTILE = "<img src=x onerror=alert(1)> \"'</script><b>"
 
 
@@ -153,6 +154,26 @@ def test_regions_are_those_of_inspect(built_runs: Path, made: Element, tmp_path:
         assert row[5] == make_ml(case.conflict_ml)
 
 
+def test_the_case_in_which_teachers_contradict_each_other_most_is_shown(
+    runs: Path, tmp_path: Path, made: Element
+) -> None:
+    assert "No two teachers claim the same voxel" in made.one(id="conflicts").text
+    path = folder_of(runs) / "config.json"
+    content = json.loads(path.read_text())
+    content["config"]["supervision"]["labels_win"] = False
+    path.write_text(json.dumps(content))
+    found = page(runs, tmp_path / "r.html")
+    conflicts = found.one(id="conflicts")
+    rows = {row[0]: row for row in cells(table_with(found.one(id="regions"), "Regions in ml"))[1:]}
+    said = [float(row[5]) for row in rows.values()]
+    where = sum(ml > 0 for ml in said)
+    assert where > 0
+    assert f"different organs in {where} of {len(rows)} cases;" in conflicts.text
+    assert "All 2 teachers passed the gate" in conflicts.text
+    assert float(rows[conflicts.one("h3").text.split()[0]][5]) == max(said)
+    assert any("teachers, axial slice" in i.attributes["alt"] for i in conflicts.all("img"))
+
+
 def make_ml(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
@@ -169,8 +190,8 @@ def test_scores_made_for_the_page_are_those_that_compare_makes(runs: Path, made:
     for organ in ORGANS:
         dice = [r["Dice"] for r in found if r["organ"] == organ and r["Dice"] is not None]
         assert rows[organ][1] == str(len(dice))
-        assert rows[organ][3] == f"{np.mean(dice):.3f}"
-        assert rows[organ][6] == f"{min(dice):.3f}"
+        assert rows[organ][2] == f"{np.mean(dice):.3f}"
+        assert rows[organ][5] == f"{min(dice):.3f}"
 
 
 def test_kept_scores_are_taken_before_the_cache(runs: Path, tmp_path: Path) -> None:
@@ -210,10 +231,13 @@ def predictions(folder: Path, registry: Path, reason: str = "") -> Path:
 def test_given_predictions_are_scored_and_shown(built_runs: Path, tmp_path: Path) -> None:
     given = predictions(tmp_path / "predicted", built_runs)
     found = page(built_runs, tmp_path / "r.html", "-p", str(given), "--worst", "1")
-    assert "0.500" in found.one(class_="tiles").text  # the mean of both
+    lead = found.one(id="scores").one(class_="lead").text  # the mean of both, and the worse one
+    assert lead == "Mean Dice 0.500 . Worst: liver of multi-ct/case_002, 0.250."
     (worst,) = found.one(id="cases").all("article")  # the median of two is the worse
     assert worst.one("h3").text.startswith("multi-ct/case_002 worst case")
     assert "No label map" not in worst.text
+    titles = [figure.text.split(",")[0] for figure in worst.one(class_="panels").all("figure")]
+    assert titles == ["CT", "reference", "teachers", "student"]
     layers = {
         box.attributes["data-layer"]: box.attributes for box in worst.all("input", type="checkbox")
     }
@@ -229,6 +253,9 @@ def test_a_run_by_labels_alone_has_no_teacher_and_says_so(built_runs: Path, tmp_
     assert "uses labels alone" in absent(found.one(id="lineage"))
     assert "no gate" in absent(found.one(id="gate"))
     assert "uses no teacher" in absent(found.one(id="regions"))
+    assert "learnt from labels alone" in absent(found.one(id="conflicts"))
+    titles = [f.text.split(",")[0] for f in found.all(class_="panels")[0].all("figure")]
+    assert titles == ["CT", "reference", "student"]
     assert "the run used no teacher" in absent(found.one(id="cases"))
     assert found.one(id="cases").all("img")
 
@@ -242,7 +269,6 @@ def test_an_unfinished_run_without_curves_or_weights_is_told_of(runs: Path, tmp_
     assert "No metrics.jsonl" in absent(found.one(id="training"))
     assert "neither student.pt nor best.pt" in absent(found.one(id="scores"))
     assert "there are no scores" in absent(found.one(id="cases"))
-    assert "time is unknown" in absent(found.one(id="storage"))
     assert not found.all("img")
 
 
