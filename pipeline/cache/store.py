@@ -14,11 +14,11 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.cache.receipt import RECEIPT, Receipt, is_valid, read_receipt, write_receipt
 from pipeline.cache.schema import ArraySpec, Inputs, StorageConfig, describe
@@ -274,30 +274,26 @@ def _write_synced(folder: Path, files: Mapping[str, bytes]) -> None:
     The folders in between are not forced, only the one that the unit appears in: a name that a
     crash loses is missed by the receipt, and the unit is made again.
     """
-    handles = []
     failed: list[BaseException] = []
 
-    def sync(handle: int) -> None:
+    def sync(file: IO[bytes]) -> None:
         try:
-            os.fsync(handle)
+            os.fsync(file.fileno())
         except BaseException as error:
             failed.append(error)
 
-    try:
+    with ExitStack() as opened:
+        threads = []
         for name, data in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            handles.append((folder / name).open("wb"))
-            handles[-1].write(data)
-            handles[-1].flush()
-        threads = [Thread(target=sync, args=[file.fileno()], daemon=True) for file in handles[1:]]
+            file = opened.enter_context((folder / name).open("wb"))
+            file.write(data)
+            file.flush()
+            threads.append(Thread(target=sync, args=[file], daemon=True))
         for thread in threads:
             thread.start()
-        sync(handles[0].fileno())
         for thread in threads:
             thread.join()
-    finally:
-        for file in handles:
-            file.close()
     if failed:
         raise failed[0]
 
