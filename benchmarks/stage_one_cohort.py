@@ -1,9 +1,23 @@
-"""A synthetic cohort to measure stage one with: CT-like files, blobs, networks of real cost."""
+"""A synthetic cohort to measure stage one with: CT-like files, blobs, networks of real cost.
+
+Run by itself, it makes cases of one slice, three teachers and a small network, and measures what
+stage one takes for them: into an empty work folder, then again with all units there. Imports and
+loading MONAI are left out. With --against, other code (`git worktree add TREE COMMIT`) is measured
+in turns with this one.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.stage_one_cohort FOLDER [--cases 1000] [--against TREE]
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,9 +34,13 @@ from pipeline.data.nifti import write_image
 from pipeline.data.patches import WindowConfig
 from pipeline.data.registry import Registry, load_registry
 from pipeline.data.volume import Grid, Volume
+from pipeline.engine.here import Execution
+from pipeline.log import Log, print_table
 from pipeline.networks.by_name import NetworkConfig, build_network
 from pipeline.teachers.checkpoint import TeacherRecord, save_teacher
+from stages import cache_teachers
 from stages.cache_teachers import CacheTeachersConfig
+from stages.report import Scope
 
 DATASET = "synthetic"
 ORGANS = ("liver", "spleen", "pancreas")
@@ -138,7 +156,7 @@ def _write_case(
     """Smooth tissue with scanner noise in a cylinder of air, so that gzip has real work to do."""
     rng = np.random.default_rng(number)
     coarse = rng.normal(size=[-(-n // 16) + 1 for n in shape]).astype(np.float32)
-    axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
+    axes = [np.linspace(-1, 1, n, dtype=np.float32) if n > 1 else np.zeros(1) for n in shape]
     inside = np.hypot(axes[1][:, None], axes[2][None]) < 0.9
     image = np.empty(shape, dtype=np.int16)
     label = np.zeros(shape, dtype=np.uint8)
@@ -179,3 +197,79 @@ def _write_teacher(
         training_digest="",
     )
     save_teacher(path, record, network.state_dict())
+
+
+# Many cases of one slice.
+
+RUNS = ("all to be made", "all there")
+_SLICE_MM = (5.0, 2.0, 2.0)
+_FLAT: Mapping[str, Any] = {
+    "channels": [8, 16, 32],
+    "strides": [[1, 2, 2], [1, 2, 2]],
+    "kernel_size": [1, 3, 3],
+    "up_kernel_size": [1, 3, 3],
+    "norm": "instance",
+}
+
+
+def main() -> None:
+    """Prints seconds of either run, medians over rounds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--against", type=Path)
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    registry = arguments.folder / "data_registry.yaml"
+    if arguments.once:
+        build_network(NetworkConfig(), in_channels=1, out_channels=2)  # imports MONAI
+        print(json.dumps([_timed(registry, arguments.folder / "work") for _ in RUNS]))
+        return
+    if not registry.exists():
+        network = NetworkConfig(name="UNet", args=dict(_FLAT))
+        make_cohort(
+            arguments.folder, num_cases=arguments.cases, shape=(1, 96, 96),
+            native_mm=(5.0, 1.5, 1.5), teacher_mm=_SLICE_MM, student_mm=_SLICE_MM,
+            networks=dict.fromkeys(ORGANS, network), taps=[],
+        )  # fmt: skip
+    trees = [Path(__file__).parents[1], *([arguments.against] if arguments.against else [])]
+    taken: list[list[list[tuple[float, float]]]] = [[] for _ in trees]
+    for _ in range(arguments.rounds):
+        for number, tree in enumerate(trees):
+            shutil.rmtree(arguments.folder / "work", ignore_errors=True)
+            done = subprocess.run(
+                [sys.executable, "-P", __file__, str(arguments.folder), "--once"],
+                env={**os.environ, "PYTHONPATH": str(tree.resolve())},
+                stdout=subprocess.PIPE, text=True, check=True,
+            )  # fmt: skip
+            taken[number].append(json.loads(done.stdout.splitlines()[-1]))
+    num_units = len(ORGANS) * len(list((arguments.folder / "images").iterdir()))
+    rows = []
+    for run, name in enumerate(RUNS):
+        cpu, wall = (
+            [statistics.median(times[run][kind] for times in of_tree) for of_tree in taken]
+            for kind in (0, 1)
+        )
+        for tree, c, w in zip(trees, cpu, wall, strict=True):
+            rates = f"{num_units / c:.0f}", f"{num_units / w:.0f}"
+            rows.append([name, str(tree), f"{c:.1f}", f"{w:.1f}", *rates, f"{c / cpu[0]:.2f}"])
+    columns = ["run", "code", "CPU s", "wall s", "units / CPU s", "units / s", "CPU, ratio"]
+    print_table(f"{num_units} units, medians of {arguments.rounds} rounds", columns, rows)
+
+
+def _timed(registry: Path, work: Path) -> tuple[float, float]:
+    """CPU and wall seconds of stage one."""
+    torch.set_num_threads(1)
+    cpu, wall = time.process_time(), time.perf_counter()
+    report = cache_teachers.run(
+        CacheTeachersConfig(window=WindowConfig(shape=(1, 64, 64))),
+        Scope(load_registry(registry), work, Log(quiet=True), tables=False),
+        Execution(device="cpu", force=True),
+    )
+    assert report.exit_code == 0, report.failed
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+if __name__ == "__main__":
+    main()

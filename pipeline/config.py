@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -289,19 +288,21 @@ def stamp_file(path: Path, known: FileStamp | None = None) -> FileStamp:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return _plain(value.model_dump(mode="json"))
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (str, int, type(None))):  # most of what there is, told apart fastest
+        return value
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
+    if isinstance(value, float):
+        # 1.0 and 1 in a YAML file mean the same setting and must not give two digests.
+        return int(value) if value.is_integer() else value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, BaseModel):
+        return _plain(value.model_dump(mode="json"))
     if isinstance(value, (set, frozenset)):
         return sorted(_plain(v) for v in value)
     if isinstance(value, Path):
         return value.as_posix()
-    # 1.0 and 1 in a YAML file mean the same setting and must not give two digests.
-    if isinstance(value, float) and math.isfinite(value) and value == int(value):
-        return int(value)
     return value
 
 

@@ -105,6 +105,20 @@ def read_bytes(path: Folder) -> bytes:
     return data
 
 
+def read_range(path: Folder, begin: int, end: int) -> bytes:
+    """The bytes of a file from one offset to another; fewer where it ends before.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+    """
+    if is_local(path):
+        with path.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), end - begin, begin)
+    with storage_errors(path):
+        data: bytes = path.fs.cat_file(path.path, start=begin, end=end)
+    return data
+
+
 def read_text(path: Folder) -> str:
     """A file's text, UTF-8.
 

@@ -14,19 +14,16 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 from pydantic import Field
-from zarr.abc.store import Store
-from zarr.storage import LocalStore, StorePath
 
 from pipeline.cache.places import unit_name
-from pipeline.cache.receipt import REMOVE, Receipt, check_objects, read_object, read_receipt
+from pipeline.cache.receipt import REMOVE, Receipt, read_object, read_receipt
 from pipeline.cache.schema import IMAGE, LABEL, features_name, log_odds_name
-from pipeline.cache.store import open_store
+from pipeline.cache.shards import StoredArray, shard_name
 from pipeline.config import Config
 from pipeline.data.patches import Index3, Patch, Slices3
 from pipeline.data.volume import Grid
-from pipeline.errors import CacheCorrupt, CacheIncomplete, PipelineError, StoreUnreachable
+from pipeline.errors import CacheCorrupt, CacheIncomplete
 from pipeline.folder import Folder, is_local, unreachable
 
 # A bounded pool of decoded chunks, one per process: decoding costs more than any reading.
@@ -38,14 +35,11 @@ _Chunk = npt.NDArray[Any]
 
 
 class UnreadableChunk(Exception):
-    """A chunk that cannot be decoded, or that nobody wrote; `index` counts chunks along each axis.
+    """A chunk that cannot be read or decoded; `index` counts chunks along each axis."""
 
-    `missing`: it reads as fill value, and the check of its objects failed.
-    """
-
-    def __init__(self, index: Index3, cause: Exception, *, missing: bool = False) -> None:
+    def __init__(self, index: Index3, cause: Exception) -> None:
         super().__init__(index, cause)
-        self.index, self.cause, self.missing = index, cause, missing
+        self.index, self.cause = index, cause
 
 
 class ChunkPool:
@@ -61,25 +55,16 @@ class ChunkPool:
         self.max_bytes = max_bytes
         self._shrink()
 
-    def read(
-        self,
-        array: zarr.Array[Any],
-        key: tuple[str, ...],
-        inside: Slices3,
-        *,
-        check_fill: Callable[[], object] | None = None,
-    ) -> _Chunk:
+    def read(self, array: StoredArray, key: tuple[str, ...], inside: Slices3) -> _Chunk:
         """`array[..., *inside]`, chunk by chunk through the pool.
 
         Args:
             array: its leading axes are in one chunk.
             key: names the array in this process: the unit's path and the array's name.
             inside: within the array's shape.
-            check_fill: called after reading a chunk that holds nothing but the fill value, since
-                Zarr returns that for a lost chunk too; raises if its objects are not there.
 
         Raises:
-            UnreadableChunk: one that cannot be decoded, or that `check_fill` does not vouch for.
+            UnreadableChunk: one that cannot be read or decoded.
         """
         sizes = array.chunks[-3:]
         lead = array.shape[:-3]
@@ -92,9 +77,7 @@ class ChunkPool:
             index = z, y, x
             origin = [i * n for i, n in zip(index, sizes, strict=True)]
             ends = [min(o + n, m) for o, n, m in zip(origin, sizes, array.shape[-3:], strict=True)]
-            box = tuple(slice(o, e) for o, e in zip(origin, ends, strict=True))
-            load = partial(_load, array, box, index, check_fill)
-            chunk = self._get((*key, index), load)
+            chunk = self._get((*key, index), partial(_load, array, index))
             low = [max(o, s.start) for o, s in zip(origin, inside, strict=True)]
             high = [min(e, s.stop) for e, s in zip(ends, inside, strict=True)]
             there = tuple(
@@ -122,40 +105,15 @@ class ChunkPool:
             self._bytes -= dropped.nbytes
 
 
-# What zarr and its codecs raise on bytes that they cannot decode, or cannot get.
+# What codecs raise on bytes that they cannot decode, and disks and stores on those they cannot get.
 _DECODING = (RuntimeError, ValueError, OSError, MemoryError, OverflowError)
 
 
-def _load(
-    array: zarr.Array[Any],
-    box: tuple[slice, ...],
-    index: Index3,
-    check_fill: Callable[[], object] | None,
-) -> _Chunk:
+def _load(array: StoredArray, index: Index3) -> _Chunk:
     try:
-        chunk = _read(array, box)
+        return array.chunk(index)
     except _DECODING as error:
         raise UnreadableChunk(index, error) from error
-    if check_fill is not None and _is_fill(chunk, array.fill_value):
-        try:
-            check_fill()
-        except PipelineError as error:
-            raise UnreadableChunk(index, error, missing=True) from error
-    return chunk
-
-
-def _is_fill(chunk: _Chunk, fill: Any) -> bool:
-    """Whether nothing else is in it; the first value mostly settles it."""
-    if chunk.size == 0:
-        return False
-    if fill != fill:  # NaN
-        return bool(np.isnan(chunk.flat[0])) and bool(np.isnan(chunk).all())
-    return bool(chunk.flat[0] == fill) and bool((chunk == fill).all())
-
-
-def _read(array: zarr.Array[Any], box: tuple[slice, ...]) -> _Chunk:
-    index: Any = (..., *box)
-    return np.asarray(array[index])
 
 
 def _at(chunk: _Chunk, box: tuple[slice, ...]) -> _Chunk:
@@ -244,14 +202,7 @@ class Unit:
         """
         return cls(path, read_receipt(path, expect=expect))
 
-    @cached_property
-    def _store(self) -> Store:
-        """Made on first use, so that a forked or spawned worker makes its own."""
-        folder = self.receipt.group_folder(self.path)
-        return LocalStore(folder, read_only=True) if is_local(folder) else open_store(folder)
-
     def _metadata(self, name: str) -> dict[str, Any]:
-        """Read here and not by Zarr, which would read it again, and look for others beside it."""
         data = read_object(self.path, self.receipt, self.receipt.object_name(name))
         metadata: dict[str, Any] = json.loads(data)
         return metadata
@@ -272,11 +223,11 @@ class Unit:
         return {**attributes, "held": frozenset(o for o, points in centres.items() if points)}
 
     @cached_property
-    def _arrays(self) -> dict[str, zarr.Array[Any]]:
+    def _arrays(self) -> dict[str, StoredArray]:
         return {}
 
-    def array(self, name: str) -> zarr.Array[Any]:
-        """A lazy array; slicing it reads the chunks that the slice touches.
+    def array(self, name: str) -> StoredArray:
+        """An array of which nothing is read yet.
 
         Chunks have checksums of their own; what names their shape has not, so it is held against
         the receipt here.
@@ -286,7 +237,9 @@ class Unit:
         """
         if name not in self._arrays:
             metadata = self._metadata(f"{name}/zarr.json")
-            self._arrays[name] = zarr.Array.from_dict(StorePath(self._store, name), metadata)
+            shard = self.receipt.object_name(shard_name(name, len(metadata["shape"])))
+            num_bytes = int(self.receipt.objects.get(shard, {"bytes": 0})["bytes"])
+            self._arrays[name] = StoredArray.of(metadata, self.path / shard, num_bytes)
         return self._arrays[name]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -306,22 +259,18 @@ class Unit:
         pool = ChunkPool() if patch is None else POOL
         d, h, w = array.shape[-3:]
         inside = (patch or Patch((0, 0, 0), (d, h, w))).clip((d, h, w))[0]
-        chunks = self.receipt.object_name(f"{name}/c/")
-        check = partial(check_objects, self.path, self.receipt, chunks)
         try:
-            return pool.read(array, (str(self.path), name), inside, check_fill=check)
+            return pool.read(array, (str(self.path), name), inside)
         except UnreadableChunk as error:
-            if isinstance(error.cause, StoreUnreachable):
-                raise error.cause from error
-            if isinstance(error.cause, OSError) and not is_local(self.path):
-                raise unreachable(self.path, error.cause) from error
             what = f"{unit_name(self.path)}: chunk {error.index} of array {name}"
-            if error.missing or isinstance(error.cause, FileNotFoundError):
+            if isinstance(error.cause, FileNotFoundError):
                 raise CacheIncomplete(
                     f"{what} is gone since the unit was opened ({error.cause}).",
                     where=self.path,
                     fix="Run `pipeline cache-teachers`, then this again.",
                 ) from error
+            if isinstance(error.cause, OSError) and not is_local(self.path):
+                raise unreachable(self.path, error.cause) from error
             raise CacheCorrupt(
                 f"{what} cannot be decoded ({error.cause}).", where=self.path, fix=REMOVE
             ) from error

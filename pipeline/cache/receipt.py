@@ -216,24 +216,18 @@ def verify_object(
         raise CacheCorrupt(f"{name} has other bytes than were written.", where=path, fix=REMOVE)
 
 
-def check_objects(path: Folder, receipt: Receipt, below: str = "") -> None:
-    """Looks whether the files of a unit, or of one array in it, are there with their sizes.
-
-    Args:
-        path: the unit.
-        receipt: its receipt.
-        below: only files whose names, as in `receipt.objects`, begin so.
+def check_objects(path: Folder, receipt: Receipt) -> None:
+    """Looks whether the files of a unit are there with their sizes.
 
     Raises:
         CacheIncomplete: one is not.
         StoreUnreachable: an object store does not answer.
     """
-    wanted = {name: entry for name, entry in receipt.objects.items() if name.startswith(below)}
     try:
-        there = _sizes(path, list(wanted))
+        there = _sizes(path, list(receipt.objects))
     except OSError as error:
         raise unreachable(path, error) from error
-    for name, entry in wanted.items():
+    for name, entry in receipt.objects.items():
         if name not in there:
             raise CacheIncomplete(f"{name} is missing.", where=path, fix=_AGAIN)
         if there[name] != entry["bytes"]:

@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numcodecs
 import numpy as np
 import numpy.typing as npt
-import zarr
 from pydantic import Field
-from zarr.codecs import ZstdCodec
 
 from pipeline.config import Config, digest
 
@@ -117,35 +115,10 @@ def round_bits(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.flo
     return np.where(np.isnan(half), np.float16(np.nan), kept)
 
 
-def create_array(group: zarr.Group, spec: ArraySpec, storage: StorageConfig) -> None:
-    """Writes one array: one shard, inner chunks of `storage.chunk` voxels, Zstd with checksum."""
-    shape = spec.values.shape
-    spatial = _chunks(shape[-3:], storage.chunk)
-    chunks = (*shape[:-3], *spatial)
-    shards = tuple(-(-n // c) * c for n, c in zip(shape, chunks, strict=True))
-    array = group.create_array(
-        spec.name,
-        shape=shape,
-        dtype=spec.values.dtype,
-        chunks=chunks,
-        shards=shards,
-        compressors=ZstdCodec(level=storage.zstd_level, checksum=True),
-        fill_value=spec.fill_value,
-        dimension_names=spec.axes,
-        # An all-fill chunk that is not written looks like a lost one.
-        config={"write_empty_chunks": True},
-    )
-    array[...] = spec.values
-
-
-def _chunks(shape: Sequence[int], chunk: int) -> tuple[int, ...]:
-    """Chunks of at most `chunk` voxels a side; a volume a little larger is cut evenly."""
-    return tuple(-(-n // -(-n // chunk)) for n in shape)
-
-
 def describe(spec: ArraySpec) -> Mapping[str, Any]:
     """What the receipt says of an array."""
-    return {"shape": list(spec.values.shape), "dtype": str(spec.values.dtype), "axes": spec.axes}
+    values = spec.values
+    return {"shape": list(values.shape), "dtype": str(values.dtype), "axes": list(spec.axes)}
 
 
 # Digests: two units with the same digest hold the same numbers, whoever made them and wherever.

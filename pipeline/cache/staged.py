@@ -26,11 +26,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
 from pipeline.cache.places import place_of, unit_name
 from pipeline.cache.reader import Unit
 from pipeline.cache.receipt import REMOVE
+from pipeline.cache.shards import StoredArray
 from pipeline.config import digest, file_sha256, short
 from pipeline.data.patches import Patch
 from pipeline.errors import CacheCorrupt, CacheError
@@ -196,7 +196,7 @@ class StagedUnit(Unit):
             lambda: super(StagedUnit, self).attributes, lambda: self.original.attributes
         )
 
-    def array(self, name: str) -> zarr.Array[Any]:
+    def array(self, name: str) -> StoredArray:
         """See `Unit.array`."""
         return self._first(
             lambda: super(StagedUnit, self).array(name), lambda: self.original.array(name)

@@ -13,19 +13,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import zarr
-from zarr.abc.store import ByteRequest, Store
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import FsspecStore, WrapperStore
+from threading import Thread
+from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.cache.receipt import RECEIPT, Receipt, is_valid, read_receipt, write_receipt
-from pipeline.cache.schema import ArraySpec, Inputs, StorageConfig, create_array, describe
+from pipeline.cache.schema import ArraySpec, Inputs, StorageConfig, describe
+from pipeline.cache.shards import encode_array, encode_group
 from pipeline.config import digest
 from pipeline.errors import CacheError, WorkFolderError
 from pipeline.folder import (
@@ -94,22 +91,24 @@ def write_unit(
     """
     try:
         with _building(path) as temporary:
-            group = zarr.create_group(temporary, zarr_format=3, attributes=dict(attributes))
+            files = {"zarr.json": encode_group(attributes)}
             for spec in arrays:
-                create_array(group, spec, storage)
+                files |= encode_array(spec, storage)
+            _write_synced(temporary, files)
             receipt = Receipt(
                 digest=digest(inputs),
                 inputs=inputs,
                 arrays={spec.name: describe(spec) for spec in arrays},
-                objects=_sync_and_hash(temporary),
+                objects=_objects(files),
                 seconds=round(made.seconds, 3),
                 written=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 teacher_inputs=made.teacher_inputs,
                 notes=made.notes,
             )
             if is_local(path):
-                _write_synced(temporary / RECEIPT, write_receipt(receipt))
-                _make_visible(temporary, path, receipt.digest)
+                _write_synced(temporary, {RECEIPT: write_receipt(receipt).encode()})
+                if _make_visible(temporary, path, receipt.digest):
+                    return receipt
             else:
                 commit_objects(temporary, path, receipt)
         return read_receipt(path, expect=receipt.digest)
@@ -258,9 +257,9 @@ def _reads(path: Folder, text: str) -> bool:
         return False
 
 
-def _make_visible(temporary: Path, path: Path, expect: str) -> None:
+def _make_visible(temporary: Path, path: Path, expect: str) -> bool:
     """Renames; where the place is taken, by a unit that is damaged or by another writer of the same
-    digest, a valid unit stays. Other writers may do the same at every moment of this."""
+    digest, a valid unit stays: returns False. Other writers may do the same at every moment."""
     for attempt in range(_ATTEMPTS):
         try:
             temporary.rename(path)
@@ -270,35 +269,52 @@ def _make_visible(temporary: Path, path: Path, expect: str) -> None:
         else:
             break
         if is_valid(path, expect):
-            return
+            return False
         broken = path.with_name(temporary_name(path.name))
         with suppress(FileNotFoundError):  # another was faster
             path.rename(broken)
         remove(broken)
     _sync_folder(path.parent)
+    return True
 
 
-def _sync_and_hash(folder: Path) -> dict[str, dict[str, Any]]:
-    objects = {}
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        data = file.read_bytes()
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-        objects[file.relative_to(folder).as_posix()] = {
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
-    for inner in (p for p in folder.rglob("*") if p.is_dir()):
-        _sync_folder(inner)
-    _sync_folder(folder)
-    return objects
+def _write_synced(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files and forces their bytes onto the disk, at once: a disk takes many such requests
+    in the time of one, and units may be small. Daemon threads, as in `engine.here`.
+
+    The folders in between are not forced, only the one that the unit appears in: a name that a
+    crash loses is missed by the receipt, and the unit is made again.
+    """
+    failed: list[BaseException] = []
+
+    def sync(file: IO[bytes]) -> None:
+        try:
+            os.fsync(file.fileno())
+        except BaseException as error:
+            failed.append(error)
+
+    with ExitStack() as opened:
+        threads = []
+        for name, data in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context((folder / name).open("wb"))
+            file.write(data)
+            file.flush()
+            threads.append(Thread(target=sync, args=[file], daemon=True))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if failed:
+        raise failed[0]
 
 
-def _write_synced(path: Folder, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _objects(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """What a receipt says of them, folder by folder."""
+    return {
+        name: {"bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
+        for name in sorted(files, key=lambda name: name.split("/"))
+    }
 
 
 def _sync_folder(folder: Path) -> None:
@@ -366,44 +382,6 @@ def copies_without_receipt(unit: UPath, names: Iterable[str]) -> list[str]:
     if RECEIPT in names and len(there) < 2:
         return []
     return sorted(there - {_copy_of(unit)})
-
-
-def open_store(folder: UPath) -> Store:
-    """A Zarr store to read a group in an object store; failures to reach it are `OSError`."""
-    options = dict(folder.storage_options)
-    inner = FsspecStore.from_url(str(folder), storage_options=options, read_only=True)
-    return _Reached(inner)
-
-
-class _Reached(WrapperStore[FsspecStore]):
-    """What the client of an object store raises becomes an `OSError`."""
-
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        async with _as_os_error():
-            return await super().get(key, prototype, byte_range)
-
-    async def get_partial_values(
-        self,
-        prototype: BufferPrototype,
-        key_ranges: Iterable[tuple[str, ByteRequest | None]],
-    ) -> list[Buffer | None]:
-        async with _as_os_error():
-            return await super().get_partial_values(prototype, key_ranges)
-
-    def with_read_only(self, read_only: bool = False) -> _Reached:
-        return _Reached(self._store.with_read_only(read_only))
-
-
-@asynccontextmanager
-async def _as_os_error() -> AsyncIterator[None]:
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def _check_uploaded(unit: UPath, wanted: dict[str, int]) -> None:

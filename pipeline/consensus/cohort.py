@@ -24,12 +24,13 @@ from pipeline.cache.reader import FULL, CachedCase, Unit
 from pipeline.cache.schema import LABEL, log_odds_name
 from pipeline.consensus.regions import (
     DEFAULT_CONFIDENCE,
+    OTHER_REGIONS,
     Consensus,
     average_experts,
     averaged,
     consensus,
     corrected,
-    region_voxels,
+    region_counts,
     stack_organs,
     stacked,
     trusted,
@@ -364,12 +365,15 @@ def region_rows(
     teachers = list(registry.teachers)
     cohort = open_cohort(work, registry, teachers=teachers, datasets=datasets, as_indexed=True)
     for case in cohort.cases:
-        regions, known = lazy_consensus(case, space)
-        names = [space.organs[k] for k in known]
-        sizes = region_voxels(regions, names)
+        known = known_organs(case, space)
+        names = (*(space.organs[k] for k in known), *OTHER_REGIONS)
+        counts = np.zeros(len(names), dtype=np.int64)
+        for box in case.case.array(LABEL).boxes:  # block by block, without the price of a graph
+            classes = space.to_classes(case.label(box))
+            log_odds = _patch(case, space, RegionRules(), box, classes, None)
+            counts += region_counts(log_odds[known])
         voxel_ml = case.grid.voxel_ml
-        counts = zip(sizes, compute(*sizes.values()), strict=True)
-        ml = {name: round(float(count) * voxel_ml, 1) for name, count in counts}
+        ml = {n: round(float(c) * voxel_ml, 1) for n, c in zip(names, counts, strict=True)}
         rows.append({"case": case.name, "split": case.split, "ml": ml})
     return rows
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from pipeline.data.labels import IGNORE
 
 DEFAULT_CONFIDENCE = 6.0
+OTHER_REGIONS = ("agreed background", "conflict", "abstained")
 _FLOAT32 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
@@ -152,16 +153,12 @@ def consensus(
     return Consensus(d, margin)
 
 
-def region_voxels(regions: Consensus, organs: Sequence[str]) -> Mapping[str, da.Array]:
-    """Voxels in each region, lazily: one 0-d array per organ, `agreed background`, `conflict` and
-    `abstained`."""
-    sizes = {organ: regions.organ[k].sum() for k, organ in enumerate(organs)}
-    return {
-        **sizes,
-        "agreed background": regions.background.sum(),
-        "conflict": regions.conflict.sum(),
-        "abstained": regions.abstained.sum(),
-    }
+def region_counts(d: FloatArray, margin: float = 0.0) -> npt.NDArray[np.int64]:
+    """Voxels in each region of a block, float32 (K, D, H, W): int64 (K + 3,), the organs, then
+    `OTHER_REGIONS`."""
+    organ, background = above(d, margin), _all_below(d, margin)
+    others = background, _in_several(organ), _in_none(organ, background)
+    return np.array([np.count_nonzero(mask) for mask in (*organ, *others)], dtype=np.int64)
 
 
 def excluded_by_label(classes: da.Array, annotated: Sequence[int], num_organs: int) -> da.Array:

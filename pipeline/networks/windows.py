@@ -12,6 +12,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import combinations
 from typing import Any, TypeVar
 
@@ -65,7 +67,7 @@ class BlendedSlabs:
     ) -> None:
         self.begin = 0
         self._image_shape, self._held = image_shape, (window[0], *padded[1:])
-        self._weight: Tensor = _gaussian(window, sigma).to(device)
+        self._weight: Tensor = _gaussian(window, sigma, device)
         self._norm = torch.zeros(self._held, device=device)
         self._sum: Tensor | None = None
 
@@ -95,15 +97,17 @@ class BlendedSlabs:
         self.begin = row
 
 
-def _gaussian(window: Index3, sigma: float) -> Tensor:
-    """Weights of a window's voxels, at least 1e-3 of the largest: float32 (d, h, w)."""
+@lru_cache(maxsize=4)
+def _gaussian(window: Index3, sigma: float, device: torch.device | None) -> Tensor:
+    """Weights of a window's voxels, at least 1e-3 of the largest: float32 (d, h, w). Kept: of a
+    case of one window they cost as much as blending."""
     axes = []
     for size in window:
         x = torch.arange(-(size - 1) / 2, (size - 1) / 2 + 1, dtype=torch.float32)
         axes.append(torch.exp(x**2 / (-2 * (size * sigma) ** 2)))
     z, y, x = axes
     weight = (z[:, None] * y)[..., None] * x
-    return weight.clamp(min=1e-3).clamp(min=1e-3 * float(weight.max()))
+    return weight.clamp(min=1e-3).clamp(min=1e-3 * float(weight.max())).to(device)
 
 
 def _shift(held: Tensor, rows: int) -> None:
@@ -272,124 +276,100 @@ _FLAT_WINDOW = (
 Sink = Callable[[FloatArray], None]
 
 
-def sliding_window(
-    network: nn.Module,
-    image: npt.NDArray[Any],
-    config: WindowConfig,
-    *,
-    taps: Sequence[str] = (),
-    strides: Sequence[Index3] = (),
-    pad_value: float = 0.0,
-    batch_size: int = 1,
-    device: torch.device | None = None,
-    scale: Callable[[npt.NDArray[Any]], FloatArray] | None = None,
-) -> tuple[FloatArray, dict[str, FloatArray]]:
-    """Runs a network over a volume and returns all of it; see `stream_windows`.
+@dataclass(frozen=True)
+class SlidingWindow:
+    """A network, and how it is run over volumes.
 
-    Args:
+    Attributes:
         network: in evaluation mode.
-        image: (D, H, W) in the network's units.
         config: window shape and overlap.
-        taps: layers whose features are wanted.
-        strides: voxels per feature cell, one (z, y, x) per tap.
-        pad_value: fills what a volume lacks to a window or to a whole number of cells.
-        batch_size: windows per forward pass; changes speed and memory only.
-        device: where the network is.
-        scale: as for `stream_windows`.
-
-    Returns:
-        Logits (C, D, H, W) and per tap (F, ceil(D / s), ceil(H / s), ceil(W / s)), float32.
-
-    Raises:
-        ConfigError: mixed precision without a GPU.
-    """
-    whole = _Whole(image.shape[0])
-    cells = {
-        tap: _Whole(-(-image.shape[0] // stride[0]))
-        for tap, stride in zip(taps, strides, strict=True)
-    }
-    stream_windows(
-        network, image, config, logits=whole.put,
-        features={tap: sink.put for tap, sink in cells.items()},
-        strides=dict(zip(taps, strides, strict=True)),
-        pad_value=pad_value, batch_size=batch_size, device=device, scale=scale,
-    )  # fmt: skip
-    return whole.array, {tap: sink.array for tap, sink in cells.items()}
-
-
-def stream_windows(
-    network: nn.Module,
-    image: npt.NDArray[Any],
-    config: WindowConfig,
-    *,
-    logits: Sink,
-    features: Mapping[str, Sink],
-    strides: Mapping[str, Index3],
-    pad_value: float = 0.0,
-    batch_size: int = 1,
-    device: torch.device | None = None,
-    scale: Callable[[npt.NDArray[Any]], FloatArray] | None = None,
-) -> None:
-    """Runs a network over a volume; what is finished is handed out slab by slab, in order.
-
-    Logits and features are blended with Gaussian weights: sum(w * logits) / sum(w), accumulated in
-    float32. No more than one window's depth of the volume is held, on the network's device. On the
-    CPU the results are the same to the bit for every `batch_size`.
-
-    Args:
-        network: in evaluation mode.
-        image: (D, H, W), any real dtype.
-        config: window shape and overlap.
-        logits: takes slabs (C, n, H, W), D rows in all.
-        features: tap -> takes slabs (F, n, h, w), ceil(D / s) rows in all.
-        strides: tap -> voxels per feature cell along z, y, x.
+        strides: layers whose features are wanted -> voxels per feature cell along z, y, x.
         pad_value: in the network's units; fills what a volume lacks to a window or to a whole
             number of cells.
         batch_size: windows per forward pass, at most; fewer where memory is short.
-        device: where the network is.
+        device: where the network is; None is the CPU.
         scale: voxel by voxel, image -> the network's units; applied window by window, so that no
             float32 copy of the image is made. None: the image is in the network's units.
-
-    Raises:
-        ConfigError: mixed precision without a GPU.
-        GeometryError: the image is one slice, and windows are thicker.
-        MemoryError, RuntimeError: out of memory with one window at a time.
     """
-    align = _lcm(list(strides.values()))
-    window = padded_shape(config.shape, (1, 1, 1), align)
-    check_slice(image.shape, window, _FLAT_WINDOW)
-    shape = padded_shape(image.shape, window, align)
-    plan = windows(shape, window, config.overlap, align)
-    passes = WindowPasses(
-        network, list(features), precision=config.precision, mirror=config.mirror,
-        batch_size=batch_size, device=device,
-    )  # fmt: skip
 
-    def load(patch: Patch) -> Tensor:
-        return torch.from_numpy(_cut(image, patch, pad_value, scale))
+    network: nn.Module
+    config: WindowConfig
+    strides: Mapping[str, Index3] = field(default_factory=dict)
+    pad_value: float = 0.0
+    batch_size: int = 1
+    device: torch.device | None = None
+    scale: Callable[[npt.NDArray[Any]], FloatArray] | None = None
 
-    def blend(stride: Index3) -> BlendedSlabs:
-        cells, padded, one = (
-            Patch((0, 0, 0), n).coarsen(stride).shape
-            for n in (padded_shape(image.shape, (1, 1, 1), stride), shape, window)
+    def run(self, image: npt.NDArray[Any]) -> tuple[FloatArray, dict[str, FloatArray]]:
+        """All of a volume; see `stream`.
+
+        Returns:
+            Logits (C, D, H, W) and per tap (F, ceil(D / s), ceil(H / s), ceil(W / s)), float32.
+        """
+        whole = _Whole(image.shape[0])
+        cells = {tap: _Whole(-(-image.shape[0] // s[0])) for tap, s in self.strides.items()}
+        self.stream(image, whole.put, {tap: sink.put for tap, sink in cells.items()})
+        return whole.array, {tap: sink.array for tap, sink in cells.items()}
+
+    def stream(self, image: npt.NDArray[Any], logits: Sink, features: Mapping[str, Sink]) -> None:
+        """Runs over a volume; what is finished is handed out slab by slab, in order.
+
+        Logits and features are blended with Gaussian weights: sum(w * logits) / sum(w), accumulated
+        in float32. No more than one window's depth of the volume is held, on the network's device.
+        On the CPU the results are the same to the bit for every `batch_size`.
+
+        Args:
+            image: (D, H, W), any real dtype.
+            logits: takes slabs (C, n, H, W), D rows in all.
+            features: of all taps, takes slabs (F, n, h, w), ceil(D / s) rows in all.
+
+        Raises:
+            ConfigError: mixed precision without a GPU.
+            GeometryError: the image is one slice, and windows are thicker.
+            MemoryError, RuntimeError: out of memory with one window at a time.
+        """
+        config, strides = self.config, self.strides
+        align = _lcm(list(strides.values()))
+        window = padded_shape(config.shape, (1, 1, 1), align)
+        check_slice(image.shape, window, _FLAT_WINDOW)
+        shape = padded_shape(image.shape, window, align)
+        plan = windows(shape, window, config.overlap, align)
+        passes = WindowPasses(
+            self.network, list(features), precision=config.precision, mirror=config.mirror,
+            batch_size=self.batch_size, device=self.device,
+        )  # fmt: skip
+
+        def blend(stride: Index3) -> BlendedSlabs:
+            cells, padded, one = (
+                Patch((0, 0, 0), n).coarsen(stride).shape
+                for n in (padded_shape(image.shape, (1, 1, 1), stride), shape, window)
+            )
+            return BlendedSlabs(cells, padded, one, config.sigma, self.device)
+
+        def hand_out(row: int) -> None:
+            for slab in blended.advance(row):
+                logits(slab)
+            for tap, sink in features.items():
+                for slab in cells[tap].advance(row // strides[tap][0]):
+                    sink(slab)
+
+        blended, cells = blend((1, 1, 1)), {tap: blend(strides[tap]) for tap in features}
+        for patch, out, taps in passes.run(plan, lambda patch: self._cut(image, patch)):
+            if patch.start[0] > blended.begin:  # windows come with z slowest
+                hand_out(patch.start[0])
+            blended.put(patch, out)
+            for tap, cell in cells.items():
+                cell.put(patch.coarsen(strides[tap]), taps[tap])
+        hand_out(shape[0])
+
+    def _cut(self, image: npt.NDArray[Any], patch: Patch) -> Tensor:
+        inside, missing = patch.clip(image.shape)
+        part = image[inside] if self.scale is None else self.scale(image[inside])
+        # A copy of its own, also where nothing is missing: the network may write into its input.
+        padded = np.pad(
+            part.astype(np.float32, copy=False), missing, constant_values=self.pad_value
         )
-        return BlendedSlabs(cells, padded, one, config.sigma, device)
-
-    def hand_out(row: int) -> None:
-        for slab in blended.advance(row):
-            logits(slab)
-        for tap, sink in features.items():
-            for slab in cells[tap].advance(row // strides[tap][0]):
-                sink(slab)
-
-    blended, cells = blend((1, 1, 1)), {tap: blend(strides[tap]) for tap in features}
-    for patch, out, taps in passes.run(plan, load):
-        if patch.start[0] > blended.begin:  # windows come with z slowest
-            hand_out(patch.start[0])
-        blended.put(patch, out)
-        for tap, cell in cells.items():
-            cell.put(patch.coarsen(strides[tap]), taps[tap])
-    hand_out(shape[0])
+        return torch.from_numpy(padded)
 
 
 class _Whole:
@@ -410,18 +390,6 @@ class _Whole:
         assert self._array is not None
         assert self._end == self._rows
         return self._array
-
-
-def _cut(
-    image: npt.NDArray[Any],
-    patch: Patch,
-    pad_value: float,
-    scale: Callable[[npt.NDArray[Any]], FloatArray] | None,
-) -> FloatArray:
-    inside, missing = patch.clip(image.shape)
-    part = image[inside] if scale is None else scale(image[inside])
-    # A copy of its own, also where nothing is missing: the network may write into its input.
-    return np.pad(part.astype(np.float32, copy=False), missing, constant_values=pad_value)
 
 
 def _lcm(strides: Sequence[Index3]) -> Index3:

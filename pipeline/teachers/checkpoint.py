@@ -24,7 +24,7 @@ from pipeline.data.volume import Spacing, Volume
 from pipeline.errors import CheckpointError, PipelineError, TeacherError, named
 from pipeline.networks.by_name import NetworkConfig, build_network, tap_shapes
 from pipeline.networks.tensor_file import load_sealed, save_atomically
-from pipeline.networks.windows import Sink, sliding_window, stream_windows
+from pipeline.networks.windows import Sink, SlidingWindow
 from pipeline.teachers.outputs import giving_logits
 from pipeline.teachers.teacher import Prediction, first_lines, load_weights
 
@@ -133,10 +133,7 @@ class CheckpointTeacher:
 
     def predict(self, image: Volume) -> Prediction:
         """Int16 HU (D, H, W) at `spacing_mm` -> logits on the same grid and tapped features."""
-        logits, features = sliding_window(
-            self.network, image.array, self.window, taps=list(self.taps),
-            strides=list(self.strides.values()), **self._how,
-        )  # fmt: skip
+        logits, features = self._windows.run(image.array)
         on_grid = {
             tap: Volume(features[tap], image.grid.coarsen(stride))
             for tap, stride in self.strides.items()
@@ -150,17 +147,15 @@ class CheckpointTeacher:
 
     def stream(self, image: Volume, *, logits: Sink, features: Mapping[str, Sink]) -> None:
         """`predict`, slab by slab; see `StreamingTeacher`."""
-        stream_windows(
-            self.network, image.array, self.window, logits=logits, features=features,
-            strides=self.strides, **self._how,
-        )  # fmt: skip
+        self._windows.stream(image.array, logits, features)
 
     @property
-    def _how(self) -> dict[str, Any]:
-        """Of both passes."""
+    def _windows(self) -> SlidingWindow:
         intensity = self.record.intensity
-        how = {"batch_size": self.batch_size, "device": self.device}
-        return {"pad_value": intensity.air, "scale": intensity.apply, **how}
+        return SlidingWindow(
+            self.network, self.window, self.strides, pad_value=intensity.air,
+            batch_size=self.batch_size, device=self.device, scale=intensity.apply,
+        )  # fmt: skip
 
     def describe(self) -> Mapping[str, Any]:
         """Record, window and taps."""

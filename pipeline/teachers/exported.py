@@ -23,7 +23,7 @@ from pipeline.data.entries import TeacherEntry
 from pipeline.data.patches import Index3, WindowConfig
 from pipeline.data.volume import Orientation, Spacing, Volume
 from pipeline.errors import TeacherError
-from pipeline.networks.windows import sliding_window
+from pipeline.networks.windows import SlidingWindow
 from pipeline.teachers.outputs import giving_logits
 from pipeline.teachers.teacher import Prediction, first_lines
 
@@ -68,14 +68,13 @@ class ExportedTeacher:
     def predict(self, image: Volume) -> Prediction:
         """Int16 HU (D, H, W) at `spacing_mm` -> logits on the same grid; there are no features."""
         turned = self.axes.apply(image)
-        logits, _ = sliding_window(
+        logits, _ = SlidingWindow(
             self.network,
-            self.entry.intensity.apply(turned.array),
             self.window.model_copy(update={"shape": self.network_window}),
             pad_value=self.entry.intensity.air,
             batch_size=self.batch_size,
             device=self.device,
-        )
+        ).run(self.entry.intensity.apply(turned.array))
         back = self.axes.undo(Volume(logits, turned.grid))
         return Prediction(Volume(back.array, image.grid))
 

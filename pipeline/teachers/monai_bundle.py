@@ -31,7 +31,7 @@ from pipeline.data.patches import Index3, WindowConfig
 from pipeline.data.volume import Grid, Volume, as_file_array, from_file_array
 from pipeline.errors import PipelineError, TeacherError
 from pipeline.networks.by_name import tap_shapes
-from pipeline.networks.windows import sliding_window
+from pipeline.networks.windows import SlidingWindow
 from pipeline.teachers.bundle_files import contradictions, read_bundle
 from pipeline.teachers.outputs import giving_logits
 from pipeline.teachers.teacher import Prediction, load_weights
@@ -301,20 +301,18 @@ class BundleTeacher:
     def _features(self, array: torch.Tensor, affine: npt.NDArray[np.float64]) -> dict[str, Volume]:
         if not self.taps:
             return {}
-        strides = [stride for _, stride in self.taps.values()]
-        _, features = sliding_window(
+        strides = {tap: stride for tap, (_, stride) in self.taps.items()}
+        _, features = SlidingWindow(
             self.parts.network,
-            array.float().numpy(),
             _window(self.parts.inferer),
-            taps=list(self.taps),
-            strides=strides,
+            strides,
             pad_value=float(array.min()),
             device=self.device,
-        )
+        ).run(array.float().numpy())
         grid = Grid.from_matrix(array.shape, affine)
         return {
             tap: from_file_array(features[tap], grid.coarsen(stride).matrix)
-            for tap, stride in zip(self.taps, strides, strict=True)
+            for tap, stride in strides.items()
         }
 
     def _failed(self, what: str, error: Exception) -> PipelineError:

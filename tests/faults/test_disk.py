@@ -44,7 +44,7 @@ def test_a_disk_that_fills_up_at_any_moment(
     rng = random.Random(5)
     for number in range(how_many(6, 40)):
         registry = copy_cohort(small_built, tmp_path / str(number))
-        fill_at = rng.randint(3, 600)
+        fill_at = rng.randint(3, 300)
         told = one(nursery, "full_disk", registry, fill_at=fill_at)
         full, names = told["full"], unit_names(registry)
         where = f"filled before operation {fill_at}: {full}"

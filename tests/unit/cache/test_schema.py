@@ -11,12 +11,13 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from zarr.codecs import ZstdCodec
+from zarr.storage import MemoryStore
 
 from pipeline.cache.schema import (
     FLOAT16_MAX,
     ArraySpec,
     StorageConfig,
-    create_array,
     feature_moments,
     features_spec,
     image_spec,
@@ -24,7 +25,10 @@ from pipeline.cache.schema import (
     log_odds_spec,
     round_bits,
 )
+from pipeline.cache.shards import encode_array, encode_group
+from pipeline.cache.store import write_unit
 
+STORAGE = StorageConfig(chunk=8)
 CORE_CODECS = {"sharding_indexed", "bytes", "zstd", "crc32c"}
 any_floats = hnp.arrays(
     np.float32, st.integers(1, 40), elements=st.floats(width=32, allow_nan=True)
@@ -34,8 +38,8 @@ any_floats = hnp.arrays(
 def written(
     tmp_path: Path, spec: ArraySpec, storage: StorageConfig | None = None
 ) -> tuple[zarr.Array[Any], dict[str, Any]]:
-    group = zarr.create_group(tmp_path / "group.zarr", zarr_format=3)
-    create_array(group, spec, storage or StorageConfig(chunk=8))
+    storage = storage or StorageConfig(chunk=8)
+    write_unit(tmp_path / "group.zarr", [spec], {}, {}, storage=storage, seconds=0)
     array = zarr.open_group(tmp_path / "group.zarr", mode="r")[spec.name]
     assert isinstance(array, zarr.Array)
     path = tmp_path / "group.zarr" / spec.name / "zarr.json"
@@ -121,6 +125,33 @@ def test_one_shard_of_inner_chunks(tmp_path: Path, shape: tuple[int, int, int]) 
     assert [-(-n // c) for n, c in zip(shape, inner, strict=True)] == [-(-n // 8) for n in shape]
     shard = metadata["chunk_grid"]["configuration"]["chunk_shape"]
     assert all(s >= n and s % c == 0 for s, n, c in zip(shard, shape, inner, strict=True))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 20, 9), (5, 6, 7), (17, 33, 9), (3, 33, 8, 64), (2, 1, 1, 1)]
+)
+@pytest.mark.parametrize("dtype", [np.float16, np.int16, np.uint8])
+def test_bytes_are_those_that_zarr_writes(shape: tuple[int, ...], dtype: type) -> None:
+    values = np.random.default_rng(0).integers(0, 9, shape).astype(dtype)
+    axes = ("feature", "z", "y", "x")[-len(shape) :]
+    spec = ArraySpec("a/b.c", values, axes, float("nan") if dtype == np.float16 else 7)
+    ours = {"zarr.json": encode_group({"centres": [[0, 1]]}), **encode_array(spec, STORAGE)}
+    theirs: dict[str, Any] = {}
+    attributes = {"centres": [[0, 1]]}
+    group = zarr.create_group(MemoryStore(theirs), zarr_format=3, attributes=attributes)
+    chunks = zarr_chunks(ours)
+    group.create_array(
+        "a/b.c", shape=shape, dtype=dtype, chunks=chunks,
+        shards=tuple(-(-n // c) * c for n, c in zip(shape, chunks, strict=True)),
+        compressors=ZstdCodec(level=1, checksum=True), fill_value=spec.fill_value,
+        dimension_names=axes, config={"write_empty_chunks": True},
+    )[...] = values  # fmt: skip
+    assert ours == {name: data.to_bytes() for name, data in theirs.items()}
+
+
+def zarr_chunks(files: dict[str, bytes]) -> tuple[int, ...]:
+    (sharding,) = json.loads(files["a/b.c/zarr.json"])["codecs"]
+    return tuple(sharding["configuration"]["chunk_shape"])
 
 
 def test_moments_of_a_tap_are_over_the_cells_that_are_seen() -> None:

@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
-from zarr.storage import LocalStore
 
 from pipeline.cache import receipt as receipts
+from pipeline.cache import shards
 from pipeline.cache.places import clean_temporaries
 from pipeline.cache.reader import Unit
 from pipeline.cache.receipt import RECEIPT, verify_unit
@@ -22,6 +22,7 @@ from pipeline.cache.store import (
     write_unit,
 )
 from pipeline.config import digest
+from pipeline.data.patches import Patch
 from pipeline.errors import (
     CacheCorrupt,
     CacheStale,
@@ -141,15 +142,23 @@ def test_a_receipt_that_claims_other_inputs_is_corrupt(tmp_path: Path) -> None:
         Unit.open(unit)
 
 
-def test_metadata_are_read_once_and_not_by_zarr(
+def test_of_an_array_its_metadata_and_its_index_are_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Zarr would read them again, and look for others beside them."""
     write(tmp_path / "unit.zarr")
-    monkeypatch.setattr(LocalStore, "get", lambda *_: pytest.fail("Zarr was asked"))
     unit = Unit.open(tmp_path / "unit.zarr")
-    assert unit.array("image").ndim == 3
-    assert isinstance(unit.attributes, dict)
+    unit.read("image", Patch((0, 0, 0), (2, 2, 2)))
+    monkeypatch.setattr(receipts, "read_bytes", lambda _: pytest.fail("metadata again"))
+    ranges: list[tuple[int, int]] = []
+    real = shards.read_range
+
+    def noted(path: Path, begin: int, end: int) -> bytes:
+        ranges.append((begin, end))
+        return real(path, begin, end)
+
+    monkeypatch.setattr(shards, "read_range", noted)
+    assert np.array_equal(unit.read("image", Patch((0, 0, 0), (2, 2, 2))), IMAGE[:2, :2, :2])
+    assert [begin for begin, _ in ranges] == [0]  # the first chunk
 
 
 # --- several writers ----------------------------------------------------------------------------

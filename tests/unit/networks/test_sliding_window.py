@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.data.patches import WindowConfig, windows
 from pipeline.errors import GeometryError
-from pipeline.networks.windows import sliding_window
+from pipeline.networks.windows import SlidingWindow
 
 RNG = np.random.default_rng(0)
 shapes = st.tuples(*(st.integers(1, 13) for _ in range(3)))
@@ -50,7 +50,7 @@ class Local(nn.Module):
 def run(
     network: nn.Module, image: npt.NDArray[np.float32], config: WindowConfig, **more: Any
 ) -> Any:
-    return sliding_window(network.eval(), image, config, **more)
+    return SlidingWindow(network.eval(), config, **more).run(image)
 
 
 def seeded(stride: tuple[int, int, int]) -> Local:
@@ -79,10 +79,10 @@ def test_one_slice_takes_flat_windows_alone() -> None:
     image = np.ones((1, 9, 9), np.float32)
     with pytest.raises(GeometryError, match=r"1 x 9 x 9 .* patches of 4 x 8 x 8"):
         run(Echo(), image, WindowConfig(shape=(4, 8, 8)))
-    thick = {"taps": ["cells"], "strides": [(2, 2, 2)]}
+    thick = {"strides": {"cells": (2, 2, 2)}}
     with pytest.raises(GeometryError, match="patches of 2 x 8 x 8"):
         run(seeded((2, 2, 2)), image, WindowConfig(shape=(1, 8, 8)), **thick)
-    flat = {"taps": ["cells"], "strides": [(1, 2, 2)]}
+    flat = {"strides": {"cells": (1, 2, 2)}}
     _, features = run(seeded((1, 2, 2)), image, WindowConfig(shape=(1, 8, 8)), **flat)
     assert features["cells"].shape == (3, 1, 5, 5)
 
@@ -123,9 +123,7 @@ def test_features_of_a_local_network_are_those_of_the_whole_volume(
     network = seeded(stride)
     config = WindowConfig(shape=(8, 8, 8), overlap=0.5)
     pad_value = -1.5
-    logits, features = run(
-        network, image, config, taps=["cells"], strides=[stride], pad_value=pad_value
-    )
+    logits, features = run(network, image, config, strides={"cells": stride}, pad_value=pad_value)
     cells = [-(-n // s) for n, s in zip(shape, stride, strict=True)]
     padding = [(0, c * s - n) for n, c, s in zip(shape, cells, stride, strict=True)]
     padded = torch.from_numpy(np.pad(image, padding, constant_values=pad_value))[None, None]
@@ -152,7 +150,7 @@ def test_features_are_blended_as_logits_are() -> None:
 
     image = np.zeros((16, 4, 4), np.float32)
     config = WindowConfig(shape=(8, 4, 4), overlap=0.5)
-    logits, features = run(WindowNumber(), image, config, taps=["tap"], strides=[(2, 1, 1)])
+    logits, features = run(WindowNumber(), image, config, strides={"tap": (2, 1, 1)})
     # Windows begin at 0, 4 and 8: what two of them see lies between their numbers.
     found = features["tap"][0, :, 2, 2]
     assert found[:2].tolist() == [0, 0]
@@ -174,8 +172,8 @@ def test_taps_of_different_strides_go_together() -> None:
 
     image = RNG.normal(size=(10, 9, 8)).astype(np.float32)
     _, features = run(
-        Two(), image, WindowConfig(shape=(6, 6, 6)), taps=["fine", "coarse"],
-        strides=[(2, 2, 2), (4, 4, 4)],
+        Two(), image, WindowConfig(shape=(6, 6, 6)),
+        strides={"fine": (2, 2, 2), "coarse": (4, 4, 4)},
     )  # fmt: skip
     assert features["fine"].shape == (1, 5, 5, 4)
     assert features["coarse"].shape == (1, 3, 3, 2)
@@ -223,6 +221,6 @@ def test_of_several_outputs_the_first_is_taken() -> None:
 
 def test_hooks_are_gone_afterwards() -> None:
     network = seeded((2, 2, 2))
-    run(network, np.zeros((4, 4, 4), np.float32), WindowConfig(shape=(4, 4, 4)), taps=["cells"],
-        strides=[(2, 2, 2)])  # fmt: skip
+    run(network, np.zeros((4, 4, 4), np.float32), WindowConfig(shape=(4, 4, 4)),
+        strides={"cells": (2, 2, 2)})  # fmt: skip
     assert not network.cells._forward_hooks

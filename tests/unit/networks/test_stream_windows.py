@@ -14,7 +14,7 @@ from monai.data.utils import compute_importance_map
 from torch import Tensor, nn
 
 from pipeline.data.patches import WindowConfig, padded_shape, windows
-from pipeline.networks.windows import sliding_window, stream_windows
+from pipeline.networks.windows import SlidingWindow
 
 Array = npt.NDArray[np.float32]
 shapes = st.tuples(*(st.integers(1, 21) for _ in range(3))).filter(lambda s: s.count(1) != 1)
@@ -70,9 +70,9 @@ def test_slabs_are_bit_by_bit_what_the_whole_volume_would_give(
 ) -> None:
     image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     config = WindowConfig(shape=window, overlap=overlap)
-    logits, features = sliding_window(
-        Spied(), image, config, taps=["tap"], strides=[(2, 2, 2)], pad_value=-1.5
-    )
+    logits, features = SlidingWindow(
+        Spied(), config, strides={"tap": (2, 2, 2)}, pad_value=-1.5
+    ).run(image)
     right, cells = all_at_once(image, config, -1.5)
     assert logits.tobytes() == np.ascontiguousarray(right).tobytes()
     np.testing.assert_allclose(features["tap"][0], cells, atol=1e-6)
@@ -87,10 +87,9 @@ def test_rows_are_handed_out_as_soon_as_no_window_touches_them_any_more() -> Non
     def sink(name: str) -> Any:
         return lambda slab: told.append((name, network.calls, slab.shape[1]))
 
-    stream_windows(
-        network, image, WindowConfig(shape=(8, 8, 8), overlap=0.5),
-        logits=sink("logits"), features={"tap": sink("tap")}, strides={"tap": (2, 2, 2)},
-    )  # fmt: skip
+    config = WindowConfig(shape=(8, 8, 8), overlap=0.5)
+    windows = SlidingWindow(network, config, strides={"tap": (2, 2, 2)})
+    windows.stream(image, sink("logits"), {"tap": sink("tap")})
     logits = [(calls, rows) for name, calls, rows in told if name == "logits"]
     # Windows begin at 0, 4 .. 32. When the second has been run, 4 rows are finished.
     assert logits == [*((n, 4) for n in range(2, 10)), (9, 8)]
@@ -106,9 +105,9 @@ def test_an_integer_image_is_scaled_window_by_window() -> None:
         return hu.astype(np.float32) / 500
 
     config = WindowConfig(shape=(8, 8, 8))
-    found, _ = sliding_window(Spied(), image, config, scale=scale, pad_value=-2.0)
+    found, _ = SlidingWindow(Spied(), config, scale=scale, pad_value=-2.0).run(image)
     assert max(sizes) <= 8**3
-    right, _ = sliding_window(Spied(), image.astype(np.float32) / 500, config, pad_value=-2.0)
+    right, _ = SlidingWindow(Spied(), config, pad_value=-2.0).run(image.astype(np.float32) / 500)
     np.testing.assert_array_equal(found, right)
 
 
@@ -120,10 +119,8 @@ def test_what_is_handed_out_is_not_written_to_again() -> None:
         copies.append(slab.copy())
 
     image = np.random.default_rng(0).normal(size=(30, 8, 8)).astype(np.float32)
-    stream_windows(
-        Spied(), image, WindowConfig(shape=(8, 8, 8)),
-        logits=keep, features={"tap": keep}, strides={"tap": (2, 2, 2)},
-    )  # fmt: skip
+    windows = SlidingWindow(Spied(), WindowConfig(shape=(8, 8, 8)), strides={"tap": (2, 2, 2)})
+    windows.stream(image, keep, {"tap": keep})
     for slab, copy in zip(slabs, copies, strict=True):
         np.testing.assert_array_equal(slab, copy)
 
@@ -140,6 +137,6 @@ def test_a_network_that_needs_more_than_the_case_sees_padding_that_is_cut_off(
             return x + 1
 
     image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    logits, _ = sliding_window(Fussy(), image, WindowConfig(shape=(16, 16, 16)), pad_value=9.0)
+    logits, _ = SlidingWindow(Fussy(), WindowConfig(shape=(16, 16, 16)), pad_value=9.0).run(image)
     assert logits.shape == (1, *shape)
     np.testing.assert_allclose(logits[0], image + 1, rtol=1e-5, atol=1e-5)

@@ -17,7 +17,7 @@ _CHILD = """
 import json, resource
 import numpy as np, torch
 from pipeline.data.patches import WindowConfig
-from pipeline.networks.windows import stream_windows
+from pipeline.networks.windows import SlidingWindow
 
 class Many(torch.nn.Module):
     def forward(self, x):
@@ -25,11 +25,10 @@ class Many(torch.nn.Module):
 
 def run(rows):
     seen = []
-    stream_windows(
-        Many(), np.zeros((rows, 64, 64), np.int16), WindowConfig(shape=(16, 32, 32), overlap=0),
-        logits=lambda slab: seen.append(slab.shape[1]), features={}, strides={},
-        scale=lambda hu: hu.astype(np.float32),
-    )
+    config = WindowConfig(shape=(16, 32, 32), overlap=0)
+    windows = SlidingWindow(Many(), config, scale=lambda hu: hu.astype(np.float32))
+    image = np.zeros((rows, 64, 64), np.int16)
+    windows.stream(image, lambda slab: seen.append(slab.shape[1]), {})
     assert sum(seen) == rows
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

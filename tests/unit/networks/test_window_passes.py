@@ -15,10 +15,10 @@ from pipeline.data.patches import WindowConfig
 from pipeline.errors import ConfigError
 from pipeline.networks import windows
 from pipeline.networks.windows import (
+    SlidingWindow,
     WindowPasses,
     check_precision,
     is_out_of_memory,
-    sliding_window,
 )
 
 CPU = torch.device("cpu")
@@ -52,9 +52,9 @@ def said(
     network: nn.Module, tap: str, batch: int, image: npt.NDArray[Any] = IMAGE, **window: Any
 ) -> list[npt.NDArray[Any]]:
     config = WindowConfig(shape=(16, 16, 16), **window)
-    logits, features = sliding_window(
-        network, image, config, taps=[tap], strides=[(2, 2, 2)], batch_size=batch, device=CPU
-    )
+    logits, features = SlidingWindow(
+        network, config, strides={tap: (2, 2, 2)}, batch_size=batch, device=CPU
+    ).run(image)
     return [logits, features[tap]]
 
 
@@ -109,31 +109,31 @@ def test_out_of_memory_halves_the_batch_and_says_so_once(batches: None, error: E
     network = Greedy(2, error)
     config = WindowConfig(shape=(8, 8, 8))
     with pytest.warns(RuntimeWarning, match="out of memory with 9 windows") as caught:
-        found, _ = sliding_window(network, IMAGE, config, batch_size=9, device=CPU)
+        found, _ = SlidingWindow(network, config, batch_size=9, device=CPU).run(IMAGE)
     assert network.tried[:3] == [9, 4, 2]
     assert set(network.tried[3:-1]) == {2}  # and not tried again
     assert "--window-batch" in str(caught[0].message)
-    right, _ = sliding_window(Greedy(99, error), IMAGE, config, batch_size=1, device=CPU)
+    right, _ = SlidingWindow(Greedy(99, error), config, batch_size=1, device=CPU).run(IMAGE)
     np.testing.assert_array_equal(found, right)
 
 
 def test_out_of_memory_with_one_window_is_for_the_caller(batches: None) -> None:
     with pytest.warns(RuntimeWarning), pytest.raises(MemoryError):
-        sliding_window(
-            Greedy(0, MemoryError()), IMAGE, WindowConfig(shape=(8, 8, 8)), batch_size=4, device=CPU
-        )
+        SlidingWindow(
+            Greedy(0, MemoryError()), WindowConfig(shape=(8, 8, 8)), batch_size=4, device=CPU
+        ).run(IMAGE)
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(batches: None) -> None:
     network = Greedy(0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1"):
-        sliding_window(network, IMAGE, WindowConfig(shape=(8, 8, 8)), batch_size=4, device=CPU)
+        SlidingWindow(network, WindowConfig(shape=(8, 8, 8)), batch_size=4, device=CPU).run(IMAGE)
     assert network.tried == [4]
 
 
 def test_on_the_cpu_a_network_sees_one_window_at_a_time() -> None:
     network = Greedy(1, MemoryError())
-    sliding_window(network, IMAGE, WindowConfig(shape=(8, 8, 8)), batch_size=4, device=CPU)
+    SlidingWindow(network, WindowConfig(shape=(8, 8, 8)), batch_size=4, device=CPU).run(IMAGE)
     assert set(network.tried) == {1}
 
 
@@ -150,7 +150,7 @@ def test_what_is_out_of_memory(error: Exception) -> None:
 def test_mixed_precision_is_for_a_gpu(precision: Any) -> None:
     config = WindowConfig(shape=(8, 8, 8), precision=precision)
     with pytest.raises(ConfigError, match="CUDA GPU") as caught:
-        sliding_window(Greedy(9, MemoryError()), IMAGE, config, device=CPU)
+        SlidingWindow(Greedy(9, MemoryError()), config, device=CPU).run(IMAGE)
     assert caught.value.where == "window.precision"
     check_precision(precision, torch.device("cuda:1"))
     check_precision("float32", CPU)
@@ -206,7 +206,7 @@ def test_logits_are_averaged_over_mirror_images(
     network = Sloped().eval()
     image = RNG.normal(size=(4, 5, 6)).astype(np.float32)
     config = WindowConfig(shape=(4, 5, 6), mirror=mirror)
-    logits, features = sliding_window(network, image, config, taps=["tap"], strides=[(1, 1, 1)])
+    logits, features = SlidingWindow(network, config, strides={"tap": (1, 1, 1)}).run(image)
     along_z = np.arange(4.0) if z == "own" else np.full(4, 1.5)
     along_x = np.arange(6.0) if x == "own" else np.full(6, 2.5)
     expected = image + 100 * along_z[:, None, None] + along_x

@@ -17,7 +17,7 @@ from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import log_odds
 from pipeline.data.patches import WindowConfig
 from pipeline.errors import OutputsError, TeacherWarning
-from pipeline.networks.windows import sliding_window
+from pipeline.networks.windows import SlidingWindow
 from pipeline.teachers.outputs import OutputsOfCase, to_logits
 from tests.tiny import teacher_data
 
@@ -143,7 +143,7 @@ def test_blending_hides_nothing() -> None:
             return torch.softmax(torch.cat([-odds, odds], 1), 1).half()
 
     image = np.random.default_rng(0).normal(size=(20, 18, 17)).astype(np.float32)
-    outputs, _ = sliding_window(Net(), image, WindowConfig(shape=(8, 8, 8), overlap=0.5))
+    outputs, _ = SlidingWindow(Net(), WindowConfig(shape=(8, 8, 8), overlap=0.5)).run(image)
     assert "sum to 1" in refused(torch.from_numpy(outputs)[None])
 
 
