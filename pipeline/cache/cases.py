@@ -293,17 +293,14 @@ def case_of_hashes(
     """`identify_case` for files whose SHA-256 (of image, of label) are known; none is read."""
     entry = registry.datasets[source.dataset]
     inputs = case_inputs(
-        image_sha256=hashes[0],
-        label_sha256=hashes[1],
-        values=entry.annotated,
-        ids=registry.organs,
-        ignore_values=entry.ignore_values,
-        background_values=entry.background_values,
-        spacing_mm=spacing_mm,
-        storage=storage,
+        image_sha256=hashes[0], label_sha256=hashes[1], values=entry.annotated,
+        ids=registry.organs, ignore_values=entry.ignore_values,
+        background_values=entry.background_values, spacing_mm=spacing_mm, storage=storage,
         units=entry.units,
+    )  # fmt: skip
+    case = IndexedCase(
+        source.dataset, source.case, source.split, hashes[0], digest(inputs), fold=source.fold
     )
-    case = IndexedCase(source.dataset, source.case, source.split, hashes[0], digest(inputs))
     return case, inputs
 
 

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from pipeline.config import FileStamp, digest
 from pipeline.data.dicom import stamp_image
 from pipeline.data.entries import CaseFiles
 from pipeline.data.registry import Registry, load_registry
-from pipeline.data.splits import SPLITS
+from pipeline.data.splits import SPLITS, in_words, role
 from pipeline.data.weights import digest_of, stamp_weights
 from pipeline.errors import (
     CacheMissing,
@@ -77,6 +78,11 @@ def read_dataset(
         if not compare or not sources or matching(work / "index" / "datasets", of_it):
             raise
         found = IndexedDataset([], frozenset(), ())  # other parts of a job array have its cases
+    seen = [
+        case if case.fold is None else replace(case, split=role(case.fold, registry.fold))
+        for case in found.cases
+    ]
+    found = replace(found, cases=seen)
     cases = [case for case in found.cases if case.split in splits]
     if not compare:
         return cases, {}
@@ -96,7 +102,7 @@ def read_dataset(
     called = (
         {case: source.split for case, source in sources.items()}
         if sources
-        else registry.splits(dataset, found.left_out)
+        else registry.splits(dataset, {*found.left_out, *(case.case for case in found.cases)})
     )
     absent = {*called} - {case.case for case in found.cases}
     return cases, {
@@ -174,13 +180,8 @@ def unchecked(work: Folder, registry: Registry, teachers: Iterable[str]) -> list
 def claim_dataset(
     work: Folder, registry: Registry, dataset: str, *, log: Log | None = None
 ) -> Origin:
-    """Makes sure that stage one may write a dataset's entry; returns for whom.
-
-    Args:
-        work: the work folder.
-        registry: read with its files.
-        dataset: its name.
-        log: hears of an entry that is taken over.
+    """Makes sure that stage one may write a dataset's entry; returns for whom. `registry` is read
+    with its files; `log` hears of an entry that is taken over.
 
     Raises:
         WorkFolderError: the entry is another project's, and speaks of other files.
@@ -290,10 +291,9 @@ def held_out_since(registry: Registry, work: Folder, files: Sequence[CaseFiles])
                 trained |= {
                     f"{content['dataset']}/{case['case']}"
                     for case in content["cases"]
-                    if case["split"] == "train"
+                    if case["split"] == "train" or "fold" in case
                 }
-    held_out = [c for c in files if c.dataset in new and c.split != "train"]
-    seen = [case.name for case in held_out if case.name in trained]
+    seen = [c.name for c in files if c.dataset in new and c.split != "train" and c.name in trained]
     if not seen:
         return ""
     return (
@@ -314,8 +314,7 @@ def record_cases(
     keys = {name: registry.dataset_key(name) for name in registry.datasets}
     origins = {name: claim_dataset(work, registry, name) for name in registry.datasets}
     for case in indexed:
-        name = case.dataset
-        write_case_record(work, keys[name], case, origin=origins[name])
+        write_case_record(work, keys[case.dataset], case, origin=origins[case.dataset])
     for source in failed:
         name = source.dataset
         write_failed_record(work, name, keys[name], source.case, origin=origins[name])
@@ -440,8 +439,9 @@ def _differences(
             if case.split in splits:
                 wrong.append(f"{case.case} is no longer in the dataset")
         elif {case.split, source.split} & {*splits}:
-            if case.split != source.split:
-                wrong.append(f"{case.case} was in split {case.split} and is in {source.split}")
+            if (case.split, case.fold) != (source.split, source.fold):
+                was, now = (x.split if x.fold is None else in_words(x.fold) for x in (case, source))
+                wrong.append(f"{case.case} was in split {was} and is in {now}")
             elif other := _other_file(case, source, trusted):
                 wrong.append(f"the {other} of {case.case} has other bytes")
     return wrong

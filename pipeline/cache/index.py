@@ -66,6 +66,7 @@ class IndexedCase:
     digest: str
     image: FileStamp | None = field(default=None, compare=False)
     label: FileStamp | None = field(default=None, compare=False)
+    fold: int | None = None  # `split` is then as while the first fold validates
 
     @property
     def name(self) -> str:
@@ -286,7 +287,10 @@ def _content(
         "dataset": dataset,
         "key": key,
         "origin": None if origin is None else asdict(origin),
-        "cases": [asdict(case) for case in cases],
+        "cases": [
+            {k: v for k, v in asdict(case).items() if k != "fold" or v is not None}
+            for case in cases
+        ],
         "left_out": sorted(left_out),
     }
 

@@ -25,6 +25,7 @@ from pipeline.cli.options import (
     ConfigOption,
     DeviceOption,
     DryRunOption,
+    FoldOption,
     JsonOption,
     LoggerOption,
     MinutesOption,
@@ -113,6 +114,7 @@ def train_student(
     registry: RegistryOption = REGISTRY,
     config: ConfigOption = None,
     work: WorkOption = WORK,
+    fold: FoldOption = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
     checkpoint_minutes: MinutesOption = 10.0,
@@ -156,7 +158,8 @@ def train_student(
     settings = open_settings(config, stage.TrainStudentConfig)
     if allow_missing:
         settings = settings.model_copy(update={"allow_missing": True})
-    scope = Scope(open_registry(registry, files=False), work, open_log(quiet, work, dry_run))
+    known = open_registry(registry, files=False, fold=fold)
+    scope = Scope(known, work, open_log(quiet, work, dry_run))
     report = stage.run(settings, scope, execution, dry_run=dry_run)
     if not is_first:
         raise typer.Exit(report.exit_code)

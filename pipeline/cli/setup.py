@@ -294,11 +294,8 @@ def submit(
         return
     names = submission.in_order(stages or [])
     if not names:
-        raise ConfigError(
-            "no stage is named.",
-            where="pipeline submit",
-            fix="For example: `pipeline submit train-student --print`.",
-        )
+        fix = "For example: `pipeline submit train-student --print`."
+        raise ConfigError("no stage is named.", where="pipeline submit", fix=fix)
     settings = load_config(slurm_config, SubmitSettings) if slurm_config else SubmitSettings()
     if num_parts is not None:
         settings = settings.with_parts(num_parts)
@@ -347,6 +344,7 @@ def _target(registry: Path, work: Folder, configs: list[str]) -> Target:
             if entry.kind == "checkpoint" and entry.trained_on
         ),
         splits=(judged if isinstance(judged, EvaluateConfig) else EvaluateConfig()).splits,
+        folds=loaded.num_folds,
         configs=files,
     )
 

@@ -179,6 +179,21 @@ PAGES: Mapping[str, Page] = {
         ),
     ),
     "evaluate.md": Page(
+        (
+            Change(
+                "for k in 0 1 2 3 4; do\n"
+                "  pipeline train-student -r data_registry.yaml -w work --fold $k\n"
+                "  pipeline predict work/students/student-fold$k/student.pt -r data_registry.yaml "
+                "--fold $k -o held-out/\n"
+                "done\n"
+                "pipeline evaluate held-out/ -r data_registry.yaml --folds    # one table\n"
+                "pipeline predict work/students/student-fold0/student.pt scans/ -o out/ \\\n"
+                "  --with=work/students/student-fold{1,2,3,4}/student.pt",
+                "",
+                "five students of a registry in folds",
+                tested=("tests/stages/test_evaluate.py", "test_the_road_over_folds"),
+            ),
+        ),
         written=[
             "out/summary.json",
             "out/scores.csv",

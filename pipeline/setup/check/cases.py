@@ -106,7 +106,7 @@ class CaseFacts:
     Attributes:
         case: `dataset/case`.
         dataset: its dataset.
-        split: likewise.
+        split: likewise, or `fold 2`.
         shape: of the image in RAS+, z, y, x.
         spacing_mm: likewise.
         stored: letters of the order that the image's file keeps its axes in, as `LPS`.
@@ -143,7 +143,7 @@ class CaseFacts:
 
 def look_at(task: Task) -> CaseFacts:
     """Reads image and label of a case and says what they hold; never raises for a bad file."""
-    facts = CaseFacts(task.source.name, task.source.dataset, task.source.split)
+    facts = CaseFacts(task.source.name, task.source.dataset, task.source.place)
     try:
         return _look(task, facts)
     except Exception as error:  # nobody foresaw it: the other cases are looked at all the same
