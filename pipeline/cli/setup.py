@@ -532,10 +532,12 @@ def _dataset(registry: Registry, name: str) -> dict[str, Any]:
     entry = registry.datasets[name]
     cases = registry.cases(name)
     counts = Counter(case.split for case in cases)
+    folds = entry.split.num_folds
     return {
         "cases": counts.total(),
         **{split: counts[split] for split in SPLITS},
-        "note": " ".join(registry.empty_split(name) or ()) or None,
+        "note": " ".join(registry.empty_split(name) or ())
+        or (f"in {folds} folds, counted as fold 0 validates." if folds else None),
         "closed": closed_cases(cases) if entry.phantom is None else {},
         "annotated": list(entry.annotated),
         "root": str(registry.resolve(entry.root)),

@@ -85,12 +85,14 @@ class Registry(Config):
         Raises:
             RegistryError: no dataset is in folds, or there are fewer.
         """
+        if not self.num_folds:
+            fix = "Write `split: {folds: 5}`."
+            raise RegistryError("no dataset is in folds.", where=self._path, fix=fix)
         if not 0 <= fold < self.num_folds:
             raise RegistryError(
-                f"there is no fold {fold}: "
-                + (f"folds are 0 to {self.num_folds - 1}." if self.num_folds else "it has none."),
+                f"there is no fold {fold}.",
                 where=self._path,
-                fix="Choose one of them." if self.num_folds else "Write `split: {folds: 5}`.",
+                fix=f"Folds are 0 to {self.num_folds - 1}.",
             )
         chosen = self.model_copy()
         chosen._fold = fold
