@@ -41,10 +41,10 @@ from pipeline.review.metrics import (
     summarise,
     to_csv,
 )
-from pipeline.review.statistics import OVER_ORGANS
 from stages.report import StageReport
 
 _METRICS = ("Dice", "NSD", "HD95_mm")
+_OVER_ORGANS = "mean"  # in `folds` and `std_over_folds`, beside the organs
 _NAMED = 5
 _MOVE_AWAY = "Move away what is there, or copy the predictions to a folder of their own."
 
@@ -201,10 +201,10 @@ def fold_summary(
     for fold in sorted({k for k in folds.values() if k is not None}):
         own = {name: scores for name, scores in found.items() if folds[name] == fold}
         one = summarise(own, ids)
-        means = {**organ_means(one), OVER_ORGANS: overall_means(one)}
+        means = {**organ_means(one), _OVER_ORGANS: overall_means(one)}
         told[str(fold)] = {"cases": list(own), "mean": means}
     spread: dict[str, dict[str, float | None]] = {}
-    for organ in (*ids, OVER_ORGANS):
+    for organ in (*ids, _OVER_ORGANS):
         for metric in _METRICS:
             values = [v for f in told.values() if (v := f["mean"][organ][metric]) is not None]
             std = stdev(values) if len(values) > 1 else None
@@ -225,7 +225,7 @@ def print_summary(summary: dict[str, Any], *, title: str) -> None:
         for organ, means in organ_means(summary).items()
     ]
     overall = overall_means(summary)
-    last = spread.get(OVER_ORGANS)
+    last = spread.get(_OVER_ORGANS)
     rows.append(["mean over organs", *(_number(overall[m], m, last) for m in _METRICS), "", ""])
     if spread:
         title += f"; {len(summary['folds'])} folds, ± std of their means"

@@ -47,7 +47,7 @@ from pipeline.cli.record import recorded
 from pipeline.cli.review import compare, inspect, report
 from pipeline.cli.setup import check, info, init, plan, submit
 from pipeline.cli.stages import cache_teachers, evaluate, export, predict
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 
 app = typer.Typer(
     name="pipeline",
@@ -149,6 +149,9 @@ def train_student(
         device, workers, flags, logger or (), checkpoint_minutes, stage_to
     )
     if self_test:
+        if fold is not None:
+            fix = "Leave one of them out."
+            raise ConfigError("a self-test is of no fold.", where="--self-test --fold", fix=fix)
         run_self_test(
             registry, config, work, execution,
             allow_missing=allow_missing, steps=steps, seed=seed, log=open_log(quiet),

@@ -397,7 +397,7 @@ def check_groups(document: Document, found: Mapping[str, list[str]]) -> list[Pro
             what += f" (and {len(torn) - 1} more)." if len(torn) > 1 else "."
             fix = "A patient belongs to one split, in all datasets: with fractions, give all the "
             fix += "same `seed` and fractions; in lists, move the case."
-            if split.num_folds:
+            if isinstance(where, int) or isinstance(drawn[case], int):
                 fix = "A patient belongs to one fold, in all datasets: name the folds by lists."
             problems.append(Problem(here, what, fix))
     return problems
