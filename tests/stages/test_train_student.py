@@ -196,9 +196,10 @@ def test_a_student_of_a_fold(tiny_cached: Path, run_cli: RunCli) -> None:
 def test_no_folds(tiny_cached: Path, run_cli: RunCli) -> None:
     code, _, said = run_cli(*arguments(tiny_cached), "--fold", "0")
     assert code == 2
-    assert "there is no fold 0: no dataset is in folds. Write `split: {folds: 5}`." in " ".join(
-        said.split()
-    )
+    assert "no dataset is in folds. Write `split: {folds: 5}`." in said
+    code, _, said = run_cli(*arguments(tiny_cached), "--fold", "0", "--self-test")
+    assert code == 2
+    assert "a self-test is of no fold. Leave one of them out." in said
 
 
 class TestTrainStudent(StageContract):
