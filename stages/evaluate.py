@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from pydantic import Field
@@ -42,6 +43,7 @@ from pipeline.review.predictions import (
 from stages.report import StageReport
 
 _METRICS = ("Dice", "NSD", "HD95_mm")
+_OVER_ORGANS = "mean"  # in `folds` and `std_over_folds`, beside the organs
 _NAMED = 5
 _MOVE_AWAY = "Move away what is there, or copy the predictions to a folder of their own."
 
@@ -50,6 +52,9 @@ class EvaluateConfig(Config):
     """How predictions are judged; see evaluate.yaml."""
 
     splits: tuple[str, ...] = Field(default=("test",), description="whose cases are scored")
+    folds: bool = Field(
+        default=False, description="instead of `splits`: the cases of all folds, held out once each"
+    )
     tolerance_mm: float = Field(
         default=3.0, gt=0, description="of the normalised surface Dice (NSD)"
     )
@@ -113,7 +118,14 @@ def run(
     """
     began = time.monotonic()
     report = StageReport("evaluate")
-    cases = [c for d in registry.datasets for c in registry.cases(d) if c.split in config.splits]
+    known = [case for dataset in registry.datasets for case in registry.cases(dataset)]
+    cases = [c for c in known if (c.fold is not None if config.folds else c.split in config.splits)]
+    if config.folds and not cases:
+        raise ConfigError(
+            "its cases are in no folds.",
+            where=registry.path,
+            fix="Write `split: {folds: 5}` for its datasets, or leave out --folds.",
+        )
     if not cases:
         empty = "".join(f"; {note}" for note in registry.empty_splits(config.splits))
         raise ConfigError(
@@ -125,7 +137,9 @@ def run(
     written = [predictions / name for name in ("summary.json", "scores.csv")]
     ours = json_with(written[0], "settings", "metric_per_case"), contains(written[1], CSV_HEADER)
     refuse_foreign("evaluate", zip(written, map(bool, ours), strict=True), fix=_MOVE_AWAY)
-    for note in registry.empty_splits(config.splits):
+    for note in registry.empty_splits(() if config.folds else config.splits):
+        log.remark(note)
+    if config.folds and (note := registry.teachers_know()):
         log.remark(note)
     if dry_run:
         report.done = [case.name for case in cases]
@@ -151,7 +165,10 @@ def run(
     for row in summary["metric_per_case"]:
         row |= scored[row["case"]].files
     summary["settings"] = settings_of(config, registry)
-    mixed = _mixed({name: case.maker for name, case in scored.items()})
+    folds = {case.name: case.fold for case in cases if config.folds and case.name in scored}
+    if folds:
+        summary |= fold_summary(found, folds, registry.label_space.ids)
+    mixed = _mixed({name: case.maker for name, case in scored.items()}, folds)
     if mixed:
         summary["warnings"] = report.warnings[written[0].name] = [mixed]
     summary["failed"] = {name: str(error) for name, error in report.failed.items()}
@@ -171,19 +188,46 @@ def run(
     return report
 
 
+def fold_summary(
+    found: Mapping[str, Sequence[OrganScore]],
+    folds: Mapping[str, int | None],
+    ids: Mapping[str, int],
+) -> dict[str, Any]:
+    """`folds`: fold -> its `cases` and their means; `std_over_folds`: organ, or `mean` over organs,
+    -> metric -> standard deviation of the folds' means (divided by their number - 1), None for one.
+    """
+    told: dict[str, Any] = {}
+    for fold in sorted({k for k in folds.values() if k is not None}):
+        own = {name: scores for name, scores in found.items() if folds[name] == fold}
+        one = summarise(own, ids)
+        means = {**organ_means(one), _OVER_ORGANS: overall_means(one)}
+        told[str(fold)] = {"cases": list(own), "mean": means}
+    spread: dict[str, dict[str, float | None]] = {}
+    for organ in (*ids, _OVER_ORGANS):
+        for metric in _METRICS:
+            values = [v for f in told.values() if (v := f["mean"][organ][metric]) is not None]
+            std = stdev(values) if len(values) > 1 else None
+            spread.setdefault(organ, {})[metric] = std
+    return {"folds": told, "std_over_folds": spread}
+
+
 def print_summary(summary: dict[str, Any], *, title: str) -> None:
     """The means, per organ and over organs."""
+    spread = summary.get("std_over_folds", {})
     rows = [
         [
             organ,
-            *(_number(means[m], m) for m in _METRICS),
+            *(_number(means[m], m, spread.get(organ)) for m in _METRICS),
             str(means["num_cases"]),
             str(means["num_missing"]),
         ]
         for organ, means in organ_means(summary).items()
     ]
     overall = overall_means(summary)
-    rows.append(["mean over organs", *(_number(overall[m], m) for m in _METRICS), "", ""])
+    last = spread.get(_OVER_ORGANS)
+    rows.append(["mean over organs", *(_number(overall[m], m, last) for m in _METRICS), "", ""])
+    if spread:
+        title += f"; {len(summary['folds'])} folds, ± std of their means"
     print_table(title, ["organ", "Dice", "NSD", "HD95 mm", "cases", "without"], rows)
     spurious = [
         f"{row['case']} ({organ})"
@@ -210,6 +254,12 @@ def _score(
     where = f"{case.name}, {path}"
     beside = json_beside(path)
     said = json_with(beside) or {}
+    if config.folds and said.get("trained_on"):
+        raise GeometryError(
+            "the student that predicted it was trained on it.",
+            where=where,
+            fix=f"Predict it with the student of its fold: `pipeline predict --fold {case.fold}`.",
+        )
     image_sha256, notes = _checked_image(said, case, where)
     predicted, reference = read_label(path), read_label(case.label)
     _check_grid(reference.volume.grid, predicted.volume.grid, where)
@@ -282,12 +332,13 @@ def _maker(said: Mapping[str, Any]) -> str:
     return f"the student whose SHA-256 begins with {str(said['student_sha256'])[:12]} ({how})"
 
 
-def _mixed(makers: Mapping[str, str]) -> str:
-    """A sentence where cases were predicted by several students or settings; else empty."""
+def _mixed(makers: Mapping[str, str], folds: Mapping[str, int | None]) -> str:
+    """A sentence where cases, in folds those of one, were predicted by several students or
+    settings; else empty."""
     groups: dict[str, list[str]] = {}
     for name, maker in makers.items():
         groups.setdefault(maker, []).append(name)
-    if len(groups) < 2:
+    if len(groups) <= max(1, len(set(folds.values()))):
         return ""
     each = "; ".join(f"{len(n)} by {maker}: {listed(n)}" for maker, n in groups.items())
     return (
@@ -363,5 +414,7 @@ def _in_short(scores: tuple[OrganScore, ...]) -> str:
     return ", ".join(f"{score.organ} Dice {score.dice:.3f}" for score in known) or "no organ"
 
 
-def _number(value: float | None, metric: str) -> str:
-    return number(value, ".1f" if metric == "HD95_mm" else ".3f")
+def _number(value: float | None, metric: str, spread: Mapping[str, Any] | None = None) -> str:
+    digits = ".1f" if metric == "HD95_mm" else ".3f"
+    std = spread[metric] if spread else None
+    return number(value, digits) + ("" if std is None else f" ± {number(std, digits)}")

@@ -13,7 +13,7 @@ from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.config import Config
 from pipeline.config import digest as digest_of
 from pipeline.data.registry import Registry
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.folder import Folder, contains, json_with, matching, read_text, refuse_foreign
 from pipeline.student.augment import check_sides
 from pipeline.student.checkpoint import StudentRecord, read_record
@@ -60,7 +60,8 @@ def run(
 ) -> StageReport:
     """Trains the student, or goes on training it; a finished run does nothing.
 
-    A run that a signal stopped is in the report as failed: not all steps are made. Started by
+    Of a registry in folds the chosen one validates, and its name is part of the run's. A run that a
+    signal stopped is in the report as failed: not all steps are made. Started by
     torchrun or srun, the processes share each batch; the first writes.
 
     Args:
@@ -72,8 +73,9 @@ def run(
     Raises:
         CacheStale, CacheMissing: the cache lacks what this supervision needs: units, or the
             temperatures of a calibrated one; see `open_inputs`.
-        ConfigError: no case to train on, taps that do not fit, a logger that is not installed,
-            augmentation that mixes up left and right organs, files that no training wrote.
+        ConfigError: folds and none chosen, no case to train on, taps that do not fit, a logger that
+            is not installed, augmentation that mixes up left and right organs, files that no
+            training wrote.
         CheckpointError: the run was started with other settings, or with other units, or its
             folder holds another student.
     """
@@ -83,6 +85,7 @@ def run(
     from pipeline.student.training import learn_postprocessing, train
 
     execution.check()
+    config = _of_fold(config, scope.registry)
     check_sides(config.training.augment, scope.registry.label_space, config.training.patch)
     with StageReport("train-student").timed() as report, joined() as processes:
         log = processes.log(scope.log)
@@ -134,10 +137,28 @@ def _check_folder(folder: Folder, inputs: TrainingInputs, digest: str) -> None:
     check_own_files(folder, digest)
 
 
+def _of_fold(config: TrainStudentConfig, registry: Registry) -> TrainStudentConfig:
+    """Refuses folds of which none is chosen; the chosen one is part of the run's name."""
+    if registry.num_folds and registry.fold is None:
+        raise ConfigError(
+            f"its cases are in {registry.num_folds} folds, and which one validates is not said.",
+            where=registry.path,
+            fix=f"Give --fold, 0 to {registry.num_folds - 1}: a student for each.",
+        )
+    return config.model_copy(update={"run": run_name(config.run, registry.fold)})
+
+
+def run_name(run: str, fold: int | None) -> str:
+    """Of the student of a fold."""
+    return run if fold is None else f"{run}-fold{fold}"
+
+
 def _in_words(config: TrainStudentConfig, inputs: TrainingInputs, processes: Processes) -> str:
     several = f" in {processes.size} processes" if processes.size > 1 else ""
+    fold = inputs.identity.get("fold")
+    which = "" if fold is None else f"fold {fold} validates, "
     return (
-        f"{config.training.supervision.kind}, {len(inputs.training)} training and "
+        f"{config.training.supervision.kind}, {which}{len(inputs.training)} training and "
         f"{len(inputs.validation)} validation cases, {config.training.steps} steps{several}"
     )
 

@@ -90,6 +90,19 @@ def change_registry(registry: Path, change: Callable[[dict[str, Any]], object]) 
     return registry
 
 
+def in_two_folds(registry: Path) -> Path:
+    """The cohort with its cases in folds: three cases each of liver-ct and spleen-ct, two of
+    multi-ct, whose third one tests."""
+
+    def change(data: dict[str, Any]) -> None:
+        for name in ("liver-ct", "spleen-ct"):
+            data["datasets"][name]["split"] = {"folds": 2}
+        lists = {"folds": [["case_000"], ["case_001"]], "test": ["case_002"]}
+        data["datasets"]["multi-ct"]["split"] = lists
+
+    return change_registry(registry, change)
+
+
 def placeless_entry(path: Path) -> dict[str, Any]:
     """An entry of the index without what two runs over the same bytes need not have in common:
     where files lay, for whom, and when they were written."""

@@ -285,7 +285,9 @@ def case_of_hashes(
     """`identify_case` for files whose SHA-256 (of image, of label) are known; none is read."""
     entry = registry.datasets[source.dataset]
     inputs = case_inputs(entry, registry.organs, hashes, spacing_mm=spacing_mm, storage=storage)
-    case = IndexedCase(source.dataset, source.case, source.split, hashes[0], digest(inputs))
+    case = IndexedCase(
+        source.dataset, source.case, source.split, hashes[0], digest(inputs), fold=source.fold
+    )
     return case, inputs
 
 

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from pipeline.config import FileStamp, digest
 from pipeline.data.dicom import stamp_image
 from pipeline.data.entries import CaseFiles
 from pipeline.data.registry import Registry, load_registry
-from pipeline.data.splits import SPLITS
+from pipeline.data.splits import SPLITS, in_words, role
 from pipeline.data.weights import digest_of, stamp_weights
 from pipeline.errors import (
     CacheMissing,
@@ -76,6 +77,11 @@ def read_dataset(
         if not compare or not sources or matching(work / "index" / "datasets", of_it):
             raise
         found = IndexedDataset([], frozenset(), ())  # new, or wrong as a whole: cases are missing
+    seen = [
+        case if case.fold is None else replace(case, split=role(case.fold, registry.fold))
+        for case in found.cases
+    ]
+    found = replace(found, cases=seen)
     cases = [case for case in found.cases if case.split in splits]
     if not compare:
         return cases, {}
@@ -96,7 +102,7 @@ def read_dataset(
     called = (
         {case: source.split for case, source in sources.items()}
         if sources
-        else registry.splits(dataset, found.left_out)
+        else registry.splits(dataset, {*found.left_out, *(case.case for case in found.cases)})
     )
     absent = {*called} - {case.case for case in found.cases}
     return cases, {
@@ -275,7 +281,7 @@ def held_out_since(registry: Registry, work: Folder, files: Sequence[CaseFiles])
     keys = {dataset: registry.dataset_key(dataset) for dataset in registry.datasets}
     new = {d for d, key in keys.items() if not dataset_entries(work, d, key)}
     known = [case for file in read_index(work)[0] for case in file.cases or ()] if new else []
-    trained = {case.name for case in known if case.split == "train"}
+    trained = {case.name for case in known if case.split == "train" or case.fold is not None}
     held_out = [c for c in files if c.dataset in new and c.split != "train"]
     seen = [case.name for case in held_out if case.name in trained]
     if not seen:
@@ -399,8 +405,9 @@ def _differences(
             if case.split in splits:
                 wrong.append(f"{case.case} is no longer in the dataset")
         elif {case.split, source.split} & {*splits}:
-            if case.split != source.split:
-                wrong.append(f"{case.case} was in split {case.split} and is in {source.split}")
+            if (case.split, case.fold) != (source.split, source.fold):
+                was, now = (x.split if x.fold is None else in_words(x.fold) for x in (case, source))
+                wrong.append(f"{case.case} was in split {was} and is in {now}")
             elif other := _other_file(case, source, trusted):
                 wrong.append(f"the {other} of {case.case} has other bytes")
     return wrong

@@ -66,6 +66,7 @@ class IndexedCase:
     digest: str
     image: FileStamp | None = field(default=None, compare=False)
     label: FileStamp | None = field(default=None, compare=False)
+    fold: int | None = None  # `split` is then as while the first fold validates
 
     @property
     def name(self) -> str:
@@ -185,7 +186,7 @@ def write_dataset_index(
     others = {*dataset_entries(work, dataset, key)}  # not those that another run adds meanwhile
     whom = None if origin is None else asdict(origin)
     found: list[tuple[str, list[Any], list[str]]]
-    found = [(case.case, [asdict(case)], []) for case in cases]
+    found = [(case.case, [_plain(case)], []) for case in cases]
     found += [(name, [], [name]) for name in left_out]
     for name, known, lost in found:
         record = dataset_folder(work, dataset, key) / f"{name}.json"
@@ -266,6 +267,11 @@ def dataset_folder(work: Folder, dataset: str, key: str) -> Folder:
 def teacher_file(work: Folder, teacher: str, key: str) -> Folder:
     """The index file of a teacher under a registry's key for it."""
     return work / "index" / "teachers" / f"{teacher}.{short(key)}.json"
+
+
+def _plain(case: IndexedCase) -> dict[str, Any]:
+    content = asdict(case)
+    return content if case.fold is not None else {k: v for k, v in content.items() if k != "fold"}
 
 
 def _read(path: Folder) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pipeline.cli.options import (
     ConfigOption,
     DeviceOption,
     DryRunOption,
+    FoldOption,
     JsonOption,
     LoggerOption,
     MinutesOption,
@@ -46,7 +47,7 @@ from pipeline.cli.record import recorded
 from pipeline.cli.review import compare, inspect, report
 from pipeline.cli.setup import check, info, init, plan, submit
 from pipeline.cli.stages import cache_teachers, evaluate, export, predict
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 
 app = typer.Typer(
     name="pipeline",
@@ -113,6 +114,7 @@ def train_student(
     registry: RegistryOption = REGISTRY,
     config: ConfigOption = None,
     work: WorkOption = WORK,
+    fold: FoldOption = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
     checkpoint_minutes: MinutesOption = 10.0,
@@ -147,6 +149,9 @@ def train_student(
         device, workers, flags, logger or (), checkpoint_minutes, stage_to
     )
     if self_test:
+        if fold is not None:
+            fix = "Leave one of them out."
+            raise ConfigError("a self-test is of no fold.", where="--self-test --fold", fix=fix)
         run_self_test(
             registry, config, work, execution,
             allow_missing=allow_missing, steps=steps, seed=seed, log=open_log(quiet),
@@ -156,7 +161,8 @@ def train_student(
     settings = open_settings(config, stage.TrainStudentConfig)
     if allow_missing:
         settings = settings.model_copy(update={"allow_missing": True})
-    scope = Scope(open_registry(registry, files=False), work, open_log(quiet, work, dry_run))
+    known = open_registry(registry, files=False, fold=fold)
+    scope = Scope(known, work, open_log(quiet, work, dry_run))
     report = stage.run(settings, scope, execution, dry_run=dry_run)
     if not is_first:
         raise typer.Exit(report.exit_code)

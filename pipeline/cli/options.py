@@ -225,6 +225,9 @@ AllowMissingOption = Annotated[
         "--allow-missing", help="Train with the cases and units that the cache has."
     ),
 ]
+FoldOption = Annotated[
+    int | None, Panel.INPUT.option("--fold", help="Of `split: {folds: ..}`: the one held out.")
+]
 SelfTestOption = Annotated[
     bool,
     Panel.SAFETY.option(
@@ -237,13 +240,18 @@ WORK: Folder = Path("work")
 
 
 def open_registry(
-    path: Path, *, files: bool = True, trust: Sequence[str] | None = None
+    path: Path,
+    *,
+    files: bool = True,
+    trust: Sequence[str] | None = None,
+    fold: int | None = None,
 ) -> Registry:
     """Reads a registry; `files`: also hold it against the files that it names; `trust`: teachers
-    that may run code of their own."""
+    that may run code of their own; `fold`: that validates."""
     from pipeline.data.registry import load_registry
 
-    return load_registry(path, files=files).trusting(trust or ())
+    found = load_registry(path, files=files).trusting(trust or ())
+    return found if fold is None else found.on_fold(fold)
 
 
 def open_settings(path: Path | None, model: type[ConfigT]) -> ConfigT:

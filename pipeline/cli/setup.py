@@ -277,11 +277,8 @@ def submit(
         return
     names = submission.in_order(stages or [])
     if not names:
-        raise ConfigError(
-            "no stage is named.",
-            where="pipeline submit",
-            fix="For example: `pipeline submit train-student --print`.",
-        )
+        fix = "For example: `pipeline submit train-student --print`."
+        raise ConfigError("no stage is named.", where="pipeline submit", fix=fix)
     settings = load_config(slurm_config, SubmitSettings) if slurm_config else SubmitSettings()
     if num_parts is not None:
         settings = settings.with_parts(num_parts)
@@ -330,6 +327,7 @@ def _target(registry: Path, work: Folder, configs: list[str]) -> Target:
             if entry.kind == "checkpoint" and entry.trained_on
         ),
         splits=(judged if isinstance(judged, EvaluateConfig) else EvaluateConfig()).splits,
+        folds=loaded.num_folds,
         configs=files,
     )
 
@@ -500,10 +498,12 @@ def _dataset(registry: Registry, name: str) -> dict[str, Any]:
     entry = registry.datasets[name]
     cases = registry.cases(name)
     counts = Counter(case.split for case in cases)
+    folds = entry.split.num_folds
     return {
         "cases": counts.total(),
         **{split: counts[split] for split in SPLITS},
-        "note": " ".join(registry.empty_split(name) or ()) or None,
+        "note": " ".join(registry.empty_split(name) or ())
+        or (f"in {folds} folds, counted as fold 0 validates." if folds else None),
         "closed": closed_cases(cases) if entry.phantom is None else {},
         "annotated": list(entry.annotated),
         "root": str(registry.resolve(entry.root)),

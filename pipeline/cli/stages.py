@@ -15,6 +15,7 @@ from pipeline.cli.options import (
     ConfigOption,
     DeviceOption,
     DryRunOption,
+    FoldOption,
     JsonOption,
     Panel,
     QuietOption,
@@ -137,6 +138,7 @@ def predict(
     split: Annotated[
         list[str] | None, Panel.INPUT.option(help="Of the registry; default: test. Once for each.")
     ] = None,
+    fold: FoldOption = None,
     others: Annotated[
         list[Folder] | None,
         Panel.INPUT.option(
@@ -187,9 +189,12 @@ def predict(
             "--probabilities-4d without --probabilities.", fix="Add --probabilities float16."
         )
     layout: Literal["4d", "per-organ"] = "4d" if probabilities_4d else "per-organ"
-    known = open_registry(registry, files=False) if registry else None
+    if fold is not None and not registry:
+        raise ConfigError("--fold without --registry.", fix="Add --registry data_registry.yaml.")
+    known = open_registry(registry, files=False, fold=fold) if registry else None
     left: list[str] = []
-    inputs = stage.chosen_inputs(images, known, split, left)
+    held_out = split if fold is None or split else ["validation"]
+    inputs = stage.chosen_inputs(images, known, held_out, left)
     log = open_log(quiet)
     for text in left:
         log.warn(text)
@@ -222,6 +227,9 @@ def evaluate(
             help="Another such folder, or a run that predicted: paired differences. Once for each."
         ),
     ] = None,
+    folds: Annotated[
+        bool, Panel.INPUT.option("--folds", help="Cases of all folds, each as it was held out.")
+    ] = False,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -232,6 +240,8 @@ def evaluate(
     from stages import evaluate as stage
 
     settings = open_settings(config, stage.EvaluateConfig)
+    if folds:
+        settings = settings.model_copy(update={"folds": True})
     if against or (predictions / "student.pt").exists():
         from stages.against import predictions_of
 

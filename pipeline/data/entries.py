@@ -27,7 +27,7 @@ from pydantic import (
 from pipeline.config import Config
 from pipeline.data.dicom import is_series
 from pipeline.data.labels import Intensity
-from pipeline.data.splits import SplitEntry
+from pipeline.data.splits import SplitEntry, in_words
 from pipeline.data.volume import Orientation
 from pipeline.errors import GeometryError, RegistryError, counted, listed
 
@@ -47,18 +47,24 @@ class Pair(Config):
 
 @dataclass(frozen=True)
 class CaseFiles:
-    """A case of a dataset: where its image and label are and which split it belongs to."""
+    """A case of a dataset: where its image and label are, its split and, if any, its fold."""
 
     dataset: str
     case: str
     image: Path
     label: Path
     split: str
+    fold: int | None = None
 
     @property
     def name(self) -> str:
         """`dataset/case`, as messages name it."""
         return f"{self.dataset}/{self.case}"
+
+    @property
+    def place(self) -> str:
+        """Its fold, as `fold 2`, or its split."""
+        return self.split if self.fold is None else in_words(self.fold)
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,7 @@ def find_pairs(
     """Finds the cases of a dataset.
 
     Args:
-        root: folder of the dataset.
-        images: pattern with `{case}` (and `*`, `**`) below root, or None.
-        labels: likewise.
+        images, labels: patterns with `{case}` (and `*`, `**`) below root, or None.
         pairs: case -> files, instead of patterns.
         phantom: cases that will be generated here; their files need not exist.
 
@@ -189,7 +193,6 @@ def search_files(root: Path, pattern: str) -> tuple[list[str], list[str]]:
     """What is there by a name that a pattern matches, whether it can be opened or not.
 
     Args:
-        root: where the pattern begins.
         pattern: `*`, `?` and `[..]` within a name, `**` for any number of folders, which may be
             links. A part that is the name of something there means that.
 
@@ -435,20 +438,17 @@ class TeacherAdmission(Config):
 
 # Left out of keys where absent, so that a new kind leaves the keys of older entries alone.
 _OPTIONS_OF_KINDS = ("nnunet", "orientation")
-_NNUNET_OWNS = ("spacing_mm", "intensity", "args")
 
 Fold = Literal["all"] | Annotated[int, Field(ge=0)]
-
-
-def _is_orientation(value: str) -> str:
-    if value != "stored":
-        Orientation.from_code(value)
-    return value
 
 
 def _is_direction(value: str) -> str:
     Orientation.from_code(value)
     return value
+
+
+def _is_orientation(value: str) -> str:
+    return value if value == "stored" else _is_direction(value)
 
 
 class NnunetOptions(Config):
@@ -540,7 +540,7 @@ class TeacherEntry(Config):
         if (self.kind == "factory") != (self.factory is not None):
             raise ValueError("`factory: module:function` belongs to kind `factory`, and only there")
         if self.kind == "nnunet":
-            owned = [name for name in _NNUNET_OWNS if name in self.model_fields_set]
+            owned = [n for n in ("spacing_mm", "intensity", "args") if n in self.model_fields_set]
             if owned:
                 raise ValueError(
                     f"{', '.join(owned)}: not for kind `nnunet`, whose plans.json says how images "

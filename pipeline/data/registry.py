@@ -6,8 +6,7 @@ executed by reading it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,11 +33,15 @@ from pipeline.data.entries import (
 from pipeline.data.labels import MAX_ORGAN_ID, LabelSpace
 from pipeline.data.splits import (
     SPLITS,
-    PatientColumn,
-    SplitEntry,
+    Place,
     SplitName,
-    check_patients,
+    as_mapping,
+    check_groups,
+    check_splits,
     fitting_seed,
+    read_tables,
+    role,
+    split_cases,
 )
 from pipeline.errors import RegistryError, named
 
@@ -59,11 +62,41 @@ class Registry(Config):
     _path: Path = PrivateAttr(default=Path("data_registry.yaml"))
     # Dataset -> case -> patient, where a CSV says so.
     _patients: Mapping[str, Mapping[str, str]] = PrivateAttr(default_factory=dict)
+    _fold: int | None = PrivateAttr(default=None)
 
     @property
     def path(self) -> Path:
         """The file this was read from."""
         return self._path
+
+    @property
+    def fold(self) -> int | None:
+        """The one that validates; None: nobody chose one, which is as the first one."""
+        return self._fold
+
+    @property
+    def num_folds(self) -> int:
+        """Of all datasets whose cases are in folds; 0 without any."""
+        return max(entry.split.num_folds for entry in self.datasets.values())
+
+    def on_fold(self, fold: int) -> Registry:
+        """The same registry, of which this fold validates. It enters no digest of it.
+
+        Raises:
+            RegistryError: no dataset is in folds, or there are fewer.
+        """
+        if not self.num_folds:
+            fix = "Write `split: {folds: 5}`."
+            raise RegistryError("no dataset is in folds.", where=self._path, fix=fix)
+        if not 0 <= fold < self.num_folds:
+            raise RegistryError(
+                f"there is no fold {fold}.",
+                where=self._path,
+                fix=f"Folds are 0 to {self.num_folds - 1}.",
+            )
+        chosen = self.model_copy()
+        chosen._fold = fold
+        return chosen
 
     @property
     def label_space(self) -> LabelSpace:
@@ -83,12 +116,15 @@ class Registry(Config):
             RegistryError: `split.group` does not say whose a case is.
         """
         pairs, _ = self.datasets[dataset].find(self._path.parent)
-        splits = self.splits(dataset, pairs)
+        places = self._places(dataset, pairs)
         return [
-            CaseFiles(dataset, case, pair.image_path, pair.label_path, splits[case])
+            CaseFiles(
+                dataset, case, pair.image_path, pair.label_path, role(place, self._fold),
+                place if isinstance(place, int) else None,
+            )
             for case, pair in sorted(pairs.items())
-            if case in splits
-        ]
+            if (place := places.get(case)) is not None
+        ]  # fmt: skip
 
     def splits(self, dataset: str, cases: Iterable[str]) -> dict[str, SplitName]:
         """Case -> split, of these names, or of those that a split by list names; no file is read.
@@ -96,8 +132,13 @@ class Registry(Config):
         Raises:
             RegistryError: `split.group` does not say whose a case is.
         """
+        places = self._places(dataset, cases)
+        return {case: role(place, self._fold) for case, place in places.items()}
+
+    def _places(self, dataset: str, cases: Iterable[str]) -> dict[str, Place]:
         with named(f"{self._path}, dataset {dataset}"):
-            return self.datasets[dataset].split.assign(sorted(cases), self._patients.get(dataset))
+            table = self._patients.get(dataset)
+            return self.datasets[dataset].split.assign(sorted(cases), table, dataset)
 
     def dataset_key(self, dataset: str) -> str:
         """Digest of what this registry says that a dataset and the grid mean, wherever its files
@@ -130,6 +171,21 @@ class Registry(Config):
         """A line for each dataset that has an empty split."""
         found = {dataset: self.empty_split(dataset, among) for dataset in self.datasets}
         return [f"dataset {dataset}: {' '.join(told)}" for dataset, told in found.items() if told]
+
+    def teachers_know(self) -> str:
+        """What is said of teachers that were trained here, on all folds but the first; empty
+        without any."""
+        known = [
+            name
+            for name, entry in self.teachers.items()
+            if entry.trained_on and self.datasets[entry.trained_on].split.num_folds
+        ]
+        if not known:
+            return ""
+        return (
+            f"teachers trained on the cases of all folds but fold 0: {', '.join(known)}. Students "
+            "have learnt from them, so that scores of these cases are too good, if anything."
+        )
 
     def teacher_key(self, teacher: str) -> str:
         """Digest of what this registry says of a teacher and the grid, wherever its weights lie;
@@ -204,22 +260,21 @@ def load_registry(path: Path, *, files: bool = True) -> Registry:
 def check_names(document: Document) -> list[Problem]:
     """Organs, label values, channels, datasets and splits that contradict each other."""
     organs, datasets, teachers = (
-        _mapping(_mapping(document.data).get(key)) for key in ("organs", "datasets", "teachers")
+        as_mapping(as_mapping(document.data).get(key)) for key in ("organs", "datasets", "teachers")
     )
     problems = _check_ids(organs)
     known: set[str] = set()
     for name, entry in datasets.items():
-        annotated = _mapping(_mapping(entry).get("annotated"))
+        annotated = as_mapping(as_mapping(entry).get("annotated"))
         known |= set(annotated)
-        problems += _check_values(name, _mapping(entry), annotated)
+        problems += _check_values(name, as_mapping(entry), annotated)
         problems += _unknown_organs(("datasets", name, "annotated"), annotated, organs)
-        problems += _check_split(name, _mapping(entry))
-    problems += read_tables(document)[1]
+    problems += check_splits(document)
     for name, entry in teachers.items():
-        expert = _mapping(_mapping(entry).get("organs"))
+        expert = as_mapping(as_mapping(entry).get("organs"))
         known |= set(expert)
-        problems += _check_channels(name, _mapping(entry), expert)
-        problems += _check_trained_on(name, _mapping(entry), expert, datasets)
+        problems += _check_channels(name, as_mapping(entry), expert)
+        problems += _check_trained_on(name, as_mapping(entry), expert, datasets)
         problems += _unknown_organs(("teachers", name, "organs"), expert, organs)
     for organ in organs:
         if organ not in known:
@@ -234,8 +289,8 @@ def check_files(document: Document) -> list[Problem]:
     are in two splits."""
     problems = []
     found: dict[str, list[str]] = {}
-    for name, entry in _mapping(_mapping(document.data).get("datasets")).items():
-        part = {k: v for k, v in _mapping(entry).items() if k in FilesEntry.model_fields}
+    for name, entry in as_mapping(as_mapping(document.data).get("datasets")).items():
+        part = {k: v for k, v in as_mapping(entry).items() if k in FilesEntry.model_fields}
         try:
             files = FilesEntry.model_validate(part)
         except ValidationError:
@@ -243,71 +298,12 @@ def check_files(document: Document) -> list[Problem]:
         pairs, findings = files.find(document.path.parent)
         found[name] = sorted(pairs)
         problems += [Problem(("datasets", name), finding) for finding in findings]
-        for split, index, case in _split_cases(_mapping(entry)):
+        for _, where, case in split_cases(as_mapping(entry)):
             if pairs and case not in pairs:
-                where = ("datasets", name, "split", split, index)
                 fix = "Correct the name, or remove it."
-                problems.append(Problem(where, f"there is no case {case}.", fix))
-    return problems + _check_groups(document, found)
-
-
-def read_tables(document: Document) -> tuple[dict[str, dict[str, str]], list[Problem]]:
-    """Dataset -> case -> patient, by the CSVs that `split.group` names, and what is wrong there."""
-    tables: dict[str, dict[str, str]] = {}
-    problems = []
-    for name, split in _splits(document).items():
-        if isinstance(split.group, PatientColumn):
-            try:
-                tables[name] = split.group.read(document.path.parent)
-            except RegistryError as error:
-                here = ("datasets", name, "split", "group")
-                problems.append(Problem(here, f"{error.where}: {error.what}", error.fix))
-    return tables, problems
-
-
-def _check_groups(document: Document, found: Mapping[str, list[str]]) -> list[Problem]:
-    """Cases of no patient, and patients who are in two splits, of a dataset or of several."""
-    problems = []
-    tables, unread = read_tables(document)
-    first: dict[str, tuple[str, str, str]] = {}
-    for name, split in _splits(document).items():
-        here = ("datasets", name, "split", "group")
-        if split.group is None or any(problem.location == here for problem in unread):
-            continue
-        listed = split.lists
-        cases = [case for case in found.get(name, []) if split.train is None or case in listed]
-        patients = split.patients(cases, tables.get(name))
-        try:
-            check_patients(split, cases, patients)
-        except RegistryError as error:
-            problems.append(Problem(here, error.what, error.fix))
-            continue
-        drawn = split.assign(cases, tables.get(name))
-        torn = []
-        for case, patient in patients.items():
-            other = first.setdefault(patient, (name, case, drawn[case]))
-            if other[2] != drawn[case]:
-                torn.append((patient, case, other))
-        if torn:
-            patient, case, (dataset, twin, where) = torn[0]
-            what = (
-                f"patient {patient} is in two splits: {case} in {drawn[case]}, "
-                f"{twin} of {dataset} in {where}"
-            )
-            what += f" (and {len(torn) - 1} more)." if len(torn) > 1 else "."
-            fix = "A patient belongs to one split, in all datasets: with fractions, give all the "
-            fix += "same `seed` and fractions; in lists, move the case."
-            problems.append(Problem(here, what, fix))
-    return problems
-
-
-def _splits(document: Document) -> dict[str, SplitEntry]:
-    """Dataset -> its split, where it can be read; what is wrong is reported with the schema."""
-    found = {}
-    for name, entry in _mapping(_mapping(document.data).get("datasets")).items():
-        with suppress(ValidationError):
-            found[name] = SplitEntry.model_validate(_mapping(entry).get("split") or {})
-    return found
+                here = ("datasets", name, "split", *where)
+                problems.append(Problem(here, f"there is no case {case}.", fix))
+    return problems + check_groups(document, found)
 
 
 def _check_ids(organs: Mapping[str, Any]) -> list[Problem]:
@@ -342,18 +338,6 @@ def _check_values(
     return problems
 
 
-def _check_split(name: str, entry: Mapping[str, Any]) -> list[Problem]:
-    problems = []
-    owner: dict[str, str] = {}
-    for split, index, case in _split_cases(entry):
-        if case in owner:
-            what = f"case {case} is already in {owner[case]}."
-            where = ("datasets", name, "split", split, index)
-            problems.append(Problem(where, what, "A case belongs to one split, once."))
-        owner.setdefault(case, split)
-    return problems
-
-
 def _check_channels(
     name: str, entry: Mapping[str, Any], expert: Mapping[str, Any]
 ) -> list[Problem]:
@@ -380,7 +364,7 @@ def _check_trained_on(
     if trained_on not in datasets:
         fix = f"Datasets are: {', '.join(map(str, datasets))}."
         return [Problem(here, f"there is no dataset {trained_on!r}.", fix)]
-    annotated = _mapping(_mapping(datasets[trained_on]).get("annotated"))
+    annotated = as_mapping(as_mapping(datasets[trained_on]).get("annotated"))
     return [
         Problem(
             here,
@@ -401,17 +385,3 @@ def _unknown_organs(
         for organ in named
         if organs and organ not in organs
     ]
-
-
-def _split_cases(entry: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
-    """(split, position, case) of every case that a split by list names."""
-    parts = _mapping(entry.get("split"))
-    for split in SPLITS:
-        cases = parts.get(split)
-        for index, case in enumerate(cases if isinstance(cases, list) else []):
-            if isinstance(case, str):
-                yield split, index, case
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}

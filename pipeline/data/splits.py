@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
-from pipeline.config import Config
+from pipeline.config import Config, Document, Problem
 from pipeline.errors import RegistryError, listed
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+Place = SplitName | int  # a number is a fold's
 _SEEDS: Final = 100  # that are tried for a split in which no part is empty
 _CLOSE: Final = 0.02
 _SHOWN: Final = 5
@@ -30,6 +32,15 @@ FractionOrCases = Annotated[
     Annotated[float, Field(ge=0, le=1), Tag("fraction")] | Annotated[tuple[str, ...], Tag("cases")],
     Discriminator(_fraction_or_cases),
 ]
+
+Folds = Annotated[
+    Annotated[int, Field(ge=2), Tag("number")]
+    | Annotated[
+        tuple[Annotated[tuple[str, ...], Field(min_length=1)], ...],
+        Field(min_length=2), Tag("lists"),
+    ],
+    Discriminator(lambda value: "lists" if isinstance(value, (list, tuple)) else "number"),
+]  # fmt: skip
 
 
 class PatientColumn(Config):
@@ -99,6 +110,9 @@ class SplitEntry(Config):
     whatever other cases there are.
 
     By list: `train`, `validation` and `test` name their cases; a case in none is left out.
+
+    In folds: each in turn validates while the others train, and test cases test. A number deals the
+    patients (without `group`, the cases) in the order of their hashes; lists name the cases.
     """
 
     train: tuple[str, ...] | None = Field(
@@ -107,12 +121,23 @@ class SplitEntry(Config):
     validation: FractionOrCases = Field(default=0.2, description="fraction, or cases")
     test: FractionOrCases = Field(default=0.0, description="fraction, or cases")
     seed: int = Field(default=0, description="of the hash, for fractions")
+    folds: Folds | None = Field(
+        default=None,
+        description="instead of train and validation: how many, or the cases of each",
+        exclude_if=lambda value: value is None,  # out of digests: datasets of before it stay
+    )
     group: RegexOrTable | None = Field(
         default=None, description="a case's patient, who is in one split: regex, or CSV's column"
     )
 
     @model_validator(mode="after")
     def _one_way(self) -> SplitEntry:
+        if self.folds is not None:
+            if given := sorted({"train", "validation"} & self.model_fields_set):
+                raise ValueError(f"each fold validates once: leave out {' and '.join(given)}")
+            if isinstance(self.folds, tuple) and self.test and not isinstance(self.test, tuple):
+                raise ValueError("with `folds` as lists, `test` is a list too")
+            return self
         lists = [isinstance(part, tuple) for part in (self.validation, self.test)]
         if self.train is None and any(lists):
             raise ValueError("a split by list names `train` too, or use fractions throughout")
@@ -123,16 +148,30 @@ class SplitEntry(Config):
         return self
 
     @property
-    def lists(self) -> dict[str, SplitName]:
-        """Case -> split, of a split by list; empty for one by fraction."""
+    def num_folds(self) -> int:
+        """0: the cases are not in folds."""
+        return len(self.folds) if isinstance(self.folds, tuple) else self.folds or 0
+
+    @property
+    def by_list(self) -> bool:
+        """Whether a case that no list names is left out."""
+        return self.train is not None or isinstance(self.folds, tuple)
+
+    @property
+    def lists(self) -> dict[str, Place]:
+        """Case -> place, of those that lists name."""
+        folds = self.folds if isinstance(self.folds, tuple) else ()
         parts = zip(SPLITS, (self.train, self.validation, self.test), strict=True)
-        return {c: split for split, part in parts if isinstance(part, tuple) for c in part}
+        named: list[tuple[Place, Any]] = [*parts, *enumerate(folds)]
+        return {c: place for place, part in named if isinstance(part, tuple) for c in part}
 
     @property
     def fractions(self) -> dict[SplitName, float]:
         """What each split is to have of the cases; nothing for a split by list."""
         if isinstance(self.validation, tuple) or isinstance(self.test, tuple):
             return {}
+        if self.folds is not None:
+            return {"test": self.test}
         train = round(1 - self.validation - self.test, 9)
         return {"train": train, "validation": self.validation, "test": self.test}
 
@@ -155,29 +194,38 @@ class SplitEntry(Config):
         return found
 
     def assign(
-        self, cases: Iterable[str], table: Mapping[str, str] | None = None
-    ) -> dict[str, SplitName]:
-        """Case -> split: of its name, or its patient, and this entry alone; see `patients`.
+        self, cases: Iterable[str], table: Mapping[str, str] | None = None, dataset: str = ""
+    ) -> dict[str, Place]:
+        """Case -> split, or fold: of its name, or its patient, and this entry alone; in folds of a
+        number, of the other cases' too, and of the dataset's name. See `patients`.
 
         Raises:
             RegistryError: `group` does not say whose a case is.
         """
         cases = list(cases)
-        if self.train is not None:
+        if self.by_list:
             return self.lists
         keys = dict(zip(cases, cases, strict=True))
         if self.group is not None:
             keys = self.patients(cases, table)
             check_patients(self, cases, keys)
-        test = self.fractions["test"]
-        held_out = test + self.fractions["validation"]
+        test = self.fractions.get("test", 0.0)
+        held_out = test + self.fractions.get("validation", 0.0)
         places = {case: hash_to_unit(self.seed, key) for case, key in keys.items()}
-        return {
+        drawn: dict[str, Place] = {
             case: "test" if place < test else "validation" if place < held_out else "train"
             for case, place in places.items()
         }
+        drawn |= self.lists
+        if not self.num_folds:
+            return drawn
+        left = sorted({(places[c], keys[c]) for c, place in drawn.items() if place == "train"})
+        # What is left over goes to other folds in each dataset, unless patients may be in several.
+        first = 0 if self.group else int(hash_to_unit(self.seed, dataset) * self.num_folds)
+        fold_of = {key: n % self.num_folds for n, (_, key) in enumerate(left, first)}
+        return {c: fold_of[keys[c]] if drawn[c] == "train" else drawn[c] for c in cases}
 
-    def empty(self, drawn: Collection[str], among: Collection[str] = SPLITS) -> list[SplitName]:
+    def empty(self, drawn: Collection[object], among: Collection[str] = SPLITS) -> list[SplitName]:
         """Those of some splits that are to have a part of the cases, and got none."""
         return [s for s, part in self.fractions.items() if part and s in among and s not in drawn]
 
@@ -187,9 +235,22 @@ class SplitEntry(Config):
         it."""
         by_regex = isinstance(self.group, str)
         told = self.model_dump(mode="json", exclude=None if by_regex else {"group"})
-        if self.train is None:
+        if not self.by_list:
             told["drawn_by"] = "threshold"
         return told | ({"patients": dict(table)} if table is not None else {})
+
+
+def role(place: Place, fold: int | None) -> SplitName:
+    """What a case does while a fold validates; None is the first one, as for all that is done once
+    for all folds: the gate, what teachers are relied on for, teachers' own training."""
+    if isinstance(place, str):
+        return place
+    return "validation" if place == (fold or 0) else "train"
+
+
+def in_words(place: Place) -> str:
+    """`train`, or `fold 2`."""
+    return place if isinstance(place, str) else f"fold {place}"
 
 
 def hash_to_unit(seed: int, key: str) -> float:
@@ -246,3 +307,116 @@ def fitting_seed(split: SplitEntry, datasets: Iterable[Collection[str]]) -> int 
         if off <= _CLOSE:
             break
     return None if best is None else best[1]
+
+
+# What the splits of a registry's datasets contradict, on the raw data of the file.
+
+
+def splits_of(document: Document) -> dict[str, SplitEntry]:
+    """Dataset -> its split, where it can be read; what is wrong is reported with the schema."""
+    found = {}
+    for name, entry in as_mapping(as_mapping(document.data).get("datasets")).items():
+        with suppress(ValidationError):
+            found[name] = SplitEntry.model_validate(as_mapping(entry).get("split") or {})
+    return found
+
+
+def read_tables(document: Document) -> tuple[dict[str, dict[str, str]], list[Problem]]:
+    """Dataset -> case -> patient, by the CSVs that `split.group` names, and what is wrong there."""
+    tables: dict[str, dict[str, str]] = {}
+    problems = []
+    for name, split in splits_of(document).items():
+        if isinstance(split.group, PatientColumn):
+            try:
+                tables[name] = split.group.read(document.path.parent)
+            except RegistryError as error:
+                here = ("datasets", name, "split", "group")
+                problems.append(Problem(here, f"{error.where}: {error.what}", error.fix))
+    return tables, problems
+
+
+def check_splits(document: Document) -> list[Problem]:
+    """Cases in two lists, tables that cannot be read, and folds beside other numbers of folds, or
+    beside validation cases: each case is to be scored once, by the student that did not see it."""
+    problems = read_tables(document)[1]
+    splits = splits_of(document)
+    wanted = max((split.num_folds for split in splits.values()), default=0)
+    for name, entry in as_mapping(as_mapping(document.data).get("datasets")).items():
+        owner: dict[str, str] = {}
+        here = ("datasets", name, "split")
+        for split, where, case in split_cases(as_mapping(entry)):
+            if case in owner:
+                what = f"case {case} is already in {owner[case]}."
+                fix = "A case belongs to one split, once."
+                problems.append(Problem((*here, *where), what, fix))
+            owner.setdefault(case, split)
+        number = splits[name].num_folds if name in splits else wanted
+        if number != wanted and (number or splits[name].validation):
+            has = f"{number} folds" if number else "validation cases and no folds"
+            what = f"another dataset is in {wanted} folds, this one has {has}."
+            fix = f"Write `folds: {wanted}`, or `validation: 0.0`: it trains in all folds then."
+            problems.append(Problem(here, what, fix))
+    return problems
+
+
+def check_groups(document: Document, found: Mapping[str, list[str]]) -> list[Problem]:
+    """Cases of no patient, patients who are in two splits or folds, of a dataset or of several, and
+    more folds than patients."""
+    problems = []
+    tables, unread = read_tables(document)
+    first: dict[str, tuple[str, str, Place]] = {}
+    for name, split in splits_of(document).items():
+        here = ("datasets", name, "split", "group")
+        if any(problem.location == here for problem in unread):
+            continue
+        listed = split.lists
+        cases = [case for case in found.get(name, []) if not split.by_list or case in listed]
+        patients = split.patients(cases, tables.get(name))
+        try:
+            drawn = split.assign(cases, tables.get(name), name)
+            check_patients(split, cases if split.group else (), patients)
+        except RegistryError as error:
+            problems.append(Problem(here, error.what, error.fix))
+            continue
+        num_folds = len({place for place in drawn.values() if isinstance(place, int)})
+        if cases and num_folds < split.num_folds:
+            what = f"{split.num_folds} folds are more than it has patients to deal ({num_folds})."
+            fix = "Ask for fewer; or let its cases train in all folds: `split: {validation: 0.0}`."
+            problems.append(Problem((*here[:-1], "folds"), what, fix))
+        torn = []
+        for case, patient in patients.items():
+            other = first.setdefault(patient, (name, case, drawn[case]))
+            if other[2] != drawn[case]:
+                torn.append((patient, case, other))
+        if torn:
+            patient, case, (dataset, twin, where) = torn[0]
+            what = (
+                f"patient {patient} is in two splits: {case} in {in_words(drawn[case])}, "
+                f"{twin} of {dataset} in {in_words(where)}"
+            )
+            what += f" (and {len(torn) - 1} more)." if len(torn) > 1 else "."
+            fix = "A patient belongs to one split, in all datasets: with fractions, give all the "
+            fix += "same `seed` and fractions; in lists, move the case."
+            if isinstance(where, int) or isinstance(drawn[case], int):
+                fix = "A patient belongs to one fold, in all datasets: name the folds by lists."
+            problems.append(Problem(here, what, fix))
+    return problems
+
+
+def split_cases(entry: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str | int, ...], str]]:
+    """(split or fold, place in `split`, case) of every case that lists name."""
+    parts = as_mapping(entry.get("split"))
+    folds = parts["folds"] if isinstance(parts.get("folds"), list) else []
+    named: list[tuple[str, tuple[str | int, ...], Any]] = [
+        *((split, (split,), parts.get(split)) for split in SPLITS),
+        *((in_words(k), ("folds", k), cases) for k, cases in enumerate(folds)),
+    ]
+    for split, where, cases in named:
+        for index, case in enumerate(cases if isinstance(cases, list) else []):
+            if isinstance(case, str):
+                yield split, (*where, index), case
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """What was read of a file, where a mapping is meant; else an empty one."""
+    return value if isinstance(value, dict) else {}

@@ -295,12 +295,17 @@ def _write_lists(
     if any(ignore in case["voxels"] for case in told["cases"].values()):
         labels["ignore"] = len(labels)
     training = [source for source in sources if source.name in told["cases"]]
-    fold = {
-        short: [names[source.name] for source in training if source.split == split]
-        for short, split in (("train", "train"), ("val", "validation"))
-    }
-    if fold["val"]:
-        replace_file(output / "splits_final.json", json_text([fold]).encode())
+    held_out = [s.name for s in training if s.split == "validation"]
+    folds = [[s.name for s in training if s.fold == k] for k in range(registry.num_folds)]
+    splits = [
+        {
+            "train": [names[s.name] for s in training if s.name not in val],
+            "val": [names[name] for name in val],
+        }
+        for val in folds or [held_out]
+    ]
+    if splits[0]["val"]:
+        replace_file(output / "splits_final.json", json_text(splits).encode())
     dataset = {
         "channel_names": {"0": "CT"}, "labels": labels, "numTraining": len(training),
         "file_ending": _SUFFIX, "name": output.resolve().name,

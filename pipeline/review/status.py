@@ -104,7 +104,8 @@ def status(registry: Registry, work: Folder) -> Status:
             entry, source = indexed.get(case), files.get(case)
             current = entry is not None and _same_image(entry, source)
             if files and entry is not None:  # stage two refuses one that went, or changed its split
-                current &= source is not None and source.split == entry.split
+                here = source and (source.split, source.fold)
+                current &= here == (entry.split, entry.fold)
             units[dataset, "cases", case] = _state_of_case(work, entry, source, absent, current)
             for name, teacher in teachers.items():
                 units[dataset, name, case] = _state_of_unit(work, teacher, entry, current)

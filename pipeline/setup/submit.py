@@ -37,11 +37,8 @@ def in_order(stages: Sequence[str]) -> list[Stage]:
     """
     for name in stages:
         if name not in STAGES:
-            raise ConfigError(
-                f"no job can be made of {name!r}.",
-                where=_HERE,
-                fix=f"There are {', '.join(STAGES)}.",
-            )
+            fix = f"There are {', '.join(STAGES)}."
+            raise ConfigError(f"no job can be made of {name!r}.", where=_HERE, fix=fix)
         if stages.count(name) > 1:
             raise ConfigError(f"{name} is there twice.", where=_HERE, fix="Name each stage once.")
     return [stage for stage in STAGES if stage in stages]
@@ -53,12 +50,8 @@ def scripts(
     target: Target,
     templates: Path | None = None,
 ) -> dict[str, str]:
-    """Job -> what would be submitted: a job for each stage; before an array of parts one for the
-    gate, which they go by.
-
-    Raises:
-        ConfigError, WorkFolderError: as `script`.
-    """
+    """Job -> what would be submitted, see `script`: a job for each stage; before an array of parts
+    one for the gate, which they go by."""
     jobs: list[str] = []
     for stage in stages:
         parts = stage == "cache-teachers" and settings.of(stage).num_parts > 1
@@ -142,7 +135,6 @@ def _keep(job: Job, text: str, target: Target) -> None:
 
 # Jobs that were submitted for a work folder: their records, and what Slurm says of them now.
 
-UNKNOWN = "unknown"
 _PATIENCE_S = 20.0
 
 
@@ -166,11 +158,7 @@ class Job:
 
 
 def record(work: Folder, job: Job) -> None:
-    """Keeps it as `jobs/<number>-<stage>.json`.
-
-    Raises:
-        WorkFolderError: the folder cannot be written.
-    """
+    """Keeps it as `jobs/<number>-<stage>.json`."""
     write_json(work / "jobs" / f"{job.job}-{job.stage}.json", asdict(job))
 
 
@@ -223,7 +211,7 @@ def _in_words(elements: Mapping[str, str]) -> str:
     if len(elements) == 1:
         return next(iter(elements.values()))
     counts = Counter(elements.values())
-    return ", ".join(f"{number} {state}" for state, number in counts.items()) or UNKNOWN
+    return ", ".join(f"{number} {state}" for state, number in counts.items()) or "unknown"
 
 
 def with_states(work: Folder) -> list[dict[str, Any]]:
@@ -315,6 +303,7 @@ _ONLY: dict[str, Stage] = {
 # Batch scripts: a template per stage, a file of shell with places in double braces.
 
 TEMPLATES = Path(__file__).parent / "templates"
+ELEMENT = "%element%"  # the number of an array's element: the job's shell puts it in
 # Shell has {% and {# too (`${#names[@]}`): only double braces are Jinja's here.
 _JINJA = jinja2.Environment(
     block_start_string="{{%", block_end_string="%}}",
@@ -334,6 +323,7 @@ class Target:
         run: of the student, as its settings name it.
         teachers: names of those to train.
         splits: that are evaluated, and so predicted.
+        folds: that the registry has: a student for each, whose predictions of them are evaluated.
         configs: settings of stages, where not all are the defaults.
     """
 
@@ -342,6 +332,7 @@ class Target:
     run: str = "student"
     teachers: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("test",)
+    folds: int = 0
     configs: Mapping[Stage, Path] = field(default_factory=dict)
 
     @property
@@ -349,20 +340,26 @@ class Target:
         """Folder of the records of jobs."""
         return self.work / "jobs"
 
+    @property
+    def run_folder(self) -> Path:
+        """Of the student, in folds of that of the array's element."""
+        return self.work / "students" / (f"{self.run}-fold{ELEMENT}" if self.folds else self.run)
+
     def words(self, stage: Stage, settings: JobSettings) -> list[str]:
         """The stage's command; what differs between the elements of an array is the template's."""
         words = [sys.executable, "-m", "pipeline.cli", stage]
         predictions = self.work / "predictions" / self.run
         registry, work = ["--registry", str(self.registry)], ["--work", str(self.work)]
+        fold = ["--fold", ELEMENT] if self.folds else []
         match stage:
             case "predict":
-                student = self.work / "students" / self.run / "student.pt"
+                student = self.run_folder / "student.pt"
                 words += [str(student), *registry, "--output", str(predictions)]
-                words += [word for split in self.splits for word in ("--split", split)]
+                words += fold or [word for split in self.splits for word in ("--split", split)]
             case "evaluate":
-                words += [str(predictions), *registry]
+                words += [str(predictions), *registry, *(["--folds"] if self.folds else [])]
             case _:
-                words += [*registry, *work]
+                words += [*registry, *work, *(fold if stage == "train-student" else [])]
         if stage in self.configs:
             words += ["--config", str(self.configs[stage])]
         return [*words, *settings.arguments]
@@ -387,7 +384,9 @@ def script(job: str, settings: JobSettings, target: Target, templates: Path | No
                 where=target.registry,
                 fix="Leave train-teachers out, or name a dataset in a teacher's `trained_on`.",
             )
-    command = shlex.join(target.words(_stage_of(job), settings))
+    if job in ("train-student", "predict") and target.folds:
+        array = target.folds
+    command = " ".join(map(_in_shell, target.words(_stage_of(job), settings)))
     if settings.stage_to is not None:  # the job's shell, on the node, is to put variables in
         command += f' --stage-to "{settings.stage_to}"'
     log = f"{job}-{'%j' if array is None else '%A_%a'}.log"
@@ -404,11 +403,17 @@ def script(job: str, settings: JobSettings, target: Target, templates: Path | No
             "prologue": "\n".join(settings.prologue),
             "command": command,
             "teachers": shlex.join(target.teachers),
-            "run_folder": shlex.quote(str(target.work / "students" / target.run)),
+            "run_folder": _in_shell(str(target.run_folder)),
             "training_folder": shlex.quote(str(target.work / "teachers-in-training")),
             "jobs": shlex.quote(str(target.jobs)),
         },
     )
+
+
+def _in_shell(word: str) -> str:
+    quoted = shlex.quote(word)
+    mark = "" if quoted == word else "'"
+    return quoted.replace(ELEMENT, f'{mark}"$SLURM_ARRAY_TASK_ID"{mark}')
 
 
 def directives(settings: JobSettings, array: int | None = None) -> list[str]:
@@ -454,12 +459,7 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def copy_templates(folder: Path) -> Sequence[Path]:
-    """Writes the built-in templates where they can be changed; returns what was written.
-
-    Raises:
-        ConfigError: one of them is there already.
-        WorkFolderError: the folder cannot be written.
-    """
+    """Writes the built-in templates where they can be changed; returns what was written."""
     paths = [folder / f"{job}.sh" for job in (*STAGES, GATE_JOB)]
     if there := [path.name for path in paths if path.exists()]:
         raise ConfigError(

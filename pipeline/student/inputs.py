@@ -47,7 +47,8 @@ class TrainingInputs:
         validation: labelled cases; their teachers' units are not opened, since nobody reads them.
         space: the organs.
         identity: all of this by digest, for the run's digest. `missing_units`, teacher -> training
-            cases, is in it only where units are missing, and `missing_cases` only where cases are.
+            cases, is in it only where units are missing, `missing_cases` only where cases are, and
+            `fold` only of a registry in folds.
         taps: cached taps of the feature term; empty without one.
         temperatures: (teacher, organ) -> T of a calibrated supervision; empty for others.
     """
@@ -116,6 +117,14 @@ def open_inputs(
         _temperatures(work, registry, teachers, log) if supervision.uses_temperatures else {}
     )
     identity = _identity(cohort, training, labelled.cases, space)
+    if registry.fold is not None:
+        identity["fold"] = registry.fold
+        seen = {organ for case in labelled.cases for organ in case.annotated}
+        if unseen := [organ for organ in space.organs if organ not in seen]:
+            log.remark(
+                f"no case of fold {registry.fold} annotates {listed(unseen)}: nothing tells how "
+                "well the student of this fold finds it."
+            )
     if gone := sorted(unit for unit in {*cohort.problems, *labelled.problems} if " x " not in unit):
         identity["missing_cases"] = gone  # only where there are some, as with units
     _warn_of_unknown_organs(training, log)

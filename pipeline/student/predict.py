@@ -164,6 +164,8 @@ class CasePredictor:
             "student_sha256": self._how.identity["student_sha256"],
             "settings": self._how.identity["config"], "organs": dict(space.ids),
         }  # fmt: skip
+        if self._how.by_case and name in self._record.trained_on:
+            content["trained_on"] = True
         if "averaged_with" in self._how.identity:
             content["averaged_with"] = self._how.identity["averaged_with"]
         files = self._how.files(stem, space.organs)
@@ -171,8 +173,7 @@ class CasePredictor:
             named = kept.files(name, space.organs)
             content["probabilities"] = {"precision": kept.precision, "files": named}
         there = Written.read(self._output, name)
-        damaged: list[str] = []
-        replaced = ""
+        damaged, replaced = list[str](), ""
         if there is not None:
             if not self._how.by_case:
                 there.refuse_other_image(read.sha256, image)
@@ -219,9 +220,8 @@ class CasePredictor:
         if rules:
             removed = postprocess(classes, space, rules, volume.grid.voxel_ml)
             said["postprocessing"] = {"rules": rules, "removed_ml": removed}
-        names = {organ_id: organ for organ, organ_id in space.ids.items()}
         labels = Volume(space.to_ids(classes), volume.grid)
-        write_like(scratch / files[0], labels, image, names=names)
+        write_like(scratch / files[0], labels, image, names={i: o for o, i in space.ids.items()})
         if held is not None and kept is not None:
             parts = [held] if kept.layout == "4d" else list(held)
             for file, part in zip(kept.files(stem, space.organs), parts, strict=True):

@@ -239,6 +239,7 @@ class RunFolder:
             return None
         differing = _differing(json.loads(found["identity"]), json.loads(canonical_json(identity)))
         if differing:
+            differing.sort(key=lambda told: told.partition(" ")[0].count("."))  # fold before cases
             raise CheckpointError(
                 f"this run was started with other settings: {'; '.join(differing[:6])}.",
                 where=self.path,

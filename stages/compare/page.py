@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipeline.cache.reader import CachedCase
 from pipeline.cache.store import json_text
 from pipeline.errors import PipelineError, counted
 from pipeline.figures import hex_colour, open_figure
@@ -109,7 +110,7 @@ def in_sentences(results: Results) -> list[str]:
 
 def shown_cases(results: Results, device: str) -> tuple[list[Shown], dict[str, str]]:
     """The worst case over all configurations and the median one, predicted by the first finished
-    run of each; and organ -> colour in them.
+    run of each that did not see it; and organ -> colour in them.
     """
     dice: dict[str, list[float]] = {}
     for row in (row for run in results.runs for row in run.rows if row["Dice"] is not None):
@@ -118,26 +119,37 @@ def shown_cases(results: Results, device: str) -> tuple[list[Shown], dict[str, s
     if not means:
         return [], {}
     chosen = {means[(len(means) - 1) // 2]: "median case"} | {means[0]: "worst case"}
-    runs = {run.config: run for run in reversed(results.runs) if run.error is None}
+    colours: dict[str, str] = {}
     try:
-        students = {c: Student(runs[c].folder / "student.pt", device) for c in runs}
-        ids = next(iter(students.values())).record.label_space.ids
-        found = [
-            _pictured(results, students, Shown(case, why, mean, ()))
-            for (mean, case), why in sorted(chosen.items())
-        ]
-        return found, {organ: hex_colour(organ_id) for organ, organ_id in ids.items()}
+        found = []
+        for (mean, name), why in sorted(chosen.items()):
+            fold, case = next(
+                (fold, case)
+                for fold, cases in results.plan.scored.items()
+                for case in cases
+                if case.name == name
+            )
+            of_fold = [run for run in results.runs if run.fold == fold and run.error is None]
+            runs = {run.config: run for run in reversed(of_fold)}
+            students = {
+                config: Student(runs[config].folder / "student.pt", device)
+                for config in results.configs
+                if config in runs
+            }
+            found.append(_pictured(case, students, Shown(name, why, mean, ())))
+            ids = next(iter(students.values())).record.label_space.ids
+            colours = {organ: hex_colour(organ_id) for organ, organ_id in ids.items()}
+        return found, colours
     except PipelineError as error:
         said = str(error)
         return [Shown(c, why, mean, (), problem=said) for (mean, c), why in chosen.items()], {}
 
 
-def _pictured(results: Results, students: Mapping[str, Student], shown: Shown) -> Shown:
-    (case,) = (case for case in results.plan.cases if case.name == shown.name)
+def _pictured(case: CachedCase, students: Mapping[str, Student], shown: Shown) -> Shown:
     space = next(iter(students.values())).record.label_space
     ids = [i for organ, i in space.ids.items() if organ in case.annotated]
     label, colours = case.label(), organ_colours(space)
-    maps = {c: students[c].label_map(case) for c in results.configs if c in students}
+    maps = {config: student.label_map(case) for config, student in students.items()}
     layers = [
         Layer(title, title, values, colours, "fill", True)
         for title, values in {"reference": among(label, ids), **maps}.items()

@@ -10,15 +10,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from pipeline.cache.reader import CachedCase
 from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.config import canonical_json, digest, load_config
-from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheMissing, CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.folder import Folder, matching, read_text
 from pipeline.log import Advance, Log
 from pipeline.networks.by_name import pick_device
@@ -29,9 +29,15 @@ from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.speed import TrainingExecution
 from pipeline.student.staging import staged_inputs
 from pipeline.student.training import train
-from stages.compare.scoring import organs_without_cases
+from stages.compare.scoring import cases_to_score, organs_without_cases
 from stages.report import Scope
-from stages.train_student import RUN_NAME, TrainStudentConfig, check_own_files, is_finished
+from stages.train_student import (
+    RUN_NAME,
+    TrainStudentConfig,
+    check_own_files,
+    is_finished,
+    run_name,
+)
 
 # What a comparison is of, beside its configurations: name, seeds, budget, and what is scored.
 
@@ -59,6 +65,11 @@ class ComparisonSettings:
     test: bool = False
     surface: bool = True
     allow_missing: bool = False
+
+    @property
+    def split(self) -> str:
+        """Of the cases that are scored."""
+        return "test" if self.test else "validation"
 
 
 def check_settings(settings: ComparisonSettings) -> None:
@@ -91,17 +102,19 @@ def check_settings(settings: ComparisonSettings) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration with one seed.
+    """One configuration with one seed, on one fold if there are any.
 
     Attributes:
         config: with seed and steps as they will be trained.
         name: of the configuration.
-        folder: WORK/students/<comparison>/<name>-seed<seed>.
+        fold: that is held out; None: the registry has none.
+        folder: WORK/students/<comparison>/<name>-seed<seed>[-fold<fold>].
         finished: whether it was finished before.
     """
 
     config: TrainStudentConfig
     name: str
+    fold: int | None
     folder: Folder
     finished: bool
 
@@ -122,7 +135,7 @@ class Comparison:
         runs: in the order in which they are made.
         steps: configuration -> steps of each of its runs.
         parameters: configuration -> weights of its network.
-        cases: that students are scored on.
+        scored: fold, or None -> the cases that its students are scored on.
         notices: what a reader of the table has to know.
     """
 
@@ -132,8 +145,13 @@ class Comparison:
     runs: Sequence[Run]
     steps: Mapping[str, int]
     parameters: Mapping[str, int]
-    cases: Sequence[CachedCase]
+    scored: Mapping[int | None, Sequence[CachedCase]]
     notices: Sequence[str]
+
+    @property
+    def cases(self) -> list[CachedCase]:
+        """All that are scored; in folds each by the student that did not see it."""
+        return [case for own in self.scored.values() for case in own]
 
 
 def plan_comparison(
@@ -160,15 +178,29 @@ def plan_comparison(
     check_configurations(configs, baseline)
     check_settings(settings)
     registry, work = scope.registry, scope.work
-    cases, unscored = _scored_cases(scope, settings)
-    inputs: dict[str, TrainingInputs] = {}
+    if settings.test and registry.num_folds:
+        raise ConfigError(
+            "students of folds are compared on the cases that they did not see, not on test cases.",
+            where="--test",
+            fix="Average them: `pipeline predict --with`, then `pipeline evaluate --against`.",
+        )
+    views = [registry.on_fold(fold) for fold in range(registry.num_folds)] or [registry]
+    scored: dict[int | None, Sequence[CachedCase]] = {}
+    notices = [note] if registry.num_folds and (note := registry.teachers_know()) else []
+    for view in views:
+        scored[view.fold], unscored = cases_to_score(
+            replace(scope, registry=view), settings.split, allow_missing=settings.allow_missing
+        )
+        notices += unscored
+    inputs: dict[str, dict[int | None, TrainingInputs]] = {}
     parameters: dict[str, int] = {}
     for config in configs:
         allowed = settings.allow_missing or config.allow_missing
         supervision = config.training.supervision
-        inputs[config.run] = open_inputs(
-            supervision, registry, work, allow_missing=allowed, log=scope.log
-        )
+        inputs[config.run] = {
+            view.fold: open_inputs(supervision, view, work, allow_missing=allowed, log=scope.log)
+            for view in views
+        }
         num_organs = len(registry.label_space.organs)
         network = build_student(config.training.network, num_organs, supervision.head)
         parameters[config.run] = sum(weights.numel() for weights in network.parameters())
@@ -179,41 +211,39 @@ def plan_comparison(
         steps = recorded_steps(configs, settings.seconds, group / "budget.json")
     else:
         prepare_work_folder(work)
+        first = {name: found[views[0].fold] for name, found in inputs.items()}
         steps = steps_for_seconds(
-            configs, inputs, settings.seconds, group / "budget.json", execution, scope.log
+            configs, first, settings.seconds, group / "budget.json", execution, scope.log
         )
-    identities = {name: found.identity for name, found in inputs.items()}
-    runs = _runs(configs, settings, steps, identities, group)
-    notices = [*unscored, *_notices(configs, cases, registry, settings)]
-    return Comparison(settings, configs, baseline, runs, steps, parameters, cases, notices)
+    runs = _runs(configs, settings, steps, inputs, group)
+    notices += _notices(configs, [c for own in scored.values() for c in own], registry, settings)
+    return Comparison(settings, configs, baseline, runs, steps, parameters, scored, notices)
 
 
 def _runs(
     configs: Sequence[TrainStudentConfig],
     settings: ComparisonSettings,
     steps: Mapping[str, int],
-    identities: Mapping[str, Mapping[str, Any]],
+    inputs: Mapping[str, Mapping[int | None, TrainingInputs]],
     group: Folder,
 ) -> list[Run]:
     """Seed by seed, so that whoever stops early has whole rows, and the time left is soon known."""
     runs = []
-    for seed in settings.seeds:
-        for config in configs:
-            name, identity = f"{config.run}-seed{seed}", identities[config.run]
-            training = config.training.model_copy(update={"seed": seed, "steps": steps[config.run]})
-            changed = config.model_copy(
-                update={
-                    "run": f"{settings.name}/{name}",
-                    "training": training,
-                    "allow_missing": settings.allow_missing or config.allow_missing,
-                }
-            )
-            done = is_finished(group / name, run_digest(training, identity))
+    for seed, config in product(settings.seeds, configs):
+        training = config.training.model_copy(update={"seed": seed, "steps": steps[config.run]})
+        name = f"{settings.name}/{config.run}-seed{seed}"
+        allowed = settings.allow_missing or config.allow_missing
+        changed = config.model_copy(
+            update={"run": name, "training": training, "allow_missing": allowed}
+        )
+        for fold, found in inputs[config.run].items():
+            folder = group.parent / run_name(name, fold)
+            done = is_finished(folder, run_digest(training, found.identity))
             if not done:
-                check_same_units(group / name, identity)
-                check_own_files(group / name, run_digest(training, identity))
-                _check_same_settings(group / name, training, identity)
-            runs.append(Run(changed, config.run, group / name, done))
+                check_same_units(folder, found.identity)
+                check_own_files(folder, run_digest(training, found.identity))
+                _check_same_settings(folder, training, found.identity)
+            runs.append(Run(changed, config.run, fold, folder, done))
     return runs
 
 
@@ -239,44 +269,14 @@ def _check_same_settings(
         )
 
 
-def _scored_cases(
-    scope: Scope, settings: ComparisonSettings
-) -> tuple[Sequence[CachedCase], list[str]]:
-    """And what a reader of the table has to know of cases that are left out."""
-    registry, work = scope.registry, scope.work
-    split = "test" if settings.test else "validation"
-    cohort = open_cohort(work, registry, splits=(split,))
-    if cohort.problems and not settings.allow_missing:
-        first, error = next(iter(cohort.problems.items()))
-        raise CacheMissing(
-            f"{len(cohort.problems)} {split} cases are not in the cache, {first} among them. "
-            f"{error}",
-            where=work,
-            fix="Run `pipeline cache-teachers`, or give --allow-missing.",
-        )
-    if not cohort.cases or not any(case.annotated for case in cohort.cases):
-        raise ConfigError(
-            f"there is no {split} case to compare on.",
-            where=registry.path,
-            fix="Set `split` in the registry and run `pipeline cache-teachers`.",
-        )
-    notices = []
-    if cohort.problems:
-        names = ", ".join(cohort.problems)
-        notices = [f"{split} cases that are left out, as the cache lacks them: {names}."]
-        scope.log.warn(notices[0])
-    return cohort.cases, notices
-
-
 def _notices(
     configs: Sequence[TrainStudentConfig],
     cases: Sequence[CachedCase],
     registry: Registry,
     settings: ComparisonSettings,
 ) -> list[str]:
-    split = "test" if settings.test else "validation"
     found = [
-        f"no {split} case annotates {organ}: it cannot be compared, and is in no mean."
+        f"no {settings.split} case annotates {organ}: it cannot be compared, and is in no mean."
         for organ in organs_without_cases(cases, registry.label_space)
     ]
     unequal = unequal_compute(differing_fields(configs))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import median, stdev
 from typing import Any
 
 import numpy as np
 
-from pipeline.errors import listed
-from pipeline.folder import Folder, json_with, refuse_foreign
+from pipeline.errors import counted, listed
+from pipeline.folder import json_with, refuse_foreign
 from pipeline.log import print_table
 from pipeline.review.statistics import (
     CONFIDENCE,
@@ -28,30 +28,9 @@ from pipeline.review.statistics import (
     estimates,
 )
 from stages.compare.plan import Comparison, differing_fields
+from stages.compare.scoring import RunResult
 
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """One configuration with one seed.
-
-    Attributes:
-        config: its name.
-        seed: of the training.
-        folder: of the run.
-        rows: one per case and annotated organ: `case`, `organ`, `Dice`, `NSD`, `HD95_mm`, ...;
-            none if the run failed.
-        seconds_per_step: median, as this machine trained it; None if it was not seen.
-        error: why it failed; None if it is finished.
-    """
-
-    config: str
-    seed: int
-    folder: Folder
-    rows: Sequence[Mapping[str, Any]]
-    seconds_per_step: float | None
-    error: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +67,7 @@ class Results:
     @property
     def split(self) -> str:
         """Of the scored cases."""
-        return "test" if self.plan.settings.test else "validation"
+        return self.plan.settings.split
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -125,16 +104,29 @@ class Results:
                 case counts depends on the reference alone, and each score has its pair.
         """
         cases = {case.name: n for n, case in enumerate(self.plan.cases)}
-        found = np.full((len(self.of(config)), len(cases), len(self.organs)), np.nan)
-        for s, run in enumerate(self.of(config)):
-            for row in run.rows:
+        seeds = self.plan.settings.seeds
+        found = np.full((len(seeds), len(cases), len(self.organs)), np.nan)
+        incomplete = {run.seed for run in self.of(config) if run.error is not None}
+        for run in self.of(config):
+            s = seeds.index(run.seed)
+            for row in run.rows if run.seed not in incomplete else ():
                 if row[metric] is not None and (row["n_ref"] or not paired):
                     found[s, cases[row["case"]], self.organs.index(row["organ"])] = row[metric]
         return found
 
     def estimates(self, config: str, metric: str) -> Mapping[str, Estimate]:
-        """Organ, or `mean` over organs -> score."""
-        return dict(zip(self.rows, estimates(self.scores(config, metric)), strict=True))
+        """Organ, or `mean` over organs -> score; its std is over folds, where there are any."""
+        scores = self.scores(config, metric)
+        found = estimates(scores)
+        ends = np.cumsum([len(own) for own in self.plan.scored.values()])
+        if len(ends) > 1:
+            by_fold = zip(*map(estimates, np.split(scores, ends[:-1], axis=1)), strict=True)
+            means = [[e.mean for e in folds if e.mean is not None] for folds in by_fold]
+            found = [
+                replace(e, std=stdev(own) if len(own) > 1 else None)
+                for e, own in zip(found, means, strict=True)
+            ]
+        return dict(zip(self.rows, found, strict=True))
 
     def differences(self, config: str, metric: str) -> Mapping[str, Difference]:
         """Organ, or `mean` over organs -> difference to the baseline."""
@@ -313,9 +305,11 @@ def configurations_table(results: Results) -> Table:
 
 
 def scores_table(results: Results, metric: str) -> Table:
-    """Mean and standard deviation over seeds, by organ."""
-    number = len(results.plan.settings.seeds)
+    """Mean and standard deviation over seeds, or folds, by organ."""
+    number, folds = len(results.plan.settings.seeds), len(results.plan.scored)
     spread = f", mean ± std over {number} seeds" if number > 1 else ", 1 seed"
+    if folds > 1:
+        spread = f", mean ± std over {folds} folds, {counted(number, 'seed')}"
     cases = f"{len(results.plan.cases)} {results.split} cases"
     rows = [
         [config, *(e.in_words() for e in results.estimates(config, metric).values())]
@@ -366,7 +360,12 @@ def table_rows(results: Results) -> list[dict[str, Any]]:
 def score_rows(results: Results) -> list[dict[str, Any]]:
     """One row per run, case and organ, from which all statistics can be done again."""
     return [
-        {"config": run.config, "seed": run.seed, **{key: row[key] for key in _SCORE_COLUMNS}}
+        {
+            "config": run.config,
+            "seed": run.seed,
+            **({} if run.fold is None else {"fold": run.fold}),
+            **{key: row[key] for key in _SCORE_COLUMNS},
+        }
         for run in results.runs
         for row in run.rows
     ]

@@ -18,8 +18,8 @@ from pipeline.networks.by_name import pick_device
 from pipeline.student.speed import TrainingExecution
 from stages import train_student
 from stages.compare.plan import Comparison, Run, StepClock
-from stages.compare.results import Results, RunResult
-from stages.compare.scoring import ScoringSettings, score_student, scored_before
+from stages.compare.results import Results
+from stages.compare.scoring import RunResult, ScoringSettings, score_student, scored_before
 from stages.report import Scope
 
 
@@ -49,10 +49,12 @@ def compare(
                 continue
             at = f"run {number} of {len(plan.runs)}, {run.folder.name}"
             clock = StepClock(log, _noting(advance, at))
+            known = scope.registry if run.fold is None else scope.registry.on_fold(run.fold)
+            own = replace(scope, registry=known, log=clock)
             try:
-                report = train_student.run(run.config, replace(scope, log=clock), execution)
+                report = train_student.run(run.config, own, execution)
             except (PipelineError, torch.OutOfMemoryError) as error:
-                failed[run.config.run] = error
+                failed[run.folder.name] = error
                 log.warn(f"{run.folder.name} failed, the others go on: {error}")
                 continue
             stopped = next(iter(report.failed.values()), None)
@@ -86,21 +88,22 @@ def _score(
     device: torch.device,
     window_batch: int,
 ) -> list[RunResult]:
-    settings = ScoringSettings(
-        split="test" if plan.settings.test else "validation", surface=plan.settings.surface
-    )
+    settings = ScoringSettings(split=plan.settings.split, surface=plan.settings.surface)
     results = []
-    with log.progress("scoring", (len(plan.runs) - len(failed)) * len(plan.cases)) as advance:
+    left = sum(len(plan.scored[run.fold]) for run in plan.runs if run.folder.name not in failed)
+    with log.progress("scoring", left) as advance:
         for run in plan.runs:
-            error = failed.get(run.config.run)
+            error = failed.get(run.folder.name)
             rows: Sequence[Mapping[str, Any]] = ()
             if error is None:
                 rows = score_student(
-                    run.folder, plan.cases, settings, device=device,
+                    run.folder, plan.scored[run.fold], settings, device=device,
                     window_batch=window_batch, advance=advance,
                 )  # fmt: skip
             said = None if error is None else str(error)
-            results.append(RunResult(run.name, run.seed, run.folder, rows, _speed(run), said))
+            results.append(
+                RunResult(run.name, run.seed, run.fold, run.folder, rows, _speed(run), said)
+            )
     return results
 
 

@@ -12,14 +12,16 @@ import torch
 from pipeline.cache.reader import CachedCase
 from pipeline.cache.store import write_json
 from pipeline.config import digest
+from pipeline.consensus.cohort import open_cohort
 from pipeline.data.labels import IGNORE, LabelSpace
-from pipeline.errors import CheckpointError
+from pipeline.errors import CacheMissing, CheckpointError, ConfigError
 from pipeline.folder import Folder, matching, read_text
 from pipeline.log import Advance
 from pipeline.review.metrics import RULES, OrganScore, score_case, score_json
 from pipeline.student.checkpoint import load_student
 from pipeline.student.inference import predict_logits, running_argmax
 from pipeline.student.inputs import swallowed_organs
+from stages.report import Scope
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,63 @@ class ScoringSettings:
     surface: bool = True
     tolerance_mm: float = 3.0
     overlap: float = 0.5
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One configuration with one seed.
+
+    Attributes:
+        config: its name.
+        seed: of the training.
+        fold: that was held out, if there are any.
+        folder: of the run.
+        rows: one per case and annotated organ: `case`, `organ`, `Dice`, `NSD`, `HD95_mm`, ...;
+            none if the run failed.
+        seconds_per_step: median, as this machine trained it; None if it was not seen.
+        error: why it failed; None if it is finished.
+    """
+
+    config: str
+    seed: int
+    fold: int | None
+    folder: Folder
+    rows: Sequence[Mapping[str, Any]]
+    seconds_per_step: float | None
+    error: str | None
+
+
+def cases_to_score(
+    scope: Scope, split: str, *, allow_missing: bool
+) -> tuple[Sequence[CachedCase], list[str]]:
+    """And what a reader of the table has to know of cases that are left out.
+
+    Raises:
+        CacheMissing: the cache lacks some, which is not allowed.
+        ConfigError: there is none.
+    """
+    registry, work = scope.registry, scope.work
+    cohort = open_cohort(work, registry, splits=(split,))
+    if cohort.problems and not allow_missing:
+        first, error = next(iter(cohort.problems.items()))
+        raise CacheMissing(
+            f"{len(cohort.problems)} {split} cases are not in the cache, {first} among them. "
+            f"{error}",
+            where=work,
+            fix="Run `pipeline cache-teachers`, or give --allow-missing.",
+        )
+    if not cohort.cases or not any(case.annotated for case in cohort.cases):
+        raise ConfigError(
+            f"there is no {split} case to compare on.",
+            where=registry.path,
+            fix="Set `split` in the registry and run `pipeline cache-teachers`.",
+        )
+    if not cohort.problems:
+        return cohort.cases, []
+    notice = f"{split} cases that are left out, as the cache lacks them: "
+    notice += f"{', '.join(cohort.problems)}."
+    scope.log.warn(notice)
+    return cohort.cases, [notice]
 
 
 def score_student(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from pipeline.config import file_sha256
+from pipeline.data.entries import CaseFiles
 from pipeline.data.nifti import name_extensions
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError
@@ -24,7 +25,14 @@ from stages import evaluate
 from stages.evaluate import EvaluateConfig
 from stages.report import StageReport
 from tests.stages.stage_contract import snapshot
-from tests.tiny import change_registry
+from tests.tiny import (
+    RunCli,
+    change_registry,
+    fill_cache,
+    in_two_folds,
+    training_settings,
+    work_of,
+)
 
 CASES = ("multi-ct/case_001", "multi-ct/case_002")
 LIVER, SPLEEN = 1, 2
@@ -119,6 +127,88 @@ def perfect(tiny_registry: Path) -> Path:
     for case in CASES:
         write_prediction(tiny_registry, case)
     return tiny_registry
+
+
+class TestFolds:
+    def test_each_case_counts_as_it_was_held_out(
+        self, tiny_registry: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        cases = {c.name: c.fold for c in folded(tiny_registry)}
+        assert set(cases.values()) == {0, 1}
+        for name, fold in cases.items():
+            write_prediction(tiny_registry, name, (lambda a: a) if fold else without(LIVER))
+        report = run(tiny_registry, folds=True, table=True, surface=False)
+        assert report.exit_code == 0
+        assert set(report.done) == set(cases)
+        summary = summary_of(tiny_registry)
+        held_out = {int(k): set(found["cases"]) for k, found in summary["folds"].items()}
+        assert held_out == {k: {c for c, f in cases.items() if f == k} for k in (0, 1)}
+        assert [summary["folds"][k]["mean"]["liver"]["Dice"] for k in "01"] == [0.0, 1.0]
+        assert summary["std_over_folds"]["liver"]["Dice"] == pytest.approx(math.sqrt(0.5))
+        assert summary["std_over_folds"]["liver"]["NSD"] is None
+        livers = [c for c in cases if not c.startswith("spleen")]
+        mean = sum(cases[c] or 0 for c in livers) / len(livers)
+        assert means(tiny_registry, "liver")["Dice"] == pytest.approx(mean)
+        said = " ".join(capsys.readouterr().out.split())
+        assert "2 folds, ± std of their means" in said
+        assert f"{mean:.3f} ± 0.707" in said
+
+    def test_a_student_that_saw_the_case_is_refused(self, tiny_registry: Path) -> None:
+        name, *_ = (case.name for case in folded(tiny_registry))
+        write_prediction(tiny_registry, name)
+        path = tiny_registry.parent / "predictions" / f"{name}.json"
+        told = {"digest": "0", "organs": {"liver": 1}, "trained_on": True}
+        path.write_text(json.dumps(told))
+        error = run(tiny_registry, folds=True).failed[name]
+        assert "the student that predicted it was trained on it." in str(error)
+        assert "`pipeline predict --fold " in str(error)
+
+    def test_the_road_over_folds(self, tiny_cached: Path, run_cli: RunCli) -> None:
+        """As docs/evaluate.md shows it."""
+        fill_cache(in_two_folds(tiny_cached))
+        folder, known = tiny_cached.parent, ["-r", str(tiny_cached)]
+        students = [
+            str(work_of(tiny_cached) / f"students/student-fold{k}/student.pt") for k in (0, 1)
+        ]
+        config = {"training": training_settings(steps=2, supervision={"kind": "marginal"})}
+        (folder / "student.yaml").write_text(json.dumps(config))
+        for k, student in enumerate(students):
+            trains = ["-w", str(work_of(tiny_cached)), "-c", str(folder / "student.yaml")]
+            for words in (
+                ["train-student", *known, *trains, "--device", "cpu"],
+                ["predict", student, *known, "-o", str(folder / "held-out"), "--device", "cpu"],
+            ):
+                code, _, said = run_cli(*words, "--fold", str(k), "-q")
+                assert code == 0, said
+                assert "was trained on" not in said
+        code, table, said = run_cli("evaluate", str(folder / "held-out"), *known, "--folds")
+        assert code == 0, said
+        assert "2 folds, ±" in " ".join(table.split())
+        assert "teachers trained on the cases of all folds but fold 0: liver, spleen" in said
+        # With the student of another fold it is no score.
+        output = ["-o", str(folder / "seen"), "--device", "cpu", "-q"]
+        assert run_cli("predict", students[0], *known, "--fold", "1", *output)[0] == 0
+        code, _, said = run_cli("evaluate", str(folder / "seen"), *known, "--folds", "-q")
+        assert code == 2
+        assert "the student that predicted it was trained on it." in said
+        # Together for test cases.
+        test = ["-o", str(folder / "test"), f"--with={students[1]}", "--device", "cpu", "-q"]
+        assert run_cli("predict", students[0], *known, *test)[0] == 0
+        assert run_cli("evaluate", str(folder / "test"), *known, "-q")[0] == 0
+        made = json.loads((folder / "test" / "multi-ct" / "case_002.json").read_text())
+        assert made["averaged_with"] == [file_sha256(Path(students[1]))]
+        code, _, said = run_cli("predict", students[0], str(folder), "-o", "x", "--fold", "0")
+        assert code == 2
+        assert "--fold without --registry." in said
+
+    def test_there_are_none(self, perfect: Path) -> None:
+        with pytest.raises(ConfigError, match=r"its cases are in no folds"):
+            run(perfect, folds=True)
+
+
+def folded(registry: Path) -> list[CaseFiles]:
+    known = load_registry(in_two_folds(registry))
+    return [c for d in known.datasets for c in known.cases(d) if c.fold is not None]
 
 
 class TestFilesOfOthers:

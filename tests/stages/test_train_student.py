@@ -42,11 +42,13 @@ from tests.stages.stage_contract import ROOT, StageContract, content, snapshot
 from tests.tiny import (
     ORGANS,
     TAP,
+    RunCli,
     at_step,
     cache_config,
     change_registry,
     copy_cohort,
     fill_cache,
+    in_two_folds,
     run_cache,
     training_settings,
     work_of,
@@ -156,6 +158,48 @@ def steps_of(registry: Path) -> list[dict[str, Any]]:
 
 def losses_of(registry: Path) -> list[float]:
     return [line["loss"] for line in steps_of(registry)]
+
+
+def test_a_student_of_a_fold(tiny_cached: Path, run_cli: RunCli) -> None:
+    in_two_folds(tiny_cached)
+    units = {path for teacher in ORGANS for path in units_of(tiny_cached, teacher)}
+    fill_cache(tiny_cached)
+    assert {path for teacher in ORGANS for path in units_of(tiny_cached, teacher)} == units
+    with pytest.raises(ConfigError, match=r"in 2 folds, .* Give --fold, 0 to 1"):
+        run(tiny_cached)
+    command = arguments(tiny_cached)
+    code, _, said = run_cli(*command, "--fold", "1")
+    assert code == 0, said
+    folder = work_of(tiny_cached) / "students" / "student-fold1"
+    inputs = json.loads((folder / "config.json").read_text())["inputs"]
+    known = load_registry(tiny_cached)
+    cases = [case for dataset in known.datasets for case in known.cases(dataset)]
+    assert inputs["fold"] == 1
+    assert set(inputs["validation"]) == {c.name for c in cases if c.fold == 1}
+    assert set(inputs["cases"]) == {c.name for c in cases if c.fold == 0}
+    assert load_student(folder / "student.pt")[0].trained_on == tuple(inputs["cases"])
+    assert "1 already there" in run_cli(*command, "--fold", "1")[2]
+    # Under the name of the other fold it is none of its checkpoints.
+    folder.rename(folder.with_name("student-fold0"))
+    code, _, said = run_cli(*command, "--fold", "0")
+    assert code == 2
+    assert "this run was started with other settings: inputs.fold was 1, now 0; " in said
+    # One case less, and others are in other folds than the cache has them in.
+    for part in ("images", "labels"):
+        gone = next(c.case for c in known.cases("liver-ct") if c.fold == 1)
+        (tiny_cached.parent / f"data/liver-ct/{part}/{gone}.nii.gz").unlink()
+    code, _, said = run_cli(*command, "--fold", "1")
+    assert code == 1
+    assert f"{gone} is no longer in the dataset" in said
+
+
+def test_no_folds(tiny_cached: Path, run_cli: RunCli) -> None:
+    code, _, said = run_cli(*arguments(tiny_cached), "--fold", "0")
+    assert code == 2
+    assert "no dataset is in folds. Write `split: {folds: 5}`." in said
+    code, _, said = run_cli(*arguments(tiny_cached), "--fold", "0", "--self-test")
+    assert code == 2
+    assert "a self-test is of no fold. Leave one of them out." in said
 
 
 class TestTrainStudent(StageContract):

@@ -186,6 +186,20 @@ PAGES: Mapping[str, Page] = {
         ),
     ),
     "evaluate.md": Page(
+        (
+            Change(
+                "pipeline train-student -r data_registry.yaml -w work --fold 0    # this and the "
+                "next line with 1, 2, 3 and 4, too\n"
+                "pipeline predict work/students/student-fold0/student.pt -r data_registry.yaml "
+                "--fold 0 -o held-out/\n"
+                "pipeline evaluate held-out/ -r data_registry.yaml --folds        # one table\n"
+                "pipeline predict work/students/student-fold0/student.pt scans/ -o out/ \\\n"
+                "  --with=work/students/student-fold{1,2,3,4}/student.pt",
+                "",
+                "five students of a registry in folds",
+                tested=("tests/stages/test_evaluate.py", "test_the_road_over_folds"),
+            ),
+        ),
         written=[
             "out/summary.json",
             "out/scores.csv",

@@ -99,6 +99,7 @@ class CaseFacts:
     """What one case showed; None and empty where its files did not let themselves be read.
 
     Attributes:
+        split: of the case, or `fold 2`.
         shape: of the image in RAS+, z, y, x.
         stored: letters of the order that the image's file keeps its axes in, as `LPS`.
         image_key: SHA-256 of the image's voxels in RAS+, whatever file they were in.
@@ -133,7 +134,7 @@ class CaseFacts:
 
 def look_at(task: Task) -> CaseFacts:
     """Reads image and label of a case and says what they hold; never raises for a bad file."""
-    facts = CaseFacts(task.source.name, task.source.dataset, task.source.split)
+    facts = CaseFacts(task.source.name, task.source.dataset, task.source.place)
     try:
         return _look(task, facts)
     except Exception as error:  # nobody foresaw it: the other cases are looked at all the same

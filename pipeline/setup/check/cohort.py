@@ -80,11 +80,10 @@ def same_voxels(facts: Sequence[CaseFacts]) -> list[Finding]:
     found = []
     for cases in _groups(facts, "image_key"):
         first, *others = cases
-        train = [case for case in cases if case.split == "train"]
-        held_out = [case for case in cases if case.split != "train"]
+        splits = {case.split for case in cases}
         what = f"it ({first.split}) holds the same voxels as {_named(others)}"
-        if train and held_out:
-            worst = "test" if any(case.split == "test" for case in held_out) else "validation"
+        if len(splits) > 1 and splits - {"validation", "test"}:
+            worst = "test" if "test" in splits else "validation"
             what += f": a student would be trained on a scan of its own {worst} cases."
             fix = "Put all of them into one split (by lists), or take all but one out."
             found.append(of_case("error", "duplicate", first.case, what, fix))
@@ -183,7 +182,7 @@ def _group_fix(splits: Sequence[SplitEntry], names: Collection[str]) -> str:
             fix += "" if seed is None else f", with `seed: {seed}` lest a split be empty"
     if len(splits) > 1:
         fix += " of both, and give both the same `seed` and fractions"
-    if any(split.train is not None for split in splits):
+    if any(split.by_list for split in splits):
         fix += ", and move each patient's cases into one list"
     return f"{fix}."
 
@@ -385,7 +384,7 @@ def look_at_all(
     for source, made in zip((task.source for task in tasks), found, strict=True):
         if isinstance(made, WorkerDied):
             died = of_case("error", "file", source.name, what, fix)
-            made = CaseFacts(source.name, source.dataset, source.split, findings=(died,))
+            made = CaseFacts(source.name, source.dataset, source.place, findings=(died,))
         if isinstance(made, Exception):
             raise made
         facts.append(made)

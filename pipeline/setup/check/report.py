@@ -96,7 +96,7 @@ def _print_datasets(report: Report) -> None:
         rows.append(
             [
                 name,
-                " / ".join(str(sum(case.split == split for case in cases)) for split in SPLITS),
+                _counts([case.split for case in cases]),
                 _range([case.spacing_mm for case in cases if case.spacing_mm]),
                 _range([case.shape for case in cases if case.shape]),
                 _range(
@@ -112,6 +112,13 @@ def _print_datasets(report: Report) -> None:
         "ml: median (range)",
     ]  # fmt: skip
     print_table(f"Datasets of {report.registry.path}", columns, rows)
+
+
+def _counts(splits: Sequence[str]) -> str:
+    """`12 / 3 / 5`; in folds `3 + 3 + 3 / 5`: each validates once, then those that test."""
+    folds = sorted({split for split in splits if split not in SPLITS})
+    dealt = [" + ".join(str(splits.count(fold)) for fold in folds)] if folds else []
+    return " / ".join([*dealt, *(str(splits.count(s)) for s in SPLITS[2 * bool(folds) :])])
 
 
 def _volumes(cases: Sequence[CaseFacts], organ: str) -> str:

@@ -34,8 +34,9 @@ from stages.compare import results as tables
 from stages.compare import scoring
 from stages.compare.page import to_html, write_results
 from stages.compare.plan import Comparison, ComparisonSettings, load_configurations, plan_comparison
-from stages.compare.results import Results, RunResult, print_results
+from stages.compare.results import Results, print_results
 from stages.compare.run import compare
+from stages.compare.scoring import RunResult
 from stages.report import Scope
 from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import snapshot
@@ -45,6 +46,7 @@ from tests.tiny import (
     change_registry,
     copy_cohort,
     fill_cache,
+    in_two_folds,
     run_cache,
     training_settings,
     work_of,
@@ -113,6 +115,48 @@ def compared(
 def finished(compared: tuple[Path, Results, Path], tmp_path: Path) -> Path:
     """The registry of a copy of it."""
     return copy_cohort(compared[0], tmp_path / "finished")
+
+
+class TestFolds:
+    def test_each_case_is_scored_once_a_seed_by_the_student_that_did_not_see_it(
+        self, tiny_cached: Path, tmp_path: Path
+    ) -> None:
+        fill_cache(in_two_folds(tiny_cached))
+        results = run(tiny_cached, seeds=(0,), surface=False)
+        names = {f"both/{c}-seed0-fold{k}" for c in ("labels", "hard") for k in (0, 1)}
+        assert set(run_folders(work_of(tiny_cached))) == names
+        for one in results.runs:
+            record, _ = load_student(one.folder / "student.pt")
+            scored = {row["case"] for row in one.rows}
+            assert scored == {case.name for case in results.plan.scored[one.fold]}
+            assert not scored & set(record.trained_on)
+        assert len(results.plan.cases) == 8
+        rows = [row for one in results.of("hard") for row in one.rows]
+        livers = [
+            [r["Dice"] for r in one.rows if r["organ"] == "liver"] for one in results.of("hard")
+        ]
+        found = results.estimates("hard", "Dice")["liver"]
+        assert found.mean == pytest.approx(np.mean(np.concatenate(livers)))
+        assert found.std == pytest.approx(np.std([np.mean(own) for own in livers], ddof=1))
+        assert results.differences("hard", "Dice")["liver"].num_cases == sum(map(len, livers))
+        assert any("trained on the cases of all folds but fold 0" in n for n in results.notices)
+        write_results(results, tmp_path)
+        assert "8 validation cases, mean ± std over 2 folds, 1 seed" in to_html(results)
+        table = list(csv.DictReader((tmp_path / "validation_scores.csv").open()))
+        assert [row["fold"] for row in table if row["config"] == "hard"].count("1") == sum(
+            row["case"] in {c.name for c in results.plan.scored[1]} for row in rows
+        )
+        again = plan(tiny_cached, seeds=(0,), surface=False)
+        assert all(one.finished for one in again.runs)
+        # Of a seed without one of its folds no number is left.
+        lost = dataclasses.replace(results.runs[0], rows=(), error="lost")
+        some = dataclasses.replace(results, runs=[lost, *results.runs[1:]])
+        assert np.isnan(some.scores(lost.config, "Dice")).all()
+
+    def test_test_cases_are_not_theirs(self, tiny_cached: Path) -> None:
+        fill_cache(in_two_folds(tiny_cached))
+        with pytest.raises(ConfigError, match=r"not on test cases\. Average them"):
+            plan(tiny_cached, test=True)
 
 
 class TestResults:

@@ -916,6 +916,89 @@ def test_splits_that_make_no_sense(validation: Any, test: Any, train: Any, says:
         SplitEntry(validation=validation, test=test, train=train)
 
 
+def test_folds_are_dealt_evenly_and_patients_stay_whole() -> None:
+    cases = [f"p{n:02}_{visit}" for n in range(23) for visit in range(1 + n % 3)]
+    split = SplitEntry(folds=5, test=0.2, group=r"(p\d+)_")
+    drawn = split.assign(cases)
+    of = {case: case.split("_")[0] for case in cases}
+    folds = [{of[c] for c, place in drawn.items() if place == k} for k in range(5)]
+    assert max(map(len, folds)) - min(map(len, folds)) <= 1
+    assert sum(map(len, folds)) == len(set.union(*folds))
+    # The test cases are those of a split by fraction, and a seed deals otherwise.
+    fraction = SplitEntry(validation=0.0, test=0.2, group=r"(p\d+)_").assign(cases)
+    assert {c for c in cases if drawn[c] == "test"} == {c for c in cases if fraction[c] == "test"}
+    assert split.assign(cases[::-1]) == drawn
+    assert split.model_copy(update={"seed": 1}).assign(cases) != drawn
+    # What is left over goes to other folds in other datasets.
+    seven = SplitEntry(folds=5).assign
+    starts = {
+        tuple(list(seven(CASES[:7], None, name).values()).count(k) for k in range(5))
+        for name in "abcdefgh"
+    }
+    assert len(starts) > 2
+    named = SplitEntry(folds=3, test=("case_000", "gone")).assign(CASES[:4])
+    assert named.pop("case_000") == "test"
+    assert sorted(map(str, named.values())) == ["0", "1", "2"]
+
+
+FOLDS = "split: {folds: [[a, b], [c]], test: [d], group: '.'}"
+SPLEENS = "split:\n      train: [one]\n      validation: [two]\n      test: []\n"
+
+
+def in_folds(folder: Path, first: str, second: str = "split: {folds: 2}") -> Path:
+    changes = ("split: {validation: 0.25, seed: 3}", first), (SPLEENS, f"{second}\n")
+    return write(folder, GOOD, *changes)
+
+
+def test_a_fold_validates_while_the_others_train(folder: Path) -> None:
+    known = load_registry(in_folds(folder, FOLDS))
+    assert (known.num_folds, known.fold) == (2, None)
+    cases = {c.case: (c.split, c.fold) for c in known.on_fold(1).cases("liver-ct")}
+    assert cases == {
+        "a": ("train", 0), "b": ("train", 0), "c": ("validation", 1), "d": ("test", None)
+    }  # fmt: skip
+    # Whoever chose none sees the first one; and no digest knows what was chosen.
+    assert known.cases("liver-ct") == known.on_fold(0).cases("liver-ct")
+    assert known.dataset_key("liver-ct") == known.on_fold(1).dataset_key("liver-ct")
+    with pytest.raises(RegistryError, match=r"no fold 2\. Folds are 0 to 1\."):
+        known.on_fold(2)
+    plain = load_registry(write(folder, GOOD))
+    with pytest.raises(RegistryError, match=r"no dataset is in folds\. Write `split: {folds: 5}`"):
+        plain.on_fold(0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        (FOLDS.replace("[c]", "[c, a]"), None, "case a is already in fold 0"),
+        ("split: {folds: [[a, b], [c, e]]}", None, "split.folds.1.1: there is no case e."),
+        ("split: {folds: 5}", "split: {folds: 5}", "5 folds are more than it has patients to deal"),
+        ("split: {folds: 2}", "split: {folds: 3}", "another dataset is in 3 folds, this one has 2"),
+        (
+            "split: {folds: 2}", "split: {validation: 0.5}",
+            "in 2 folds, this one has validation cases and no folds. Write `folds: 2`, or",
+        ),
+        ("split: {folds: 2, validation: 0.2}", None, "leave out validation"),
+        ("split: {folds: [[a], [b]], test: 0.2}", None, "`test` is a list too"),
+        ("split: {folds: [[a, b, c], []]}", None, "split.folds"),
+        ("split: {folds: 1}", None, "split.folds"),
+    ],
+)  # fmt: skip
+def test_folds_that_make_no_sense(folder: Path, first: str, second: str | None, says: str) -> None:
+    found = complaints(in_folds(folder, first, second or "split: {validation: 0.0}"))
+    assert any(says in line for line in found), found
+
+
+def test_a_patient_in_two_folds_is_an_error(folder: Path) -> None:
+    (folder / "who.csv").write_text("id,patient\na,x\nb,y\nc,x\nd,z\n")
+    table = "{csv: who.csv, case: id, column: patient}"
+    (found,) = complaints(in_folds(folder, FOLDS.replace("'.'", table)))
+    assert "patient x is in two splits: c in fold 1, a of liver-ct in fold 0. " in found
+    assert found.endswith(
+        "A patient belongs to one fold, in all datasets: name the folds by lists."
+    )
+
+
 def keys(folder: Path, *changes: tuple[str, str]) -> tuple[str, str]:
     registry = load_registry(write(folder, GOOD, *changes), files=False)
     return registry.dataset_key("liver-ct"), registry.teacher_key("liver")

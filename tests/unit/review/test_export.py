@@ -25,7 +25,7 @@ from pipeline.log import Log
 from pipeline.review.cached_files import export_nifti, export_nnunet
 from stages import cache_teachers
 from tests.stages.stage_contract import snapshot
-from tests.tiny import change_registry, fill_cache, run_cache, work_of
+from tests.tiny import change_registry, fill_cache, in_two_folds, run_cache, work_of
 from tests.unit.review.damage import rewrite, shard, unit_at
 
 CASE = "multi-ct/case_001"
@@ -350,6 +350,18 @@ def test_labels_and_experts_together_are_a_dataset_of_nnunet(
     assert [len(fold["train"]), len(fold["val"])] == [
         sum(c.split == split for c in cases) for split in ("train", "validation")
     ]
+
+
+def test_folds_are_those_of_nnunet(tiny_cached: Path, tmp_path: Path) -> None:
+    fill_cache(in_two_folds(tiny_cached))
+    output = tmp_path / "Dataset501_Organs"
+    export_raw(tiny_cached, output)
+    known = load_registry(tiny_cached)
+    cases = [c for d in known.datasets for c in known.cases(d) if c.fold is not None]
+    names = [{c.name.replace("/", "__") for c in cases if c.fold == k} for k in (0, 1)]
+    folds = json.loads((output / "splits_final.json").read_text("utf-8"))
+    assert [set(fold["val"]) for fold in folds] == names
+    assert [set(fold["train"]) for fold in folds] == names[::-1]
 
 
 def test_label_maps_that_are_there_are_kept_and_others_files_stay(

@@ -144,6 +144,32 @@ class TestScripts:
         assert str(predicted) == words[words.index("--output") + 1]
         assert named.words("evaluate", ORDINARY)[4] == str(predicted)
 
+    def test_folds_are_an_array_and_judged_together(self, tmp_path: Path) -> None:
+        folder = tmp_path / "it's here"
+        texts = [
+            script(stage, ORDINARY, target(folder, run="mine", folds=3))
+            for stage in ("train-student", "predict", "evaluate")
+        ]
+        assert [t.count("#SBATCH --array=0-2\n") for t in texts] == [1, 1, 0]
+        (run,) = (line for line in texts[0].splitlines() if line.startswith("run="))
+        lines = [next(x for x in t.splitlines() if "pipeline.cli" in x) for t in texts]
+
+        def heard(line: str) -> list[str]:
+            shell = f'SLURM_ARRAY_TASK_ID=2; printf "%s\n" {line}'
+            done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+            return done.stdout.splitlines()
+
+        student = str(folder / "work" / "students" / "mine-fold2")
+        assert heard(run.removeprefix("run=")) == [student]
+        trains, predicts, judges = map(heard, lines)
+        assert trains[-2:] == ["--fold", "2"]
+        assert f"{student}/student.pt" in predicts
+        assert predicts[-2:] == ["--fold", "2"]
+        assert "--split" not in predicts
+        assert judges[-1] == "--folds"
+        assert str(folder / "work" / "predictions" / "mine") in predicts
+        assert str(folder / "work" / "predictions" / "mine") in judges
+
     def test_no_teacher_to_train(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no teacher to train"):
             script("train-teachers", ORDINARY, target(tmp_path, teachers=()))

@@ -40,7 +40,17 @@ class TestSameVoxels:
         assert f"b/7 ({held_out})" in found.what
         assert f"its own {held_out} cases" in found.what
 
-    @pytest.mark.parametrize("splits", [("train", "train"), ("validation", "test")])
+    @pytest.mark.parametrize("other", ["fold 1", "test"])
+    def test_a_fold_trains_and_validates(self, other: str) -> None:
+        facts = [case("a/1", "fold 0", image_key="x"), case("b/7", other, image_key="x")]
+        (found,) = same_voxels(facts)
+        assert found.severity == "error"
+        worst = "test" if other == "test" else "validation"
+        assert f"its own {worst} cases" in found.what
+
+    @pytest.mark.parametrize(
+        "splits", [("train", "train"), ("validation", "test"), ("fold 1", "fold 1")]
+    )
     def test_elsewhere_it_is_a_warning(self, splits: tuple[str, str]) -> None:
         one, other = splits
         (found,) = same_voxels([case("a/1", one, image_key="x"), case("b/1", other, image_key="x")])
