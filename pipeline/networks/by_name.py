@@ -71,7 +71,7 @@ def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int)
             fix=f"It takes {inspect.signature(kind)}; given already: {', '.join(ours)}.",
         ) from error
     if of_nnunet:
-        network.apply(network.initialize)  # as nnU-Net does when it builds one from its plans
+        network.apply(kind.initialize)  # as nnU-Net does when it builds one from its plans
     network.register_forward_hook(_final_first)
     return network
 

@@ -52,7 +52,7 @@ class TeacherPart:
 def registry_text(
     organs: Mapping[str, int],
     spacing_mm: Sequence[float],
-    spacings_note: str,
+    notes: Sequence[str],
     datasets: Sequence[DatasetPart],
     teachers: Sequence[TeacherPart],
 ) -> str:
@@ -61,14 +61,18 @@ def registry_text(
     Args:
         organs: name -> id.
         spacing_mm: of the student grid, z, y, x.
-        spacings_note: what the files' own spacings are; may be empty.
+        notes: on the grid, a line each.
         datasets: at least one.
         teachers: may be none.
     """
-    lines = [f"  {_flow(name)}: {number}" for name, number in organs.items()]
-    lines += ["", "# The student grid: one spacing for all; finer costs memory and time."]
-    lines += [f"# {spacings_note}"] if spacings_note else []
-    lines += ["grid:", f"  spacing_mm: {_flow(list(spacing_mm))}", "  orientation: RAS", ""]
+    lines = [f"  {flow(name)}: {number}" for name, number in organs.items()]
+    lines += [
+        "",
+        "# The student grid: one spacing for all; finer costs memory and time.",
+        "# `pipeline plan --student` proposes patch, network and steps for it.",
+    ]
+    lines += [f"# {note}" for note in notes]
+    lines += ["grid:", f"  spacing_mm: {flow(list(spacing_mm))}", "  orientation: RAS", ""]
     lines += ["datasets:"]
     drawn = [part.found.cases() for part in datasets if part.found.split is None]
     seed = fitting_seed(SplitEntry(), drawn) or 0
@@ -84,32 +88,32 @@ def registry_text(
 
 def _dataset(part: DatasetPart, seed: int) -> Iterable[str]:
     found, meanings = part.found, part.meanings
-    yield f"  {_flow(part.name)}:  # {found.layout}"
+    yield f"  {flow(part.name)}:  # {found.layout}"
     yield from (f"    # {note}" for note in found.notes)
-    yield f"    root: {_flow(part.root)}"
+    yield f"    root: {flow(part.root)}"
     if found.pairs is None:
-        yield f"    images: {_flow(found.images)}  # {{case}} names the case"
-        yield f"    labels: {_flow(found.labels)}"
+        yield f"    images: {flow(found.images)}  # {{case}} names the case"
+        yield f"    labels: {flow(found.labels)}"
     else:
         yield "    pairs:"
         for case, pair in found.pairs.items():
-            yield f"      {_flow(case)}: {_flow(pair.model_dump())}"
+            yield f"      {flow(case)}: {flow(pair.model_dump())}"
     if found.names:
         named = ", ".join(f"{_values(n.values)} {n.name}" for n in found.names)
         yield f"    # values by the names of its own file: {_one_line(named)}"
-    yield f"    annotated: {_flow(_short(meanings.organs))}  # organ -> label value, or list"
+    yield f"    annotated: {flow(_short(meanings.organs))}  # organ -> label value, or list"
     ignore = sorted({*meanings.ignore, *found.ignore})
-    yield f"    ignore_values: {_flow(ignore)}  # mean unknown: they teach nothing"
-    yield f"    background_values: {_flow(sorted(meanings.background))}  # none of the organs"
+    yield f"    ignore_values: {flow(ignore)}  # mean unknown: they teach nothing"
+    yield f"    background_values: {flow(sorted(meanings.background))}  # none of the organs"
     if found.split is None:
         split = f"{{validation: 0.2, test: 0.0, seed: {seed}}}"
         yield f"    split: {split}  # by a hash of the name; the rest trains"
     else:
         yield "    split:  # as its own file has it"
         for split, cases in found.split.items():
-            yield f"      {split}: {_flow(list(cases))}"
+            yield f"      {split}: {flow(list(cases))}"
     yield from (
-        f"    {key}: {_flow(value)}"
+        f"    {key}: {flow(value)}"
         for key, value in (("licence", found.licence), ("source", found.source))
         if value
     )
@@ -117,17 +121,17 @@ def _dataset(part: DatasetPart, seed: int) -> Iterable[str]:
 
 def _teacher(part: TeacherPart) -> Iterable[str]:
     found = part.found
-    yield f"  {_flow(part.name)}:"
+    yield f"  {flow(part.name)}:"
     yield from (f"    # {note}" for note in found.notes)
     yield f"    kind: {found.kind}"
-    yield f"    weights: {_flow(part.weights)}"
+    yield f"    weights: {flow(part.weights)}"
     if found.names:
         named = ", ".join(f"{_values(n.values)} {n.name}" for n in found.names)
         yield f"    # channels by the names of its own files: {_one_line(named)}"
-    yield f"    organs: {_flow(_short(part.organs))}  # organ -> output channel, or list"
+    yield f"    organs: {flow(_short(part.organs))}  # organ -> output channel, or list"
     if found.num_channels is not None:
         yield f"    num_channels: {found.num_channels}"
-    yield from (f"    {key}: {_flow(value)}" for key, value in part.settings.items())
+    yield from (f"    {key}: {flow(value)}" for key, value in part.settings.items())
     if found.kind in ("checkpoint", "monai-bundle"):
         yield "    # `pipeline check` tells which can be learnt: of an encoder, its stages"
         yield "    taps: []  # layers whose features are cached, for a student's feature term"
@@ -144,10 +148,10 @@ def _to_train(datasets: Sequence[DatasetPart], teachers: Sequence[TeacherPart]) 
             continue
         channels = {organ: channel for channel, organ in enumerate(organs, start=1)}
         lines += [
-            f"  {_flow(part.name)}:",
+            f"  {flow(part.name)}:",
             "    kind: checkpoint",
             f"    weights: teachers/{part.name}.pt",
-            f"    organs: {_flow(channels)}",
+            f"    organs: {flow(channels)}",
             f"    num_channels: {len(organs) + 1}",
             f"    trained_on: {part.name}",
         ]
@@ -169,7 +173,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
     """A value as YAML on one line."""
     text = yaml.safe_dump(
         value, default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False
