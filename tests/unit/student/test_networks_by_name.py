@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.data.labels import Intensity
 from pipeline.errors import ConfigError
-from pipeline.networks.by_name import NetworkConfig, build_network, output_shapes
+from pipeline.networks.by_name import NetworkConfig, build_network, output_shapes, tap_shapes
 from pipeline.student.checkpoint import StudentRecord, load_student, save_student
 from pipeline.student.inference import predict_logits
 from pipeline.student.network import StudentNetwork, seeded_network
@@ -207,6 +207,14 @@ def test_a_network_of_nnunet_begins_as_nnunet_builds_it() -> None:
     mine, other = ours.state_dict(), theirs.state_dict()
     assert list(mine) == list(other)
     assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+@pytest.mark.parametrize("name", ["PlainConvUNet", "ResidualEncoderUNet"])
+def test_stages_of_nnunets_networks_can_be_tapped(name: str) -> None:
+    _, args, edge, _ = NETWORKS[NAMES.index(name)]
+    network = build_network(NetworkConfig(name=name, args=args), in_channels=1, out_channels=3)
+    shapes = tap_shapes(network, ["encoder.stages.2", "decoder.stages.0"], (edge,) * 3)
+    assert shapes == {"encoder.stages.2": (8, (2, 4, 4)), "decoder.stages.0": (4, (1, 2, 2))}
 
 
 def test_nnunets_library_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
