@@ -42,9 +42,10 @@ from pipeline.cli.options import (
     open_settings,
     teacher_names,
 )
+from pipeline.cli.plan import plan
 from pipeline.cli.record import recorded
 from pipeline.cli.review import compare, inspect, report
-from pipeline.cli.setup import check, info, init, plan, submit
+from pipeline.cli.setup import check, info, init, submit
 from pipeline.cli.stages import cache_teachers, evaluate, export, predict
 from pipeline.errors import PipelineError
 
