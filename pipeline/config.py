@@ -397,7 +397,8 @@ PACKAGES = (
 )  # fmt: skip
 # Of extras: absent is an answer.
 OPTIONAL = (
-    "distributed", "dask-jobqueue", "nnunetv2", "s3fs", "tensorboard", "mlflow-skinny", "wandb",
+    "distributed", "dask-jobqueue", "dynamic-network-architectures", "nnunetv2", "s3fs",
+    "tensorboard", "mlflow-skinny", "wandb",
 )  # fmt: skip
 
 

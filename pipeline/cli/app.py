@@ -43,9 +43,10 @@ from pipeline.cli.options import (
     show,
     teacher_names,
 )
+from pipeline.cli.plan import plan
 from pipeline.cli.record import recorded
 from pipeline.cli.review import compare, inspect, report
-from pipeline.cli.setup import check, info, init, plan, submit
+from pipeline.cli.setup import check, info, init, submit
 from pipeline.cli.stages import cache_teachers, evaluate, export, predict
 from pipeline.errors import ConfigError, PipelineError
 

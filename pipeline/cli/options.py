@@ -5,6 +5,7 @@ its registry and its log.
 from __future__ import annotations
 
 import json
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -209,6 +210,25 @@ def parse_stage_to(text: str) -> Path:
             fix='Name a folder on the node\'s own disk; a variable in double quotes: "$TMPDIR".',
         )
     return Path(text)
+
+
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgtp]?)(i?)b?\s*", re.IGNORECASE)
+
+
+def parse_size(text: str, option: str) -> int:
+    """`2 TB`, `500GB`, `1.5TiB`, `1e12` -> bytes.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None or (match[3] and not match[2]):
+        raise ConfigError(
+            f"{text!r} is no size.", where=option, fix='Write bytes, or for example "2 TB".'
+        )
+    power = " kmgtp".index(match[2].lower() or " ")
+    base = 1024.0 if match[3] else 1000.0
+    return round(float(match[1]) * base**power)
 
 
 StageToOption = Annotated[

@@ -1,4 +1,4 @@
-"""The commands before a run: `pipeline init`, `check`, `plan`, `submit`, `info`."""
+"""The commands before a run: `pipeline init`, `check`, `submit`, `info`."""
 
 from __future__ import annotations
 
@@ -73,8 +73,9 @@ def init(
         ),
     ] = None,
     spacing_mm: Annotated[
-        tuple[float, float, float], Panel.RESULT.option(help="Of the student grid: z y x.")
-    ] = (3.0, 1.5, 1.5),
+        tuple[float, float, float] | None,
+        Panel.RESULT.option(help="Of the student grid: z y x; default: what fits the files."),
+    ] = None,
     registry: Annotated[
         Path, Panel.RESULT.option("--registry", "-r", help="The file to write.")
     ] = REGISTRY,
@@ -171,47 +172,7 @@ def check(
         raise typer.Exit(report.exit_code)
 
 
-@recorded
-def plan(
-    registry: RegistryOption = REGISTRY,
-    config: ConfigOption = None,
-    work: WorkOption = WORK,
-    quota: Annotated[
-        str | None, Panel.RESULT.option(help='What the work folder may hold, for example "2 TB".')
-    ] = None,
-    device: DeviceOption = "auto",
-    window_batch: WindowBatchOption = 1,
-    trust: TrustOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """What stage one will take: bytes, files, time, memory.
-
-    Tries two cases first.
-    """
-    from pipeline.errors import SpaceError
-    from pipeline.setup.plan import make_plan, parse_size, print_plan
-    from stages.cache_teachers import CacheTeachersConfig
-
-    settings = open_settings(config, CacheTeachersConfig)
-    found = make_plan(
-        settings,
-        open_registry(registry, trust=trust),
-        work,
-        log=open_log(quiet),
-        quota_bytes=None if quota is None else parse_size(quota),
-        device=device,
-        window_batch=window_batch,
-    )
-    show(found, print_plan, as_json)
-    if found.problem:
-        raise SpaceError(
-            found.problem,
-            where=work,
-            fix="Make room, choose another --work, or leave out `splits` or `taps`; "
-            "cache-teachers refuses to start without --force.",
-        )
-
+# `pipeline submit`.
 
 STAGES = ("train-teachers", "cache-teachers", "train-student", "predict", "evaluate")
 

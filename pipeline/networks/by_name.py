@@ -1,4 +1,4 @@
-"""MONAI networks by name, and taps: the outputs of named layers."""
+"""Networks of MONAI and nnU-Net by name, and taps: the outputs of named layers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,21 @@ _DEFAULT_ARGS: Mapping[str, Any] = {
 }
 
 
-class NetworkConfig(Config):
-    """A class of `monai.networks.nets` and its arguments; channels in and out are ours to give."""
+# Of dynamic_network_architectures, nnU-Net's own library: an optional extra.
+NNUNET_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
 
-    name: str = Field(default="UNet", description="class name in monai.networks.nets")
+
+class NetworkConfig(Config):
+    """A network by name and its arguments; channels in and out are ours to give."""
+
+    name: str = Field(
+        default="UNet",
+        description="class name in monai.networks.nets, or nnU-Net's PlainConvUNet or "
+        "ResidualEncoderUNet",
+    )
     args: dict[str, Any] = Field(
         default_factory=lambda: dict(_DEFAULT_ARGS),
-        description="its arguments, except spatial_dims, in_channels and out_channels",
+        description="its arguments, except dimensions and channels in and out",
     )
 
 
@@ -39,47 +47,86 @@ def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int)
     """Builds the network; weights come from torch's global random state.
 
     Networks with deep supervision differ in what they return: stacked along a new axis (DynUNet), a
-    list (SegResNetDS), a tuple (MedNeXt), a list with the final output last (BasicUNetPlusPlus).
-    What is built here gives one tensor in evaluation mode, (N, C, D, H, W), and while training
-    either that or a tuple of such tensors, the final output first.
+    list (SegResNetDS, nnU-Net's), a tuple (MedNeXt), a list with the final output last
+    (BasicUNetPlusPlus). What is built here gives one tensor in evaluation mode, (N, C, D, H, W),
+    and while training either that or a tuple of such tensors, the final output first.
 
     Raises:
-        ConfigError: no such network, or arguments that it does not take.
+        ConfigError: no such network, arguments that it does not take, or nnU-Net's library is not
+            installed.
     """
+    of_nnunet = config.name in NNUNET_NETWORKS
+    kind = _nnunet_class(config.name) if of_nnunet else _monai_class(config.name)
+    ours: dict[str, Any] = {
+        "spatial_dims": 3, "in_channels": in_channels, "out_channels": out_channels
+    }  # fmt: skip
+    if of_nnunet:
+        ours = {"input_channels": in_channels, "num_classes": out_channels, **_nnunet_layers()}
+    try:
+        network: nn.Module = kind(**ours, **config.args)
+    except (TypeError, ValueError, KeyError, AssertionError, IndexError) as error:
+        raise ConfigError(
+            f"{config.name} does not accept these arguments ({error}).",
+            where="network.args",
+            fix=f"It takes {inspect.signature(kind)}; given already: {', '.join(ours)}.",
+        ) from error
+    if of_nnunet:
+        network.apply(kind.initialize)  # as nnU-Net does when it builds one from its plans
+    network.register_forward_hook(_final_first)
+    return network
+
+
+def _monai_class(name: str) -> Any:
     from monai.networks import nets
     from torch import nn
 
-    kind = getattr(nets, config.name, None)
+    kind = getattr(nets, name, None)
     if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
         raise ConfigError(
-            f"monai.networks.nets has no network {config.name!r}.",
+            f"monai.networks.nets has no network {name!r}.",
             where="network.name",
-            fix="For example UNet, DynUNet, SegResNet, BasicUNet.",
+            fix="For example UNet, DynUNet, SegResNet, BasicUNet; nnU-Net's own are "
+            f"{' and '.join(NNUNET_NETWORKS)}.",
         )
     if not {"spatial_dims", "in_channels", "out_channels"} <= set(
         inspect.signature(kind).parameters
     ):
         raise ConfigError(
-            f"{config.name} has no spatial_dims, in_channels and out_channels to set.",
+            f"{name} has no spatial_dims, in_channels and out_channels to set.",
             where="network.name",
             fix="Choose a segmentation network, for example UNet, DynUNet, SegResNet, BasicUNet.",
         )
+    return kind
+
+
+def _nnunet_class(name: str) -> Any:
     try:
-        network: nn.Module = kind(
-            spatial_dims=3, in_channels=in_channels, out_channels=out_channels, **config.args
-        )
-    except (TypeError, ValueError, KeyError, AssertionError) as error:
+        from dynamic_network_architectures.architectures import unet
+    except ImportError as error:
         raise ConfigError(
-            f"{config.name} does not accept these arguments ({error}).",
-            where="network.args",
-            fix=f"It takes {inspect.signature(kind)}.",
+            f"{name} is of nnU-Net's library dynamic_network_architectures, which is not "
+            f"installed ({error}).",
+            where="network.name",
+            fix="pip install 'organ-distill[networks]', or take MONAI's DynUNet.",
         ) from error
-    network.register_forward_hook(_final_first)
-    return network
+    return getattr(unet, name)
+
+
+def _nnunet_layers() -> dict[str, Any]:
+    """What nnU-Net's planner writes into all plans of volumes: classes, which YAML cannot name."""
+    from torch import nn
+
+    return {
+        "conv_op": nn.Conv3d,
+        "norm_op": nn.InstanceNorm3d,
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": nn.LeakyReLU,
+        "nonlin_kwargs": {"inplace": True},
+    }
 
 
 def _final_first(network: nn.Module, inputs: Any, out: Any) -> Any:
-    """A forward hook, so that names of layers and weights stay those of MONAI."""
+    """A forward hook, so that names of layers and weights stay those of their library."""
     from torch import Tensor
 
     if isinstance(out, Tensor):

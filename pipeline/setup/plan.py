@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from pipeline.data.patches import WindowConfig
 from pipeline.data.registry import Registry
 from pipeline.data.sizes import CaseSize, case_sizes, two_cases
 from pipeline.engine.processes import memory_bytes
-from pipeline.errors import CacheError, ConfigError, RegistryError, SpaceError
+from pipeline.errors import CacheError, RegistryError, SpaceError
 from pipeline.folder import Folder, is_local, read_text, remove, replace_file, sizes, temporary_name
 from pipeline.log import Advance, Log, duration, print_table, size
 from pipeline.teachers.load import LoadedTeacher, Teachers
@@ -367,8 +366,6 @@ def _write_speed(work: Folder) -> float:
 
 # Whether what stage one will write fits: free space, free inodes, a quota.
 
-_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgtp]?)(i?)b?\s*", re.IGNORECASE)
-
 
 @dataclass(frozen=True)
 class Space:
@@ -433,22 +430,6 @@ def shortfall(parts: Iterable[Cost], space: Space) -> str:
             f"work folder holds this passes the quota of {size(space.quota_bytes)}."
         )
     return ""
-
-
-def parse_size(text: str) -> int:
-    """`2 TB`, `500GB`, `1.5TiB`, `1e12` -> bytes.
-
-    Raises:
-        ConfigError: it is no size.
-    """
-    match = _SIZE.fullmatch(text)
-    if match is None or (match[3] and not match[2]):
-        raise ConfigError(
-            f"{text!r} is no size.", where="--quota", fix='Write bytes, or for example "2 TB".'
-        )
-    power = " kmgtp".index(match[2].lower() or " ")
-    base = 1024.0 if match[3] else 1000.0
-    return round(float(match[1]) * base**power)
 
 
 class StageOneSettings(Protocol):

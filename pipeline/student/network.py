@@ -305,6 +305,6 @@ def check_outputs(
         raise ConfigError(
             f"{name} with these arguments has one output: there is nothing to supervise deeply.",
             where="training.deep_supervision",
-            fix="Give network.args what makes it several (DynUNet, MedNeXt, BasicUNetPlusPlus: "
-            "deep_supervision: true; SegResNetDS: dsdepth: 3), or take this setting out.",
+            fix="Give network.args what makes it several (DynUNet, MedNeXt, BasicUNetPlusPlus, "
+            "nnU-Net's: deep_supervision: true; SegResNetDS: dsdepth: 3), or leave it out.",
         )

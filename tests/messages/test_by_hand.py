@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from pipeline.cli import demo
+from pipeline.cli.options import parse_size
 from pipeline.cli.review import _numbers
 from pipeline.cli.setup import _files, _target
 from pipeline.config import Config, load_config
@@ -36,7 +37,6 @@ from pipeline.review import metrics
 from pipeline.review.gc import find_garbage
 from pipeline.review.inspect import run as inspection
 from pipeline.setup import submit
-from pipeline.setup.plan import parse_size
 from pipeline.setup.submit import SubmitSettings
 from pipeline.student import processes, speed
 from pipeline.student.checkpoint import _checked
@@ -109,7 +109,7 @@ FLAGS: dict[str, Callable[[], object]] = {
     "element 9 of this Slurm array": lambda: part(None, 4, ID="9", COUNT="4", MIN="1"),
     "this kind of folder cannot be used": lambda: parse_folder("nosuchstore://a/b"),
     "'abacus' is no device": lambda: pick_device("abacus"),
-    "'lots' is no size": lambda: parse_size("lots"),
+    "'lots' is no size": lambda: parse_size("lots", "--quota"),
     "there is no logger 'paper'": lambda: open_loggers(["paper"]),
     "no job can be made of 'demo'": lambda: submit.in_order(["demo"]),
     "predict is there twice": lambda: submit.in_order(["predict", "predict"]),

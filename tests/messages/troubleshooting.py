@@ -46,7 +46,11 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
          "student/export", "predict", "evaluate", "export", "compare/", "against", "review/",
          "cli/review", "cli/stages", "figures"),
     ),
-    ("Training a student", ("student/", "networks/", "cli/self_test", "train_student")),
+    (
+        "Training a student",
+        ("student/", "networks/", "cli/self_test", "train_student", "setup/student_plan",
+         "setup/topology"),
+    ),
     ("The command line", ("",)),
 )  # fmt: skip
 

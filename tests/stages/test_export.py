@@ -31,6 +31,7 @@ from pipeline.networks.by_name import NetworkConfig
 from pipeline.student.checkpoint import load_student, save_student
 from pipeline.student.export import write
 from pipeline.student.export.parity import LabelCount, Tolerance
+from pipeline.student.export.write import FORMATS
 from pipeline.student.inference import predict_logits
 from pipeline.student.network import build_student
 from pipeline.teachers.load import load_teacher
@@ -40,6 +41,7 @@ from stages.report import StageReport
 from tests.stages.stage_contract import StageContract, snapshot
 from tests.stages.test_predict import record, write_ct
 from tests.tiny import GRID_MM, work_of
+from tests.unit.student.test_networks_by_name import NAMES, NETWORKS
 
 CPU = torch.device("cpu")
 NETWORK = {"channels": [4, 8], "strides": [2], "num_res_units": 0, "norm": "instance"}
@@ -191,6 +193,21 @@ class TestWhatIsExported:
         assert own["voxels"] == read_image(exported(head).image).volume.array.size
         assert 0 < own["differing_fraction"] < 0.6
         assert (output / "bundle" / "LICENSE").read_text().count("  - a\n") == 1
+
+    def test_a_network_of_nnunets_library_is_no_bundle_and_anything_else(
+        self, tmp_path: Path, exported: Callable[[str], Exported]
+    ) -> None:
+        args = NETWORKS[NAMES.index("PlainConvUNet")][1]
+        network = NetworkConfig(name="PlainConvUNet", args=args)
+        student = write_spread_student(tmp_path / "student.pt", network=network, **COARSE)
+        image = exported("softmax").image
+        report = run(student, FORMATS, tmp_path / "out", check_on=image)
+        assert report.done == ["torchscript", "torch-export", "onnx"], report.failed
+        for form in report.done:
+            (parity,) = told(tmp_path / "out", form)["parity"].values()
+            assert parity["differing_voxels"] == 0
+        (error,) = report.failed.values()
+        assert "PlainConvUNet is none of MONAI's networks" in str(error)
 
     def test_a_file_that_is_gone_is_made_again(
         self, tmp_path: Path, exported: Callable[[str], Exported]

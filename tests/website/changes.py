@@ -14,6 +14,7 @@ from tests.website.reader import Change
 _WINDOWS = "windows of 96 voxels would be thirty times the volumes here"
 STEPS = "20,000 steps of a patch of 96 voxels"
 INSTALLED = "it is installed"
+SMALL = "a train_student.yaml of a few steps is there, and stays"
 _SLURM = ("tests/slurm/test_stage_one.py", "--num-parts")
 
 
@@ -262,7 +263,17 @@ PAGES: Mapping[str, Page] = {
             "inspection/spleen-ct/case_001/figure.png",
         ],
     ),
-    "planning.md": Page(said=["Plan of stage one", "quota", "stored as", "float16, 5 bits *"]),
+    "planning.md": Page(
+        [Change("plan --student -r", "plan --student -o proposed.yaml -r", SMALL)],
+        said=[
+            "Plan of stage one",
+            "quota",
+            "stored as",
+            "float16, 5 bits *",
+            "Settings for a student",
+        ],
+        written=["proposed.yaml"],
+    ),
     "predict.md": Page(
         layout=folders.without_predictions,
         changes=[

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tests.website.changes import INSTALLED, STEPS
+from tests.website.changes import INSTALLED, SMALL, STEPS
 from tests.website.reader import Change
 
 TUTORIALS: Mapping[str, Sequence[Change]] = {
@@ -15,9 +15,7 @@ TUTORIALS: Mapping[str, Sequence[Change]] = {
         Change("make demo", "", "it makes .venv, and takes minutes; --quick goes the same road"),
         Change(". .venv/bin/activate", "", INSTALLED),
     ),
-    "from-nnunet.md": (
-        Change("pipeline train-student\n", "pipeline train-student -c train_student.yaml\n", STEPS),
-    ),
+    "from-nnunet.md": (Change("plan --student\n", "plan --student -o proposed.yaml\n", SMALL),),
     "README.md": (
         Change("make demo ", "# ", "it makes .venv, and takes minutes; see quickstart.md"),
         Change("make test ", "# ", "that is this"),
@@ -29,6 +27,7 @@ TUTORIALS: Mapping[str, Sequence[Change]] = {
         Change(
             "pipeline train-student  -r", "pipeline train-student -c train_student.yaml -r", STEPS
         ),
+        Change("plan --student -r", "plan --student -o proposed.yaml -r", SMALL),
         Change("--seeds 0,1,2", "--seeds 0,1", "each seed takes seconds"),
     ),
 }

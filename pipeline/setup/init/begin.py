@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline.data.labels import same_name
 from pipeline.data.nifti import read_grid
 from pipeline.data.registry import Registry, load_registry
+from pipeline.data.volume import Spacing
 from pipeline.errors import ConfigError, GeometryError, RegistryError, WorkFolderError
 from pipeline.folder import contains, refuse_foreign, temporary_name
 from pipeline.setup.init.datasets import FoundDataset, look_at_dataset
@@ -33,9 +34,9 @@ from pipeline.setup.init.meanings import (
 )
 from pipeline.setup.init.teachers import FoundTeacher, look_at_teacher, settings_of
 from pipeline.setup.init.text import DatasetPart, TeacherPart, registry_text
+from pipeline.setup.topology import propose_grid
 
-DEFAULT_SPACING_MM = (3.0, 1.5, 1.5)
-_NUM_HEADERS = 20
+_OTHERWISE_MM = (3.0, 1.5, 1.5)  # where no header can be read, or slices and volumes are mixed
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ class InitRequest:
         datasets, teachers: values of the flags, `NAME=PATH:liver=1`.
         files: `NAME=IMAGES,LABELS`.
         organs: `NAME` or `NAME=ID`.
-        spacing_mm: of the student grid, z, y, x.
+        spacing_mm: of the student grid, z, y, x; None: what fits the files.
     """
 
     datasets: Sequence[str]
     teachers: Sequence[str] = ()
     files: Sequence[str] = ()
     organs: Sequence[str] = ()
-    spacing_mm: Sequence[float] = DEFAULT_SPACING_MM
+    spacing_mm: Spacing | None = None
 
 
 def begin(
@@ -131,8 +132,8 @@ def draft(path: Path, request: InitRequest, *, force: bool = False, ask: Ask | N
         whole = "".join(f"\n  {problem}" for problem in problems)
         several = f"{len(problems)} things are not known:{whole}"
         raise ConfigError(problems[0] if len(problems) == 1 else several)
-    note = _spacings_note(found)
-    return registry_text(organs, request.spacing_mm, note, dataset_parts, teacher_parts)
+    spacing_mm, notes = _grid(found, request.spacing_mm)
+    return registry_text(organs, spacing_mm, notes, dataset_parts, teacher_parts)
 
 
 def _of_dataset(
@@ -232,18 +233,30 @@ def _patterns(files: Sequence[str], datasets: Mapping[str, Flag]) -> dict[str, t
     return found
 
 
-def _spacings_note(found: Mapping[str, FoundDataset]) -> str:
-    """What the headers say; files that cannot be read are for `pipeline check` to report."""
-    notes = []
+def _grid(
+    found: Mapping[str, FoundDataset], chosen: Spacing | None
+) -> tuple[Spacing, Sequence[str]]:
+    """The student grid, and what the headers say; files that cannot be read are for `pipeline
+    check` to report."""
+    medians, grids = [], []
     for name, dataset in found.items():
-        spacings = []
-        for file in dataset.image_files()[:_NUM_HEADERS]:
+        own = []
+        for file in dataset.image_files():
             with suppress(GeometryError):
-                spacings.append(read_grid(file).spacing_mm)
-        if spacings:
-            median = [round(statistics.median(axis), 2) for axis in zip(*spacings, strict=True)]
-            notes.append(f"{name} {median} ({len(spacings)} files)")
-    return f"Median spacing of the CTs: {', '.join(notes)}." if notes else ""
+                own.append(read_grid(file))
+        if own:
+            spacings = zip(*(grid.spacing_mm for grid in own), strict=True)
+            median = [round(statistics.median(axis), 2) for axis in spacings]
+            medians.append(f"{name} {median} ({len(own)} files)")
+        grids += own
+    notes = [f"Median spacing of the CTs: {', '.join(medians)}."] if medians else []
+    if chosen is not None:
+        return chosen, notes
+    with suppress(ConfigError):
+        if grids:
+            proposed = propose_grid(grids)
+            return proposed.spacing_mm, [*notes, f"Proposed: {proposed.why}."]
+    return _OTHERWISE_MM, notes
 
 
 def _expand(path: str) -> Path:
@@ -271,7 +284,9 @@ def describe(registry: Registry) -> list[str]:
     for name, teacher in registry.teachers.items():
         other = f" of {teacher.nnunet.checkpoint}" if teacher.nnunet else ""
         lines.append(f"teacher {name} ({teacher.kind}{other}): {', '.join(teacher.organs)}")
-    return lines + registry.empty_splits()
+    by = " x ".join(f"{mm:g}" for mm in registry.grid.spacing_mm)
+    grid = f"student grid {by} mm (z, y, x); `pipeline plan --student` proposes the rest"
+    return [*lines, grid, *registry.empty_splits()]
 
 
 def next_command(registry: Registry) -> str:

@@ -52,19 +52,23 @@ class TeacherPart:
 def registry_text(
     organs: Mapping[str, int],
     spacing_mm: Sequence[float],
-    spacings_note: str,
+    notes: Sequence[str],
     datasets: Sequence[DatasetPart],
     teachers: Sequence[TeacherPart],
 ) -> str:
     """The whole file.
 
     Args:
-        spacings_note: what the files' own spacings are; may be empty.
+        notes: on the grid, a line each.
     """
-    lines = [f"  {_flow(name)}: {number}" for name, number in organs.items()]
-    lines += ["", "# The student grid: one spacing for all; finer costs memory and time."]
-    lines += [f"# {spacings_note}"] if spacings_note else []
-    lines += ["grid:", f"  spacing_mm: {_flow(list(spacing_mm))}", "  orientation: RAS", ""]
+    lines = [f"  {flow(name)}: {number}" for name, number in organs.items()]
+    lines += [
+        "",
+        "# The student grid: one spacing for all; finer costs memory and time.",
+        "# `pipeline plan --student` proposes patch, network and steps for it.",
+    ]
+    lines += [f"# {note}" for note in notes]
+    lines += ["grid:", f"  spacing_mm: {flow(list(spacing_mm))}", "  orientation: RAS", ""]
     lines += ["datasets:"]
     drawn = [part.found.cases() for part in datasets if part.found.split is None]
     seed = fitting_seed(SplitEntry(), drawn) or 0
@@ -80,31 +84,31 @@ def registry_text(
 
 def _dataset(part: DatasetPart, seed: int) -> Iterable[str]:
     found, meanings = part.found, part.meanings
-    yield f"  {_flow(part.name)}:  # {found.layout}"
+    yield f"  {flow(part.name)}:  # {found.layout}"
     yield from (f"    # {note}" for note in found.notes)
-    yield f"    root: {_flow(part.root)}"
+    yield f"    root: {flow(part.root)}"
     if found.pairs is None:
-        yield f"    images: {_flow(found.images)}  # {{case}} names the case"
-        yield f"    labels: {_flow(found.labels)}"
+        yield f"    images: {flow(found.images)}  # {{case}} names the case"
+        yield f"    labels: {flow(found.labels)}"
     else:
         yield "    pairs:"
         for case, pair in found.pairs.items():
-            yield f"      {_flow(case)}: {_flow(pair.model_dump())}"
+            yield f"      {flow(case)}: {flow(pair.model_dump())}"
     if found.names:
         yield f"    # values by the names of its own file: {_named(found.names)}"
-    yield f"    annotated: {_flow(_short(meanings.organs))}  # organ -> label value, or list"
+    yield f"    annotated: {flow(_short(meanings.organs))}  # organ -> label value, or list"
     ignore = sorted({*meanings.ignore, *found.ignore})
-    yield f"    ignore_values: {_flow(ignore)}  # mean unknown: they teach nothing"
-    yield f"    background_values: {_flow(sorted(meanings.background))}  # none of the organs"
+    yield f"    ignore_values: {flow(ignore)}  # mean unknown: they teach nothing"
+    yield f"    background_values: {flow(sorted(meanings.background))}  # none of the organs"
     if found.split is None:
         split = f"{{validation: 0.2, test: 0.0, seed: {seed}}}"
         yield f"    split: {split}  # by a hash of the name; the rest trains"
     else:
         yield "    split:  # as its own file has it"
         for split, cases in found.split.items():
-            yield f"      {split}: {_flow(list(cases))}"
+            yield f"      {split}: {flow(list(cases))}"
     yield from (
-        f"    {key}: {_flow(value)}"
+        f"    {key}: {flow(value)}"
         for key, value in (("licence", found.licence), ("source", found.source))
         if value
     )
@@ -112,16 +116,16 @@ def _dataset(part: DatasetPart, seed: int) -> Iterable[str]:
 
 def _teacher(part: TeacherPart) -> Iterable[str]:
     found = part.found
-    yield f"  {_flow(part.name)}:"
+    yield f"  {flow(part.name)}:"
     yield from (f"    # {note}" for note in found.notes)
     yield f"    kind: {found.kind}"
-    yield f"    weights: {_flow(part.weights)}"
+    yield f"    weights: {flow(part.weights)}"
     if found.names:
         yield f"    # channels by the names of its own files: {_named(found.names)}"
-    yield f"    organs: {_flow(_short(part.organs))}  # organ -> output channel, or list"
+    yield f"    organs: {flow(_short(part.organs))}  # organ -> output channel, or list"
     if found.num_channels is not None:
         yield f"    num_channels: {found.num_channels}"
-    yield from (f"    {key}: {_flow(value)}" for key, value in part.settings.items())
+    yield from (f"    {key}: {flow(value)}" for key, value in part.settings.items())
     if found.kind in ("checkpoint", "monai-bundle"):
         yield "    # `pipeline check` tells which can be learnt: of an encoder, its stages"
         yield "    taps: []  # layers whose features are cached, for a student's feature term"
@@ -141,7 +145,7 @@ def _to_train(datasets: Sequence[DatasetPart], teachers: Sequence[TeacherPart]) 
             "kind": "checkpoint", "weights": f"teachers/{part.name}.pt", "organs": channels,
             "num_channels": len(organs) + 1, "trained_on": part.name,
         }  # fmt: skip
-        lines += [f"  {_flow(part.name)}:", *(f"    {k}: {_flow(v)}" for k, v in entry.items())]
+        lines += [f"  {flow(part.name)}:", *(f"    {k}: {flow(v)}" for k, v in entry.items())]
     if lines and not teachers:
         lines.insert(0, "teachers:")
     return _TRAIN + "".join(f"# {line}\n" for line in lines) if lines else ""
@@ -156,7 +160,7 @@ def _short(organs: Mapping[str, tuple[int, ...]]) -> dict[str, int | list[int]]:
     return {o: v[0] if len(v) == 1 else list(v) for o, v in organs.items()}
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
     """A value as YAML on one line."""
     text = yaml.safe_dump(
         value, default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False

@@ -162,21 +162,22 @@ def _check_plain(record: StudentRecord, network: nn.Module) -> None:
     """Whether MONAI's network alone gives one tensor: what makes it so here is no part of it."""
     from monai.networks import nets
 
-    arguments = {k: v for k, v in network_def(record).items() if k != "_target_"}
-    bare: nn.Module = getattr(nets, record.network.name)(**arguments)
-    bare.load_state_dict(network.state_dict(), strict=True)
-    with torch.inference_mode():
-        out = bare.eval()(torch.zeros(1, 1, *record.patch))
-    if not isinstance(out, Tensor) or out.shape[1:] != (
-        len(bundle_channels(record)), *record.patch
-    ):  # fmt: skip
-        what = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
-        raise ConfigError(
-            f"{record.network.name} gives {what}, not one tensor of full-size logits, so MONAI's "
-            "inferers cannot use it.",
-            where="--format bundle",
-            fix="Export it as torchscript, torch-export or onnx.",
-        )
+    name, why = record.network.name, "is none of MONAI's networks"
+    if hasattr(nets, name):
+        arguments = {k: v for k, v in network_def(record).items() if k != "_target_"}
+        bare: nn.Module = getattr(nets, name)(**arguments)
+        bare.load_state_dict(network.state_dict(), strict=True)
+        with torch.inference_mode():
+            out = bare.eval()(torch.zeros(1, 1, *record.patch))
+        found = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        if found[1:] == (len(bundle_channels(record)), *record.patch):
+            return
+        why = f"gives {found}, not one tensor of full-size logits"
+    raise ConfigError(
+        f"{name} {why}, so MONAI's inferers cannot use it.",
+        where="--format bundle",
+        fix="Export it as torchscript, torch-export or onnx.",
+    )
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

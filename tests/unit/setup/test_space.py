@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli.options import parse_size
 from pipeline.errors import ConfigError
 from pipeline.log import size
 from pipeline.setup.plan import (
@@ -11,7 +12,6 @@ from pipeline.setup.plan import (
     Cost,
     Space,
     on_disk,
-    parse_size,
     shortfall,
     space_of,
 )
@@ -41,13 +41,13 @@ def part(num_bytes: float, files: int = 0, folders: int = 0) -> Cost:
     ],
 )
 def test_sizes_are_read(text: str, expected: int) -> None:
-    assert parse_size(text) == expected
+    assert parse_size(text, "--quota") == expected
 
 
 @pytest.mark.parametrize("text", ["", "much", "-1 TB", "1 XB", "1 i", "2 TB or so"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="2 TB") as caught:
-        parse_size(text)
+        parse_size(text, "--quota")
     assert caught.value.exit_code == 2
 
 

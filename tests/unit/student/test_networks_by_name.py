@@ -1,7 +1,8 @@
-"""MONAI's segmentation networks, each as a student: built, trained a step, saved, read, used."""
+"""Segmentation networks of MONAI and nnU-Net, each as a student: built, trained, saved, used."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pipeline.data.labels import Intensity
 from pipeline.errors import ConfigError
-from pipeline.networks.by_name import NetworkConfig, build_network, output_shapes
+from pipeline.networks.by_name import NetworkConfig, build_network, output_shapes, tap_shapes
 from pipeline.student.checkpoint import StudentRecord, load_student, save_student
 from pipeline.student.inference import predict_logits
 from pipeline.student.network import StudentNetwork, seeded_network
@@ -21,6 +22,15 @@ from pipeline.student.supervision import Batch
 from pipeline.student.training import make_step
 from tests.unit.student.samples import state_of
 
+# As nnU-Net's plans have them, without the classes of layers.
+NNUNET: dict[str, Any] = {
+    "n_stages": 3,
+    "features_per_stage": [4, 4, 8],
+    "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
+    "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+    "n_conv_per_stage_decoder": [1, 1],
+    "conv_bias": True,
+}
 # Name, arguments, patch edge, number of outputs while training.
 NETWORKS: list[tuple[str, dict[str, Any], int, int]] = [
     ("UNet", {"channels": [4, 8], "strides": [2]}, 8, 1),
@@ -66,6 +76,18 @@ NETWORKS: list[tuple[str, dict[str, Any], int, int]] = [
         16,
         1,
     ),
+    (
+        "PlainConvUNet",
+        {**NNUNET, "n_conv_per_stage": 1, "deep_supervision": True},
+        16,
+        2,
+    ),
+    (
+        "ResidualEncoderUNet",
+        {**NNUNET, "n_blocks_per_stage": [1, 1, 2], "deep_supervision": True},
+        16,
+        2,
+    ),
 ]
 NAMES = [row[0] for row in NETWORKS]
 NUM_ORGANS = 2
@@ -110,7 +132,10 @@ def test_it_trains_a_step_is_saved_and_predicts(
     before = {n: w.clone() for n, w in network.named_parameters()}
     optimiser = build_optimiser(config.optimiser, network)
     make_step(state_of(config, network, optimiser), batch_of(edge), 0)
-    still = [n for n, w in network.named_parameters() if w.grad is not None and w.equal(before[n])]
+    taught = {n: w for n, w in network.named_parameters() if w.grad is not None}
+    if name == "ResidualEncoderUNet":  # its blocks begin as identities, so not all of it is reached
+        taught = {n: w for n, w in taught.items() if w.grad.any()}  # type: ignore[union-attr]
+    still = [n for n, w in taught.items() if w.equal(before[n])]
     assert not still
 
     record = StudentRecord.model_validate(
@@ -132,7 +157,11 @@ def test_it_trains_a_step_is_saved_and_predicts(
     assert np.array_equal(*both)
 
 
-@pytest.mark.parametrize("name", ["SegResNetDS", "DynUNet", "MedNeXt", "BasicUNetPlusPlus"])
+@pytest.mark.parametrize(
+    "name",
+    ["SegResNetDS", "DynUNet", "MedNeXt", "BasicUNetPlusPlus", "PlainConvUNet",
+     "ResidualEncoderUNet"],
+)  # fmt: skip
 def test_the_first_output_while_training_is_the_one_that_predicts(name: str) -> None:
     """Those that return several do not agree on where the final one stands."""
     _, args, edge, _ = NETWORKS[NAMES.index(name)]
@@ -152,6 +181,49 @@ def test_the_first_output_while_training_is_the_one_that_predicts(name: str) -> 
     layer.register_forward_hook(lambda module, inputs, out: seen.append(out))
     assert torch.equal(network(image), seen[0])
     assert torch.equal(network.train()(image)[0], seen[1])
+
+
+def test_a_network_of_nnunet_begins_as_nnunet_builds_it() -> None:
+    """Weights of its own initialisation, under the names that its checkpoints have."""
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    _, args, _, _ = NETWORKS[NAMES.index("PlainConvUNet")]
+    torch.manual_seed(0)
+    config = NetworkConfig(name="PlainConvUNet", args=args)
+    ours = build_network(config, in_channels=1, out_channels=3)
+    layers = {
+        "conv_op": "torch.nn.Conv3d", "norm_op": "torch.nn.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True}, "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    theirs = get_network_from_plans(
+        "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        {**args, **layers},
+        ("conv_op", "norm_op", "nonlin"),
+        1,
+        3,
+    )
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert list(mine) == list(other)
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+@pytest.mark.parametrize("name", ["PlainConvUNet", "ResidualEncoderUNet"])
+def test_stages_of_nnunets_networks_can_be_tapped(name: str) -> None:
+    _, args, edge, _ = NETWORKS[NAMES.index(name)]
+    network = build_network(NetworkConfig(name=name, args=args), in_channels=1, out_channels=3)
+    shapes = tap_shapes(network, ["encoder.stages.2", "decoder.stages.0"], (edge,) * 3)
+    assert shapes == {"encoder.stages.2": (8, (2, 4, 4)), "decoder.stages.0": (4, (1, 2, 2))}
+
+
+def test_nnunets_library_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dynamic_network_architectures.architectures", None)
+    _, args, edge, _ = NETWORKS[NAMES.index("PlainConvUNet")]
+    with pytest.raises(
+        ConfigError, match=r"network\.name: PlainConvUNet .* not installed.*DynUNet"
+    ):
+        student(settings("PlainConvUNet", args, edge))
 
 
 def test_what_one_pass_needs_to_know_costs_neither_numbers_nor_randomness() -> None:
@@ -174,6 +246,9 @@ def test_what_one_pass_needs_to_know_costs_neither_numbers_nor_randomness() -> N
                      "upsample_kernel_size": [2, 2], "filters": [4, 4, 8]},
          r"\(3, 8, 8, 8\).* where logits of \(3, 16, 16, 16\)"),
         ("DAF3D", {}, "has no spatial_dims"),
+        ("PlainConvUNet", {**NNUNET, "n_conv_per_stage": 1, "conv_op": "torch.nn.Conv3d"},
+         r"multiple values .* given already: .*conv_op"),
+        ("PlainConvUNet", {**NNUNET, "n_conv_per_stage": [1, 1]}, "n_conv_per_stage must have"),
         ("UNet", {"channels": [2, 2, 2, 2, 2], "strides": [2, 2, 2, 2], "norm": "instance"},
          "cannot take a patch"),
     ],

@@ -11,6 +11,7 @@ from pipeline.data.nifti import read_grid
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError, PipelineError, RegistryError
 from pipeline.setup.init.begin import InitRequest, begin, draft
+from pipeline.setup.topology import propose_grid
 
 V2 = {
     "channel_names": {"0": "CT"},
@@ -305,6 +306,22 @@ def test_the_files_own_spacings_stand_beside_the_grid(tiny_registry: Path, tmp_p
     assert "(3 files)" in note
     spacings = [read_grid(file).spacing_mm for file in (data / "images").iterdir()]
     assert str([round(sorted(axis)[1], 2) for axis in zip(*spacings, strict=True)]) in note
+
+
+def test_the_grid_is_what_fits_the_files(tiny_registry: Path, tmp_path: Path) -> None:
+    data = tiny_registry.parent / "data" / "liver-ct"
+    path = start(tmp_path, f"liver={data}:liver=1")
+    grids = [read_grid(file) for file in (data / "images").iterdir()]
+    proposed = propose_grid(grids)
+    assert load_registry(path).grid.spacing_mm == proposed.spacing_mm
+    assert f"# Proposed: {proposed.why}." in path.read_text()
+
+
+def test_files_without_voxels_get_a_grid_all_the_same(tmp_path: Path) -> None:
+    put(tmp_path / "d", "images/a.nii.gz", "labels/a.nii.gz")
+    path = start(tmp_path, f"d={tmp_path}/d:liver=1")
+    assert load_registry(path, files=False).grid.spacing_mm == (3.0, 1.5, 1.5)
+    assert "Proposed" not in path.read_text()
 
 
 def test_one_seed_by_which_every_dataset_validates(tmp_path: Path) -> None:
