@@ -39,7 +39,7 @@ def written(
     tmp_path: Path, spec: ArraySpec, storage: StorageConfig | None = None
 ) -> tuple[zarr.Array[Any], dict[str, Any]]:
     storage = storage or StorageConfig(chunk=8)
-    write_unit(tmp_path / "group.zarr", [spec], {}, {}, storage=storage, seconds=0)
+    write_unit(tmp_path / "group.zarr", [spec], {}, {}, storage=storage)
     array = zarr.open_group(tmp_path / "group.zarr", mode="r")[spec.name]
     assert isinstance(array, zarr.Array)
     path = tmp_path / "group.zarr" / spec.name / "zarr.json"
