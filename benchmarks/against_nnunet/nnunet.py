@@ -57,11 +57,7 @@ def write_datasets(place: Place, log: Log) -> None:
     registry = place.registry()
     ours, hard = raw(place, "ignore"), raw(place, "hard")
     export_nnunet(place.work, registry, list(registry.teachers), ours, log)
-    # Files are stored in many orientations, which nnU-Net's usual reader leaves as they are.
-    told = json.loads((ours / "dataset.json").read_text(encoding="utf-8")) | {
-        "overwrite_image_reader_writer": "NibabelIOWithReorient"
-    }
-    write_json(ours / "dataset.json", told)
+    told = json.loads((ours / "dataset.json").read_text(encoding="utf-8"))
     ignore = told["labels"].pop("ignore", None)
     (hard / "labelsTr").mkdir(parents=True, exist_ok=True)
     if not (hard / "imagesTr").exists():
