@@ -88,7 +88,7 @@ def _row(place: Place, size: Size, request: Mapping[str, Any], log: Log) -> None
         if labels is not None:
             told = nnunet.train(place, labels, size, seconds, seed)
         else:
-            told = ours.train(place, size, row, seconds, seed)
+            told = ours.train(place, size, row, seconds, seed, folder / "speed.json")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MIB
         write_json(folder / "train.json", {**told, "peak_mib": peak})
     for variant in variants(row):

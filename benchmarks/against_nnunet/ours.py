@@ -16,8 +16,10 @@ from benchmarks.accuracy.configurations import merged
 from benchmarks.against_nnunet.cohorts import Place, Size
 from benchmarks.against_nnunet.nnunet import plan_of, same_network
 from benchmarks.real_slices.size import INTENSITY
+from pipeline.cache.store import write_json
 from pipeline.config import read_yaml
 from pipeline.errors import ConfigError
+from pipeline.folder import json_with
 from pipeline.log import Advance, Log
 from pipeline.student.inputs import open_inputs
 from pipeline.student.resume import RunFolder
@@ -66,8 +68,10 @@ class _Clock(Log):
         yield advance
 
     def seconds_per_step(self) -> float:
-        """Their mean."""
-        return (self.times[-1] - self.times[0]) / max(1, len(self.times) - 1)
+        """Their mean; 0 where fewer than two were made."""
+        if len(self.times) < 2:
+            return 0.0
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
 
 def config_of(place: Place, size: Size, row: str, seed: int) -> TrainStudentConfig:
@@ -105,37 +109,43 @@ def _flat(changes: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def train(place: Place, size: Size, row: str, seconds: float, seed: int) -> dict[str, Any]:
+def train(
+    place: Place, size: Size, row: str, seconds: float, seed: int, record: Path
+) -> dict[str, Any]:
     """As many steps as fit in `seconds` of CPU time, by a speed that is measured first: a schedule
-    must know its last step.
+    must know its last step. The speed is kept in `record`, so that a training that was killed goes
+    on with as many.
 
     Returns:
         `steps`, `seconds` and `seconds_per_step`, as they came to be.
     """
     config = config_of(place, size, row, seed)
     registry, clock = place.registry(files=False), _Clock()
-    inputs = open_inputs(
-        config.training.supervision, registry, place.work, allow_missing=False, log=clock
-    )
-    probed = config.training.model_copy(update={"steps": _WARM_UP + _PROBED})
-    with tempfile.TemporaryDirectory() as folder:
-        files = RunFolder(Path(folder), pictures=False)
-        train_steps(probed, replace(inputs, validation=()), files, _CPU, clock)
-    clock.times = clock.times[_WARM_UP - 1 :]
-    steps = max(1, round(seconds / clock.seconds_per_step()))
-    clock.times.clear()
+    measured = json_with(record, "seconds_per_step")
+    if measured is None:
+        measured = {"seconds_per_step": _probed(config, place, clock)}
+        write_json(record, measured)
+    steps = max(1, round(seconds / measured["seconds_per_step"]))
     training = config.training.model_copy(update={"steps": steps})
     scope = Scope(registry, place.work, clock, tables=False)
-    config = config.model_copy(update={"training": training})
-    raise_failed(train_student.run(config, scope, _CPU))
-    each = clock.seconds_per_step()
+    raise_failed(train_student.run(config.model_copy(update={"training": training}), scope, _CPU))
+    each = clock.seconds_per_step() or measured["seconds_per_step"]
     kept = student_file(place, row).stat().st_size
-    return {
-        "steps": steps,
-        "seconds": each * steps,
-        "seconds_per_step": each,
-        "bytes_kept": kept,
-    }
+    return {"steps": steps, "seconds": each * steps, "seconds_per_step": each, "bytes_kept": kept}
+
+
+def _probed(config: TrainStudentConfig, place: Place, clock: _Clock) -> float:
+    """Seconds per step after a warm-up."""
+    supervision, registry = config.training.supervision, place.registry(files=False)
+    inputs = open_inputs(supervision, registry, place.work, allow_missing=False, log=clock)
+    training = config.training.model_copy(update={"steps": _WARM_UP + _PROBED})
+    with tempfile.TemporaryDirectory() as folder:
+        files = RunFolder(Path(folder), pictures=False)
+        train_steps(training, replace(inputs, validation=()), files, _CPU, clock)
+    clock.times = clock.times[_WARM_UP - 1 :]
+    found = clock.seconds_per_step()
+    clock.times = []
+    return found
 
 
 def variants(row: str) -> dict[str, PredictConfig]:

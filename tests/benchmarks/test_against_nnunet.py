@@ -64,21 +64,24 @@ def test_what_nobody_knows_is_background_or_ignored(
         assert (folder / "splits_final.json").exists()
 
 
+def made_plan(axes: int) -> dict[str, Any]:
+    """Of what nnU-Net plans, what is read of it."""
+    kwargs = {
+        "features_per_stage": [2, 4, 8, 16],
+        "kernel_sizes": [[3] * axes] * 4,
+        "strides": [[1] * axes, *[[2] * axes] * 3],
+    }
+    architecture = {"arch_kwargs": kwargs}
+    return {"patch_size": [16] * axes, "batch_size": 3, "architecture": architecture}
+
+
 @pytest.mark.parametrize("cohort", ["phantoms", "slices"])
 @pytest.mark.parametrize("row", ours.rows())
 def test_every_student_can_be_built(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cohort: str, row: str
 ) -> None:
     flat = cohort == "slices"
-    step = [1, 1] if flat else [1, 1, 1]
-    told = {
-        "features_per_stage": [2, 4, 8, 16],
-        "kernel_sizes": [[3 * n for n in step]] * 4,
-        "strides": [step, *[[2 * n for n in step]] * 3],
-    }
-    plan = {"patch_size": [16 * n for n in step], "batch_size": 3}
-    plan["architecture"] = {"arch_kwargs": told}
-    monkeypatch.setattr(ours, "plan_of", lambda *_: plan)
+    monkeypatch.setattr(ours, "plan_of", lambda *_: made_plan(2 if flat else 3))
     place = Place(tmp_path, "all", "test")
     training = ours.config_of(place, SIZES[cohort, "tiny"], row, seed=2).training
     assert training.patch == ((1, 16, 16) if flat else (16, 16, 16))
@@ -86,6 +89,21 @@ def test_every_student_can_be_built(
     assert training.seed // 100 == 2
     assert not (flat and 0 in training.augment.flip_axes)
     seeded_network(training, num_organs=3)
+
+
+def test_a_training_goes_on_with_as_many_steps(
+    monkeypatch: pytest.MonkeyPatch, tiny_cached: Path, tmp_path: Path
+) -> None:
+    """As its speed was measured before it was killed, whatever it would be now."""
+    monkeypatch.setattr(ours, "plan_of", lambda *_: made_plan(3))
+    place = Place(tiny_cached.parent, "here", "test")
+    tiny_cached.rename(tiny_cached.with_name("here_registry.yaml"))
+    record = tmp_path / "speed.json"
+    write_json(record, {"seconds_per_step": 0.5})
+    for _ in range(2):
+        told = ours.train(place, SIZES["phantoms", "tiny"], "ours", 1.5, 0, record)
+        assert told["steps"] == 3
+    assert told["seconds"] == 1.5  # nothing was left to measure
 
 
 def test_tables_of_made_up_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,8 +169,7 @@ def test_from_nothing_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[st
         cwd=ROOT, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     place = Place(folder / "phantoms" / "seed0", "all", "test")
-    until = time.monotonic() + 300
-    while not (place.folder / "made.json").exists() and time.monotonic() < until:
+    while not (place.folder / "made.json").exists() and began.poll() is None:
         time.sleep(0.1)
     began.send_signal(signal.SIGTERM)
     assert began.wait(60) == 130
