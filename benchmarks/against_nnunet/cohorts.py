@@ -55,10 +55,11 @@ class Size:
         return "2d" if isinstance(self.cohort, Slices) else "3d_fullres"
 
     @property
-    def target_spacing(self) -> list[float] | None:
-        """`-overwrite_target_spacing`: the student grid, so that all see the same voxels; nnU-Net
-        has no such option for 2d."""
-        return None if isinstance(self.cohort, Slices) else [self.cohort.spacing_mm] * 3
+    def grid_mm(self) -> list[float]:
+        """Spacing of the student grid, z, y, x, and nnU-Net's `-overwrite_target_spacing`: all see
+        the same voxels."""
+        cohort = self.cohort
+        return cohort.spacing_mm if isinstance(cohort, Slices) else [cohort.spacing_mm] * 3
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -100,7 +100,7 @@ def prepare(place: Place, size: Size) -> None:
         api.extract_fingerprint_dataset(number, num_processes=1)
         api.plan_experiment_dataset(
             number, Narrow, gpu_memory_target_in_gb=size.memory_gb,
-            overwrite_target_spacing=size.target_spacing,
+            overwrite_target_spacing=size.grid_mm,
         )  # fmt: skip
         api.preprocess_dataset(number, configurations=(size.configuration,), num_processes=(1,))
 
@@ -192,20 +192,16 @@ def _plans(place: Place, labels: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def same_network(plan: Mapping[str, Any], size: Size) -> dict[str, Any]:
     """MONAI's DynUNet of the topology that nnU-Net planned: `network`, `patch`, `batch_size`."""
-    flat = size.configuration == "2d"
+    flat = [1] if size.configuration == "2d" else []
     told = plan["architecture"]["arch_kwargs"]
-    kernels, strides = (
-        [[1, *step] if flat else list(step) for step in told[name]]
-        for name in ("kernel_sizes", "strides")
-    )
+    kernels, strides = ([[*flat, *n] for n in told[name]] for name in ("kernel_sizes", "strides"))
     args = {
         "kernel_size": kernels, "strides": strides, "upsample_kernel_size": strides[1:],
         "filters": list(told["features_per_stage"]), "norm_name": ["INSTANCE", {"affine": True}],
         "trans_bias": True,
     }  # fmt: skip
-    patch = [1, *plan["patch_size"]] if flat else list(plan["patch_size"])
     return {
         "network": {"name": "DynUNet", "args": args},
-        "patch": patch,
+        "patch": [*flat, *plan["patch_size"]],
         "batch_size": plan["batch_size"],
     }
