@@ -83,22 +83,28 @@ class Road:
         Raises:
             PipelineError: a stage failed; the message says what.
         """
-        registry = self._registry(seed)
-        self._train_teachers(registry, seed)
-        scope = Scope(registry, self.place(seed) / "work", self.log, tables=False)
-        window = {"shape": self.size.window, "overlap": 0.5}
-        storing = cache_teachers.CacheTeachersConfig.model_validate({"window": window})
-        raise_failed(
-            cache_teachers.run(
-                storing, scope, Execution(device=self.device, window_batch=_WINDOW_BATCH)
-            )
-        )
+        scope = self.cached(seed)
         found = {}
         for terms in (EQUAL_STEPS, *([EQUAL_TIME] if self.seconds is not None else [])):
             for test in (False, True)[: 1 + self.test]:
                 results = self._compare(scope, seed, terms, test=test)
                 found[terms, results.split] = results
         return found
+
+    def cached(self, seed: int) -> Scope:
+        """Teachers and cache of a repetition.
+
+        Raises:
+            PipelineError: a stage failed; the message says what.
+        """
+        registry = self._registry(seed)
+        self._train_teachers(registry, seed)
+        scope = Scope(registry, self.place(seed) / "work", self.log, tables=False)
+        window = {"shape": self.size.window, "overlap": 0.5}
+        storing = cache_teachers.CacheTeachersConfig.model_validate({"window": window})
+        execution = Execution(device=self.device, window_batch=_WINDOW_BATCH)
+        raise_failed(cache_teachers.run(storing, scope, execution))
+        return scope
 
     def _registry(self, seed: int) -> Registry:
         place = self.place(seed)

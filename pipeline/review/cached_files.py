@@ -309,6 +309,8 @@ def _write_lists(
     dataset = {
         "channel_names": {"0": "CT"}, "labels": labels, "numTraining": len(training),
         "file_ending": _SUFFIX, "name": output.resolve().name,
+        # Its usual reader keeps each file's order of axes, which differs between hospitals.
+        "overwrite_image_reader_writer": "NibabelIOWithReorient",
         "description": f"Labels and experts together, by {_MARK}; see {_TOLD}.",
         "licence": "; ".join(
             f"{name}: {entry.licence}" for name, entry in registry.datasets.items() if entry.licence

@@ -32,9 +32,7 @@ def array(tmp_path_factory: pytest.TempPathFactory) -> StoredArray:
     path = tmp_path_factory.mktemp("pool") / "unit.zarr"
     spec = ArraySpec("features/tap", VALUES, ("feature", "z", "y", "x"), float("nan"))
     storage = StorageConfig(chunk=8)
-    stored = Unit(path, write_unit(path, [spec], {}, {}, storage=storage)).array(
-        "features/tap"
-    )
+    stored = Unit(path, write_unit(path, [spec], {}, {}, storage=storage)).array("features/tap")
     assert stored.chunks == (2, 7, 8, 5)
     return stored
 

@@ -329,6 +329,7 @@ def test_labels_and_experts_together_are_a_dataset_of_nnunet(
     cases = [c for d in known.datasets for c in known.cases(d)]
     training = [c for c in cases if c.split != "test"]
     assert dataset["numTraining"] == len(training)
+    assert dataset["overwrite_image_reader_writer"] == "NibabelIOWithReorient"
     for case in cases:
         short = case.name.replace("/", "__")
         image = (
