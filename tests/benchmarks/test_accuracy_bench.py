@@ -168,14 +168,14 @@ def test_identity_is_of_what_counts() -> None:
 
 
 def test_screened_configurations_change_the_method(tmp_path: Path) -> None:
-    (tmp_path / "decaying.yaml").write_text("supervision: {logits: {schedule: decay}}\n")
+    (tmp_path / "constant.yaml").write_text("supervision: {logits: {schedule: constant}}\n")
     (tmp_path / "hard.yaml").write_text("supervision: {kind: pseudo_label}\noptimiser: {lr: 0.1}\n")
     (method,) = named(FULL, ["ms_kd"])
-    decaying, hard = screened(FULL, tmp_path)
-    assert [decaying.name, hard.name] == ["decaying", "hard"]
+    constant, hard = screened(FULL, tmp_path)
+    assert [constant.name, hard.name] == ["constant", "hard"]
     expected = method.training.model_dump()
-    expected["supervision"]["logits"]["schedule"] = "decay"
-    assert decaying.training.model_dump() == expected
+    expected["supervision"]["logits"]["schedule"] = "constant"
+    assert constant.training.model_dump() == expected
     assert hard.training.optimiser.lr == 0.1
     assert hard.training.supervision.kind == "pseudo_label"
 

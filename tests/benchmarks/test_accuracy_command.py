@@ -100,7 +100,7 @@ def test_wrong_arguments(
 def test_from_nothing_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     configs = tmp_path / "configs"
     configs.mkdir()
-    (configs / "decaying.yaml").write_text("supervision: {logits: {schedule: decay}}\n")
+    (configs / "constant.yaml").write_text("supervision: {logits: {schedule: constant}}\n")
     folder = tmp_path / "bench"
     wanted = [
         str(folder), "--size", "tiny", "--regimes", "d", "--seeds", "1", "--first-seed", "3",
@@ -123,12 +123,12 @@ def test_from_nothing_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(wanted) == 0, (job / "job.log").read_text()
     table = capsys.readouterr().out
     assert "ms_kd - the better of both" in table
-    assert "decaying - marginal" in table
+    assert "constant - marginal" in table
     assert "7 configurations were ever scored" in table
     results = json.loads((folder / "validation" / "results.json").read_text())
     assert set(results["findings"]["dice"]["short"]["d"]) == {
         "marginal", "pseudo_label", "ms_kd", "full", "perfect_teachers", "generation_2",
-        "decaying",
+        "constant",
     }  # fmt: skip
     assert results["missing"] == []
     assert results["num_scored_on_test"] == 0

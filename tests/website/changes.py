@@ -164,7 +164,7 @@ PAGES: Mapping[str, Page] = {
         written=[
             *(
                 f"results/kinds/validation{end}"
-                for end in (".md", ".png", ".json", "_table.csv", "_scores.csv")
+                for end in (".html", ".png", ".json", "_table.csv", "_scores.csv")
             ),
             "results/kinds/test.json",
             "work/students/kinds/marginal-seed1/scores_validation.json",
