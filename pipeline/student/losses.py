@@ -52,8 +52,13 @@ def merge_into_background(logits: Tensor, organs: Tensor) -> Tensor:
     if bool(organs.all()):
         return s
     kept = organs if organs.ndim == s.ndim else organs[:, :, None, None, None]
-    background = logsumexp(torch.cat([s[:, :1], s[:, 1:].masked_fill(kept, NEVER)], dim=1))
-    return torch.cat([background, s[:, 1:].masked_fill(~kept, NEVER)], dim=1)
+    # Split, not sliced: the gradient of a slice fills the rest of its tensor with zeros.
+    s_0, s_k = s.split([1, s.shape[1] - 1], dim=1)
+    merged = torch.cat([s_0, s_k.masked_fill(kept, NEVER)], dim=1)
+    # As logsumexp, but torch's own calls an exp that is 30 times slower where it underflows, which
+    # is everywhere.
+    background = s_0 - torch.log_softmax(merged, dim=1)[:, :1]
+    return torch.cat([background, s_k.masked_fill(~kept, NEVER)], dim=1)
 
 
 def cross_entropy(log_p: Tensor, classes: Tensor) -> Tensor:
@@ -154,14 +159,6 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def logsumexp(s: Tensor) -> Tensor:
-    """(N, C, ...) -> (N, 1, ...), as s_0 - log_softmax(s)_0.
-
-    torch.logsumexp calls an exp that is 30 times slower where it underflows, which is everywhere.
-    """
-    return s[:, :1] - torch.log_softmax(s, dim=1)[:, :1]
-
-
 def over_voxels(values: Tensor, where: Tensor) -> Tensor:
     """Sums of (N, K, V) over the voxels of a bool (N, V) or (N, D, H, W): (N, K)."""
     return (values * where.flatten(1)[:, None]).sum(dim=2)
@@ -235,7 +232,7 @@ def regions_of(log_odds: Tensor, margin: float = 0.0) -> RegionMasks:
 
 
 def one_target(
-    logits: Tensor, log_odds: Tensor, *, temperature: float = 1.0
+    log_p: Tensor, p: Tensor, log_odds: Tensor, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and soft Dice against one target per voxel, q = softmax([0, d_1 .. d_K] / T).
 
@@ -250,15 +247,16 @@ def one_target(
     the second (Milletari et al. 2016); an organ of which nobody speaks in the batch is left out.
 
     Args:
-        logits: (N, C, D, H, W).
+        log_p: (N, C, D, H, W).
+        p: of the organs, (N, K, D, H, W).
         log_odds: d, (N, K, D, H, W), NaN where nobody speaks.
         temperature: T > 0, of the target alone; below 1 it is harder.
     """
     spoken = ~torch.isnan(log_odds)
-    log_p, p = softmax_both(merge_into_background(logits, spoken))
     q = torch.softmax(joint_target(log_odds, temperature), dim=1)
-    entropy = mean_of_means(-(q * log_p).sum(), spoken.any(dim=1).sum())
-    q, p = q[:, 1:].flatten(2), p[:, 1:].flatten(2)
+    merged = merge_into_background(log_p, spoken)
+    entropy = mean_of_means(-(q * merged).sum(), spoken.any(dim=1).sum())
+    q, p = q[:, 1:].flatten(2), (p * spoken).flatten(2)  # as merging leaves them
     both, size = (x.sum(dim=2).sum(dim=0) for x in (p * q, p.square() + q.square()))
     return entropy, one_minus_mean(2 * both, size, spoken.flatten(2).any(dim=2))
 

@@ -92,12 +92,12 @@ def terms_of_logits(
             return _one_target_terms(config, logits, batch, fraction)
         case "marginal" | "marginal_exclusion" | "full":
             pass
-    log_p, p = losses.softmax_both(logits)
+    log_p, p = _of_organs(logits)
     terms = _label_terms(log_p, p, classes, organs)
     if config.kind == "marginal_exclusion" and (weight := config.exclusion.at(fraction)) > 0:
-        overlap = losses.exclusion_dice(p[:, 1:], classes, organs)
+        overlap = losses.exclusion_dice(p, classes, organs)
         terms["exclusion_dice"] = weight * overlap
-        entropy = losses.exclusion_cross_entropy(p[:, 1:], classes, organs)
+        entropy = losses.exclusion_cross_entropy(p, classes, organs)
         terms["exclusion_cross_entropy"] = weight * entropy
     return terms
 
@@ -107,8 +107,14 @@ def _label_terms(log_p: Tensor, p: Tensor, classes: Tensor, organs: Tensor) -> d
     merged = losses.merge_into_background(log_p, organs)
     return {
         "cross_entropy": losses.cross_entropy(merged, classes),
-        "dice": losses.dice(p[:, 1:], classes, organs),
+        "dice": losses.dice(p, classes, organs),
     }
+
+
+def _of_organs(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of all classes, p of the organs."""
+    log_p, p = losses.softmax_both(logits)
+    return log_p, p[:, 1:]
 
 
 def _one_target_terms(
@@ -116,13 +122,14 @@ def _one_target_terms(
 ) -> dict[str, Tensor]:
     """w times the terms of one target per voxel, 1 - w times those of labels alone."""
     weight = config.logits.at(fraction)
+    log_p, p = _of_organs(logits)
     terms: dict[str, Tensor] = {}
     if weight > 0:
         d = counting_log_odds(config, logits, batch, fraction)
-        entropy, dice = losses.one_target(logits, d, temperature=config.logits.temperature)
+        entropy, dice = losses.one_target(log_p, p, d, temperature=config.logits.temperature)
         terms = {"cross_entropy": weight * entropy, "dice": weight * dice}
     if weight < 1:
-        by_labels = _label_terms(*losses.softmax_both(logits), batch.classes, batch.annotated)
+        by_labels = _label_terms(log_p, p, batch.classes, batch.annotated)
         for name, term in by_labels.items():
             terms[name] = terms.get(name, 0.0) + (1 - weight) * term
     return terms

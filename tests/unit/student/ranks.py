@@ -209,10 +209,10 @@ def _arrange(scenario: Scenario, rank: int) -> None:
             batch.image.mul_(math.nan)
         return real_loss(config, network, batch, fraction)
 
-    def one_target(logits: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        entropy, dice = real_target(logits, *args, **options)
+    def one_target(log_p: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        entropy, dice = real_target(log_p, *args, **options)
         later = scenario.steep is not None and scenario.steep[1] <= len(calls)
-        return entropy, dice + steep(logits) if later and scenario.steep[0] == rank else dice
+        return entropy, dice + steep(log_p) if later and scenario.steep[0] == rank else dice
 
     def item(data: PatchDataset, number: int) -> Any:
         if scenario.error == (rank, number):

@@ -62,9 +62,15 @@ def all_terms(batch: RandomBatch) -> dict[str, Term]:
         "dice of sigmoid": lambda s: losses.dice(
             torch.sigmoid(s[:, 1:]), batch.classes, batch.organs
         ),
-        "one target, cross-entropy": lambda s: losses.one_target(s, batch.log_odds)[0],
-        "one target, Dice": lambda s: losses.one_target(s, batch.log_odds, temperature=0.5)[1],
+        "one target, cross-entropy": lambda s: one_target(s, batch.log_odds)[0],
+        "one target, Dice": lambda s: one_target(s, batch.log_odds, temperature=0.5)[1],
     }
+
+
+def one_target(logits: Tensor, log_odds: Tensor, **options: float) -> tuple[Tensor, Tensor]:
+    """Both terms, from logits."""
+    log_p, p = losses.softmax_both(logits)
+    return losses.one_target(log_p, p[:, 1:], log_odds, **options)
 
 
 def slow_terms(batch: RandomBatch) -> dict[str, Callable[[], float]]:

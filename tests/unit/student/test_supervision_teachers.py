@@ -23,6 +23,7 @@ from tests.unit.student.fixed import (
     some_logits,
     terms_of,
 )
+from tests.unit.student.terms import one_target
 
 
 class TestOneTarget:
@@ -30,7 +31,7 @@ class TestOneTarget:
 
     @staticmethod
     def _of(log_odds: Tensor) -> list[float]:
-        return [float(x) for x in losses.one_target(some_logits(), log_odds)]
+        return [float(x) for x in one_target(some_logits(), log_odds)]
 
     def test_the_two_terms_are_those_of_the_log_odds_in_which_labels_have_won(self) -> None:
         d = make_batch().log_odds
@@ -173,7 +174,7 @@ class TestAgreement:
         assert batch.log_odds is not None
         silent = batch.log_odds.masked_fill(contradicted(logits, batch), NAN)
         found = list(terms_of(self.AFTER, logits=logits, fraction=0.2).values())
-        assert found == pytest.approx([float(x) for x in losses.one_target(logits, silent)])
+        assert found == pytest.approx([float(x) for x in one_target(logits, silent)])
 
     def test_the_share_that_is_believed_is_told(self) -> None:
         logits, told = self._sure_of(1), dict[str, Any]()
