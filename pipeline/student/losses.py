@@ -53,7 +53,7 @@ def merge_into_background(logits: Tensor, organs: Tensor) -> Tensor:
         return s
     kept = organs if organs.ndim == s.ndim else organs[:, :, None, None, None]
     # Split, not sliced: the gradient of a slice fills the rest of its tensor with zeros.
-    s_0, s_k = s.split([1, s.shape[1] - 1], dim=1)
+    s_0, s_k = torch.split(s, [1, s.shape[1] - 1], dim=1)
     merged = torch.cat([s_0, s_k.masked_fill(kept, NEVER)], dim=1)
     # As logsumexp, but torch's own calls an exp that is 30 times slower where it underflows, which
     # is everywhere.
