@@ -24,7 +24,7 @@ from pipeline.teachers.outputs import to_logits
 from pipeline.teachers.teacher import Prediction
 
 
-class Made(Protocol):
+class FromFactory(Protocol):
     """What a factory returns."""
 
     def predict(self, image: Volume) -> Prediction:
@@ -39,7 +39,7 @@ class FactoryTeacher:
     """A user's object, with its output checked."""
 
     name: str
-    made: Made
+    made: FromFactory
     entry: TeacherEntry
     code_sha256: str
 
