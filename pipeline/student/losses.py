@@ -254,10 +254,10 @@ def one_target(
     """
     spoken = ~torch.isnan(log_odds)
     q = torch.softmax(joint_target(log_odds, temperature), dim=1)
-    merged = merge_into_background(log_p, spoken)
+    if not bool(spoken.all()):
+        log_p, p = merge_into_background(log_p, spoken), p * spoken
     heard = spoken.any(dim=1)
-    entropy = mean_of_means(-((q * merged).sum(dim=1) * heard).sum(), heard.sum())
-    p = p if bool(spoken.all()) else p * spoken  # as merging leaves them
+    entropy = mean_of_means(-((q * log_p).sum(dim=1) * heard).sum(), heard.sum())
     q, p = q[:, 1:].flatten(2), p.flatten(2)
     both, size = (x.sum(dim=2).sum(dim=0) for x in (p * q, p.square() + q.square()))
     return entropy, one_minus_mean(2 * both, size, spoken.flatten(2).any(dim=2))
