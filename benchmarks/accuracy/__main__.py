@@ -12,29 +12,19 @@ from benchmarks.accuracy.configurations import BASELINES, METHOD, ROWS, screened
 from benchmarks.accuracy.plan import Job, choose, equal_time_steps, plan_jobs, work_done
 from benchmarks.accuracy.regimes import REGIMES
 from benchmarks.accuracy.report import report
-from benchmarks.accuracy.runner import StoppedBySignal, Task, run_tasks
+from benchmarks.accuracy.runner import Task, exit_code_of, run_tasks
 from benchmarks.accuracy.size import BUDGETS, SIZES, Size
 from benchmarks.accuracy.timing import seconds_per_step
 from pipeline.cache.store import write_json
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError
 from pipeline.log import Log
 
 _SECONDS_BETWEEN_LINES = 60.0
-STOPPED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if all is done, 1 if a job failed, 2 for a wrong argument, 130 after a signal."""
-    arguments = _parser().parse_args(argv)
-    log = Log()
-    try:
-        return run(arguments, log)
-    except StoppedBySignal:
-        log.warn("stopped; the same command goes on from there")
-        return STOPPED
-    except PipelineError as error:
-        log.warn(str(error))
-        return error.exit_code
+    return exit_code_of(run, _parser().parse_args(argv))
 
 
 def run(arguments: argparse.Namespace, log: Log) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.errors import PipelineError
 from pipeline.log import Log
 
 POLL_SECONDS = 0.5
 SECONDS_TO_END = 60.0  # a training writes its checkpoint first
+STOPPED = 130  # the exit code after a signal
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,21 @@ class Task:
 
 class StoppedBySignal(Exception):
     """SIGTERM or SIGINT came; all processes have ended."""
+
+
+def exit_code_of(
+    run: Callable[[argparse.Namespace, Log], int], arguments: argparse.Namespace
+) -> int:
+    """Of a bench: what it returns, that of an error, 130 after a signal; both are told."""
+    log = Log()
+    try:
+        return run(arguments, log)
+    except StoppedBySignal:
+        log.warn("stopped; the same command goes on from there")
+        return STOPPED
+    except PipelineError as error:
+        log.warn(str(error))
+        return error.exit_code
 
 
 @dataclass

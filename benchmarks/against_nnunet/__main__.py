@@ -9,32 +9,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.runner import StoppedBySignal, Task, run_tasks
+from benchmarks.accuracy.runner import Task, exit_code_of, run_tasks
 from benchmarks.against_nnunet import nnunet, ours
 from benchmarks.against_nnunet.cohorts import SETTINGS, SIZES, Place
 from benchmarks.against_nnunet.job import NNUNET, done_file, read, row_folder, trained, variants
 from benchmarks.against_nnunet.report import report
 from benchmarks.real_slices.slices import missing_sets
 from pipeline.cache.store import write_json
-from pipeline.errors import ConfigError, PipelineError, listed
+from pipeline.errors import ConfigError, listed
 from pipeline.folder import json_with
 from pipeline.log import Log
-
-STOPPED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if all is done or there are no slices, 1 if a part failed, 2 for a wrong argument, 130
     after a signal."""
-    log = Log()
-    try:
-        return run(_parser().parse_args(argv), log)
-    except StoppedBySignal:
-        log.warn("stopped; the same command goes on from there")
-        return STOPPED
-    except PipelineError as error:
-        log.warn(str(error))
-        return error.exit_code
+    return exit_code_of(run, _parser().parse_args(argv))
 
 
 def run(arguments: argparse.Namespace, log: Log) -> int:
