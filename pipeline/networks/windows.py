@@ -198,7 +198,7 @@ class WindowPasses:
             total: Tensor | None = None
             for flip in self._flips:
                 with _autocast(self._precision):
-                    out = _first_output(self._network(batch.flip(flip) if flip else batch))
+                    out = first_output(self._network(batch.flip(flip) if flip else batch))
                 out = out.float().flip(flip) if flip else out.float()
                 if total is None:
                     total, features = out, dict(collected)
@@ -259,12 +259,10 @@ def _autocast(precision: Precision) -> AbstractContextManager[object]:
             return torch.autocast("cuda", dtype=torch.float16)
 
 
-def _first_output(out: object) -> Tensor:
+def first_output(out: Any) -> Tensor:
     """Networks with deep supervision return several outputs; the first is the full-size one."""
-    if isinstance(out, (list, tuple)):
-        out = out[0]
-    assert isinstance(out, Tensor)
-    return out
+    result: Tensor = out[0] if isinstance(out, (list, tuple)) else out
+    return result
 
 
 FloatArray = npt.NDArray[np.float32]
@@ -306,8 +304,8 @@ class SlidingWindow:
         Returns:
             Logits (C, D, H, W) and per tap (F, ceil(D / s), ceil(H / s), ceil(W / s)), float32.
         """
-        whole = _Whole(image.shape[0])
-        cells = {tap: _Whole(-(-image.shape[0] // s[0])) for tap, s in self.strides.items()}
+        whole = WholeArray(image.shape[0])
+        cells = {tap: WholeArray(-(-image.shape[0] // s[0])) for tap, s in self.strides.items()}
         self.stream(image, whole.put, {tap: sink.put for tap, sink in cells.items()})
         return whole.array, {tap: sink.array for tap, sink in cells.items()}
 
@@ -372,7 +370,7 @@ class SlidingWindow:
         return torch.from_numpy(padded)
 
 
-class _Whole:
+class WholeArray:
     """A sink that keeps everything."""
 
     def __init__(self, rows: int) -> None:
@@ -380,6 +378,7 @@ class _Whole:
         self._array: FloatArray | None = None
 
     def put(self, slab: FloatArray) -> None:
+        """The next rows."""
         if self._array is None:
             self._array = np.empty((slab.shape[0], self._rows, *slab.shape[2:]), dtype=np.float32)
         self._array[:, self._end : self._end + slab.shape[1]] = slab
@@ -387,6 +386,7 @@ class _Whole:
 
     @property
     def array(self) -> FloatArray:
+        """All rows."""
         assert self._array is not None
         assert self._end == self._rows
         return self._array

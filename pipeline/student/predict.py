@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from pipeline.student.inference import FloatArray, TellWindows
+    from pipeline.student.inference import TellWindows
 
 ITKSNAP_TABLE = "labels.itksnap.txt"
 SLICER_TABLE = "labels.ctbl"
@@ -205,17 +205,27 @@ class CasePredictor:
         self, scratch: Path, stem: str, image: Path, volume: Volume, tell: TellWindows | None
     ) -> dict[str, Any]:
         """All files of a case but its JSON; returns what that says of them beside checksums."""
-        from pipeline.student.inference import segment
+        from pipeline.student.inference import (
+            StudentWindows,
+            organ_probabilities,
+            running_argmax,
+        )
 
         assert self._network is not None
         assert self._device is not None
         space, kept, said = self._record.label_space, self._how.probabilities, dict[str, Any]()
         files = self._how.files(stem, space.organs)
         held = self._room(scratch, volume.grid)
-        classes = segment(
-            volume, self._record, self._network, take=self._keep(held), overlap=self._how.overlap,
-            window_batch=self._how.window_batch, device=self._device, tell=tell,
+        windows = StudentWindows(
+            self._network, self._record.intensity, self._record.patch, self._device,
+            self._how.overlap, self._how.window_batch,
         )  # fmt: skip
+        classes = np.empty(volume.grid.shape, dtype=np.uint8)
+        for rows, logits in windows.rows(volume, self._record.spacing_mm, tell):
+            classes[rows] = running_argmax(iter(logits))
+            if held is not None and kept is not None:
+                values = organ_probabilities(logits, self._record.head)
+                held[:, rows] = values.astype(kept.precision)
         rules = self._record.postprocessing if self._how.postprocessing else {}
         if rules:
             removed = postprocess(classes, space, rules, volume.grid.voxel_ml)
@@ -233,22 +243,6 @@ class CasePredictor:
             )
             said["dicom_seg"] = files[-1] if made else None
         return said
-
-    def _keep(
-        self, held: npt.NDArray[np.float32] | None
-    ) -> Callable[[int, FloatArray], object] | None:
-        kept = self._how.probabilities
-        if held is None or kept is None:
-            return None
-        from pipeline.student.inference import organ_probabilities
-
-        def keep(begin: int, logits: FloatArray) -> None:
-            values = organ_probabilities(logits, self._record.head)
-            if kept.precision == "float16":
-                values = values.astype(np.float16).astype(np.float32)
-            held[:, begin : begin + values.shape[1]] = values
-
-        return keep
 
     @contextmanager
     def _scratch(self, name: str) -> Iterator[Path]:

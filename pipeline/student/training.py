@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, PipelineError, Stopped
 from pipeline.log import Log
 from pipeline.networks.by_name import pick_device
 from pipeline.student.dataset import PatchDataset, loaded_batches, to_batch
-from pipeline.student.inference import predict_logits
+from pipeline.student.inference import StudentWindows
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import StudentNetwork, seeded_network
 from pipeline.student.postprocessing import (
@@ -310,10 +310,8 @@ def _masks(
 ) -> Iterator[tuple[str, BoolArray, BoolArray]]:
     """Each organ that the case's label shows, its prediction and its reference (D, H, W); of one
     organ at a time, for there may be many."""
-    logits = predict_logits(
-        network, case.image(), config.intensity, config.patch, overlap=0.25, device=device
-    )
-    predicted = logits.argmax(axis=0)
+    windows = StudentWindows(network, config.intensity, config.patch, device, overlap=0.25)
+    predicted = windows.logits(case.image()).argmax(axis=0)
     reference = space.to_classes(case.label())
     predicted[reference == IGNORE] = 0
     numbers = {o: space.index(o) + 1 for o in case.annotated if o in space.organs}

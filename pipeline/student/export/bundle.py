@@ -22,8 +22,8 @@ from pipeline.errors import ConfigError
 from pipeline.student.checkpoint import StudentRecord
 from pipeline.student.export.description import AXCODES, INPUT, channel_names, origin
 from pipeline.student.export.formats import as_bytes, quiet, write_network
-from pipeline.student.export.parity import CPU, LabelCount, Parity, ParityError
-from pipeline.student.inference import SIGMA, segment
+from pipeline.student.export.parity import LabelCount, Parity, ParityError
+from pipeline.student.inference import SIGMA, StudentWindows, running_argmax
 from pipeline.student.network import OneVsRest
 
 WEIGHTS = Path("models") / "model.pt"
@@ -140,7 +140,9 @@ def _compare_on(
     scratch: Path,
 ) -> Parity:
     volume = read_image(image).volume
-    ours = segment(volume, record, network, overlap=overlap, device=CPU)
+    windows = StudentWindows(network, record.intensity, record.patch, overlap=overlap)
+    rows = windows.rows(volume, record.spacing_mm)
+    ours = np.concatenate([running_argmax(iter(logits)) for _, logits in rows])
     with TemporaryDirectory(dir=scratch) as output:
         theirs = read_label(run_bundle(folder, image, Path(output))).volume
     apart = float("inf")
