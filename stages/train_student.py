@@ -24,7 +24,7 @@ from pipeline.student.settings import TrainingConfig, run_digest
 from stages.report import Scope, StageReport
 
 if TYPE_CHECKING:
-    from pipeline.student.processes import Processes
+    from pipeline.student.distributed import Processes
     from pipeline.student.resume import RunFolder
     from pipeline.student.speed import TrainingExecution
     from pipeline.student.training import Trained
@@ -79,7 +79,7 @@ def run(
         CheckpointError: the run was started with other settings, or with other units, or its
             folder holds another student.
     """
-    from pipeline.student.processes import joined
+    from pipeline.student.distributed import joined
     from pipeline.student.resume import open_run
     from pipeline.student.staging import staged_inputs
     from pipeline.student.training import learn_postprocessing, train

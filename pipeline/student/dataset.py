@@ -38,9 +38,9 @@ from pipeline.student.augment import (
     check_sides,
     draw_movement,
 )
+from pipeline.student.distributed import ALONE, Processes
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import TapKey
-from pipeline.student.processes import ALONE, Processes
 from pipeline.student.resume import live_as_long_as_the_loop
 from pipeline.student.sampling import Sampler
 from pipeline.student.settings import TrainingConfig

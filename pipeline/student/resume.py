@@ -30,7 +30,7 @@ from pipeline.student.checkpoint import StudentRecord, load_newest, save_student
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.loggers import LoggedRun, open_loggers
 from pipeline.student.network import StudentNetwork
-from pipeline.student.processes import ALONE, Processes
+from pipeline.student.distributed import ALONE, Processes
 from pipeline.student.progress import Metrics, draw_progress, followed, mean_dice
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.speed import Speed

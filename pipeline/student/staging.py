@@ -21,9 +21,9 @@ from pipeline.cache.staged import Copy
 from pipeline.errors import CacheError
 from pipeline.folder import temporary_name
 from pipeline.log import Log, size
+from pipeline.student.distributed import ALONE, Processes
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import TapKey
-from pipeline.student.processes import ALONE, Processes
 
 # Of the disk: others live on it as well.
 _LEFT_FREE = 0.05

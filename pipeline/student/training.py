@@ -30,7 +30,7 @@ from pipeline.student.postprocessing import (
     candidates,
     dice_by_rule,
 )
-from pipeline.student.processes import ALONE, Processes
+from pipeline.student.distributed import ALONE, Processes
 from pipeline.student.resume import RunFolder, TrainingState, stop_signals
 from pipeline.student.settings import TrainingConfig, build_optimiser
 from pipeline.student.speed import Speed, TrainingExecution
