@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,23 +27,13 @@ from pipeline.errors import CheckpointError, PipelineError
 from pipeline.folder import Folder, mirrored
 from pipeline.log import Log
 from pipeline.student.checkpoint import StudentRecord, load_newest, save_student, save_training
+from pipeline.student.distributed import ALONE, Processes
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.loggers import LoggedRun, open_loggers
 from pipeline.student.network import StudentNetwork
-from pipeline.student.distributed import ALONE, Processes
-from pipeline.student.progress import Metrics, draw_progress, followed, mean_dice
+from pipeline.student.progress import Metrics, followed, mean_dice
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.speed import Speed
-
-
-class Stateful(Protocol):
-    """A part of a training that later steps depend on: network, optimiser and the like."""
-
-    def state_dict(self) -> Any:
-        """All of it."""
-
-    def load_state_dict(self, state: Any, /) -> Any:
-        """Replaces all of it."""
 
 
 class BestSoFar:
@@ -93,8 +83,8 @@ class TrainingState:
         return {"config": self.config.model_dump(mode="json"), "inputs": inputs}
 
     @property
-    def parts(self) -> dict[str, Stateful]:
-        """What is in a checkpoint, by name."""
+    def parts(self) -> dict[str, Any]:
+        """What is in a checkpoint, by name; each with `state_dict` and `load_state_dict`."""
         names = ("network", "optimiser", "speed", "best")
         return {name: getattr(self, name) for name in names}
 
@@ -227,7 +217,7 @@ class RunFolder:
 
     def _draw(self, state: TrainingState) -> None:
         if self.pictures:
-            draw_progress(self.path / "progress.png", self._metrics, state.inputs.space.ids)
+            self._metrics.draw(self.path / "progress.png", state.inputs.space.ids)
 
     def _read(self, identity: Mapping[str, Any], log: Log) -> dict[str, Any] | None:
         """The newest checkpoint; where there is none, config.json is written instead."""
@@ -366,12 +356,12 @@ def live_as_long_as_the_loop(worker: int) -> None:
         signal.signal(name, signal.SIG_IGN)
     loop = multiprocessing.parent_process()
     if loop is not None:
-        threading.Thread(target=_exit_after, args=(loop,), daemon=True).start()
 
+        def follow() -> None:
+            loop.join()
+            os._exit(1)
 
-def _exit_after(process: Any) -> None:
-    process.join()
-    os._exit(1)
+        threading.Thread(target=follow, daemon=True).start()
 
 
 def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:
