@@ -29,7 +29,7 @@ from pipeline.networks.by_name import NetworkConfig, build_network
 from pipeline.student.checkpoint import StudentRecord, save_student
 from pipeline.student.inference import StudentWindows
 from pipeline.student.network import build_student
-from pipeline.student.predict import write_label_tables
+from pipeline.student.predicted import write_label_tables
 from stages import predict
 from stages.predict import Inputs, PredictConfig, PredictExecution
 from stages.report import StageReport

@@ -25,7 +25,7 @@ from pipeline.student.checkpoint import load_student, save_student
 from pipeline.student.ensemble import averaged
 from pipeline.student.inference import StudentWindows
 from pipeline.student.network import build_student
-from pipeline.student.predict import Probabilities
+from pipeline.student.predicted import Probabilities
 from stages import predict
 from stages.predict import PredictConfig
 from stages.report import StageReport
