@@ -228,11 +228,10 @@ def _validated(state: TrainingState, step: int) -> tuple[dict[str, float | None]
 
 
 def _rules_to_try(inputs: TrainingInputs) -> dict[str, list[Rule]]:
-    volumes: dict[str, list[float]] = {organ: [] for organ in inputs.space.organs}
-    for case in inputs.validation:
-        for organ, voxels in case.case.noted.get("organ_voxels", {}).items():
-            if voxels and organ in volumes:
-                volumes[organ].append(voxels * case.grid.voxel_ml)
+    volumes = {
+        organ: [ml for case in inputs.validation if (ml := case.organ_ml(organ))]
+        for organ in inputs.space.organs
+    }
     return {organ: candidates(found) for organ, found in volumes.items() if found}
 
 
