@@ -99,10 +99,8 @@ def open_cohort(
     they are they must be those that it was made from.
 
     Args:
-        work: the work folder.
         registry: says which datasets and teachers; read without its files.
         teachers: those whose units are wanted; none for supervision by labels alone.
-        datasets: None for all.
         splits: cases of other splits are left out.
         as_indexed: take the index as it is, whatever its files and weights are now: for stage one,
             which has just written it.
@@ -149,11 +147,7 @@ def open_case(
     """One case with the units of these teachers.
 
     Args:
-        work: the work folder.
-        registry: read without its files.
         name: `dataset/case`.
-        teachers: those whose units are wanted.
-        allow_missing: leave out units that are missing or damaged.
 
     Raises:
         RegistryError: no such dataset.
@@ -262,9 +256,7 @@ def lazy_patch(
     for so little, layers and a scheduler would cost more than reading and arithmetic.
 
     Args:
-        case: open for reading.
         space: the student's organs.
-        rules: of the regions.
         box: what is read of the log-odds.
         classes: uint8 (D, H, W), the label of the patch, in classes of `space`.
         resample: of an affine, float32 (K, *box.shape) -> (K, D, H, W): log-odds first, then the

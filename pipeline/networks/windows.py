@@ -49,7 +49,6 @@ class BlendedSlabs:
     Args:
         image_shape: (D, H, W) of what is handed out.
         padded: (D, H, W) that windows cover.
-        window: their shape.
         sigma: of the Gaussian, in window sizes.
         device: where sums are held; None is the CPU.
 
@@ -139,7 +138,6 @@ class WindowPasses:
             those of the window as it is: what a network computes of a mirrored image is not the
             mirror image of its features, and their mean would be neither.
         batch_size: windows per pass, at most; halved where memory does not suffice.
-        device: where the network is; None is the CPU.
 
     Raises:
         ConfigError: mixed precision without a GPU.
@@ -280,7 +278,6 @@ class SlidingWindow:
 
     Attributes:
         network: in evaluation mode.
-        config: window shape and overlap.
         strides: layers whose features are wanted -> voxels per feature cell along z, y, x.
         pad_value: in the network's units; fills what a volume lacks to a window or to a whole
             number of cells.

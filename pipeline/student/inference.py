@@ -44,7 +44,6 @@ class StudentWindows:
         network: in evaluation mode, on `device`; (N, 1, ..) -> (N, K + 1, ..).
         intensity: HU -> what the network sees; a volume smaller than the patch is padded with air,
             as much before as after.
-        patch: of the windows, in voxels.
         overlap: fraction that neighbouring windows share.
         window_batch: windows per forward pass.
     """

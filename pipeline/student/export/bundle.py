@@ -42,7 +42,6 @@ def write_bundle(
     """Writes configs, weights, TorchScript, README and LICENSE.
 
     Args:
-        folder: of the bundle, empty.
         network: the student's, on the CPU, in evaluation mode.
 
     Raises:
@@ -121,9 +120,7 @@ def compare_bundle(
     with TemporaryDirectory(prefix="organ-distill-") as scratch:
         resampled = Path(scratch) / "image.nii"
         write_image(resampled, resample(volume, grid, order=1))
-        compare = partial(
-            _compare_on, folder, record, network, overlap=overlap, scratch=Path(scratch)
-        )
+        compare = partial(_compare_on, folder, record, network, overlap)
         found = {ON_STUDENT_GRID: compare(resampled)}
         if not same_grid(volume.grid, grid):
             found[ON_OWN_GRID] = compare(image)
@@ -131,19 +128,13 @@ def compare_bundle(
 
 
 def _compare_on(
-    folder: Path,
-    record: StudentRecord,
-    network: nn.Module,
-    image: Path,
-    *,
-    overlap: float,
-    scratch: Path,
+    folder: Path, record: StudentRecord, network: nn.Module, overlap: float, image: Path
 ) -> Parity:
     volume = read_image(image).volume
     windows = StudentWindows(network, record.intensity, record.patch, overlap=overlap)
     rows = windows.rows(volume, record.spacing_mm)
     ours = np.concatenate([running_argmax(iter(logits)) for _, logits in rows])
-    with TemporaryDirectory(dir=scratch) as output:
+    with TemporaryDirectory(prefix="organ-distill-") as output:
         theirs = read_label(run_bundle(folder, image, Path(output))).volume
     apart = float("inf")
     if theirs.grid.shape == volume.grid.shape:

@@ -24,8 +24,6 @@ FILES: dict[NetworkFormat, str] = {
     "torch-export": "student.pt2",
     "onnx": "student.onnx",
 }
-
-
 _TALKATIVE = ("torch.onnx", "onnxscript", "onnx_ir", "monai.data.image_writer")
 
 
