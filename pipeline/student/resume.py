@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,27 +36,27 @@ from pipeline.student.settings import TrainingConfig
 from pipeline.student.speed import Speed
 
 
+@dataclass
 class BestSoFar:
     """The highest mean Dice of the validations before; in the checkpoint, as what follows depends
     on it."""
 
-    def __init__(self) -> None:
-        self._dice = -1.0
+    mean_dice: float = -1.0
 
     def beaten_by(self, dice: float | None) -> bool:
         """Whether it is higher than all before; it is then the best."""
-        if dice is None or dice <= self._dice:
+        if dice is None or dice <= self.mean_dice:
             return False
-        self._dice = dice
+        self.mean_dice = dice
         return True
 
     def state_dict(self) -> dict[str, float]:
         """The number."""
-        return {"mean_dice": self._dice}
+        return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, float], /) -> None:
         """Replaces the number."""
-        self._dice = state["mean_dice"]
+        self.mean_dice = state["mean_dice"]
 
 
 @dataclass(frozen=True)
