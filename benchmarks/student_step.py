@@ -48,11 +48,11 @@ from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import Registry
 from pipeline.log import Log, print_table
 from pipeline.networks.by_name import NetworkConfig, build_network, pick_device
-from pipeline.student import processes as sent
+from pipeline.student import distributed as sent
 from pipeline.student.dataset import PatchDataset, loaded_batches, to_batch
+from pipeline.student.distributed import ALONE, Processes, joined
 from pipeline.student.inputs import TrainingInputs, cached_taps
 from pipeline.student.network import StudentNetwork, seeded_network
-from pipeline.student.processes import ALONE, Processes, joined
 from pipeline.student.resume import TrainingState
 from pipeline.student.settings import TrainingConfig, build_optimiser
 from pipeline.student.speed import Speed, SpeedFlags

@@ -4,7 +4,8 @@ folder in a store, worked on here.
 A local folder is a `pathlib.Path`. `s3://bucket/prefix`, and whatever else fsspec knows, is a
 `upath.UPath`, which follows the same interface. What the two do not share is here: an object store
 has no rename and no append, but it can refuse to create what exists; its client raises errors of
-its own, which leave here as `OSError`.
+its own, which leave here as `OSError`, as do those of a disk: from all that reads, lists or writes,
+where it does not say otherwise.
 """
 
 from __future__ import annotations
@@ -92,49 +93,35 @@ def copy_name() -> str:
     return f"copy~{writer_name()}"
 
 
-def read_bytes(path: Folder) -> bytes:
-    """A file's bytes, of one moment: in a store by one request, which `open` does not promise.
+def writer_name() -> str:
+    """`<host>~<pid>~<digits>`: no other writer has it."""
+    return f"{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}"
 
-    Raises:
-        OSError: it is not there, or cannot be read.
-    """
+
+def read_bytes(path: Folder) -> bytes:
+    """A file's bytes, of one moment: in a store by one request, which `open` does not promise."""
     if is_local(path):
         return path.read_bytes()
     with storage_errors(path):
-        data: bytes = path.fs.cat_file(path.path)
-    return data
+        return bytes(path.fs.cat_file(path.path))
 
 
 def read_range(path: Folder, begin: int, end: int) -> bytes:
-    """The bytes of a file from one offset to another; fewer where it ends before.
-
-    Raises:
-        OSError: it is not there, or cannot be read.
-    """
+    """The bytes of a file from one offset to another; fewer where it ends before."""
     if is_local(path):
         with path.open("rb", buffering=0) as file:
             return os.pread(file.fileno(), end - begin, begin)
     with storage_errors(path):
-        data: bytes = path.fs.cat_file(path.path, start=begin, end=end)
-    return data
+        return bytes(path.fs.cat_file(path.path, start=begin, end=end))
 
 
 def read_text(path: Folder) -> str:
-    """A file's text, UTF-8.
-
-    Raises:
-        OSError: it is not there, or cannot be read.
-        UnicodeDecodeError: it is no UTF-8.
-    """
+    """A file's text, UTF-8; another one is a `UnicodeDecodeError`."""
     return read_bytes(path).decode("utf-8")
 
 
 def replace_file(path: Folder, data: bytes) -> None:
-    """Writes a file: a reader sees the old one or the new one. The folder is made.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes a file: a reader sees the old one or the new one. The folder is made."""
     if not is_local(path):
         with storage_errors(path):
             path.fs.pipe_file(path.path, data)
@@ -144,11 +131,7 @@ def replace_file(path: Folder, data: bytes) -> None:
 
 def replace_files(contents: Mapping[Path, bytes]) -> None:
     """Likewise several that belong together: all are on the disk before the first one is replaced,
-    so that a full disk leaves the old ones.
-
-    Raises:
-        OSError: one cannot be written.
-    """
+    so that a full disk leaves the old ones."""
     temporaries = {path: path.with_name(temporary_name(path.name)) for path in contents}
     try:
         for path, temporary in temporaries.items():
@@ -236,11 +219,7 @@ def _regular(path: Folder) -> bytes:
 
 
 def create_object(path: UPath, data: bytes) -> bool:
-    """Writes an object of a store unless it exists; returns whether it was written.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes an object of a store unless it exists; returns whether it was written."""
     with storage_errors(path):
         try:
             path.fs.pipe_file(path.path, data, mode="create")
@@ -251,11 +230,7 @@ def create_object(path: UPath, data: bytes) -> bool:
 
 def sizes(folder: Folder) -> dict[str, int]:
     """All files below a folder: name relative to it, with slashes -> bytes. A folder that is not
-    there has none, and what is removed meanwhile is passed over.
-
-    Raises:
-        OSError: an object store does not answer.
-    """
+    there has none, and what is removed meanwhile is passed over."""
     return {name: found[0] for name, found in _files(folder).items()}
 
 
@@ -273,17 +248,16 @@ def matching(folder: Folder, pattern: str) -> list[Folder]:
     return found
 
 
-def ages(folder: Folder, *, now: float | None = None) -> dict[str, float]:
+def ages(folder: Folder) -> dict[str, float]:
     """Like `sizes`: name -> seconds since it was last written."""
-    at = time.time() if now is None else now
-    return {name: at - found[1] for name, found in _files(folder).items()}
+    now = time.time()
+    return {name: now - found[1] for name, found in _files(folder).items()}
 
 
 def folders_below(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """`os.walk`, for paths: folders that another process removes meanwhile are passed over, which
+    """`os.walk`, for paths: what another process removes meanwhile is passed over, which
     `Path.rglob` does not do."""
-    for root, folders, files in os.walk(folder):
-        yield Path(root), folders, files
+    yield from ((Path(root), folders, files) for root, folders, files in os.walk(folder))
 
 
 def remove(path: Folder) -> None:
@@ -341,7 +315,7 @@ def check_answers(folder: Folder) -> None:
 
 
 def unreachable(path: Folder, error: Exception) -> StoreUnreachable:
-    """The error for an object store that did not answer; nothing is known to be wrong."""
+    """The error for an object store that did not answer."""
     return StoreUnreachable(
         f"the object store did not answer ({error}).",
         where=path,
@@ -382,11 +356,6 @@ def _files(folder: Folder) -> dict[str, tuple[int, float]]:
     return found
 
 
-def writer_name() -> str:
-    """`<host>~<pid>~<digits>`: no other writer has it."""
-    return f"{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}"
-
-
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -401,7 +370,6 @@ def _alive(pid: int) -> bool:
 #
 # Training appends to files, replaces them and renames them, which no object store can do. So the
 # run is fetched when it begins, worked on here, and sent back whenever it has saved its state.
-
 _State = dict[str, tuple[int, int]]
 
 

@@ -14,37 +14,27 @@ import secrets
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import Field
 
 from pipeline.cache.cases import CaseToGrid, StoredCase, check_organs
-from pipeline.cache.identity import (
-    claim_dataset,
-    claim_teacher,
-    held_out_since,
-    index_cases,
-    read_dataset,
-)
+from pipeline.cache.identity import claim_dataset, claim_teacher, held_out_since, read_dataset
 from pipeline.cache.index import (
     IndexedCase,
     IndexedTeacher,
+    read_dataset_index,
     unit_path,
+    write_dataset_index,
     write_teacher_index,
 )
 from pipeline.cache.places import clean_temporaries
 from pipeline.cache.schema import StorageConfig
 from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.config import Config
-from pipeline.consensus.cohort import (
-    doubtful_tap,
-    print_regions,
-    print_taps,
-    region_rows,
-    tap_rows,
-)
+from pipeline.consensus.cohort import doubtful_tap, print_regions, print_taps, region_rows, tap_rows
 from pipeline.consensus.evidence import GateCases, plan_gate_cases, units_of
 from pipeline.consensus.gate import (
     NOT_JUDGED,
@@ -138,8 +128,6 @@ class CacheRun:
     Attributes:
         part: do these cases only, after another run went as far as the gate; None: all.
         accept: teachers to go on with although the gate would stop at them.
-        dry_run: say what would be done, write nothing.
-        known: teachers, by name.
         cases: that are on the student grid, of all parts, by name.
         wrong: teachers whose outputs are of the wrong kind, or of which a part knows that no unit
             could be made for the gate.
@@ -299,7 +287,15 @@ class CacheRun:
         for name, teacher in self.known.items():
             origin = claim_teacher(work, registry, teacher)
             write_teacher_index(work, registry.teacher_key(name), replace(teacher, origin=origin))
-        index_cases(registry, work, cases, self.usable(), self.config.splits)
+        for dataset in self.usable():
+            key, origin = registry.dataset_key(dataset), claim_dataset(work, registry, dataset)
+            asked = {c.case: c.split in self.config.splits for c in registry.cases(dataset)}
+            indexed = [case for case in cases if case.dataset == dataset]
+            with suppress(CacheStale):  # cases of splits that are left out stay as they were seen
+                earlier = [] if all(asked.values()) else read_dataset_index(work, dataset, key)
+                indexed += [case for case in earlier if not asked.get(case.case, True)]
+            absent = {*asked} - {case.case for case in indexed}
+            write_dataset_index(work, dataset, key, indexed, origin=origin, left_out=absent)
 
     def gate_units(
         self, own: Sequence[CaseFiles]

@@ -27,12 +27,10 @@ from pipeline.networks.by_name import pick_device
 from pipeline.student.checkpoint import load_student, read_record
 from pipeline.student.ensemble import averaged, common_record
 from pipeline.student.images import Inputs, chosen_inputs, find_inputs
-from pipeline.student.predict import (
-    CasePredictor,
-    Done,
+from pipeline.student.predict import CasePredictor, Done, Share
+from pipeline.student.predicted import (
     How,
     Probabilities,
-    Share,
     refuse_targets,
     remove_leftovers,
     student_identity,
@@ -79,7 +77,6 @@ class PredictExecution:
 
     Attributes:
         device: auto, cpu, cuda, cuda:1; several with commas, `cuda:0,cuda:1`.
-        window_batch: windows per forward pass.
         probabilities: which are written as well; None: none.
         dicom_seg: a DICOM SEG is written as well, of images that are DICOM series.
         dry_run: say what would be done, write nothing.
@@ -107,12 +104,8 @@ def run(
     cannot be CT in HU is predicted with a warning, which its JSON keeps and the exit code (2).
 
     Args:
-        config: what changes numbers.
         student: the `student.pt` of a finished run; of several the logits are averaged.
-        inputs: the CTs.
-        output: folder.
         execution: what it runs on and writes; None: as its defaults say.
-        log: where progress goes.
 
     Raises:
         CheckpointError: no student there.

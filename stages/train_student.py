@@ -18,13 +18,12 @@ from pipeline.folder import Folder, contains, json_with, matching, read_text, re
 from pipeline.student.augment import check_sides
 from pipeline.student.checkpoint import StudentRecord, read_record
 from pipeline.student.inputs import TrainingInputs, check_same_units, open_inputs
-from pipeline.student.postprocessing import Rule
 from pipeline.student.progress import show_validations
 from pipeline.student.settings import TrainingConfig, run_digest
 from stages.report import Scope, StageReport
 
 if TYPE_CHECKING:
-    from pipeline.student.processes import Processes
+    from pipeline.student.distributed import Processes
     from pipeline.student.resume import RunFolder
     from pipeline.student.speed import TrainingExecution
     from pipeline.student.training import Trained
@@ -65,10 +64,7 @@ def run(
     torchrun or srun, the processes share each batch; the first writes.
 
     Args:
-        config: what changes numbers, and the run's name.
         scope: the registry may be read without its files; stage one filled the work folder.
-        execution: where and how; changes speed and rounding.
-        dry_run: say what would be done, write nothing.
 
     Raises:
         CacheStale, CacheMissing: the cache lacks what this supervision needs: units, or the
@@ -79,10 +75,10 @@ def run(
         CheckpointError: the run was started with other settings, or with other units, or its
             folder holds another student.
     """
-    from pipeline.student.processes import joined
+    from pipeline.student.distributed import joined
     from pipeline.student.resume import open_run
     from pipeline.student.staging import staged_inputs
-    from pipeline.student.training import learn_postprocessing, train
+    from pipeline.student.training import train
 
     execution.check()
     config = _of_fold(config, scope.registry)
@@ -109,8 +105,7 @@ def run(
         with open_run(folder, processes, name=config.run, record=record) as files:
             trained = train(config.training, inputs, files, execution, log, processes)
             if trained.finished:
-                rules = learn_postprocessing(trained, inputs, config.training, processes)
-                processes.from_first(lambda: _finish(files, trained, digest, rules))
+                processes.from_first(lambda: _finish(files, trained, digest))
                 show_validations(log, files.path / "metrics.jsonl", folder)
         _tell(report, config, trained, folder)
         return report
@@ -163,10 +158,11 @@ def _in_words(config: TrainStudentConfig, inputs: TrainingInputs, processes: Pro
     )
 
 
-def _finish(files: RunFolder, trained: Trained, digest: str, rules: Mapping[str, Rule]) -> None:
+def _finish(files: RunFolder, trained: Trained, digest: str) -> None:
     """The marker is written last."""
     network, scores = trained.network.network, trained.validation_dice
-    files.save_student("student.pt", network, trained.step, scores, postprocessing=dict(rules))
+    rules = dict(trained.rules)
+    files.save_student("student.pt", network, trained.step, scores, postprocessing=rules)
     write_json(files.path / "finished.json", {"run_digest": digest, "steps": trained.step})
     files.saved()
 

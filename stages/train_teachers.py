@@ -30,8 +30,8 @@ from pipeline.errors import (
     named,
 )
 from pipeline.student.augment import check_sides
+from pipeline.student.distributed import refuse_several
 from pipeline.student.inputs import TrainingInputs
-from pipeline.student.processes import refuse_several
 from pipeline.student.progress import show_validations
 from pipeline.student.resume import open_run
 from pipeline.student.settings import SupervisionConfig, TrainingConfig, run_digest

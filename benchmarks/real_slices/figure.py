@@ -18,7 +18,7 @@ from pipeline.data.registry import load_registry
 from pipeline.figures import hex_colour, open_figure
 from pipeline.networks.by_name import pick_device
 from pipeline.student.checkpoint import load_student
-from pipeline.student.inference import predict_logits
+from pipeline.student.inference import StudentWindows
 from stages.compare.results import Results
 
 _SHOWN = 2  # slices of each end
@@ -93,10 +93,8 @@ def _of_students(case: CachedCase, results: Results, road: Road) -> list[npt.NDA
     found = []
     for name in results.configs:
         record, network = load_student(results.of(name)[0].folder / "student.pt")
-        logits = predict_logits(
-            network.to(device), case.image(), record.intensity, record.patch, device=device
-        )
-        found.append(logits.argmax(axis=0))
+        windows = StudentWindows(network.to(device), record.intensity, record.patch, device)
+        found.append(windows.logits(case.image()).argmax(axis=0))
     return found
 
 

@@ -45,8 +45,6 @@ class GridCase:
 
     Attributes:
         indexed: where it is in the cache.
-        inputs: what its digest is of.
-        there: it is in the cache already.
         files: image and label, read if they are needed, until they are resampled.
         warnings: what is improbable in it, a sentence or two each.
         arrays: to be written; none where nothing is.
@@ -70,7 +68,6 @@ class StoredCase:
     """A case that is in the cache.
 
     Attributes:
-        indexed: where.
         num_bytes: written; None: it was there already.
         warnings: what is improbable in it, a sentence or two each.
     """
@@ -86,8 +83,6 @@ class CaseToGrid:
 
     Attributes:
         registry: says what the dataset's label values mean.
-        work: the work folder.
-        storage: how they are stored.
         spacing_mm: z, y, x of the grid.
         dry_run: write nothing, and read no voxel.
     """
@@ -177,11 +172,7 @@ class CaseToGrid:
         )
 
     def store(self, source: CaseFiles, case: GridCase) -> StoredCase:
-        """Writes a case unless it is there.
-
-        Raises:
-            WorkFolderError: it cannot be written.
-        """
+        """Writes a case unless it is there."""
         if case.there:
             return StoredCase(case.indexed, None, case.warnings)
         num_bytes = 0
@@ -247,11 +238,7 @@ def centres(
 
 
 def identify_case(
-    registry: Registry,
-    source: CaseFiles,
-    *,
-    spacing_mm: Sequence[float],
-    storage: StorageConfig,
+    registry: Registry, source: CaseFiles, *, spacing_mm: Sequence[float], storage: StorageConfig
 ) -> tuple[IndexedCase, Mapping[str, Any]]:
     """Hashes the files of a case; returns where its unit is, and what the unit's digest is of.
 

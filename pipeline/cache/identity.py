@@ -23,12 +23,10 @@ from pipeline.cache.index import (
     Origin,
     dataset_entries,
     dataset_folder,
-    read_dataset_index,
     read_index,
     read_indexed_dataset,
     read_teacher_index,
     teacher_file,
-    write_dataset_index,
 )
 from pipeline.config import FileStamp, digest
 from pipeline.data.dicom import stamp_image
@@ -105,11 +103,19 @@ def read_dataset(
         else registry.splits(dataset, {*found.left_out, *(case.case for case in found.cases)})
     )
     absent = {*called} - {case.case for case in found.cases}
-    return cases, {
-        f"{dataset}/{case}": _absent(work, f"{dataset}/{case}", left_out=case in found.left_out)
-        for case in sorted(absent)
-        if called[case] in splits
-    }
+    missing = {}
+    for case in sorted(absent):
+        if called[case] in splits:
+            name = f"{dataset}/{case}"
+            missing[name] = CacheMissing(
+                "stage one left this case out: it could not be read, or its split was not asked "
+                "for."
+                if case in found.left_out
+                else "this case has not been cached.",
+                where=f"{name}, {work}",
+                fix="`pipeline cache-teachers` makes it, or says what is wrong with it.",
+            )
+    return cases, missing
 
 
 def read_teacher(
@@ -126,24 +132,22 @@ def read_teacher(
     if not compare:
         return found
     path = registry.resolve(registry.teachers[teacher].weights)
-    here, wrong = _weights_here(work, registry, found), ""
-    if here is None:
-        name = path.name if found.origin is None else Path(found.origin.place[0]).name
-        if name != path.name:
-            wrong = (
-                f"its units were made by weights that are named {name}, and {path}, which the "
-                "registry names now, cannot be read here to compare them"
-            )
-    elif here != found.inputs["weights_sha256"]:
-        wrong = f"{path} holds other bytes than the weights that its units were made by"
-    if wrong:
-        raise CacheStale(
-            f"teacher {teacher} is not in the cache as the registry describes it now: {wrong}.",
-            where=f"{registry.path}, {work}",
-            fix="Run `pipeline cache-teachers` with this registry where the weights are; units "
-            "that were made by the same bytes are reused.",
-        )
-    return found
+    here = _weights_here(work, registry, found)
+    name = path.name if found.origin is None else Path(found.origin.place[0]).name
+    if here == found.inputs["weights_sha256"] or (here is None and name == path.name):
+        return found
+    wrong = (
+        f"its units were made by weights that are named {name}, and {path}, which the registry "
+        "names now, cannot be read here to compare them"
+        if here is None
+        else f"{path} holds other bytes than the weights that its units were made by"
+    )
+    raise CacheStale(
+        f"teacher {teacher} is not in the cache as the registry describes it now: {wrong}.",
+        where=f"{registry.path}, {work}",
+        fix="Run `pipeline cache-teachers` with this registry where the weights are; units "
+        "that were made by the same bytes are reused.",
+    )
 
 
 def unchecked(work: Folder, registry: Registry, teachers: Iterable[str]) -> list[str]:
@@ -186,8 +190,7 @@ def claim_dataset(
     Raises:
         WorkFolderError: the entry is another project's, and speaks of other files.
     """
-    key = registry.dataset_key(dataset)
-    mine = _origin(work, registry, dataset)
+    key, mine = registry.dataset_key(dataset), _origin(work, registry, dataset)
     try:
         found = read_indexed_dataset(work, dataset, key)
     except CacheStale:
@@ -220,8 +223,7 @@ def claim_teacher(
         WorkFolderError: the entry is another project's, with other weights or settings.
     """
     name = teacher.teacher
-    key = registry.teacher_key(name)
-    mine = _origin_of_weights(work, registry, name)
+    key, mine = registry.teacher_key(name), _origin_of_weights(work, registry, name)
     try:
         found = read_teacher_index(work, name, key)
     except CacheStale:
@@ -242,33 +244,6 @@ def claim_teacher(
     )
     entry = teacher_file(work, name, key).with_suffix("")
     raise _refusal(f"teacher {name}", wrong, known, entry, registry)
-
-
-def index_cases(
-    registry: Registry,
-    work: Folder,
-    indexed: Sequence[IndexedCase],
-    datasets: Iterable[str],
-    splits: Sequence[str],
-) -> None:
-    """The index of whole datasets, by a run over all their cases. Cases of splits that it leaves
-    out stay as an earlier run saw them.
-
-    Raises:
-        WorkFolderError: it cannot be written, or the entry is another project's.
-    """
-    for dataset in datasets:
-        key = registry.dataset_key(dataset)
-        origin = claim_dataset(work, registry, dataset)
-        known = registry.cases(dataset)
-        earlier: list[IndexedCase] = []
-        if left_out := {c.case for c in known if c.split not in splits}:
-            with suppress(CacheStale):
-                earlier = read_dataset_index(work, dataset, key)
-        earlier = [case for case in earlier if case.case in left_out]
-        cases = [*(case for case in indexed if case.dataset == dataset), *earlier]
-        absent = {c.case for c in known} - {c.case for c in cases}
-        write_dataset_index(work, dataset, key, cases, origin=origin, left_out=absent)
 
 
 def held_out_since(registry: Registry, work: Folder, files: Sequence[CaseFiles]) -> str:
@@ -389,10 +364,7 @@ def _listed(registry: Registry, dataset: str) -> dict[str, CaseFiles]:
 
 
 def _differences(
-    found: IndexedDataset,
-    sources: Mapping[str, CaseFiles],
-    mine: Origin,
-    splits: Collection[str],
+    found: IndexedDataset, sources: Mapping[str, CaseFiles], mine: Origin, splits: Collection[str]
 ) -> list[str]:
     """What of the index is otherwise in the files, a few words each; nothing if there are none."""
     if not sources:
@@ -425,16 +397,6 @@ def _not_cached(
     ]
 
 
-def _absent(work: Folder, name: str, *, left_out: bool) -> CacheMissing:
-    return CacheMissing(
-        "stage one left this case out: it could not be read, or its split was not asked for."
-        if left_out
-        else "this case has not been cached.",
-        where=f"{name}, {work}",
-        fix="`pipeline cache-teachers` makes it, or says what is wrong with it.",
-    )
-
-
 def _share_a_case(found: IndexedDataset, sources: Mapping[str, CaseFiles], trusted: bool) -> bool:
     """Whether any case has the same bytes here and there; a dataset without cases has none to
     differ in."""
@@ -458,12 +420,11 @@ def _weights_here(work: Folder, registry: Registry, found: IndexedTeacher) -> st
     entry = registry.teachers[found.teacher]
     mine = _origin_of_weights(work, registry, found.teacher)
     trusted = found.origin is not None and found.origin.same_place(mine)
-
-    def stamp(name: str, file: Path) -> FileStamp:
-        return _stamped(file, found.weights.get(name), trusted)
-
     try:
-        return digest_of(entry, stamp_weights(entry, registry.resolve(entry.weights), stamp))
+        return digest_of(entry, stamp_weights(
+            entry, registry.resolve(entry.weights),
+            lambda name, file: _stamped(file, found.weights.get(name), trusted),
+        ))  # fmt: skip
     except TeacherError:
         return None
 

@@ -79,7 +79,6 @@ class IndexedDataset:
     """A dataset as stage one last saw it.
 
     Attributes:
-        cases: that are in the cache.
         left_out: names of cases that failed, or are of a split that was not asked for.
         origins: of the records, without repetition.
         whole: there are as many records as each of them says.
@@ -110,10 +109,7 @@ class IndexFile:
     """One file of the index.
 
     Attributes:
-        path: the file.
-        name: of the dataset or teacher.
         key: the registry's key that it was written under.
-        origin: for whom it was written.
         cases: the case of a record, none if it was left out; None in a teacher's.
         teacher: what it says of a teacher; None in a case's.
     """
@@ -346,11 +342,7 @@ def _all_older(kind: str, name: str, work: Folder) -> bool:
 
 
 def write_sealed(path: Folder, content: Mapping[str, Any]) -> None:
-    """Writes content and, as the last field, the digest of all others; see `write_json`.
-
-    Raises:
-        WorkFolderError: it cannot be written.
-    """
+    """Writes content and, as the last field, the digest of all others; see `write_json`."""
     write_json(path, {**content, "seal": digest(content)})
 
 

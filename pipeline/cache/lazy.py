@@ -21,8 +21,6 @@ def lazy_array(unit: Unit, name: str, convert: Convert) -> da.Array:
     """A stored array (D, H, W) in the chunks that it is stored in.
 
     Args:
-        unit: that holds it.
-        name: of the array.
         convert: is applied to what was read, voxel by voxel: in the reader it costs no layer.
     """
     stored = unit.array(name)

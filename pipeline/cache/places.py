@@ -32,9 +32,6 @@ class Place:
     """The place of a unit, by its path alone: something may be wrong with what is there.
 
     Attributes:
-        path: of the unit.
-        dataset: of its case.
-        case: its case.
         teacher: None for a case unit.
         teacher_tag: first 16 digits of the teacher's digest; empty for a case unit.
         tag: first 16 digits of the case's digest, in a teacher unit of the image's SHA-256.

@@ -167,7 +167,6 @@ class Trust(NamedTuple):
     Attributes:
         here: "the organ is here" (log-odds above 0).
         not_here: "it is not here" (all else).
-        why: in words, where a side does not count.
     """
 
     here: bool = True
@@ -181,9 +180,6 @@ class Trust(NamedTuple):
 
 
 FULL = Trust()
-
-
-# Reading: arrays of a case, sliced lazily. Opening is cheap; only what is sliced is read.
 
 
 @dataclass(frozen=True)
@@ -291,11 +287,9 @@ class CachedCase:
 
     Attributes:
         name: `dataset/case`.
-        split: train, validation or test.
         annotated: organs that the label speaks of; not those that it shows in its file alone, being
             too small for the grid: nobody knows where they are.
         case: the unit with image and label.
-        teachers: teacher -> its unit; teachers without one are absent.
         experts: organ -> teachers that are expert in it.
         trust: (teacher, organ) -> what of it counts here; those that are absent fully.
     """
@@ -316,6 +310,12 @@ class CachedCase:
     def grid(self) -> Grid:
         """The student grid of this case."""
         return Grid.from_json(self.case.attributes["grid"])
+
+    def organ_ml(self, organ: str) -> float:
+        """How large an organ is in the label, as stage one noted it; 0 without any."""
+        noted = self.case.noted
+        voxels: int = noted.get("organ_voxels", {}).get(organ, 0)
+        return voxels * Grid.from_json(noted["grid"]).voxel_ml
 
     def image(self, patch: Patch | None = None, *, fill: float = -1024) -> npt.NDArray[np.int16]:
         """int16 HU (D, H, W)."""

@@ -14,13 +14,7 @@ from typing import Any
 
 from pipeline.cache.schema import FORMAT_VERSION, Inputs
 from pipeline.config import digest, file_sha256
-from pipeline.errors import (
-    CacheCorrupt,
-    CacheError,
-    CacheIncomplete,
-    CacheMissing,
-    CacheStale,
-)
+from pipeline.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMissing, CacheStale
 from pipeline.folder import Folder, is_local, read_bytes, read_text, sizes, unreachable
 
 RECEIPT = "receipt.json"
@@ -40,7 +34,6 @@ class Receipt:
         inputs: everything that determines the unit's numbers.
         arrays: name -> shape, dtype, axes.
         objects: file, relative to the unit -> size in bytes and SHA-256.
-        seconds: what it took to make.
         written: when, UTC, as `2026-11-23T07:30:00Z`.
         teacher_inputs: what `inputs["teacher_digest"]` is the digest of; empty in a case unit.
         notes: what else is worth knowing of how it came to be; in no digest, mostly empty.
@@ -66,10 +59,6 @@ class Receipt:
     def object_name(self, name: str) -> str:
         """The name, relative to the unit, of a file of the group."""
         return f"{self.copy}/{name}" if self.copy else name
-
-    def group_folder(self, path: Folder) -> Folder:
-        """Where the group of the unit at `path` is."""
-        return path / self.copy if self.copy else path
 
     @property
     def contents(self) -> Mapping[str, Mapping[str, Any]]:
@@ -104,7 +93,6 @@ def read_receipt(path: Folder, *, expect: str | None = None, objects: bool = Tru
     """Reads and checks a unit's receipt, its objects' presence and their sizes (cheap).
 
     Args:
-        path: the unit.
         expect: digest that it must have; None takes any.
         objects: False leaves out the objects.
 
@@ -197,10 +185,7 @@ def verify_object(
     """Reads one file of a unit and holds it against the receipt.
 
     Args:
-        path: the unit.
-        receipt: its receipt.
         name: as in `receipt.objects`.
-        sha256: of a file.
 
     Raises:
         CacheIncomplete, CacheCorrupt: it is gone, or its bytes changed.

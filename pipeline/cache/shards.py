@@ -124,11 +124,7 @@ class StoredArray:
     """An array of a unit; nothing of it is read yet.
 
     Attributes:
-        file: its shard.
-        num_bytes: of the file.
-        shape: of the array.
         chunks: their shape; all but the last three axes are in one.
-        dtype: of its values.
     """
 
     file: Folder

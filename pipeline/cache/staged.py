@@ -49,8 +49,6 @@ class Copy:
     Attributes:
         unit: the original.
         root: folder of all copies.
-        arrays: names of those that are copied.
-        decoded: whether they are kept decoded.
     """
 
     unit: Unit

@@ -38,12 +38,14 @@ from pipeline.folder import (
     sizes,
     storage_errors,
     temporary_name,
+    writing,
 )
 
 if TYPE_CHECKING:
     from upath import UPath
 
 _ATTEMPTS = 8
+_FIX = "Check free space, quota and permissions; units that are done stay done."
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
@@ -52,10 +54,8 @@ class Made:
     """How a unit came to be, for its receipt; in no digest.
 
     Attributes:
-        seconds: what it took to compute it.
         teacher_inputs: what the teacher's digest in its inputs is of, so that a difference can be
             named later; empty for a case.
-        notes: what else there is to say.
     """
 
     seconds: float = 0.0
@@ -74,14 +74,6 @@ def write_unit(
 ) -> Receipt:
     """Writes a unit; it becomes visible whole, or not at all.
 
-    Args:
-        path: where; the folder is made.
-        arrays: what is in it.
-        attributes: of the Zarr group.
-        inputs: what its digest is of.
-        storage: how arrays are stored.
-        made: how it came to be.
-
     Returns:
         The receipt of the unit that is now at `path`: ours, or that of another writer who was
         faster with the same digest.
@@ -89,35 +81,28 @@ def write_unit(
     Raises:
         WorkFolderError: the folder cannot be written, or the disk is full.
     """
-    try:
-        with _building(path) as temporary:
-            files = {"zarr.json": encode_group(attributes)}
-            for spec in arrays:
-                files |= encode_array(spec, storage)
-            _write_synced(temporary, files)
-            receipt = Receipt(
-                digest=digest(inputs),
-                inputs=inputs,
-                arrays={spec.name: describe(spec) for spec in arrays},
-                objects=_objects(files),
-                seconds=round(made.seconds, 3),
-                written=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                teacher_inputs=made.teacher_inputs,
-                notes=made.notes,
-            )
-            if is_local(path):
-                _write_synced(temporary, {RECEIPT: write_receipt(receipt).encode()})
-                if _make_visible(temporary, path, receipt.digest):
-                    return receipt
-            else:
-                commit_objects(temporary, path, receipt)
-        return read_receipt(path, expect=receipt.digest)
-    except OSError as error:
-        raise WorkFolderError(
-            f"the unit could not be written ({error.strerror or error}).",
-            where=path,
-            fix="Check free space, quota and permissions; units that are done stay done.",
-        ) from error
+    with writing(path, _FIX), _building(path) as temporary:
+        files = {"zarr.json": encode_group(attributes)}
+        for spec in arrays:
+            files |= encode_array(spec, storage)
+        _write_synced(temporary, files)
+        receipt = Receipt(
+            digest=digest(inputs),
+            inputs=inputs,
+            arrays={spec.name: describe(spec) for spec in arrays},
+            objects=_objects(files),
+            seconds=round(made.seconds, 3),
+            written=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            teacher_inputs=made.teacher_inputs,
+            notes=made.notes,
+        )
+        if is_local(path):
+            _write_synced(temporary, {RECEIPT: write_receipt(receipt).encode()})
+            if _make_visible(temporary, path, receipt.digest):
+                return receipt
+        else:
+            commit_objects(temporary, path, receipt)
+    return read_receipt(path, expect=receipt.digest)
 
 
 def add_notes(path: Folder, receipt: Receipt, notes: Mapping[str, Any]) -> Receipt:
@@ -127,14 +112,8 @@ def add_notes(path: Folder, receipt: Receipt, notes: Mapping[str, Any]) -> Recei
         WorkFolderError: it cannot be written.
     """
     noted = replace(receipt, notes={**receipt.notes, **notes})
-    try:
+    with writing(path / RECEIPT, _FIX):
         replace_file(path / RECEIPT, write_receipt(noted).encode())
-    except OSError as error:
-        raise WorkFolderError(
-            f"the receipt could not be written ({error.strerror or error}).",
-            where=path,
-            fix="Check free space, quota and permissions; units that are done stay done.",
-        ) from error
     return noted
 
 
@@ -154,26 +133,16 @@ def _building(path: Folder) -> Iterator[Path]:
 
 
 def prepare_work_folder(work: Folder) -> None:
-    """Makes sure that a work folder exists and can be written.
-
-    Raises:
-        WorkFolderError: otherwise.
-    """
+    """Makes sure that a work folder exists and can be written."""
     check_answers(work)
     probe = work / temporary_name("writable")
-    try:
+    with writing(work, "Name another folder, or correct its permissions."):
         if is_local(work):
             work.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"")
         else:
             replace_file(probe, b"")
         remove(probe)
-    except OSError as error:
-        raise WorkFolderError(
-            f"this folder cannot be written ({error.strerror or error}).",
-            where=work,
-            fix="Name another folder, or correct its permissions.",
-        ) from error
 
 
 @contextmanager
@@ -182,9 +151,6 @@ def scratch_folder(work: Folder) -> Iterator[Path]:
     object store, on this machine's temporary disk.
 
     If this process is killed first, the next run of stage one removes it.
-
-    Raises:
-        WorkFolderError: it cannot be made.
     """
     prepare_work_folder(work)
     folder = (work if is_local(work) else local_temporaries()) / temporary_name("scratch")
@@ -196,7 +162,7 @@ def scratch_folder(work: Folder) -> Iterator[Path]:
 
 
 def remove_unit(path: Folder) -> None:
-    """Removes a unit: it vanishes whole, by a rename; its bytes go after that.
+    """Removes a unit: it vanishes whole, on a disk by a rename; its bytes go after that.
 
     Killed in between, it leaves a temporary of a dead process. A folder that it leaves empty goes
     too.
@@ -205,8 +171,9 @@ def remove_unit(path: Folder) -> None:
         WorkFolderError: it cannot be removed.
     """
     try:
-        if not is_local(path):
-            remove_objects(path)
+        if not is_local(path):  # it vanishes with its receipt
+            remove(path / RECEIPT)
+            remove(path)
             return
         aside = path.with_name(temporary_name(path.name))
         path.rename(aside)
@@ -233,28 +200,16 @@ def write_json(path: Folder, value: Any) -> None:
         WorkFolderError: the folder cannot be written, or the disk is full.
     """
     text = json_text(value)
-    if _reads(path, text):
-        return
-    try:
+    with suppress(OSError, UnicodeDecodeError):
+        if read_text(path) == text:
+            return
+    with writing(path, _FIX):
         replace_file(path, text.encode())
-    except OSError as error:
-        raise WorkFolderError(
-            f"the file could not be written ({error.strerror or error}).",
-            where=path,
-            fix="Check free space, quota and permissions; units that are done stay done.",
-        ) from error
 
 
 def json_text(value: Any) -> str:
     """As `write_json` writes it."""
     return json.dumps(value, indent=1)
-
-
-def _reads(path: Folder, text: str) -> bool:
-    try:
-        return read_text(path) == text
-    except (OSError, UnicodeDecodeError):
-        return False
 
 
 def _make_visible(temporary: Path, path: Path, expect: str) -> bool:
@@ -339,11 +294,7 @@ def commit_objects(built: Path, unit: UPath, receipt: Receipt) -> None:
 
     Args:
         built: the group as a local folder, without a receipt.
-        unit: where it belongs.
         receipt: of what was built; objects named relative to it.
-
-    Raises:
-        OSError: the store does not take it.
     """
     copy = copy_name()
     objects = {f"{copy}/{name}": entry for name, entry in receipt.objects.items()}
@@ -355,7 +306,10 @@ def commit_objects(built: Path, unit: UPath, receipt: Receipt) -> None:
                 [f"{unit.path}/{name}" for name in objects],
                 batch_size=_PARALLEL_UPLOADS,
             )
-        _check_uploaded(unit, {name: int(entry["bytes"]) for name, entry in objects.items()})
+        there = sizes(unit)
+        wrong = [name for name, entry in objects.items() if there.get(name) != entry["bytes"]]
+        if wrong:
+            raise OSError(f"{len(objects)} objects were uploaded, {len(wrong)} did not arrive")
         sealed = write_receipt(replace(receipt, objects=objects, copy=copy)).encode()
         committed = create_object(unit / RECEIPT, sealed)
         if not committed and not is_valid(unit, receipt.digest):
@@ -369,12 +323,6 @@ def commit_objects(built: Path, unit: UPath, receipt: Receipt) -> None:
             remove(unit / copy)
 
 
-def remove_objects(unit: UPath) -> None:
-    """Removes a unit: it vanishes with its receipt; its bytes go after that."""
-    remove(unit / RECEIPT)
-    remove(unit)
-
-
 def copies_without_receipt(unit: UPath, names: Iterable[str]) -> list[str]:
     """The copies in a unit's folder, by the names of all objects in it, that its receipt, if there
     is one, does not name."""
@@ -382,13 +330,6 @@ def copies_without_receipt(unit: UPath, names: Iterable[str]) -> list[str]:
     if RECEIPT in names and len(there) < 2:
         return []
     return sorted(there - {_copy_of(unit)})
-
-
-def _check_uploaded(unit: UPath, wanted: dict[str, int]) -> None:
-    there: dict[str, Any] = sizes(unit)
-    wrong = [name for name, size in wanted.items() if there.get(name) != size]
-    if wrong:
-        raise OSError(f"{len(wanted)} objects were uploaded, {len(wrong)} did not arrive")
 
 
 def _copy_of(unit: UPath) -> str:

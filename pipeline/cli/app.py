@@ -138,7 +138,7 @@ def train_student(
     """Train the multi-organ student from the cache alone."""
     from pipeline.cli.record import note_silence
     from pipeline.cli.self_test import refuse_without_self_test, run_self_test
-    from pipeline.student.processes import launched
+    from pipeline.student.distributed import launched
     from pipeline.student.speed import SpeedFlags, TrainingExecution
     from stages import train_student as stage
     from stages.report import Scope

@@ -253,7 +253,7 @@ def compare(
 
     From one cache; a figure, too.
     """
-    from pipeline.student.processes import refuse_several
+    from pipeline.student.distributed import refuse_several
     from pipeline.student.speed import SpeedFlags, TrainingExecution
     from stages.compare.page import write_results
     from stages.compare.plan import ComparisonSettings, load_configurations, plan_comparison

@@ -37,8 +37,8 @@ from pipeline.networks.by_name import pick_device
 from pipeline.networks.tensor_file import load_sealed
 from pipeline.student.checkpoint import training_checkpoints
 from pipeline.student.dataset import forks_of_a_server
+from pipeline.student.distributed import Silent
 from pipeline.student.inputs import open_inputs
-from pipeline.student.processes import Silent
 from pipeline.student.progress import metric_lines, without_timing
 from pipeline.student.resume import RunFolder
 from pipeline.student.speed import TrainingExecution
@@ -273,7 +273,7 @@ def run_self_test(
         PipelineError: the resumed training is not the undisturbed one; it names the first tensor.
     """
     from pipeline.config import load_config
-    from pipeline.student.processes import refuse_several
+    from pipeline.student.distributed import refuse_several
     from pipeline.student.speed import check_device
     from stages.train_student import TrainStudentConfig
 

@@ -181,7 +181,7 @@ def predict(
 
     In the geometry of the input.
     """
-    from pipeline.student.predict import Probabilities
+    from pipeline.student.predicted import Probabilities
     from stages import predict as stage
 
     if probabilities_4d and probabilities is None:

@@ -22,19 +22,7 @@ from pipeline.cache.index import IndexedTeacher, case_path, unit_digest, unit_pa
 from pipeline.cache.lazy import Convert, lazy_array
 from pipeline.cache.reader import FULL, CachedCase, Unit
 from pipeline.cache.schema import LABEL, log_odds_name
-from pipeline.consensus.regions import (
-    DEFAULT_CONFIDENCE,
-    OTHER_REGIONS,
-    Consensus,
-    average_experts,
-    averaged,
-    consensus,
-    corrected,
-    region_counts,
-    stack_organs,
-    stacked,
-    trusted,
-)
+from pipeline.consensus import regions
 from pipeline.data.labels import LabelSpace
 from pipeline.data.patches import Patch
 from pipeline.data.registry import Registry
@@ -60,14 +48,16 @@ class RegionRules:
 
     margin: float = 0.0
     labels_win: bool = True
-    confidence: float = DEFAULT_CONFIDENCE
+    confidence: float = regions.DEFAULT_CONFIDENCE
     temperatures: Temperatures = field(default_factory=dict)
 
     def word(self, case: CachedCase, teacher: str, organ: str) -> Convert:
         """What a teacher's log-odds of an organ count for in a case; see `trusted`."""
         trust = case.trust.get((teacher, organ), FULL)
         temperature = self.temperatures.get((teacher, organ))
-        return partial(trusted, here=trust.here, not_here=trust.not_here, temperature=temperature)
+        return partial(
+            regions.trusted, here=trust.here, not_here=trust.not_here, temperature=temperature
+        )
 
 
 @dataclass(frozen=True)
@@ -99,10 +89,8 @@ def open_cohort(
     they are they must be those that it was made from.
 
     Args:
-        work: the work folder.
         registry: says which datasets and teachers; read without its files.
         teachers: those whose units are wanted; none for supervision by labels alone.
-        datasets: None for all.
         splits: cases of other splits are left out.
         as_indexed: take the index as it is, whatever its files and weights are now: for stage one,
             which has just written it.
@@ -149,11 +137,7 @@ def open_case(
     """One case with the units of these teachers.
 
     Args:
-        work: the work folder.
-        registry: read without its files.
         name: `dataset/case`.
-        teachers: those whose units are wanted.
-        allow_missing: leave out units that are missing or damaged.
 
     Raises:
         RegistryError: no such dataset.
@@ -211,14 +195,14 @@ class Votes:
         """float32 (K, D, H, W), experts averaged, before any label; NaN where nobody saw."""
         shape = self.classes.shape
         nobody = da.full(shape, np.nan, np.float32) if not all(self.experts) else None
-        return stack_organs(
-            [average_experts(list(who.values())) if who else nobody for who in self.experts]
+        return regions.stack_organs(
+            [regions.average_experts(list(who.values())) if who else nobody for who in self.experts]
         )
 
-    def consensus(self, rules: RegionRules) -> Consensus:
+    def consensus(self, rules: RegionRules) -> regions.Consensus:
         """Its regions; see `pipeline.consensus.regions.consensus`."""
         classes = self.classes if rules.labels_win and self.annotated else None
-        return consensus(
+        return regions.consensus(
             self.log_odds, classes, self.annotated, margin=rules.margin, confidence=rules.confidence
         )
 
@@ -238,7 +222,7 @@ def lazy_votes(case: CachedCase, space: LabelSpace, rules: RegionRules = RegionR
 
 def lazy_consensus(
     case: CachedCase, space: LabelSpace, rules: RegionRules = RegionRules()
-) -> tuple[Consensus, list[int]]:
+) -> tuple[regions.Consensus, list[int]]:
     """The consensus over one case, without reading anything yet.
 
     Returns:
@@ -262,9 +246,7 @@ def lazy_patch(
     for so little, layers and a scheduler would cost more than reading and arithmetic.
 
     Args:
-        case: open for reading.
         space: the student's organs.
-        rules: of the regions.
         box: what is read of the log-odds.
         classes: uint8 (D, H, W), the label of the patch, in classes of `space`.
         resample: of an affine, float32 (K, *box.shape) -> (K, D, H, W): log-odds first, then the
@@ -287,7 +269,7 @@ def _patch(
 ) -> npt.NDArray[np.float32]:
     """See `lazy_patch`."""
     said = {
-        k: averaged(
+        k: regions.averaged(
             *(
                 rules.word(case, teacher, organ)(case.log_odds(teacher, organ, box))
                 for teacher in case.experts[organ]
@@ -297,7 +279,7 @@ def _patch(
         if case.experts.get(organ)
     }
     spoken = list(said)
-    d = stacked(*said.values()) if said else np.empty((0, *box.shape), dtype=np.float32)
+    d = regions.stacked(*said.values()) if said else np.empty((0, *box.shape), dtype=np.float32)
     if resample is not None and spoken:
         d = resample(d)
     known = known_organs(case, space, labels_win=rules.labels_win)
@@ -306,7 +288,7 @@ def _patch(
         if len(known) < len(space.organs):
             classes = LabelSpace({space.organs[k]: k + 1 for k in known}).to_classes(classes)
         d = _among(d, [known.index(k) for k in spoken], len(known), classes.shape)
-        d = corrected(d, classes, annotated, rules.confidence)
+        d = regions.corrected(d, classes, annotated, rules.confidence)
         spoken = known
     return _among(d, spoken, len(space.organs), classes.shape)
 
@@ -366,25 +348,25 @@ def region_rows(
     cohort = open_cohort(work, registry, teachers=teachers, datasets=datasets, as_indexed=True)
     for case in cohort.cases:
         known = known_organs(case, space)
-        names = (*(space.organs[k] for k in known), *OTHER_REGIONS)
+        names = (*(space.organs[k] for k in known), *regions.OTHER_REGIONS)
         counts = np.zeros(len(names), dtype=np.int64)
         for box in case.case.array(LABEL).boxes:  # block by block, without the price of a graph
             classes = space.to_classes(case.label(box))
             log_odds = _patch(case, space, RegionRules(), box, classes, None)
-            counts += region_counts(log_odds[known])
+            counts += regions.region_counts(log_odds[known])
         voxel_ml = case.grid.voxel_ml
         ml = {n: round(float(c) * voxel_ml, 1) for n, c in zip(names, counts, strict=True)}
         rows.append({"case": case.name, "split": case.split, "ml": ml})
     return rows
 
 
-def print_regions(regions: Sequence[Mapping[str, Any]]) -> None:
+def print_regions(sizes: Sequence[Mapping[str, Any]]) -> None:
     """The table, for people."""
-    if not regions:
+    if not sizes:
         return
-    names = list(dict.fromkeys(name for row in regions for name in row["ml"]))
-    shown = regions[:_MOST_ROWS]
-    more = f", first {_MOST_ROWS} of {len(regions)} cases" if len(regions) > _MOST_ROWS else ""
+    names = list(dict.fromkeys(name for row in sizes for name in row["ml"]))
+    shown = sizes[:_MOST_ROWS]
+    more = f", first {_MOST_ROWS} of {len(sizes)} cases" if len(sizes) > _MOST_ROWS else ""
     rows = [[r["case"], *(in_ml(r["ml"].get(name)) for name in names)] for r in shown]
     print_table(f"Regions in ml{more}", ["case", *names], rows)
 

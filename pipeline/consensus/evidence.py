@@ -35,7 +35,6 @@ class GateCases:
     """What one teacher is judged by in one organ.
 
     Attributes:
-        teacher: its name.
         organ: that it is expert in.
         split: of the scored cases; None if there is none.
         scored: labelled cases to score it on, of all datasets that annotate the organ.
@@ -65,10 +64,6 @@ def plan_gate_cases(registry: Registry, cases: Sequence[IndexedCase]) -> list[Ga
 
     Scored are all validation cases that annotate the organ; where there is none at all, a few
     training cases. Test cases decide nothing.
-
-    Args:
-        registry: who is expert in what, who annotates what.
-        cases: that stage one caches.
     """
     few = registry.admission.cases
     known = [case for case in cases if case.split in ("train", "validation")]
@@ -122,11 +117,9 @@ def _few_of_each(cases: Sequence[IndexedCase], few: int) -> list[IndexedCase]:
 # over all voxels that the teacher saw and the label knows. T > 1: the teacher is over-confident.
 # Source: temperature scaling and the expected calibration error (ECE) of Guo et al. 2017, arXiv
 # 1706.04599, for one organ against all else; that far background counts too is a choice, measured
-# in
-# docs/decisions.
+# in docs/decisions.
 #
-# Cached values are float16, so a histogram with one bin per bit pattern is exact and as small for
-# a
+# Cached values are float16, so a histogram with one bin per bit pattern is exact and as small for a
 # thousand cases as for one.
 
 Counts = npt.NDArray[np.int64]
@@ -313,7 +306,6 @@ class Evidence(Config):
     """What was measured of a teacher.
 
     Attributes:
-        teacher: its name.
         teacher_digest: that its units are stored under.
         spacing_mm: z, y, x that the network is given its images at; None: whatever they have.
         organs: organ -> what was measured.

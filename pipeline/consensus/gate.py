@@ -207,9 +207,6 @@ def _is_odd_hu(case: Circumstances, own: Sequence[Circumstances]) -> bool:
     return False
 
 
-# The gate itself: measures what is not on record, judges, and says who may pass.
-
-
 @dataclass(frozen=True)
 class GateResult:
     """What came of it.
@@ -255,11 +252,7 @@ NOT_JUDGED = GateResult([], [], {}, {}, {})
 
 
 def check_accepted(registry: Registry, accept: Iterable[str]) -> None:
-    """Every name is a teacher of the registry.
-
-    Raises:
-        ConfigError: one is not.
-    """
+    """Every name is a teacher of the registry."""
     unknown = [name for name in accept if name not in registry.teachers]
     if unknown:
         raise ConfigError(

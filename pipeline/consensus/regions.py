@@ -145,7 +145,6 @@ def consensus(
         classes: label (D, H, W) for `labels_win`; None leaves the teachers as they are.
         annotated: numbers of the annotated organs.
         margin: m >= 0, in log-odds.
-        confidence: c of `labels_win`.
     """
     d = log_odds.astype("float32")
     if classes is not None:
@@ -348,11 +347,9 @@ def in_blocks(
     Args:
         function: of numpy blocks, in the order of `arrays`.
         axes: of the result, of `kzyx`.
-        dtype: of the result.
         arrays: each with its axes.
         new_axes: axes that no array has -> their size.
         adjust_chunks: axis -> size of a block along it -> size of its result.
-        options: handed to the function.
     """
     pairs = [part for pair in arrays for part in pair]
     return da.blockwise(
@@ -381,7 +378,6 @@ def count_blocks(
         function: of numpy blocks, to int64 (M,).
         num_counts: M.
         arrays: each with its axes, of `kzyx`.
-        options: handed to the function.
 
     Returns:
         int64 (M,), lazily.

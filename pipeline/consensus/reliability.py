@@ -111,13 +111,8 @@ def usual_ml(
 ) -> tuple[float, float] | None:
     """5 % and 95 % quantile of an organ's size in the labels of volumes, or 0 and 95 % of that of
     its sections in those of slices; None without a label of it."""
-    sizes = []
-    for case in cases:
-        if organ in case.annotated and is_slice(case) == of_slices:
-            noted = case.case.noted
-            voxels = noted["organ_voxels"].get(organ, 0)
-            if voxels:
-                sizes.append(voxels * Grid.from_json(noted["grid"]).voxel_ml)
+    shown = (c for c in cases if organ in c.annotated and is_slice(c) == of_slices)
+    sizes = [ml for case in shown if (ml := case.organ_ml(organ))]
     if not sizes:
         return None
     low, high = np.quantile(sizes, QUANTILES)
@@ -182,9 +177,6 @@ def reliable_cases(
     Args:
         training: with the units of their teachers.
         validation: their labels say, with those of training cases, how large an organ is.
-        registry: names the teachers.
-        work: the work folder.
-        config: when a word counts.
         log: hears in which cases a teacher is ignored, and why.
     """
     scores = read_validation_scores(work, registry, log)
@@ -256,10 +248,8 @@ def trusting(
     An organ that a case annotates is left alone: there labels win.
 
     Args:
-        cases: to train on, with the units of their teachers.
         labelled: training and validation cases: how large is an organ?
         scores: of `read_validation_scores`.
-        config: when a word counts.
     """
     organs = {organ for case in cases for organ in case.experts}
     usual, sections = (

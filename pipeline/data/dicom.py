@@ -51,11 +51,13 @@ _TAGS = [
 ]  # fmt: skip
 
 
-def is_series(path: Path) -> bool:
-    """Whether an image is a zip file, or a folder with a DICOM file anywhere below it."""
+def is_series(path: Path, others: list[str] | None = None) -> bool:
+    """Whether an image is a zip file, or a folder with a DICOM file anywhere below it; `others`
+    gets the names of the files that were looked at before it."""
     if path.suffix.lower() == ".zip":
         return True
-    return os.path.isdir(path) and next(_dicom_files(path), None) is not None  # noqa: PTH112
+    found = _dicom_files(path, others=others)
+    return os.path.isdir(path) and next(found, None) is not None  # noqa: PTH112
 
 
 def holds_dicom(folder: Path) -> bool:
@@ -83,7 +85,9 @@ def _joined(hashes: Iterator[str] | Sequence[str]) -> str:
     return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
 
 
-def _dicom_files(folder: Path, *, deep: bool = True) -> Iterator[Path]:
+def _dicom_files(
+    folder: Path, *, deep: bool = True, others: list[str] | None = None
+) -> Iterator[Path]:
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if deep and not name.startswith("."))
         for name in sorted(names):
@@ -92,6 +96,8 @@ def _dicom_files(folder: Path, *, deep: bool = True) -> Iterator[Path]:
                 with path.open("rb") as file:
                     if _is_dicom(file):
                         yield path
+                    elif others is not None:
+                        others.append(name)
 
 
 def _is_dicom(file: IO[bytes]) -> bool:

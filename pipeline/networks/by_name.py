@@ -23,8 +23,6 @@ _DEFAULT_ARGS: Mapping[str, Any] = {
     "num_res_units": 0,
     "norm": "instance",
 }
-
-
 # Of dynamic_network_architectures, nnU-Net's own library: an optional extra.
 NNUNET_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
 

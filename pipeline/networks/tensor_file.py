@@ -48,7 +48,6 @@ def load_sealed(path: Folder, *, unsealed: bool = False) -> Any:
     """What `save_atomically` wrote, with tensors on the CPU.
 
     Args:
-        path: of the file.
         unsealed: also take a file without a seal, as `torch.save` writes it, if the checksums of
             its zip entries are right.
 

@@ -49,7 +49,6 @@ class BlendedSlabs:
     Args:
         image_shape: (D, H, W) of what is handed out.
         padded: (D, H, W) that windows cover.
-        window: their shape.
         sigma: of the Gaussian, in window sizes.
         device: where sums are held; None is the CPU.
 
@@ -139,7 +138,6 @@ class WindowPasses:
             those of the window as it is: what a network computes of a mirrored image is not the
             mirror image of its features, and their mean would be neither.
         batch_size: windows per pass, at most; halved where memory does not suffice.
-        device: where the network is; None is the CPU.
 
     Raises:
         ConfigError: mixed precision without a GPU.
@@ -198,7 +196,7 @@ class WindowPasses:
             total: Tensor | None = None
             for flip in self._flips:
                 with _autocast(self._precision):
-                    out = _first_output(self._network(batch.flip(flip) if flip else batch))
+                    out = first_output(self._network(batch.flip(flip) if flip else batch))
                 out = out.float().flip(flip) if flip else out.float()
                 if total is None:
                     total, features = out, dict(collected)
@@ -259,12 +257,10 @@ def _autocast(precision: Precision) -> AbstractContextManager[object]:
             return torch.autocast("cuda", dtype=torch.float16)
 
 
-def _first_output(out: object) -> Tensor:
+def first_output(out: Any) -> Tensor:
     """Networks with deep supervision return several outputs; the first is the full-size one."""
-    if isinstance(out, (list, tuple)):
-        out = out[0]
-    assert isinstance(out, Tensor)
-    return out
+    result: Tensor = out[0] if isinstance(out, (list, tuple)) else out
+    return result
 
 
 FloatArray = npt.NDArray[np.float32]
@@ -282,7 +278,6 @@ class SlidingWindow:
 
     Attributes:
         network: in evaluation mode.
-        config: window shape and overlap.
         strides: layers whose features are wanted -> voxels per feature cell along z, y, x.
         pad_value: in the network's units; fills what a volume lacks to a window or to a whole
             number of cells.
@@ -306,8 +301,8 @@ class SlidingWindow:
         Returns:
             Logits (C, D, H, W) and per tap (F, ceil(D / s), ceil(H / s), ceil(W / s)), float32.
         """
-        whole = _Whole(image.shape[0])
-        cells = {tap: _Whole(-(-image.shape[0] // s[0])) for tap, s in self.strides.items()}
+        whole = WholeArray(image.shape[0])
+        cells = {tap: WholeArray(-(-image.shape[0] // s[0])) for tap, s in self.strides.items()}
         self.stream(image, whole.put, {tap: sink.put for tap, sink in cells.items()})
         return whole.array, {tap: sink.array for tap, sink in cells.items()}
 
@@ -372,7 +367,7 @@ class SlidingWindow:
         return torch.from_numpy(padded)
 
 
-class _Whole:
+class WholeArray:
     """A sink that keeps everything."""
 
     def __init__(self, rows: int) -> None:
@@ -380,6 +375,7 @@ class _Whole:
         self._array: FloatArray | None = None
 
     def put(self, slab: FloatArray) -> None:
+        """The next rows."""
         if self._array is None:
             self._array = np.empty((slab.shape[0], self._rows, *slab.shape[2:]), dtype=np.float32)
         self._array[:, self._end : self._end + slab.shape[1]] = slab
@@ -387,6 +383,7 @@ class _Whole:
 
     @property
     def array(self) -> FloatArray:
+        """All rows."""
         assert self._array is not None
         assert self._end == self._rows
         return self._array

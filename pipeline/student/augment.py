@@ -1,6 +1,8 @@
 """Augmentation. Space: one sampled transform for everything. Intensity: the image alone.
 
-What is not legal for organs named by their side is refused where organs are known (`check_sides`).
+All randomness comes from the generator that is given, so that a sample stays a pure function of its
+number; MONAI's random transforms keep a state of their own and are not used. What is not legal for
+organs named by their side is refused where organs are known (`check_sides`).
 """
 
 from __future__ import annotations
@@ -25,12 +27,7 @@ from pipeline.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# How a patch looks: changes of intensity, of the image alone.
-#
-# All randomness comes from the generator that is given, so that a sample stays a pure function of
-# its number; MONAI's random transforms keep a state of their own and are not used.
-#
-# Source of the changes, their order, probabilities and most ranges: nnU-Net v2's
+# Changes of intensity. Source of them, their order, probabilities and most ranges: nnU-Net v2's
 # `nnUNetTrainer.get_training_transforms` (Isensee et al. 2021, Nature Methods 18).
 
 FloatArray = npt.NDArray[np.float32]
@@ -48,24 +45,23 @@ _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Fraction = Annotated[float, Field(ge=0.1, le=1)]
+_Spread = Annotated[tuple[_NotNegative, _NotNegative], AfterValidator(ordered)]
+_Factor = Annotated[tuple[_Positive, _Positive], AfterValidator(ordered)]
+_DRAWN = "drawn from least to largest"
 
 
 class NoiseConfig(Config):
     """Gaussian noise, in units of the network's input."""
 
     probability: Probability = 0.1
-    std: Annotated[tuple[_NotNegative, _NotNegative], AfterValidator(ordered)] = Field(
-        default=(0.0, 0.1), description="of the noise; drawn from least to largest"
-    )
+    std: _Spread = Field(default=(0.0, 0.1), description=f"of the noise; {_DRAWN}")
 
 
 class BlurConfig(Config):
     """Gaussian blur, a ball in mm: sigma in voxels of the finest axis, fewer along coarser ones."""
 
     probability: Probability = 0.1
-    sigma: Annotated[tuple[_NotNegative, _NotNegative], AfterValidator(ordered)] = Field(
-        default=(0.5, 1.0), description="voxels of the finest axis; drawn from least to largest"
-    )
+    sigma: _Spread = Field(default=(0.5, 1.0), description=f"voxels of the finest axis; {_DRAWN}")
 
 
 class BrightnessConfig(Config):
@@ -73,7 +69,7 @@ class BrightnessConfig(Config):
 
     probability: Probability = 0.15
     shift: Annotated[tuple[_Finite, _Finite], AfterValidator(ordered)] = Field(
-        default=(-0.15, 0.15), description="added to all voxels; drawn from least to largest"
+        default=(-0.15, 0.15), description=f"added to all voxels; {_DRAWN}"
     )
 
 
@@ -81,20 +77,16 @@ class ContrastConfig(Config):
     """Distances to the patch's mean times a factor."""
 
     probability: Probability = 0.15
-    factor: Annotated[tuple[_Positive, _Positive], AfterValidator(ordered)] = Field(
-        default=(0.75, 1.25), description="drawn from least to largest"
-    )
+    factor: _Factor = Field(default=(0.75, 1.25), description=_DRAWN)
 
 
 class LowResolutionConfig(Config):
     """Voxels thrown away and interpolated back; the share that is kept along the finest axis.
-
-    Coarser axes keep theirs until the voxels are cubes: a thick slice is not made thicker first.
-    """
+    Coarser axes keep theirs until voxels are cubes: a thick slice is not made thicker first."""
 
     probability: Probability = 0.125
     zoom: Annotated[tuple[_Fraction, _Fraction], AfterValidator(ordered)] = Field(
-        default=(0.5, 1.0), description="share of voxels kept; drawn from least to largest"
+        default=(0.5, 1.0), description=f"share of voxels kept; {_DRAWN}"
     )
 
 
@@ -102,9 +94,7 @@ class GammaConfig(Config):
     """Values between the patch's least and largest, as 0 .. 1, to the power of an exponent."""
 
     probability: Probability = 0.3
-    exponent: Annotated[tuple[_Positive, _Positive], AfterValidator(ordered)] = Field(
-        default=(0.7, 1.5), description="drawn from least to largest"
-    )
+    exponent: _Factor = Field(default=(0.7, 1.5), description=_DRAWN)
 
 
 class AppearanceConfig(Config):
@@ -131,8 +121,10 @@ def change_intensity(
 
     Args:
         image: (1, D, H, W) in units of the network's input; left as it is.
-        spacing_mm: z, y, x; only their ratios matter.
+        spacing_mm: only their ratios matter.
     """
+
+    from scipy.ndimage import gaussian_filter
 
     def happens(probability: float) -> bool:
         return bool(rng.random() < config.intensity * probability)
@@ -142,7 +134,9 @@ def change_intensity(
         std = np.float32(rng.uniform(*config.noise.std))
         out = out + std * rng.standard_normal(out.shape, dtype=np.float32)
     if happens(config.blur.probability):
-        out = _blur(out, rng.uniform(*config.blur.sigma), spacing_mm)
+        sigma = rng.uniform(*config.blur.sigma)
+        sigmas = [0.0, *(sigma / edge for edge in _relative(out, spacing_mm))]
+        out = gaussian_filter(out, sigmas, mode="nearest", truncate=3)
     if happens(config.brightness.probability):
         out = out + np.float32(rng.uniform(*config.brightness.shift))
     if happens(config.contrast.probability):
@@ -151,7 +145,10 @@ def change_intensity(
     if happens(config.low_resolution.probability):
         out = _low_resolution(out, rng.uniform(*config.low_resolution.zoom), spacing_mm)
     if happens(config.gamma.probability):
-        out = _gamma(out, rng.uniform(*config.gamma.exponent))
+        low, high = float(out.min()), float(out.max())
+        scale = max(high - low, 1e-6)
+        exponent = np.float32(rng.uniform(*config.gamma.exponent))
+        out = ((out - low) / scale) ** exponent * scale + low
     return out.astype(np.float32)
 
 
@@ -159,14 +156,6 @@ def _relative(image: FloatArray, spacing_mm: Sequence[float]) -> list[float]:
     """Voxel edges in units of the finest one; the thickness of one slice is no spacing."""
     edges = [edge for edge, n in zip(spacing_mm, image.shape[1:], strict=True) if n > 1]
     return [edge / min(edges or spacing_mm) for edge in spacing_mm]
-
-
-def _blur(image: FloatArray, sigma: float, spacing_mm: Sequence[float]) -> FloatArray:
-    from scipy.ndimage import gaussian_filter
-
-    sigmas = [0.0, *(sigma / edge for edge in _relative(image, spacing_mm))]
-    blurred: FloatArray = gaussian_filter(image, sigmas, mode="nearest", truncate=3)
-    return blurred
 
 
 def _low_resolution(image: FloatArray, zoom: float, spacing_mm: Sequence[float]) -> FloatArray:
@@ -181,12 +170,6 @@ def _low_resolution(image: FloatArray, zoom: float, spacing_mm: Sequence[float])
     ]
     coarse = functional.interpolate(torch.from_numpy(image)[None], size=kept, mode="nearest-exact")
     return functional.interpolate(coarse, size=full, mode="trilinear")[0].numpy()
-
-
-def _gamma(image: FloatArray, exponent: float) -> FloatArray:
-    low, high = float(image.min()), float(image.max())
-    scale = max(high - low, 1e-6)
-    return ((image - low) / scale) ** np.float32(exponent) * scale + low
 
 
 Axis = Literal[0, 1, 2]
@@ -277,17 +260,14 @@ class AugmentConfig(AppearanceConfig):
 
 def _movements(config: AugmentConfig) -> Iterator[Movement]:
     """All flips and quarter turns that may be drawn."""
-    axes = config.flip_axes
-    flips = chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1))
+    flips = chain.from_iterable(combinations(config.flip_axes, n) for n in range(4))
     turns = product(*(range(4 if axis in config.rotate_axes else 1) for axis in range(3)))
     return (Movement(some, (z, y, x)) for some, (z, y, x) in product(flips, turns))
 
 
 def check_sides(config: AugmentConfig, space: LabelSpace, patch: Index3) -> None:
-    """Organs named by their side, and mirror images of patients, do not go together.
-
-    The mirrored image of a left kidney is that of a right one, with the label and log-odds of a
-    left one.
+    """Organs named by their side, and mirror images of patients, do not go together: the mirrored
+    image of a left kidney is that of a right one, with label and log-odds of a left one.
 
     Raises:
         ConfigError: both are wanted.
@@ -304,45 +284,34 @@ def check_sides(config: AugmentConfig, space: LabelSpace, patch: Index3) -> None
 
 
 def sided_organs(space: LabelSpace) -> list[str]:
-    """Organs whose name says left or right."""
-    return [organ for organ in space.organs if _is_sided(organ, space.organs)]
-
-
-def _is_sided(organ: str, organs: Sequence[str]) -> bool:
-    """Whether a word of its name is left or right; l or r only if the other one is there, too."""
+    """Organs with left or right in their name; with l or r only if the other is there, too."""
     other = {"left": "right", "right": "left", "l": "r", "r": "l"}
-    words = _words(organ)
-    if {"left", "right"} & set(words):
-        return True
-    swapped = [other.get(word, word) for word in words]
-    return swapped != words and swapped in [_words(o) for o in organs]
+    # kidney_left, Left Kidney, kidneyLeft: kidney and left, in their order.
+    parts = {organ: re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", organ) for organ in space.organs}
+    words = {organ: [part.lower() for part in found] for organ, found in parts.items()}
+    swapped = {organ: [other.get(w, w) for w in found] for organ, found in words.items()}
+    return [
+        organ
+        for organ, found in words.items()
+        if {"left", "right"} & {*found}
+        or (swapped[organ] != found and swapped[organ] in words.values())
+    ]
 
 
-def _words(organ: str) -> list[str]:
-    """kidney_left, Left Kidney, kidneyLeft -> kidney and left, in their order."""
-    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", organ)]
-
-
-def draw_movement(
-    config: AugmentConfig, patch: tuple[int, int, int], rng: np.random.Generator
-) -> Movement:
-    """Draws one transform; in a plane in which the patch is not square there are half turns."""
-    affine = _draw_affine(config.affine, rng)
+def draw_movement(config: AugmentConfig, patch: Index3, rng: np.random.Generator) -> Movement:
+    """Draws one transform; in a plane in which the patch is not square there are half turns. Angles
+    are drawn evenly, scale evenly in its logarithm: as often 1.25 as 1 / 1.25."""
+    affine = None
+    if rng.random() < config.affine.probability:
+        z, y, x = (float(rng.uniform(-angle, angle)) for angle in config.affine.degrees)
+        low, high = (math.log(scale) for scale in config.affine.scale)
+        affine = Affine((z, y, x), math.exp(rng.uniform(low, high)))
     flips = tuple(axis for axis in config.flip_axes if rng.random() < 0.5)
     turns = [0, 0, 0]
     for axis in config.rotate_axes:
         a, b = PLANES[axis]
         turns[axis] = int(rng.integers(4)) if patch[a] == patch[b] else 2 * int(rng.integers(2))
     return Movement(flips, (turns[0], turns[1], turns[2]), affine)
-
-
-def _draw_affine(config: AffineConfig, rng: np.random.Generator) -> Affine | None:
-    """Angles evenly, scale evenly in its logarithm: as often 1.25 as 1 / 1.25."""
-    if rng.random() >= config.probability:
-        return None
-    z, y, x = (float(rng.uniform(-angle, angle)) for angle in config.degrees)
-    low, high = (math.log(scale) for scale in config.scale)
-    return Affine((z, y, x), math.exp(rng.uniform(low, high)))
 
 
 # How a sample is moved: one transform for image, label, log-odds, regions and features.
@@ -371,8 +340,7 @@ class Affine:
             turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
             turned = turned @ turn
         spacing = np.asarray(spacing_mm)
-        in_voxels: npt.NDArray[np.float64] = turned * spacing[None, :] / spacing[:, None]
-        return in_voxels / self.scale
+        return np.asarray(turned * spacing[None, :] / spacing[:, None] / self.scale)
 
     def within(self, slice_axis: int | None) -> Affine:
         """The same for a volume (None); of one slice only the turn about the axis across it, since
@@ -384,10 +352,7 @@ class Affine:
 
 
 class Warp:
-    """Resamples a patch from the box that an affine needs for it.
-
-    Args:
-        affine: about the patch's middle.
+    """Resamples a patch from the box that an affine about its middle needs for it.
 
     Attributes:
         box: what is to be read. It may reach outside the case even where the patch does not, and
@@ -407,9 +372,9 @@ class Warp:
         z, y, x = (int(n) for n in first)
         d, h, w = (int(n) for n in last - first + 1)
         self.box = Patch((z, y, x), (d, h, w))
-        self._grid = _grid(matrix, middle - first, half, patch.shape, self.box.shape)
+        self._grid = _grid(matrix, middle - first, patch.shape, self.box.shape)
 
-    def linear(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def linear(self, values: FloatArray) -> FloatArray:
         """(C, d, h, w) of the box -> float32 (C, D, H, W); next to NaN is NaN."""
         return self._sample(values, "bilinear")
 
@@ -418,9 +383,7 @@ class Warp:
         moved = self._sample(values[None].astype(np.float32), "nearest")[0]
         return np.asarray(moved, dtype=np.uint8)
 
-    def _sample(
-        self, values: npt.NDArray[np.float32], mode: Literal["bilinear", "nearest"]
-    ) -> npt.NDArray[np.float32]:
+    def _sample(self, values: FloatArray, mode: Literal["bilinear", "nearest"]) -> FloatArray:
         import torch
         from torch.nn import functional
 
@@ -430,18 +393,12 @@ class Warp:
 
 
 def _grid(
-    matrix: npt.NDArray[np.float64],
-    middle: npt.NDArray[np.float64],
-    half: npt.NDArray[np.float64],
-    shape: Index3,
-    box: Index3,
+    matrix: npt.NDArray[np.float64], middle: npt.NDArray[np.float64], shape: Index3, box: Index3
 ) -> Tensor:
     """For `grid_sample`: (1, D, H, W, 3), x first, -1 .. 1 from the box's first to last voxel."""
     import torch
 
-    offsets = np.meshgrid(
-        *(np.arange(n) - m for n, m in zip(shape, half, strict=True)), indexing="ij", sparse=True
-    )
+    offsets = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in shape), indexing="ij", sparse=True)
     grid = np.empty((*shape, 3), dtype=np.float32)
     for axis in range(3):
         scale = 2 / max(1, box[axis] - 1)

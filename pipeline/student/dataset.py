@@ -23,24 +23,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pipeline.cache.reader import POOL, CachedCase
-from pipeline.consensus.cohort import (
-    RegionRules,
-    compute,
-    known_organs,
-    lazy_patch,
-)
+from pipeline.consensus.cohort import RegionRules, compute, known_organs, lazy_patch
 from pipeline.data.labels import IGNORE
 from pipeline.data.patches import Index3, Patch, patch_at
 from pipeline.errors import PipelineError
-from pipeline.student.augment import (
-    Warp,
-    change_intensity,
-    check_sides,
-    draw_movement,
-)
+from pipeline.student.augment import Warp, change_intensity, check_sides, draw_movement
+from pipeline.student.distributed import ALONE, Processes
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import TapKey
-from pipeline.student.processes import ALONE, Processes
 from pipeline.student.resume import live_as_long_as_the_loop
 from pipeline.student.sampling import Sampler
 from pipeline.student.settings import TrainingConfig
@@ -60,7 +50,6 @@ class PatchDataset(Dataset[dict[str, Any]]):
     scaled image are not the mirrored or scaled ones.
 
     Args:
-        config: of the training.
         inputs: to draw from and to read; see `Sampler`.
         processes: that share each batch; this one's samples are made.
         pool_bytes: decoded chunks kept per process; changes speed only.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,13 +140,16 @@ def _found(path: Path, left: list[str]) -> list[tuple[str, Path]]:
     if problems:
         raise ConfigError(problems[0], where=path, fix="Or name the files.")
     names = [n for n in names if not any(part.startswith(".") for part in n.split("/"))]
-    images = [n for n in names if _IMAGE.search(n) or _is_series_folder(root / n)]
-    left += _left(root, [name for name in names if name not in set(images)])
-    return [(_stem(name), root / name) for name in images]
-
-
-def _is_series_folder(path: Path) -> bool:
-    return os.path.isdir(path) and is_series(path)  # noqa: PTH112 - never raises
+    images, rest = [], dict[str, list[str] | None]()
+    for name in names:
+        inside: list[str] = []
+        is_folder = os.path.isdir(root / name)  # noqa: PTH112 - never raises
+        if _IMAGE.search(name) or (is_folder and is_series(root / name, inside)):
+            images.append((_stem(name), root / name))
+        else:
+            rest[name] = inside if is_folder else None
+    left += _left(root, rest)
+    return images
 
 
 def _is_spelt_out(path: Path) -> bool:
@@ -154,16 +157,16 @@ def _is_spelt_out(path: Path) -> bool:
     return not any(c in path.name for c in MAGIC) or not is_absent(path)
 
 
-def _left(root: Path, names: Iterable[str]) -> list[str]:
-    """What was not taken, in sentences."""
+def _left(root: Path, names: Mapping[str, list[str] | None]) -> list[str]:
+    """What was not taken, in sentences; of a folder with the names of the files below it."""
     pairs: dict[str, str] = {}
     full, empty, others = [], [], []
-    for name in names:
+    for name, inside in names.items():
         if _PAIR.search(name):
             pairs.setdefault(_PAIR.sub("", name), name)
-        elif not os.path.isdir(root / name):  # noqa: PTH112 - never raises
+        elif inside is None:
             others.append(name)
-        elif any(_NIFTI.search(file) for _, _, files in os.walk(root / name) for file in files):
+        elif any(map(_NIFTI.search, inside)):
             full.append(name)
         else:
             empty.append(name)

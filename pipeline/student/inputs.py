@@ -20,14 +20,7 @@ from pipeline.consensus.evidence import temperatures
 from pipeline.consensus.reliability import ignored_claims, reliable_cases
 from pipeline.data.labels import LabelSpace
 from pipeline.data.registry import Registry
-from pipeline.errors import (
-    CacheError,
-    CacheMissing,
-    CheckpointError,
-    ConfigError,
-    counted,
-    listed,
-)
+from pipeline.errors import CacheError, CacheMissing, CheckpointError, ConfigError, counted, listed
 from pipeline.folder import Folder, matching, read_text
 from pipeline.log import Log
 from pipeline.student.settings import SupervisionConfig
@@ -45,7 +38,6 @@ class TrainingInputs:
     Attributes:
         training: cases to train on, each with the units that exist.
         validation: labelled cases; their teachers' units are not opened, since nobody reads them.
-        space: the organs.
         identity: all of this by digest, for the run's digest. `missing_units`, teacher -> training
             cases, is in it only where units are missing, `missing_cases` only where cases are, and
             `fold` only of a registry in folds.
@@ -72,11 +64,7 @@ def open_inputs(
     """Opens what the cache holds for a supervision.
 
     Args:
-        supervision: says what is needed.
         registry: read without its files.
-        work: the work folder that stage one filled.
-        allow_missing: go on with the cases and units that exist.
-        log: hears what is left out.
 
     Raises:
         CacheMissing: stage one has not run here, or the cache lacks units or temperatures.
@@ -146,7 +134,6 @@ def check_same_units(folder: Folder, identity: Mapping[str, Any]) -> None:
 
     Args:
         folder: of the run; one that was never started may be absent.
-        identity: see `TrainingInputs`.
 
     Raises:
         CheckpointError: units are there that were missing then, or the other way round.

@@ -34,8 +34,6 @@ class StepMemory:
 
     Attributes:
         weights: with their gradients and the optimiser's states; and half-precision copies.
-        activations: that the backward pass needs.
-        loss: likewise, of the loss.
         batch: image, classes, log-odds.
     """
 

@@ -97,7 +97,6 @@ class StudentNetwork(nn.Module):
 
     Attributes:
         network: (N, 1, D, H, W) -> logits.
-        cached: the cached taps that are compared with a layer.
         layer_of: the layer of the student that each of them is compared with.
 
     Raises:
@@ -173,8 +172,6 @@ def pair_taps(
     Args:
         taps: layers, each for all cached taps of its stride; or cached tap -> layer, in which case
             taps that are not named are left out.
-        strides: of the student's layers.
-        cached: what the cache holds.
 
     Raises:
         ConfigError: a layer of another stride than its cached tap, a cached tap without a layer or

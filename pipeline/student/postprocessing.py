@@ -90,7 +90,6 @@ def best_rule(rules: Sequence[Rule], dice: Sequence[Sequence[float]]) -> Rule | 
     """The rule that raises the mean most.
 
     Args:
-        rules: that were tried.
         dice: of each case, as `dice_by_rule` gives it.
 
     Returns:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 from pipeline.errors import WorkFolderError
@@ -77,14 +78,13 @@ class Metrics:
                 path.touch()
             for line in kept_lines(path, keep_until):
                 self.history.add(line)
-        self._path, self._batch_size, self._loggers = path, batch_size, loggers
+        self._path, self._batch_size, self._loggers, self._warn = path, batch_size, loggers, warn
         self._unwritten: list[dict[str, Any]] = []
         self._window = _Window(began=time.monotonic())
         self._timing: Mapping[str, float] = {}
         self._asked: float | None = None
         self._waited = 0.0
         self._step_ended = self._drawn_at = time.monotonic()
-        self._warn = warn
 
     @property
     def note(self) -> str:
@@ -103,12 +103,25 @@ class Metrics:
         """Whether the last picture is so old that a new one costs little beside the steps since."""
         return time.monotonic() - self._drawn_at > SECONDS_BETWEEN_PICTURES
 
-    def picture_drawn(self, failed: str | None = None) -> None:
-        """From here on the picture is new; or why it is not."""
+    def draw(self, path: Path, ids: Mapping[str, int] | None = None) -> None:
+        """Loss terms, validation Dice and throughput against steps, as a PNG; in the colours of the
+        organs' ids. One that cannot be drawn costs a warning, not the training."""
+        history = self.history
+        try:
+            save_curves(
+                path,
+                {name: curve.points for name, curve in history.terms.items()},
+                {organ: curve.points for organ, curve in history.dice.items()},
+                samples_per_second=history.samples_per_second.points,
+                data_wait=history.data_wait.points,
+                ids=ids,
+                title=f"{self.name}, step {history.step:,}",
+            )
+        except Exception as error:  # whatever a drawing library raises, and a full disk
+            if self._warn is not None:
+                self._warn(f"{path} cannot be drawn ({error}); the training goes on.")
+                self._warn = None
         self._drawn_at = time.monotonic()
-        if failed is not None and self._warn is not None:
-            self._warn(failed)
-            self._warn = None
 
     def batches(self, loader: Iterable[_Batch]) -> Iterator[_Batch]:
         """The loader's batches; how long each takes to come counts as waiting for data."""
@@ -158,17 +171,17 @@ class Metrics:
         self._write()
         line = {"step": step, "validation_dice": dict(scores), "timing": {"seconds": seconds}}
         self.history.add(line)
-        append_lines(self._path, [line])
-        known = {organ: dice for organ, dice in scores.items() if dice is not None}
-        mean = mean_dice(scores)
-        if mean is not None and self._loggers is not None:
-            values = {f"dice/{organ}": dice for organ, dice in {**known, "mean": mean}.items()}
+        self._append([line])
+        told = {**scores, "mean": mean_dice(scores)}
+        values = {f"dice/{organ}": dice for organ, dice in told.items() if dice is not None}
+        if values and self._loggers is not None:
             self._loggers.scalars(step, values)
 
     def flush(self) -> None:
         """All lines are on the disk; after that a checkpoint may say that their steps are made."""
         self._write()
-        sync(self._path)
+        with writing(self._path), self._path.open("rb") as file:
+            os.fsync(file.fileno())
 
     def _write(self) -> None:
         """Appends the lines of a window, with its timing in the last."""
@@ -179,29 +192,27 @@ class Metrics:
         if window.steps:
             self._timing = lines[-1]["timing"] = window.timing(self._batch_size)
             self.history.add_timing(self._timing)
-        append_lines(self._path, lines)
+        self._append(lines)
         if self._loggers is not None:
             self._loggers.scalars(lines[-1]["step"], _scalars(lines))
+
+    def _append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """In one write; a line that a full disk cuts short goes with the next resume."""
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(text)
 
 
 @contextmanager
 def followed(
     run: LoggedRun, batch_size: int, warn: Callable[[str], None], loggers: Iterable[RunLogger] = ()
 ) -> Iterator[Metrics]:
-    """The metrics of a run while it trains; what loggers began is finished whatever happens.
-
-    Args:
-        batch_size: samples in a step, over all processes.
-    """
+    """The metrics of a run while it trains; what loggers began is finished whatever happens."""
     others = Loggers(loggers, warn)
     metrics = Metrics(
-        run.folder / "metrics.jsonl",
-        keep_until=run.resumed_from,
-        batch_size=batch_size,
-        name=run.name,
-        loggers=others,
-        warn=warn,
-    )
+        run.folder / "metrics.jsonl", keep_until=run.resumed_from, batch_size=batch_size,
+        name=run.name, loggers=others, warn=warn,
+    )  # fmt: skip
     others.start(run)
     well = False
     try:
@@ -225,23 +236,18 @@ def _scalars(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Means over a window, for loggers: a point each would be a million files of a long run."""
     last = lines[-1]
     names = {name for line in lines for name in line["terms"]}
-    found = {f"loss/{n}": _mean(line["terms"].get(n, 0.0) for line in lines) for n in sorted(names)}
+    found = {f"loss/{n}": fmean(line["terms"].get(n, 0.0) for line in lines) for n in sorted(names)}
     for line in lines:
         for organ, share in line.get("believed", {}).items():
             if share is not None:
                 found[f"believed/{organ}"] = share
-    found["loss/total"] = _mean(line["loss"] for line in lines)
+    found["loss/total"] = fmean(line["loss"] for line in lines)
     norms = [line["gradient_norm"] for line in lines if line["gradient_norm"] is not None]
     if norms:
-        found["gradient_norm"] = _mean(norms)
+        found["gradient_norm"] = fmean(norms)
     found["lr"] = last["lr"]
     speed = {k: v for k, v in last.get("timing", {}).items() if k not in ("steps", "seconds")}
     return found | {f"speed/{name}": value for name, value in speed.items()}
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
 
 
 # What a training has been like, in little memory however long it is.
@@ -303,8 +309,6 @@ class History:
         step: of the last line; 0 before the first.
         smooth_loss: a running mean over about 20 steps.
         terms: curve of each weighted loss term; `total` is their sum.
-        dice: curve of each organ's validation Dice.
-        samples_per_second: curve.
         data_wait: curve of the share of the time in which the loop waited for the loader, 0 to 1.
         scores: first, best and last validation of each organ, and of the mean over organs.
         last_validation: as it stands in the last line of a validation; empty before the first.
@@ -372,8 +376,7 @@ def metric_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Lines of a file one after the other, up to one that a kill cut short."""
     with path.open("rb") as file:
         for text in file:
-            line = parsed(text)
-            if line is None:
+            if (line := parsed(text)) is None:
                 return
             yield line
 
@@ -381,27 +384,6 @@ def metric_lines(path: Path) -> Iterator[dict[str, Any]]:
 def without_timing(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Lines as far as they are the same in every run with the same settings."""
     return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
-
-
-def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Appends, in one write.
-
-    Raises:
-        WorkFolderError: the disk refuses it; a line that is cut short goes with the next resume.
-    """
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(text)
-
-
-def sync(path: Path) -> None:
-    """Returns when all that was appended is on the disk.
-
-    Raises:
-        WorkFolderError: the disk refuses it.
-    """
-    with writing(path), path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def kept_lines(path: Path, keep_until: int) -> Iterator[dict[str, Any]]:
@@ -434,37 +416,9 @@ def parsed(text: bytes) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
-# What a person looks at: progress.png while a run trains, a table of validations after it.
-
-
-def draw_progress(path: Path, metrics: Metrics, ids: Mapping[str, int] | None = None) -> None:
-    """Loss terms, validation Dice and throughput against steps, as a PNG.
-
-    A picture that cannot be drawn costs a warning, not the training. `ids`: of the organs, for
-    their colours.
-    """
-    history, failed = metrics.history, None
-    try:
-        save_curves(
-            path,
-            {name: curve.points for name, curve in history.terms.items()},
-            {organ: curve.points for organ, curve in history.dice.items()},
-            samples_per_second=history.samples_per_second.points,
-            data_wait=history.data_wait.points,
-            ids=ids,
-            title=f"{metrics.name}, step {history.step:,}",
-        )
-    except Exception as error:  # whatever a drawing library raises, and a full disk
-        failed = f"{path} cannot be drawn ({error}); the training goes on."
-    metrics.picture_drawn(failed)
-
-
 def show_validations(log: Log, metrics: Path, where: Folder) -> None:
-    """A table of first, best and last validation Dice per organ, and where the run's files are.
-
-    Args:
-        where: the run's folder as the user knows it.
-    """
+    """A table of first, best and last validation Dice per organ, and where the run's files are:
+    `where` as the user knows it."""
     if log.quiet:
         return
     history = History()
@@ -488,10 +442,9 @@ def _table(history: History) -> tuple[list[str], list[list[str]]]:
         columns = ["organ", f"first (step {first})", "best", "at step", last]
     rows = []
     for name in organs if len(organs) == 1 else [*organs, "mean"]:
-        found = history.scores.get(name)
         cells = ["-"] * 4
-        if found is not None:
-            best, at = found.best[1], found.best[0]
+        if (found := history.scores.get(name)) is not None:
+            at, best = found.best
             cells = [f"{found.first[1]:.3f}", f"{best:.3f}", str(at), f"{found.last[1]:.3f}"]
         rows.append([name, *cells][: len(columns)])
     return columns, rows

@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,46 +27,36 @@ from pipeline.errors import CheckpointError, PipelineError
 from pipeline.folder import Folder, mirrored
 from pipeline.log import Log
 from pipeline.student.checkpoint import StudentRecord, load_newest, save_student, save_training
+from pipeline.student.distributed import ALONE, Processes
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.loggers import LoggedRun, open_loggers
 from pipeline.student.network import StudentNetwork
-from pipeline.student.processes import ALONE, Processes
-from pipeline.student.progress import Metrics, draw_progress, followed, mean_dice
+from pipeline.student.progress import Metrics, followed, mean_dice
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.speed import Speed
 
 
-class Stateful(Protocol):
-    """A part of a training that later steps depend on: network, optimiser and the like."""
-
-    def state_dict(self) -> Any:
-        """All of it."""
-
-    def load_state_dict(self, state: Any, /) -> Any:
-        """Replaces all of it."""
-
-
+@dataclass
 class BestSoFar:
     """The highest mean Dice of the validations before; in the checkpoint, as what follows depends
     on it."""
 
-    def __init__(self) -> None:
-        self._dice = -1.0
+    mean_dice: float = -1.0
 
     def beaten_by(self, dice: float | None) -> bool:
         """Whether it is higher than all before; it is then the best."""
-        if dice is None or dice <= self._dice:
+        if dice is None or dice <= self.mean_dice:
             return False
-        self._dice = dice
+        self.mean_dice = dice
         return True
 
     def state_dict(self) -> dict[str, float]:
         """The number."""
-        return {"mean_dice": self._dice}
+        return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, float], /) -> None:
         """Replaces the number."""
-        self._dice = state["mean_dice"]
+        self.mean_dice = state["mean_dice"]
 
 
 @dataclass(frozen=True)
@@ -93,8 +83,8 @@ class TrainingState:
         return {"config": self.config.model_dump(mode="json"), "inputs": inputs}
 
     @property
-    def parts(self) -> dict[str, Stateful]:
-        """What is in a checkpoint, by name."""
+    def parts(self) -> dict[str, Any]:
+        """What is in a checkpoint, by name; each with `state_dict` and `load_state_dict`."""
         names = ("network", "optimiser", "speed", "best")
         return {name: getattr(self, name) for name in names}
 
@@ -227,7 +217,7 @@ class RunFolder:
 
     def _draw(self, state: TrainingState) -> None:
         if self.pictures:
-            draw_progress(self.path / "progress.png", self._metrics, state.inputs.space.ids)
+            self._metrics.draw(self.path / "progress.png", state.inputs.space.ids)
 
     def _read(self, identity: Mapping[str, Any], log: Log) -> dict[str, Any] | None:
         """The newest checkpoint; where there is none, config.json is written instead."""
@@ -366,12 +356,12 @@ def live_as_long_as_the_loop(worker: int) -> None:
         signal.signal(name, signal.SIG_IGN)
     loop = multiprocessing.parent_process()
     if loop is not None:
-        threading.Thread(target=_exit_after, args=(loop,), daemon=True).start()
 
+        def follow() -> None:
+            loop.join()
+            os._exit(1)
 
-def _exit_after(process: Any) -> None:
-    process.join()
-    os._exit(1)
+        threading.Thread(target=follow, daemon=True).start()
 
 
 def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:

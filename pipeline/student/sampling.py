@@ -41,9 +41,6 @@ class Sampler:
     among its like.
 
     Args:
-        cases: to draw from.
-        organs: of the student.
-        config: see there.
         use_teachers: whether the supervision reads teachers at all; else labels alone say where.
 
     Raises:

@@ -35,7 +35,6 @@ class SpeedFlags:
     Attributes:
         precision: of the network's passes; weights, losses and the optimiser stay float32.
         channels_last: convolutions on (N, D, H, W, C) memory.
-        compile: `torch.compile` of the network.
     """
 
     precision: Precision = "fp32"
@@ -54,8 +53,6 @@ class TrainingExecution:
 
     Attributes:
         device: auto, cpu, cuda, cuda:1.
-        workers: loader processes.
-        flags: precision, memory format, compiling.
         loggers: names of loggers that are told beside metrics.jsonl.
         checkpoint_minutes: at most so much work is lost to a kill.
         stage_to: folder on the machine's own disk that is read from instead of the cache; see
@@ -103,10 +100,6 @@ class Speed:
 
     A step is: the loss within `autocast`, `scaler.scale(loss).backward()`, `scaler.unscale_`,
     clipping, `step`. Without fp16 the scaler does nothing.
-
-    Args:
-        flags: of the command line.
-        device: where training runs.
     """
 
     def __init__(self, flags: SpeedFlags | None = None, device: torch.device | None = None) -> None:

@@ -21,9 +21,9 @@ from pipeline.cache.staged import Copy
 from pipeline.errors import CacheError
 from pipeline.folder import temporary_name
 from pipeline.log import Log, size
+from pipeline.student.distributed import ALONE, Processes
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import TapKey
-from pipeline.student.processes import ALONE, Processes
 
 # Of the disk: others live on it as well.
 _LEFT_FREE = 0.05
@@ -35,9 +35,6 @@ class _Outcome:
 
     Attributes:
         ready: names of the copies that it made or found in order.
-        num_bytes: that it copied.
-        read_bytes: of the ready copies.
-        decoded: whether they are.
         problems: why others are not; a sentence each.
     """
 
@@ -76,7 +73,6 @@ def staged_cases(
 
     Args:
         folder: on a disk of this node; the same path on all.
-        taps: those whose features are read.
         log: hears what was copied, and of everything that is read from the cache after all.
         processes: that train together; those of one host share the work.
     """

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from pipeline.cache.reader import CachedCase
 from pipeline.data.labels import IGNORE, LabelSpace
@@ -20,17 +19,11 @@ from pipeline.errors import ConfigError, PipelineError, Stopped
 from pipeline.log import Log
 from pipeline.networks.by_name import pick_device
 from pipeline.student.dataset import PatchDataset, loaded_batches, to_batch
-from pipeline.student.inference import predict_logits
+from pipeline.student.distributed import ALONE, Processes
+from pipeline.student.inference import StudentWindows
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import StudentNetwork, seeded_network
-from pipeline.student.postprocessing import (
-    BoolArray,
-    Rule,
-    best_rule,
-    candidates,
-    dice_by_rule,
-)
-from pipeline.student.processes import ALONE, Processes
+from pipeline.student.postprocessing import Rule, best_rule, candidates, dice_by_rule
 from pipeline.student.resume import RunFolder, TrainingState, stop_signals
 from pipeline.student.settings import TrainingConfig, build_optimiser
 from pipeline.student.speed import Speed, TrainingExecution
@@ -46,13 +39,15 @@ class Trained:
     Attributes:
         network: with its last weights, on the CPU, in evaluation mode.
         validation_dice: per organ, of the last step; None where no validation case shows it.
+        rules: which parts of an organ are better removed, by the same cases; empty of an unfinished
+            training.
         step: steps that were made in all; fewer than asked for if it was stopped.
-        steps: that were asked for.
         signalled: a signal to stop came, be it in the last step: who has more to do shall not.
     """
 
     network: StudentNetwork
     validation_dice: Mapping[str, float | None]
+    rules: Mapping[str, Rule]
     step: int
     steps: int
     signalled: bool
@@ -82,11 +77,8 @@ def train(
     """Trains, or goes on training, until `config.steps`.
 
     Args:
-        config: what changes numbers.
         inputs: what is read; no validation case is none too few.
         run: where checkpoints, metrics.jsonl and progress.png go.
-        execution: how; changes speed and rounding.
-        log: where progress goes.
         processes: that train together; `config.batch_size` is shared by them, the first writes.
 
     Raises:
@@ -114,13 +106,14 @@ def train(
         loaded_batches(data, start, execution.workers) as loader,
     ):
         scores = processes.from_first(lambda: dict(metrics.history.last_validation))
+        rules: dict[str, Rule] = {}
         for collated in metrics.batches(loader):
             line = _step_of_all(state, collated, step, run)
             step += 1
             metrics.add(step, **line)
             advance(metrics.note)
             if step % config.validate_every == 0 or step == config.steps:
-                scores = _validated(state)
+                scores, rules = _validated(state, step)
                 run.add_validation(state, step, scores)
                 network.train()
             due = time.monotonic() - last_save > execution.checkpoint_minutes * 60
@@ -132,7 +125,9 @@ def train(
             if stop and step < config.steps:
                 log.info(f"stopped by a signal after step {step}; the checkpoint is written")
                 break
-    return Trained(network.cpu().eval(), scores, step, config.steps, signalled=stopping())
+    if step == start == config.steps:  # killed before its student was written, which has the rules
+        _, rules = _validated(state, step)
+    return Trained(network.cpu().eval(), scores, rules, step, config.steps, stopping())
 
 
 def _begin(
@@ -218,106 +213,73 @@ def make_step(state: TrainingState, batch: Batch, step: int) -> dict[str, Any]:
 # Dice on labelled validation cases while training.
 
 
-def _validated(state: TrainingState) -> dict[str, float | None]:
-    inputs, speed = state.inputs, state.speed
+def _validated(state: TrainingState, step: int) -> tuple[dict[str, float | None], dict[str, Rule]]:
+    """Mean Dice per organ over the cases whose label shows it, None where none does; and after the
+    last step which parts of an organ are better removed: organs without a rule are left as they
+    are."""
+    config, inputs, speed = state.config, state.inputs, state.speed
+    tried = _rules_to_try(inputs) if step == config.steps else {}
+    network = state.network.network
+    windows = StudentWindows(network, config.intensity, config.patch, speed.device, overlap=0.25)
     with speed.autocast():
-        return validate(
-            state.network.network, inputs.validation, inputs.space, state.config, speed.device,
-            state.processes,
-        )  # fmt: skip
+        dice = validate(windows, inputs.validation, inputs.space, state.processes, tried)
+    best = {organ: best_rule(rules, dice[organ]) for organ, rules in tried.items()}
+    return mean_scores(dice), {organ: rule for organ, rule in best.items() if rule is not None}
+
+
+def _rules_to_try(inputs: TrainingInputs) -> dict[str, list[Rule]]:
+    volumes = {
+        organ: [ml for case in inputs.validation if (ml := case.organ_ml(organ))]
+        for organ in inputs.space.organs
+    }
+    return {organ: candidates(found) for organ, found in volumes.items() if found}
 
 
 def validate(
-    network: nn.Module,
+    windows: StudentWindows,
     cases: Sequence[CachedCase],
     space: LabelSpace,
-    config: TrainingConfig,
-    device: torch.device,
     processes: Processes = ALONE,
-) -> dict[str, float | None]:
-    """Mean Dice per organ over the cases whose label shows it; None where none does.
+    tried: Mapping[str, Sequence[Rule]] | None = None,
+) -> dict[str, list[list[float]]]:
+    """Per organ, of each case whose label shows it: Dice as it is predicted, and by each rule that
+    is tried.
 
     Each case is judged on the organs that it annotates; ignored voxels do not count. Processes
-    share the cases; the means are those of one process, to the bit.
+    share the cases; the numbers are those of one process, to the bit.
     """
-    network.eval()
+    windows.network.eval()
     mine = cases[processes.rank :: processes.size]
-    shares = processes.gathered(
-        lambda: [_scores(network, case, space, config, device) for case in mine]
-    )
-    scores: dict[str, list[float]] = {organ: [] for organ in space.organs}
+    shares = processes.gathered(lambda: [_dice(windows, case, space, tried or {}) for case in mine])
+    found: dict[str, list[list[float]]] = {organ: [] for organ in space.organs}
     for number in range(len(cases)):
         rank, of_rank = number % processes.size, number // processes.size
-        for organ, score in shares[rank][of_rank].items():
-            scores[organ].append(score)
-    return {o: round(float(np.mean(found)), 4) if found else None for o, found in scores.items()}
+        for organ, dice in shares[rank][of_rank].items():
+            found[organ].append(dice)
+    return found
 
 
-def learn_postprocessing(
-    trained: Trained, inputs: TrainingInputs, config: TrainingConfig, processes: Processes = ALONE
-) -> dict[str, Rule]:
-    """Which parts of an organ are better removed, by the validation cases; organs without a rule
-    are left as they are. Processes share the cases."""
-    network, space = trained.network.network, inputs.space
-    volumes: dict[str, list[float]] = {}
-    for case in inputs.validation:
-        for organ, voxels in case.case.noted.get("organ_voxels", {}).items():
-            if voxels:
-                volumes.setdefault(organ, []).append(voxels * case.grid.voxel_ml)
-    rules = {organ: candidates(found) for organ, found in volumes.items() if organ in space.organs}
-    mine = inputs.validation[processes.rank :: processes.size]
-    network.eval()
-    device = next(network.parameters()).device
-
-    def judged() -> list[dict[str, list[float]]]:
-        return [
-            {
-                organ: dice_by_rule(ours, theirs, rules[organ], case.grid.voxel_ml)
-                for organ, ours, theirs in _masks(network, case, space, config, device)
-            }
-            for case in mine
-        ]
-
-    found: dict[str, list[list[float]]] = {}
-    for share in processes.gathered(judged):
-        for case_dice in share:
-            for organ, dice in case_dice.items():
-                found.setdefault(organ, []).append(dice)
-    best = {
-        organ: best_rule(rules[organ], found[organ]) for organ in space.organs if organ in found
-    }
-    return {organ: rule for organ, rule in best.items() if rule is not None}
+def mean_scores(dice: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, float | None]:
+    """Of what `validate` found, as it is predicted; None where no case shows the organ."""
+    means = {o: np.mean([first for first, *_ in found]) for o, found in dice.items() if found}
+    return {organ: round(float(means[organ]), 4) if organ in means else None for organ in dice}
 
 
-def _scores(
-    network: nn.Module,
+def _dice(
+    windows: StudentWindows,
     case: CachedCase,
     space: LabelSpace,
-    config: TrainingConfig,
-    device: torch.device,
-) -> dict[str, float]:
-    """Dice of one case per organ that its label shows."""
-    masks = _masks(network, case, space, config, device)
-    return {organ: dice_by_rule(ours, theirs, [], 0.0)[0] for organ, ours, theirs in masks}
-
-
-def _masks(
-    network: nn.Module,
-    case: CachedCase,
-    space: LabelSpace,
-    config: TrainingConfig,
-    device: torch.device,
-) -> Iterator[tuple[str, BoolArray, BoolArray]]:
-    """Each organ that the case's label shows, its prediction and its reference (D, H, W); of one
-    organ at a time, for there may be many."""
-    logits = predict_logits(
-        network, case.image(), config.intensity, config.patch, overlap=0.25, device=device
-    )
-    predicted = logits.argmax(axis=0)
+    tried: Mapping[str, Sequence[Rule]],
+) -> dict[str, list[float]]:
+    predicted = windows.logits(case.image()).argmax(axis=0)
     reference = space.to_classes(case.label())
     predicted[reference == IGNORE] = 0
-    numbers = {o: space.index(o) + 1 for o in case.annotated if o in space.organs}
-    for organ, number in numbers.items():
-        theirs = reference == number
-        if theirs.any():
-            yield organ, predicted == number, theirs
+    found = {}
+    for organ in case.annotated:  # one mask at a time, for there may be many
+        if organ in space.organs:
+            number = space.index(organ) + 1
+            theirs = reference == number
+            if theirs.any():
+                rules = tried.get(organ, ())
+                found[organ] = dice_by_rule(predicted == number, theirs, rules, case.grid.voxel_ml)
+    return found

@@ -19,7 +19,7 @@ from pipeline.folder import Folder, matching, read_text
 from pipeline.log import Advance
 from pipeline.review.metrics import RULES, OrganScore, score_case, score_json
 from pipeline.student.checkpoint import load_student
-from pipeline.student.inference import predict_logits, running_argmax
+from pipeline.student.inference import StudentWindows, running_argmax
 from pipeline.student.inputs import swallowed_organs
 from stages.report import Scope
 
@@ -130,20 +130,13 @@ def score_student(
         advance(folder.name, len(cases))
         return kept
     record, network = load_student(folder / "student.pt")
-    network.to(device)
+    windows = StudentWindows(
+        network.to(device), record.intensity, record.patch, device, settings.overlap, window_batch
+    )
     rows: list[dict[str, Any]] = []
     for case in cases:
-        logits = predict_logits(
-            network,
-            case.image(),
-            record.intensity,
-            record.patch,
-            overlap=settings.overlap,
-            window_batch=window_batch,
-            device=device,
-        )
         space = record.label_space
-        predicted = space.to_ids(running_argmax(iter(logits)))
+        predicted = space.to_ids(running_argmax(iter(windows.logits(case.image()))))
         ids = {o: i for o, i in space.ids.items() if o in case.annotated}
         scores = score_case(
             predicted,

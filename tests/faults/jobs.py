@@ -149,7 +149,7 @@ def predict(folder: str, *, overlap: float = 0.5, kill_at: int = 0, fill_at: int
     """The images of `folder/in` into `folder/out` with probabilities. `kill_at`: killed before that
     operation on files there; `disk`: `out` is a disk of 2 MB, and somebody else fills it before the
     operation `fill_at`; then the same once more with room."""
-    from pipeline.student.predict import Probabilities
+    from pipeline.student.predicted import Probabilities
     from stages import predict as stage
 
     root = Path(folder)

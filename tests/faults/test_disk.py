@@ -56,7 +56,7 @@ def test_a_disk_that_fills_up_at_any_moment(
             assert full["exit_code"] == (2 if full["failed"] else 0), where
             for unit, text in full["failed"].items():
                 assert unit in (*names, *TOLD), where
-                assert "could not be written" in text, where
+                assert "cannot be written" in text, where
             assert not set(full["done"]) & set(full["failed"]), where
         assert told["damaged"] == [], where
         again = told["again"]

@@ -38,10 +38,10 @@ from pipeline.review.gc import find_garbage
 from pipeline.review.inspect import run as inspection
 from pipeline.setup import submit
 from pipeline.setup.submit import SubmitSettings
-from pipeline.student import processes, speed
+from pipeline.student import distributed, speed
 from pipeline.student.checkpoint import _checked
+from pipeline.student.distributed import Processes, _portable
 from pipeline.student.loggers import open_loggers
-from pipeline.student.processes import Processes, _portable
 from stages.compare import plan, scoring
 from stages.compare.plan import ComparisonSettings, check_configurations, check_settings
 from stages.report import StageReport
@@ -135,10 +135,10 @@ THINGS: dict[str, Callable[[], object]] = {
         NetworkConfig(name="Sieve"), in_channels=1, out_channels=2
     ),
     "it is no checkpoint in format": lambda: _checked({"format_version": -1}, Path("step_1.pt")),
-    "what the launcher says of this process cannot be": lambda: processes.launched(
+    "what the launcher says of this process cannot be": lambda: distributed.launched(
         {"WORLD_SIZE": "2", "RANK": "2"}
     ),
-    "MASTER_ADDR: it is not set": lambda: processes._meeting_point({}),
+    "MASTER_ADDR: it is not set": lambda: distributed._meeting_point({}),
 }
 
 

@@ -32,7 +32,7 @@ from pipeline.student.checkpoint import load_student, save_student
 from pipeline.student.export import write
 from pipeline.student.export.parity import LabelCount, Tolerance
 from pipeline.student.export.write import FORMATS
-from pipeline.student.inference import predict_logits
+from pipeline.student.inference import StudentWindows
 from pipeline.student.network import build_student
 from pipeline.teachers.load import load_teacher
 from stages import export, predict
@@ -374,9 +374,7 @@ class TestAsATeacher:
         array = read_image(exported(head).image).volume.array
         volume = Volume(array, Grid.axis_aligned(array.shape, COARSE["spacing_mm"]))
         said = teacher.predict(volume).logits.array
-        logits = predict_logits(
-            network, volume.array, found.intensity, found.patch, overlap=0.5, device=CPU
-        )
+        logits = StudentWindows(network, found.intensity, found.patch).logits(volume.array)
         for number, organ in enumerate(found.label_space.organs, start=1):
             (channel,) = entry.organs[organ]
             assert logits[number].std() > 0.1

@@ -27,9 +27,9 @@ from pipeline.errors import CheckpointError, ConfigError, GeometryError
 from pipeline.log import Log
 from pipeline.networks.by_name import NetworkConfig, build_network
 from pipeline.student.checkpoint import StudentRecord, save_student
-from pipeline.student.inference import predict_logits
+from pipeline.student.inference import StudentWindows
 from pipeline.student.network import build_student
-from pipeline.student.predict import write_label_tables
+from pipeline.student.predicted import write_label_tables
 from stages import predict
 from stages.predict import Inputs, PredictConfig, PredictExecution
 from stages.report import StageReport
@@ -299,9 +299,8 @@ class TestSigmoidStudent:
         assert run(tmp_path / "student.pt", image, tmp_path / "out").done == ["ct"]
         labels = np.asarray(nib.load(tmp_path / "out" / "ct.nii.gz").dataobj)
         volume = read_image(image).volume
-        logits = predict_logits(
-            network.eval(), volume.array, found.intensity, found.patch, device=torch.device("cpu")
-        )
+        windows = StudentWindows(network.eval(), found.intensity, found.patch)
+        logits = windows.logits(volume.array)
         assert not logits[0].any()
         organs = found.label_space.to_ids(
             np.where(logits[1:].max(axis=0) > 0, logits[1:].argmax(axis=0) + 1, 0).astype(np.uint8)

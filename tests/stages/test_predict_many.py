@@ -23,9 +23,9 @@ from pipeline.errors import ConfigError
 from pipeline.log import Log
 from pipeline.student.checkpoint import load_student, save_student
 from pipeline.student.ensemble import averaged
-from pipeline.student.inference import predict_logits
+from pipeline.student.inference import StudentWindows
 from pipeline.student.network import build_student
-from pipeline.student.predict import Probabilities
+from pipeline.student.predicted import Probabilities
 from stages import predict
 from stages.predict import PredictConfig
 from stages.report import StageReport
@@ -202,9 +202,8 @@ class TestProbabilities:
         whole = tmp_path / "whole"
         run(path, image, whole, probabilities=Probabilities("float16", "4d"))
         record_, network = load_student(path)
-        logits = predict_logits(
-            network, read_image(image).volume.array, record_.intensity, record_.patch, device=CPU
-        )
+        windows = StudentWindows(network, record_.intensity, record_.patch)
+        logits = windows.logits(read_image(image).volume.array)
         if head == "softmax":
             expected = softmax(logits.astype(np.float64), axis=0)[1:]
         else:

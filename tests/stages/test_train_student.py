@@ -33,6 +33,8 @@ from pipeline.errors import (
 from pipeline.log import Log
 from pipeline.student import training
 from pipeline.student.checkpoint import load_student
+from pipeline.student.inference import StudentWindows
+from pipeline.student.postprocessing import Rule
 from pipeline.student.settings import Kind
 from pipeline.student.speed import TrainingExecution
 from stages import train_student
@@ -634,7 +636,11 @@ class TestTheRun:
     ) -> None:
         """The first of equals, also where a stop lies between them."""
         dice = iter([0.3, 0.7, 0.5, 0.7])
-        monkeypatch.setattr(training, "validate", lambda *args: dict.fromkeys(ORGANS, next(dice)))
+        monkeypatch.setattr(
+            training,
+            "validate",
+            lambda *args: {organ: [[d] * 3] for d in [next(dice)] for organ in ORGANS},
+        )
         config = settings(steps=4, validate_every=1)
         with at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
             assert not run(tiny_cached, config).done
@@ -646,6 +652,37 @@ class TestTheRun:
         assert best.run_digest == last.run_digest
         weights = zip(of_best.state_dict().values(), of_last.state_dict().values(), strict=True)
         assert not all(torch.equal(a, b) for a, b in weights)
+
+    def test_rules_are_learnt_by_the_last_validation_itself(
+        self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A run that was killed before its student was written predicts once more."""
+        predicted, tried = [], []
+        logits = StudentWindows.logits
+
+        def best(rules: list[Rule], dice: list[list[float]]) -> Rule:
+            tried.append((rules, dice))
+            return rules[1]
+
+        def counted(self: StudentWindows, hu: Any) -> Any:
+            predicted.append(hu.shape)
+            return logits(self, hu)
+
+        monkeypatch.setattr(training, "best_rule", best)
+        monkeypatch.setattr(StudentWindows, "logits", counted)
+        run(tiny_cached)
+        student = run_folder(tiny_cached) / "student.pt"
+        before, whole, cases = student.read_bytes(), list(tried), len(predicted)
+        rules = load_student(student)[0].postprocessing
+        assert list(rules) == list(ORGANS)
+        assert [rules[organ] for organ in ORGANS] == [found[1] for found, _ in whole]
+        assert {len(dice) for _, of_cases in whole for dice in of_cases} == {3}
+        assert cases == 3  # all that validate, once
+        for name in ("student.pt", "finished.json"):
+            (run_folder(tiny_cached) / name).unlink()
+        run(tiny_cached)
+        assert student.read_bytes() == before
+        assert (len(predicted), tried) == (2 * cases, whole * 2)
 
     def test_the_record_says_what_it_was_made_from(self, tiny_cached: Path) -> None:
         run(tiny_cached, settings(augment={"flip_axes": [0, 2]}))

@@ -35,7 +35,7 @@ from pipeline.review.inspect.run import CONFLICT_COLOUR
 from pipeline.review.predictions import json_beside, predicted_labels, prediction_file
 from pipeline.review.report.scores import Student
 from pipeline.review.report.trace import Lineage, RunRecord
-from pipeline.student.predict import prediction_digest, student_identity
+from pipeline.student.predicted import prediction_digest, student_identity
 
 # Slices of a case as few pictures: per plane one sheet of tiles for the CT, one for each layer. A
 # sheet compresses better than single slices, and a page shows the tile that it opens at without

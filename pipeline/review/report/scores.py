@@ -107,16 +107,12 @@ class Student:
 
     def label_map(self, case: CachedCase) -> npt.NDArray[np.uint8]:
         """uint8 organ ids (D, H, W) on the student grid, by the windows that `predict` uses."""
-        from pipeline.student.inference import predict_logits, running_argmax
+        from pipeline.student.inference import StudentWindows, running_argmax
 
-        logits = predict_logits(
-            self._network,
-            case.image(),
-            self.record.intensity,
-            self.record.patch,
-            device=pick_device(self._device),
-        )
-        return self.record.label_space.to_ids(running_argmax(iter(logits)))
+        record, device = self.record, pick_device(self._device)
+        windows = StudentWindows(self._network, record.intensity, record.patch, device)
+        logits = windows.logits(case.image())
+        return record.label_space.to_ids(running_argmax(iter(logits)))
 
 
 def open_student(record: RunRecord, device: str) -> Student | None:

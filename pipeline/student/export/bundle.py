@@ -22,8 +22,8 @@ from pipeline.errors import ConfigError
 from pipeline.student.checkpoint import StudentRecord
 from pipeline.student.export.description import AXCODES, INPUT, channel_names, origin
 from pipeline.student.export.formats import as_bytes, quiet, write_network
-from pipeline.student.export.parity import CPU, LabelCount, Parity, ParityError
-from pipeline.student.inference import SIGMA, segment
+from pipeline.student.export.parity import LabelCount, Parity, ParityError
+from pipeline.student.inference import SIGMA, StudentWindows, running_argmax
 from pipeline.student.network import OneVsRest
 
 WEIGHTS = Path("models") / "model.pt"
@@ -42,7 +42,6 @@ def write_bundle(
     """Writes configs, weights, TorchScript, README and LICENSE.
 
     Args:
-        folder: of the bundle, empty.
         network: the student's, on the CPU, in evaluation mode.
 
     Raises:
@@ -121,9 +120,7 @@ def compare_bundle(
     with TemporaryDirectory(prefix="organ-distill-") as scratch:
         resampled = Path(scratch) / "image.nii"
         write_image(resampled, resample(volume, grid, order=1))
-        compare = partial(
-            _compare_on, folder, record, network, overlap=overlap, scratch=Path(scratch)
-        )
+        compare = partial(_compare_on, folder, record, network, overlap)
         found = {ON_STUDENT_GRID: compare(resampled)}
         if not same_grid(volume.grid, grid):
             found[ON_OWN_GRID] = compare(image)
@@ -131,17 +128,13 @@ def compare_bundle(
 
 
 def _compare_on(
-    folder: Path,
-    record: StudentRecord,
-    network: nn.Module,
-    image: Path,
-    *,
-    overlap: float,
-    scratch: Path,
+    folder: Path, record: StudentRecord, network: nn.Module, overlap: float, image: Path
 ) -> Parity:
     volume = read_image(image).volume
-    ours = segment(volume, record, network, overlap=overlap, device=CPU)
-    with TemporaryDirectory(dir=scratch) as output:
+    windows = StudentWindows(network, record.intensity, record.patch, overlap=overlap)
+    rows = windows.rows(volume, record.spacing_mm)
+    ours = np.concatenate([running_argmax(iter(logits)) for _, logits in rows])
+    with TemporaryDirectory(prefix="organ-distill-") as output:
         theirs = read_label(run_bundle(folder, image, Path(output))).volume
     apart = float("inf")
     if theirs.grid.shape == volume.grid.shape:

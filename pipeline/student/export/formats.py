@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pipeline.data.patches import Index3
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.networks.windows import first_output
 from pipeline.student.export.description import INPUT, OUTPUT
-from pipeline.student.inference import first_output
 
 NetworkFormat = Literal["torchscript", "torch-export", "onnx"]
 FILES: dict[NetworkFormat, str] = {
@@ -24,8 +24,6 @@ FILES: dict[NetworkFormat, str] = {
     "torch-export": "student.pt2",
     "onnx": "student.onnx",
 }
-
-
 _TALKATIVE = ("torch.onnx", "onnxscript", "onnx_ir", "monai.data.image_writer")
 
 

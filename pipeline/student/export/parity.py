@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from pipeline.config import Config
 from pipeline.data.volume import Volume
 from pipeline.errors import PipelineError
+from pipeline.networks.windows import first_output
 from pipeline.student.checkpoint import StudentRecord
-from pipeline.student.inference import first_output, logit_rows, running_argmax
-
-CPU = torch.device("cpu")
+from pipeline.student.inference import StudentWindows, running_argmax
 
 
 class ParityError(PipelineError):
@@ -129,7 +128,8 @@ def compare_networks(
     both = _SideBySide(network, exported)
     half = len(record.organs) + 1
     count = LabelCount(record)
-    for _, logits in logit_rows(image, record, both, overlap=overlap, device=CPU):
+    windows = StudentWindows(both, record.intensity, record.patch, overlap=overlap)
+    for _, logits in windows.rows(image, record.spacing_mm):
         count.add(running_argmax(iter(logits[:half])), running_argmax(iter(logits[half:])))
     return count.parity(both.max_difference)
 

@@ -26,7 +26,7 @@ from pipeline.review import statistics
 from pipeline.review.units import run_folders
 from pipeline.student import training
 from pipeline.student.checkpoint import load_student
-from pipeline.student.inference import predict_logits
+from pipeline.student.inference import StudentWindows
 from pipeline.student.speed import SpeedFlags, TrainingExecution
 from stages import train_student
 from stages.compare import plan as budget
@@ -179,9 +179,7 @@ class TestResults:
         rows = next(r.rows for r in results.runs if (r.config, r.seed) == ("hard", 0))
         seen = set()
         for case in results.plan.cases:
-            logits = predict_logits(
-                network, case.image(), record.intensity, record.patch, device=torch.device("cpu")
-            )
+            logits = StudentWindows(network, record.intensity, record.patch).logits(case.image())
             ours, theirs = logits.argmax(axis=0), case.label()
             for number, organ in enumerate(ORGANS, start=1):
                 found = [r["Dice"] for r in rows if (r["case"], r["organ"]) == (case.name, organ)]
@@ -320,7 +318,7 @@ class TestResults:
 
         before = snapshot(finished.parent)
         monkeypatch.setattr(training, "make_step", never)
-        monkeypatch.setattr(scoring, "predict_logits", never)
+        monkeypatch.setattr(StudentWindows, "logits", never)
         assert run(finished).exit_code == 0
         assert snapshot(finished.parent) == before
 

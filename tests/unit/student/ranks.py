@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import pipeline.student.processes
+import pipeline.student.distributed
 from pipeline.errors import PipelineError
 from pipeline.log import Log
 from pipeline.networks.by_name import NetworkConfig
 from pipeline.student import losses, training
 from pipeline.student.dataset import PatchDataset, forks_of_a_server
+from pipeline.student.distributed import ALONE, Processes, joined
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import CachedTap
-from pipeline.student.processes import ALONE, Processes, joined
 from pipeline.student.resume import RunFolder
 from pipeline.student.settings import TrainingConfig
 from pipeline.student.speed import TrainingExecution
@@ -220,7 +220,7 @@ def _arrange(scenario: Scenario, rank: int) -> None:
         return real_item(data, number)
 
     replace: list[tuple[Any, str, Any]] = [
-        (pipeline.student.processes, "_BUCKET_BYTES", 256),  # many, of so small a network
+        (pipeline.student.distributed, "_BUCKET_BYTES", 256),  # many, of so small a network
         (training, "make_step", make_step),
         (training, "batch_loss", batch_loss),
         (losses, "one_target", one_target),

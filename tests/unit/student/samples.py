@@ -15,9 +15,9 @@ from pipeline.consensus.cohort import Temperatures
 from pipeline.data.labels import LabelSpace
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.dataset import PatchDataset
+from pipeline.student.distributed import ALONE, Processes
 from pipeline.student.inputs import TrainingInputs
 from pipeline.student.network import CachedTap, StudentNetwork, TapKey
-from pipeline.student.processes import ALONE, Processes
 from pipeline.student.resume import TrainingState
 from pipeline.student.settings import SupervisionConfig, TrainingConfig
 from pipeline.student.speed import Speed

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.cache.reader import CachedCase
 from pipeline.student.augment import AugmentConfig
-from pipeline.student.processes import Processes
+from pipeline.student.distributed import Processes
 from tests.unit.student.coded import TAP
 from tests.unit.student.samples import CACHED, MOVING, dataset, fingerprint, fingerprints
 

@@ -13,15 +13,10 @@ from torch import Tensor, nn
 from pipeline.data.labels import Intensity
 from pipeline.errors import GeometryError
 from pipeline.networks.by_name import build_network
-from pipeline.student.inference import (
-    first_output,
-    predict_logits,
-    running_argmax,
-    stream_logits,
-)
+from pipeline.networks.windows import first_output
+from pipeline.student.inference import StudentWindows, running_argmax
 from tests.tiny import NETWORK
 
-CPU = torch.device("cpu")
 RAW = Intensity(kind="raw")
 
 
@@ -69,7 +64,7 @@ class TestPredictLogits:
         self, shape: tuple[int, int, int], overlap: float
     ) -> None:
         image = hu(shape)
-        found = predict_logits(Pointwise(), image, RAW, (16, 16, 16), overlap=overlap, device=CPU)
+        found = StudentWindows(Pointwise(), RAW, (16, 16, 16), overlap=overlap).logits(image)
         values = image.astype(np.float32)
         assert found.dtype == np.float32
         assert found.shape == (3, *shape)
@@ -85,10 +80,10 @@ class TestPredictLogits:
         torch.manual_seed(0)
         network = build_network(NETWORK, in_channels=1, out_channels=3).eval()
         image, intensity, patch = hu(shape), Intensity(), (16, 8, 16)
-        found = predict_logits(
-            network, image, intensity, patch,
-            overlap=overlap, window_batch=window_batch, device=CPU,
-        )  # fmt: skip
+        windows = StudentWindows(
+            network, intensity, patch, overlap=overlap, window_batch=window_batch
+        )
+        found = windows.logits(image)
         with torch.inference_mode():
             expected = sliding_window_inference(
                 torch.from_numpy(intensity.apply(image))[None, None], patch, window_batch, network,
@@ -102,12 +97,8 @@ class TestStreaming:
     def test_no_more_than_a_windows_depth_is_handed_out_at_once(self) -> None:
         image = hu((90, 9, 10))
         told: list[tuple[int, int]] = []
-        slabs = list(
-            stream_logits(
-                Pointwise(), image, RAW, (16, 16, 16),
-                overlap=0.5, device=CPU, tell=lambda *n: told.append(n),
-            )
-        )  # fmt: skip
+        windows = StudentWindows(Pointwise(), RAW, (16, 16, 16))
+        slabs = list(windows.slabs(image, tell=lambda *n: told.append(n)))
         assert [slab.shape[2:] for slab in slabs] == [(9, 10)] * len(slabs)
         assert max(slab.shape[1] for slab in slabs) <= 16
         assert sum(slab.shape[1] for slab in slabs) == 90
@@ -117,9 +108,10 @@ class TestStreaming:
 def test_one_slice_takes_a_student_of_flat_patches_alone() -> None:
     image = hu((1, 20, 20))
     with pytest.raises(GeometryError, match="one slice, 1 x 20 x 20 voxels"):
-        predict_logits(Pointwise(), image, RAW, (8, 16, 16), device=CPU)
-    assert predict_logits(Pointwise(), image, RAW, (1, 16, 16), device=CPU).shape == (3, 1, 20, 20)
-    assert predict_logits(Pointwise(), hu((3, 20, 20)), RAW, (8, 16, 16), device=CPU).shape[1] == 3
+        StudentWindows(Pointwise(), RAW, (8, 16, 16)).logits(image)
+    assert StudentWindows(Pointwise(), RAW, (1, 16, 16)).logits(image).shape == (3, 1, 20, 20)
+    thick = StudentWindows(Pointwise(), RAW, (8, 16, 16)).logits(hu((3, 20, 20)))
+    assert thick.shape[1] == 3
 
 
 def test_the_first_of_several_outputs() -> None:

@@ -15,7 +15,7 @@ from pipeline.data.labels import Intensity
 from pipeline.errors import ConfigError
 from pipeline.networks.by_name import NetworkConfig, build_network, output_shapes, tap_shapes
 from pipeline.student.checkpoint import StudentRecord, load_student, save_student
-from pipeline.student.inference import predict_logits
+from pipeline.student.inference import StudentWindows
 from pipeline.student.network import StudentNetwork, seeded_network
 from pipeline.student.settings import TrainingConfig, build_optimiser
 from pipeline.student.supervision import Batch
@@ -150,7 +150,7 @@ def test_it_trains_a_step_is_saved_and_predicts(
     _, loaded = load_student(tmp_path / "student.pt")
     hu = np.random.default_rng(0).integers(-200, 300, (edge, edge, edge + 4)).astype(np.int16)
     both = [
-        predict_logits(n, hu, Intensity(), config.patch, device=torch.device("cpu"))
+        StudentWindows(n, Intensity(), config.patch).logits(hu)
         for n in (network.network.eval(), loaded)
     ]
     assert both[0].shape == (NUM_ORGANS + 1, *hu.shape)

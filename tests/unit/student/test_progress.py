@@ -18,7 +18,6 @@ from pipeline.student.progress import (
     Curve,
     History,
     Metrics,
-    draw_progress,
     kept_lines,
     metric_lines,
     show_validations,
@@ -205,7 +204,7 @@ class TestPicture:
         metrics = Metrics(tmp_path / "metrics.jsonl", keep_until=0, warn=said.append)
         (tmp_path / "file").touch()
         for _ in range(2):
-            draw_progress(tmp_path / "file" / "progress.png", metrics)
+            metrics.draw(tmp_path / "file" / "progress.png")
         assert len(said) == 1
         assert "progress.png" in said[0]
 
@@ -214,7 +213,7 @@ class TestPicture:
         assert not metrics.picture_is_old
         clock.now += 61
         assert metrics.picture_is_old
-        metrics.picture_drawn()
+        metrics.draw(tmp_path / "progress.png")
         assert not metrics.picture_is_old
 
     def test_it_names_the_run_and_shows_what_the_history_has(
@@ -231,7 +230,7 @@ class TestPicture:
         path.parent.mkdir()
         timing = {"steps": 1, "seconds": 2.0, "data_wait": 0.5, "samples_per_second": 4.0}
         write(path, step_line(1, timing=timing), {"step": 1, "validation_dice": {"liver": 0.5}})
-        draw_progress(tmp_path / "x.png", Metrics(path, keep_until=1), {"liver": 7})
+        Metrics(path, keep_until=1).draw(tmp_path / "x.png", {"liver": 7})
         assert shown[0].get_suptitle() == "ms_kd, step 1"
         curves = {
             ax.get_title(): {tuple(line.get_ydata()) for line in ax.get_lines()}

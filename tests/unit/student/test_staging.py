@@ -24,7 +24,7 @@ from pipeline.consensus.cohort import open_cohort
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError
 from pipeline.log import Log
-from pipeline.student.processes import ALONE, Processes
+from pipeline.student.distributed import ALONE, Processes
 from pipeline.student.staging import staged_cases
 from tests.tiny import ORGANS, TAP, work_of
 

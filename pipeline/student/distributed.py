@@ -35,7 +35,6 @@ class Processes:
 
     Attributes:
         rank: 0 .. size - 1; the first alone writes.
-        size: number of processes.
         local_rank: number on its machine, which says which GPU is its own.
     """
 

@@ -16,9 +16,9 @@ from torch import nn
 from pipeline.errors import ConfigError
 from pipeline.log import Log
 from pipeline.networks.tensor_file import load_sealed
-from pipeline.student import processes
+from pipeline.student import distributed
 from pipeline.student.checkpoint import training_checkpoints
-from pipeline.student.processes import ALONE, Processes, Silent, launched, refuse_several
+from pipeline.student.distributed import ALONE, Processes, Silent, launched, refuse_several
 from pipeline.student.progress import metric_lines, without_timing
 from tests.unit.student.ranks import STEPS, Scenario, Told, start, together
 from tests.unit.student.same import assert_same
@@ -155,7 +155,7 @@ class TestAveraging:
             return SimpleNamespace(wait=lambda: flat.mul_(2).add_(2))
 
         monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-        monkeypatch.setattr(processes, "_BUCKET_BYTES", 1)  # a bucket for each weight
+        monkeypatch.setattr(distributed, "_BUCKET_BYTES", 1)  # a bucket for each weight
         return numel
 
     def test_gradients_travel_while_the_first_layers_have_none_yet(self, sent: list[int]) -> None:
