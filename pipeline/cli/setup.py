@@ -12,26 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import stages
-from pipeline.cli.options import (
-    REGISTRY,
-    WORK,
-    ConfigOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    Panel,
-    QuietOption,
-    RegistryOption,
-    TrustOption,
-    WindowBatchOption,
-    WorkOption,
-    YesOption,
-    one_of,
-    open_log,
-    open_registry,
-    open_settings,
-    show,
-)
+from pipeline.cli import options as opt
+from pipeline.cli.options import Panel, one_of, open_log, open_registry, open_settings, show
 from pipeline.cli.record import recorded
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.folder import Folder, is_local
@@ -78,10 +60,10 @@ def init(
     ] = None,
     registry: Annotated[
         Path, Panel.RESULT.option("--registry", "-r", help="The file to write.")
-    ] = REGISTRY,
+    ] = opt.REGISTRY,
     force: Annotated[bool, Panel.SAFETY.option("--force", help="Replace a registry.")] = False,
-    yes: YesOption = False,
-    dry_run: DryRunOption = False,
+    yes: opt.YesOption = False,
+    dry_run: opt.DryRunOption = False,
 ) -> None:
     """Write a registry from folders of datasets and teachers.
 
@@ -115,8 +97,8 @@ def _ask(question: str) -> str:
 
 @recorded
 def check(
-    registry: RegistryOption = REGISTRY,
-    config: ConfigOption = None,
+    registry: opt.RegistryOption = opt.REGISTRY,
+    config: opt.ConfigOption = None,
     dataset: Annotated[str | None, Panel.INPUT.option(help="One alone; default: all.")] = None,
     student: Annotated[
         Path | None,
@@ -137,11 +119,11 @@ def check(
     side_mm: Annotated[
         float, Panel.RESULT.option(help="Side of the teachers' crop in mm.", min=1)
     ] = 120.0,
-    device: DeviceOption = "auto",
-    window_batch: WindowBatchOption = 1,
-    trust: TrustOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: opt.DeviceOption = "auto",
+    window_batch: opt.WindowBatchOption = 1,
+    trust: opt.TrustOption = None,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """What is wrong: files, labels, HU, duplicates, teachers?
 
@@ -185,7 +167,7 @@ def submit(
             help=f"One or several of {', '.join(STAGES)}.", autocompletion=one_of(*STAGES)
         ),
     ] = None,
-    registry: RegistryOption = REGISTRY,
+    registry: opt.RegistryOption = opt.REGISTRY,
     config: Annotated[
         list[str] | None,
         Panel.INPUT.option(
@@ -196,7 +178,7 @@ def submit(
             "that is predicted and evaluated.",
         ),
     ] = None,
-    work: WorkOption = WORK,
+    work: opt.WorkOption = opt.WORK,
     slurm_config: Annotated[
         Path | None, Panel.JOBS.option(help="YAML: what the jobs ask for, per stage.")
     ] = None,
@@ -221,7 +203,7 @@ def submit(
             "--print", "--dry-run", help="Only show the scripts; write and submit nothing."
         ),
     ] = False,
-    quiet: QuietOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """Make Slurm jobs of stages and submit them in their order.
 
@@ -314,7 +296,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def info(
-    ctx: typer.Context, registry: RegistryOption = REGISTRY, as_json: JsonOption = False
+    ctx: typer.Context, registry: opt.RegistryOption = opt.REGISTRY, as_json: opt.JsonOption = False
 ) -> None:
     """Versions, commands, and what the registry holds.
 
@@ -337,7 +319,7 @@ def _registry(path: Path) -> tuple[dict[str, Any] | None, PipelineError | None]:
     """What is in it, and what is wrong with it. Neither if none is named or there."""
     from pipeline.data.entries import refuse_closed
 
-    if path == REGISTRY and not path.exists():
+    if path == opt.REGISTRY and not path.exists():
         return None, None
     found = None
     try:
