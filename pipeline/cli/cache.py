@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -71,7 +70,7 @@ def why(
         window=settings.window, storage=settings.storage, splits=settings.splits,
     )  # fmt: skip
     if as_json:
-        _print_json(plain(reasons))
+        opt.print_json(plain(reasons))
     else:
         print_reasons(reasons)
 
@@ -130,7 +129,7 @@ def verify(
             log=log,
         )  # fmt: skip
     if as_json:
-        _print_json({**plain(found), "recomputed": [one.to_json() for one in again]})
+        opt.print_json({**plain(found), "recomputed": [one.to_json() for one in again]})
     else:
         typer.echo(found.summary())
         print_verification(found)
@@ -287,7 +286,3 @@ def _existing(work: Folder) -> Folder:
     if not work.is_dir():
         raise ConfigError("there is no such folder.", where=work, fix="Name one with --work.")
     return work
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1))

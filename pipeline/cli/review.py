@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +80,7 @@ def inspect(
     if case is not None:
         numbers, written = inspect_case(known, work, case, view, output, allow_missing=allowed)
         if as_json:
-            typer.echo(json.dumps(numbers.model_dump(mode="json"), indent=1))
+            opt.print_json(numbers.model_dump(mode="json"))
             return
         for path in written:
             typer.echo(str(path))
@@ -208,8 +207,7 @@ def compare(
         str | None, Panel.RESULT.option(help="What others are compared with; default: the first.")
     ] = None,
     name: Annotated[
-        str | None,
-        Panel.RESULT.option(help="Folder below WORK/students; default: as --output's."),
+        str | None, Panel.RESULT.option(help="Folder below WORK/students; default: as --output's.")
     ] = None,
     test: Annotated[
         bool,
@@ -263,8 +261,8 @@ def compare(
     if not quiet:
         print_results(results)
     log.info(f"written: {', '.join(str(path) for path in written)}")
-    if results.exit_code:
-        raise typer.Exit(results.exit_code)
+    if results.failed:
+        raise typer.Exit(1)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

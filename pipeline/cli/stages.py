@@ -288,8 +288,6 @@ def export(
 
     Or torch.export. Every format is compared with `predict` on a case.
     """
-    import json
-
     from stages import export as stage
 
     report = stage.run(
@@ -301,5 +299,5 @@ def export(
         dry_run=dry_run,
     )
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=1))
+        opt.print_json(report.to_json())
     end(report)
