@@ -1,6 +1,5 @@
 """Pictures and colours: overlays of a case, curves of a training, names and colours of a label
-map. No screen is needed.
-"""
+map. No screen is needed."""
 
 from __future__ import annotations
 
@@ -75,14 +74,6 @@ class Marked:
         return np.isin(self.values[index], self.wanted)
 
 
-@dataclass(frozen=True)
-class PlaneColumn:
-    """A column of `save_planes`: its heading, and what is drawn over the CT, by name."""
-
-    heading: str
-    regions: Mapping[str, Marked]
-
-
 # What lies at the left and at the right of a plane as it is shown, and at its top and bottom.
 PLANE_ENDS = {
     "axial": ("R", "L", "A", "P"),
@@ -103,28 +94,23 @@ def planes_of_shape(shape: Sequence[int]) -> dict[str, int]:
 def save_planes(
     path: Path,
     image_hu: npt.NDArray[Any],
-    panels: Sequence[PlaneColumn],
+    panels: Mapping[str, Mapping[str, Marked]],
     spacing_mm: tuple[float, float, float],
     *,
     colours: Mapping[str, str],
     legend: Mapping[str, str],
     title: Sequence[str],
 ) -> None:
-    """Axial, coronal and sagittal planes through the regions, one column per panel; of one slice
-    its own plane.
+    """Axial, coronal and sagittal planes through the regions, one column per heading with what is
+    drawn over the CT there, by name; of one slice its own plane.
 
-    Regions are filled and outlined, so that the CT stays visible. Planes are shown as radiologists
-    look at them: the patient's right on the left, anterior at the top or, sagittal, on the left.
-
-    Args:
-        image_hu: (D, H, W) in RAS+.
-        spacing_mm: z, y, x.
-        colours: region name -> colour, of every name in the panels.
-        legend: region name -> what the legend says, in that order.
+    Regions are filled and outlined, so that the CT (D, H, W), in RAS+, stays visible. Planes are
+    shown as radiologists look at them: the patient's right on the left, anterior at the top or,
+    sagittal, on the left. Colours and what the legend says are by the regions' names.
     """
     from matplotlib.patches import Rectangle
 
-    regions = [(n, m) for panel in panels for n, m in panel.regions.items()]
+    regions = [(n, m) for drawn in panels.values() for n, m in drawn.items()]
     centre = _busiest_voxel((m.mask() for n, m in regions if n != "agreed background"), image_hu)
     size_mm = [n * mm for n, mm in zip(image_hu.shape, spacing_mm, strict=True)]
     ratios = [size_mm[1] / size_mm[2], size_mm[0] / size_mm[2], size_mm[0] / size_mm[1]]
@@ -133,11 +119,11 @@ def save_planes(
     size = (2.5 * len(panels), 2.5 * sum(heights) + 1.2 + 0.22 * (len(title) - 1))
     rows = len(planes)
     with open_figure(path, rows, len(panels), size=size, heights=heights) as (figure, axes):
-        for column, panel in enumerate(panels):
-            axes[0, column].set_title(panel.heading, fontsize=10)
+        for column, (heading, drawn) in enumerate(panels.items()):
+            axes[0, column].set_title(heading, fontsize=10)
             for row, (plane, axis) in enumerate(planes.items()):
                 ax = axes[row, column]
-                _draw_plane(ax, image_hu, panel.regions, plane, centre, spacing_mm, colours)
+                _draw_plane(ax, image_hu, drawn, plane, centre, spacing_mm, colours)
                 if column == 0:
                     ax.set_ylabel(f"{plane}, slice {centre[axis] + 1}", fontsize=9)
         handles = [Rectangle((0, 0), 1, 1, color=colours[name]) for name in legend]
@@ -165,7 +151,6 @@ def _draw_plane(
     rows_mm, columns_mm = (mm for n, mm in enumerate(spacing_mm) if n != axis)
     aspect = rows_mm / columns_mm
     index = tuple(centre[axis] if n == axis else slice(None) for n in range(3))
-
     low, high = WINDOW_HU
     shown = image_hu[index][:, ::-1]
     ax.imshow(shown, cmap="gray", vmin=low, vmax=high, origin="lower", aspect=aspect)
@@ -193,7 +178,21 @@ def _draw_plane(
 Colour = tuple[int, int, int]
 
 _GOLDEN_RATIO = 0.618033988749895
-_RULE = "#" * 48
+_ITKSNAP_HEAD = """################################################
+# ITK-SnAP Label Description File
+# File format:
+# IDX   -R-  -G-  -B-  -A--  VIS MSH  LABEL
+# Fields:
+#    IDX:   Zero-based index
+#    -R-:   Red color component (0..255)
+#    -G-:   Green color component (0..255)
+#    -B-:   Blue color component (0..255)
+#    -A-:   Label transparency (0.00 .. 1.00)
+#    VIS:   Label visibility (0 or 1)
+#    IDX:   Label mesh visibility (0 or 1)
+#  LABEL:   Label description
+################################################
+    0     0    0    0        0  0  0    "Clear Label\""""
 # Of the first ids; all are as far from white paper as from the page's dark one and black air.
 _FIRST = (
     "e6550d", "3182bd", "31a354", "b8860b", "8e44ad", "0097a7", "d81b60", "827717", "5c6bc0",
@@ -241,23 +240,7 @@ def luminance(rgb: tuple[float, float, float]) -> float:
 
 def itksnap_text(names: Mapping[int, str]) -> str:
     """An ITK-SNAP label description file: Segmentation > Import Label Descriptions."""
-    lines = [
-        _RULE,
-        "# ITK-SnAP Label Description File",
-        "# File format:",
-        "# IDX   -R-  -G-  -B-  -A--  VIS MSH  LABEL",
-        "# Fields:",
-        "#    IDX:   Zero-based index",
-        "#    -R-:   Red color component (0..255)",
-        "#    -G-:   Green color component (0..255)",
-        "#    -B-:   Blue color component (0..255)",
-        "#    -A-:   Label transparency (0.00 .. 1.00)",
-        "#    VIS:   Label visibility (0 or 1)",
-        "#    IDX:   Label mesh visibility (0 or 1)",
-        "#  LABEL:   Label description",
-        _RULE,
-        '    0     0    0    0        0  0  0    "Clear Label"',
-    ]
+    lines = [_ITKSNAP_HEAD]
     for organ_id, name in sorted(names.items()):
         red, green, blue = colour_of(organ_id)
         quoted = name.replace('"', "'")
@@ -299,15 +282,9 @@ def caret_xml(names: Mapping[int, str]) -> str:
             f'<Label Key="{organ_id}" Red="{red}" Green="{green}" Blue="{blue}" Alpha="1">'
             f"<![CDATA[{text}]]></Label>"
         )
-    return "\n".join(
-        [
-            '<?xml version="1.0" encoding="UTF-8"?>',
-            '<CaretExtension><VolumeInformation Index="0"><LabelTable>',
-            *labels,
-            "</LabelTable><VolumeType><![CDATA[Label]]></VolumeType>",
-            "</VolumeInformation></CaretExtension>",
-        ]
-    )
+    head = '<?xml version="1.0" encoding="UTF-8"?>\n<CaretExtension><VolumeInformation Index="0">'
+    end = "<VolumeType><![CDATA[Label]]></VolumeType>\n</VolumeInformation></CaretExtension>"
+    return "\n".join([f"{head}<LabelTable>", *labels, f"</LabelTable>{end}"])
 
 
 def caret_names(text: bytes) -> dict[int, str]:
@@ -336,15 +313,8 @@ def save_curves(
     ids: Mapping[str, int] | None = None,
     title: str = "",
 ) -> None:
-    """Loss terms, validation Dice, and throughput with the wait for data, against steps.
-
-    Args:
-        terms: term -> (step, value), drawn raw and smoothed; `total` is drawn in black.
-        dice: organ -> (step, Dice).
-        samples_per_second: (step, samples/s).
-        data_wait: (step, share of the time, 0 to 1).
-        ids: organ -> id, which says its colour; else by its place in `dice`.
-    """
+    """Loss terms, validation Dice, and throughput with the wait for data, a share of the time,
+    against steps. An organ's id says its colour; without `ids`, its place in `dice`."""
     with open_figure(path, 2, 3, size=(14, 5.2)) as (figure, axes):
         grid = axes[0, 0].get_gridspec()
         for ax in axes[:, :2].flat:
@@ -363,12 +333,14 @@ def save_curves(
 
 
 def draw_terms(ax: Any, terms: Curves) -> None:
-    """Loss terms against steps, raw and smoothed."""
+    """Loss terms against steps, raw and smoothed; `total` is black."""
     lowest = top = 0.0
     for number, name in enumerate(sorted(terms, key=lambda name: name != "total")):
         steps, values = np.array(terms[name], dtype=np.float64).T
         smooth = smoothed(values)
-        style = _line_style(number - ("total" in terms), black=name == "total")
+        style = _line_style(number - ("total" in terms))
+        if name == "total":
+            style = {"color": "#000000", "linestyle": "-"}
         ax.plot(steps, values, color=style["color"], alpha=0.18, linewidth=0.7)
         label = f"{name.replace('_', ' ')} {smooth[-1]:.3g}"
         ax.plot(steps, smooth, label=label, linewidth=1.6, **style)
@@ -430,10 +402,8 @@ def _finish_axes(ax: Any, legend_title: str) -> None:
         )  # fmt: skip
 
 
-def _line_style(number: int, *, black: bool = False) -> dict[str, str]:
+def _line_style(number: int) -> dict[str, str]:
     """Okabe and Ito's colours, which the colour-blind tell apart; then with another dash."""
-    if black:
-        return {"color": "#000000", "linestyle": "-"}
     dash = ("-", "--", ":", "-.")[number // len(_LINE_COLOURS) % 4]
     return {"color": _LINE_COLOURS[number % len(_LINE_COLOURS)], "linestyle": dash}
 
@@ -460,12 +430,8 @@ _PAGE_STYLE: dict[Any, Any] = {
 
 def svg_chart(key: str, draw: Callable[[Any], None], *, height: float = 230) -> str:
     """A chart as an SVG element of a page, 520 units wide: in the page's font and colour, what is
-    black in its `--ink`, lines in its `--c0` to `--c5`.
-
-    Args:
-        key: another one for each chart of a page, so that no two have an id in common.
-        height: in the same units.
-    """
+    black in its `--ink`, lines in its `--c0` to `--c5`. Each chart of a page has another `key`, so
+    that no two have an id in common."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

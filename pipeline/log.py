@@ -7,12 +7,14 @@ Machines: one JSON object per line in `events.jsonl`.
 from __future__ import annotations
 
 import atexit
+import csv
+import io
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, Protocol, TextIO
 
@@ -62,7 +64,6 @@ class Log:
             self.events = events.with_suffix("") / f"{now}~{writer_name()}.jsonl"
             atexit.register(self._send_last)
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._began = time.monotonic()
 
     @property
     def is_terminal(self) -> bool:
@@ -254,6 +255,16 @@ def size(num_bytes: float) -> str:
 def number(value: float | None, form: str = ".3f") -> str:
     """A number, or a dash where there is none."""
     return "–" if value is None else format(value, form)
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """A header, by default of the first row's keys, and a line for each row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or list(rows[0] if rows else ()), lineterminator="\n")
+    if writer.fieldnames:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def print_table(

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ import numpy as np
 
 from pipeline.cache.store import json_text
 from pipeline.data.registry import Registry
-from pipeline.errors import ConfigError, listed
+from pipeline.errors import ConfigError, counted, listed
 from pipeline.folder import contains, json_with, refuse_foreign, replace_files, writing
-from pipeline.log import Log, print_table
+from pipeline.log import Log, number, print_table
 from pipeline.review.metrics import known, outdated
 from pipeline.review.statistics import (
     CONFIDENCE,
@@ -40,24 +40,12 @@ from stages.evaluate import EvaluateConfig
 HIGHER_IS_BETTER = {"Dice": True, "NSD": True, "HD95_mm": False}
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A case and organ in which the first folder is worse than another, and by how much in Dice."""
-
-    case: str
-    organ: str
-    first: float
-    other: float
-
-
 @dataclass(frozen=True, eq=False)
 class SideBySide:
     """Folders on the cases that all of them have.
 
     Attributes:
         names: of the folders, the first being the one that others are held against.
-        cases: `dataset/case`, in all folders.
-        notices: what a reader has to know.
     """
 
     names: Sequence[str]
@@ -106,18 +94,20 @@ class SideBySide:
         flat = iter(holm([result.p for row in found for result in row.values()]))
         return [{organ: next(flat) for organ in row} for row in found]
 
-    def losses(self, number: int, most: int = 5) -> list[Loss]:
-        """Where the first folder lost most Dice against another; fewer if it lost less often."""
+    def losses(self, number: int, most: int = 5) -> list[dict[str, Any]]:
+        """`case` and `organ` in which the first folder lost most Dice against another, and both;
+        fewer if it lost less often."""
         first, other = self.scores(0, "Dice"), self.scores(number, "Dice")
         apart = np.nan_to_num(first - other, nan=0.0)
         organs = list(self.organs)
         worst = np.argsort(apart, axis=None, kind="stable")[:most]
         places = [np.unravel_index(place, apart.shape) for place in worst]
         return [
-            Loss(self.cases[n], organs[k], float(first[n, k]), float(other[n, k]))
+            {"case": self.cases[n], "organ": organs[k], "first": float(first[n, k]),
+             "other": float(other[n, k])}
             for n, k in places
             if apart[n, k] < 0
-        ]
+        ]  # fmt: skip
 
 
 def side_by_side(
@@ -231,11 +221,7 @@ def _check_settings(path: Path, summary: Mapping[str, Any], first: Mapping[str, 
 
 
 def _outdated(folder: Path, first: Mapping[str, Any]) -> str:
-    """Why a folder has to be evaluated now; empty if its summary is of what is there.
-
-    Raises:
-        ConfigError: its summary cannot be read, or is of other settings.
-    """
+    """Why a folder has to be evaluated now; empty if its summary is of what is there."""
     summary = _read(folder)
     if summary is None:
         return "it has no summary.json yet"
@@ -264,11 +250,7 @@ _UNITS = {"HD95_mm": "HD95, mm (lower is better)"}
 
 
 def check_place(folder: Path) -> None:
-    """Before anything is computed: that both files may be written.
-
-    Raises:
-        ConfigError: one is there that `evaluate` did not write.
-    """
+    """Before anything is computed: that both files may be written."""
     table, scores = folder / "against.json", folder / "against.csv"
     ours = {
         table: json_with(table, "first", "against") is not None,
@@ -278,11 +260,7 @@ def check_place(folder: Path) -> None:
 
 
 def write_side_by_side(found: SideBySide, folder: Path) -> list[Path]:
-    """Writes `against.json`, all results, and `against.csv`, the scores that they are of.
-
-    Raises:
-        WorkFolderError: the folder cannot be written.
-    """
+    """Writes `against.json`, all results, and `against.csv`, the scores that they are of."""
     written = [folder / "against.json", folder / "against.csv"]
     texts = json_text(to_json(found)), to_csv(found)
     with writing(folder):
@@ -310,7 +288,7 @@ def to_json(found: SideBySide) -> dict[str, Any]:
         "against": {
             name: {
                 "metrics": {metric: _rows(found, metric, n) for metric in found.metrics},
-                "largest_losses_of_dice": [asdict(loss) for loss in found.losses(n + 1)],
+                "largest_losses_of_dice": found.losses(n + 1),
             }
             for n, name in enumerate(found.names[1:])
         },
@@ -335,7 +313,7 @@ def to_csv(found: SideBySide) -> str:
 def print_side_by_side(found: SideBySide) -> None:
     """A table per other folder and metric, the largest losses, and what the columns mean."""
     first = found.names[0]
-    cases = f"{len(found.cases)} case{'' if len(found.cases) == 1 else 's'}"
+    cases = counted(len(found.cases), "case")
     for n, name in enumerate(found.names[1:]):
         for metric in found.metrics:
             title = f"{_UNITS.get(metric, metric)}: {first} against {name}, {cases}"
@@ -350,11 +328,9 @@ def print_side_by_side(found: SideBySide) -> None:
             ]
             print_table(title, columns, rows)
         losses = [
-            [
-                loss.case, loss.organ, f"{loss.first:.3f}", f"{loss.other:.3f}",
-                f"{loss.first - loss.other:+.3f}",
-            ]
-            for loss in found.losses(n + 1)
+            [one["case"], one["organ"], number(one["first"]), number(one["other"]),
+             f"{one['first'] - one['other']:+.3f}"]
+            for one in found.losses(n + 1)
         ]  # fmt: skip
         if losses:
             title = f"Where {first} lost most Dice against {name}"
@@ -369,25 +345,20 @@ def print_side_by_side(found: SideBySide) -> None:
     print("\n".join(lines))  # noqa: T201
 
 
-def _rows(found: SideBySide, metric: str, number: int) -> dict[str, Any]:
-    adjusted = found.adjusted(metric)[number]
+def _rows(found: SideBySide, metric: str, other: int) -> dict[str, Any]:
+    adjusted = found.adjusted(metric)[other]
     return {
         organ: {
-            "first": result.first,
-            "other": result.other,
+            "first": result.first, "other": result.other,
             "difference": result.difference.mean,
-            "low": result.difference.low,
-            "high": result.difference.high,
+            "low": result.difference.low, "high": result.difference.high,
             "num_cases": result.num_cases,
-            "higher": result.higher,
-            "equal": result.equal,
-            "lower": result.lower,
-            "p": result.p,
-            "p_holm": adjusted[organ],
+            "higher": result.higher, "equal": result.equal, "lower": result.lower,
+            "p": result.p, "p_holm": adjusted[organ],
             "notes": [note for note in (result.difference.note, result.note) if note],
         }
-        for organ, result in found.results[metric][number].items()
-    }
+        for organ, result in found.results[metric][other].items()
+    }  # fmt: skip
 
 
 def _cells(organ: str, result: Paired, adjusted: float | None, metric: str) -> list[str]:
@@ -398,8 +369,8 @@ def _cells(organ: str, result: Paired, adjusted: float | None, metric: str) -> l
     return [
         organ,
         str(result.num_cases),
-        *("–" if mean is None else f"{mean:.{digits}f}" for mean in (result.first, result.other)),
+        *(number(mean, f".{digits}f") for mean in (result.first, result.other)),
         result.difference.in_words(digits),
         f"{better} / {result.equal} / {worse}",
-        *("–" if p is None else f"{p:.2g}" for p in (result.p, adjusted)),
+        *(number(p, ".2g") for p in (result.p, adjusted)),
     ]

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pipeline.cache.cases import GEOMETRY_TOLERANCE_MM, organ_labels
 from pipeline.cache.store import json_text, prepare_work_folder
-from pipeline.config import Config, digest, file_sha256
+from pipeline.config import Config, digest, file_sha256, sha256_if_there
 from pipeline.data.entries import CaseFiles, is_absent
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry
@@ -104,12 +104,7 @@ def run(
     them.
 
     Args:
-        config: tolerance and splits.
         registry: read with its files: it says where references are.
-        predictions: folder that `pipeline predict` filled.
-        log: where progress goes.
-        table: also print it.
-        dry_run: say what would be done, write nothing.
 
     Raises:
         ConfigError: the registry has no case in these splits, there is no such folder, its label
@@ -151,7 +146,9 @@ def run(
             try:
                 scored[case.name] = _score(config, registry, predictions, case)
                 report.done.append(case.name)
-                log.detail(f"{case.name}: {_in_short(scored[case.name].scores)}")
+                each = [s for s in scored[case.name].scores if not math.isnan(s.dice)]
+                told = ", ".join(f"{s.organ} Dice {s.dice:.3f}" for s in each) or "no organ"
+                log.detail(f"{case.name}: {told}")
                 if notes := scored[case.name].notes:
                     report.warnings[case.name] = notes
                     log.warn(f"{case.name}: {' '.join(notes)}")
@@ -215,14 +212,10 @@ def print_summary(summary: dict[str, Any], *, title: str) -> None:
     """The means, per organ and over organs."""
     spread = summary.get("std_over_folds", {})
     rows = [
-        [
-            organ,
-            *(_number(means[m], m, spread.get(organ)) for m in _METRICS),
-            str(means["num_cases"]),
-            str(means["num_missing"]),
-        ]
+        [organ, *(_number(means[m], m, spread.get(organ)) for m in _METRICS),
+         str(means["num_cases"]), str(means["num_missing"])]
         for organ, means in organ_means(summary).items()
-    ]
+    ]  # fmt: skip
     overall = overall_means(summary)
     last = spread.get(_OVER_ORGANS)
     rows.append(["mean over organs", *(_number(overall[m], m, last) for m in _METRICS), "", ""])
@@ -267,13 +260,9 @@ def _score(
     ids = {organ: registry.organs[organ] for organ in entry.annotated}
     truth = organ_labels(registry, case, reference)
     found = score_case(
-        labels,
-        truth,
-        ids,
-        reference.volume.grid,
-        tolerance_mm=config.tolerance_mm,
-        surface=config.surface,
-    )
+        labels, truth, ids, reference.volume.grid,
+        tolerance_mm=config.tolerance_mm, surface=config.surface,
+    )  # fmt: skip
     by_organ = {score.organ: score for score in found}
     scores = tuple(
         by_organ.get(organ) or OrganScore.missing(organ, NOT_ANNOTATED)
@@ -284,7 +273,7 @@ def _score(
         "prediction_file": str(path),
         "reference_sha256": reference.sha256,
         "prediction_sha256": predicted.sha256,
-        "prediction_json_sha256": file_sha256(beside) if beside.exists() else None,
+        "prediction_json_sha256": sha256_if_there(beside),
     }
     if "student_sha256" in said:
         files["student_sha256"] = str(said["student_sha256"])
@@ -297,22 +286,15 @@ def _score(
 def _checked_image(
     said: Mapping[str, Any], case: CaseFiles, where: str
 ) -> tuple[str | None, list[str]]:
-    """SHA-256 of the case's image where the JSON names the one that was predicted, and notes.
-
-    Raises:
-        GeometryError: they are two images.
-    """
+    """SHA-256 of the case's image where the JSON names the one that was predicted, and notes."""
     known = said.get("image_sha256")
     if known is None:
         return None, []
     try:
         now = file_sha256(case.image)
     except OSError as error:
-        why = error.strerror or error
-        return None, [
-            f"nobody knows whether the prediction is of this image: {case.image} cannot be read "
-            f"({why})."
-        ]
+        unread = f"{case.image} cannot be read ({error.strerror or error})"
+        return None, [f"nobody knows whether the prediction is of this image: {unread}."]
     if now != known:
         raise GeometryError(
             f"it was predicted from another image: the SHA-256 of that one begins with "
@@ -407,11 +389,6 @@ def _check_grid(reference: Grid, predicted: Grid, where: str) -> None:
             where=where,
             fix=fix,
         )
-
-
-def _in_short(scores: tuple[OrganScore, ...]) -> str:
-    known = [score for score in scores if not math.isnan(score.dice)]
-    return ", ".join(f"{score.organ} Dice {score.dice:.3f}" for score in known) or "no organ"
 
 
 def _number(value: float | None, metric: str, spread: Mapping[str, Any] | None = None) -> str:

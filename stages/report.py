@@ -18,14 +18,7 @@ _APART = 3  # failures alike that are named one by one
 
 @dataclass(frozen=True)
 class Scope:
-    """What a stage works on, where to, and who hears of it.
-
-    Attributes:
-        registry: read with its files.
-        work: the work folder.
-        log: where progress goes.
-        tables: also print tables of results.
-    """
+    """What a stage works on, where to, and who hears of it."""
 
     registry: Registry
     work: Folder
@@ -38,14 +31,8 @@ class StageReport:
     """Units done, skipped and failed.
 
     Attributes:
-        stage: its name.
-        done: units made in this run.
-        skipped: units that were there already.
-        failed: unit -> the error that stopped it.
         warnings: unit -> what is improbable in it, or wrong with its input though it was done.
         to_mend: those whose input is certainly wrong.
-        seconds: wall time.
-        num_bytes: written in this run.
         signalled: a signal to stop came, though all may be done: the caller begins nothing else.
         details: what else this stage has to tell, as plain JSON values.
     """

@@ -83,7 +83,7 @@ def make_students(folder: Path, request: Mapping[str, Any], log: Log) -> int:
             with log.progress(f"scoring {run['folder']}", len(cases)) as advance:
                 score_student(
                     place, cases, ScoringSettings(split=split, surface=False),
-                    device=torch.device("cpu"), window_batch=4, advance=advance,
+                    device="cpu", window_batch=4, advance=advance,
                 )  # fmt: skip
         except Stopped as error:
             log.warn(str(error))

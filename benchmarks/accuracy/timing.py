@@ -22,7 +22,7 @@ from pipeline.student.inputs import open_inputs
 from pipeline.student.resume import RunFolder
 from pipeline.student.speed import TrainingExecution
 from pipeline.student.training import train
-from stages.compare.plan import StepClock
+from stages.compare.budget import StepClock
 
 ROUNDS = 5
 STEPS = 24

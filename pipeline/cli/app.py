@@ -13,36 +13,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from pipeline.cli import options as opt
 from pipeline.cli.cache import cache_app
-from pipeline.cli.options import (
-    REGISTRY,
-    WORK,
-    AllowMissingOption,
-    ChannelsLastOption,
-    Command,
-    CompileOption,
-    ConfigOption,
-    DeviceOption,
-    DryRunOption,
-    FoldOption,
-    JsonOption,
-    LoggerOption,
-    MinutesOption,
-    Panel,
-    PrecisionOption,
-    QuietOption,
-    RegistryOption,
-    SelfTestOption,
-    StageToOption,
-    WorkersOption,
-    WorkOption,
-    end,
-    open_log,
-    open_registry,
-    open_settings,
-    show,
-    teacher_names,
-)
+from pipeline.cli.options import Panel, end, open_log, open_registry, open_settings, show
 from pipeline.cli.plan import plan
 from pipeline.cli.record import recorded
 from pipeline.cli.review import compare, inspect, report
@@ -66,9 +39,9 @@ app = typer.Typer(
 
 @recorded
 def phantom(
-    registry: RegistryOption = REGISTRY,
-    dry_run: DryRunOption = False,
-    quiet: QuietOption = False,
+    registry: opt.RegistryOption = opt.REGISTRY,
+    dry_run: opt.DryRunOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """Generate the synthetic CTs that a registry describes."""
     from pipeline.cli.demo import generate_phantoms
@@ -79,21 +52,22 @@ def phantom(
 
 @recorded
 def train_teachers(
-    registry: RegistryOption = REGISTRY,
-    config: ConfigOption = None,
-    work: WorkOption = WORK,
+    registry: opt.RegistryOption = opt.REGISTRY,
+    config: opt.ConfigOption = None,
+    work: opt.WorkOption = opt.WORK,
     only: Annotated[
-        str | None, Panel.INPUT.option(help="One teacher by name.", autocompletion=teacher_names)
+        str | None,
+        Panel.INPUT.option(help="One teacher by name.", autocompletion=opt.teacher_names),
     ] = None,
-    device: DeviceOption = "auto",
-    workers: WorkersOption = 0,
-    checkpoint_minutes: MinutesOption = 10.0,
-    logger: LoggerOption = None,
-    precision: PrecisionOption = "fp32",
-    channels_last: ChannelsLastOption = False,
-    compile_: CompileOption = False,
-    dry_run: DryRunOption = False,
-    quiet: QuietOption = False,
+    device: opt.DeviceOption = "auto",
+    workers: opt.WorkersOption = 0,
+    checkpoint_minutes: opt.MinutesOption = 10.0,
+    logger: opt.LoggerOption = None,
+    precision: opt.PrecisionOption = "fp32",
+    channels_last: opt.ChannelsLastOption = False,
+    compile_: opt.CompileOption = False,
+    dry_run: opt.DryRunOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """Train one teacher per organ, for those who have none.
 
@@ -112,28 +86,28 @@ def train_teachers(
 
 @recorded
 def train_student(
-    registry: RegistryOption = REGISTRY,
-    config: ConfigOption = None,
-    work: WorkOption = WORK,
-    fold: FoldOption = None,
-    device: DeviceOption = "auto",
-    workers: WorkersOption = 0,
-    checkpoint_minutes: MinutesOption = 10.0,
-    logger: LoggerOption = None,
-    allow_missing: AllowMissingOption = False,
-    stage_to: StageToOption = None,
-    precision: PrecisionOption = "fp32",
-    channels_last: ChannelsLastOption = False,
-    compile_: CompileOption = False,
-    self_test: SelfTestOption = False,
+    registry: opt.RegistryOption = opt.REGISTRY,
+    config: opt.ConfigOption = None,
+    work: opt.WorkOption = opt.WORK,
+    fold: opt.FoldOption = None,
+    device: opt.DeviceOption = "auto",
+    workers: opt.WorkersOption = 0,
+    checkpoint_minutes: opt.MinutesOption = 10.0,
+    logger: opt.LoggerOption = None,
+    allow_missing: opt.AllowMissingOption = False,
+    stage_to: opt.StageToOption = None,
+    precision: opt.PrecisionOption = "fp32",
+    channels_last: opt.ChannelsLastOption = False,
+    compile_: opt.CompileOption = False,
+    self_test: opt.SelfTestOption = False,
     steps: Annotated[
         int | None, Panel.SAFETY.option(help="Of the self-test; default: 10.", min=3)
     ] = None,
     seed: Annotated[
         int | None, Panel.SAFETY.option(help="Of the self-test's kills; default: drawn.")
     ] = None,
-    dry_run: DryRunOption = False,
-    quiet: QuietOption = False,
+    dry_run: opt.DryRunOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """Train the multi-organ student from the cache alone."""
     from pipeline.cli.record import note_silence
@@ -171,9 +145,9 @@ def train_student(
 
 
 def status(
-    registry: RegistryOption = REGISTRY,
-    work: WorkOption = WORK,
-    as_json: JsonOption = False,
+    registry: opt.RegistryOption = opt.REGISTRY,
+    work: opt.WorkOption = opt.WORK,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """What is done, missing, stale or damaged.
 
@@ -191,7 +165,7 @@ def status(
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where everything goes.")] = Path("demo"),
     quick: Annotated[bool, Panel.RESULT.option("--quick", help="Tiny: under a minute.")] = False,
-    quiet: QuietOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """The whole road on synthetic CTs: try this first.
 
@@ -226,7 +200,7 @@ for _title, _group in _COMMANDS.items():
             app.add_typer(_one, name="cache", rich_help_panel=_title)
         else:
             _name = _one.__name__.replace("_", "-")
-            app.command(_name, cls=Command, rich_help_panel=_title)(_one)
+            app.command(_name, cls=opt.Command, rich_help_panel=_title)(_one)
 
 
 def main() -> None:

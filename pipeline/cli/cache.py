@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import (
-    REGISTRY,
-    WORK,
-    Command,
-    ConfigOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    Panel,
-    QuietOption,
-    RegistryOption,
-    TrustOption,
-    WindowBatchOption,
-    WorkOption,
-    YesOption,
-    case_names,
-    open_log,
-    open_registry,
-    open_settings,
-    show,
-    teacher_names,
-)
+from pipeline.cli import options as opt
+from pipeline.cli.options import Panel, open_log, open_registry, open_settings, show
 from pipeline.cli.record import recorded
 from pipeline.errors import ConfigError, counted
 from pipeline.folder import Folder, check_answers, parse_folder
@@ -47,13 +26,15 @@ cache_app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 CaseOption = Annotated[
-    str, Panel.INPUT.option("--case", help="dataset/case.", autocompletion=case_names)
+    str, Panel.INPUT.option("--case", help="dataset/case.", autocompletion=opt.case_names)
 ]
 
 
-@cache_app.command("ls", cls=Command)
+@cache_app.command("ls", cls=opt.Command)
 def list_(
-    registry: RegistryOption = REGISTRY, work: WorkOption = WORK, as_json: JsonOption = False
+    registry: opt.RegistryOption = opt.REGISTRY,
+    work: opt.WorkOption = opt.WORK,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Datasets, teachers, cases, bytes.
 
@@ -64,14 +45,14 @@ def list_(
     show(list_cache(_existing(work), _registry_if_there(registry)), print_listing, as_json)
 
 
-@cache_app.command(cls=Command)
+@cache_app.command(cls=opt.Command)
 def why(
-    case: Annotated[str, typer.Argument(help="dataset/case.", autocompletion=case_names)],
-    registry: RegistryOption = REGISTRY,
-    config: ConfigOption = None,
-    work: WorkOption = WORK,
-    trust: TrustOption = None,
-    as_json: JsonOption = False,
+    case: Annotated[str, typer.Argument(help="dataset/case.", autocompletion=opt.case_names)],
+    registry: opt.RegistryOption = opt.REGISTRY,
+    config: opt.ConfigOption = None,
+    work: opt.WorkOption = opt.WORK,
+    trust: opt.TrustOption = None,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Would cache-teachers reuse the units of a case?
 
@@ -89,16 +70,16 @@ def why(
         window=settings.window, storage=settings.storage, splits=settings.splits,
     )  # fmt: skip
     if as_json:
-        _print_json(plain(reasons))
+        opt.print_json(plain(reasons))
     else:
         print_reasons(reasons)
 
 
-@cache_app.command(cls=Command)
+@cache_app.command(cls=opt.Command)
 @partial(recorded, group="cache")
 def verify(
-    registry: RegistryOption = REGISTRY,
-    work: WorkOption = WORK,
+    registry: opt.RegistryOption = opt.REGISTRY,
+    work: opt.WorkOption = opt.WORK,
     deep: Annotated[
         bool, Panel.RESULT.option("--deep", help="Read every byte: checksums, values, shapes.")
     ] = False,
@@ -117,12 +98,12 @@ def verify(
     tolerance: Annotated[
         float, Panel.RESULT.option(help="For --recompute, in log-odds; one rounding step.", min=0)
     ] = 0.5,
-    device: DeviceOption = "auto",
-    window_batch: WindowBatchOption = 1,
-    trust: TrustOption = None,
-    yes: YesOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: opt.DeviceOption = "auto",
+    window_batch: opt.WindowBatchOption = 1,
+    trust: opt.TrustOption = None,
+    yes: opt.YesOption = False,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """Can the cache be trusted?
 
@@ -148,7 +129,7 @@ def verify(
             log=log,
         )  # fmt: skip
     if as_json:
-        _print_json({**plain(found), "recomputed": [one.to_json() for one in again]})
+        opt.print_json({**plain(found), "recomputed": [one.to_json() for one in again]})
     else:
         typer.echo(found.summary())
         print_verification(found)
@@ -160,11 +141,11 @@ def verify(
         raise typer.Exit(1)
 
 
-@cache_app.command(cls=Command)
+@cache_app.command(cls=opt.Command)
 def diff(
     a: Annotated[Folder, typer.Argument(help="A work folder.", parser=parse_folder, metavar="A")],
     b: Annotated[Folder, typer.Argument(help="Another one.", parser=parse_folder, metavar="B")],
-    as_json: JsonOption = False,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """In which cases, teachers and settings two work folders differ."""
     from pipeline.review.why import diff as compare
@@ -173,21 +154,21 @@ def diff(
     show(compare(a, b), print_difference, as_json)
 
 
-@cache_app.command(cls=Command)
+@cache_app.command(cls=opt.Command)
 @partial(recorded, group="cache")
 def gc(
     registries: Annotated[
         list[Path], typer.Argument(help="All registries whose cached units are to stay.")
     ],
-    work: WorkOption = WORK,
+    work: opt.WorkOption = opt.WORK,
     grace_hours: Annotated[
         float,
         Panel.SAFETY.option(help="Case units that nobody reaches stay if they are younger.", min=0),
     ] = 24.0,
-    dry_run: DryRunOption = False,
-    yes: YesOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    dry_run: opt.DryRunOption = False,
+    yes: opt.YesOption = False,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """Remove what none of the registries can reach.
 
@@ -221,14 +202,14 @@ def gc(
     typer.echo(f"gc: removed {counted(number, 'thing')}, {size(freed)}", err=True)
 
 
-@cache_app.command(cls=Command)
+@cache_app.command(cls=opt.Command)
 @partial(recorded, group="cache")
 def export(
     output: Annotated[Path, Panel.RESULT.option("--output", "-o", help="Folder to write into.")],
     teacher: Annotated[
         list[str] | None,
         Panel.INPUT.option(
-            help="By name; default: all. Once for each.", autocompletion=teacher_names
+            help="By name; default: all. Once for each.", autocompletion=opt.teacher_names
         ),
     ] = None,
     to: Annotated[Literal["nifti", "nnunet"], Panel.RESULT.option(help="Format.")] = "nifti",
@@ -238,11 +219,13 @@ def export(
     ] = False,
     case: Annotated[
         str | None,
-        Panel.INPUT.option("--case", help="dataset/case, for nifti.", autocompletion=case_names),
+        Panel.INPUT.option(
+            "--case", help="dataset/case, for nifti.", autocompletion=opt.case_names
+        ),
     ] = None,
-    registry: RegistryOption = REGISTRY,
-    work: WorkOption = WORK,
-    quiet: QuietOption = False,
+    registry: opt.RegistryOption = opt.REGISTRY,
+    work: opt.WorkOption = opt.WORK,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """What is cached as NIfTI, to be looked at over the CT; or all of it for nnU-Net.
 
@@ -293,7 +276,7 @@ def _repair(work: Folder, found: Verification, wanted: bool, yes: bool) -> bool:
 
 def _registry_if_there(path: Path) -> Registry | None:
     """The cache can be looked at without a registry, unless one is named that is not there."""
-    if path == REGISTRY and not path.exists():
+    if path == opt.REGISTRY and not path.exists():
         return None
     return open_registry(path, files=False)
 
@@ -303,7 +286,3 @@ def _existing(work: Folder) -> Folder:
     if not work.is_dir():
         raise ConfigError("there is no such folder.", where=work, fix="Name one with --work.")
     return work
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1))

@@ -25,7 +25,7 @@ from pipeline.data.registry import Registry, load_registry
 from pipeline.engine.here import Execution
 from pipeline.engine.processes import in_processes
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.figures import BACKGROUND_COLOUR, Marked, PlaneColumn, hex_colour, save_planes
+from pipeline.figures import BACKGROUND_COLOUR, Marked, hex_colour, save_planes
 from pipeline.folder import refuse_foreign, replace_file, writing
 from pipeline.log import Log, duration, number, print_table
 from pipeline.review.metrics import organ_means, overall_means
@@ -50,9 +50,6 @@ def generate_phantoms(registry: Registry, log: Log, *, dry_run: bool = False) ->
     """Writes the datasets of a registry that have a `phantom` entry; what is there is kept.
 
     A unit is a dataset; `dry_run` says which would be looked at and, where need be, written.
-
-    Raises:
-        ConfigError: the registry has none.
     """
     specs = {
         name: (registry.resolve(entry.root), entry.phantom)
@@ -87,10 +84,8 @@ def run_demo(folder: Path, *, quick: bool, log: Log) -> Mapping[str, float]:
     """Runs phantom, teachers, cache, comparison of students, prediction, evaluation, picture;
     returns the mean test Dice over organs of each student.
 
-    Everything is resumable: a second call goes on where the first one stopped.
-
-    Args:
-        quick: a tiny cohort and a few steps, of meaningless quality.
+    Everything is resumable: a second call goes on where the first one stopped. `quick` is a tiny
+    cohort and a few steps, of meaningless quality.
 
     Raises:
         PipelineError: a stage failed; the message says which unit.
@@ -114,13 +109,12 @@ def run_demo(folder: Path, *, quick: bool, log: Log) -> Mapping[str, float]:
 def fill_demo_cache(folder: Path, *, quick: bool, log: Log) -> tuple[Registry, StageReport]:
     """The demo up to the cache: phantom, teachers, stage one; returns what stage one reports."""
     registry_path = write_settings(folder, quick=quick)
-    work = folder / "work"
     _done(generate_phantoms(load_registry(registry_path, files=False), log), log)
     registry = load_registry(registry_path)
+    scope = Scope(registry, folder / "work", log, tables=False)
     teach = load_config(folder / "train_teachers.yaml", train_teachers.TrainTeachersConfig)
-    _done(train_teachers.run(teach, Scope(registry, work, log), TrainingExecution()), log)
+    _done(train_teachers.run(teach, scope, TrainingExecution()), log)
     store = load_config(folder / "cache_teachers.yaml", cache_teachers.CacheTeachersConfig)
-    scope = Scope(registry, work, log, tables=False)
     cached = cache_teachers.run(store, scope, Execution(window_batch=4))
     _done(cached, log)
     return registry, cached
@@ -141,16 +135,16 @@ def draw_overlay(registry: Registry, work: Path, predictions: Path, path: Path) 
     predicted = read_label(predictions / dataset / f"{name}.nii.gz").volume
     student = resample(predicted, case.grid, order=0).array
     label = case.label()
-    panels = [
-        PlaneColumn("CT", {}),
-        PlaneColumn("reference", {o: Marked(label, (i,)) for o, i in space.ids.items()}),
-        PlaneColumn("student (ms_kd)", {o: Marked(student, (i,)) for o, i in space.ids.items()}),
-        *(
-            PlaneColumn(f"teacher: {space.organs[k]}", {space.organs[k]: Marked(mask, (1,))})
+    panels = {
+        "CT": {},
+        "reference": {o: Marked(label, (i,)) for o, i in space.ids.items()},
+        "student (ms_kd)": {o: Marked(student, (i,)) for o, i in space.ids.items()},
+        **{
+            f"teacher: {space.organs[k]}": {space.organs[k]: Marked(mask, (1,))}
             for k, mask in zip(known, organ, strict=True)
-        ),
-        PlaneColumn("agreed background", {"agreed background": Marked(background, (1,))}),
-    ]
+        },
+        "agreed background": {"agreed background": Marked(background, (1,))},
+    }
     title = f"{case.name}: student and teachers on a test case (synthetic CT)"
     colours = {organ: hex_colour(organ_id) for organ, organ_id in space.ids.items()}
     colours["agreed background"] = BACKGROUND_COLOUR
@@ -212,22 +206,16 @@ def _print_results(
     multi = [d for d, e in registry.datasets.items() if len(e.annotated) == len(organs)]
     own = {r["organ"]: r for r in teachers if r["dataset"] not in multi}
     shifted = {r["organ"]: r for r in teachers if r["dataset"] in multi}
-    rows = [
-        ["teachers, validation cases of their own dataset", *_row(own, organs)],
-        ["teachers, validation cases of multi-organ-ct", *_row(shifted, organs)],
-    ]
+    rows = []
+    for dataset, of in {"their own dataset": own, "multi-organ-ct": shifted}.items():
+        dice = [of[o]["dice"] if o in of else None for o in organs]
+        mean = float(np.mean([d for d in dice if d is not None])) if any(dice) else None
+        rows.append([f"teachers, validation cases of {dataset}", *map(number, [*dice, mean])])
     for kind, summary in results.items():
         means = organ_means(summary)
         dice = [means[organ]["Dice"] for organ in organs]
-        overall = overall_means(summary)["Dice"]
-        rows.append([_TITLES[kind], *(number(d) for d in dice), number(overall)])
+        rows.append([_TITLES[kind], *map(number, [*dice, overall_means(summary)["Dice"]])])
     print_table("Dice (students: test cases)", ["", *organs, "mean"], rows)
-
-
-def _row(rows: Mapping[str, Mapping[str, Any]], organs: list[str]) -> list[str]:
-    dice = [rows[o]["dice"] if o in rows else None for o in organs]
-    mean = float(np.mean([d for d in dice if d is not None])) if any(dice) else None
-    return [*(number(d) for d in dice), number(mean)]
 
 
 def _say_where(folder: Path, figure: Path, quick: bool, began: float) -> None:
@@ -253,19 +241,13 @@ def _generate(item: tuple[str, tuple[Path, PhantomSpec]]) -> None:
     write_dataset(*item[1])
 
 
-# Registry and configurations of the demo: the reference registry, and settings that fit it.
-
 STUDENTS = ("ms_kd", "pseudo_label", "marginal")
 _PATCH = [32, 40, 40]
 _STUDENT_TAP = "model.1.submodule.0"
 
 
 def write_settings(folder: Path, *, quick: bool) -> Path:
-    """Writes registry and configurations of the demo; returns the registry's path.
-
-    Raises:
-        ConfigError: the folder holds another demo, or files that are no demo's.
-    """
+    """Writes registry and configurations of the demo; returns the registry's path."""
     data = yaml.safe_load(reference_registry().read_text(encoding="utf-8"))
     if quick:
         _shrink(data)
@@ -297,11 +279,7 @@ def write_settings(folder: Path, *, quick: bool) -> Path:
 
 
 def reference_registry() -> Path:
-    """The annotated reference registry: beside the packages in a checkout, within them in a wheel.
-
-    Raises:
-        ConfigError: the installation lacks it.
-    """
+    """The annotated one: beside the packages in a checkout, within them in a wheel."""
     package = Path(__file__).parents[1]
     for path in (package.parent / "data_registry.yaml", package / "data" / "data_registry.yaml"):
         if path.is_file():

@@ -1,6 +1,5 @@
 """Options that several commands share, what the tab key offers for them, and how a command opens
-its registry and its log.
-"""
+its registry and its log."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-from pipeline.cli.record import current, note_config, note_report
+from pipeline.cli.record import current
 from pipeline.errors import ConfigError
 from pipeline.folder import Folder, parse_folder
 
@@ -59,7 +58,7 @@ class Command(TyperCommand):
 # A shell waits for the answer, so nothing heavy is loaded: the registry is read as plain YAML. What
 # cannot be read offers nothing, and says nothing.
 
-_REGISTRY, _WORK = "data_registry.yaml", "work"
+REGISTRY, WORK = Path("data_registry.yaml"), Path("work")
 
 
 def one_of(*names: str) -> Callable[[str], list[str]]:
@@ -87,23 +86,25 @@ def case_names(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def student_files(ctx: typer.Context, incomplete: str) -> list[str]:
     """The `student.pt` of finished runs in `work`; otherwise the shell offers files."""
-    folder = Path(_WORK) / "students"
-    found = [*folder.glob("*/student.pt"), *folder.glob("*/*/student.pt")]
+    found = _in_runs(WORK / "students", "student.pt")
     return _starting([path.as_posix() for path in found], incomplete)
 
 
 def run_names(ctx: typer.Context, incomplete: str) -> list[str]:
     """Runs below `WORK/students`; those of a comparison are `<comparison>/<run>`."""
     folder = _work(ctx) / "students"
-    found = [*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]
-    names = [path.parent.relative_to(folder).as_posix() for path in found]
+    names = [p.parent.relative_to(folder).as_posix() for p in _in_runs(folder, "config.json")]
     return _starting(names, incomplete)
+
+
+def _in_runs(folder: Path, name: str) -> list[Path]:
+    return [*folder.glob(f"*/{name}"), *folder.glob(f"*/*/{name}")]
 
 
 def _registry(ctx: typer.Context) -> dict[str, Any]:
     import yaml
 
-    path = ctx.params.get("registry") or _REGISTRY
+    path = ctx.params.get("registry") or REGISTRY
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -113,8 +114,7 @@ def _registry(ctx: typer.Context) -> dict[str, Any]:
 
 def _work(ctx: typer.Context) -> Path:
     """A store is not asked: its answer takes longer than a person waits at the tab key."""
-    work = ctx.params.get("work") or _WORK
-    return work if isinstance(work, Path) else Path(str(work))
+    return Path(str(ctx.params.get("work") or WORK))
 
 
 def _starting(names: Any, incomplete: str) -> list[str]:
@@ -194,12 +194,7 @@ LoggerOption = Annotated[
 
 
 def parse_stage_to(text: str) -> Path:
-    """The folder of `--stage-to`, as the shell left it.
-
-    Raises:
-        ConfigError: it is empty, or a variable stands in it: one is not set, or was quoted; or it
-            is in an object store.
-    """
+    """The folder of `--stage-to`, as the shell left it."""
     if not text.strip() or "$" in text or "://" in text:
         why = "is no folder of this machine" if "://" in text else (
             "is no folder: a variable is not set, or the shell did not put it in"
@@ -216,11 +211,7 @@ _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgtp]?)(i?)b?\s*", re
 
 
 def parse_size(text: str, option: str) -> int:
-    """`2 TB`, `500GB`, `1.5TiB`, `1e12` -> bytes.
-
-    Raises:
-        ConfigError: it is no size.
-    """
+    """`2 TB`, `500GB`, `1.5TiB`, `1e12` -> bytes."""
     match = _SIZE.fullmatch(text)
     if match is None or (match[3] and not match[2]):
         raise ConfigError(
@@ -255,16 +246,10 @@ SelfTestOption = Annotated[
         help="Only try, in a temporary folder, whether training here resumes exactly after kills.",
     ),
 ]
-REGISTRY = Path("data_registry.yaml")
-WORK: Folder = Path("work")
 
 
 def open_registry(
-    path: Path,
-    *,
-    files: bool = True,
-    trust: Sequence[str] | None = None,
-    fold: int | None = None,
+    path: Path, *, files: bool = True, trust: Sequence[str] | None = None, fold: int | None = None
 ) -> Registry:
     """Reads a registry; `files`: also hold it against the files that it names; `trust`: teachers
     that may run code of their own; `fold`: that validates."""
@@ -276,10 +261,11 @@ def open_registry(
 
 def open_settings(path: Path | None, model: type[ConfigT]) -> ConfigT:
     """A stage's settings from its YAML; without one, the defaults."""
-    from pipeline.config import load_config
+    from pipeline.config import digest, load_config
 
     settings = model() if path is None else load_config(path, model)
-    note_config(settings)
+    if (record := current()) is not None:
+        record.config_digest = digest(settings)
     return settings
 
 
@@ -308,15 +294,20 @@ def open_log(
 def show(found: Any, people: Callable[[Any], None], as_json: bool) -> None:
     """A result on standard output: for machines, or in its tables for people."""
     if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=1))
+        print_json(found.to_json())
     else:
         people(found)
 
 
+def print_json(value: Any) -> None:
+    """Plain values, on standard output."""
+    typer.echo(json.dumps(value, indent=1))
+
+
 def end(report: StageReport) -> None:
     """Says in a line what a stage did, then what failed, and exits with its code."""
-    note_report(report)
-    record = current()
+    if (record := current()) is not None:
+        record.reports.append(report)
     dry_run = record is not None and record.is_dry_run
     typer.echo(report.plan() if dry_run else report.summary(), err=True)
     for unit, error in report.failures():

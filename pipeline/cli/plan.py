@@ -5,24 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pipeline.cli.options import (
-    REGISTRY,
-    WORK,
-    ConfigOption,
-    DeviceOption,
-    JsonOption,
-    Panel,
-    QuietOption,
-    RegistryOption,
-    TrustOption,
-    WindowBatchOption,
-    WorkOption,
-    open_log,
-    open_registry,
-    open_settings,
-    parse_size,
-    show,
-)
+from pipeline.cli import options as opt
+from pipeline.cli.options import Panel, open_log, open_registry, open_settings, parse_size, show
 from pipeline.cli.record import recorded
 from pipeline.errors import ConfigError
 
@@ -32,9 +16,9 @@ if TYPE_CHECKING:
 
 @recorded
 def plan(
-    registry: RegistryOption = REGISTRY,
-    config: ConfigOption = None,
-    work: WorkOption = WORK,
+    registry: opt.RegistryOption = opt.REGISTRY,
+    config: opt.ConfigOption = None,
+    work: opt.WorkOption = opt.WORK,
     quota: Annotated[
         str | None, Panel.RESULT.option(help='What the work folder may hold, for example "2 TB".')
     ] = None,
@@ -56,11 +40,11 @@ def plan(
             "--output", "-o", help="--student: default train_student.yaml beside the registry."
         ),
     ] = None,
-    device: DeviceOption = "auto",
-    window_batch: WindowBatchOption = 1,
-    trust: TrustOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: opt.DeviceOption = "auto",
+    window_batch: opt.WindowBatchOption = 1,
+    trust: opt.TrustOption = None,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """What stage one will take: bytes, files, time, memory.
 

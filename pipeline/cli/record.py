@@ -27,7 +27,6 @@ from pipeline.errors import ConfigError, PipelineError, WorkFolderError, named
 from pipeline.folder import check_writable, json_with, refuse_foreign, replace_file
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
     from pipeline.log import Log
     from stages.report import StageReport
 
@@ -54,7 +53,9 @@ def recorded(command: Callable[P, None], *, group: str = "") -> Callable[..., No
         record = CallRecord(name, given, report, verbose)
         record.begin()
         if record.path is not None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, _terminated)
+            # A batch system ends a job by it: there is time for a report. A training, which also
+            # writes a checkpoint then, has a handler of its own.
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         try:
             command(*args, **kwargs)
         except BaseException as error:
@@ -62,20 +63,18 @@ def recorded(command: Callable[P, None], *, group: str = "") -> Callable[..., No
             raise
         record.end(0)
 
-    parameters = [*signature.parameters.values(), *_parameters()]
+    from pipeline.cli.options import ReportOption, VerboseOption  # which import this module
+
+    more = {"report": (None, ReportOption), "verbose": (False, VerboseOption)}
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [*signature.parameters.values()]
+    parameters += [
+        inspect.Parameter(option, kind, default=default, annotation=annotation)
+        for option, (default, annotation) in more.items()
+    ]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
     return run
-
-
-def _parameters() -> list[inspect.Parameter]:
-    from pipeline.cli.options import ReportOption, VerboseOption  # which import this module
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return [
-        inspect.Parameter("report", kind, default=None, annotation=ReportOption),
-        inspect.Parameter("verbose", kind, default=False, annotation=VerboseOption),
-    ]
 
 
 def _ended(record: CallRecord, error: BaseException) -> None:
@@ -87,12 +86,6 @@ def _ended(record: CallRecord, error: BaseException) -> None:
         record.end(exit_code_of(error), reported)
     except PipelineError as problem:
         typer.echo(f"error: {problem}", err=True)
-
-
-def _terminated(number: int, frame: object) -> None:
-    """A batch system ends a job by this signal: there is time for a report. A training, which also
-    writes a checkpoint then, has a handler of its own."""
-    raise SystemExit(128 + number)
 
 
 def exit_code_of(error: Any) -> int:
@@ -132,21 +125,13 @@ WRITES = {
     "train-teachers": ("work",),
 }
 
-_DRY = ("dry_run", "print_")
-
 _CURRENT: ContextVar[CallRecord | None] = ContextVar("run record", default=None)
 
 
 @dataclass
 class CallRecord:
-    """One call of a command.
-
-    Attributes:
-        command: as it is typed, `cache-teachers`.
-        arguments: parameter -> value, defaults among them.
-        path: where the report goes; None: nowhere.
-        config_digest: of the settings that are in force, defaults among them.
-    """
+    """One call of a command: as it is typed, `cache-teachers`, with all its arguments, defaults
+    among them; where the report goes, if anywhere; and of which settings, defaults among them."""
 
     command: str
     arguments: Mapping[str, Any]
@@ -162,7 +147,7 @@ class CallRecord:
     @property
     def is_dry_run(self) -> bool:
         """Whether nothing else is to be written."""
-        return any(bool(self.arguments.get(name)) for name in _DRY)
+        return bool(self.arguments.get("dry_run") or self.arguments.get("print_"))
 
     def begin(self) -> None:
         """From here on the record is `current()`; files that are read are digested as they are now.
@@ -193,11 +178,7 @@ class CallRecord:
             log.detail(f"digest of the settings: {self.config_digest}")
 
     def end(self, exit_code: int, error: BaseException | None = None) -> None:
-        """Writes the report, and a last event.
-
-        Raises:
-            WorkFolderError: the report cannot be written.
-        """
+        """Writes the report, and a last event."""
         _CURRENT.set(None)
         seconds = round(time.monotonic() - self._began, 3)
         if self.log is not None:
@@ -251,31 +232,19 @@ class CallRecord:
         """Done, skipped and failed, of all stages; `short`: numbers instead of names."""
         done = [unit for report in self.reports for unit in report.done]
         skipped = [unit for report in self.reports for unit in report.skipped]
-        failed = {unit: error for report in self.reports for unit, error in report.failed.items()}
+        failed = {
+            unit: str(error) if short else _said(error)
+            for report in self.reports
+            for unit, error in report.failed.items()
+        }
         if short:
-            texts = {unit: str(error) for unit, error in failed.items()}
-            return {"done": len(done), "skipped": len(skipped), "failed": texts}
-        said = {unit: _said(error) for unit, error in failed.items()}
-        return {"done": done, "skipped": skipped, "failed": said}
+            return {"done": len(done), "skipped": len(skipped), "failed": failed}
+        return {"done": done, "skipped": skipped, "failed": failed}
 
 
 def current() -> CallRecord | None:
     """The record of the command that runs; None where functions are called from elsewhere."""
     return _CURRENT.get()
-
-
-def note_config(config: Config) -> None:
-    """Settings that are in force, for the record of the command that runs."""
-    from pipeline.config import digest
-
-    if (record := current()) is not None:
-        record.config_digest = digest(config)
-
-
-def note_report(report: StageReport) -> None:
-    """What a stage did, for the record of the command that runs."""
-    if (record := current()) is not None:
-        record.reports.append(report)
 
 
 def note_silence() -> None:

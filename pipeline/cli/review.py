@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,31 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.options import (
-    REGISTRY,
-    WORK,
-    AllowMissingOption,
-    ChannelsLastOption,
-    CompileOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    MinutesOption,
-    Panel,
-    PrecisionOption,
-    QuietOption,
-    RegistryOption,
-    StageToOption,
-    WindowBatchOption,
-    WorkersOption,
-    WorkOption,
-    case_names,
-    open_log,
-    open_registry,
-    open_settings,
-    run_names,
-    show,
-)
+from pipeline.cli import options as opt
+from pipeline.cli.options import Panel, open_log, open_registry, open_settings, show
 from pipeline.cli.record import recorded
 from pipeline.errors import ConfigError
 
@@ -50,17 +26,17 @@ def inspect(
     case: Annotated[
         str | None,
         typer.Argument(
-            help="dataset/case; without it, a table of all cases.", autocompletion=case_names
+            help="dataset/case; without it, a table of all cases.", autocompletion=opt.case_names
         ),
     ] = None,
-    registry: RegistryOption = REGISTRY,
+    registry: opt.RegistryOption = opt.REGISTRY,
     config: Annotated[
         Path | None,
         Panel.INPUT.option(
             "--config", "-c", help="A student's YAML: regions as that training sees them."
         ),
     ] = None,
-    work: WorkOption = WORK,
+    work: opt.WorkOption = opt.WORK,
     output: Annotated[
         Path, Panel.RESULT.option("--output", "-o", help="Folder to write into.")
     ] = Path("inspection"),
@@ -85,9 +61,9 @@ def inspect(
     allow_missing: Annotated[
         bool, Panel.SAFETY.option("--allow-missing", help="Leave out teachers that a case lacks.")
     ] = False,
-    workers: WorkersOption = 0,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    workers: opt.WorkersOption = 0,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """What a student would be taught: regions and conflicts.
 
@@ -104,7 +80,7 @@ def inspect(
     if case is not None:
         numbers, written = inspect_case(known, work, case, view, output, allow_missing=allowed)
         if as_json:
-            typer.echo(json.dumps(numbers.model_dump(mode="json"), indent=1))
+            opt.print_json(numbers.model_dump(mode="json"))
             return
         for path in written:
             typer.echo(str(path))
@@ -160,11 +136,11 @@ def report(
     run: Annotated[
         str,
         typer.Argument(
-            help="A student's run: a folder of WORK/students.", autocompletion=run_names
+            help="A student's run: a folder of WORK/students.", autocompletion=opt.run_names
         ),
     ],
-    registry: RegistryOption = REGISTRY,
-    work: WorkOption = WORK,
+    registry: opt.RegistryOption = opt.REGISTRY,
+    work: opt.WorkOption = opt.WORK,
     output: Annotated[
         Path | None,
         Panel.RESULT.option(
@@ -189,9 +165,9 @@ def report(
             help="Volumes and conflicts: every case of the run is read for them.",
         ),
     ] = True,
-    device: DeviceOption = "auto",
-    workers: WorkersOption = 0,
-    quiet: QuietOption = False,
+    device: opt.DeviceOption = "auto",
+    workers: opt.WorkersOption = 0,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """One HTML page about a run.
 
@@ -220,8 +196,8 @@ def compare(
     output: Annotated[
         Path, Panel.RESULT.option("--output", "-o", help="Folder for tables and figure.")
     ],
-    registry: RegistryOption = REGISTRY,
-    work: WorkOption = WORK,
+    registry: opt.RegistryOption = opt.REGISTRY,
+    work: opt.WorkOption = opt.WORK,
     seeds: Annotated[str, Panel.RESULT.option(help="Each is trained with each: 0,1,2.")] = "0,1,2",
     steps: Annotated[int | None, Panel.RESULT.option(help="Of every run.", min=1)] = None,
     seconds: Annotated[
@@ -237,17 +213,17 @@ def compare(
         bool,
         Panel.RESULT.option("--test", help="Score the test cases: once, when choices are made."),
     ] = False,
-    allow_missing: AllowMissingOption = False,
-    stage_to: StageToOption = None,
-    device: DeviceOption = "auto",
-    workers: WorkersOption = 0,
-    window_batch: WindowBatchOption = 1,
-    checkpoint_minutes: MinutesOption = 10.0,
-    precision: PrecisionOption = "fp32",
-    channels_last: ChannelsLastOption = False,
-    compile_: CompileOption = False,
-    dry_run: DryRunOption = False,
-    quiet: QuietOption = False,
+    allow_missing: opt.AllowMissingOption = False,
+    stage_to: opt.StageToOption = None,
+    device: opt.DeviceOption = "auto",
+    workers: opt.WorkersOption = 0,
+    window_batch: opt.WindowBatchOption = 1,
+    checkpoint_minutes: opt.MinutesOption = 10.0,
+    precision: opt.PrecisionOption = "fp32",
+    channels_last: opt.ChannelsLastOption = False,
+    compile_: opt.CompileOption = False,
+    dry_run: opt.DryRunOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """Train several students on equal terms, in one table.
 
@@ -285,8 +261,8 @@ def compare(
     if not quiet:
         print_results(results)
     log.info(f"written: {', '.join(str(path) for path in written)}")
-    if results.exit_code:
-        raise typer.Exit(results.exit_code)
+    if results.failed:
+        raise typer.Exit(1)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -29,19 +29,20 @@ from typing import Any
 import torch
 
 from pipeline.cache.store import write_json
+from pipeline.config import load_config
 from pipeline.data.registry import load_registry
 from pipeline.errors import CacheMissing, ConfigError, PipelineError
-from pipeline.folder import Folder, parse_folder
-from pipeline.log import Log
+from pipeline.folder import Folder, json_with, parse_folder
+from pipeline.log import Log, print_table
 from pipeline.networks.by_name import pick_device
 from pipeline.networks.tensor_file import load_sealed
 from pipeline.student.checkpoint import training_checkpoints
 from pipeline.student.dataset import forks_of_a_server
-from pipeline.student.distributed import Silent
+from pipeline.student.distributed import Silent, refuse_several
 from pipeline.student.inputs import open_inputs
 from pipeline.student.progress import metric_lines, without_timing
 from pipeline.student.resume import RunFolder
-from pipeline.student.speed import TrainingExecution
+from pipeline.student.speed import TrainingExecution, check_device
 from pipeline.student.training import train
 from stages.train_student import TrainStudentConfig
 
@@ -52,11 +53,7 @@ WORKERS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Setup:
-    """What is tried.
-
-    Attributes:
-        config: `training.steps` is how long the test takes.
-    """
+    """What is tried; `training.steps` of the config is how long the test takes."""
 
     config: TrainStudentConfig
     registry: Path
@@ -66,13 +63,8 @@ class Setup:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One process of a training, from its start to its end or its kill.
-
-    Attributes:
-        folder: of the training; its checkpoints are gone on from.
-        kill_after: step whose checkpoint is waited for; None lets it live.
-        delay_s: seconds from then to the kill.
-    """
+    """One process of a training, which goes on from the folder's checkpoints, from its start to its
+    end, or to its kill `delay_s` after the checkpoint of step `kill_after`."""
 
     setup: Setup
     folder: Path
@@ -83,13 +75,8 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one attempt.
-
-    Attributes:
-        resumed_from: step that it went on from; 0 is the beginning.
-        reached: last step whose checkpoint it wrote.
-        difference: from the undisturbed training; empty if there is none.
-    """
+    """What came of one attempt, from one step to the last whose checkpoint it wrote; `difference`
+    from the undisturbed training is empty if there is none."""
 
     workers: int
     resumed_from: int
@@ -98,29 +85,33 @@ class Row:
     difference: str = ""
 
 
+def train_until_killed(attempt: Attempt) -> None:
+    """The work of one process; runs in a child process, which it may kill."""
+    try:
+        _train(attempt)
+    except PipelineError as error:
+        write_json(attempt.folder / "error.json", {"what": str(error)})
+        raise SystemExit(1) from None
+
+
 def self_test(
     setup: Setup,
     *,
     kills: int,
     seed: int,
     log: Log,
-    train_once: Callable[[Attempt], None] | None = None,
+    train_once: Callable[[Attempt], None] = train_until_killed,
 ) -> list[Row]:
     """Trains straight, then killed and resumed; one row for each process, the straight one first.
 
-    It ends at the first difference, which its last row names.
-
-    Args:
-        setup: what is tried, with at least three steps.
-        kills: how often the second training is killed; fewer where there are fewer steps.
-        train_once: what a process does; the tests break it on purpose.
+    It ends at the first difference, which its last row names. There are fewer kills where there are
+    fewer steps. `train_once` is what a process does; the tests break it on purpose.
 
     Raises:
         PipelineError: the training itself failed.
     """
     drawn = random.Random(seed)
     steps = setup.config.training.steps
-    train_once = train_once or train_until_killed
     with (
         _no_word_of_leaks(),
         tempfile.TemporaryDirectory(prefix="organ-distill-self-test-") as scratch,
@@ -151,27 +142,15 @@ def self_test(
     return rows
 
 
-def train_until_killed(attempt: Attempt) -> None:
-    """The work of one process; runs in a child process, which it may kill."""
-    try:
-        _train(attempt)
-    except PipelineError as error:
-        write_json(attempt.folder / "error.json", {"what": str(error)})
-        raise SystemExit(1) from None
-
-
 @contextmanager
 def _no_word_of_leaks() -> Iterator[None]:
     """multiprocessing warns of what killed processes left behind, which it clears away itself."""
-    before = os.environ.get("PYTHONWARNINGS")
-    quiet = "ignore:resource_tracker:UserWarning"
-    os.environ["PYTHONWARNINGS"] = f"{before},{quiet}" if before else quiet
+    before = os.environ.get("PYTHONWARNINGS", "")
+    os.environ["PYTHONWARNINGS"] = f"{before},ignore:resource_tracker:UserWarning".lstrip(",")
     try:
         yield
     finally:
-        os.environ.pop("PYTHONWARNINGS")
-        if before is not None:
-            os.environ["PYTHONWARNINGS"] = before
+        os.environ["PYTHONWARNINGS"] = before  # empty: as if it were not set
 
 
 def _train(attempt: Attempt) -> None:
@@ -211,7 +190,7 @@ def _train(attempt: Attempt) -> None:
 
 def _row(train_once: Callable[[Attempt], None], attempt: Attempt, straight: Path) -> Row:
     before = notes_of(attempt.folder)
-    began = max(steps_of_checkpoints(attempt.folder), default=0)
+    began = last_step(attempt.folder)
     process = forks_of_a_server(*PRELOADED).Process(target=train_once, args=(attempt,))
     process.start()
     process.join()
@@ -219,7 +198,7 @@ def _row(train_once: Callable[[Attempt], None], attempt: Attempt, straight: Path
     if code not in (0, -signal.SIGKILL) or (code and attempt.kill_after is None):
         raise _failure(attempt, code)
     notes = notes_of(attempt.folder)
-    reached = max(steps_of_checkpoints(attempt.folder), default=0)
+    reached = last_step(attempt.folder)
     difference = ""
     if attempt.folder != straight:
         new = {step: note for step, note in notes.items() if step not in before}
@@ -236,9 +215,8 @@ def _repeats(train_once: Callable[[Attempt], None], attempt: Attempt) -> bool:
 
 
 def _failure(attempt: Attempt, code: int | None) -> PipelineError:
-    told = attempt.folder / "error.json"
-    if told.exists():
-        what = json.loads(told.read_text(encoding="utf-8"))["what"]
+    if told := json_with(attempt.folder / "error.json", "what"):
+        what = told["what"]
         return PipelineError(
             what, where="self-test", fix="Correct that, then try again; nothing was written."
         )
@@ -248,8 +226,6 @@ def _failure(attempt: Attempt, code: int | None) -> PipelineError:
         fix="Its output is above. Code -9 may mean that the machine has too little memory.",
     )
 
-
-# `pipeline train-student --self-test`: whether this setup resumes exactly.
 
 STEPS, KILLS = 10, 3
 
@@ -268,15 +244,9 @@ def run_self_test(
     """Tries the user's settings on the user's cache or, where there is none, on a made-up one.
 
     Raises:
-        ConfigError: several processes were started.
         CacheMissing: settings were named and there is no cache to try them on.
         PipelineError: the resumed training is not the undisturbed one; it names the first tensor.
     """
-    from pipeline.config import load_config
-    from pipeline.student.distributed import refuse_several
-    from pipeline.student.speed import check_device
-    from stages.train_student import TrainStudentConfig
-
     refuse_several("train-student --self-test")
     check_device(execution.flags, pick_device(execution.device))
     seed = secrets.randbelow(10**6) if seed is None else seed
@@ -300,11 +270,7 @@ def run_self_test(
 
 
 def refuse_without_self_test(steps: int | None, seed: int | None) -> None:
-    """A training takes both from its settings.
-
-    Raises:
-        ConfigError: one was given.
-    """
+    """A training takes both from its settings."""
     if steps is not None or seed is not None:
         raise ConfigError(
             "--steps and --seed are of the self-test alone.",
@@ -313,8 +279,6 @@ def refuse_without_self_test(steps: int | None, seed: int | None) -> None:
 
 
 def _try(setup: Setup, steps: int, seed: int, log: Log) -> None:
-    from pipeline.log import print_table
-
     changes = {"steps": steps, "validate_every": max(1, steps // 3)}
     training = setup.config.training.model_copy(update=changes)
     setup = replace(setup, config=setup.config.model_copy(update={"training": training}))
@@ -346,8 +310,6 @@ def _told(number: int, row: Row) -> list[str]:
 def _made_up(folder: Path, log: Log) -> tuple[Path, Folder, TrainStudentConfig]:
     """The quick demo's cache, and its settings with dropout, which draws random numbers."""
     from pipeline.cli.demo import fill_demo_cache
-    from pipeline.config import load_config
-    from stages.train_student import TrainStudentConfig
 
     registry, _ = fill_demo_cache(folder, quick=True, log=log)
     settings = load_config(folder / "train_student_ms_kd.yaml", TrainStudentConfig)
@@ -384,10 +346,10 @@ def state_digests(state: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, repr(state)
 
 
-def steps_of_checkpoints(folder: Path) -> list[int]:
-    """Of those that are kept."""
+def last_step(folder: Path) -> int:
+    """Of the checkpoints that are kept; 0 without one."""
     paths = training_checkpoints(folder / "checkpoints")
-    return [int(path.stem.removeprefix("step_")) for path in paths]
+    return max((int(path.stem.removeprefix("step_")) for path in paths), default=0)
 
 
 def notes_of(folder: Path) -> dict[int, Mapping[str, Any]]:
@@ -398,8 +360,7 @@ def notes_of(folder: Path) -> dict[int, Mapping[str, Any]]:
 
 def first_difference(straight: Path, notes: Mapping[int, Mapping[str, Any]]) -> str:
     """The first step, and the first tensor there, in which notes differ from those of a run that
-    nothing disturbed; empty if all is equal.
-    """
+    nothing disturbed; empty if all is equal."""
     expected = notes_of(straight)
     for step, note in sorted(notes.items()):
         ours, theirs = note["digests"], expected[step]["digests"]

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import stages
-from pipeline.cli.options import (
-    REGISTRY,
-    WORK,
-    ConfigOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    Panel,
-    QuietOption,
-    RegistryOption,
-    TrustOption,
-    WindowBatchOption,
-    WorkOption,
-    YesOption,
-    one_of,
-    open_log,
-    open_registry,
-    open_settings,
-    show,
-)
+from pipeline.cli import options as opt
+from pipeline.cli.options import Panel, one_of, open_log, open_registry, open_settings, show
 from pipeline.cli.record import recorded
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.folder import Folder, is_local
@@ -78,10 +60,10 @@ def init(
     ] = None,
     registry: Annotated[
         Path, Panel.RESULT.option("--registry", "-r", help="The file to write.")
-    ] = REGISTRY,
+    ] = opt.REGISTRY,
     force: Annotated[bool, Panel.SAFETY.option("--force", help="Replace a registry.")] = False,
-    yes: YesOption = False,
-    dry_run: DryRunOption = False,
+    yes: opt.YesOption = False,
+    dry_run: opt.DryRunOption = False,
 ) -> None:
     """Write a registry from folders of datasets and teachers.
 
@@ -91,7 +73,7 @@ def init(
     from pipeline.setup.init.begin import InitRequest, begin, describe, draft, next_command
 
     request = InitRequest(dataset or [], teacher or [], files or [], organ or [], spacing_mm)
-    ask = None if yes or not can_ask() else _ask
+    ask = None if yes or not can_ask() else partial(typer.prompt, prompt_suffix="\n> ")
     if dry_run:
         typer.echo(draft(registry, request, force=force, ask=ask), nl=False)
         return
@@ -108,15 +90,10 @@ def can_ask() -> bool:
     return sys.stdin.isatty()
 
 
-def _ask(question: str) -> str:
-    answer: str = typer.prompt(question, prompt_suffix="\n> ")
-    return answer
-
-
 @recorded
 def check(
-    registry: RegistryOption = REGISTRY,
-    config: ConfigOption = None,
+    registry: opt.RegistryOption = opt.REGISTRY,
+    config: opt.ConfigOption = None,
     dataset: Annotated[str | None, Panel.INPUT.option(help="One alone; default: all.")] = None,
     student: Annotated[
         Path | None,
@@ -137,11 +114,11 @@ def check(
     side_mm: Annotated[
         float, Panel.RESULT.option(help="Side of the teachers' crop in mm.", min=1)
     ] = 120.0,
-    device: DeviceOption = "auto",
-    window_batch: WindowBatchOption = 1,
-    trust: TrustOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: opt.DeviceOption = "auto",
+    window_batch: opt.WindowBatchOption = 1,
+    trust: opt.TrustOption = None,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """What is wrong: files, labels, HU, duplicates, teachers?
 
@@ -172,8 +149,6 @@ def check(
         raise typer.Exit(report.exit_code)
 
 
-# `pipeline submit`.
-
 STAGES = ("train-teachers", "cache-teachers", "train-student", "predict", "evaluate")
 
 
@@ -185,7 +160,7 @@ def submit(
             help=f"One or several of {', '.join(STAGES)}.", autocompletion=one_of(*STAGES)
         ),
     ] = None,
-    registry: RegistryOption = REGISTRY,
+    registry: opt.RegistryOption = opt.REGISTRY,
     config: Annotated[
         list[str] | None,
         Panel.INPUT.option(
@@ -196,7 +171,7 @@ def submit(
             "that is predicted and evaluated.",
         ),
     ] = None,
-    work: WorkOption = WORK,
+    work: opt.WorkOption = opt.WORK,
     slurm_config: Annotated[
         Path | None, Panel.JOBS.option(help="YAML: what the jobs ask for, per stage.")
     ] = None,
@@ -221,7 +196,7 @@ def submit(
             "--print", "--dry-run", help="Only show the scripts; write and submit nothing."
         ),
     ] = False,
-    quiet: QuietOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """Make Slurm jobs of stages and submit them in their order.
 
@@ -236,8 +211,7 @@ def submit(
         for path in submission.copy_templates(copy_templates):
             log.info(str(path))
         return
-    names = submission.in_order(stages or [])
-    if not names:
+    if not (names := submission.in_order(stages or [])):
         fix = "For example: `pipeline submit train-student --print`."
         raise ConfigError("no stage is named.", where="pipeline submit", fix=fix)
     settings = load_config(slurm_config, SubmitSettings) if slurm_config else SubmitSettings()
@@ -278,15 +252,12 @@ def _target(registry: Path, work: Folder, configs: list[str]) -> Target:
     read = {stage: load_config(path, models[stage]) for stage, path in files.items()}
     student, judged = read.get("train-student"), read.get("evaluate")
     loaded = open_registry(registry, files=False)
+    trained = [n for n, e in loaded.teachers.items() if e.kind == "checkpoint" and e.trained_on]
     return Target(
         registry.absolute(),
         work.absolute(),
         run=student.run if isinstance(student, TrainStudentConfig) else TrainStudentConfig().run,
-        teachers=tuple(
-            name
-            for name, entry in loaded.teachers.items()
-            if entry.kind == "checkpoint" and entry.trained_on
-        ),
+        teachers=tuple(trained),
         splits=(judged if isinstance(judged, EvaluateConfig) else EvaluateConfig()).splits,
         folds=loaded.num_folds,
         configs=files,
@@ -306,26 +277,23 @@ def _files(configs: list[str]) -> dict[Stage, Path]:
     return {stage: Path(pairs[stage]).absolute() for stage in in_order(list(pairs))}
 
 
-# `pipeline info`: this tool, its packages, its commands, and what a registry holds.
-#
-# No network and no image is read: the answer is there at once, also where there is no GPU.
+# `pipeline info`: no network and no image is read, so that the answer is there at once.
 
 SPLITS = ("train", "validation", "test")
 
 
 def info(
-    ctx: typer.Context, registry: RegistryOption = REGISTRY, as_json: JsonOption = False
+    ctx: typer.Context, registry: opt.RegistryOption = opt.REGISTRY, as_json: opt.JsonOption = False
 ) -> None:
     """Versions, commands, and what the registry holds.
 
     At once, and without a GPU. What is wrong with the registry or its files comes last.
     """
-
     found = about_tool(_commands(ctx))
     there, wrong = _registry(registry)
     if as_json:
         error = None if wrong is None else str(wrong)
-        typer.echo(json.dumps({**found, "registry": there, "registry_error": error}, indent=1))
+        opt.print_json({**found, "registry": there, "registry_error": error})
     else:
         _print_tool(found)
         _print_registry(there, registry)
@@ -337,7 +305,7 @@ def _registry(path: Path) -> tuple[dict[str, Any] | None, PipelineError | None]:
     """What is in it, and what is wrong with it. Neither if none is named or there."""
     from pipeline.data.entries import refuse_closed
 
-    if path == REGISTRY and not path.exists():
+    if path == opt.REGISTRY and not path.exists():
         return None, None
     found = None
     try:
@@ -353,30 +321,21 @@ def _registry(path: Path) -> tuple[dict[str, Any] | None, PipelineError | None]:
 def _commands(ctx: typer.Context) -> dict[str, str]:
     """Every command, in the order of `pipeline --help`; those of a group as `cache ls`."""
     found: dict[str, str] = {}
-    group: Any = ctx.find_root().command
-    for name in group.list_commands(ctx):
-        command: Any = group.get_command(ctx, name)
-        if hasattr(command, "list_commands"):
-            for inner in command.list_commands(ctx):
-                found[f"{name} {inner}"] = _first_line(command.get_command(ctx, inner))
-        else:
-            found[name] = _first_line(command)
+    root: Any = ctx.find_root().command
+    for name, command in root.commands.items():
+        inner = {f"{name} {n}": one for n, one in getattr(command, "commands", {}).items()}
+        for full, one in (inner or {name: command}).items():
+            found[full] = str(one.help or "").strip().split("\n")[0]
     return found
-
-
-def _first_line(command: Any) -> str:
-    return str(command.help or "").strip().split("\n")[0]
 
 
 def _print_tool(found: dict[str, Any]) -> None:
     typer.echo(f"organ-distill {found['version'] or '(not installed)'}, Python {found['python']}")
-    there = {name: text for name, text in found["packages"].items() if text is not None}
-    typer.echo(", ".join(f"{name} {text}" for name, text in there.items()))
-    absent = [name for name, text in found["packages"].items() if text is None]
-    if absent:
+    packages = found["packages"].items()
+    typer.echo(", ".join(f"{name} {text}" for name, text in packages if text is not None))
+    if absent := [name for name, text in packages if text is None]:
         typer.echo(f"not installed: {', '.join(absent)}")
-    typer.echo("")
-    typer.echo("stages, with the YAML that shows all settings and their defaults:")
+    typer.echo("\nstages, with the YAML that shows all settings and their defaults:")
     for name, stage in found["stages"].items():
         typer.echo(f"  pipeline {name:15} {found['commands'].get(name, '')}")
         typer.echo(f"  {'':24} {stage['settings']}")

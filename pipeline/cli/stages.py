@@ -9,29 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import (
-    REGISTRY,
-    WORK,
-    ConfigOption,
-    DeviceOption,
-    DryRunOption,
-    FoldOption,
-    JsonOption,
-    Panel,
-    QuietOption,
-    RegistryOption,
-    TrustOption,
-    WindowBatchOption,
-    WorkOption,
-    case_names,
-    end,
-    one_of,
-    open_log,
-    open_registry,
-    open_settings,
-    student_files,
-    teacher_names,
-)
+from pipeline.cli import options as opt
+from pipeline.cli.options import Panel, end, one_of, open_log, open_registry, open_settings
 from pipeline.cli.record import recorded
 from pipeline.errors import ConfigError
 from pipeline.folder import Folder, parse_folder
@@ -39,11 +18,11 @@ from pipeline.folder import Folder, parse_folder
 
 @recorded
 def cache_teachers(
-    registry: RegistryOption = REGISTRY,
-    config: ConfigOption = None,
-    work: WorkOption = WORK,
-    device: DeviceOption = "auto",
-    window_batch: WindowBatchOption = 1,
+    registry: opt.RegistryOption = opt.REGISTRY,
+    config: opt.ConfigOption = None,
+    work: opt.WorkOption = opt.WORK,
+    device: opt.DeviceOption = "auto",
+    window_batch: opt.WindowBatchOption = 1,
     force: Annotated[
         bool, Panel.SAFETY.option("--force", help="Start even if it will not fit on the disk.")
     ] = False,
@@ -52,10 +31,10 @@ def cache_teachers(
         Panel.SAFETY.option(
             "--accept",
             help="Go on with this teacher although its Dice is too low.",
-            autocompletion=teacher_names,
+            autocompletion=opt.teacher_names,
         ),
     ] = None,
-    trust: TrustOption = None,
+    trust: opt.TrustOption = None,
     executor: Annotated[
         str | None,
         Panel.JOBS.option(
@@ -83,8 +62,8 @@ def cache_teachers(
             "--gate-only", help="Judge the teachers, then stop: the job before all parts."
         ),
     ] = False,
-    dry_run: DryRunOption = False,
-    quiet: QuietOption = False,
+    dry_run: opt.DryRunOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """Run every teacher over every case once; cache the outputs."""
     from pipeline.engine.choose import open_engine
@@ -121,7 +100,7 @@ def predict(
             help="student.pt of a finished run.",
             parser=parse_folder,
             metavar="STUDENT",
-            autocompletion=student_files,
+            autocompletion=opt.student_files,
         ),
     ],
     output: Annotated[Path, Panel.RESULT.option("--output", "-o", help="Folder of label maps.")],
@@ -138,7 +117,7 @@ def predict(
     split: Annotated[
         list[str] | None, Panel.INPUT.option(help="Of the registry; default: test. Once for each.")
     ] = None,
-    fold: FoldOption = None,
+    fold: opt.FoldOption = None,
     others: Annotated[
         list[Folder] | None,
         Panel.INPUT.option(
@@ -146,17 +125,17 @@ def predict(
             help="Another student.pt, of another seed or fold, to average with. Once for each.",
             parser=parse_folder,
             metavar="STUDENT",
-            autocompletion=student_files,
+            autocompletion=opt.student_files,
         ),
     ] = None,
-    config: ConfigOption = None,
+    config: opt.ConfigOption = None,
     device: Annotated[
         str,
         Panel.MACHINE.option(
             help="auto, cpu, cuda or cuda:1; several share the cases: cuda:0,cuda:1."
         ),
     ] = "auto",
-    window_batch: WindowBatchOption = 1,
+    window_batch: opt.WindowBatchOption = 1,
     probabilities: Annotated[
         Literal["float16", "float32"] | None,
         Panel.RESULT.option(help="Also write each organ's probability, of this precision."),
@@ -174,8 +153,8 @@ def predict(
     no_postprocessing: Annotated[
         bool, Panel.RESULT.option("--no-postprocessing", help="Keep all parts of each organ.")
     ] = False,
-    dry_run: DryRunOption = False,
-    quiet: QuietOption = False,
+    dry_run: opt.DryRunOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """A CT in, NIfTI or DICOM; label map of all organs out.
 
@@ -219,8 +198,8 @@ def evaluate(
     predictions: Annotated[
         Path, typer.Argument(help="Folder with <dataset>/<case>.nii.gz, or a run that predicted.")
     ],
-    registry: RegistryOption = REGISTRY,
-    config: ConfigOption = None,
+    registry: opt.RegistryOption = opt.REGISTRY,
+    config: opt.ConfigOption = None,
     against: Annotated[
         list[Path] | None,
         Panel.INPUT.option(
@@ -230,8 +209,8 @@ def evaluate(
     folds: Annotated[
         bool, Panel.INPUT.option("--folds", help="Cases of all folds, each as it was held out.")
     ] = False,
-    dry_run: DryRunOption = False,
-    quiet: QuietOption = False,
+    dry_run: opt.DryRunOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """Dice, NSD and HD95 per case and organ.
 
@@ -280,7 +259,7 @@ def export(
             help="Folder of a finished run, or its student.pt.",
             parser=parse_folder,
             metavar="RUN",
-            autocompletion=student_files,
+            autocompletion=opt.student_files,
         ),
     ],
     output: Annotated[
@@ -297,20 +276,18 @@ def export(
         str | None,
         Panel.INPUT.option(
             help="DATASET/CASE of the cache to check on; default: the first one.",
-            autocompletion=case_names,
+            autocompletion=opt.case_names,
         ),
     ] = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-    dry_run: DryRunOption = False,
-    quiet: QuietOption = False,
+    config: opt.ConfigOption = None,
+    as_json: opt.JsonOption = False,
+    dry_run: opt.DryRunOption = False,
+    quiet: opt.QuietOption = False,
 ) -> None:
     """The student for others: MONAI bundle, TorchScript, ONNX.
 
     Or torch.export. Every format is compared with `predict` on a case.
     """
-    import json
-
     from stages import export as stage
 
     report = stage.run(
@@ -322,5 +299,5 @@ def export(
         dry_run=dry_run,
     )
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=1))
+        opt.print_json(report.to_json())
     end(report)

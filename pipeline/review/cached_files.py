@@ -149,7 +149,6 @@ def export_nnunet(
 
     Args:
         registry: read with its files.
-        output: `.../nnUNet_raw/Dataset123_Name`.
 
     Raises:
         ConfigError: a name that nnU-Net does not take, files that were not written here, cases

@@ -115,12 +115,7 @@ def remove_garbage(
     work: Folder, registries: Sequence[Registry], garbage: Garbage, *, log: Log
 ) -> tuple[int, int]:
     """Removes what was found, except what a registry has come to reach since; returns how many
-    things went, and their bytes.
-
-    Raises:
-        ConfigError: a registry is no longer in the index.
-        WorkFolderError: something cannot be removed.
-    """
+    things went, and their bytes."""
     gone: list[Folder] = []
     kept, entries, _ = _reached(Inventory(work), registries)
     with log.progress("units removed", len(garbage.units)) as advance:

@@ -17,8 +17,6 @@ known of what lies before and behind it.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +26,7 @@ from typing import Any, Final
 from pipeline.config import sha256_if_there
 from pipeline.data.volume import Array, Grid
 from pipeline.errors import GeometryError
+from pipeline.log import csv_text
 from pipeline.review.predictions import json_beside, prediction_file
 from pipeline.review.surfaces import Mask, diagonal_mm, surface_scores
 
@@ -243,11 +242,7 @@ CSV_HEADER: Final = ",".join(["dataset", "case", "organ", "label", *METRICS, "re
 
 
 def summarise(scores: Mapping[str, Sequence[OrganScore]], ids: Mapping[str, int]) -> dict[str, Any]:
-    """What goes into `summary.json`, but for settings and files.
-
-    Args:
-        scores: the scores of each case, by `dataset/case`.
-        ids: organ -> label value in predictions.
+    """What goes into `summary.json`, but for settings and files, of scores by `dataset/case`.
 
     Returns:
         `metric_per_case`: a list, in the order of `scores`, of `{"case", "metrics": {label: {one of
@@ -300,9 +295,7 @@ def overall_means(summary: Mapping[str, Any]) -> dict[str, float | None]:
 
 def to_csv(summary: Mapping[str, Any]) -> str:
     """One row per case and organ; an empty cell for NaN."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_HEADER.split(","), lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for row in summary["metric_per_case"]:
         dataset, _, case = row["case"].partition("/")
         for organ, label in summary["organs"].items():
@@ -310,8 +303,8 @@ def to_csv(summary: Mapping[str, Any]) -> str:
                 continue
             cells = {key: "" if known(value) is None else value for key, value in values.items()}
             cells |= {"dataset": dataset, "case": case, "organ": organ, "label": label}
-            writer.writerow(cells | {"reason": row["reasons"].get(str(label), "")})
-    return text.getvalue()
+            rows.append(cells | {"reason": row["reasons"].get(str(label), "")})
+    return csv_text(rows, CSV_HEADER.split(","))
 
 
 def outdated(

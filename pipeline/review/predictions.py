@@ -64,10 +64,7 @@ def predicted_labels(
     nobody says anything, they are taken for the registry's ids.
 
     Args:
-        found: the label map.
-        ids: organ -> id, of the registry.
         wanted: organs that it must have been made for.
-        where: named in errors.
 
     Raises:
         GeometryError: JSON and header disagree, it was not made for an organ that is wanted, or it

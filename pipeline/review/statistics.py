@@ -86,10 +86,7 @@ def bootstrap(drawn: str, *, seeds: bool) -> dict[str, Any]:
 
 
 def estimates(scores: Floats) -> list[Estimate]:
-    """One estimate per organ, and one of their mean.
-
-    Args:
-        scores: (S, N, K).
+    """One estimate per organ of scores (S, N, K), and one of their mean.
 
     Returns:
         K + 1 estimates; the last is of the mean over the organs that have a score.
@@ -200,8 +197,6 @@ class Paired:
     """One metric of one organ, or of the mean over organs, in two sets.
 
     Attributes:
-        first: mean of the first set over cases; None without a case.
-        other: of the other set.
         difference: first minus other, with its interval.
         higher: cases in which the first set's score is higher.
         equal: ties, which the test leaves out.
@@ -237,9 +232,6 @@ def paired(first: Floats, other: Floats) -> list[Paired]:
     Args:
         first: (N, K).
         other: (N, K), the same cases and organs, NaN in the same places.
-
-    Raises:
-        ValueError: NaN is not in the same places.
     """
     if not np.array_equal(np.isnan(first), np.isnan(other)):
         raise ValueError("a score without its pair")

@@ -1,6 +1,5 @@
 """What is done, missing, stale or damaged: read from receipts and digests, never from a log.
-With `cache ls`: what a work folder holds, how much, who can reach it and who used it.
-"""
+With `cache ls`: what a work folder holds, how much, who can reach it and who used it."""
 
 from __future__ import annotations
 
@@ -179,10 +178,8 @@ class Entry:
         digest: of the teacher, 16 digits; empty for a dataset.
         organs, taps: of the teacher, as far as index or units say.
         units: more than cases where a case was cached in several ways.
-        damaged: units that fail the cheap check.
         reached: units that the given registry leads to; None if there is none.
         keys: index entries that lead to a unit of it, as 16 digits.
-        students: runs that were trained on one of them.
         age_days: since the newest unit was written; None if no receipt can be read.
     """
 

@@ -1,6 +1,5 @@
 """What there is of units: which lie in a work folder, in which state, which the index leads to,
-which student used them.
-"""
+which student used them."""
 
 from __future__ import annotations
 
@@ -70,8 +69,6 @@ class Inventory:
     asked for, and once; who removes something takes a new one.
 
     Attributes:
-        places: of the units of a dataset or a case if one is given, else of all.
-        index: all that stage one has written into the index.
         unreadable: index entries that cannot be read -> why.
     """
 

@@ -47,7 +47,6 @@ class Verification:
     """What was looked at and what was found.
 
     Attributes:
-        checked: units that were there; `num_bytes` is what they take on disk.
         unreached: units that no index entry leads to and that were not looked at.
     """
 
@@ -111,11 +110,7 @@ def check(place: Place, reached: Reached | None, *, deep: bool) -> list[str]:
 
 
 def repair(work: Folder, found: Verification) -> list[Folder]:
-    """Removes what was found damaged and still is; the next run of stage one makes it anew.
-
-    Raises:
-        WorkFolderError: something cannot be removed.
-    """
+    """Removes what was found damaged and still is; the next run of stage one makes it anew."""
     there = Inventory(work)
     places = {place.path: place for place in there.places}
     removed = []

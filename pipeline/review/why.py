@@ -215,11 +215,7 @@ class WorkDifference:
 
 
 def diff(a: Folder, b: Folder) -> WorkDifference:
-    """Compares two work folders by their receipts; no array is read.
-
-    Raises:
-        ConfigError: one of them is no work folder.
-    """
+    """Compares two work folders by their receipts; no array is read."""
     first, second = _contents(a), _contents(b)
     both = sorted(set(first.receipts) & set(second.receipts))
     sizes = [

@@ -15,7 +15,8 @@ from pipeline.cache.store import json_text
 from pipeline.errors import PipelineError, counted
 from pipeline.figures import hex_colour, open_figure
 from pipeline.folder import replace_file, replace_files, writing
-from pipeline.review.report.page import Shown, filled
+from pipeline.log import csv_text
+from pipeline.review.report.page import Shown, chosen_cases, filled
 from pipeline.review.report.pictures import (
     CaseLayers,
     Layer,
@@ -27,27 +28,12 @@ from pipeline.review.report.pictures import (
 )
 from pipeline.review.report.scores import Student
 from pipeline.review.statistics import CONFIDENCE, OVER_ORGANS
-from stages.compare.results import (
-    Results,
-    all_tables,
-    csv_text,
-    files_of,
-    score_rows,
-    table_rows,
-)
+from stages.compare.results import Results, all_tables, files_of, score_rows, table_rows
 
 
 def write_results(results: Results, folder: Path, *, device: str = "auto") -> list[Path]:
-    """Writes what a comparison found: `<split>.json`, `.html`, `.png`, `_table.csv`, `_scores.csv`.
-
-    Args:
-        results: of a comparison.
-        folder: where to.
-        device: where two cases are predicted again, for the page.
-
-    Raises:
-        WorkFolderError: the folder cannot be written.
-    """
+    """Writes what a comparison found: `<split>.json`, `.html`, `.png`, `_table.csv`, `_scores.csv`;
+    `device` is where two cases are predicted again, for the page."""
     page, data, picture, table, scores = files_of(folder, results.split)
     texts = {
         data: json_text(results.to_json()),
@@ -69,14 +55,8 @@ def to_html(
     shown: Sequence[Shown] = (),
     colours: Mapping[str, str] | None = None,
 ) -> str:
-    """The page, with every metric.
-
-    Args:
-        results: of a comparison.
-        chart: of it, as a data URI.
-        shown: cases in panels.
-        colours: organ -> colour in these.
-    """
+    """The page, with every metric: its chart is a data URI, and cases are shown in panels by these
+    colours of organs."""
     plan = results.plan
     return filled(
         "compare.html",
@@ -110,19 +90,16 @@ def in_sentences(results: Results) -> list[str]:
 
 def shown_cases(results: Results, device: str) -> tuple[list[Shown], dict[str, str]]:
     """The worst case over all configurations and the median one, predicted by the first finished
-    run of each that did not see it; and organ -> colour in them.
-    """
+    run of each that did not see it; and organ -> colour in them."""
     dice: dict[str, list[float]] = {}
     for row in (row for run in results.runs for row in run.rows if row["Dice"] is not None):
         dice.setdefault(row["case"], []).append(row["Dice"])
-    means = sorted((sum(values) / len(values), case) for case, values in dice.items())
-    if not means:
-        return [], {}
-    chosen = {means[(len(means) - 1) // 2]: "median case"} | {means[0]: "worst case"}
+    means = {case: sum(values) / len(values) for case, values in dice.items()}
+    chosen = chosen_cases(sorted(means, key=lambda case: (means[case], case)))
     colours: dict[str, str] = {}
     try:
         found = []
-        for (mean, name), why in sorted(chosen.items()):
+        for name, why in chosen.items():
             fold, case = next(
                 (fold, case)
                 for fold, cases in results.plan.scored.items()
@@ -136,13 +113,13 @@ def shown_cases(results: Results, device: str) -> tuple[list[Shown], dict[str, s
                 for config in results.configs
                 if config in runs
             }
-            found.append(_pictured(case, students, Shown(name, why, mean, ())))
+            found.append(_pictured(case, students, Shown(name, why, means[name], ())))
             ids = next(iter(students.values())).record.label_space.ids
             colours = {organ: hex_colour(organ_id) for organ, organ_id in ids.items()}
         return found, colours
     except PipelineError as error:
         said = str(error)
-        return [Shown(c, why, mean, (), problem=said) for (mean, c), why in chosen.items()], {}
+        return [Shown(c, why, means[c], (), problem=said) for c, why in chosen.items()], {}
 
 
 def _pictured(case: CachedCase, students: Mapping[str, Student], shown: Shown) -> Shown:
@@ -168,12 +145,7 @@ _MARKERS = "osD^vP*X"
 
 def draw_comparison(results: Results, path: Path) -> None:
     """Left, per organ and configuration, the mean (bar) and every seed (dot). Right, the paired
-    difference to the baseline, with its interval where there is one. Dice alone.
-
-    Args:
-        results: of a comparison.
-        path: PNG.
-    """
+    difference to the baseline, with its interval where there is one. Dice alone."""
     width = 1.5 + max(4.0, 0.55 * len(results.rows) * (1 + len(results.configs) / 3))
     halves = 2 if results.others else 1
     with open_figure(path, 1, halves, size=(width * halves, 4.6)) as (figure, axes):

@@ -5,30 +5,24 @@ from __future__ import annotations
 import json
 import math
 import re
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from pipeline.cache.reader import CachedCase
-from pipeline.cache.store import prepare_work_folder, write_json
+from pipeline.cache.schema import differing
+from pipeline.cache.store import prepare_work_folder
 from pipeline.config import canonical_json, digest, load_config
 from pipeline.data.registry import Registry
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.folder import Folder, matching, read_text
-from pipeline.log import Advance, Log
-from pipeline.networks.by_name import pick_device
 from pipeline.student.inputs import TrainingInputs, check_same_units, open_inputs
 from pipeline.student.network import build_student
-from pipeline.student.resume import RunFolder
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.speed import TrainingExecution
-from pipeline.student.staging import staged_inputs
-from pipeline.student.training import train
+from stages.compare.budget import equal_steps, steps_for_seconds, without_seed_and_steps
 from stages.compare.scoring import cases_to_score, organs_without_cases
 from stages.report import Scope
 from stages.train_student import (
@@ -39,8 +33,6 @@ from stages.train_student import (
     run_name,
 )
 
-# What a comparison is of, beside its configurations: name, seeds, budget, and what is scored.
-
 
 @dataclass(frozen=True)
 class ComparisonSettings:
@@ -48,13 +40,10 @@ class ComparisonSettings:
 
     Attributes:
         name: its folder below WORK/students.
-        seeds: each configuration is trained with each.
         steps: of every run; None: those of the configurations, which must then agree.
         seconds: of training of every run, instead of steps.
         baseline: the configuration that others are compared with; None: the first.
         test: score the test cases instead of the validation cases.
-        surface: also measure NSD and HD95.
-        allow_missing: train and score with the cases and units that the cache has.
     """
 
     name: str
@@ -73,11 +62,7 @@ class ComparisonSettings:
 
 
 def check_settings(settings: ComparisonSettings) -> None:
-    """Whether a comparison can be of this at all.
-
-    Raises:
-        ConfigError: a name, seeds or a budget that nothing can be trained with.
-    """
+    """Whether a comparison can be of this at all."""
     if not re.fullmatch(RUN_NAME, settings.name):
         raise ConfigError(
             f"{settings.name!r} cannot name a comparison.",
@@ -106,10 +91,8 @@ class Run:
 
     Attributes:
         config: with seed and steps as they will be trained.
-        name: of the configuration.
         fold: that is held out; None: the registry has none.
         folder: WORK/students/<comparison>/<name>-seed<seed>[-fold<fold>].
-        finished: whether it was finished before.
     """
 
     config: TrainStudentConfig
@@ -129,9 +112,6 @@ class Comparison:
     """A comparison, checked.
 
     Attributes:
-        settings: what it is of.
-        configs: as they were given.
-        baseline: the name of the one that the others are compared with.
         runs: in the order in which they are made.
         steps: configuration -> steps of each of its runs.
         parameters: configuration -> weights of its network.
@@ -163,8 +143,6 @@ def plan_comparison(
     """Checks everything before the first step; with `seconds`, measures unless that was done.
 
     Args:
-        configs: `run` is each one's name.
-        settings: see there.
         scope: the registry may be read without its files; stage one filled the work folder.
         execution: of what is measured. None, for a look, takes what was measured before; a
             configuration that was not is as if its runs were new.
@@ -207,14 +185,12 @@ def plan_comparison(
     group = work / "students" / settings.name
     if settings.seconds is None:
         steps = equal_steps(configs, settings.steps)
-    elif execution is None:
-        steps = recorded_steps(configs, settings.seconds, group / "budget.json")
     else:
-        prepare_work_folder(work)
+        if execution is not None:
+            prepare_work_folder(work)
         first = {name: found[views[0].fold] for name, found in inputs.items()}
-        steps = steps_for_seconds(
-            configs, first, settings.seconds, group / "budget.json", execution, scope.log
-        )
+        record = group / "budget.json"
+        steps = steps_for_seconds(configs, first, settings.seconds, record, execution, scope.log)
     runs = _runs(configs, settings, steps, inputs, group)
     notices += _notices(configs, [c for own in scored.values() for c in own], registry, settings)
     return Comparison(settings, configs, baseline, runs, steps, parameters, scored, notices)
@@ -258,10 +234,8 @@ def _check_same_settings(
     except (OSError, ValueError):
         return  # resuming looks into the checkpoint itself
     now = {"config": training.model_dump(mode="json"), "inputs": dict(identity)}
-    old, new = flat(before), flat(json.loads(canonical_json(now)))
-    fields = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    if fields:
-        said = "; ".join(f"{f} was {old.get(f)}, now {new.get(f)}" for f in fields[:6])
+    if changes := differing(before, json.loads(canonical_json(now))):
+        said = "; ".join(changes[:6])
         raise CheckpointError(
             f"this run was started with other settings: {said}.",
             where=folder,
@@ -279,8 +253,8 @@ def _notices(
         f"no {settings.split} case annotates {organ}: it cannot be compared, and is in no mean."
         for organ in organs_without_cases(cases, registry.label_space)
     ]
-    unequal = unequal_compute(differing_fields(configs))
-    if unequal:
+    parts = {field.partition(".")[0] for field in differing_fields(configs)}
+    if unequal := [name for name in _COMPUTE if name in parts]:
         budget = "steps" if settings.seconds is None else "seconds of training"
         found.append(
             f"not an equal budget in compute: {', '.join(unequal)} differ. {budget} are equal; "
@@ -307,17 +281,12 @@ def _notices(
 
 # Configurations side by side: their names, what differs, and whether they can be compared.
 
-# What a comparison sets itself, and what only says how often a training looks at itself.
-_SET_BY_COMPARISON = ("seed", "steps")
+# Where these differ, steps are not equal amounts of work.
 _COMPUTE = ("network", "patch", "batch_size")
 
 
 def load_configurations(paths: Sequence[Path]) -> list[TrainStudentConfig]:
-    """Reads `train-student` settings; one that names no `run` is named by its file.
-
-    Raises:
-        ConfigError: a mistake in a file.
-    """
+    """Reads `train-student` settings; one that names no `run` is named by its file."""
     found = []
     for path in paths:
         config = load_config(path, TrainStudentConfig)
@@ -329,11 +298,7 @@ def load_configurations(paths: Sequence[Path]) -> list[TrainStudentConfig]:
 
 
 def check_configurations(configs: Sequence[TrainStudentConfig], baseline: str) -> None:
-    """Makes sure that configurations can stand in one table.
-
-    Raises:
-        ConfigError: fewer than one, equal names or contents, or no such baseline.
-    """
+    """Makes sure that configurations can stand in one table."""
     if not configs:
         raise ConfigError(
             "no configuration to compare is named.",
@@ -372,11 +337,6 @@ def check_configurations(configs: Sequence[TrainStudentConfig], baseline: str) -
         )
 
 
-def without_seed_and_steps(training: TrainingConfig) -> dict[str, Any]:
-    """What a configuration is compared for."""
-    return training.model_dump(mode="json", exclude=set(_SET_BY_COMPARISON))
-
-
 def differing_fields(configs: Sequence[TrainStudentConfig]) -> dict[str, dict[str, Any]]:
     """Dotted field of `training` -> configuration -> its value, where not all are equal."""
     contents = {c.run: flat(without_seed_and_steps(c.training)) for c in configs}
@@ -388,11 +348,6 @@ def differing_fields(configs: Sequence[TrainStudentConfig]) -> dict[str, dict[st
     }
 
 
-def unequal_compute(fields: Mapping[str, Any]) -> list[str]:
-    """Which of network, patch and batch size differ: steps are then not equal amounts of work."""
-    return [name for name in _COMPUTE if any(f.split(".")[0] == name for f in fields)]
-
-
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dotted names."""
     found: dict[str, Any] = {}
@@ -401,165 +356,4 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             found |= flat(inner, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = inner
-    return found
-
-
-# How many steps each configuration makes: as many as the others, or as fit in equal seconds.
-#
-# A training must know its last step before its first: the learning rate and the weights of the
-# terms
-# run along it. So seconds are turned into steps once, by a probe of each configuration, and what
-# was
-# found is kept beside the runs: a comparison that goes on makes the same number of steps.
-
-ROUNDS = 2
-MEASURED_STEPS = 16
-WARM_UP_STEPS = 4
-
-
-class StepClock(Log):
-    """A log that hands a training's progress on and keeps the time of every step.
-
-    Args:
-        log: lines, warnings and events go there.
-        hand_on: hears of every step that is made, with its note; None: nobody does.
-    """
-
-    def __init__(self, log: Log, hand_on: Advance | None = None) -> None:
-        self.__dict__.update(log.__dict__)
-        self._hand_on = hand_on
-        self.times: list[float] = []
-
-    @contextmanager
-    def progress(self, what: str, total: int, *, done: int = 0) -> Iterator[Advance]:
-        """See `Log.progress`; shows nothing itself."""
-
-        def advance(note: str = "", steps: int = 1) -> None:
-            if not note:  # steps that an earlier process made
-                return
-            self.times.append(time.monotonic())
-            if self._hand_on is not None:
-                self._hand_on(note, steps)
-
-        yield advance
-
-    def median_seconds(self) -> float | None:
-        """Seconds between two steps, validations being the exception; None for too few steps."""
-        gaps = sorted(b - a for a, b in zip(self.times, self.times[1:], strict=False))
-        return gaps[len(gaps) // 2] if len(gaps) >= MEASURED_STEPS // 2 else None
-
-
-def equal_steps(configs: Sequence[TrainStudentConfig], steps: int | None) -> dict[str, int]:
-    """The same number of steps for all: the one given, or the one that all of them name.
-
-    Raises:
-        ConfigError: they name different numbers and none is given.
-    """
-    own = {config.run: config.training.steps for config in configs}
-    if steps is None and len(set(own.values())) > 1:
-        named = ", ".join(f"{run} {number}" for run, number in own.items())
-        raise ConfigError(
-            f"the configurations have different budgets: steps {named}.",
-            where="training.steps",
-            fix="Give --steps or --seconds for all of them.",
-        )
-    return {run: steps or number for run, number in own.items()}
-
-
-def steps_for_seconds(
-    configs: Sequence[TrainStudentConfig],
-    inputs: Mapping[str, TrainingInputs],
-    seconds: float,
-    record: Folder,
-    execution: TrainingExecution,
-    log: Log,
-) -> dict[str, int]:
-    """Steps that fit in `seconds` of training, measured once and then read from `record`.
-
-    Each configuration trains a few steps in each of two rounds, in turns; the faster round counts,
-    since what else the machine does can only slow one down. Validation, checkpoints and start-up
-    are not in it.
-
-    Raises:
-        ConfigError: the record was made for other seconds; or a configuration is new in it, and
-            was to be measured on another device or with other workers than the others.
-    """
-    before = _read(record)
-    device = pick_device(execution.device).type
-    here = {"device": device, "workers": execution.workers, "flags": str(execution.flags)}
-    known: dict[str, Any] = before.get("seconds_per_step", {})
-    keys = {c.run: digest(without_seed_and_steps(c.training)) for c in configs}
-    new = [config for config in configs if keys[config.run] not in known]
-    if before and before["seconds"] != seconds:
-        raise ConfigError(
-            f"this comparison was begun with {before['seconds']} seconds, not {seconds}.",
-            where=record,
-            fix="Use the same to go on, or another --name to begin anew.",
-        )
-    if before and new and before["measured_on"] != here:
-        raise ConfigError(
-            f"{', '.join(c.run for c in new)} would be measured on {here}, the others were on "
-            f"{before['measured_on']}.",
-            where=record,
-            fix="Add configurations where the others were measured, or begin anew: another --name.",
-        )
-    staged = {c.run: staged_inputs(inputs[c.run], execution.stage_to, log=log) for c in new}
-    rounds: dict[str, list[float]] = {config.run: [] for config in new}
-    for number in range(ROUNDS if new else 0):
-        for config in new:
-            found = _probe(config, staged[config.run], execution, log)
-            rounds[config.run].append(found)
-            log.info(f"{config.run}: {found:.3f} s a step (round {number + 1} of {ROUNDS})")
-    measured = {keys[run]: min(times) for run, times in rounds.items()}
-    if measured:
-        known = known | measured
-        content = {"seconds": seconds, "measured_on": here, "seconds_per_step": known}
-        write_json(record, content)
-    return {run: max(1, round(seconds / known[key])) for run, key in keys.items()}
-
-
-def recorded_steps(
-    configs: Sequence[TrainStudentConfig], seconds: float, record: Folder
-) -> dict[str, int]:
-    """`steps_for_seconds` of what was measured before; their own of those that were not."""
-    known: dict[str, Any] = _read(record).get("seconds_per_step", {})
-    keys = {c.run: digest(without_seed_and_steps(c.training)) for c in configs}
-    return {
-        c.run: max(1, round(seconds / known[key])) if (key := keys[c.run]) in known
-        else c.training.steps
-        for c in configs
-    }  # fmt: skip
-
-
-def _probe(
-    config: TrainStudentConfig,
-    inputs: TrainingInputs,
-    execution: TrainingExecution,
-    log: Log,
-) -> float:
-    """Seconds per step, once loader processes and caches are warm."""
-    warm = WARM_UP_STEPS + 2 * execution.workers  # batches that were loaded ahead come too fast
-    steps = warm + MEASURED_STEPS
-    clock = StepClock(log)
-    clock.quiet = True
-    with tempfile.TemporaryDirectory() as folder:
-        train(
-            config.training.model_copy(update={"steps": steps}),
-            replace(inputs, validation=()),
-            RunFolder(Path(folder)),
-            TrainingExecution(execution.device, execution.workers, execution.flags),
-            clock,
-        )
-    return (clock.times[-1] - clock.times[warm - 1]) / MEASURED_STEPS
-
-
-def _read(record: Folder) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(read_text(record))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ConfigError(
-            f"cannot be read ({error}).", where=record, fix="Remove it to measure anew."
-        ) from error
     return found

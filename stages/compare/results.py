@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,7 +14,7 @@ import numpy as np
 
 from pipeline.errors import counted, listed
 from pipeline.folder import json_with, refuse_foreign
-from pipeline.log import print_table
+from pipeline.log import number, print_table
 from pipeline.review.statistics import (
     CONFIDENCE,
     OVER_ORGANS,
@@ -38,9 +36,6 @@ class Results:
     """What a comparison found.
 
     Attributes:
-        plan: what was compared.
-        organs: in the registry's order.
-        runs: in the plan's order.
         scored_on_test: runs of this comparison that were ever scored on test cases.
     """
 
@@ -79,11 +74,6 @@ class Results:
         """Runs without scores."""
         return [run for run in self.runs if run.error is not None]
 
-    @property
-    def exit_code(self) -> int:
-        """1 if a run failed."""
-        return 1 if self.failed else 0
-
     def of(self, config: str) -> list[RunResult]:
         """The runs of a configuration, in the order of the seeds."""
         return [run for run in self.runs if run.config == config]
@@ -97,8 +87,6 @@ class Results:
         """(S, N, K): seeds, cases, organs; NaN where there is no score.
 
         Args:
-            config: its name.
-            metric: one of `metrics`.
             paired: leave out the Dice of 0 of organs that are predicted where the reference lacks
                 them. Then scores lie in the same places for every configuration and seed: which
                 case counts depends on the reference alone, and each score has its pair.
@@ -236,16 +224,13 @@ class Table:
     def to_markdown(self) -> str:
         """Title, table, blank line."""
         lines = [list(self.columns), ["---"] * len(self.columns), *map(list, self.rows)]
-        body = "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
+        cells = [[c.replace("|", "\\|").replace("\n", " ") for c in line] for line in lines]
+        body = "\n".join(f"| {' | '.join(line)} |" for line in cells)
         return f"**{self.title}**\n\n{body}\n"
 
 
 def check_place(folder: Path, split: str) -> None:
-    """Before anything is computed: that `write_results` may write.
-
-    Raises:
-        ConfigError: files are there that `compare` did not write.
-    """
+    """Before anything is computed: that `write_results` may write."""
     files = files_of(folder, split)
     is_ours = json_with(files[1], "comparison", "split") is not None
     refuse_foreign("compare", [(path, is_ours) for path in files])
@@ -282,34 +267,21 @@ def configurations_table(results: Results) -> Table:
     for config in results.configs:
         runs = results.of(config)
         done = sum(run.error is None for run in runs)
-        seconds = results.seconds_per_step(config)
-        rows.append(
-            [
-                config,
-                *(_value(values[config]) for values in fields.values()),
-                f"{results.plan.steps[config]:,}",
-                f"{results.plan.parameters[config]:,}",
-                "–" if seconds is None else f"{seconds:.3f}",
-                f"{done}/{len(runs)}" + ("" if done == len(runs) else " FAILED"),
-            ]
-        )
-    columns = [
-        "configuration",
-        *(field.removeprefix("supervision.") for field in fields),
-        "steps",
-        "parameters",
-        "s/step",
-        "runs",
-    ]
+        own = [_value(values[config]) for values in fields.values()]
+        made = f"{done}/{len(runs)}" + ("" if done == len(runs) else " FAILED")
+        counts = [f"{n:,}" for n in (results.plan.steps[config], results.plan.parameters[config])]
+        rows.append([config, *own, *counts, number(results.seconds_per_step(config)), made])
+    names = [field.removeprefix("supervision.") for field in fields]
+    columns = ["configuration", *names, "steps", "parameters", "s/step", "runs"]
     return Table(f"{results.plan.settings.name}: what was compared", columns, rows)
 
 
 def scores_table(results: Results, metric: str) -> Table:
     """Mean and standard deviation over seeds, or folds, by organ."""
-    number, folds = len(results.plan.settings.seeds), len(results.plan.scored)
-    spread = f", mean ± std over {number} seeds" if number > 1 else ", 1 seed"
+    seeds, folds = len(results.plan.settings.seeds), len(results.plan.scored)
+    spread = f", mean ± std over {seeds} seeds" if seeds > 1 else ", 1 seed"
     if folds > 1:
-        spread = f", mean ± std over {folds} folds, {counted(number, 'seed')}"
+        spread = f", mean ± std over {folds} folds, {counted(seeds, 'seed')}"
     cases = f"{len(results.plan.cases)} {results.split} cases"
     rows = [
         [config, *(e.in_words() for e in results.estimates(config, metric).values())]
@@ -376,18 +348,3 @@ def _value(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "–"
     return "–" if value is None else str(value) if value != "" else '""'
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
-
-
-def csv_text(rows: Sequence[dict[str, Any]]) -> str:
-    """With a header; empty without rows."""
-    if not rows:
-        return ""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

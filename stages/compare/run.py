@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,12 +11,12 @@ import torch
 
 from pipeline.cache.store import write_json
 from pipeline.errors import PipelineError, Stopped
-from pipeline.folder import matching, read_text
+from pipeline.folder import json_with, matching
 from pipeline.log import Advance, Log
-from pipeline.networks.by_name import pick_device
 from pipeline.student.speed import TrainingExecution
 from stages import train_student
-from stages.compare.plan import Comparison, Run, StepClock
+from stages.compare.budget import StepClock
+from stages.compare.plan import Comparison, Run
 from stages.compare.results import Results
 from stages.compare.scoring import RunResult, ScoringSettings, score_student, scored_before
 from stages.report import Scope
@@ -29,12 +28,6 @@ def compare(
     """Makes what a plan lacks and returns all results; a second call trains and scores nothing.
 
     A run that fails is in the results with its error, and does not stop the others.
-
-    Args:
-        plan: see `plan_comparison`.
-        scope: the same.
-        execution: of all runs.
-        window_batch: windows per forward pass when cases are scored.
 
     Raises:
         Stopped: a signal ended a training; the same call goes on from there.
@@ -74,19 +67,14 @@ def compare(
             where=f"comparison {plan.settings.name}",
             fix="Correct that, then run the same command again.",
         )
-    device = pick_device(execution.device)
-    results = _score(plan, failed, log, device, window_batch)
+    results = _score(plan, failed, log, execution.device, window_batch)
     group = scope.work / "students" / plan.settings.name
     organs = scope.registry.label_space.organs
     return Results(plan, organs, results, scored_before(group, "test"))
 
 
 def _score(
-    plan: Comparison,
-    failed: Mapping[str, Exception],
-    log: Log,
-    device: torch.device,
-    window_batch: int,
+    plan: Comparison, failed: Mapping[str, Exception], log: Log, device: str, window_batch: int
 ) -> list[RunResult]:
     settings = ScoringSettings(split=plan.settings.split, surface=plan.settings.surface)
     results = []
@@ -108,11 +96,8 @@ def _score(
 
 
 def _speed(run: Run) -> float | None:
-    try:
-        found: float = json.loads(read_text(run.folder / "speed.json"))["seconds_per_step"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return found
+    found = json_with(run.folder / "speed.json", "seconds_per_step")
+    return None if found is None else float(found["seconds_per_step"])
 
 
 def _noting(advance: Advance, at: str) -> Advance:

@@ -42,7 +42,7 @@ from pipeline.student import distributed, speed
 from pipeline.student.checkpoint import _checked
 from pipeline.student.distributed import Processes, _portable
 from pipeline.student.loggers import open_loggers
-from stages.compare import plan, scoring
+from stages.compare import budget, scoring
 from stages.compare.plan import ComparisonSettings, check_configurations, check_settings
 from stages.report import StageReport
 from stages.train_student import TrainStudentConfig
@@ -297,10 +297,10 @@ class TestOfFiles:
         record = tmp_path / "budget.json"
         record.write_text("{")
         with pytest.raises(ConfigError, match=r"cannot be read .* Remove it to measure anew"):
-            plan._read(record)
+            budget._read(record)
         record.write_text('{"seconds": 5}')
         with pytest.raises(ConfigError, match="begun with 5 seconds, not 7"):
-            plan.steps_for_seconds([], {}, 7, record, speed.TrainingExecution("cpu"), LOG)
+            budget.steps_for_seconds([], {}, 7, record, speed.TrainingExecution("cpu"), LOG)
         with pytest.raises(PipelineError, match=r"the run is not finished\. Run"):
             scoring._key(tmp_path, [], scoring.ScoringSettings(split="test", surface=False))
 

@@ -125,10 +125,10 @@ def test_the_largest_losses_are_named(cohort: Path, capsys: pytest.CaptureFixtur
     found = compare(cohort, "good", first="poor", surface=True)
     losses = found.losses(1, most=3)
     apart = found.scores(0, "Dice") - found.scores(1, "Dice")
-    assert [loss.first - loss.other for loss in losses] == pytest.approx(
+    assert [loss["first"] - loss["other"] for loss in losses] == pytest.approx(
         np.sort(apart[~np.isnan(apart)])[:3]
     )
-    assert {loss.organ for loss in losses} <= {"liver", "spleen"}
+    assert {loss["organ"] for loss in losses} <= {"liver", "spleen"}
     print_side_by_side(found)
     out = capsys.readouterr().out
     assert "Where poor lost most Dice against good" in out

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from pipeline.figures import (
     Marked,
-    PlaneColumn,
     save_curves,
     save_planes,
 )
@@ -39,10 +38,10 @@ def block(*start: int) -> npt.NDArray[np.bool_]:
 
 def overlay(path: Path, panels: Any, colours: Any = None) -> npt.NDArray[Any]:
     colours = colours or {"liver": "#e6550d"}
-    columns = [
-        PlaneColumn(heading, {name: Marked(mask, (1,)) for name, mask in regions.items()})
+    columns = {
+        heading: {name: Marked(mask, (1,)) for name, mask in regions.items()}
         for heading, regions in panels.items()
-    ]
+    }
     save_planes(
         path, image(), columns, (3.0, 2.0, 2.0),
         colours=colours, legend={name: name for name in colours}, title=["a case"],
@@ -135,9 +134,9 @@ class TestPlanes:
     def drawn(self, path: Path, **where: slice) -> npt.NDArray[Any]:
         values = np.zeros(SHAPE, dtype=np.uint8)
         values[tuple(where.get(axis, slice(3, 7)) for axis in "zyx")] = 7
-        panel = PlaneColumn("x", {"r": Marked(values, (7, 8))})
+        panels = {"x": {"r": Marked(values, (7, 8))}}
         save_planes(
-            path, image(), [panel], (3.0, 2.0, 2.0),
+            path, image(), panels, (3.0, 2.0, 2.0),
             colours={"r": "#ff0000"}, legend={}, title=["a case"],
         )  # fmt: skip
         found = picture(path)
@@ -157,7 +156,7 @@ class TestPlanes:
         values = np.zeros((1, *SHAPE[1:]), dtype=np.uint8)
         values[0, 3:9, 3:9] = 7
         save_planes(
-            tmp_path / "a.png", image()[:1], [PlaneColumn("x", {"r": Marked(values, (7,))})],
+            tmp_path / "a.png", image()[:1], {"x": {"r": Marked(values, (7,))}},
             (3.0, 2.0, 2.0), colours={"r": "#ff0000"}, legend={}, title=["a slice"],
         )  # fmt: skip
         found = picture(tmp_path / "a.png")

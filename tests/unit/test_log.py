@@ -15,7 +15,7 @@ from rich.text import Text
 
 from pipeline.folder import read_text, sizes
 from pipeline.log import Log, print_table, size
-from stages.compare.plan import StepClock
+from stages.compare.budget import StepClock
 from website.screens import ROOT
 from website.terminal import run
 

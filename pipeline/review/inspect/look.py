@@ -53,11 +53,10 @@ class View(RegionRules):
 
 @dataclass(frozen=True)
 class CaseLook:
-    """Lazy arrays of one case; nothing is read before they are computed.
+    """Lazy arrays of one case; nothing is read before they are computed. `organs`, and their `ids`
+    in label maps, are in the order of axis K.
 
     Attributes:
-        organs: names of the known organs, in the order of axis K.
-        ids: their ids in label maps.
         has_ignored_claims: whether some claim of a teacher is ignored here.
     """
 

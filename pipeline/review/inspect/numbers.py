@@ -1,11 +1,8 @@
 """The numbers of one case and of a cohort: volumes, conflicts, what teachers miss, which cases
-are improbable.
-"""
+are improbable."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,18 +21,14 @@ from pipeline.consensus.reliability import MOST_PARTS, QUANTILES, is_slice
 from pipeline.data.labels import LabelSpace
 from pipeline.data.volume import coarse, large_components
 from pipeline.engine.processes import in_processes
-from pipeline.errors import PipelineError
-from pipeline.log import Log, print_table
+from pipeline.errors import PipelineError, counted
+from pipeline.log import Log, csv_text, print_table
 from pipeline.review.inspect.look import CaseLook, Count, View, look_at
 
 
 class TeacherNumbers(Config):
-    """One teacher in one organ of a case, before any label wins.
-
-    Attributes:
-        claimed_ml: where its log-odds are above the margin.
-        unseen: share of voxels that it did not see (NaN).
-    """
+    """One teacher in one organ of a case, before any label wins: where its log-odds are above the
+    margin, and the share of voxels that it did not see (NaN)."""
 
     teacher: str
     organ: str
@@ -44,12 +37,7 @@ class TeacherNumbers(Config):
 
 
 class IgnoredClaims(Config):
-    """What is ignored of a teacher's claims about an organ in a case that does not annotate it.
-
-    Attributes:
-        here: whether its "here" counts.
-        not_here: whether its "not here" counts.
-    """
+    """Which of a teacher's claims about an organ count in a case that does not annotate it."""
 
     teacher: str
     organ: str
@@ -131,12 +119,8 @@ def measure_case(case: CachedCase, space: LabelSpace, view: View) -> CaseNumbers
 
 @dataclass(frozen=True)
 class LazyNumbers:
-    """What the numbers of a case are made of.
-
-    Attributes:
-        arrays: lazily, voxels of each name; voxels of each pair; organ regions (K, ..) and label,
-            both coarse.
-    """
+    """What the numbers of a case are made of. `arrays` are voxels of each name; voxels of each
+    pair; organ regions (K, ..) and label, both coarse."""
 
     names: Sequence[Count]
     pairs: Sequence[tuple[str, str]]
@@ -226,13 +210,8 @@ MOST_SWALLOWED: Final = 1 / 3
 
 @dataclass(frozen=True)
 class Usual:
-    """What an organ's labels in training and validation cases look like.
-
-    Attributes:
-        label_ml: 5 % and 95 % quantile of its size, empty labels left out; None without a label.
-        components: most large components of any label.
-        num_cases: labels that say so.
-    """
+    """What an organ's labels in training and validation cases look like: 5 % and 95 % quantile of
+    its size, empty labels left out, the most large components, and how many labels say so."""
 
     label_ml: tuple[float, float] | None
     components: int
@@ -259,11 +238,8 @@ def usual_of(cases: Sequence[CaseNumbers]) -> Mapping[str, Usual]:
 
 
 def flagged(case: CaseNumbers, usual: Mapping[str, Usual]) -> CaseNumbers:
-    """The same numbers with the reasons why they are improbable.
-
-    Args:
-        usual: of the cohort; an organ that is absent is judged by the case alone.
-    """
+    """The same numbers with the reasons why they are improbable; an organ of which the cohort says
+    nothing `usual` is judged by the case alone."""
     flags: list[str] = []
     for organ, numbers in case.organs.items():
         flags += _own_label(organ, numbers)
@@ -293,8 +269,8 @@ def _region(organ: str, numbers: OrganNumbers, usual: Usual | None) -> list[str]
     if usual is not None and usual.label_ml and is_odd_volume(numbers.region_ml, usual.label_ml):
         low, high = usual.label_ml
         reasons.append(
-            f"{organ}: {in_ml(numbers.region_ml)} ml, while {usual.num_cases} "
-            f"label{'s' if usual.num_cases > 1 else ''} show {in_ml(low)} to {in_ml(high)} ml"
+            f"{organ}: {in_ml(numbers.region_ml)} ml, while {counted(usual.num_cases, 'label')} "
+            f"show {in_ml(low)} to {in_ml(high)} ml"
         )
     most = MOST_PARTS if usual is None else usual.components
     if numbers.components > most:
@@ -439,12 +415,8 @@ def print_cohort(found: CohortNumbers) -> None:
 def to_csv(found: CohortNumbers) -> str:
     """One row per case, one column per number; ml, and shares from 0 to 1."""
     rows = [_flat(case) for case in found.cases]
-    columns = list(dict.fromkeys(key for row in rows for key in row if key != "improbable"))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*columns, "improbable"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    columns = dict.fromkeys(key for row in rows for key in row if key != "improbable")
+    return csv_text(rows, [*columns, "improbable"])
 
 
 def _flat(case: CaseNumbers) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What `pipeline inspect` does, with a case and without: maps that any viewer lays over each
-other, a figure, a table.
-"""
+other, a figure, a table."""
 
 from __future__ import annotations
 
@@ -26,7 +25,6 @@ from pipeline.errors import CacheMissing, ConfigError
 from pipeline.figures import (
     BACKGROUND_COLOUR,
     Marked,
-    PlaneColumn,
     hex_colour,
     itksnap_text,
     save_planes,
@@ -63,10 +61,8 @@ def inspect_case(
     *,
     allow_missing: bool = False,
 ) -> tuple[CaseNumbers, list[Path]]:
-    """Writes `<output>/<dataset>/<case>/`: maps as NIfTI, colours, `figure.png`, `numbers.json`.
-
-    Args:
-        allow_missing: leave out teachers whose units are missing or damaged.
+    """Writes `<output>/<dataset>/<case>/`: maps as NIfTI, colours, `figure.png`, `numbers.json`;
+    `allow_missing` leaves out teachers whose units are missing or damaged.
 
     Raises:
         ConfigError: the registry has no teacher, or there are files that `inspect` did not write.
@@ -108,10 +104,7 @@ def inspect_cohort(
     """Measures every case of the registry; writes `<output>/cohort.csv` and `cohort.json`.
 
     A case that lacks a teacher's unit, or cannot be read, is named in `failed`; the others are
-    measured all the same.
-
-    Args:
-        allow_missing: measure the cases that there are, each by the teachers that it has.
+    measured all the same; with `allow_missing` also one that lacks teachers, by those it has.
 
     Raises:
         ConfigError: the registry has no teacher, or there are files that `inspect` did not write.
@@ -177,13 +170,8 @@ _SNAP_LABELS, _SLICER_COLOURS = "organs.label.txt", "organs.ctbl"
 
 @dataclass(frozen=True)
 class CaseMaps:
-    """What is written of a case, (D, H, W) each.
-
-    Attributes:
-        image: int16 HU.
-        label: uint8 organ ids, 255 ignore.
-        maps: file name -> map; see `lazy_maps`.
-    """
+    """What is written of a case, (D, H, W) each: int16 HU, uint8 organ ids, 255 ignore, and by the
+    names of their files the maps of `lazy_maps`."""
 
     image: Array
     label: Array
@@ -218,10 +206,8 @@ def lazy_maps(look: CaseLook) -> Mapping[str, da.Array]:
 def compute_maps(
     case: CachedCase, look: CaseLook, also: Sequence[da.Array] = ()
 ) -> tuple[CaseMaps, tuple[Array, ...]]:
-    """Every map in one pass: at no time are more log-odds in memory than those of a few chunks.
-
-    Args:
-        also: other arrays of the same look, computed in the same pass.
+    """Every map, and other arrays of the same look, in one pass: at no time are more log-odds in
+    memory than those of a few chunks.
 
     Raises:
         CacheError: damage that only reading finds.
@@ -242,11 +228,7 @@ def files_of(look: CaseLook) -> list[str]:
 
 def write_maps(folder: Path, case: CachedCase, look: CaseLook, found: CaseMaps) -> list[Path]:
     """Writes the CT, the label and every map as `.nii.gz`, and the organs' names and colours for
-    ITK-SNAP (`organs.label.txt`) and 3D Slicer (`organs.ctbl`).
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    ITK-SNAP (`organs.label.txt`) and 3D Slicer (`organs.ctbl`)."""
     written = []
     for name, array in {"image": found.image, "label": found.label, **found.maps}.items():
         path = folder / f"{name}.nii.gz"
@@ -265,10 +247,6 @@ def write_maps(folder: Path, case: CachedCase, look: CaseLook, found: CaseMaps) 
 
 _ONE_OR_MORE = tuple(range(1, 256))
 CONFLICT_COLOUR = "#d50000"
-ABSTAINED_COLOUR = "#ffffff"
-FALSE_POSITIVE_COLOUR = "#76ff03"
-MISS_COLOUR = "#d500f9"
-SPLIT_COLOUR = "#00b0ff"
 
 
 def draw_case(
@@ -290,38 +268,32 @@ def draw_case(
     }
     if "split_experts" in found.maps:
         disagreement["split experts"] = Marked(found.maps["split_experts"], _ONE_OR_MORE)
-    panels = [
-        PlaneColumn("CT", {}),
-        PlaneColumn(f"label ({', '.join(label) or 'none'})", label),
-        PlaneColumn("organ regions", regions),
-        PlaneColumn("agreed background", background),
-        PlaneColumn("conflict, abstained", unsure),
-        PlaneColumn("teachers against label", disagreement),
-    ]
+    panels = {
+        "CT": {},
+        f"label ({', '.join(label) or 'none'})": label,
+        "organ regions": regions,
+        "agreed background": background,
+        "conflict, abstained": unsure,
+        "teachers against label": disagreement,
+    }
     colours = {
         **{organ: hex_colour(organ_id) for organ, organ_id in ids.items()},
         "agreed background": BACKGROUND_COLOUR,
         "conflict": CONFLICT_COLOUR,
-        "abstained": ABSTAINED_COLOUR,
-        "false positive": FALSE_POSITIVE_COLOUR,
-        "miss": MISS_COLOUR,
-        "split experts": SPLIT_COLOUR,
+        "abstained": "#ffffff",
+        "false positive": "#76ff03",
+        "miss": "#d500f9",
+        "split experts": "#00b0ff",
     }
     view = look.view
     wins = "labels win" if view.labels_win else "labels do not win"
     calibrated = ", calibrated" if view.temperatures else ""
+    title = f"{case.name} ({case.split}): margin {view.margin:g}, {wins}{calibrated}"
     save_planes(
-        path,
-        found.image,
-        panels,
-        case.grid.spacing_mm,
-        colours=colours,
-        legend=_legend(numbers, colours, disagreement),
-        title=[
-            f"{case.name} ({case.split}): margin {view.margin:g}, {wins}{calibrated}",
-            *(f"improbable: {flag}" for flag in numbers.flags),
-        ],
-    )
+        path, found.image, panels, case.grid.spacing_mm,
+        colours=colours, legend=_legend(numbers, colours, disagreement),
+        title=[title, *(f"improbable: {flag}" for flag in numbers.flags)],
+    )  # fmt: skip
 
 
 def _legend(

@@ -29,7 +29,6 @@ from pipeline.folder import (
 from pipeline.log import Log, duration, number
 from pipeline.networks.by_name import pick_device
 from pipeline.review.report.pictures import (
-    SIZE_STEPS,
     CaseLayers,
     CaseSource,
     Plane,
@@ -45,7 +44,6 @@ from pipeline.review.report.scores import (
     ReportScores,
     Student,
     kept_scores,
-    open_student,
     scores_made_now,
     scores_of_predictions,
     strip_charts,
@@ -107,12 +105,8 @@ def write_report(
 
     Args:
         registry: read without its files.
-        work: the work folder.
-        run: its name.
-        settings: what is put on the page.
         output: the file that is returned; None for report.html in the run's folder.
         device: where the student predicts, if it must.
-        log: where progress goes.
 
     Raises:
         ConfigError: no such run, no scores in `predictions`, or `output` is no HTML file, or one
@@ -183,11 +177,12 @@ def gather(
 
 def _student(record: RunRecord, device: str) -> tuple[Student | None, str]:
     """The student, or why there is none."""
+    if record.student is None:
+        return None, "the run has neither student.pt nor best.pt yet"
     try:
-        found = open_student(record, device)
+        return Student(record.folder / record.student, device), ""
     except CheckpointError as error:
         return None, f"{record.student} cannot be read: {error.what}"
-    return found, "" if found else "the run has neither student.pt nor best.pt yet"
 
 
 def _scores(
@@ -206,19 +201,16 @@ def _scores(
         return None, f"No predictions were given, and {broken}."
     opened = [lineage.open(case) for case in lineage.of(VALIDATION)]
     cases = [case for case in opened if case is not None]
-    if not opened:
-        return None, "No predictions were given, and the run has no validation case."
     if not cases:
-        return None, (
-            "No predictions were given, and the cache no longer has the run's validation cases."
-        )
+        none = "cache no longer has the run's validation cases" if opened else (
+            "run has no validation case"
+        )  # fmt: skip
+        return None, f"No predictions were given, and the {none}."
     try:
         scores = scores_made_now(student, cases, log)
     except CheckpointError as error:
         return None, f"No predictions were given, and {record.student} cannot be read: {error.what}"
-    gone = {
-        case.name: case.case.problem for case in lineage.of(VALIDATION) if case.case.unit is None
-    }
+    gone = {c.name: c.case.problem for c in lineage.of(VALIDATION) if c.case.unit is None}
     return replace(scores, failed={**gone, **scores.failed}), ""
 
 
@@ -226,17 +218,17 @@ def _shown(
     source: CaseSource, scores: ReportScores | None, num_worst: int
 ) -> tuple[list[Shown], tuple[int, int]]:
     """The worst cases and the median one, with pictures where there are any."""
-    found: list[Shown] = []
-    for name, why in chosen_cases(scores, num_worst):
-        assert scores is not None
-        rows = [row for row in scores.rows if row.case == name]
-        found.append(_pictured(source, Shown(name, why, scores.cases[name], rows)))
-    pictured = [case.layers for case in found if case.layers is not None]
-    planes, limits = fitting_planes(pictured) if pictured else ([], SIZE_STEPS[0])
+    dice, rows = ({}, ()) if scores is None else (scores.cases, scores.rows)
+    found = [
+        _pictured(
+            source, Shown(name, why, dice[name], [row for row in rows if row["case"] == name])
+        )
+        for name, why in chosen_cases([*dice], num_worst).items()
+    ]
+    planes, limits = fitting_planes([case.layers for case in found if case.layers is not None])
     of = iter(planes)
-    return [
-        case if case.layers is None else replace(case, planes=next(of)) for case in found
-    ], limits
+    pictured = [c if c.layers is None else replace(c, planes=next(of)) for c in found]
+    return pictured, limits
 
 
 def _pictured(source: CaseSource, shown: Shown) -> Shown:
@@ -254,24 +246,22 @@ def _disputed(source: CaseSource, regions: Regions) -> Shown | None:
         return None
     name = max(regions.cases, key=lambda case: case.conflict_ml).case
     shown = _pictured(source, Shown(name, "", 0.0, ()))
-    claimed = (
-        [layer for layer in shown.layers.layers if layer.key == "conflict"] if shown.layers else []
-    )
-    if not claimed or shown.layers is None:
+    if shown.layers is None:
         return shown
-    said, panels = side_by_side(replace(shown.layers, wrong=claimed[0].values > 0), _PANELS)
-    return replace(shown, slice=said, panels=panels)
+    for layer in shown.layers.layers:
+        if layer.key == "conflict":
+            said, panels = side_by_side(replace(shown.layers, wrong=layer.values > 0), _PANELS)
+            return replace(shown, slice=said, panels=panels)
+    return shown
 
 
-def chosen_cases(scores: ReportScores | None, num_worst: int) -> Sequence[tuple[str, str]]:
-    """(case, why it is shown): the worst by mean Dice over organs, and the median; each once."""
-    ranked = [] if scores is None else list(scores.cases)
-    if not ranked:
-        return []
+def chosen_cases(ranked: Sequence[str], num_worst: int = 1) -> dict[str, str]:
+    """Case -> why it is shown: of cases from the worst on the first few, and the median."""
     worst = zip(ranked[:num_worst], _ORDINALS, strict=False)
     chosen = {name: f"{ordinal} worst case".strip() for name, ordinal in worst}
-    chosen.setdefault(ranked[(len(ranked) - 1) // 2], "median case")
-    return list(chosen.items())
+    if ranked:
+        chosen.setdefault(ranked[(len(ranked) - 1) // 2], "median case")
+    return chosen
 
 
 # Content -> HTML, by the templates beside this file. Everything that is put in is escaped.
@@ -301,13 +291,10 @@ def render(content: Content) -> str:
 def filled(template: str, **values: Any) -> str:
     """A page by one of the templates."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
         undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
     environment.filters |= {
         "score": number,
         "ml": in_ml,
@@ -315,7 +302,7 @@ def filled(template: str, **values: Any) -> str:
         "duration": _duration,
         "counted": counted,
         "mm": partial(number, form=".1f"),
-        "count": _count,
+        "count": lambda value: f"{int(value):,}".replace(",", "\u202f"),
     }
     return environment.get_template(template).render(values)
 
@@ -326,20 +313,13 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
 
 
-def _count(value: Any) -> str:
-    return f"{int(value):,}".replace(",", "\u202f")
-
-
-# Everything that the page tells, in the order of its sections; the template only lays it out.
-
 _PACKAGES = ("python", "organ-distill", "torch", "monai", "numpy", "zarr", "dask")
 
 
 @dataclass(frozen=True)
 class Shown:
     """A case in pictures: why it was chosen, its scores, one slice of it in panels and all of it in
-    planes, or why there are none.
-    """
+    planes, or why there are none."""
 
     name: str
     why: str
@@ -358,7 +338,6 @@ class Content:
 
     Attributes:
         registered: teacher -> what the registry says of it beside its numbers.
-        no_scores: why there are none.
         disputed: the case in which teachers contradict each other most; None where none do.
         limits: (slices per plane, pixels of the longest side) of the pictures.
     """
@@ -396,13 +375,12 @@ def registered_teachers(
     registry: Registry, teachers: Sequence[TracedTeacher]
 ) -> dict[str, dict[str, str]]:
     """Kind, weights, licence and source of teachers, as far as the registry still has them."""
-    found = {}
-    for teacher in teachers:
-        entry = registry.teachers.get(teacher.name)
-        if entry is not None:
-            names = ("kind", "weights", "trained_on", "licence", "source")
-            found[teacher.name] = {n: str(getattr(entry, n) or "") for n in names}
-    return found
+    names = ("kind", "weights", "trained_on", "licence", "source")
+    return {
+        teacher.name: {n: str(getattr(entry, n) or "") for n in names}
+        for teacher in teachers
+        if (entry := registry.teachers.get(teacher.name)) is not None
+    }
 
 
 def training_charts(record: RunRecord) -> list[Chart]:
@@ -423,10 +401,13 @@ def training_charts(record: RunRecord) -> list[Chart]:
         ("wait", waiting, {"% of the time": percent}, lambda ax: draw_wait(ax, waits)),
     ]
     return [
-        Chart(key, title, _in_words(title, curves), svg_chart(key, draw, height=_height(curves)))
+        Chart(
+            key, title, _in_words(title, curves),
+            svg_chart(key, draw, height=max(230.0, 60.0 + 15.0 * len(curves))),  # of the legend
+        )
         for key, title, curves, draw in found
         if any(curves.values())
-    ]
+    ]  # fmt: skip
 
 
 def _in_words(title: str, curves: Mapping[str, Points]) -> str:
@@ -437,11 +418,6 @@ def _in_words(title: str, curves: Mapping[str, Points]) -> str:
 
 def _last(points: Points, unit: str) -> str:
     return f", last {points[-1][1]:.3g}{unit}" if points else ""
-
-
-def _height(curves: Mapping[str, Points]) -> float:
-    """So that the legend fits."""
-    return max(230.0, 60.0 + 15.0 * len(curves))
 
 
 def lineage_json(record: RunRecord, lineage: Lineage) -> dict[str, Any]:

@@ -22,13 +22,7 @@ from pipeline.data.registry import Registry
 from pipeline.data.resample import resample
 from pipeline.data.volume import Volume
 from pipeline.errors import PipelineError
-from pipeline.figures import (
-    BACKGROUND_COLOUR,
-    PLANE_ENDS,
-    WINDOW_HU,
-    hex_colour,
-    planes_of_shape,
-)
+from pipeline.figures import BACKGROUND_COLOUR, PLANE_ENDS, WINDOW_HU, hex_colour, planes_of_shape
 from pipeline.folder import Folder
 from pipeline.review.inspect.look import View, look_at
 from pipeline.review.inspect.run import CONFLICT_COLOUR
@@ -63,13 +57,8 @@ class Plane:
     """One plane of a case.
 
     Attributes:
-        name: axial, coronal or sagittal.
-        ends: what lies left, right, at the top and at the bottom.
         slices: numbers of the slices shown, from 1, of `num_slices` that the case has.
         start: which of `slices` is shown first, from 0.
-        columns: of each sheet; `rows` likewise.
-        width: of a tile, in pixels; `height` likewise.
-        image: the CT.
         sheets: of the layers that show anything, lowest first.
     """
 
@@ -95,8 +84,7 @@ def fitting_planes(
     cases: Sequence[CaseLayers], most_bytes: int = IMAGE_BYTES
 ) -> tuple[list[list[Plane]], tuple[int, int]]:
     """All planes of all cases, with as many slices and pixels as the page has room for, and
-    (slices, pixels) that it came to: the last of `SIZE_STEPS` whatever it takes.
-    """
+    (slices, pixels) that it came to: the last of `SIZE_STEPS` whatever it takes."""
     planes: list[list[Plane]] = []
     for step in SIZE_STEPS:
         planes = [planes_of(case, *step) for case in cases]
@@ -107,8 +95,7 @@ def fitting_planes(
 
 def planes_of(case: CaseLayers, most_slices: int, side: int) -> list[Plane]:
     """Axial, coronal and sagittal, all at one scale, `side` pixels along the case's longest edge;
-    of one slice its own plane.
-    """
+    of one slice its own plane."""
     edges_mm = [n * mm for n, mm in zip(case.image.shape, case.spacing_mm, strict=True)]
     pixels = [max(1, round(side * mm / max(edges_mm))) for mm in edges_mm]
     grey = _grey(case.image)
@@ -128,21 +115,14 @@ def planes_of(case: CaseLayers, most_slices: int, side: int) -> list[Plane]:
             for layer in case.layers
             if layer.values.any()
         ]
+        slices = tuple(int(i) + 1 for i in chosen)
+        image = _image_uri(grey, axis, chosen, shape)
         planes.append(
             Plane(
-                name,
-                PLANE_ENDS[name],
-                tuple(int(i) + 1 for i in chosen),
-                total,
-                start,
-                columns,
-                rows,
-                width,
-                height,
-                _image_uri(grey, axis, chosen, shape),
+                name, PLANE_ENDS[name], slices, total, start, columns, rows, width, height, image,
                 sheets,
             )
-        )
+        )  # fmt: skip
     return planes
 
 
@@ -150,7 +130,6 @@ def side_by_side(case: CaseLayers, titles: Mapping[str, Sequence[str]]) -> tuple
     """One slice several times, axial where student and reference differ most, and which, in words.
 
     Args:
-        case: what is shown.
         titles: panel -> keys of the layers that are laid over the CT. A panel none of whose layers
             the case has is left out.
     """
@@ -264,7 +243,6 @@ class Layer:
         values: uint8 (D, H, W), 0 where there is nothing.
         colours: value -> colour, as `#rrggbb`.
         style: `solid` is filled so that what lies below is hidden.
-        shown: whether it is on when the page opens.
     """
 
     key: str
@@ -280,12 +258,10 @@ class CaseLayers:
     """A case and its layers.
 
     Attributes:
-        name: `dataset/case`.
         image: int16 HU (D, H, W).
         spacing_mm: z, y, x.
         layers: from the lowest to the uppermost.
         wrong: bool (D, H, W), where student and label differ; all False without a student's map.
-        notes: what is missing, and why.
     """
 
     name: str
@@ -305,7 +281,6 @@ class CaseSource:
         registry: for cases that are not the run's own, such as test cases.
         student: predicts where there is no prediction; None without weights.
         settings: of `pipeline predict`, by which predictions are known as the run's own.
-        predictions: folder of label maps; or None.
     """
 
     work: Folder
@@ -317,11 +292,7 @@ class CaseSource:
     predictions: Path | None = None
 
     def layers(self, name: str) -> CaseLayers:
-        """Everything that can be shown of a case.
-
-        Raises:
-            PipelineError: its image is not in the cache.
-        """
+        """Everything that can be shown of a case."""
         case, notes = self._case(name)
         space = self.record.space
         label = case.label()

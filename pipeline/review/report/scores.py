@@ -14,21 +14,13 @@ import numpy.typing as npt
 
 from pipeline.cache.reader import CachedCase
 from pipeline.config import file_sha256, sha256_if_there
-from pipeline.data.labels import IGNORE, LabelSpace
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, ConfigError, listed
 from pipeline.figures import hex_colour, svg_chart
-from pipeline.folder import Folder, read_text
+from pipeline.folder import Folder, json_with
 from pipeline.log import Log
 from pipeline.networks.by_name import pick_device
-from pipeline.review.metrics import (
-    NOT_ANNOTATED,
-    RULES,
-    known,
-    outdated,
-    score_case,
-    score_json,
-)
+from pipeline.review.metrics import NOT_ANNOTATED, RULES, known, outdated, score_case, score_json
 from pipeline.review.report.trace import RunRecord
 from pipeline.student.checkpoint import load_student, read_record
 
@@ -40,23 +32,9 @@ METRICS = {"Dice": "Dice", "NSD": "Normalised surface Dice", "HD95_mm": "HD95, m
 _KEPT = "scores_validation.json"
 
 
-@dataclass(frozen=True)
-class OrganRow:
-    """One organ of one case; a value is None where it was not measured or has no meaning.
-
-    `reason` says why the Dice is None, or the worst there is.
-    """
-
-    case: str
-    organ: str
-    dice: float | None
-    nsd: float | None
-    hd95_mm: float | None
-    reason: str = ""
-
-    def value(self, metric: str) -> float | None:
-        """By one of the names in `METRICS`."""
-        return {"Dice": self.dice, "NSD": self.nsd, "HD95_mm": self.hd95_mm}[metric]
+# One organ of one case: `case`, `organ`, the metrics, None where one was not measured or has no
+# meaning, and `reason`: why the Dice is None, or the worst there is.
+OrganRow = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -65,11 +43,8 @@ class ReportScores:
 
     Attributes:
         rows: each case and organ that a label speaks of.
-        kind: of predictions, read from the run, or predicted now.
-        source: in words.
         failed: case -> why it has no scores.
         tolerance_mm: of NSD, where it is known.
-        notes: what a reader has to know, in sentences.
     """
 
     rows: Sequence[OrganRow]
@@ -84,18 +59,14 @@ class ReportScores:
         """Case -> mean Dice over its organs, the worst first; cases without any are absent."""
         dice: dict[str, list[float]] = {}
         for row in self.rows:
-            if row.dice is not None:
-                dice.setdefault(row.case, []).append(row.dice)
+            if row["Dice"] is not None:
+                dice.setdefault(row["case"], []).append(row["Dice"])
         means = {case: sum(values) / len(values) for case, values in dice.items()}
         return dict(sorted(means.items(), key=lambda item: (item[1], item[0])))
 
 
 class Student:
-    """A run's student, to predict cases of the cache; its network is built for the first of them.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
+    """A run's student, to predict cases of the cache; its network is built for the first."""
 
     def __init__(self, path: Folder, device: str) -> None:
         self.record = read_record(path)
@@ -105,35 +76,35 @@ class Student:
     def _network(self) -> nn.Module:
         return load_student(self._path)[1].to(pick_device(self._device))
 
-    def label_map(self, case: CachedCase) -> npt.NDArray[np.uint8]:
+    def label_map(
+        self, case: CachedCase, *, overlap: float = 0.5, window_batch: int = 1
+    ) -> npt.NDArray[np.uint8]:
         """uint8 organ ids (D, H, W) on the student grid, by the windows that `predict` uses."""
         from pipeline.student.inference import StudentWindows, running_argmax
 
         record, device = self.record, pick_device(self._device)
-        windows = StudentWindows(self._network, record.intensity, record.patch, device)
+        windows = StudentWindows(
+            self._network, record.intensity, record.patch, device, overlap, window_batch
+        )
         logits = windows.logits(case.image())
         return record.label_space.to_ids(running_argmax(iter(logits)))
 
-
-def open_student(record: RunRecord, device: str) -> Student | None:
-    """student.pt, or best.pt of a run that is not finished; None without either.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    if record.student is None:
-        return None
-    return Student(record.folder / record.student, device)
+    def scores(
+        self, case: CachedCase, *, surface: bool, tolerance_mm: float = 3.0, **windows: Any
+    ) -> list[dict[str, Any]]:
+        """One row per annotated organ: `case`, `organ`, and what `score_json` gives; `windows` as
+        in `label_map`."""
+        predicted, space = self.label_map(case, **windows), self.record.label_space
+        ids = {organ: i for organ, i in space.ids.items() if organ in case.annotated}
+        found = score_case(
+            predicted, case.label(), ids, case.grid, tolerance_mm=tolerance_mm, surface=surface
+        )
+        return [{"case": case.name, "organ": one.organ, **score_json(one)} for one in found]
 
 
 def scores_of_predictions(folder: Path, registry: Registry, record: RunRecord) -> ReportScores:
-    """What `pipeline evaluate` wrote beside predictions.
-
-    Args:
-        folder: of the predictions.
-        registry: says where references and images are; those that cannot be read here are not
-            compared with what was evaluated.
-        record: of the run that is reported.
+    """What `pipeline evaluate` wrote beside predictions. References and images that cannot be read
+    here are not compared with what was evaluated.
 
     Raises:
         ConfigError: there is no summary.json that it wrote, or it is of other files than are there.
@@ -142,11 +113,12 @@ def scores_of_predictions(folder: Path, registry: Registry, record: RunRecord) -
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = [
-            _row(entry["case"], organ, {**values, "reason": entry["reasons"].get(str(label), "")})
+            {"case": str(entry["case"]), "organ": organ, **{m: known(values[m]) for m in METRICS},
+             "reason": entry["reasons"].get(str(label), "")}
             for entry in content["metric_per_case"]
             for organ, label in content["organs"].items()
             if (values := entry["metrics"].get(str(label))) is not None
-        ]
+        ]  # fmt: skip
         failed = {str(case): str(why) for case, why in content.get("failed", {}).items()}
         tolerance_mm = content["settings"]["tolerance_mm"]
         why = outdated(content, folder, _files_now(content, registry))
@@ -196,37 +168,25 @@ def _of_others(summary: Mapping[str, Any], record: RunRecord) -> list[str]:
 def kept_scores(record: RunRecord) -> ReportScores | None:
     """What `pipeline compare` wrote into the run; None if there is nothing of these very cases, or
     if it was scored by other rules."""
-    try:
-        content = json.loads(read_text(record.folder / _KEPT))
-        rows = [_row(row["case"], row["organ"], row) for row in content["rows"]]
-        if content["rules"] != RULES:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
+    content = json_with(record.folder / _KEPT, "rules", "rows")
+    if content is None or content["rules"] != RULES:
         return None
-    if not rows or not {row.case for row in rows} <= set(record.validation):
+    rows = content["rows"]
+    if not rows or not {row["case"] for row in rows} <= set(record.validation):
         return None
     source = f"{_KEPT} of this run: validation cases of the cache, on the student grid"
     return ReportScores(_judged(rows), "kept", source, {})
 
 
 def scores_made_now(student: Student, cases: Sequence[CachedCase], log: Log) -> ReportScores:
-    """Predicts cases of the cache and scores them by the rules of `pipeline evaluate`, Dice alone.
-
-    Args:
-        student: of the run.
-        cases: labelled.
-        log: where progress goes.
-
-    Returns:
-        Scores; a case that turns out to be damaged is in `failed`.
-    """
+    """Predicts cases of the cache and scores them by the rules of `pipeline evaluate`, Dice alone;
+    a case that turns out to be damaged is in `failed`."""
     found: list[OrganRow] = []
     failed: dict[str, str] = {}
     with log.progress("predict validation cases", len(cases)) as advance:
         for case in cases:
             try:
-                predicted = student.label_map(case)
-                found += _scored(case, predicted, student.record.label_space)
+                found += student.scores(case, surface=False)
             except CacheError as error:
                 failed[case.name] = str(error)
             advance(case.name)
@@ -234,22 +194,9 @@ def scores_made_now(student: Student, cases: Sequence[CachedCase], log: Log) -> 
     return ReportScores(_judged(found), "now", source, failed)
 
 
-def _scored(
-    case: CachedCase, predicted: npt.NDArray[np.uint8], space: LabelSpace
-) -> list[OrganRow]:
-    ids = {organ: i for organ, i in space.ids.items() if organ in case.annotated}
-    scores = score_case(predicted, case.label(), ids, case.grid, ignore_value=IGNORE, surface=False)
-    return [_row(case.name, score.organ, score_json(score)) for score in scores]
-
-
-def _row(case: str, organ: str, values: Mapping[str, Any]) -> OrganRow:
-    dice, nsd, hd95_mm = (None if values[m] is None else known(float(values[m])) for m in METRICS)
-    return OrganRow(str(case), str(organ), dice, nsd, hd95_mm, str(values.get("reason", "")))
-
-
 def _judged(rows: Sequence[OrganRow]) -> list[OrganRow]:
     """Without organs that no label speaks of: nobody could score them."""
-    return [row for row in rows if row.reason != NOT_ANNOTATED]
+    return [row for row in rows if row["reason"] != NOT_ANNOTATED]
 
 
 # Metrics per organ over all cases: in numbers, and every case's value in a chart.
@@ -279,14 +226,14 @@ def summarised(organs: Sequence[str], scores: ReportScores) -> list[OrganSummary
     """Per organ of the run, in its order; organs without any row are told with no case."""
     found = []
     for organ in organs:
-        rows = [row for row in scores.rows if row.organ == organ]
+        rows = [row for row in scores.rows if row["organ"] == organ]
         spreads = {m: s for m in METRICS if (s := _spread(rows, m)) is not None}
-        found.append(OrganSummary(organ, spreads, sum(row.dice is not None for row in rows)))
+        found.append(OrganSummary(organ, spreads, sum(row["Dice"] is not None for row in rows)))
     return found
 
 
 def _spread(rows: Sequence[OrganRow], metric: str) -> Spread | None:
-    known = [(v, row.case) for row in rows if (v := row.value(metric)) is not None]
+    known = [(v, row["case"]) for row in rows if (v := row[metric]) is not None]
     if not known:
         return None
     low, median, high = (float(q) for q in np.quantile([v for v, _ in known], (0.25, 0.5, 0.75)))
@@ -306,17 +253,12 @@ class Chart:
 
 
 def strip_charts(ids: Mapping[str, int], rows: Sequence[OrganRow]) -> list[Chart]:
-    """Those of the metrics that were measured.
-
-    Args:
-        ids: organ -> id, from the top.
-        rows: scores.
-    """
+    """Those of the metrics that were measured; `ids` are organ -> id, from the top."""
     charts = []
     for metric, title in METRICS.items():
         found = {}
         for organ in ids:
-            known = [row.value(metric) for row in rows if row.organ == organ]
+            known = [row[metric] for row in rows if row["organ"] == organ]
             values = sorted(value for value in known if value is not None)
             if values:
                 found[organ] = values

@@ -1,10 +1,10 @@
 """What a run was made of and from: its folder, its units down to files and weights, the gate,
-regions.
-"""
+regions."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from pipeline.consensus.gate import Row, elsewhere_rows, score_rows
 from pipeline.data.labels import LabelSpace
 from pipeline.data.registry import Registry
 from pipeline.errors import CacheError, CheckpointError, ConfigError, PipelineError, listed
-from pipeline.folder import Folder, is_local, parse_folder, read_bytes, read_text, sizes
+from pipeline.folder import Folder, is_local, json_with, parse_folder, read_bytes, read_text, sizes
 from pipeline.log import Log
 from pipeline.review.inspect.look import View
 from pipeline.review.inspect.numbers import CaseNumbers, measure_cohort, pair_rows
@@ -31,18 +31,11 @@ from pipeline.student.settings import SupervisionConfig
 
 # What a run's folder says of it: settings, inputs, marker, curves, files; nothing is loaded.
 
-_KNOWN = 8
-
 
 @dataclass(frozen=True)
 class Training:
-    """metrics.jsonl, and what a clock measured in it.
-
-    Attributes:
-        history: its curves and scores.
-        seconds: of the steps, as far as they are in the file; None if no clock is.
-        data_wait: share of the steps' time in which the loop waited for data, 0 to 1; or None.
-    """
+    """metrics.jsonl, and what a clock measured in it, if any: seconds of the steps that are in the
+    file, and the share of them, 0 to 1, in which the loop waited for data."""
 
     history: History
     seconds: float | None
@@ -113,11 +106,7 @@ class RunRecord:
 
 
 def read_run(work: Folder, run: str) -> RunRecord:
-    """Reads a run's folder.
-
-    Args:
-        work: the work folder.
-        run: its name, of a comparison's run `<comparison>/<run>`; or the path of its folder.
+    """Reads a run's folder, by its name, of a comparison's run `<comparison>/<run>`, or its path.
 
     Raises:
         ConfigError: there is no such run.
@@ -127,7 +116,7 @@ def read_run(work: Folder, run: str) -> RunRecord:
     if run not in known:
         run = next((n for n, f in known.items() if _place(f) == _place(parse_folder(run))), run)
     if run not in known:
-        here = f"Runs here: {listed([*known], _KNOWN)}."
+        here = f"Runs here: {listed([*known], 8)}."
         raise ConfigError(
             f"there is no run {run!r}.",
             where=work / "students",
@@ -144,7 +133,7 @@ def read_run(work: Folder, run: str) -> RunRecord:
             settings=settings,
             inputs=inputs,
             digest=digest({"config": settings, "inputs": inputs}),
-            marker=_marker(folder),
+            marker=json_with(folder / "finished.json"),
             training=_training(folder / "metrics.jsonl"),
             files={n: s for n, s in sorted(sizes(folder).items()) if not n.endswith(".html")},
         )
@@ -161,13 +150,6 @@ def read_run(work: Folder, run: str) -> RunRecord:
 
 def _place(folder: Folder) -> str:
     return str(folder.resolve() if is_local(folder) else folder).rstrip("/")
-
-
-def _marker(folder: Folder) -> Mapping[str, Any] | None:
-    try:
-        return dict(json.loads(read_text(folder / "finished.json")))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def _training(path: Folder) -> Training | None:
@@ -203,12 +185,7 @@ GONE = "no longer in the cache"
 
 @dataclass(frozen=True)
 class Traced:
-    """A unit, or why it cannot be opened.
-
-    Attributes:
-        unit: open for reading; None if it is not there, damaged, or of another digest.
-        problem: why, in words; empty if it is in order.
-    """
+    """A unit, open for reading, or why it is not: it is gone, damaged, or of another digest."""
 
     unit: Unit | None
     problem: str = ""
@@ -219,8 +196,6 @@ class TracedCase:
     """A case of the run.
 
     Attributes:
-        name: `dataset/case`.
-        split: train or validation.
         digest: as the run recorded it.
         case: the unit with image and label.
         units: teacher -> its unit of this case. Those of validation cases no training reads; they
@@ -246,7 +221,6 @@ class TracedTeacher:
     """A teacher of the run.
 
     Attributes:
-        name: its name.
         digest: as the run recorded it.
         inputs: what that is the digest of; None if neither index nor any unit tells any more.
         indexed: the same as the index has it, for looking up what was measured; or None.
@@ -312,13 +286,12 @@ def _places(
 ) -> tuple[dict[tuple[str, str], Place], dict[tuple[str, str, str], list[Place]]]:
     """Places of case units by (case, tag), and of teachers' by (teacher, its tag, case)."""
     cases: dict[tuple[str, str], Place] = {}
-    units: dict[tuple[str, str, str], list[Place]] = {}
+    units = defaultdict[tuple[str, str, str], list[Place]](list)
     for place in find_units(work):
         if place.teacher is None:
             cases[place.case_name, place.tag] = place
         else:
-            key = (place.teacher, place.teacher_tag, place.case_name)
-            units.setdefault(key, []).append(place)
+            units[place.teacher, place.teacher_tag, place.case_name].append(place)
     return cases, units
 
 
@@ -417,15 +390,9 @@ class OrganRegions:
 
 @dataclass(frozen=True)
 class Regions:
-    """What a student of these settings is taught, as numbers.
-
-    Attributes:
-        cases: training and validation cases, improbable ones first.
-        organs: over all of them.
-        pairs: of teachers, most conflict first.
-        failed: case -> why it has no numbers.
-        absent: why there are none at all; else empty.
-    """
+    """What a student of these settings is taught, as numbers: training and validation cases,
+    improbable ones first, organs over all of them, pairs of teachers, most conflict first; cases
+    that `failed`, and why there are none at all (`absent`)."""
 
     cases: Sequence[CaseNumbers] = ()
     organs: Sequence[OrganRegions] = ()

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from pipeline.config import installed
@@ -20,7 +19,15 @@ from pipeline.data.nifti import read_image, read_label, write_image
 from pipeline.data.resample import resample, same_grid
 from pipeline.errors import ConfigError
 from pipeline.student.checkpoint import StudentRecord
-from pipeline.student.export.description import AXCODES, INPUT, channel_names, origin
+from pipeline.student.export.description import (
+    AXCODES,
+    INPUT,
+    bundle_channels,
+    licence,
+    origin,
+    readme,
+    trained_on_datasets,
+)
 from pipeline.student.export.formats import as_bytes, quiet, write_network
 from pipeline.student.export.parity import LabelCount, Parity, ParityError
 from pipeline.student.inference import SIGMA, StudentWindows, running_argmax
@@ -39,10 +46,8 @@ _OTHER_MONAI = (
 def write_bundle(
     folder: Path, record: StudentRecord, network: nn.Module, *, name: str, overlap: float
 ) -> None:
-    """Writes configs, weights, TorchScript, README and LICENSE.
-
-    Args:
-        network: the student's, on the CPU, in evaluation mode.
+    """Writes configs, weights, TorchScript, README and LICENSE. The network is the student's, on
+    the CPU, in evaluation mode.
 
     Raises:
         ConfigError: MONAI's own network gives something else than one tensor.
@@ -65,15 +70,10 @@ def all_channels(record: StudentRecord, network: nn.Module) -> nn.Module:
 
 
 def run_bundle(folder: Path, image: Path, output: Path) -> Path:
-    """Runs a bundle on an image on the CPU by MONAI's own transforms and inferer.
+    """Runs a bundle on an image on the CPU by MONAI's own transforms and inferer. It is trusted:
+    postprocessing is code.
 
     It does what `python -m monai.bundle run` does, but for ignite's loop over images.
-
-    Args:
-        folder: of the bundle, which is trusted: postprocessing is code.
-
-    Raises:
-        ParityError: no label map came of it.
     """
     from monai.bundle import ConfigParser
 
@@ -212,35 +212,21 @@ def inference_config(record: StudentRecord, *, overlap: float) -> dict[str, Any]
             "dataset": "@dataset", "batch_size": 1, "shuffle": False, "num_workers": 0,
         },
         "inferer": {
-            "_target_": "SlidingWindowInferer",
-            "roi_size": list(record.patch),
-            "sw_batch_size": 1,
-            "overlap": overlap,
-            "mode": "gaussian",
-            "sigma_scale": SIGMA,
-            "padding_mode": "constant",
-            "cval": record.intensity.air,
-            "sw_device": "@device",
-            "device": "cpu",
+            "_target_": "SlidingWindowInferer", "roi_size": list(record.patch),
+            "sw_batch_size": 1, "overlap": overlap, "mode": "gaussian", "sigma_scale": SIGMA,
+            "padding_mode": "constant", "cval": record.intensity.air,
+            "sw_device": "@device", "device": "cpu",
         },
         "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(record)},
-        "handlers": [
-            {
-                "_target_": "CheckpointLoader",
-                "load_path": "$os.path.join(@bundle_root, 'models', 'model.pt')",
-                "load_dict": {"model": "@network"},
-                "map_location": "@device",
-            },
-        ],
+        "handlers": [{
+            "_target_": "CheckpointLoader",
+            "load_path": "$os.path.join(@bundle_root, 'models', 'model.pt')",
+            "load_dict": {"model": "@network"}, "map_location": "@device",
+        }],
         "evaluator": {
-            "_target_": "SupervisedEvaluator",
-            "device": "@device",
-            "val_data_loader": "@dataloader",
-            "network": "@network",
-            "inferer": "@inferer",
-            "postprocessing": "@postprocessing",
-            "val_handlers": "@handlers",
-            "amp": False,
+            "_target_": "SupervisedEvaluator", "device": "@device",
+            "val_data_loader": "@dataloader", "network": "@network", "inferer": "@inferer",
+            "postprocessing": "@postprocessing", "val_handlers": "@handlers", "amp": False,
         },
         "run": ["$@evaluator.run()"],
     }  # fmt: skip
@@ -251,6 +237,14 @@ def metadata(record: StudentRecord, *, name: str) -> dict[str, Any]:
     low, high = (float(v) for v in _range(record.intensity))
     names = bundle_channels(record)
     patch = {"spatial_shape": list(record.patch), "dtype": "float32", "is_patch_data": True}
+    image = {
+        "type": "image", "format": "hounsfield", "modality": "CT", "num_channels": 1,
+        "value_range": [low, high], "channel_def": {"0": "CT"}, **patch,
+    }  # fmt: skip
+    logits = {
+        "type": "image", "format": "segmentation", "num_channels": len(names), "value_range": [],
+        "channel_def": {str(n): name for n, name in enumerate(names)}, **patch,
+    }  # fmt: skip
     trained_on = ", ".join(trained_on_datasets(record))
     return {
         "schema": _SCHEMA,
@@ -278,52 +272,8 @@ def metadata(record: StudentRecord, *, name: str) -> dict[str, Any]:
         },
         "intended_use": "Research only; not for diagnosis or treatment.",
         "references": [],
-        "network_data_format": {
-            "inputs": {
-                INPUT: {
-                    "type": "image",
-                    "format": "hounsfield",
-                    "modality": "CT",
-                    "num_channels": 1,
-                    "value_range": [low, high],
-                    "channel_def": {"0": "CT"},
-                    **patch,
-                }
-            },
-            "outputs": {
-                "pred": {
-                    "type": "image",
-                    "format": "segmentation",
-                    "num_channels": len(names),
-                    "value_range": [],
-                    "channel_def": {str(n): name for n, name in enumerate(names)},
-                    **patch,
-                }
-            },
-        },
+        "network_data_format": {"inputs": {INPUT: image}, "outputs": {"pred": logits}},
         "organ_distill": origin(record),
-    }
-
-
-def trained_on_datasets(record: StudentRecord) -> list[str]:
-    """Names of the datasets whose cases the student was trained on."""
-    return list(dict.fromkeys(case.split("/")[0] for case in record.trained_on))
-
-
-def bundle_channels(record: StudentRecord) -> list[str]:
-    """Of the bundle's network: MONAI's own has no channel that is always 0."""
-    return channel_names(record) if record.head == "softmax" else list(record.label_space.organs)
-
-
-def bundle_entry(record: StudentRecord, *, folder: str) -> dict[str, Any]:
-    """An entry for `teachers` of a data_registry.yaml: the bundle as another student's teacher."""
-    names = bundle_channels(record)
-    return {
-        "kind": "monai-bundle",
-        "weights": folder,
-        "organs": {organ: names.index(organ) for organ in record.label_space.organs},
-        "num_channels": len(names),
-        "activation": record.head,
     }
 
 
@@ -360,12 +310,8 @@ def _scaling(intensity: Intensity) -> list[dict[str, Any]]:
     if intensity.kind == "raw":
         return []
     (low, high), (first, last) = intensity.window_hu, _range(intensity)
-    return [
-        {
-            "_target_": "ScaleIntensityRanged", "keys": INPUT,
-            "a_min": low, "a_max": high, "b_min": first, "b_max": last, "clip": True,
-        }
-    ]  # fmt: skip
+    ends = {"a_min": low, "a_max": high, "b_min": first, "b_max": last}
+    return [{"_target_": "ScaleIntensityRanged", "keys": INPUT, **ends, "clip": True}]
 
 
 def _range(intensity: Intensity) -> tuple[float, float]:
@@ -403,95 +349,3 @@ def _postprocessing(record: StudentRecord) -> list[dict[str, Any]]:
         "output_dtype": "$torch.uint8", "resample": False, "separate_folder": False,
     }  # fmt: skip
     return [*steps, {"_target_": "SaveImaged", **keys, **saved}]
-
-
-# What people read in a bundle: docs/README.md and LICENSE.
-
-
-def readme(record: StudentRecord, name: str) -> str:
-    """`docs/README.md`."""
-    labels = "\n".join(f"| {i} | {organ} |" for organ, i in record.label_space.ids.items())
-    entry = bundle_entry(record, folder="path/to/this/bundle")
-    entry_text = yaml.safe_dump({name: entry}, sort_keys=False).rstrip()
-    spacing = " x ".join(f"{mm:g}" for mm in record.spacing_mm)
-    patch = " x ".join(map(str, record.patch))
-    channels = bundle_channels(record)
-    left_out = (
-        "\n`pipeline predict` also removes parts of organs that are too small, as "
-        "`postprocessing_left_out` in metadata.json says; this bundle does not.\n"
-        if record.postprocessing
-        else ""
-    )
-    dice = "\n".join(
-        f"| {organ} | {'-' if value is None else f'{value:.3f}'} |"
-        for organ, value in record.validation_dice.items()
-    )
-    return f"""# {name}
-
-A {record.network.name} for CT that finds {", ".join(record.label_space.organs)}. Exported by
-organ-distill from a student that was trained for {record.steps} steps. Research only.
-
-## Run it
-
-```sh
-pip install monai nibabel pytorch-ignite fire
-python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json \\
-  --bundle_root . --dataset_dir /path/to/nifti/files --output_dir /path/to/labels
-```
-
-Each NIfTI file of a CT gives a label map of its name, on its own grid:
-
-| value | organ |
-| --- | --- |
-| 0 | background |
-{labels}
-
-The network sees arrays whose axes point to superior, anterior and right, at {spacing} mm, in
-windows of {patch} voxels. `models/model.pt` holds its weights, `models/model.ts` the same network
-as TorchScript for windows of that size. Its {len(channels)} channels are logits ({record.head}):
-{", ".join(channels)}.
-{left_out}
-`export.json` says how far the label maps that MONAI made by this bundle were from those of the
-student itself, on one image: on the student's grid they are the same; on others MONAI resamples a
-little differently from `pipeline predict`.
-
-Best validation Dice while it was trained:
-
-| organ | Dice |
-| --- | --- |
-{dice or "| - | - |"}
-
-## Check it
-
-```sh
-python -m monai.bundle verify_net_in_out --net_id network_def \\
-  --meta_file configs/metadata.json --config_file configs/inference.json
-python -m monai.bundle verify_metadata --meta_file configs/metadata.json --filepath schema.json
-```
-
-The second fetches MONAI's schema unless `schema.json` is there already.
-
-## As a teacher of another student
-
-In a `data_registry.yaml` of organ-distill, under `teachers`:
-
-```yaml
-{entry_text}
-```
-"""
-
-
-def licence(record: StudentRecord) -> str:
-    """`LICENSE`: that nobody has chosen one yet, and whose terms to look at."""
-    teachers = "\n".join(f"  - {name} ({digest[:16]})" for name, digest in record.teachers.items())
-    datasets = "\n".join(f"  - {name}" for name in trained_on_datasets(record))
-    return f"""No licence has been chosen for these weights yet: put one here before passing on.
-
-They were learnt from teachers and datasets whose own terms may bind them, for example to research.
-Teachers, with the first digits of what was digested of them:
-{teachers or "  - none recorded"}
-Datasets:
-{datasets or "  - none recorded"}
-
-The configuration files of this bundle were generated by organ-distill and may be used freely.
-"""

@@ -88,11 +88,7 @@ def as_bytes(save: Callable[[Any, BytesIO], object], content: Any) -> memoryview
 
 
 def open_network(path: Path, form: NetworkFormat) -> nn.Module:
-    """What was written, ready to run on the CPU: (N, 1, ..) -> (N, C, ..).
-
-    Raises:
-        ConfigError: ONNX without its packages.
-    """
+    """What was written, ready to run on the CPU: (N, 1, ..) -> (N, C, ..)."""
     with quiet():
         match form:
             case "torchscript":

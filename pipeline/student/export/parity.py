@@ -47,7 +47,6 @@ class Parity:
 
     Attributes:
         organ_voxels: that either map gives an organ.
-        differing_voxels: whose labels differ.
         dice: organ -> Dice of the two maps; None where neither has it.
         max_logit_difference: of any logit of any window; None where logits were not compared.
     """
@@ -68,11 +67,7 @@ class Parity:
         return {**asdict(self), "differing_fraction": self.differing_fraction}
 
     def check(self, what: str, max_fraction: float, max_logit: float) -> None:
-        """Refuses what is worse than a tolerance.
-
-        Raises:
-            ParityError: it is.
-        """
+        """Refuses what is worse than a tolerance."""
         wrong = []
         if self.differing_fraction > max_fraction:
             wrong.append(

@@ -1,6 +1,5 @@
 """One format of a student: written under a temporary name, checked on a case, and only then
-given its own.
-"""
+given its own."""
 
 from __future__ import annotations
 
@@ -37,11 +36,10 @@ from pipeline.student.export.bundle import (
     ON_STUDENT_GRID,
     SCRIPTED,
     all_channels,
-    bundle_entry,
     compare_bundle,
     write_bundle,
 )
-from pipeline.student.export.description import describe, teacher_entry
+from pipeline.student.export.description import bundle_entry, describe, teacher_entry
 from pipeline.student.export.formats import FILES, NetworkFormat, open_network, write_network
 from pipeline.student.export.parity import Parity, Tolerance, compare_networks
 
@@ -81,11 +79,7 @@ class ExportJob:
     tolerance: Tolerance
 
     def compare(self, exported: nn.Module, file: str) -> Parity:
-        """Holds a network that was read back against the student's.
-
-        Raises:
-            ParityError: worse than tolerated.
-        """
+        """Holds a network that was read back against the student's."""
         image = read_image(self.image).volume
         parity = compare_networks(self.network, exported, image, self.record, overlap=self.overlap)
         tolerance = self.tolerance

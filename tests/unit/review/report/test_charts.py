@@ -14,7 +14,7 @@ from tests.unit.review.report.pages import parse
 
 
 def row(case: str, organ: str, dice: float | None, hd95_mm: float | None = None) -> OrganRow:
-    return OrganRow(case, organ, dice, None, hd95_mm)
+    return {"case": case, "organ": organ, "Dice": dice, "NSD": None, "HD95_mm": hd95_mm}
 
 
 def two_lines(ax: Any) -> None:

@@ -136,6 +136,9 @@ def test_dark_and_light_are_told_apart_and_paper_is_white(shown: Page) -> None:
     shown.call("Emulation.setEmulatedMedia", media="print", features=dark)
     assert (shown.value(paper), shown.value(ink)) == (white, "rgb(0, 0, 0)")
     assert shown.value("getComputedStyle(document.querySelector('.plane input')).display") == "none"
+    # Else what follows, the next case or a section, would have to begin on the same page.
+    caption = "getComputedStyle(document.querySelector('.panels figcaption')).breakAfter"
+    assert shown.value(caption) == "auto"
 
 
 def test_it_prints(shown: Page) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
@@ -185,8 +184,7 @@ def test_scores_made_for_the_page_are_those_that_compare_makes(runs: Path, made:
     registry = load_registry(runs, files=False)
     cases = open_cohort(work_of(runs), registry, splits=("validation",)).cases
     settings = ScoringSettings("validation", surface=False)
-    cpu = torch.device("cpu")
-    found = score_student(folder_of(runs), cases, settings, device=cpu, advance=lambda *_: None)
+    found = score_student(folder_of(runs), cases, settings, device="cpu", advance=lambda *_: None)
     for organ in ORGANS:
         dice = [r["Dice"] for r in found if r["organ"] == organ and r["Dice"] is not None]
         assert rows[organ][1] == str(len(dice))
