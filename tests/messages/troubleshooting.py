@@ -35,7 +35,8 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         "The cache and the work folder",
-        ("cache/", "consensus/", "folder", "cli/cache", "setup/plan", "review/units",
+        ("cache/", "consensus/", "folder", "cli/cache", "setup/plan", "setup/space",
+         "review/units",
          "review/status", "review/verify", "review/recompute", "review/why", "review/gc",
          "review/cached_files"),
     ),
