@@ -233,14 +233,7 @@ def _slurm(workers: int, settings: SlurmSettings, logs: Path) -> Opened:
         silence_logs="error",
     )
     with cluster:
-        # Of jobs that are submitted later, a refusal would only be logged.
-        asked = sbatch(cluster.job_script(), "--test-only", where="--executor slurm")
-        if asked.returncode:
-            raise ConfigError(
-                f"Slurm refuses the workers' jobs ({asked.stderr.strip()}).",
-                where="--executor slurm",
-                fix="Change the file that --slurm-config names.",
-            )
+        _ask_slurm(cluster.job_script())
         cluster.scale(jobs=workers)
         yield cluster, _Renewal(cluster, workers)
 
@@ -272,3 +265,14 @@ class _Renewal:
             return
         self._left -= ended
         self._cluster.scale(jobs=self._workers)
+
+
+def _ask_slurm(script: str) -> None:
+    """Whether Slurm would take such a job; submitted later, its refusal would only be logged."""
+    asked = sbatch(script, "--test-only", where="--executor slurm")
+    if asked.returncode:
+        raise ConfigError(
+            f"Slurm refuses the workers' jobs ({asked.stderr.strip()}).",
+            where="--executor slurm",
+            fix="Change the file that --slurm-config names.",
+        )

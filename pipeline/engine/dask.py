@@ -16,22 +16,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any, Generic
 
 from distributed import Client, Future
 from distributed.diagnostics.plugin import NannyPlugin
 from tornado.ioloop import PeriodicCallback
 
-from pipeline.engine.here import (
-    HERE,
-    Item,
-    Outcome,
-    Outcomes,
-    Result,
-    Steps,
-    Value,
-    sendable,
-)
+from pipeline.engine.here import HERE, Item, Outcome, Outcomes, Result, Steps, Value, sendable
 from pipeline.engine.processes import how_it_ended, status_bytes
 from pipeline.errors import EngineError, WorkerDied, listed
 from pipeline.log import SECONDS_BETWEEN_LINES, Log, size
@@ -78,8 +70,6 @@ class DaskEngine:
     while no other case is at work: then no neighbour can be to blame. Then it is given up.
 
     Args:
-        client: of the scheduler.
-        log: hears of deaths, and of what is at work when nothing else is to be reported.
         renew: called every now and then, to start workers in place of those that ended.
     """
 
@@ -100,7 +90,10 @@ class DaskEngine:
 
     def call(self, function: Callable[[], Value], *, name: str) -> Value:
         """See `Engine.call`."""
-        (outcome,) = self.run(_Call(function), [name])
+        steps: Any = SimpleNamespace(
+            group=str, read=str, compute=lambda *_: function(), store=lambda _, made: made
+        )
+        (outcome,) = self.run(steps, [name])
         if outcome.error is not None:
             raise outcome.error
         return outcome.result  # type: ignore[return-value]
@@ -130,25 +123,6 @@ class DaskEngine:
             fix="Units that are done stay done: start a scheduler and workers again, then run the "
             "same command.",
         )
-
-
-@dataclass(frozen=True)
-class _Call(Generic[Value]):
-    """The steps of something that is asked once; the item is its name."""
-
-    function: Callable[[], Value]
-
-    def group(self, item: str) -> str:
-        return item
-
-    def read(self, item: str) -> None:
-        return None
-
-    def compute(self, item: str, read: None) -> Value:
-        return self.function()
-
-    def store(self, item: str, made: Value) -> Value:
-        return made
 
 
 class _Run(Generic[Item, Result]):

@@ -25,10 +25,7 @@ class _Worker:
 
 
 def run_on_devices(
-    works: Sequence[Callable[[Item], Result]],
-    items: Iterable[Item],
-    *,
-    name: Callable[[Item], str],
+    works: Sequence[Callable[[Item], Result]], items: Iterable[Item], *, name: Callable[[Item], str]
 ) -> Outcomes[Item, Result]:
     """Does all items, in one process per work.
 
@@ -37,8 +34,6 @@ def run_on_devices(
 
     Args:
         works: what to do with an item, pickled to a process each.
-        items: consumed as processes become free.
-        name: of an item, for messages.
 
     Yields:
         An outcome per item, as they end.

@@ -34,9 +34,7 @@ def in_processes(
 
     Args:
         work: a function of a module, or a `partial` of one.
-        items: pickled to the processes.
         number: of processes; 0 does all in this one.
-        name: of an item, for messages.
         advance: hears the name of each item that is done.
     """
     found: dict[int, Result | Exception] = {}
@@ -56,7 +54,8 @@ def in_processes(
             died = WorkerDied(
                 "the process that worked on it was killed, twice.",
                 where=name(item),
-                fix="Most likely memory ran out: run the same command again, with fewer processes.",
+                fix="Most likely memory ran out: how large are its files? Run the same command "
+                "again, with fewer processes.",
             )
             keep(place, dict(_in_pool(work, {place: item}, 1)).get(place, died))
     return [found[place] for place in range(len(items))]
