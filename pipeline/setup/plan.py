@@ -12,7 +12,6 @@ from typing import Any
 from pipeline.cache.cases import CaseToGrid, prepare_case
 from pipeline.cache.identity import claim_dataset, claim_teacher
 from pipeline.cache.index import case_path, unit_path
-from pipeline.cache.schema import IMAGE, LABEL
 from pipeline.cache.store import scratch_folder, write_json
 from pipeline.data.nifti import read_image
 from pipeline.data.sizes import CaseSize, case_sizes, two_cases
@@ -20,25 +19,7 @@ from pipeline.engine.processes import memory_bytes
 from pipeline.errors import RegistryError
 from pipeline.folder import Folder, remove, replace_file, sizes, temporary_name
 from pipeline.log import Advance, Log, duration, print_table, size
-from pipeline.setup.space import (
-    CASES,
-    FEATURES,
-    IMAGES,
-    KINDS,
-    LOG_ODDS,
-    METADATA,
-    RECORD,
-    Cost,
-    Record,
-    Sample,
-    Space,
-    Todo,
-    estimate_all,
-    find_todo,
-    on_disk,
-    shortfall,
-    space_of,
-)  # fmt: skip
+from pipeline.setup import needs
 from pipeline.teachers.load import LoadedTeacher, Teachers
 from pipeline.teachers.units import run_teacher, store_unit
 
@@ -52,17 +33,16 @@ class Probe:
     """What the probe measured.
 
     Attributes:
-        samples: one per unit made.
         memory_bytes: largest resident memory of this process, scaled to the largest case.
         write_bytes_per_s: of the work folder's disk, synced.
     """
 
-    samples: Sequence[Sample]
+    samples: Sequence[needs.Sample]
     memory_bytes: int
     write_bytes_per_s: float
 
 
-def probe(work: Folder, todo: Todo, teachers: Teachers, log: Log) -> Probe:
+def probe(work: Folder, todo: needs.Todo, teachers: Teachers, log: Log) -> Probe:
     """Makes the units of two cases in a scratch folder: the larger case first, so that what a
     first unit costs extra is small beside it.
 
@@ -72,7 +52,7 @@ def probe(work: Folder, todo: Todo, teachers: Teachers, log: Log) -> Probe:
     chosen = sorted(two_cases(todo.cases), key=lambda case: -case.voxels)
     wanted = {name: loaded for name, loaded in teachers.loaded.items() if todo.missing[name]}
     storage, spacing_mm = teachers.storage, teachers.registry.grid.spacing_mm
-    samples: list[Sample] = []
+    samples: list[needs.Sample] = []
     before = memory_bytes("VmRSS")
     with (
         scratch_folder(work) as scratch,
@@ -94,12 +74,12 @@ def _probe_case(
     teachers: Mapping[str, LoadedTeacher],
     log: Log,
     advance: Advance,
-) -> list[Sample]:
+) -> list[needs.Sample]:
     began = time.monotonic()
     scratch = to_grid.work
     indexed = prepare_case(to_grid, case.source, warn=log.remark).indexed
     path = case_path(scratch, indexed)
-    samples = [_sample(CASES, path, case, time.monotonic() - began)]
+    samples = [_sample(needs.CASES, path, case, time.monotonic() - began)]
     advance(case.source.name)
     began = time.monotonic()
     native = read_image(case.source.image).volume
@@ -115,13 +95,13 @@ def _probe_case(
     return samples
 
 
-def _sample(what: str, unit: Folder, case: CaseSize, seconds: float) -> Sample:
-    num_bytes = dict.fromkeys(KINDS, 0)
+def _sample(what: str, unit: Folder, case: CaseSize, seconds: float) -> needs.Sample:
+    num_bytes = dict.fromkeys(needs.KINDS, 0)
     found = sizes(unit)
     for name, taken in found.items():
         num_bytes[_kind(name.split("/"))] += taken
     above = {parent for name in found for parent in PurePosixPath(name).parents}
-    return Sample(
+    return needs.Sample(
         what=what,
         case=case.source.name,
         voxels=case.voxels,
@@ -136,9 +116,9 @@ def _sample(what: str, unit: Folder, case: CaseSize, seconds: float) -> Sample:
 def _kind(parts: Sequence[str]) -> str:
     """Chunks lie in a folder `c` below their array; all else describes."""
     if "c" not in parts[1:]:
-        return METADATA
-    kinds = {IMAGE: IMAGES, LABEL: IMAGES, "log_odds": LOG_ODDS, "features": FEATURES}
-    return kinds[parts[0]]
+        return needs.METADATA
+    kinds = {"log_odds": needs.LOG_ODDS, "features": needs.FEATURES}
+    return kinds.get(parts[0], needs.IMAGES)
 
 
 def _write_speed(work: Folder) -> float:
@@ -164,34 +144,34 @@ class Plan:
         unreadable: cases without a readable header -> why; they are not in the numbers.
     """
 
-    todo: Todo
-    parts: Mapping[str, Cost]
+    todo: needs.Todo
+    parts: Mapping[str, needs.Cost]
     probe: Probe | None
-    space: Space
+    space: needs.Space
     problem: str
     unreadable: Mapping[str, Exception]
 
     @property
-    def total(self) -> Cost:
+    def total(self) -> needs.Cost:
         """All parts together."""
         parts = list(self.parts.values())
-        return Cost(
+        return needs.Cost(
             units=sum(part.units for part in parts),
-            num_bytes={kind: sum(part.num_bytes[kind] for part in parts) for kind in KINDS},
+            num_bytes={kind: sum(part.num_bytes[kind] for part in parts) for kind in needs.KINDS},
             files=sum(part.files for part in parts),
             folders=sum(part.folders for part in parts),
             seconds=sum(part.seconds for part in parts),
         )
 
     @property
-    def rows(self) -> dict[str, Cost]:
+    def rows(self) -> dict[str, needs.Cost]:
         """The parts, and their total: what the table and the JSON show."""
         return {**self.parts, "total": self.total}
 
     @property
     def bytes_on_disk(self) -> int:
         """See `on_disk`."""
-        return on_disk(self.parts.values(), self.space.block_bytes)
+        return needs.on_disk(self.parts.values(), self.space.block_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -243,20 +223,20 @@ def make_plan(
         claim_dataset(work, registry, dataset)
     for teacher in indexed.values():
         claim_teacher(work, registry, teacher)
-    todo = find_todo(work, registry, sizes, indexed, teachers.storage)
+    todo = needs.find_todo(work, registry, sizes, indexed, teachers.storage)
     measured = None
     if todo.num_missing:
         measured = probe(work, todo, teachers, log)
-        record = Record(
+        record = needs.Record(
             storage=teachers.storage,
             teachers={name: teacher.digest for name, teacher in indexed.items()},
             samples=tuple(measured.samples),
             quota_bytes=quota_bytes,
         )
-        write_json(work / RECORD, record.model_dump(mode="json"))
-    parts = estimate_all(todo, measured.samples if measured else ())
-    space = space_of(work, quota_bytes)
-    return Plan(todo, parts, measured, space, shortfall(parts.values(), space), unreadable)
+        write_json(work / needs.RECORD, record.model_dump(mode="json"))
+    parts = needs.estimate_all(todo, measured.samples if measured else ())
+    space = needs.space_of(work, quota_bytes)
+    return Plan(todo, parts, measured, space, needs.shortfall(parts.values(), space), unreadable)
 
 
 def print_plan(found: Plan) -> None:
@@ -265,7 +245,7 @@ def print_plan(found: Plan) -> None:
         [
             what,
             str(part.units),
-            *(size(part.num_bytes[kind]) for kind in KINDS),
+            *(size(part.num_bytes[kind]) for kind in needs.KINDS),
             size(part.total_bytes),
             str(round(part.files)),
             str(part.inodes),
@@ -273,7 +253,7 @@ def print_plan(found: Plan) -> None:
         ]
         for what, part in found.rows.items()
     ]
-    columns = ["to make", "units", *KINDS, "bytes", "files", "inodes", "time"]
+    columns = ["to make", "units", *needs.KINDS, "bytes", "files", "inodes", "time"]
     print_table("Plan of stage one", columns, rows)
     space, need, probe = found.space, found.bytes_on_disk, found.probe
     blocks = f" (files end on blocks of {size(space.block_bytes)})" if space.block_bytes else ""

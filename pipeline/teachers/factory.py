@@ -107,16 +107,10 @@ def load_factory_teacher(
     """Imports the module, calls the function.
 
     Raises:
-        TeacherError: absent weights, a module or function that is not there, or one that fails.
+        TeacherError: a module or function that is not there, or one that fails.
     """
     assert entry.factory is not None
     where = f"teacher {name} ({entry.factory})"
-    if not weights.is_file():
-        raise TeacherError(
-            f"the weights {weights} do not exist, or are no file.",
-            where=where,
-            fix="Correct `weights` in the registry; paths are relative to the registry's folder.",
-        )
     module_name, function_name = entry.factory.split(":")
     try:
         module = importlib.import_module(module_name)

@@ -35,18 +35,14 @@ class NnunetTeacher:
 
     Attributes:
         orientation: `stored` or letters, with the model's own reader taken into account.
-        folds: which are averaged.
         predictor: nnU-Net's, with network and weights.
+        says: folds, configuration and settings; the plans are digested with the weights.
     """
 
     name: str
-    options: NnunetOptions
     orientation: str
-    folds: tuple[str, ...]
-    trainer: str
-    configuration_name: str
-    version: str
     predictor: Any
+    says: Mapping[str, Any]
 
     @property
     def spacing_mm(self) -> None:
@@ -70,21 +66,17 @@ class NnunetTeacher:
         volumes = len(configuration.patch_size) == 3
         if slice_axis is not None and (slice_axis > 0 or volumes):
             raise TeacherError(
-                f"the image is one slice, and configuration {self.configuration_name} sees "
+                f"the image is one slice, and configuration {self.says['configuration']} sees "
                 f"{'volumes' if volumes else 'slices across another axis'}.",
                 where=f"teacher {self.name}",
                 fix="Use a model of configuration 2d for such slices, or leave them out.",
             )
         properties: dict[str, Any] = {"spacing": file_spacing(seen.grid)}
         preprocessor = configuration.preprocessor_class(verbose=False)
+        # In memory as nnU-Net's readers leave it, so that its sums come to the same.
+        array = np.ascontiguousarray(seen.array)[None]
         prepared, _, properties = preprocessor.run_case_npy(
-            # In memory as nnU-Net's readers leave it, so that its sums come to the same.
-            np.ascontiguousarray(seen.array)[None],
-            None,
-            properties,
-            plans,
-            configuration,
-            self.predictor.dataset_json,
+            array, None, properties, plans, configuration, self.predictor.dataset_json
         )
         try:
             logits = self.predictor.predict_logits_from_preprocessed_data(
@@ -103,20 +95,8 @@ class NnunetTeacher:
         return Prediction(orientation.undo(transposed.undo(on_grid)))
 
     def describe(self) -> Mapping[str, Any]:
-        """Folds, configuration and settings; the plans are digested with the weights."""
-        mirrored = self.predictor.allowed_mirroring_axes if self.options.mirroring else None
-        return {
-            "kind": "nnunet",
-            "nnunetv2": self.version,
-            "configuration": self.configuration_name,
-            "trainer": self.trainer,
-            "folds": list(self.folds),
-            "checkpoint": self.options.checkpoint,
-            "mirror_axes": list(mirrored or ()),
-            "tile_step": self.options.tile_step,
-            "orientation": self.orientation,
-            "blending": "nnU-Net's: gaussian, channel logits, float16; folds averaged",
-        }
+        """See `says`."""
+        return self.says
 
 
 def file_spacing(grid: Grid) -> list[float]:
@@ -184,26 +164,27 @@ def load_nnunet_teacher(
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
         predictor = nnUNetPredictor(
-            tile_step_size=options.tile_step,
-            use_gaussian=True,
-            use_mirroring=options.mirroring,
-            perform_everything_on_device=device.type == "cuda",
-            device=device,
-            allow_tqdm=False,
-        )
+            tile_step_size=options.tile_step, use_gaussian=True, use_mirroring=options.mirroring,
+            perform_everything_on_device=device.type == "cuda", device=device, allow_tqdm=False,
+        )  # fmt: skip
         predictor.manual_initialization(
-            network.to(device),
-            plans,
-            configuration,
+            network.to(device), plans, configuration,
             [dict(checkpoint.weights) for checkpoint in checkpoints.values()],
-            dict(folder.dataset),
-            first.trainer,
-            first.mirror_axes,
-        )
-    return NnunetTeacher(
-        name, options, orientation, tuple(folder.checkpoints), first.trainer, first.configuration,
-        version, predictor,
-    )  # fmt: skip
+            dict(folder.dataset), first.trainer, first.mirror_axes,
+        )  # fmt: skip
+    says = {
+        "kind": "nnunet",
+        "nnunetv2": version,
+        "configuration": first.configuration,
+        "trainer": first.trainer,
+        "folds": list(folder.checkpoints),
+        "checkpoint": options.checkpoint,
+        "mirror_axes": list((options.mirroring and first.mirror_axes) or ()),
+        "tile_step": options.tile_step,
+        "orientation": orientation,
+        "blending": "nnU-Net's: gaussian, channel logits, float16; folds averaged",
+    }
+    return NnunetTeacher(name, orientation, predictor, says)
 
 
 def _installed_version(name: str) -> str:
@@ -315,12 +296,7 @@ _PARTS = {
     "resampling_fn_seg": ("resample_data_or_seg_to_shape", "resample_torch_fornnunet"),
     "preprocessor_name": ("DefaultPreprocessor",),
 }
-_NORMALISATIONS = (
-    "CTNormalization",
-    "NoNormalization",
-    "RescaleTo01Normalization",
-    "ZScoreNormalization",
-)
+_NORMALISATIONS = tuple(f"{way}Normalization" for way in ("CT", "No", "RescaleTo01", "ZScore"))
 
 
 @dataclass(frozen=True)

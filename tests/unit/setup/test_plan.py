@@ -11,8 +11,8 @@ from pipeline.cli.app import app
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError, GeometryError, RegistryError, SpaceError
 from pipeline.log import Log
+from pipeline.setup.needs import FEATURES, IMAGES, KINDS, LOG_ODDS, METADATA
 from pipeline.setup.plan import Plan, make_plan, print_plan
-from pipeline.setup.space import FEATURES, IMAGES, KINDS, LOG_ODDS, METADATA
 from pipeline.teachers.load import Teachers
 from tests.stages.stage_contract import snapshot
 from tests.tiny import cache_config, change_registry, fill_cache, shrink_organ, work_of

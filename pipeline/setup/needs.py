@@ -223,12 +223,7 @@ def estimate(cases: Sequence[CaseSize], samples: Sequence[Sample]) -> Cost:
 
 def least(todo: Todo, organs: Mapping[str, int]) -> dict[str, Cost]:
     """What the missing units will take at the least, where nothing has been measured. Features do
-    not count: only a probe knows them.
-
-    Args:
-        todo: the units.
-        organs: teacher -> number of organs.
-    """
+    not count: only a probe knows them."""
     found = {}
     for what, cases in todo.missing.items():
         kind, rate = IMAGES, _LEAST_IMAGE
@@ -260,7 +255,6 @@ class Space:
         free_inodes: for this user; None where the file system does not say.
         block_bytes: smallest piece that a file takes; 0 in an object store.
         used_bytes: what the work folder takes now; 0 if there is no quota to hold it against.
-        quota_bytes: what it may hold; None for no quota.
     """
 
     free_bytes: int | None
@@ -320,14 +314,8 @@ def shortfall(parts: Iterable[Cost], space: Space) -> str:
 
 
 class Record(Config):
-    """`reports/plan.json`.
-
-    Attributes:
-        storage: that the samples were made with.
-        teachers: teacher -> digest.
-        samples: the units of the probe.
-        quota_bytes: what the work folder may hold.
-    """
+    """`reports/plan.json`: the units of the probe, and what they hold for: storage, teacher ->
+    digest."""
 
     storage: StorageConfig
     teachers: dict[str, str]
