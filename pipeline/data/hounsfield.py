@@ -25,6 +25,7 @@ _SMOOTH_HU = 21
 _HEAP = 0.03
 _LEAST_SPAN = 20  # noise alone is wider
 _TOLERANCE_MM = 0.1
+_RESCALE = "Check rescale slope and intercept."
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,20 @@ def doubts(counts: Counts, seen: Intensities) -> list[Doubt]:
     certain = _scaled(counts, seen) or _shifted(counts, seen)
     if certain is not None:
         return [certain]
-    improbable = (_positive(seen), _clipped(counts, seen), _peak_doubt(seen), _air(seen))
-    return [doubt for doubt in improbable if doubt]
+    found = []
+    if seen.low >= 0:
+        what = f"no value is below 0 ({seen.low} to {seen.high}): neither fat nor air."
+        fix = "Right for a crop within an organ or a bone; else check rescale slope and intercept."
+        found.append(Doubt("warning", what, fix))
+    if (clipped := _clipped(counts, seen)) is not None:
+        found.append(clipped)
+    if seen.soft_tissue is not None and not -150 <= seen.soft_tissue <= 150:
+        what = f"the peak of soft tissue lies at {seen.soft_tissue} HU; 0 to 100 is usual, and "
+        found.append(Doubt("warning", f"{what}-100 for fat.", _RESCALE))
+    if -850 < seen.corners < -300:
+        what = f"the corners of the image are at {seen.corners} HU: air would be near -1000."
+        found.append(Doubt("warning", what, _RESCALE))
+    return found
 
 
 def _scaled(counts: Counts, seen: Intensities) -> Doubt | None:
@@ -159,37 +172,6 @@ def _clipped(counts: Counts, seen: Intensities) -> Doubt | None:
         f"the image was windowed: {bottom:.0%} of the voxels are exactly {seen.low}{upper}.",
         "Teachers that were trained on whole HU see another air; use the CT before windowing, "
         "unless all teachers clip to a narrower window.",
-    )
-
-
-def _positive(seen: Intensities) -> Doubt | None:
-    if seen.low < 0:
-        return None
-    return Doubt(
-        "warning",
-        f"no value is below 0 ({seen.low} to {seen.high}): neither fat nor air.",
-        "Right for a crop within an organ or a bone; else check rescale slope and intercept.",
-    )
-
-
-def _peak_doubt(seen: Intensities) -> Doubt | None:
-    if seen.soft_tissue is None or -150 <= seen.soft_tissue <= 150:
-        return None
-    return Doubt(
-        "warning",
-        f"the peak of soft tissue lies at {seen.soft_tissue} HU; 0 to 100 is usual, and -100 "
-        "for fat.",
-        "Check rescale slope and intercept.",
-    )
-
-
-def _air(seen: Intensities) -> Doubt | None:
-    if not -850 < seen.corners < -300:
-        return None
-    return Doubt(
-        "warning",
-        f"the corners of the image are at {seen.corners} HU: air would be near -1000.",
-        "Check rescale slope and intercept.",
     )
 
 

@@ -10,6 +10,12 @@ from pipeline.config import FileStamp, digest, stamp_file
 from pipeline.data.entries import NnunetOptions, TeacherEntry
 from pipeline.errors import TeacherError
 
+# Kinds whose weights are a folder, and which one.
+FOLDERS = {
+    "monai-bundle": "bundle's folder, unpacked",
+    "nnunet": "folder that holds plans.json, dataset.json and fold_0, such as "
+    "Dataset003_Liver/nnUNetTrainer__nnUNetPlans__3d_fullres",
+}
 BUNDLE_CONFIGS = ("inference.json", "inference.yaml", "inference.yml")
 
 
@@ -17,7 +23,7 @@ def digest_of(entry: TeacherEntry, stamps: Mapping[str, FileStamp]) -> str:
     """Weights in one file: the SHA-256 of its bytes. Weights in a folder: the digest of the SHA-256
     of every file in it that the entry uses, by name relative to the folder."""
     hashes = {name: stamp.sha256 for name, stamp in stamps.items()}
-    return digest(hashes) if entry.kind in ("nnunet", "monai-bundle") else hashes[_FILE]
+    return digest(hashes) if entry.kind in FOLDERS else hashes[_FILE]
 
 
 def stamp_weights(

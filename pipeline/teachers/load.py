@@ -14,7 +14,7 @@ from pipeline.config import digest
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.patches import WindowConfig
 from pipeline.data.registry import Registry
-from pipeline.data.weights import digest_of, stamp_weights
+from pipeline.data.weights import FOLDERS, digest_of, stamp_weights
 from pipeline.engine.here import once_per_process
 from pipeline.errors import TeacherError, named
 from pipeline.networks.by_name import pick_device
@@ -22,13 +22,6 @@ from pipeline.teachers.teacher import Teacher
 
 if TYPE_CHECKING:
     import torch
-
-
-_FOLDERS = {
-    "monai-bundle": "bundle's folder, unpacked",
-    "nnunet": "folder that holds plans.json, dataset.json and fold_0, such as "
-    "Dataset003_Liver/nnUNetTrainer__nnUNetPlans__3d_fullres",
-}
 
 
 def load_teacher(
@@ -47,9 +40,9 @@ def load_teacher(
         batch_size: windows per forward pass; speed and memory only.
     """
     with named(f"teacher {name}"):
-        is_folder = entry.kind in _FOLDERS
+        is_folder = entry.kind in FOLDERS
         if not (weights.is_dir() if is_folder else weights.is_file()):
-            what = _FOLDERS.get(entry.kind, "file")
+            what = FOLDERS.get(entry.kind, "file")
             raise TeacherError(
                 f"the weights do not exist: there is no such {'folder' if is_folder else 'file'}.",
                 where=weights,

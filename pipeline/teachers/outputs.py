@@ -28,6 +28,9 @@ _NEAR = 0.05
 # The least that is told from 0, and from 1 in float32: log-odds of +-16.6. In half precision 0 ends
 # there too, and 1 much earlier, see `to_logits`.
 _LEAST = 2.0**-24
+_ONE_STEP_LESS = (
+    "They hold no log-odds. Use the network without its last step (argmax or a threshold)."
+)
 
 
 class OutputsOfCase:
@@ -77,8 +80,7 @@ class OutputsOfCase:
             raise OutputsError(
                 "the network gives whole numbers in one channel: a map of labels, not logits.",
                 where=self._where,
-                fix="It holds no log-odds. Use the network without its last step (argmax or a "
-                "threshold).",
+                fix=_ONE_STEP_LESS,
             )
         if self._high.max() > 1 + _TOLERANCE:
             return
@@ -174,8 +176,7 @@ def to_logits(outputs: Tensor, entry: TeacherEntry, *, where: str) -> Tensor:
         raise OutputsError(
             "its outputs are one-hot: 0 and 1, and nothing between.",
             where=where,
-            fix="They hold no log-odds. Use the network without its last step (argmax or a "
-            "threshold).",
+            fix=_ONE_STEP_LESS,
         )
     if entry.activation == "softmax":
         return p.clamp(min=_LEAST).log()
