@@ -321,7 +321,7 @@ class FilesEntry(Config):
             raise ValueError("`images` and `labels` belong together")
         for pattern in (self.images, self.labels):
             if pattern is not None:
-                _check_pattern(pattern)
+                check_pattern(pattern)
         return self
 
     def find(self, base: Path) -> tuple[dict[str, FoundPair], list[str]]:
@@ -368,7 +368,8 @@ class DatasetEntry(FilesEntry):
     source: str = Field(default="", description="for people; never part of a digest")
 
 
-def _check_pattern(pattern: str) -> None:
+def check_pattern(pattern: str) -> None:
+    """Raises: ValueError: it does not say where a case's name is, below `root`."""
     if pattern.count("{case}") != 1:
         raise ValueError(f"pattern {pattern!r} must contain {{case}} exactly once")
     if Path(pattern).is_absolute():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations, count
 from pathlib import Path
 
+from pipeline.data.entries import check_pattern
 from pipeline.data.labels import same_name
 from pipeline.data.nifti import read_grid
 from pipeline.data.registry import Registry, load_registry
@@ -201,6 +202,12 @@ def _patterns(files: Sequence[str], datasets: Mapping[str, Flag]) -> dict[str, t
                 where="--files",
                 fix=f"Write NAME=IMAGES,LABELS; datasets: {', '.join(datasets)}.",
             )
+        try:
+            check_pattern(images)
+            check_pattern(labels)
+        except ValueError as error:
+            fix = "For example 'NAME=ct/{case}.nii.gz,seg/{case}.nii.gz'."
+            raise ConfigError(f"{error}.", where=f"--files {name}", fix=fix) from error
         found[name] = images, labels
     return found
 
