@@ -157,11 +157,8 @@ def _local(workers: int | None, device: str) -> Opened:
 
 
 def check_nannies(cluster: Any) -> None:
-    """A nanny starts its worker again as long as it lives itself; without any, nothing ever comes.
-
-    Raises:
-        EngineError: none lives.
-    """
+    """A nanny starts its worker again as long as it lives itself; without any, nothing ever
+    comes."""
     from distributed.core import Status
 
     ended = (Status.closed, Status.failed)

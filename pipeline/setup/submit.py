@@ -28,11 +28,7 @@ _HERE = "pipeline submit"
 
 
 def in_order(stages: Sequence[str]) -> list[Stage]:
-    """The stages as they depend on each other.
-
-    Raises:
-        ConfigError: one that is unknown, or twice there.
-    """
+    """The stages as they depend on each other."""
     for name in stages:
         if name not in STAGES:
             fix = f"There are {', '.join(STAGES)}."
@@ -392,11 +388,7 @@ def directives(settings: JobSettings, array: int | None = None) -> list[str]:
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """A template with its places filled; all else, `$` too, stays as it is.
-
-    Raises:
-        ConfigError: a place with an unknown name, or one that is no Jinja.
-    """
+    """A template with its places filled; all else, `$` too, stays as it is."""
     where = "a template of `pipeline submit`"
     there = f"There are {', '.join(sorted(values))}."
     try:

@@ -64,13 +64,8 @@ def resolve_parts(
     """Builds network, preprocessing and inferer.
 
     Args:
-        config: the inference config as read, with the metadata as `_meta_`.
         device: takes the place of the config's own `device`, which changes speed only.
         trusted: the user vouches for the bundle: everything is resolved as monai.bundle does.
-
-    Raises:
-        TeacherError: a part or reference that is not there, what may not run, or what cannot be
-            built.
     """
     from monai.bundle import ConfigParser
 
@@ -191,11 +186,7 @@ def innermost(error: BaseException) -> str:
 
 
 def lookup(config: Any, here: str, where: str) -> Any:
-    """The entry of nested lists and mappings at `a::b::0`.
-
-    Raises:
-        TeacherError: it is not there.
-    """
+    """The entry of nested lists and mappings at `a::b::0`."""
     value = config
     for part in here.split(SEPARATOR):
         try:
@@ -240,11 +231,7 @@ def simplified(value: Any, config: Any) -> Any:
 
 def _written_out(node: ast.expr, config: Any) -> Any:
     """The value of an expression that is a literal, a choice of literals, a plain entry of the
-    config, or a dtype.
-
-    Raises:
-        ValueError: it is anything else.
-    """
+    config, or a dtype; of anything else a ValueError."""
     match node:
         case ast.Constant(value=value):
             return value

@@ -310,9 +310,6 @@ def inspect_archive(path: Path, *, where: str, trusted: bool) -> Exported:
 
     Args:
         trusted: the user vouches for the file: it may hold what runs code when it is loaded.
-
-    Raises:
-        TeacherError: no such file, or one that would run code when it is loaded.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -1,7 +1,9 @@
 """Teachers from a user's own code: `factory: "module:function"`, named on purpose.
 
 The function is called as `function(weights: Path, *, taps: Sequence[str], device: str, **args)` and
-returns an object with `predict(image: Volume) -> Prediction` and `describe() -> dict`.
+returns an object with `predict(image: Volume) -> Prediction`, from int16 HU (D, H, W) in RAS+ to
+logits (C, D, H, W) on any grid and tapped features, and `describe() -> dict`: everything, as plain
+JSON values, that changes numbers besides weights and code.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,22 +26,12 @@ from pipeline.teachers.outputs import to_logits
 from pipeline.teachers.teacher import Prediction
 
 
-class FromFactory(Protocol):
-    """What a factory returns."""
-
-    def predict(self, image: Volume) -> Prediction:
-        """Int16 HU (D, H, W) in RAS+ -> logits (C, D, H, W) on any grid, and tapped features."""
-
-    def describe(self) -> Mapping[str, Any]:
-        """Everything, as plain JSON values, that changes numbers besides weights and code."""
-
-
 @dataclass
 class FactoryTeacher:
     """A user's object, with its output checked."""
 
     name: str
-    made: FromFactory
+    made: Any
     entry: TeacherEntry
     code_sha256: str
 

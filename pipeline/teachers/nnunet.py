@@ -114,7 +114,6 @@ def prepared_grid(grid: Grid, properties: Mapping[str, Any], shape: tuple[int, .
     Args:
         grid: of the image, axes as nnU-Net transposes them.
         properties: what its preprocessor noted: `bbox_used_for_cropping`.
-        shape: of the array that it made, without channels.
     """
     box = properties["bbox_used_for_cropping"]
     cropped = grid.crop([begin for begin, _ in box], [end - begin for begin, end in box])
@@ -154,9 +153,7 @@ def load_nnunet_teacher(
     plans = PlansManager(dict(folder.plans))
     configuration = _configuration(folder, plans, first.configuration)
     num_channels = _num_channels(folder, plans)
-    network = build_architecture(
-        folder, configuration, in_channels=1, out_channels=num_channels
-    ).eval()
+    network = build_architecture(folder, configuration, out_channels=num_channels).eval()
     for fold, checkpoint in checkpoints.items():
         where = f"teacher {name}, {folder.checkpoints[fold]}"
         load_weights(network, checkpoint.weights, "of plans.json", where=where)
@@ -346,14 +343,8 @@ def read_checkpoint(path: Path) -> NnunetCheckpoint:
         ) from error
 
 
-def build_architecture(
-    folder: ModelFolder, configuration: Any, *, in_channels: int, out_channels: int
-) -> nn.Module:
-    """The network that plans.json describes, without deep supervision; weights are arbitrary.
-
-    Raises:
-        TeacherError: plans.json names code that is not nnU-Net's own, or that does not exist.
-    """
+def build_architecture(folder: ModelFolder, configuration: Any, *, out_channels: int) -> nn.Module:
+    """The network that plans.json describes, without deep supervision; weights are arbitrary."""
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     where = folder.path / "plans.json"
@@ -373,7 +364,7 @@ def build_architecture(
         _check_class(layer, _LAYERS, where)
     try:
         network: nn.Module = get_network_from_plans(
-            name, arguments, imported, in_channels, out_channels,
+            name, arguments, imported, 1, out_channels,
             allow_init=False, deep_supervision=False,
         )  # fmt: skip
     except (TypeError, ValueError, AssertionError, RuntimeError, IndexError) as error:
@@ -386,11 +377,7 @@ def build_architecture(
 
 
 def check_parts(folder: ModelFolder, configuration: Mapping[str, Any]) -> None:
-    """Refuses preprocessing that is not nnU-Net's own.
-
-    Raises:
-        TeacherError: plans.json names another preprocessor, resampling or normalisation.
-    """
+    """Refuses preprocessing that is not nnU-Net's own."""
     labels = folder.plans.get("label_manager", "LabelManager")
     named = [
         *((key, configuration.get(key), allowed) for key, allowed in _PARTS.items()),

@@ -228,9 +228,6 @@ def read_lists(
 
     Returns:
         case -> files; the split, if more than `training` has labels; what a user should know.
-
-    Raises:
-        RegistryError: entries that cannot be read, files that are not there, cases of one name.
     """
     entries: list[tuple[str, Pair]] = []
     num_without, has_folds = 0, False
@@ -341,11 +338,7 @@ _SIDE_BY_SIDE = (
 
 
 def find_plain(root: Path) -> tuple[str, str]:
-    """Patterns of images and labels below a folder.
-
-    Raises:
-        RegistryError: nothing is found, or more than one reading is possible.
-    """
+    """Patterns of images and labels below a folder."""
     fitting: dict[tuple[FoundPair, ...], tuple[str, str]] = {}
     for images, labels in _candidates(root):
         found, _ = find_pairs(root, images, labels)
