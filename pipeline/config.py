@@ -154,6 +154,24 @@ def read_yaml(path: Path, *, error: type[PipelineError] = ConfigError) -> Docume
     return Document(path, {} if data is None else data, lines, tuple(problems), unquoted)
 
 
+def read_json(path: Path, error: type[PipelineError]) -> dict[str, Any]:
+    """The object in a JSON file that another program wrote.
+
+    Raises:
+        PipelineError: of the kind `error`; the file is absent, not JSON, or holds something else.
+    """
+    fix = "Correct it, or copy it again with all that belongs to it."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as problem:
+        raise error(f"there is no {path.name}.", where=path.parent, fix=fix) from problem
+    except (OSError, ValueError) as problem:
+        raise error(f"not a readable JSON file ({problem}).", where=path, fix=fix) from problem
+    if not isinstance(content, dict):
+        raise error("not a JSON object.", where=path, fix=fix)
+    return content
+
+
 def load_config(
     path: Path, model: type[ConfigT], *, error: type[PipelineError] = ConfigError
 ) -> ConfigT:

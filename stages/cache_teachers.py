@@ -58,7 +58,7 @@ from pipeline.errors import (
     WorkFolderError,
 )
 from pipeline.log import Advance
-from pipeline.setup.plan import check_space
+from pipeline.setup.needs import check_space
 from pipeline.teachers.load import Teachers
 from pipeline.teachers.units import StoredUnit, TeacherOnCase, TeacherUnit, is_there
 from stages.report import Scope, StageReport

@@ -15,7 +15,8 @@ from pydantic import Field
 from pipeline.cache.cases import GEOMETRY_TOLERANCE_MM, organ_labels
 from pipeline.cache.store import json_text, prepare_work_folder
 from pipeline.config import Config, digest, file_sha256, sha256_if_there
-from pipeline.data.entries import CaseFiles, is_absent
+from pipeline.data.entries import CaseFiles
+from pipeline.data.files import is_absent
 from pipeline.data.nifti import read_label
 from pipeline.data.registry import Registry
 from pipeline.data.volume import Grid

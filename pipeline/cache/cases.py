@@ -27,7 +27,8 @@ from pipeline.cache.schema import (
 from pipeline.cache.store import Made, add_notes, write_unit
 from pipeline.config import digest, stamp_file
 from pipeline.data.dicom import stamp_image
-from pipeline.data.entries import CaseFiles, require_file
+from pipeline.data.entries import CaseFiles
+from pipeline.data.files import require_file
 from pipeline.data.hounsfield import doubts_of
 from pipeline.data.labels import map_labels
 from pipeline.data.nifti import NiftiVolume, read_image, read_label

@@ -52,6 +52,7 @@ def plan(
     """
     from pipeline.errors import SpaceError
     from pipeline.setup.plan import make_plan, print_plan
+    from pipeline.teachers.load import Teachers
     from stages.cache_teachers import CacheTeachersConfig
 
     if student:
@@ -62,15 +63,10 @@ def plan(
         memory=memory, spacing_mm=spacing_mm, output=output, why="of a plan with --student"
     )
     settings = open_settings(config, CacheTeachersConfig)
-    found = make_plan(
-        settings,
-        open_registry(registry, trust=trust),
-        work,
-        log=open_log(quiet),
-        quota_bytes=None if quota is None else parse_size(quota, "--quota"),
-        device=device,
-        window_batch=window_batch,
-    )
+    there = open_registry(registry, trust=trust)
+    teachers = Teachers(there, settings.window, settings.storage, device, window_batch)
+    quota_bytes = None if quota is None else parse_size(quota, "--quota")
+    found = make_plan(teachers, settings.splits, work, log=open_log(quiet), quota_bytes=quota_bytes)
     show(found, print_plan, as_json)
     if found.problem:
         raise SpaceError(

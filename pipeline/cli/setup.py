@@ -69,7 +69,7 @@ def init(
 
     Datasets: nnU-Net, Decathlon, MONAI datalists, plain files. What cannot be known is asked.
     """
-    from pipeline.data.entries import closed_cases, refuse_closed
+    from pipeline.data.files import closed_cases, refuse_closed
     from pipeline.setup.init.begin import InitRequest, begin, describe, draft, next_command
 
     request = InitRequest(dataset or [], teacher or [], files or [], organ or [], spacing_mm)
@@ -303,7 +303,7 @@ def info(
 
 def _registry(path: Path) -> tuple[dict[str, Any] | None, PipelineError | None]:
     """What is in it, and what is wrong with it. Neither if none is named or there."""
-    from pipeline.data.entries import refuse_closed
+    from pipeline.data.files import refuse_closed
 
     if path == opt.REGISTRY and not path.exists():
         return None, None
@@ -413,7 +413,7 @@ def about_registry(registry: Registry) -> dict[str, Any]:
 
 
 def _dataset(registry: Registry, name: str) -> dict[str, Any]:
-    from pipeline.data.entries import closed_cases
+    from pipeline.data.files import closed_cases
 
     entry = registry.datasets[name]
     cases = registry.cases(name)

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import FileStamp, stamp_file, versions
+from pipeline.config import FileStamp, stamp_file
 from pipeline.errors import GeometryError, counted
 
 if TYPE_CHECKING:
@@ -203,6 +202,19 @@ def open_series(path: Path) -> Series:
         return _series(path, files)
 
 
+def read_headers(path: Path) -> tuple[Series, list[Any]]:
+    """`open_series`, and of each file that it is of all but the pixels, as pydicom has it."""
+    from pydicom import dcmread
+
+    with _opened(path) as (files, _):
+        series = _series(path, files)
+        headers = []
+        for number in dict.fromkeys(one.file for one in series.slices):
+            with files[number][1]() as file:
+                headers.append(dcmread(file, stop_before_pixels=True))
+    return series, headers
+
+
 _Files = Sequence[tuple[str, Callable[[], IO[bytes]]]]
 
 
@@ -244,7 +256,8 @@ def _series(path: Path, files: _Files) -> Series:
     for number, (name, opened) in enumerate(files):
         with opened() as file:
             header = _header(file, f"{path}, {name}")
-        kind, uid = str(header.get("SOPClassUID", "")), header.get("SOPInstanceUID")
+        kind = str(header.get("SOPClassUID", ""))
+        uid = header.get("SOPInstanceUID") or name  # without one, each file is an image of its own
         if kind == _DIRECTORY:
             continue
         if uid in seen:
@@ -286,14 +299,15 @@ def _header(file: IO[bytes], where: str) -> Any:
     try:
         from pydicom import dcmread
     except ImportError as error:
-        raise _not_installed("pydicom is not installed, which reads DICOM", where) from error
+        raise not_installed("pydicom is not installed, which reads DICOM", where) from error
     try:
         return dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
     except Exception as error:  # a damaged file makes pydicom raise almost anything
         raise _undecoded(where, error) from error
 
 
-def _not_installed(what: str, where: Path | str) -> GeometryError:
+def not_installed(what: str, where: Path | str) -> GeometryError:
+    """The error for a package of the extra `dicom`."""
     fix = "Run  pip install 'organ-distill[dicom]', or work with NIfTI."
     return GeometryError(f"{what}.", where=where, fix=fix)
 
@@ -400,8 +414,8 @@ def _placed(path: Path, slices: list[_Slice]) -> tuple[list[_Slice], npt.NDArray
         if gaps.min() < near:
             raise refuse(
                 f"{counted(int((gaps < near).sum()) + 1, 'slice')} or more share a place, as those "
-                "of several phases or reconstructions do.",
-                "Give a folder with one phase in one reconstruction.",
+                "of several phases or reconstructions do, or copies without a SOPInstanceUID.",
+                "Give a folder with one phase in one reconstruction, and each image once.",
             )
         if (apart := np.abs(gaps - usual)).max() > near:
             z = int(apart.argmax())
@@ -430,125 +444,3 @@ def _placed(path: Path, slices: list[_Slice]) -> tuple[list[_Slice], npt.NDArray
     affine[:3, 1] = first.axes[1] * first.spacing[1]
     affine[:3, 2], affine[:3, 3] = step, positions[0]
     return slices, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS+ -> RAS+
-
-
-# A label map as DICOM SEG, beside the series that it is of.
-
-_MAKER = "organ-distill"
-_SIDES = {"left", "right"}
-
-
-def write_segmentation(
-    path: Path,
-    labels: Path,
-    series: Path,
-    ids: Mapping[str, int],
-    colours: Mapping[str, tuple[int, int, int]],
-) -> bool:
-    """Writes a label map as a DICOM Segmentation (binary segments) that refers to its series;
-    False of an empty one, for which there is no such file.
-
-    Organs are coded in SNOMED CT where pydicom's dictionary has their names (`kidney_left` is a
-    kidney with its side), others in a private scheme. As the standard asks, patient and study are
-    copied from the series into this file.
-
-    Args:
-        labels: a NIfTI in the geometry of the series, as `predict` writes it.
-        ids: organ -> value in the label map; organs without a voxel get no segment.
-        colours: organ -> red, green, blue, 0 .. 255.
-
-    Raises:
-        GeometryError: a series whose headers lack what a SEG repeats, or highdicom is not
-            installed.
-    """
-    import nibabel as nib
-
-    sources, order = _sources(series)
-    image: Any = nib.load(labels)
-    planes = np.asarray(image.dataobj).T[order]
-    there = [organ for organ, value in ids.items() if (planes == value).any()]
-    if not there:
-        return False
-    segments = np.zeros(planes.shape, dtype=np.uint8)
-    for number, organ in enumerate(there, 1):
-        segments[planes == ids[organ]] = number
-    try:
-        from highdicom.seg import Segmentation
-        from pydicom.uid import generate_uid
-
-        made = Segmentation(
-            source_images=sources, pixel_array=segments, segmentation_type="BINARY",
-            segment_descriptions=[_segment(k, o, colours[o]) for k, o in enumerate(there, 1)],
-            series_instance_uid=generate_uid(), sop_instance_uid=generate_uid(),
-            series_number=1000 + int(sources[0].get("SeriesNumber") or 0), instance_number=1,
-            manufacturer=_MAKER, manufacturer_model_name=_MAKER,
-            software_versions=versions()[_MAKER] or "0", device_serial_number="0",
-            content_label="ORGANS",
-        )  # fmt: skip
-    except ImportError as error:
-        raise _not_installed(
-            "highdicom is not installed, which writes DICOM SEG", series
-        ) from error
-    except (AttributeError, ValueError, TypeError) as error:
-        raise GeometryError(
-            f"no DICOM SEG can refer to this series ({error}).",
-            where=series,
-            fix="Its headers lack what the standard asks for: export it again.",
-        ) from error
-    made.save_as(path)
-    return True
-
-
-def _sources(path: Path) -> tuple[list[Any], list[int]]:
-    """Headers of a series as a SEG refers to them, and which slice of the volume, along z, is at
-    each of their places."""
-    from pydicom import dcmread
-
-    with _opened(path) as (files, _):
-        series = _series(path, files)
-        slices = series.slices
-        wanted = dict.fromkeys(one.file for one in slices)
-        headers = []
-        for number in wanted:
-            with files[number][1]() as file:
-                headers.append(dcmread(file, stop_before_pixels=True))
-    for header in headers:  # it may be empty, and highdicom wants it
-        if not header.get("SliceThickness"):
-            header.SliceThickness = round(float(np.linalg.norm(series.affine[:3, 2])), 4)
-    return headers, sorted(range(len(slices)), key=lambda z: slices[z].frame or 0)
-
-
-def _segment(number: int, organ: str, colour: tuple[int, int, int]) -> Any:
-    from highdicom import AlgorithmIdentificationSequence
-    from highdicom.color import CIELabColor
-    from highdicom.seg import SegmentDescription
-    from pydicom.sr.codedict import codes
-
-    family = codes.DCM.ArtificialIntelligence
-    kind, side = _coded(organ)
-    made = SegmentDescription(
-        number, organ, codes.SCT.Organ, kind, "AUTOMATIC",
-        AlgorithmIdentificationSequence(_MAKER, family, versions()[_MAKER] or "0"),
-        display_color=CIELabColor.from_rgb(*colour),
-    )  # fmt: skip
-    if side is not None:
-        made.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [side]
-    return made
-
-
-def _coded(organ: str) -> tuple[Any, Any]:
-    """An organ's code and that of its side, if its name has one."""
-    from highdicom.sr import CodedConcept
-    from pydicom.sr.codedict import codes
-
-    words = re.split(r"[^a-z]+", organ.lower())
-    sides = [word for word in words if word in _SIDES]
-    name = "".join(word.title() for word in words if word not in _SIDES)
-    for known in (name, name.removesuffix("s"), f"{name}Structure"):
-        if (code := getattr(codes.SCT, known, None)) is not None:
-            break
-    else:  # a code has at most 16 characters
-        value = hashlib.sha256(organ.encode()).hexdigest()[:16]
-        return CodedConcept(value, "99ORGANDISTILL", organ[:64]), None
-    side = CodedConcept.from_code(getattr(codes.SCT, sides[0].title())) if sides else None
-    return code, side

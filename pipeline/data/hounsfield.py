@@ -1,4 +1,5 @@
-"""Whether an image can be CT in Hounsfield units: pure functions of how often each value occurs.
+"""Whether an image can be CT in Hounsfield units, by how often each value occurs, and whether its
+header can be trusted.
 
 By definition water is 0 HU and air -1000. Fat lies near -100, other soft tissue at 0 to 100, and
 only dense bone, contrast medium and metal above 800. So wherever a body is, values between -200 and
@@ -9,7 +10,8 @@ metal, contrast medium, lungs, and crops within one organ or around a bone must 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from itertools import product
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,18 +24,14 @@ _SLAB_VOXELS = 4_000_000
 _SMOOTH_HU = 21
 _HEAP = 0.03
 _LEAST_SPAN = 20  # noise alone is wider
+_TOLERANCE_MM = 0.1
+_RESCALE = "Check rescale slope and intercept."
 
 
 @dataclass(frozen=True)
 class Intensities:
-    """How an image's values are spread.
-
-    Attributes:
-        low: smallest, in HU.
-        high: largest.
-        soft_tissue: where the peak between -300 and 400 HU lies; None where nothing is there.
-        corners: median of the eight corners.
-    """
+    """How an image's values are spread, in HU; where the peak between -300 and 400 lies, None where
+    nothing is there; and the median of the eight corners."""
 
     low: int
     high: int
@@ -43,7 +41,7 @@ class Intensities:
 
 @dataclass(frozen=True)
 class Doubt:
-    """Why these may be no Hounsfield units, and what to do; an error is certain."""
+    """Why an image may not be what it is taken for, and what to do; an error is certain."""
 
     severity: Severity
     what: str
@@ -70,12 +68,7 @@ def value_counts(array: npt.NDArray[np.int16] | npt.NDArray[np.uint16]) -> Count
 
 
 def intensities(array: npt.NDArray[np.int16], counts: Counts) -> Intensities:
-    """The spread of an image (D, H, W).
-
-    Args:
-        array: HU.
-        counts: its `value_counts`.
-    """
+    """The spread of an image (D, H, W) in HU, by it and its `value_counts`."""
     present = np.flatnonzero(counts)
     low, high = int(present[0]) - OFFSET, int(present[-1]) - OFFSET
     sides = [max(1, n // 20) for n in array.shape]
@@ -86,17 +79,25 @@ def intensities(array: npt.NDArray[np.int16], counts: Counts) -> Intensities:
 
 
 def doubts(counts: Counts, seen: Intensities) -> list[Doubt]:
-    """Why an image may be no CT in HU; the first certain reason alone, or all improbable ones.
-
-    Args:
-        counts: `value_counts` of it.
-        seen: `intensities` of it.
-    """
+    """Why an image may be no CT in HU, by its `value_counts` and `intensities`; the first certain
+    reason alone, or all improbable ones."""
     certain = _scaled(counts, seen) or _shifted(counts, seen)
     if certain is not None:
         return [certain]
-    improbable = (_positive(seen), _clipped(counts, seen), _peak_doubt(seen), _air(seen))
-    return [doubt for doubt in improbable if doubt]
+    found = []
+    if seen.low >= 0:
+        what = f"no value is below 0 ({seen.low} to {seen.high}): neither fat nor air."
+        fix = "Right for a crop within an organ or a bone; else check rescale slope and intercept."
+        found.append(Doubt("warning", what, fix))
+    if (clipped := _clipped(counts, seen)) is not None:
+        found.append(clipped)
+    if seen.soft_tissue is not None and not -150 <= seen.soft_tissue <= 150:
+        what = f"the peak of soft tissue lies at {seen.soft_tissue} HU; 0 to 100 is usual, and "
+        found.append(Doubt("warning", f"{what}-100 for fat.", _RESCALE))
+    if -850 < seen.corners < -300:
+        what = f"the corners of the image are at {seen.corners} HU: air would be near -1000."
+        found.append(Doubt("warning", what, _RESCALE))
+    return found
 
 
 def _scaled(counts: Counts, seen: Intensities) -> Doubt | None:
@@ -174,37 +175,6 @@ def _clipped(counts: Counts, seen: Intensities) -> Doubt | None:
     )
 
 
-def _positive(seen: Intensities) -> Doubt | None:
-    if seen.low < 0:
-        return None
-    return Doubt(
-        "warning",
-        f"no value is below 0 ({seen.low} to {seen.high}): neither fat nor air.",
-        "Right for a crop within an organ or a bone; else check rescale slope and intercept.",
-    )
-
-
-def _peak_doubt(seen: Intensities) -> Doubt | None:
-    if seen.soft_tissue is None or -150 <= seen.soft_tissue <= 150:
-        return None
-    return Doubt(
-        "warning",
-        f"the peak of soft tissue lies at {seen.soft_tissue} HU; 0 to 100 is usual, and -100 "
-        "for fat.",
-        "Check rescale slope and intercept.",
-    )
-
-
-def _air(seen: Intensities) -> Doubt | None:
-    if not -850 < seen.corners < -300:
-        return None
-    return Doubt(
-        "warning",
-        f"the corners of the image are at {seen.corners} HU: air would be near -1000.",
-        "Check rescale slope and intercept.",
-    )
-
-
 def _peak(counts: Counts, low: int, high: int) -> int | None:
     """The most frequent value between -300 and 400 HU, smoothed; heaps at both ends left out."""
     inner = counts.astype(np.float64)
@@ -217,3 +187,50 @@ def _peak(counts: Counts, low: int, high: int) -> int | None:
 def _share(counts: Counts, low: int, high: int) -> float:
     """Of the voxels from `low` to `high` HU, both included."""
     return float(counts[low + OFFSET : high + OFFSET + 1].sum() / counts.sum())
+
+
+# What a NIfTI header says that makes its geometry doubtful although it can be read.
+
+
+def header_doubts(image: Any) -> tuple[Doubt, ...]:
+    """Doubts about units, about a place that nobody recorded, and about two that contradict, of an
+    image as nibabel loads it; its voxels are not read."""
+    return tuple(_units(image.header) + _forms(image.header, image.shape))
+
+
+def _units(header: Any) -> list[Doubt]:
+    try:
+        unit = str(header.get_xyzt_units()[0])
+    except KeyError:  # a code that NIfTI does not define
+        return []
+    if unit not in ("meter", "micron"):
+        return []
+    what = f"the header gives lengths in {unit}s; they are read as mm."
+    return [Doubt("error", what, "Write the file again in mm.")]
+
+
+def _forms(header: Any, shape: tuple[int, ...]) -> list[Doubt]:
+    fix = "Export it again from its source, and look at it in a viewer that shows left and right."
+    sform, qform = int(header["sform_code"]), int(header["qform_code"])
+    if not sform and not qform:
+        what = (
+            "the header records no orientation (sform and qform codes are 0): which side is left "
+            "is a guess."
+        )
+        return [Doubt("warning", what, fix)]
+    if not sform or not qform:
+        return []
+    try:
+        apart = header.get_sform() - header.get_qform()
+    except Exception as error:  # nibabel raises what it likes for a damaged quaternion
+        return [Doubt("warning", f"its qform cannot be read ({error}).", fix)]
+    corners = np.array([[*c, 1] for c in product(*((0, n - 1) for n in (*shape, 1, 1, 1)[:3]))]).T
+    most = float(np.linalg.norm((apart @ corners)[:3], axis=0).max())
+    if not most > _TOLERANCE_MM:
+        return []
+    what = (
+        f"sform and qform place its voxels up to {most:.1f} mm apart; the sform is used here, "
+        "other tools may use the qform."
+    )
+    fix = "Find out which is right and save the file with that one alone."
+    return [Doubt("warning", what, fix)]

@@ -50,11 +50,8 @@ class LabelSpace:
         return self.organs.index(organ)
 
     def to_classes(self, label: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-        """Stored ids -> classes 0 .. K; ids of organs that are not in this space -> 0; 255 stays.
-
-        Args:
-            label: any shape, uint8, organ ids.
-        """
+        """Stored ids (uint8, any shape) -> classes 0 .. K; ids of organs that are not in this space
+        -> 0; 255 stays."""
         table = np.zeros(256, dtype=np.uint8)
         for number, organ_id in enumerate(self.ids.values()):
             table[organ_id] = number + 1
@@ -91,16 +88,11 @@ def map_labels(
     # Room for negative values too: they index from the end, where every entry says unknown.
     table = np.full(high - low + 1, -1, dtype=np.int16)
     table[0] = 0
-    for value, meaning in [
-        *((v, IGNORE) for v in ignore_values),
-        *((v, 0) for v in background_values),
-    ]:
-        if value <= high:
-            table[value] = meaning
-    for organ, meanings in values.items():
-        for value in meanings:
+    organs = ((ids[organ], meant) for organ, meant in values.items())
+    for meaning, meant in ((IGNORE, ignore_values), (0, background_values), *organs):
+        for value in meant:
             if value <= high:
-                table[value] = ids[organ]
+                table[value] = meaning
     out = table[label]
     if out.min() < 0:
         unknown = sorted(int(v) for v in np.unique(label[out < 0]))
@@ -125,21 +117,15 @@ def log_odds(
     *,
     where: object = None,
 ) -> npt.NDArray[np.float32]:
-    """A network's outputs -> the log-odds of one organ.
+    """A network's outputs (C, D, H, W) -> the log-odds of one organ (D, H, W), float32.
 
     softmax: d = logsumexp(channels that mean the organ) - logsumexp(all other channels), which for
     a binary softmax is the difference of its two logits.
     sigmoid: the channel's logit; of several channels that mean the organ, the union
     p = 1 - prod(1 - p_c), as log-odds.
 
-    Args:
-        logits: (C, D, H, W) float32.
-
-    Returns:
-        (D, H, W) float32.
-
     Raises:
-        TeacherError: a channel that the network does not have.
+        TeacherError: a channel that the network does not have, or no channel left for background.
     """
     num_channels = logits.shape[0]
     out_of_range = [c for c in channels if not 0 <= c < num_channels]

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,8 @@ from nibabel.orientations import apply_orientation, io_orientation, ornt_transfo
 from nibabel.volumeutils import apply_read_scaling
 
 from pipeline.data.dicom import is_series, open_series, read_series
-from pipeline.data.entries import require_file
+from pipeline.data.files import require_file
+from pipeline.data.hounsfield import Doubt, header_doubts
 from pipeline.data.volume import Grid, Volume, orientation_of
 from pipeline.errors import GeometryError
 from pipeline.figures import caret_names, caret_xml
@@ -160,70 +160,6 @@ def write_file(image: Any, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# What a NIfTI header says that makes its geometry doubtful although it can be read.
-
-_TOLERANCE_MM = 0.1
-
-
-@dataclass(frozen=True)
-class HeaderDoubt:
-    """One doubt.
-
-    Attributes:
-        certain: whether the geometry is wrong for sure.
-    """
-
-    what: str
-    fix: str
-    certain: bool = False
-
-
-def header_doubts(image: Any) -> tuple[HeaderDoubt, ...]:
-    """Doubts about units, about a place that nobody recorded, and about two that contradict.
-
-    Args:
-        image: as nibabel loads it, NIfTI-1 or -2; its voxels are not read.
-    """
-    return tuple(_units(image.header) + _forms(image.header, image.shape))
-
-
-def _units(header: Any) -> list[HeaderDoubt]:
-    try:
-        unit = str(header.get_xyzt_units()[0])
-    except KeyError:  # a code that NIfTI does not define
-        return []
-    if unit not in ("meter", "micron"):
-        return []
-    what = f"the header gives lengths in {unit}s; they are read as mm."
-    return [HeaderDoubt(what, "Write the file again in mm.", certain=True)]
-
-
-def _forms(header: Any, shape: tuple[int, ...]) -> list[HeaderDoubt]:
-    fix = "Export it again from its source, and look at it in a viewer that shows left and right."
-    sform, qform = int(header["sform_code"]), int(header["qform_code"])
-    if not sform and not qform:
-        what = (
-            "the header records no orientation (sform and qform codes are 0): which side is left "
-            "is a guess."
-        )
-        return [HeaderDoubt(what, fix)]
-    if not sform or not qform:
-        return []
-    try:
-        apart = header.get_sform() - header.get_qform()
-    except Exception as error:  # nibabel raises what it likes for a damaged quaternion
-        return [HeaderDoubt(f"its qform cannot be read ({error}).", fix)]
-    corners = np.array([[*c, 1] for c in product(*((0, n - 1) for n in _spatial(shape)[:3]))]).T
-    most = float(np.linalg.norm((apart @ corners)[:3], axis=0).max())
-    if not most > _TOLERANCE_MM:
-        return []
-    what = (
-        f"sform and qform place its voxels up to {most:.1f} mm apart; the sform is used here, "
-        "other tools may use the qform."
-    )
-    return [HeaderDoubt(what, "Find out which is right and save the file with that one alone.")]
-
-
 # With `pipeline.data.volume` the only file that knows the (x, y, z) of files.
 
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=np.float64)
@@ -251,7 +187,7 @@ class NiftiVolume:
     sha256: str
     file_shape: tuple[int, ...]
     file_affine: npt.NDArray[np.float64]
-    doubts: tuple[HeaderDoubt, ...] = ()
+    doubts: tuple[Doubt, ...] = ()
     names: tuple[Mapping[int, str], ...] = ()
     note: str = ""
 

@@ -129,11 +129,7 @@ FLAT_PATCH = (
 
 def check_slice(shape: Sequence[int], window: Sequence[int], fix: str) -> None:
     """Refuses windows that are thicker than the one slice that an image is: a network would see one
-    row of image among rows of padding, and answer all the same.
-
-    Raises:
-        GeometryError: see there.
-    """
+    row of image among rows of padding, and answer all the same."""
     if list(shape).count(1) == 1 and window[list(shape).index(1)] > 1:
         size, patch = (" x ".join(str(n) for n in sizes) for sizes in (shape, window))
         raise GeometryError(

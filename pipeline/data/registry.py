@@ -21,15 +21,7 @@ from pipeline.config import (
     read_yaml,
     schema_problems,
 )
-from pipeline.data.entries import (
-    AdmissionEntry,
-    CaseFiles,
-    DatasetEntry,
-    FilesEntry,
-    GridEntry,
-    Name,
-    TeacherEntry,
-)
+from pipeline.data import entries
 from pipeline.data.labels import MAX_ORGAN_ID, LabelSpace
 from pipeline.data.splits import (
     SPLITS,
@@ -50,15 +42,17 @@ class Registry(Config):
     """The whole registry; paths in it are relative to the file's folder."""
 
     schema_version: Literal[1] = Field(description="version of this schema")
-    organs: dict[Name, Annotated[int, Field(ge=1, le=MAX_ORGAN_ID)]] = Field(
+    organs: dict[entries.Name, Annotated[int, Field(ge=1, le=MAX_ORGAN_ID)]] = Field(
         min_length=1, description="organ -> id in stored labels and predicted label maps, each once"
     )
-    grid: GridEntry
-    datasets: dict[Name, DatasetEntry] = Field(min_length=1, description="name -> entry")
-    teachers: dict[Name, TeacherEntry] = Field(
+    grid: entries.GridEntry
+    datasets: dict[entries.Name, entries.DatasetEntry] = Field(
+        min_length=1, description="name -> entry"
+    )
+    teachers: dict[entries.Name, entries.TeacherEntry] = Field(
         default_factory=dict, description="name -> entry; none for supervision by labels alone"
     )
-    admission: AdmissionEntry = Field(default_factory=AdmissionEntry)
+    admission: entries.AdmissionEntry = Field(default_factory=entries.AdmissionEntry)
     _path: Path = PrivateAttr(default=Path("data_registry.yaml"))
     # Dataset -> case -> patient, where a CSV says so.
     _patients: Mapping[str, Mapping[str, str]] = PrivateAttr(default_factory=dict)
@@ -107,7 +101,7 @@ class Registry(Config):
         """A path as written in the registry -> a path that can be opened."""
         return self._path.parent / Path(path).expanduser()
 
-    def cases(self, dataset: str) -> list[CaseFiles]:
+    def cases(self, dataset: str) -> list[entries.CaseFiles]:
         """The cases of a dataset with files and split, by name; cases in no split are left out.
 
         A phantom's cases follow from its spec, whether it has been generated yet or not.
@@ -118,7 +112,7 @@ class Registry(Config):
         pairs, _ = self.datasets[dataset].find(self._path.parent)
         places = self._places(dataset, pairs)
         return [
-            CaseFiles(
+            entries.CaseFiles(
                 dataset, case, pair.image_path, pair.label_path, role(place, self._fold),
                 place if isinstance(place, int) else None,
             )
@@ -290,9 +284,9 @@ def check_files(document: Document) -> list[Problem]:
     problems = []
     found: dict[str, list[str]] = {}
     for name, entry in as_mapping(as_mapping(document.data).get("datasets")).items():
-        part = {k: v for k, v in as_mapping(entry).items() if k in FilesEntry.model_fields}
+        part = {k: v for k, v in as_mapping(entry).items() if k in entries.FilesEntry.model_fields}
         try:
-            files = FilesEntry.model_validate(part)
+            files = entries.FilesEntry.model_validate(part)
         except ValidationError:
             continue  # reported with the schema
         pairs, findings = files.find(document.path.parent)

@@ -45,9 +45,6 @@ class SlabRows:
 
     Only the rows that target rows still need are kept: a few, where the two grids' z axes agree;
     more, up to all, the more they are turned against each other.
-
-    Args:
-        source: grid of the whole volume that arrives.
     """
 
     def __init__(self, source: Grid, target: Grid, *, outside: float | None = None) -> None:

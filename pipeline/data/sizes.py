@@ -18,12 +18,7 @@ from pipeline.errors import PipelineError, RegistryError
 
 @dataclass(frozen=True)
 class CaseSize:
-    """A case and its grids.
-
-    Attributes:
-        native: the image's own grid in RAS+.
-        grid: the student grid of the case.
-    """
+    """A case, its image's own grid in RAS+, and its student grid."""
 
     source: CaseFiles
     native: Grid

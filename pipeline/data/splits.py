@@ -23,14 +23,10 @@ _CLOSE: Final = 0.02
 _SHOWN: Final = 5
 
 
-def _fraction_or_cases(value: Any) -> str:
-    return "cases" if isinstance(value, (list, tuple)) else "fraction"
-
-
 # Told apart by the value, so that a mistake in one is not reported as a mistake in both.
 FractionOrCases = Annotated[
     Annotated[float, Field(ge=0, le=1), Tag("fraction")] | Annotated[tuple[str, ...], Tag("cases")],
-    Discriminator(_fraction_or_cases),
+    Discriminator(lambda value: "cases" if isinstance(value, (list, tuple)) else "fraction"),
 ]
 
 Folds = Annotated[
@@ -85,10 +81,6 @@ class PatientColumn(Config):
         return found
 
 
-def _regex_or_table(value: Any) -> str:
-    return "regex" if isinstance(value, str) else "table"
-
-
 def _compiles(text: str) -> str:
     try:
         re.compile(text)
@@ -100,7 +92,7 @@ def _compiles(text: str) -> str:
 RegexOrTable = Annotated[
     Annotated[str, Field(min_length=1), AfterValidator(_compiles), Tag("regex")]
     | Annotated[PatientColumn, Tag("table")],
-    Discriminator(_regex_or_table),
+    Discriminator(lambda value: "regex" if isinstance(value, str) else "table"),
 ]
 
 
@@ -178,12 +170,8 @@ class SplitEntry(Config):
     def patients(
         self, cases: Iterable[str], table: Mapping[str, str] | None = None
     ) -> dict[str, str]:
-        """Case -> patient, by `group`; a case that it says nothing of is absent.
-
-        Args:
-            cases: their names.
-            table: what `PatientColumn.read` gave, if `group` is one.
-        """
+        """Case -> patient, by `group`, or by what the table that it names gave; a case that it says
+        nothing of is absent."""
         if isinstance(self.group, PatientColumn):
             return {case: table[case] for case in cases if case in table} if table else {}
         found = {}
@@ -286,7 +274,6 @@ def fitting_seed(split: SplitEntry, datasets: Iterable[Collection[str]]) -> int 
     2 % of the cases of its fraction, or else comes closest; None if all leave one empty.
 
     Args:
-        split: by fraction.
         datasets: the cases, or patients, of each; all are drawn by one seed, so that a name in two
             of them is in one split. Those with fewer cases than splits cannot be helped.
     """

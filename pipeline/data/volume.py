@@ -200,11 +200,8 @@ class Orientation:
         return "".join(_LETTERS[axis][turned] for axis, turned in pairs)[::-1]
 
     def apply(self, volume: Volume) -> Volume:
-        """The same voxels at the same places in mm, with their axes in this order, as a view.
-
-        Args:
-            volume: (..., D, H, W) in RAS+ order.
-        """
+        """The same voxels (..., D, H, W) in RAS+ order, at the same places in mm, with their axes
+        in this order, as a view."""
         lead = tuple(range(volume.array.ndim - 3))
         array = volume.array.transpose(*lead, *(len(lead) + axis for axis in self.axes))
         matrix = volume.grid.matrix
@@ -274,28 +271,16 @@ _REVERSED = np.ix_([2, 1, 0, 3], [2, 1, 0, 3])
 def as_file_array(
     volume: Volume, orientation: Orientation
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-    """A volume -> what a file in that orientation holds.
-
-    Args:
-        volume: (D, H, W) in RAS+.
-
-    Returns:
-        The array along i, j, k, as a view, and the 4 x 4 affine of its voxels.
-    """
+    """A volume (D, H, W) in RAS+ -> what a file in that orientation holds: the array along i, j, k,
+    as a view, and the 4 x 4 affine of its voxels."""
     turned = orientation.apply(volume)
     return turned.array.transpose(2, 1, 0), turned.grid.matrix[_REVERSED]
 
 
 def from_file_array(array: npt.NDArray[Any], affine: npt.ArrayLike) -> Volume:
-    """The inverse of `as_file_array`, for any affine.
-
-    Args:
-        array: (.., i, j, k); leading axes are channels.
-        affine: 4 x 4, of its voxels.
-
-    Returns:
-        The same voxels at the same places, axes in the order nearest to this project's, as a view.
-    """
+    """The inverse of `as_file_array`, for any affine (4 x 4): (.., i, j, k), leading axes
+    channels -> the same voxels at the same places, axes in the order nearest to this project's,
+    as a view."""
     matrix = np.asarray(affine, dtype=np.float64)
     reversed_axes = np.swapaxes(array, -1, -3)
     kept = Volume(reversed_axes, Grid.from_matrix(reversed_axes.shape[-3:], matrix[_REVERSED]))

@@ -10,24 +10,20 @@ from pipeline.config import FileStamp, digest, stamp_file
 from pipeline.data.entries import NnunetOptions, TeacherEntry
 from pipeline.errors import TeacherError
 
+# Kinds whose weights are a folder, and which one.
+FOLDERS = {
+    "monai-bundle": "bundle's folder, unpacked",
+    "nnunet": "folder that holds plans.json, dataset.json and fold_0, such as "
+    "Dataset003_Liver/nnUNetTrainer__nnUNetPlans__3d_fullres",
+}
 BUNDLE_CONFIGS = ("inference.json", "inference.yaml", "inference.yml")
-
-
-def weights_digest(entry: TeacherEntry, path: Path) -> str:
-    """A digest of the bytes that a teacher is loaded from, wherever they lie: `digest_of` all of
-    `stamp_weights`.
-
-    Raises:
-        TeacherError: a file that is not there, or cannot be read.
-    """
-    return digest_of(entry, stamp_weights(entry, path))
 
 
 def digest_of(entry: TeacherEntry, stamps: Mapping[str, FileStamp]) -> str:
     """Weights in one file: the SHA-256 of its bytes. Weights in a folder: the digest of the SHA-256
     of every file in it that the entry uses, by name relative to the folder."""
     hashes = {name: stamp.sha256 for name, stamp in stamps.items()}
-    return digest(hashes) if _in_folder(entry) else hashes[_FILE]
+    return digest(hashes) if entry.kind in FOLDERS else hashes[_FILE]
 
 
 def stamp_weights(
@@ -35,12 +31,7 @@ def stamp_weights(
     path: Path,
     stamp: Callable[[str, Path], FileStamp] = lambda _, file: stamp_file(file),
 ) -> dict[str, FileStamp]:
-    """Hashes the files that a teacher is loaded from.
-
-    Args:
-        entry: says of which kind the teacher is, and which of a folder's files it uses.
-        path: its weights.
-        stamp: (name, file) -> its stamp.
+    """Hashes the files that a teacher is loaded from: name, file -> its stamp.
 
     Raises:
         TeacherError: a file that is not there, or cannot be read.
@@ -108,10 +99,6 @@ def nnunet_checkpoints(path: Path, options: NnunetOptions) -> Mapping[str, Path]
 
 
 _FILE = "weights"
-
-
-def _in_folder(entry: TeacherEntry) -> bool:
-    return entry.kind in ("nnunet", "monai-bundle")
 
 
 def _files(entry: TeacherEntry, path: Path) -> Mapping[str, Path]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from pipeline.engine.here import Item, Outcome, Outcomes, Result
+from pipeline.engine.processes import how_it_ended
 from pipeline.errors import EngineError, WorkerDied
 
 
@@ -25,10 +25,7 @@ class _Worker:
 
 
 def run_on_devices(
-    works: Sequence[Callable[[Item], Result]],
-    items: Iterable[Item],
-    *,
-    name: Callable[[Item], str],
+    works: Sequence[Callable[[Item], Result]], items: Iterable[Item], *, name: Callable[[Item], str]
 ) -> Outcomes[Item, Result]:
     """Does all items, in one process per work.
 
@@ -37,8 +34,6 @@ def run_on_devices(
 
     Args:
         works: what to do with an item, pickled to a process each.
-        items: consumed as processes become free.
-        name: of an item, for messages.
 
     Yields:
         An outcome per item, as they end.
@@ -96,13 +91,9 @@ def _give(
 def _death(worker: _Worker, name: str) -> Outcome[Any, Any]:
     worker.process.join(timeout=10)
     code = worker.process.exitcode
-    how = f"ended with status {code}"
-    if code is not None and code < 0:
-        with suppress(ValueError):
-            how = f"was killed by {signal.Signals(-code).name}"
-    hint = " The system also kills when memory runs out." if code == -signal.SIGKILL else ""
+    how = "went without a word" if code is None else how_it_ended(code)
     died = WorkerDied(
-        f"the process that worked on it {how}.{hint}",
+        f"the process that worked on it {how}.",
         where=name,
         fix="Run the same command again; with fewer devices if memory ran out.",
     )

@@ -7,7 +7,8 @@ from __future__ import annotations
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -79,7 +80,6 @@ class Engine(Protocol):
         """Takes each item through the steps; an `Exception` in one of them ends its item alone.
 
         Args:
-            steps: what to do.
             items: consumed in the calling thread.
 
         Yields:
@@ -91,15 +91,8 @@ class Engine(Protocol):
         """
 
     def call(self, function: Callable[[], Value], *, name: str) -> Value:
-        """What a function returns where items are worked on.
-
-        Args:
-            function: takes nothing.
-            name: what messages call it.
-
-        Raises:
-            Exception: what the function raised.
-        """
+        """What a function returns, or raises, where items are worked on; messages call it
+        `name`."""
 
 
 @dataclass(frozen=True)
@@ -168,17 +161,15 @@ def overlapped(
         An outcome per item, in the order of items.
     """
     reader, writer = _Side("read ahead"), _Side("store behind")
-    upcoming = _Ahead(reader, items, steps.read)
     stored: tuple[Item, Future[Result]] | None = None
     try:
-        while (taken := upcoming.take()) is not None:
-            item, read = taken
+        for item, read in _ahead(reader, items, steps.read):
             made: Made | _Failed
             try:
-                made = read if isinstance(read, _Failed) else steps.compute(item, read)
+                made = steps.compute(item, read.result())
             except Exception as error:
                 made = _Failed(error)
-            del taken, read
+            del read
             if stored is not None:
                 yield _outcome(*stored)
                 stored = None
@@ -231,31 +222,17 @@ def _outcome(item: Item, future: Future[Result]) -> Outcome[Item, Result]:
         return Outcome(item, error=_Failed(error).error)
 
 
-class _Ahead(Generic[Item, Read]):
-    """The next item, being read."""
-
-    def __init__(self, side: _Side, items: Iterable[Item], read: Callable[[Item], Read]) -> None:
-        self._side, self._items, self._read = side, iter(items), read
-        self._next: tuple[Item, Future[Read]] | None = None
-        self._begin()
-
-    def take(self) -> tuple[Item, Read | _Failed] | None:
-        """Waits for the item that is being read, lets the next one begin; None at the end."""
-        if self._next is None:
-            return None
-        item, future = self._next
-        self._next = None
-        try:
-            read: Read | _Failed = future.result()
-        except Exception as error:
-            read = _Failed(error)
-        self._begin()
-        return item, read
-
-    def _begin(self) -> None:
-        for item in self._items:
-            self._next = item, self._side.submit(self._read, item)
-            return
+def _ahead(
+    side: _Side, items: Iterable[Item], read: Callable[[Item], Read]
+) -> Iterator[tuple[Item, Future[Read]]]:
+    """Each item, being read or read, while the next one is; holds none that it gave away."""
+    waiting = deque[tuple[Item, Future[Read]]]()
+    for item in items:
+        waiting.append((item, side.submit(read, item)))
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
 
 
 class _Side:

@@ -24,12 +24,7 @@ _HOW = 'Give both --num-parts N and --part-id I, for example --part-id "$SLURM_A
 
 @dataclass(frozen=True)
 class Part:
-    """One of several parts of the same work.
-
-    Attributes:
-        number: which one, from 0.
-        of: how many there are.
-    """
+    """One of several parts of the same work; they count from 0."""
 
     number: int
     of: int
@@ -55,12 +50,6 @@ def chosen_part(
 
     Only an array that has as many elements as there are parts tells which part a job is: after
     `--array=1-16`, resubmitting `--array=3,7` says 3 and 7, but no longer whether 0 or 1 was first.
-
-    Args:
-        num_parts: as given; None: everything is done by this job.
-        part_id: as given; None: from the array.
-        environment: where Slurm says it.
-        gate_only: the first job is meant.
 
     Raises:
         ConfigError: half of it is missing, or it does not fit.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -33,9 +34,7 @@ def in_processes(
 
     Args:
         work: a function of a module, or a `partial` of one.
-        items: pickled to the processes.
         number: of processes; 0 does all in this one.
-        name: of an item, for messages.
         advance: hears the name of each item that is done.
     """
     found: dict[int, Result | Exception] = {}
@@ -55,7 +54,8 @@ def in_processes(
             died = WorkerDied(
                 "the process that worked on it was killed, twice.",
                 where=name(item),
-                fix="Most likely memory ran out: run the same command again, with fewer processes.",
+                fix="Most likely memory ran out: how large are its files? Run the same command "
+                "again, with fewer processes.",
             )
             keep(place, dict(_in_pool(work, {place: item}, 1)).get(place, died))
     return [found[place] for place in range(len(items))]
@@ -92,11 +92,27 @@ def _in_pool(
             raise
 
 
+def how_it_ended(code: int) -> str:
+    """An exit code as a message has it; of a signal it is negative."""
+    if code >= 0:
+        return f"exited with status {code}"
+    name = "unknown"
+    with suppress(ValueError):
+        name = signal.Signals(-code).name
+    hint = ", which the system also sends when memory runs out" if name == "SIGKILL" else ""
+    return f"was killed by signal {-code} ({name}{hint})"
+
+
 def memory_bytes(which: Literal["VmRSS", "VmHWM"]) -> int:
     """Resident memory of this process now (VmRSS), or the most so far (VmHWM); that as well where
     the system does not say."""
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(which)).split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return status_bytes(which) or (peak if sys.platform == "darwin" else peak * 1024)
+
+
+def status_bytes(which: str, pid: int | None = None) -> int | None:
+    """`memory_bytes` of any living process; None where nobody says."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path(f"/proc/{pid or 'self'}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(which)).split()[1]) * 1024
+    return None

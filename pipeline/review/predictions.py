@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.entries import is_absent
+from pipeline.data.files import is_absent
 from pipeline.data.nifti import NiftiVolume
 from pipeline.errors import GeometryError
 

@@ -22,26 +22,16 @@ from pipeline.data.volume import Spacing
 from pipeline.errors import ConfigError, PipelineError, RegistryError, counted
 from pipeline.folder import replace_file, writing
 from pipeline.log import Log, size
+from pipeline.setup import topology
 from pipeline.setup.init.text import flow
-from pipeline.setup.topology import (
-    MIN_STAGES,
-    StudentGrid,
-    Topology,
-    dynunet,
-    largest_patch,
-    plain_conv_unet,
-    propose_grid,
-)
+from pipeline.setup.topology import MIN_STAGES, StudentGrid, Topology
 
 if TYPE_CHECKING:
     from pipeline.student.memory import StepMemory
-    from pipeline.student.settings import TrainingConfig
 
 DEFAULT_MEMORY = 24_000_000_000
 SPLITS = ("train", "validation")  # nnU-Net's imagesTr
-_USABLE = (
-    2 / 3
-)  # of a GPU's memory: what is not counted needs the rest, see pipeline.student.memory
+_USABLE = 2 / 3  # of a GPU's memory: the rest is for what pipeline.student.memory does not count
 _NUM_LABELS = 8  # of each dataset, read for the sizes of organs
 _MOST_HEADS = 2  # beside the full-size one: each costs the loss once more
 _STEPS, _MOST_PASSES = 250_000, 1000
@@ -60,7 +50,6 @@ class Organ:
     """The smallest organ of a cohort.
 
     Attributes:
-        name: of it.
         ml: median volume; 0 of slices.
         voxels: median on the proposed grid.
         labels: that it was seen in.
@@ -120,14 +109,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class StudentPlan:
-    """What is proposed.
-
-    Attributes:
-        grid: of the student.
-        training: settings that differ from the defaults, as they stand in YAML.
-        rows: setting, choice, reason.
-        warnings: what a user should know before it is used.
-    """
+    """What is proposed: the settings that differ from the defaults, as they stand in YAML, and rows
+    of a setting, the choice and the reason."""
 
     grid: StudentGrid
     training: Mapping[str, Any]
@@ -139,9 +122,7 @@ class StudentPlan:
         return {
             "grid": {"spacing_mm": list(self.grid.spacing_mm)},
             "training": dict(self.training),
-            "rows": [
-                dict(zip(("setting", "choice", "why"), row, strict=True)) for row in self.rows
-            ],
+            "rows": [dict(zip(COLUMNS, row, strict=True)) for row in self.rows],
             "warnings": list(self.warnings),
         }
 
@@ -153,7 +134,6 @@ def plan_student(
 
     Raises:
         RegistryError: no case with a readable header.
-        ConfigError: see `propose_grid` and `propose`.
     """
     cases, unreadable = case_sizes(registry, SPLITS)
     for case, error in unreadable.items():
@@ -165,8 +145,9 @@ def plan_student(
             where=registry.path,
             fix="Check the datasets' files and `split`; a phantom is made by `pipeline phantom`.",
         )
-    grid = propose_grid([case.native for case in cases], spacing_mm)
+    grid = topology.propose_grid([case.native for case in cases], spacing_mm)
     organ = smallest_organ(registry, cases, grid, log)
+    log.info("counting the memory of a training step, for smaller and smaller patches")
     found = propose(grid, organ, len(registry.organs), num_training, budget)
     there = registry.grid.spacing_mm
     row = ("registry", numbers(there), "the same grid: nothing to change")
@@ -197,14 +178,16 @@ def propose(
         import torch
 
         from pipeline.student.memory import step_memory
+        from pipeline.student.settings import TrainingConfig
 
-        return step_memory(training_of(found), num_organs, getattr(torch, precision))
+        training = TrainingConfig.model_validate(found)
+        return step_memory(training, num_organs, getattr(torch, precision))
 
     def fits(top: Topology) -> bool:
         few = len(top.strides) < MIN_STAGES  # refused below
         return few or held(settings(top, organ, 2)).total <= usable
 
-    top, fit = largest_patch(grid, fits)
+    top, fit = topology.largest_patch(grid, fits)
     if len(top.strides) < MIN_STAGES:
         raise ConfigError(
             f"the median case has {_by(grid.median_shape)} voxels on a grid of "
@@ -249,7 +232,7 @@ def settings(
     top: Topology, organ: Organ | None, batch: int, *, steps: int = _STEPS
 ) -> dict[str, Any]:
     """What differs from a training's defaults."""
-    args = dynunet(top, _num_heads(top, organ))
+    args = topology.dynunet(top, _num_heads(top, organ))
     return {
         "steps": steps,
         "batch_size": batch,
@@ -263,13 +246,6 @@ def settings(
             "schedule": "poly", "warmup": 0,
         },
     }  # fmt: skip
-
-
-def training_of(found: Mapping[str, Any]) -> TrainingConfig:
-    """As train-student reads them."""
-    from pipeline.student.settings import TrainingConfig
-
-    return TrainingConfig.model_validate(found)
 
 
 def _num_heads(top: Topology, organ: Organ | None) -> int:
@@ -372,7 +348,7 @@ def settings_text(plan: StudentPlan, registry: Registry) -> str:
         if name != "network":
             lines.append(f"  {name}: {flow(value)}")
             continue
-        own = {"name": "PlainConvUNet", "args": plain_conv_unet(value["args"])}
+        own = {"name": "PlainConvUNet", "args": topology.plain_conv_unet(value["args"])}
         lines += _network(value, "  ")
         lines += _comment(_OWN, "  ")
         lines += [f"  # {line}" for line in _network(own, "")]

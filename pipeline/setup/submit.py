@@ -21,20 +21,14 @@ from pydantic import Field
 from pipeline.cache.store import prepare_work_folder, write_json
 from pipeline.engine.parts import Line, SlurmSettings, sbatch
 from pipeline.errors import ConfigError, EngineError, WorkFolderError
-from pipeline.folder import Folder, matching, read_text, replace_file
+from pipeline.folder import Folder, matching, read_text, replace_file, writing
 from pipeline.log import Log
 
 _HERE = "pipeline submit"
 
-# Scripts to Slurm: all are tried, then submitted, each to wait for the one before.
-
 
 def in_order(stages: Sequence[str]) -> list[Stage]:
-    """The stages as they depend on each other.
-
-    Raises:
-        ConfigError: one that is unknown, or twice there.
-    """
+    """The stages as they depend on each other."""
     for name in stages:
         if name not in STAGES:
             fix = f"There are {', '.join(STAGES)}."
@@ -45,10 +39,7 @@ def in_order(stages: Sequence[str]) -> list[Stage]:
 
 
 def scripts(
-    stages: Sequence[Stage],
-    settings: SubmitSettings,
-    target: Target,
-    templates: Path | None = None,
+    stages: Sequence[Stage], settings: SubmitSettings, target: Target, templates: Path | None = None
 ) -> dict[str, str]:
     """Job -> what would be submitted, see `script`: a job for each stage; before an array of parts
     one for the gate, which they go by."""
@@ -67,8 +58,8 @@ def submit(
     after: Sequence[str] = (),
     log: Log,
 ) -> list[Job]:
-    """Submits the scripts; each job waits until the one before it has ended well, the first one
-    until those of `after` have. Each script is kept beside its job's record.
+    """Tries all scripts, then submits them; each job waits until the one before it has ended well,
+    the first one until those of `after` have. Each script is kept beside its job's record.
 
     After the gate's job parts begin however it ended: one bad case need not stop them, and they
     look themselves whether it has judged, and refused no teacher.
@@ -88,15 +79,9 @@ def submit(
             )
     prepare_work_folder(target.work)
     logs = {name: target.work / settings.of(_stage_of(name)).logs for name in texts}
-    try:
+    with writing(target.work):
         for folder in (target.jobs, *logs.values()):  # Slurm makes none: a job without a log fails
             folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WorkFolderError(
-            f"cannot be written ({error.strerror}).",
-            where=target.work,
-            fix="Check free space and permissions.",
-        ) from error
     jobs: list[Job] = []
     for name, text in texts.items():
         waits = (jobs[-1].job,) if jobs else tuple(after)
@@ -115,22 +100,13 @@ def submit(
         elements = "_*" if "\n#SBATCH --array=" in text else ""
         output = logs[name] / f"{name}-{number}{elements}.log"
         jobs.append(Job(number, name, now, waits, str(output)))
-        _keep(jobs[-1], text, target)
+        record(target.work, jobs[-1])
+        fix = f"Job {number} was submitted and is not affected; `--print` shows the script."
+        with writing(target.jobs, fix):
+            replace_file(target.jobs / f"{number}-{name}.sh", text.encode())
         waiting = f", after {', '.join(waits)}" if waits else ""
         log.info(f"{name}: job {number}{waiting}; its output: {jobs[-1].log}")
     return jobs
-
-
-def _keep(job: Job, text: str, target: Target) -> None:
-    record(target.work, job)
-    try:
-        replace_file(target.jobs / f"{job.job}-{job.stage}.sh", text.encode())
-    except OSError as error:
-        raise WorkFolderError(
-            f"job {job.job} was submitted, but its script cannot be kept ({error.strerror}).",
-            where=target.jobs,
-            fix="The job is not affected. Make room; `pipeline submit --print` shows the script.",
-        ) from error
 
 
 # Jobs that were submitted for a work folder: their records, and what Slurm says of them now.
@@ -140,12 +116,11 @@ _PATIENCE_S = 20.0
 
 @dataclass(frozen=True)
 class Job:
-    """One job, or one array of jobs.
+    """One job, or one array of jobs, by its number.
 
     Attributes:
-        job: its number, as Slurm gave it.
         stage: whose command it runs, or `GATE_JOB`.
-        submitted: when, UTC, ISO 8601.
+        submitted: UTC, ISO 8601.
         after: numbers of the jobs that it waits for.
         log: where its output goes, as Slurm writes such names.
     """
@@ -175,17 +150,19 @@ def recorded(work: Folder) -> list[Job]:
 
 
 def states(jobs: Sequence[str]) -> dict[str, str]:
-    """Number -> state: what `squeue` says, else `sacct`, else "unknown".
-
-    Of an array the number of elements in each state: "2 RUNNING, 6 PENDING".
-    """
+    """Number -> state: what `squeue` says, else `sacct`, else "unknown"; of an array the number of
+    elements in each: "2 RUNNING, 6 PENDING"."""
     elements = _ask("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T", jobs=jobs)
     if unheard := [job for job in jobs if job not in elements]:
         elements |= _ask(
             "sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State",
             jobs=unheard,
         )  # fmt: skip
-    return {job: _in_words(elements.get(job, {})) for job in jobs}
+    counts = {job: Counter(elements.get(job, {"": "unknown"}).values()) for job in jobs}
+    return {
+        job: ", ".join(f"{n} {state}" if found.total() > 1 else state for state, n in found.items())
+        for job, found in counts.items()
+    }
 
 
 def _ask(*command: str, jobs: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -207,21 +184,12 @@ def _ask(*command: str, jobs: Sequence[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _in_words(elements: Mapping[str, str]) -> str:
-    if len(elements) == 1:
-        return next(iter(elements.values()))
-    counts = Counter(elements.values())
-    return ", ".join(f"{number} {state}" for state, number in counts.items()) or "unknown"
-
-
 def with_states(work: Folder) -> list[dict[str, Any]]:
     """Records and states of a work folder's jobs."""
     jobs = recorded(work)
     now = states([job.job for job in jobs])
     return [{**asdict(job), "after": list(job.after), "state": now[job.job]} for job in jobs]
 
-
-# What the jobs of the stages ask for: the YAML of `pipeline submit`.
 
 Stage = Literal["train-teachers", "cache-teachers", "train-student", "predict", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)  # each waits for those before it
@@ -236,8 +204,7 @@ def _stage_of(job: str) -> Stage:
 class JobSettings(SlurmSettings):
     """What one job gets, and how often it is put back. None of it changes a number.
 
-    The fields of `SlurmSettings` are those of `--executor slurm`; `cores` is for each task,
-    `memory` and `gres` are for each node.
+    Of the fields of `SlurmSettings`, `cores` is for each task, `memory` and `gres` for each node.
 
     Attributes:
         nodes: of train-student; other stages take one.
@@ -246,8 +213,7 @@ class JobSettings(SlurmSettings):
         num_restarts: how often a job may be put back into the queue.
         signal_seconds: SIGUSR1 comes so long before the time limit.
         arguments: more words for the stage's command, for example ["--workers", "3"].
-        stage_to: train-student's --stage-to, for example "$SLURM_TMPDIR". The job's shell puts
-            variables in.
+        stage_to: train-student's --stage-to; the job's shell puts in variables as "$SLURM_TMPDIR".
     """
 
     nodes: int = Field(default=1, ge=1)
@@ -260,7 +226,7 @@ class JobSettings(SlurmSettings):
 
 
 class SubmitSettings(JobSettings):
-    """For all stages, and under `stages` what differs for one of them."""
+    """The YAML of `pipeline submit`: for all stages, and under `stages` what differs for one."""
 
     stages: dict[Stage, JobSettings] = Field(default_factory=dict)
 
@@ -268,18 +234,17 @@ class SubmitSettings(JobSettings):
         """What a stage's job asks for.
 
         Raises:
-            ConfigError: several nodes, tasks or parts, or a folder for copies, for a stage that
-                knows none.
+            ConfigError: what `_ONLY` another stage knows.
         """
         values: dict[str, Any] = self.model_dump(exclude={"stages"})
         if stage in self.stages:
             values |= self.stages[stage].model_dump(exclude_unset=True)
         settings = JobSettings.model_validate(values)
         for name, only in _ONLY.items():
-            ordinary = JobSettings.model_fields[name].default
-            if stage != only and getattr(settings, name) != ordinary:
+            value = getattr(settings, name)
+            if stage != only and value != JobSettings.model_fields[name].default:
                 raise ConfigError(
-                    f"{stage} has no use for `{name}: {getattr(settings, name)}`.",
+                    f"{stage} has no use for `{name}: {value}`.",
                     where="the settings of Slurm",
                     fix=f"Write it under `stages: {{{only}: ...}}`.",
                 )
@@ -287,16 +252,14 @@ class SubmitSettings(JobSettings):
 
     def with_parts(self, num_parts: int) -> SubmitSettings:
         """The same, with another number of elements of cache-teachers' array."""
-        own = {**self.stages.get("cache-teachers", JobSettings()).model_dump(exclude_unset=True)}
-        changed = JobSettings.model_validate({**own, "num_parts": num_parts})
-        return self.model_copy(update={"stages": {**self.stages, "cache-teachers": changed}})
+        own = self.stages.get("cache-teachers", JobSettings())
+        changed = {"cache-teachers": own.model_copy(update={"num_parts": num_parts})}
+        return self.model_copy(update={"stages": {**self.stages, **changed}})
 
 
 _ONLY: dict[str, Stage] = {
-    "nodes": "train-student",
-    "tasks_per_node": "train-student",
+    **dict.fromkeys(("nodes", "tasks_per_node", "stage_to"), "train-student"),
     "num_parts": "cache-teachers",
-    "stage_to": "train-student",
 }
 
 
@@ -315,13 +278,9 @@ _JINJA.globals.clear()
 
 @dataclass(frozen=True)
 class Target:
-    """What the jobs of a chain work on; all paths absolute.
+    """What the jobs of a chain work on; all paths absolute, on a disk that the nodes share.
 
     Attributes:
-        registry: data_registry.yaml.
-        work: the work folder, on a disk that the nodes share.
-        run: of the student, as its settings name it.
-        teachers: names of those to train.
         splits: that are evaluated, and so predicted.
         folds: that the registry has: a student for each, whose predictions of them are evaluated.
         configs: settings of stages, where not all are the defaults.
@@ -366,24 +325,19 @@ class Target:
 
 
 def script(job: str, settings: JobSettings, target: Target, templates: Path | None = None) -> str:
-    """The text that `sbatch` gets, of a stage or the gate; from built-in templates where the folder
-    has none.
+    """The text that `sbatch` gets; from built-in templates where the folder has none.
 
     Raises:
         ConfigError: no teacher to train, or a template with an unknown place.
         WorkFolderError: the template cannot be read.
     """
-    array = None
-    if job == "cache-teachers":
-        array = settings.num_parts
-    if job == "train-teachers":
-        array = len(target.teachers)
-        if not array:
-            raise ConfigError(
-                "no teacher to train.",
-                where=target.registry,
-                fix="Leave train-teachers out, or name a dataset in a teacher's `trained_on`.",
-            )
+    array = settings.num_parts if job == "cache-teachers" else None
+    if job == "train-teachers" and not (array := len(target.teachers)):
+        raise ConfigError(
+            "no teacher to train.",
+            where=target.registry,
+            fix="Leave train-teachers out, or name a dataset in a teacher's `trained_on`.",
+        )
     if job in ("train-student", "predict") and target.folds:
         array = target.folds
     command = " ".join(map(_in_shell, target.words(_stage_of(job), settings)))
@@ -434,11 +388,7 @@ def directives(settings: JobSettings, array: int | None = None) -> list[str]:
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """A template with its places filled; all else, `$` too, stays as it is.
-
-    Raises:
-        ConfigError: a place with an unknown name, or one that is no Jinja.
-    """
+    """A template with its places filled; all else, `$` too, stays as it is."""
     where = "a template of `pipeline submit`"
     there = f"There are {', '.join(sorted(values))}."
     try:
@@ -459,20 +409,20 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def copy_templates(folder: Path) -> Sequence[Path]:
-    """Writes the built-in templates where they can be changed; returns what was written."""
+    """Writes the built-in templates where they can be changed.
+
+    Raises:
+        ConfigError: they are there already.
+        WorkFolderError: they cannot be written.
+    """
     paths = [folder / f"{job}.sh" for job in (*STAGES, GATE_JOB)]
     if there := [path.name for path in paths if path.exists()]:
         raise ConfigError(
             f"it holds {', '.join(there)} already.", where=folder, fix="Name another folder."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
         for path in paths:
-            path.write_text((TEMPLATES / path.name).read_text(encoding="utf-8"), encoding="utf-8")
-    except OSError as error:
-        raise WorkFolderError(
-            f"templates cannot be written ({error.strerror}).", where=folder, fix="Check the path."
-        ) from error
+            replace_file(path, (TEMPLATES / path.name).read_bytes())
     return paths
 
 

@@ -28,8 +28,6 @@ class StudentGrid:
     """A proposed grid.
 
     Attributes:
-        spacing_mm: z, y, x.
-        why: in words.
         axes: that have more than one voxel: all three, or the two of slices.
         median_shape: of the cases on that grid.
         far: share of the cases that are resampled by more than 2 along one of the axes.
@@ -141,8 +139,6 @@ def topology(spacing_mm: Spacing, patch: Sequence[int], axes: Sequence[int]) -> 
     `get_pool_and_conv_props`). The patch is padded to whole cells.
 
     Args:
-        spacing_mm: of the grid.
-        patch: voxels z, y, x.
         axes: that there is something along; the others keep 1 voxel, kernels and strides of 1.
     """
     spacing, cells = list(spacing_mm), [float(n) for n in patch]
@@ -210,7 +206,6 @@ def dynunet(top: Topology, num_heads: int) -> dict[str, Any]:
     """Arguments of MONAI's DynUNet of that topology; features as nnU-Net has them.
 
     Args:
-        top: the stages.
         num_heads: outputs under deep supervision beside the full-size one; 0: none.
     """
     most = 512 if 1 in top.patch else 320

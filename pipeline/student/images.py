@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.dicom import holds_dicom, is_series
-from pipeline.data.entries import MAGIC, is_absent, name_of, search_files
+from pipeline.data.files import MAGIC, is_absent, name_of, search_files
 from pipeline.data.registry import Registry
 from pipeline.errors import ConfigError, listed
 

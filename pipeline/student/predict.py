@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from pipeline.cache.store import json_text
 from pipeline.config import file_sha256
-from pipeline.data.dicom import write_segmentation
+from pipeline.data.dicom_seg import write_segmentation
 from pipeline.data.hounsfield import Doubt, doubts_of
 from pipeline.data.nifti import read_image, write_like
 from pipeline.data.volume import Grid, Volume

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config import read_json
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import is_ct
 from pipeline.data.weights import BUNDLE_CONFIGS, bundle_config, bundle_weights
@@ -47,12 +48,6 @@ def read_bundle(folder: Path, *, where: str) -> BundleFiles:
     Raises:
         TeacherError: a file that is absent or cannot be read, or weights that are no plain tensors.
     """
-    if not folder.is_dir():
-        raise TeacherError(
-            "there is no such folder.",
-            where=where,
-            fix="`weights` of a MONAI bundle is the bundle's folder, unpacked.",
-        )
     path = bundle_config(folder)
     if path is None:
         raise TeacherError(
@@ -60,9 +55,32 @@ def read_bundle(folder: Path, *, where: str) -> BundleFiles:
             where=where,
             fix="Name the folder that holds `configs` and `models`.",
         )
-    metadata = _read_config(folder / "configs" / "metadata.json", where)
+    metadata = read_metadata(folder)
     config = {**_read_config(path, where), "_meta_": metadata}
+    if not bundle_weights(folder).is_file():
+        raise no_weights(folder)
     return BundleFiles(config, metadata, _read_state(bundle_weights(folder), where))
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """What a bundle says of itself.
+
+    Raises:
+        TeacherError: it cannot be read.
+    """
+    return read_json(folder / "configs" / "metadata.json", TeacherError)
+
+
+def no_weights(folder: Path) -> TeacherError:
+    """The error for a bundle without weights."""
+    exported = sorted(str(file) for file in bundle_weights(folder).parent.glob("*.ts"))
+    return TeacherError(
+        "models/model.pt does not exist.",
+        where=folder,
+        fix=f"Use {exported[0]} with kind `exported`."
+        if exported
+        else "Fetch the weights: where they are is often said in `large_files.yml`.",
+    )
 
 
 def _read_config(path: Path, where: str) -> dict[str, Any]:
@@ -70,10 +88,6 @@ def _read_config(path: Path, where: str) -> dict[str, Any]:
 
     try:
         content = ConfigParser.load_config_file(path)
-    except FileNotFoundError as error:
-        raise TeacherError(
-            f"configs/{path.name} does not exist.", where=where, fix="Fetch the bundle again."
-        ) from error
     except Exception as error:  # JSON, YAML, encodings, keys written twice
         raise TeacherError(
             f"configs/{path.name} cannot be read ({type(error).__name__}: {error}).",
@@ -92,15 +106,6 @@ def _read_state(path: Path, where: str) -> dict[str, Tensor]:
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        exported = sorted(p.name for p in path.parent.glob("*.ts"))
-        raise TeacherError(
-            "models/model.pt does not exist.",
-            where=where,
-            fix=f"Use {exported[0]} with kind `exported`."
-            if exported
-            else "Fetch the weights: where they are is often said in `large_files.yml`.",
-        ) from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise TeacherError(
             f"models/model.pt is not a plain tensor file ({type(error).__name__}).",

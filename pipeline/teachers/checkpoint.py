@@ -21,12 +21,12 @@ from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import Intensity, LabelSpace
 from pipeline.data.patches import Index3, WindowConfig
 from pipeline.data.volume import Spacing, Volume
-from pipeline.errors import CheckpointError, PipelineError, TeacherError, named
-from pipeline.networks.by_name import NetworkConfig, build_network, tap_shapes
+from pipeline.errors import CheckpointError, TeacherError, named
+from pipeline.networks.by_name import NetworkConfig, build_network
 from pipeline.networks.tensor_file import load_sealed, save_atomically
 from pipeline.networks.windows import Sink, SlidingWindow
 from pipeline.teachers.outputs import giving_logits
-from pipeline.teachers.teacher import Prediction, first_lines, load_weights
+from pipeline.teachers.teacher import Prediction, load_weights, probed_taps
 
 FORMAT_VERSION = 1
 
@@ -61,12 +61,6 @@ def read_teacher(path: Path, *, student: bool = False) -> tuple[TeacherRecord, d
         TeacherError: absent, changed since it was written, not a plain tensor file, or not written
             by this program.
     """
-    if not path.exists():
-        raise TeacherError(
-            "the weights do not exist.",
-            where=path,
-            fix="Train them with `pipeline train-teachers`, or correct `weights` in the registry.",
-        )
     try:
         content = load_sealed(path, unsealed=True)
     except CheckpointError as error:
@@ -193,15 +187,7 @@ def load_checkpoint_teacher(
         network = build_network(record.network, in_channels=1, out_channels=record.num_channels)
     load_weights(network, state, record.network.name, where=where)
     network.eval().to(device)
-    try:
-        taps = tap_shapes(network, entry.taps, window.shape)
-    except (RuntimeError, ValueError, PipelineError) as error:
-        raise TeacherError(
-            f"cannot run windows of {window.shape} voxels with taps {list(entry.taps)} "
-            f"({first_lines(error)}).",
-            where=where,
-            fix="Choose a window that its strides divide, and taps that it has.",
-        ) from error
+    taps = probed_taps(network, entry, window.shape, where=where)
     network = giving_logits(network, entry, where=f"teacher {name}")
     return CheckpointTeacher(record, network, window, taps, batch_size, device)
 

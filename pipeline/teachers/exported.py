@@ -24,7 +24,7 @@ from pipeline.data.patches import Index3, WindowConfig
 from pipeline.data.volume import Orientation, Spacing, Volume
 from pipeline.errors import TeacherError
 from pipeline.networks.windows import SlidingWindow
-from pipeline.teachers.outputs import giving_logits
+from pipeline.teachers.outputs import first_output, giving_logits
 from pipeline.teachers.teacher import Prediction, first_lines
 
 _NO_LIMIT = 2**31
@@ -36,9 +36,7 @@ class ExportedTeacher:
     """A network without its source, run at the registry's word.
 
     Attributes:
-        entry: the registry's; says orientation, spacing and intensities.
         network: takes (N, 1, ..) in the entry's orientation, gives (N, C, ..).
-        form: `torchscript` or `torch.export`.
         batch_size: windows per pass; speed and memory only.
     """
 
@@ -111,7 +109,8 @@ class FixedBatch(nn.Module):
         parts = []
         for part in torch.split(batch, self.size):
             missing = self.size - part.shape[0]
-            out = _first(self.program(torch.cat([part, part.new_zeros(missing, *part.shape[1:])])))
+            padded = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
+            out = first_output(self.program(padded))
             if not isinstance(out, Tensor):
                 return out
             parts.append(out[: part.shape[0]])
@@ -226,7 +225,7 @@ def _try_one_window(
     takes = "" if shape is None else f"; it takes {' x '.join(map(str, shape))}"
     try:
         with torch.inference_mode():
-            out, again = (_first(teacher.network(batch)) for _ in range(2))
+            out, again = (first_output(teacher.network(batch)) for _ in range(2))
     except Exception as error:
         raise TeacherError(
             f"cannot run {teacher.batch_size} windows of {size} voxels with one channel in float32 "
@@ -264,10 +263,6 @@ def _check_channels(entry: TeacherEntry, num_channels: int, where: str) -> None:
         )
 
 
-def _first(out: Any) -> Any:
-    return out[0] if isinstance(out, (list, tuple)) else out
-
-
 def _last_line(error: Exception) -> str:
     """TorchScript puts the cause below its own trace, a missing backend above a long list."""
     lines = [line.strip() for line in str(error).strip().split("\n") if line.strip()]
@@ -303,7 +298,6 @@ class Exported:
     """What an archive says of itself.
 
     Attributes:
-        form: which of the two it is.
         devices: types of the devices that a torch.export file is bound to.
     """
 
@@ -316,9 +310,6 @@ def inspect_archive(path: Path, *, where: str, trusted: bool) -> Exported:
 
     Args:
         trusted: the user vouches for the file: it may hold what runs code when it is loaded.
-
-    Raises:
-        TeacherError: absent, no such file, or one that would run code when it is loaded.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -333,10 +324,6 @@ def inspect_archive(path: Path, *, where: str, trusted: bool) -> Exported:
             found = [] if trusted else list(_unsafe(archive, names))
             programs = [n for name, n in names.items() if name.startswith("models/")]
             devices = {d for name in programs for d in _devices(json.loads(archive.read(name)))}
-    except FileNotFoundError as error:
-        raise TeacherError(
-            "the weights do not exist.", where=where, fix="Correct `weights` in the registry."
-        ) from error
     except (OSError, zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise _refused(f"neither a TorchScript nor a torch.export file ({error})", where) from error
     if found:

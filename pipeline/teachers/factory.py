@@ -1,7 +1,9 @@
 """Teachers from a user's own code: `factory: "module:function"`, named on purpose.
 
 The function is called as `function(weights: Path, *, taps: Sequence[str], device: str, **args)` and
-returns an object with `predict(image: Volume) -> Prediction` and `describe() -> dict`.
+returns an object with `predict(image: Volume) -> Prediction`, from int16 HU (D, H, W) in RAS+ to
+logits (C, D, H, W) on any grid and tapped features, and `describe() -> dict`: everything, as plain
+JSON values, that changes numbers besides weights and code.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,22 +26,12 @@ from pipeline.teachers.outputs import to_logits
 from pipeline.teachers.teacher import Prediction
 
 
-class FromFactory(Protocol):
-    """What a factory returns."""
-
-    def predict(self, image: Volume) -> Prediction:
-        """Int16 HU (D, H, W) in RAS+ -> logits (C, D, H, W) on any grid, and tapped features."""
-
-    def describe(self) -> Mapping[str, Any]:
-        """Everything, as plain JSON values, that changes numbers besides weights and code."""
-
-
 @dataclass
 class FactoryTeacher:
     """A user's object, with its output checked."""
 
     name: str
-    made: FromFactory
+    made: Any
     entry: TeacherEntry
     code_sha256: str
 
@@ -107,16 +99,10 @@ def load_factory_teacher(
     """Imports the module, calls the function.
 
     Raises:
-        TeacherError: absent weights, a module or function that is not there, or one that fails.
+        TeacherError: a module or function that is not there, or one that fails.
     """
     assert entry.factory is not None
     where = f"teacher {name} ({entry.factory})"
-    if not weights.is_file():
-        raise TeacherError(
-            f"the weights {weights} do not exist, or are no file.",
-            where=where,
-            fix="Correct `weights` in the registry; paths are relative to the registry's folder.",
-        )
     module_name, function_name = entry.factory.split(":")
     try:
         module = importlib.import_module(module_name)

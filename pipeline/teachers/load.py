@@ -14,9 +14,9 @@ from pipeline.config import digest
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.patches import WindowConfig
 from pipeline.data.registry import Registry
-from pipeline.data.weights import digest_of, stamp_weights
+from pipeline.data.weights import FOLDERS, digest_of, stamp_weights
 from pipeline.engine.here import once_per_process
-from pipeline.errors import named
+from pipeline.errors import TeacherError, named
 from pipeline.networks.by_name import pick_device
 from pipeline.teachers.teacher import Teacher
 
@@ -38,11 +38,18 @@ def load_teacher(
     Args:
         window: for kinds that this project runs by sliding window.
         batch_size: windows per forward pass; speed and memory only.
-
-    Raises:
-        TeacherError: see the kinds' own loaders.
     """
     with named(f"teacher {name}"):
+        is_folder = entry.kind in FOLDERS
+        if not (weights.is_dir() if is_folder else weights.is_file()):
+            what = FOLDERS.get(entry.kind, "file")
+            raise TeacherError(
+                f"the weights do not exist: there is no such {'folder' if is_folder else 'file'}.",
+                where=weights,
+                fix=f"Correct `weights` in the registry: of kind `{entry.kind}` it is the {what}, "
+                "relative to the registry's folder. `pipeline train-teachers` makes those of kind "
+                "`checkpoint`.",
+            )
         match entry.kind:
             case "checkpoint" | "student":
                 from pipeline.teachers.checkpoint import load_checkpoint_teacher

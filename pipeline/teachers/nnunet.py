@@ -35,18 +35,14 @@ class NnunetTeacher:
 
     Attributes:
         orientation: `stored` or letters, with the model's own reader taken into account.
-        folds: which are averaged.
         predictor: nnU-Net's, with network and weights.
+        says: folds, configuration and settings; the plans are digested with the weights.
     """
 
     name: str
-    options: NnunetOptions
     orientation: str
-    folds: tuple[str, ...]
-    trainer: str
-    configuration_name: str
-    version: str
     predictor: Any
+    says: Mapping[str, Any]
 
     @property
     def spacing_mm(self) -> None:
@@ -70,21 +66,17 @@ class NnunetTeacher:
         volumes = len(configuration.patch_size) == 3
         if slice_axis is not None and (slice_axis > 0 or volumes):
             raise TeacherError(
-                f"the image is one slice, and configuration {self.configuration_name} sees "
+                f"the image is one slice, and configuration {self.says['configuration']} sees "
                 f"{'volumes' if volumes else 'slices across another axis'}.",
                 where=f"teacher {self.name}",
                 fix="Use a model of configuration 2d for such slices, or leave them out.",
             )
         properties: dict[str, Any] = {"spacing": file_spacing(seen.grid)}
         preprocessor = configuration.preprocessor_class(verbose=False)
+        # In memory as nnU-Net's readers leave it, so that its sums come to the same.
+        array = np.ascontiguousarray(seen.array)[None]
         prepared, _, properties = preprocessor.run_case_npy(
-            # In memory as nnU-Net's readers leave it, so that its sums come to the same.
-            np.ascontiguousarray(seen.array)[None],
-            None,
-            properties,
-            plans,
-            configuration,
-            self.predictor.dataset_json,
+            array, None, properties, plans, configuration, self.predictor.dataset_json
         )
         try:
             logits = self.predictor.predict_logits_from_preprocessed_data(
@@ -103,20 +95,8 @@ class NnunetTeacher:
         return Prediction(orientation.undo(transposed.undo(on_grid)))
 
     def describe(self) -> Mapping[str, Any]:
-        """Folds, configuration and settings; the plans are digested with the weights."""
-        mirrored = self.predictor.allowed_mirroring_axes if self.options.mirroring else None
-        return {
-            "kind": "nnunet",
-            "nnunetv2": self.version,
-            "configuration": self.configuration_name,
-            "trainer": self.trainer,
-            "folds": list(self.folds),
-            "checkpoint": self.options.checkpoint,
-            "mirror_axes": list(mirrored or ()),
-            "tile_step": self.options.tile_step,
-            "orientation": self.orientation,
-            "blending": "nnU-Net's: gaussian, channel logits, float16; folds averaged",
-        }
+        """See `says`."""
+        return self.says
 
 
 def file_spacing(grid: Grid) -> list[float]:
@@ -134,7 +114,6 @@ def prepared_grid(grid: Grid, properties: Mapping[str, Any], shape: tuple[int, .
     Args:
         grid: of the image, axes as nnU-Net transposes them.
         properties: what its preprocessor noted: `bbox_used_for_cropping`.
-        shape: of the array that it made, without channels.
     """
     box = properties["bbox_used_for_cropping"]
     cropped = grid.crop([begin for begin, _ in box], [end - begin for begin, end in box])
@@ -174,9 +153,7 @@ def load_nnunet_teacher(
     plans = PlansManager(dict(folder.plans))
     configuration = _configuration(folder, plans, first.configuration)
     num_channels = _num_channels(folder, plans)
-    network = build_architecture(
-        folder, configuration, in_channels=1, out_channels=num_channels
-    ).eval()
+    network = build_architecture(folder, configuration, out_channels=num_channels).eval()
     for fold, checkpoint in checkpoints.items():
         where = f"teacher {name}, {folder.checkpoints[fold]}"
         load_weights(network, checkpoint.weights, "of plans.json", where=where)
@@ -184,26 +161,27 @@ def load_nnunet_teacher(
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
         predictor = nnUNetPredictor(
-            tile_step_size=options.tile_step,
-            use_gaussian=True,
-            use_mirroring=options.mirroring,
-            perform_everything_on_device=device.type == "cuda",
-            device=device,
-            allow_tqdm=False,
-        )
+            tile_step_size=options.tile_step, use_gaussian=True, use_mirroring=options.mirroring,
+            perform_everything_on_device=device.type == "cuda", device=device, allow_tqdm=False,
+        )  # fmt: skip
         predictor.manual_initialization(
-            network.to(device),
-            plans,
-            configuration,
+            network.to(device), plans, configuration,
             [dict(checkpoint.weights) for checkpoint in checkpoints.values()],
-            dict(folder.dataset),
-            first.trainer,
-            first.mirror_axes,
-        )
-    return NnunetTeacher(
-        name, options, orientation, tuple(folder.checkpoints), first.trainer, first.configuration,
-        version, predictor,
-    )  # fmt: skip
+            dict(folder.dataset), first.trainer, first.mirror_axes,
+        )  # fmt: skip
+    says = {
+        "kind": "nnunet",
+        "nnunetv2": version,
+        "configuration": first.configuration,
+        "trainer": first.trainer,
+        "folds": list(folder.checkpoints),
+        "checkpoint": options.checkpoint,
+        "mirror_axes": list((options.mirroring and first.mirror_axes) or ()),
+        "tile_step": options.tile_step,
+        "orientation": orientation,
+        "blending": "nnU-Net's: gaussian, channel logits, float16; folds averaged",
+    }
+    return NnunetTeacher(name, orientation, predictor, says)
 
 
 def _installed_version(name: str) -> str:
@@ -315,12 +293,7 @@ _PARTS = {
     "resampling_fn_seg": ("resample_data_or_seg_to_shape", "resample_torch_fornnunet"),
     "preprocessor_name": ("DefaultPreprocessor",),
 }
-_NORMALISATIONS = (
-    "CTNormalization",
-    "NoNormalization",
-    "RescaleTo01Normalization",
-    "ZScoreNormalization",
-)
+_NORMALISATIONS = tuple(f"{way}Normalization" for way in ("CT", "No", "RescaleTo01", "ZScore"))
 
 
 @dataclass(frozen=True)
@@ -370,14 +343,8 @@ def read_checkpoint(path: Path) -> NnunetCheckpoint:
         ) from error
 
 
-def build_architecture(
-    folder: ModelFolder, configuration: Any, *, in_channels: int, out_channels: int
-) -> nn.Module:
-    """The network that plans.json describes, without deep supervision; weights are arbitrary.
-
-    Raises:
-        TeacherError: plans.json names code that is not nnU-Net's own, or that does not exist.
-    """
+def build_architecture(folder: ModelFolder, configuration: Any, *, out_channels: int) -> nn.Module:
+    """The network that plans.json describes, without deep supervision; weights are arbitrary."""
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     where = folder.path / "plans.json"
@@ -397,7 +364,7 @@ def build_architecture(
         _check_class(layer, _LAYERS, where)
     try:
         network: nn.Module = get_network_from_plans(
-            name, arguments, imported, in_channels, out_channels,
+            name, arguments, imported, 1, out_channels,
             allow_init=False, deep_supervision=False,
         )  # fmt: skip
     except (TypeError, ValueError, AssertionError, RuntimeError, IndexError) as error:
@@ -410,11 +377,7 @@ def build_architecture(
 
 
 def check_parts(folder: ModelFolder, configuration: Mapping[str, Any]) -> None:
-    """Refuses preprocessing that is not nnU-Net's own.
-
-    Raises:
-        TeacherError: plans.json names another preprocessor, resampling or normalisation.
-    """
+    """Refuses preprocessing that is not nnU-Net's own."""
     labels = folder.plans.get("label_manager", "LabelManager")
     named = [
         *((key, configuration.get(key), allowed) for key, allowed in _PARTS.items()),

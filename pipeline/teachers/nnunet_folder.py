@@ -8,13 +8,13 @@ nnUNetTrainer__nnUNetPlans__3d_fullres/
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import read_json
 from pipeline.data.entries import NnunetOptions, TeacherEntry
 from pipeline.data.labels import is_ct, plain_name
 from pipeline.data.weights import nnunet_checkpoints
@@ -37,8 +37,17 @@ class ModelFolder:
     @property
     def inputs(self) -> tuple[str, ...]:
         """What its input channels are called, in order."""
-        said = self.dataset.get("channel_names") or self.dataset.get("modality") or {}
-        return tuple(str(name) for name in (said.values() if isinstance(said, dict) else said))
+        return tuple(channel_names(self.dataset))
+
+    @property
+    def no_ct(self) -> str:
+        """What keeps its input from being one channel of CT; empty: nothing."""
+        names = self.inputs
+        if len(names) != 1:
+            return f"it takes {len(names)} input channels ({', '.join(names)}), and a CT is one"
+        if is_ct(names[0]) is False:
+            return f"its input channel is {names[0]}, and a teacher is shown CT"
+        return ""
 
     @property
     def has_regions(self) -> bool:
@@ -57,24 +66,17 @@ class ModelFolder:
         return {name: order.index(int(v)) for name, v in values.items()}
 
 
+def channel_names(dataset: Mapping[str, Any]) -> list[str]:
+    """What a dataset.json calls the channels of its images, in order; Decathlon's, too."""
+    said = dataset.get("channel_names") or dataset.get("modality") or {}
+    said = {"0": said} if isinstance(said, str) else said
+    return [str(name) for name in (said.values() if isinstance(said, dict) else said)]
+
+
 def read_model_folder(path: Path, entry: TeacherEntry) -> ModelFolder:
-    """Reads what a model folder says; no checkpoint is opened.
-
-    Args:
-        path: the folder, `.../TRAINER__PLANS__CONFIGURATION`.
-
-    Raises:
-        TeacherError: something is not there, or is not what nnU-Net v2 writes.
-    """
-    if not path.is_dir():
-        raise TeacherError(
-            "there is no such folder.",
-            where=path,
-            fix="`weights` of a teacher of kind `nnunet` is the folder that holds plans.json, "
-            "dataset.json and fold_0, for example "
-            "nnUNet_results/Dataset003_Liver/nnUNetTrainer__nnUNetPlans__3d_fullres.",
-        )
-    plans, dataset = (_read_json(path / name) for name in ("plans.json", "dataset.json"))
+    """What a model folder, `.../TRAINER__PLANS__CONFIGURATION`, says; no checkpoint is opened."""
+    files = (path / "plans.json", path / "dataset.json")
+    plans, dataset = (read_json(file, TeacherError) for file in files)
     _require(plans, ("configurations", "transpose_forward", "image_reader_writer"), path, "plans")
     _require(dataset, ("labels",), path, "dataset")
     if not _are_labels(dataset["labels"]):
@@ -103,18 +105,13 @@ def check_against_registry(name: str, entry: TeacherEntry, folder: ModelFolder) 
             another number of channels, background as an organ, an organ at another channel than
             dataset.json has its name at, an input channel that is no CT.
     """
-    inputs = folder.inputs
-    wrong = []
-    if len(inputs) != 1:
-        wrong.append(f"it takes {len(inputs)} input channels ({', '.join(inputs)}), a CT is one")
-    elif is_ct(inputs[0]) is False:
-        wrong.append(f"its input channel is {inputs[0]}, and a teacher is shown CT")
-    elif is_ct(inputs[0]) is None:
+    wrong = [folder.no_ct] if folder.no_ct else []
+    if not wrong and is_ct(folder.inputs[0]) is None:
         # nnU-Net normalises by this name alone, and only one called CT in Hounsfield units.
         warnings.warn(
-            f"teacher {name}: its dataset.json calls its input channel {inputs[0]!r}, so nnU-Net "
-            "does not normalise it as a CT. It must have been trained on CT in Hounsfield units "
-            "all the same.",
+            f"teacher {name}: its dataset.json calls its input channel {folder.inputs[0]!r}, so "
+            "nnU-Net does not normalise it as a CT. It must have been trained on CT in Hounsfield "
+            "units all the same.",
             TeacherWarning,
             stacklevel=2,
         )
@@ -156,24 +153,6 @@ def _channel_problems(
             if other is not None and other != organ:
                 wrong.append(f"organs.{organ} is {list(wanted)}, but {channel} is {other}")
     return wrong
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise TeacherError(
-            f"there is no {path.name}.",
-            where=path.parent,
-            fix="nnU-Net writes it there when training begins; copy the whole model folder.",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise TeacherError(
-            f"not a readable JSON file ({error}).", where=path, fix="Copy it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise TeacherError("not a JSON object.", where=path, fix="Copy it again.")
-    return content
 
 
 def _require(content: Mapping[str, Any], keys: tuple[str, ...], path: Path, name: str) -> None:

@@ -28,6 +28,9 @@ _NEAR = 0.05
 # The least that is told from 0, and from 1 in float32: log-odds of +-16.6. In half precision 0 ends
 # there too, and 1 much earlier, see `to_logits`.
 _LEAST = 2.0**-24
+_ONE_STEP_LESS = (
+    "They hold no log-odds. Use the network without its last step (argmax or a threshold)."
+)
 
 
 class OutputsOfCase:
@@ -37,10 +40,6 @@ class OutputsOfCase:
     that sum to 1 the means do. One value below 0 settles that these are logits, and nearly always
     the first slab has one; from then on nothing is computed. What is left is decided at the end of
     the case, since a few windows of air may happen to lie in [0, 1].
-
-    Args:
-        entry: of the teacher.
-        where: teacher and case, named in errors.
     """
 
     def __init__(self, entry: TeacherEntry, *, where: str) -> None:
@@ -81,8 +80,7 @@ class OutputsOfCase:
             raise OutputsError(
                 "the network gives whole numbers in one channel: a map of labels, not logits.",
                 where=self._where,
-                fix="It holds no log-odds. Use the network without its last step (argmax or a "
-                "threshold).",
+                fix=_ONE_STEP_LESS,
             )
         if self._high.max() > 1 + _TOLERANCE:
             return
@@ -113,15 +111,14 @@ class OutputsOfCase:
         )
 
 
+def first_output(out: Any) -> Any:
+    """Of what a network's forward gives: the first of several outputs is the full-size one."""
+    return out[0] if isinstance(out, (list, tuple)) else out
+
+
 def giving_logits(network: nn.Module, entry: TeacherEntry, *, where: str) -> nn.Module:
     """The network; if its outputs are probabilities, with a forward hook that makes logits of them,
-    so that names of its layers stay.
-
-    Args:
-        network: gives (N, C, ..), or several outputs of which the first counts.
-        entry: of the teacher.
-        where: the teacher, named in errors.
-    """
+    so that names of its layers stay. `where` names the teacher in errors."""
     if entry.outputs != "probabilities":
         return network
     import torch
@@ -130,7 +127,7 @@ def giving_logits(network: nn.Module, entry: TeacherEntry, *, where: str) -> nn.
         network = torch.nn.Sequential(network)
 
     def hook(module: nn.Module, inputs: Any, out: Any) -> Any:
-        out = out[0] if isinstance(out, (list, tuple)) else out
+        out = first_output(out)
         return to_logits(out, entry, where=where) if isinstance(out, torch.Tensor) else out
 
     network.register_forward_hook(hook)
@@ -146,8 +143,6 @@ def to_logits(outputs: Tensor, entry: TeacherEntry, *, where: str) -> Tensor:
 
     Args:
         outputs: (N, C, ..) probabilities; NaN stays NaN.
-        entry: says of which kind.
-        where: named in errors.
 
     Returns:
         float32 (N, C, ..).
@@ -181,8 +176,7 @@ def to_logits(outputs: Tensor, entry: TeacherEntry, *, where: str) -> Tensor:
         raise OutputsError(
             "its outputs are one-hot: 0 and 1, and nothing between.",
             where=where,
-            fix="They hold no log-odds. Use the network without its last step (argmax or a "
-            "threshold).",
+            fix=_ONE_STEP_LESS,
         )
     if entry.activation == "softmax":
         return p.clamp(min=_LEAST).log()

@@ -14,7 +14,7 @@ from pipeline.data.labels import log_odds
 from pipeline.data.patches import Index3
 from pipeline.data.resample import resample
 from pipeline.data.volume import Spacing, Volume
-from pipeline.errors import TeacherError
+from pipeline.errors import PipelineError, TeacherError
 from pipeline.teachers.outputs import OutputsOfCase
 
 if TYPE_CHECKING:
@@ -77,11 +77,6 @@ def organ_log_odds(
 ) -> Mapping[str, Volume]:
     """The log-odds of each organ that a teacher is expert in, on the prediction's own grid.
 
-    Args:
-        prediction: of that teacher.
-        entry: its registry entry: which channels mean which organ.
-        where: teacher and case, named in errors.
-
     Raises:
         TeacherError: NaN or infinite outputs, outputs that are no logits, or channels that disagree
             with the registry.
@@ -103,8 +98,6 @@ def slab_log_odds(
 
     Args:
         logits: (C, n, H, W): a slab, or all of a volume.
-        entry: its registry entry: which channels mean which organ.
-        where: teacher and case, named in errors.
 
     Returns:
         Organ -> (n, H, W).
@@ -139,12 +132,8 @@ def tap_agreement(
     image there: what a student with the teacher's own weights would score.
 
     Args:
-        teacher: of the features.
-        image: as for `predict`.
         cached: tap -> features of the whole image (F, d, h, w), on any grid.
         patch: voxels; less where the image has no more.
-        seed: of where patches begin.
-        num_patches: that are looked at together.
 
     Returns:
         Tap -> median over channels of Pearson's r over cells. Taps of which no channel varies are
@@ -203,6 +192,28 @@ def load_weights(
             raise TeacherError(
                 "the weights hold NaN or infinity.", where=where, fix="Train or fetch them again."
             )
+
+
+def probed_taps(
+    network: nn.Module, entry: TeacherEntry, window: Sequence[int], *, where: str
+) -> Mapping[str, tuple[int, Index3]]:
+    """Runs one window: tap -> number of channels, and voxels per cell along z, y, x.
+
+    Raises:
+        TeacherError: the network cannot run it, or has no such taps.
+    """
+    from pipeline.networks.by_name import tap_shapes
+
+    try:
+        return tap_shapes(network, entry.taps, window)
+    except (RuntimeError, ValueError, PipelineError) as error:
+        raise TeacherError(
+            f"the network cannot run windows of {tuple(window)} voxels with taps "
+            f"{list(entry.taps)} ({first_lines(error)}).",
+            where=where,
+            fix="Tap layers that it has. Its strides must divide the window: that of the stage's "
+            "settings, or of a bundle the `roi_size` of its inferer.",
+        ) from error
 
 
 def first_lines(error: Exception) -> str:

@@ -36,12 +36,7 @@ from pipeline.errors import CacheError, CacheStale, RegistryError, TeacherError,
 from pipeline.folder import Folder
 from pipeline.teachers.load import LoadedTeacher, Teachers
 from pipeline.teachers.outputs import OutputsOfCase
-from pipeline.teachers.teacher import (
-    StreamingTeacher,
-    check_finite,
-    slab_log_odds,
-    tap_agreement,
-)
+from pipeline.teachers.teacher import StreamingTeacher, check_finite, slab_log_odds, tap_agreement
 
 if TYPE_CHECKING:
     from pipeline.networks.windows import Sink
@@ -61,10 +56,8 @@ class Placement:
 
     Args:
         grid: the student grid of the case.
-        entry: which channels mean which organ.
         logits: grid that the logits arrive on.
         features: tap -> grid that its cells arrive on.
-        where: teacher and case, named in errors.
     """
 
     def __init__(
@@ -147,7 +140,6 @@ class Outputs:
         log_odds: organ -> (D, H, W), NaN where not seen.
         features: tap -> (F, d, h, w), NaN where not seen.
         strides: tap -> student-grid voxels per feature cell.
-        seconds: what computing took.
         agreement: tap -> see `tap_agreement`, where it was measured.
     """
 
@@ -166,7 +158,6 @@ class TeacherImage:
     Attributes:
         native: the CT's own grid.
         image: int16 HU at the spacing that the teacher wants.
-        seconds: what resampling took.
     """
 
     native: Grid
@@ -334,7 +325,6 @@ class TeacherOnCase:
     another process may be making it.
 
     Attributes:
-        work: the work folder.
         teachers: that are run; with what they are run on and how their outputs are stored.
         known: the same teachers, as the run that these steps are of began with them.
         notes: teacher -> what its receipts note.

@@ -23,7 +23,7 @@ from tests.faults.small import DATASET, cached_copy, run_stage, unit_names
 from tests.tiny import copy_cohort
 
 pytest.importorskip("distributed", reason="Dask's distributed is not installed")
-from pipeline.engine import dask
+from pipeline.engine import choose, dask
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_CASES = 24
@@ -111,7 +111,7 @@ def test_a_case_that_kills_its_workers_is_named_and_no_other_fails(
 def test_workers_join_and_leave_and_the_scheduler_is_lost_and_restarted(
     cohort: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dask, "_CONNECT_S", 3)
+    monkeypatch.setattr(choose, "_CONNECT_S", 3)
     arm(cohort, seconds=0.4)
     port = free_port()
     address = f"tcp://127.0.0.1:{port}"

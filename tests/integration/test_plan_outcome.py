@@ -12,6 +12,7 @@ from pipeline.data.phantom.case import write_dataset
 from pipeline.data.registry import load_registry
 from pipeline.log import Log
 from pipeline.setup.plan import make_plan
+from pipeline.teachers.load import Teachers
 from stages import cache_teachers
 from tests.tiny import ORGANS, TAP, run_cache, teacher_data, write_teacher
 
@@ -48,7 +49,8 @@ def large_registry(tmp_path: Path) -> Path:
 
 def test_bytes_and_files_are_within_a_quarter(large_registry: Path, tmp_path: Path) -> None:
     registry, work, log = load_registry(large_registry), tmp_path / "work", Log(quiet=True)
-    plan = make_plan(CONFIG, registry, work, log=log, device="cpu")
+    teachers = Teachers(registry, CONFIG.window, CONFIG.storage, "cpu")
+    plan = make_plan(teachers, CONFIG.splits, work, log=log)
     assert plan.total.units == 18
     assert all(size.voxels > 75**3 for size in plan.todo.cases)
     report = run_cache(CONFIG, registry, work, log=log, device="cpu", tables=False)

@@ -27,7 +27,7 @@ from pipeline.data.nifti import write_like
 from pipeline.data.registry import load_registry
 from pipeline.data.sizes import two_cases
 from pipeline.data.volume import Grid, Volume
-from pipeline.engine import choose, dask, parts
+from pipeline.engine import choose, parts
 from pipeline.engine.parts import SlurmSettings
 from pipeline.errors import ConfigError, PipelineError, TeacherError
 from pipeline.folder import parse_folder
@@ -245,7 +245,7 @@ class TestOfThisMachine:
     def test_no_slurm(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "/nowhere")
         with pytest.raises(ConfigError, match="sbatch cannot be run"):
-            dask._ask_slurm("#!/bin/sh\n")
+            choose._ask_slurm("#!/bin/sh\n")
 
     def test_slurm_that_refuses(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sbatch = tmp_path / "sbatch"
@@ -253,7 +253,7 @@ class TestOfThisMachine:
         sbatch.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
         with pytest.raises(ConfigError, match=r"refuses the workers' jobs \(no such partition\)\."):
-            dask._ask_slurm("#!/bin/sh\n")
+            choose._ask_slurm("#!/bin/sh\n")
         with pytest.raises(ConfigError, match=r"refuses it \(no such partition\)\."):
             submit.submit(
                 {"predict": "#!/bin/sh\n"}, SubmitSettings(), submit.Target(tmp_path, tmp_path),
@@ -266,7 +266,7 @@ class TestOfThisMachine:
         monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
         with (
             pytest.raises(ConfigError, match="--executor slurm needs dask-jobqueue"),
-            dask._slurm(1, SlurmSettings(), tmp_path),
+            choose._slurm(1, SlurmSettings(), tmp_path),
         ):
             pass
         monkeypatch.setitem(sys.modules, "wandb", None)
@@ -280,7 +280,7 @@ class TestOfFiles:
         with pytest.raises(ConfigError, match=r"it holds .*predict\.sh"):
             submit.copy_templates(tmp_path)
         (tmp_path / "file").touch()
-        with pytest.raises(PipelineError, match="templates cannot be written"):
+        with pytest.raises(PipelineError, match="it cannot be written"):
             submit.copy_templates(tmp_path / "file" / "below")
         (tmp_path / "predict.sh").write_bytes(b"\xff")
         with pytest.raises(PipelineError, match="the template cannot be read"):

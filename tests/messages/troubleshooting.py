@@ -21,7 +21,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         "Settings and the registry",
-        ("config", "data/entries", "data/registry", "data/splits", "data/patches",
+        ("config", "data/entries", "data/files", "data/registry", "data/splits", "data/patches",
          "setup/check/cohort"),
     ),
     ("`pipeline init`", ("setup/init/",)),
@@ -35,7 +35,8 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         "The cache and the work folder",
-        ("cache/", "consensus/", "folder", "cli/cache", "setup/plan", "review/units",
+        ("cache/", "consensus/", "folder", "cli/cache", "setup/plan", "setup/needs",
+         "review/units",
          "review/status", "review/verify", "review/recompute", "review/why", "review/gc",
          "review/cached_files"),
     ),

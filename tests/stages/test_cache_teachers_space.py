@@ -14,6 +14,7 @@ from pipeline.data.registry import load_registry
 from pipeline.errors import SpaceError
 from pipeline.log import Log
 from pipeline.setup.plan import make_plan
+from pipeline.teachers.load import Teachers
 from stages.report import StageReport
 from tests.stages.stage_contract import snapshot
 from tests.tiny import cache_config, change_registry, run_cache, work_of, write_teacher
@@ -27,10 +28,10 @@ def run(registry: Path, **options: bool) -> StageReport:
 
 
 def plan(registry: Path, quota_bytes: int | None = None) -> int:
-    found = make_plan(
-        cache_config(), load_registry(registry), work_of(registry), log=Log(quiet=True),
-        device="cpu", window_batch=8, quota_bytes=quota_bytes,
-    )  # fmt: skip
+    config = cache_config()
+    teachers = Teachers(load_registry(registry), config.window, config.storage, "cpu", 8)
+    log, work = Log(quiet=True), work_of(registry)
+    found = make_plan(teachers, config.splits, work, log=log, quota_bytes=quota_bytes)
     return found.to_json()["bytes_on_disk"]
 
 

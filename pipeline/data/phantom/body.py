@@ -159,11 +159,8 @@ class Canvas:
         self._high = [self.at[a].max(axis=o) for a, o in enumerate(others)]
 
     def box(self, low: Point, high: Point) -> Box:
-        """The voxels that may lie between two reference points, (z, y, x) in mm.
-
-        Returns:
-            Slices along D, H, W: never too few voxels, empty where the scan does not reach.
-        """
+        """The voxels that may lie between two reference points, (z, y, x) in mm, as slices along D,
+        H, W: never too few, none where the scan does not reach."""
         cut = []
         for a in range(3):
             near = np.flatnonzero((self._high[a] >= low[a]) & (self._low[a] <= high[a]))
@@ -171,14 +168,8 @@ class Canvas:
         return cut[0], cut[1], cut[2]
 
     def paint(self, box: Box, distance: Field, hu: float | Field, label: int | None = None) -> None:
-        """Blends a tissue in where a distance is negative, fading over `edge_mm`.
-
-        Args:
-            box: the voxels that `distance` covers.
-            distance: float32 of the box's shape, mm.
-            hu: Hounsfield units, one number or one per voxel of the box.
-            label: set where `distance` is negative; None leaves the labels alone.
-        """
+        """Blends a tissue in where a distance (mm, float32 of the box's shape) is negative, fading
+        over `edge_mm`; without a label, labels stay."""
         weight = np.clip(0.5 - distance / self.edge_mm, 0.0, 1.0)
         self.hu[box] += weight * (hu - self.hu[box])
         if label is not None:
@@ -268,13 +259,8 @@ _CAVITY_MM: Final = (88.0, 132.0)
 
 
 def draw(canvas: Canvas, patient: Patient, rng: Rng) -> None:
-    """Paints a whole abdomen: intensity and label of every voxel of the canvas.
-
-    Args:
-        canvas: painted in place, `hu` (float32, HU) and `label` (uint8), both (D, H, W).
-        patient: tissue intensities and habitus.
-        rng: source of the anatomy; what is drawn from it does not depend on the canvas's shape.
-    """
+    """Paints a whole abdomen: intensity and label of every voxel of the canvas. What is drawn from
+    `rng`, the anatomy, does not depend on the canvas's shape."""
     cavity, lung = _trunk(canvas, patient, rng)
     _skeleton(canvas, cavity, rng)
     inside = np.maximum(cavity, 3.0 - lung)
@@ -286,9 +272,6 @@ def draw(canvas: Canvas, patient: Patient, rng: Rng) -> None:
     _great_vessels(canvas, patient, rng)
     pancreas(canvas, inside, patient, rng)
     lesions(canvas, inside, patient, rng)
-
-
-# --- the frame: skin, fat, muscle, lungs, bones -------------------------------------------------
 
 
 def _trunk(canvas: Canvas, patient: Patient, rng: Rng) -> tuple[Field, Field]:
@@ -351,9 +334,6 @@ def _skeleton(canvas: Canvas, cavity: Field, rng: Rng) -> None:
     cartilage = np.abs(turn) > 2.2
     bone = np.where(cartilage, 110, 420 - 170 * (shaft < -2.5)).astype(np.float32)
     canvas.paint(_EVERYWHERE, np.maximum(shaft, 0.5 * floor), bone)
-
-
-# --- distractors --------------------------------------------------------------------------------
 
 
 def _hollow(
@@ -427,11 +407,7 @@ def _great_vessels(canvas: Canvas, patient: Patient, rng: Rng) -> None:
 
 # What a synthetic patient is made of: tissues in Hounsfield units, and what is drawn once a case.
 
-LIVER: Final = 1
-SPLEEN: Final = 2
-KIDNEYS: Final = 3
-PANCREAS: Final = 4
-
+LIVER, SPLEEN, KIDNEYS, PANCREAS = 1, 2, 3, 4
 PHASES: Final = ("native", "arterial", "portal")
 TISSUE_HU: Final[dict[str, tuple[float, float, float]]] = {
     "liver": (56, 70, 106),

@@ -100,11 +100,8 @@ def _scanner(spec: PhantomSpec) -> _Scanner:
 
 
 def make_case(spec: PhantomSpec, index: int) -> PhantomCase:
-    """Makes one case; a pure function of its arguments, the same in every process.
-
-    Args:
-        spec: the dataset; neither `num_cases` nor `annotated` changes a case.
-        index: of the case, counted from 0.
+    """Makes one case, by its index from 0; a pure function of its arguments, the same in every
+    process. Neither `num_cases` nor `annotated` of the spec changes a case.
 
     Returns:
         Image (int16, HU) and label (uint8, all of `ORGANS`) of one shape (D, H, W) around
@@ -126,9 +123,6 @@ def make_case(spec: PhantomSpec, index: int) -> PhantomCase:
     draw(canvas, patient, anatomy)
     image = _scan(canvas.hu, spacing, scanner, noise)
     return PhantomCase(Volume(image, grid), Volume(canvas.label, grid))
-
-
-# --- what a case draws ----------------------------------------------------------------------------
 
 
 def _rng(*key: int) -> Rng:
@@ -206,14 +200,9 @@ def _smooth_noise(grid: Grid, rng: Rng, cell_mm: float) -> FloatField:
     matrix = grid.matrix
     matrix[:3] /= cell_mm
     out = ndimage.affine_transform(
-        lattice,
-        matrix[:3, :3],
-        matrix[:3, 3] + (nodes - 1) / 2,
-        output_shape=grid.shape,
-        order=3,
-        mode="mirror",
-        prefilter=False,
-    )
+        lattice, matrix[:3, :3], matrix[:3, 3] + (nodes - 1) / 2, output_shape=grid.shape,
+        order=3, mode="mirror", prefilter=False,
+    )  # fmt: skip
     return np.asarray(out, dtype=np.float32)
 
 
@@ -251,9 +240,6 @@ def write_dataset(
     The files' orientations, spacings and obliquity vary from case to case. `root/phantom.json`
     holds the spec and the SHA-256 of each file of every finished case. A second call rewrites only
     the cases whose files are missing or changed, so a call that was killed is simply repeated.
-
-    Args:
-        on_case: called with the case's name after each case, written or found complete.
 
     Raises:
         ConfigError: `root` holds images or labels that are no phantom's.

@@ -84,7 +84,6 @@ class Task:
     """A case to look at.
 
     Attributes:
-        spacing_mm: of the student grid.
         patch: of the student, in voxels of that grid.
     """
 
@@ -104,7 +103,6 @@ class CaseFacts:
         stored: letters of the order that the image's file keeps its axes in, as `LPS`.
         image_key: SHA-256 of the image's voxels in RAS+, whatever file they were in.
         label_key: likewise of the label; None if it is empty.
-        hu: how its values are spread.
         organ_ml: organ -> volume of its label; 0 where it is absent.
         grid_voxels: organ -> voxels that are left of it on the student grid.
         organ_place: organ -> centre along z, y, x: -1 and 1 are the ends of the body.
@@ -212,9 +210,7 @@ def _image_facts(
     if image.note:
         fix = "Nothing need be done; move it elsewhere to be rid of this."
         found.append(of_case("warning", "file", name, image.note, fix))
-    for doubt in image.doubts:
-        severity: Severity = "error" if doubt.certain else "warning"
-        found.append(of_case(severity, "header", name, doubt.what, doubt.fix))
+    found += [of_case(d.severity, "header", name, d.what, d.fix) for d in image.doubts]
     counts = value_counts(volume.array)
     seen = intensities(volume.array, counts)
     if task.entry.units == "hu":

@@ -14,7 +14,8 @@ import numpy as np
 from pipeline.config import read_yaml
 from pipeline.consensus.cohort import in_ml
 from pipeline.consensus.gate import VOLUME_FACTOR
-from pipeline.data.entries import DatasetEntry, closed_cases
+from pipeline.data.entries import DatasetEntry
+from pipeline.data.files import closed_cases
 from pipeline.data.registry import Registry, check_files
 from pipeline.data.splits import SplitEntry, fitting_seed
 from pipeline.data.volume import Index3
@@ -306,7 +307,6 @@ class DataReport:
 
     Attributes:
         cases: facts of each case whose files are there.
-        findings: errors first.
     """
 
     datasets: Sequence[str]
@@ -337,9 +337,6 @@ def check_datasets(
     Args:
         registry: read without its files; what is wrong with them is part of the report.
         jobs: processes; None for as many as there are cores, at most 16. Changes speed only.
-
-    Raises:
-        RegistryError: there is no such dataset.
     """
     if dataset is not None and dataset not in registry.datasets:
         known = ", ".join(registry.datasets)
@@ -378,12 +375,10 @@ def look_at_all(
         look_at, tasks, number=number if number > 1 else 0,
         name=lambda task: task.source.name, advance=advance,
     )  # fmt: skip
-    what = "the process that read it was killed, twice."
-    fix = "Most likely memory: how large are its files? Try `--jobs 1` with more memory."
     facts = []
     for source, made in zip((task.source for task in tasks), found, strict=True):
         if isinstance(made, WorkerDied):
-            died = of_case("error", "file", source.name, what, fix)
+            died = of_case("error", "file", source.name, made.what, made.fix)
             made = CaseFacts(source.name, source.dataset, source.place, findings=(died,))
         if isinstance(made, Exception):
             raise made

@@ -24,11 +24,7 @@ _MOST_ROWS = 40
 
 @dataclass(frozen=True)
 class Report:
-    """Datasets and teachers.
-
-    Attributes:
-        teachers: of its teachers; None if they were not run.
-    """
+    """Datasets and teachers."""
 
     registry: Registry
     data: DataReport

@@ -35,12 +35,7 @@ class TeacherCheck:
 
     Attributes:
         organs: organ -> the output channels that mean it, from the registry.
-        problem: what is wrong; None if nothing is.
-        fix: what to do about it.
-        warnings: what is improbable of it.
-        num_channels: that the network emits.
         spacing_mm: z, y, x of the grid that its logits are on.
-        shape: likewise, in voxels.
         organ_ml: organ -> millilitres of the crop where its log-odds are above 0.
         taps: tap -> (F, d, h, w) of its features.
         agreement: tap -> see `tap_agreement`.

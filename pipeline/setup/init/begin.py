@@ -11,27 +11,16 @@ from dataclasses import dataclass
 from itertools import combinations, count
 from pathlib import Path
 
+from pipeline.data.entries import check_pattern
 from pipeline.data.labels import same_name
 from pipeline.data.nifti import read_grid
 from pipeline.data.registry import Registry, load_registry
 from pipeline.data.volume import Spacing
 from pipeline.errors import ConfigError, GeometryError, RegistryError, WorkFolderError
 from pipeline.folder import contains, refuse_foreign, temporary_name
+from pipeline.setup.init import meanings
 from pipeline.setup.init.datasets import FoundDataset, look_at_dataset
-from pipeline.setup.init.meanings import (
-    BACKGROUND,
-    IGNORE,
-    Ask,
-    Flag,
-    Meanings,
-    Named,
-    ask_for_each,
-    open_question,
-    parse_answer,
-    parse_flag,
-    parse_meanings,
-    settle,
-)
+from pipeline.setup.init.meanings import BACKGROUND, IGNORE, Ask, Flag
 from pipeline.setup.init.teachers import FoundTeacher, look_at_teacher, settings_of
 from pipeline.setup.init.text import DatasetPart, TeacherPart, registry_text
 from pipeline.setup.topology import propose_grid
@@ -138,78 +127,62 @@ def draft(path: Path, request: InitRequest, *, force: bool = False, ask: Ask | N
 
 def _of_dataset(
     flag: Flag, found: FoundDataset, organs: Sequence[str], ask: Ask | None, problems: list[str]
-) -> Meanings:
-    where, what = f"--dataset {flag.name}", "label value"
-    said = parse_meanings(flag.parts, where=where)
+) -> meanings.Meanings:
+    where = f"--dataset {flag.name}"
+    said = meanings.parse_meanings(flag.parts, where=where)
     if not found.names and said.rest_is_background:
         problems.append(
             f"{where}: nothing names its label values, so that {BACKGROUND}=rest means none. "
             f"List them: {BACKGROUND}=2+3."
         )
-    if not found.names and not said.organs:
-        if ask is None:
-            problems.append(
-                f"{where}: nothing names its label values. Add to the flag, for example, "
-                f":{organs[0]}=1,{BACKGROUND}=2+3."
-            )
-            return said
-        said = ask_meanings(f"{flag.name}: label values by organ", organs, ask, where)
-    meanings, unknown = _settled(found.names, said, organs, ask, what, where)
-    problems += unknown
-    if not unknown and not meanings.organs:
-        problems.append(f"{where}: none of the organs ({', '.join(organs)}) is annotated there.")
-    return meanings
+    return _settled(found.names, said, organs, ask, "label value", where, problems)
 
 
 def _of_teacher(
-    flag: Flag,
-    found: FoundTeacher,
-    organs: Sequence[str],
-    base: Path,
-    ask: Ask | None,
+    flag: Flag, found: FoundTeacher, organs: Sequence[str], base: Path, ask: Ask | None,
     problems: list[str],
-) -> TeacherPart:
-    where, what = f"--teacher {flag.name}", "channel"
+) -> TeacherPart:  # fmt: skip
+    where = f"--teacher {flag.name}"
     parts = dict(flag.parts)
     settings, unknown = settings_of(found, parts, ask=ask, where=where)
     problems += unknown
-    said = parse_meanings(parts, where=where)
+    said = meanings.parse_meanings(parts, where=where)
     if said.ignore:
         raise ConfigError(
             f"{IGNORE} is for label values.", where=where, fix=f"Say {BACKGROUND} of channels."
         )
-    if not found.names and not said.organs:
-        if ask is None:
-            problems.append(
-                f"{where}: nothing names its output channels. Add to the flag, for example, "
-                f":{organs[0]}=1."
-            )
-        else:
-            said = ask_meanings(f"{flag.name}: output channels by organ", organs, ask, where)
-    meanings, unknown = _settled(found.names, said, organs, ask, what, where)
-    problems += unknown
-    if not unknown and not meanings.organs and (found.names or ask is not None):
-        problems.append(f"{where}: it knows none of the organs ({', '.join(organs)}).")
-    weights = _as_written(str(found.weights), base)
-    return TeacherPart(flag.name, weights, found, meanings.organs, settings)
+    known = _settled(found.names, said, organs, ask, "channel", where, problems).organs
+    return TeacherPart(flag.name, _as_written(str(found.weights), base), found, known, settings)
 
 
 def _settled(
-    names: Sequence[Named], said: Meanings, organs: Sequence[str], ask: Ask | None, what: str,
-    where: str,
-) -> tuple[Meanings, list[str]]:  # fmt: skip
-    """What the values mean, and in words what nobody has said of them."""
-    meanings, left = settle(names, said, organs, what=what, where=where)
+    names: Sequence[meanings.Named], said: meanings.Meanings, organs: Sequence[str],
+    ask: Ask | None, what: str, where: str, problems: list[str],
+) -> meanings.Meanings:  # fmt: skip
+    """What the values mean; what nobody has said of them is added to `problems`."""
+    plural, name = {"channel": "output channels"}.get(what, f"{what}s"), where.split()[1]
+    if not names and not said.organs:
+        if ask is None:
+            example = f"{organs[0]}=1" + (f",{BACKGROUND}=2+3" if what == "label value" else "")
+            problems.append(
+                f"{where}: nothing names its {plural}. Add to the flag, for example, :{example}."
+            )
+            return said
+        said = ask_meanings(f"{name}: {plural} by organ", organs, ask, where)
+    found, left = meanings.settle(names, said, organs, what=what, where=where)
     if left and ask is not None:
-        named = lambda question: ask(f"{where.split()[1]}: {question}")  # noqa: E731
-        meanings, left = ask_for_each(meanings, left, organs, what=what, ask=named), {}
-    unknown = [f"{where}: {open_question(meanings, left, organs, what=what)}"] if left else []
-    return meanings, unknown
+        named = lambda question: ask(f"{name}: {question}")  # noqa: E731
+        found, left = meanings.ask_for_each(found, left, organs, what=what, ask=named), {}
+    if left:
+        problems.append(f"{where}: {meanings.open_question(found, left, organs, what=what)}")
+    elif not found.organs:
+        problems.append(f"{where}: it has none of the organs ({', '.join(organs)}).")
+    return found
 
 
 def _named(flags: Sequence[str], option: str) -> dict[str, Flag]:
     found: dict[str, Flag] = {}
-    for flag in map(parse_flag, flags):
+    for flag in map(meanings.parse_flag, flags):
         if flag.name in found:
             raise ConfigError(
                 f"{flag.name} is given twice.", where=option, fix="Give each another NAME=."
@@ -229,6 +202,12 @@ def _patterns(files: Sequence[str], datasets: Mapping[str, Flag]) -> dict[str, t
                 where="--files",
                 fix=f"Write NAME=IMAGES,LABELS; datasets: {', '.join(datasets)}.",
             )
+        try:
+            check_pattern(images)
+            check_pattern(labels)
+        except ValueError as error:
+            fix = "For example 'NAME=ct/{case}.nii.gz,seg/{case}.nii.gz'."
+            raise ConfigError(f"{error}.", where=f"--files {name}", fix=fix) from error
         found[name] = images, labels
     return found
 
@@ -241,7 +220,7 @@ def _grid(
     medians, grids = [], []
     for name, dataset in found.items():
         own = []
-        for file in dataset.image_files():
+        for file in dataset.image_files().values():
             with suppress(GeometryError):
                 own.append(read_grid(file))
         if own:
@@ -302,13 +281,13 @@ def next_command(registry: Registry) -> str:
 _ORGAN = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)(=(?P<id>\d+))?")
 
 
-def ask_meanings(title: str, organs: Sequence[str], ask: Ask, where: str) -> Meanings:
+def ask_meanings(title: str, organs: Sequence[str], ask: Ask, where: str) -> meanings.Meanings:
     """Asks what values mean where nothing names them."""
     question = f"{title}, for example {organs[0]}=1 or {organs[0]}=1+2,{BACKGROUND}=3"
     hint = ""
     while True:
         try:
-            said = parse_answer(ask(f"{hint}{question}"), where=where)
+            said = meanings.parse_answer(ask(f"{hint}{question}"), where=where)
         except ConfigError as error:
             hint = f"{error} "
             continue

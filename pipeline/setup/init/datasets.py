@@ -6,7 +6,6 @@ looked at as plain files.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,23 +13,18 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline.config import read_json
 from pipeline.data.dicom import is_series
-from pipeline.data.entries import (
-    FoundPair,
-    Pair,
-    find_pairs,
-    is_absent,
-    match_files,
-    name_of,
-    search_files,
-)
+from pipeline.data.entries import Pair
+from pipeline.data.files import FoundPair, find_pairs, is_absent, match_files, name_of, search_files
 from pipeline.data.labels import same_name
 from pipeline.data.splits import SPLITS
 from pipeline.errors import RegistryError, listed
 from pipeline.folder import json_with
 from pipeline.setup.init.meanings import Named
+from pipeline.teachers.nnunet_folder import channel_names
 
-_LISTS = ("training", "validation", "testing", "test")
+_SPLIT_OF = {"training": "train", "validation": "validation", "testing": "test", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -59,14 +53,12 @@ class FoundDataset:
     source: str = ""
     notes: tuple[str, ...] = ()
 
-    def cases(self) -> list[str]:
-        """Names of the cases."""
-        return sorted(find_pairs(self.root, self.images, self.labels, self.pairs)[0])
-
-    def image_files(self) -> list[Path]:
-        """The images, by case."""
-        found, _ = find_pairs(self.root, self.images, self.labels, self.pairs)
-        return [pair.image_path for _, pair in sorted(found.items())]
+    def image_files(self) -> dict[str, Path]:
+        """Case -> image, by name."""
+        if self.images is None or self.labels is None:
+            return {case: self.root / p.image for case, p in sorted((self.pairs or {}).items())}
+        found, _ = find_pairs(self.root, self.images, self.labels)
+        return {case: pair.image_path for case, pair in sorted(found.items())}
 
 
 def look_at_dataset(path: Path, patterns: tuple[str, str] | None = None) -> FoundDataset:
@@ -82,11 +74,11 @@ def look_at_dataset(path: Path, patterns: tuple[str, str] | None = None) -> Foun
     if not path.exists():
         raise RegistryError("there is no such folder or file.", where=path, fix="Check the path.")
     if path.is_file():
-        return _listed(path.parent, _read_json(path), path)
+        return _listed(path.parent, read_json(path, RegistryError), path)
     described = path / "dataset.json"
-    content = _read_json(described) if described.is_file() else None
+    content = read_json(described, RegistryError) if described.is_file() else None
     if patterns is not None:
-        about = _described(path, content, described) if content is not None else {}
+        about = _described(content, described) if content is not None else {}
         images, labels = patterns
         return FoundDataset("files as named", path, images, labels, **about)
     if content is None:
@@ -99,12 +91,10 @@ def look_at_dataset(path: Path, patterns: tuple[str, str] | None = None) -> Foun
                 fix="Name the one that is meant instead of the folder.",
             )
         if lists:
-            return _listed(path, _read_json(lists[0]), lists[0])
+            return _listed(path, said[lists[0]], lists[0])
         images, labels = find_plain(path)
         return FoundDataset("plain files", path, images, labels)
-    if isinstance(content.get("dataset"), dict):
-        return _nnunet_pairs(path, content, described)
-    if _is_nnunet(path, content):
+    if isinstance(content.get("dataset"), dict) or _is_nnunet(path, content):
         return _nnunet(path, content, described)
     return _listed(path, content, described)
 
@@ -122,20 +112,20 @@ def _is_nnunet(path: Path, content: Mapping[str, Any]) -> bool:
     return bool(found) and None not in found and not all(map(is_absent, labels))
 
 
-def _nnunet(path: Path, content: Mapping[str, Any], described: Path) -> FoundDataset:
+def _nnunet(path: Path, content: Mapping[str, Any], file: Path) -> FoundDataset:
     ending = str(content.get("file_ending", ".nii.gz"))
-    _require_nifti(ending, described)
-    channel, notes = _ct_channel(content, described)
-    about = _described(path, content, described)
-    images, labels = f"imagesTr/{{case}}_{channel:04d}{ending}", f"labelsTr/{{case}}{ending}"
-    require_all_taken(path, images, labels)
-    return FoundDataset("nnU-Net raw", path, images, labels, notes=notes, **about)
-
-
-def _nnunet_pairs(path: Path, content: Mapping[str, Any], described: Path) -> FoundDataset:
-    _require_nifti(str(content.get("file_ending", ".nii.gz")), described)
-    channel, notes = _ct_channel(content, described)
-    about = _described(path, content, described)
+    if ending not in (".nii.gz", ".nii"):
+        raise RegistryError(
+            f"its files end in {ending}, and only NIfTI is read.",
+            where=file,
+            fix="Convert them to .nii.gz.",
+        )
+    channel, notes = _ct_channel(content, file)
+    about = _described(content, file)
+    if not isinstance(content.get("dataset"), dict):
+        images, labels = f"imagesTr/{{case}}_{channel:04d}{ending}", f"labelsTr/{{case}}{ending}"
+        require_all_taken(path, images, labels)
+        return FoundDataset("nnU-Net raw", path, images, labels, notes=notes, **about)
     try:
         pairs = {
             str(case): Pair(image=entry["images"][channel], label=entry["label"])
@@ -144,7 +134,7 @@ def _nnunet_pairs(path: Path, content: Mapping[str, Any], described: Path) -> Fo
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RegistryError(
             f"`dataset` is not what nnU-Net v2 writes ({type(error).__name__}: {error}).",
-            where=described,
+            where=file,
             fix='It holds {case: {"images": [path, ..], "label": path}}.',
         ) from error
     return FoundDataset("nnU-Net raw", path, pairs=pairs, notes=notes, **about)
@@ -152,7 +142,7 @@ def _nnunet_pairs(path: Path, content: Mapping[str, Any], described: Path) -> Fo
 
 def _listed(root: Path, content: Mapping[str, Any], file: Path) -> FoundDataset:
     """Decathlon's dataset.json and MONAI's datalists: lists of {image, label}."""
-    if not any(isinstance(content.get(key), list) for key in _LISTS):
+    if not any(isinstance(content.get(key), list) for key in _SPLIT_OF):
         raise RegistryError(
             "neither nnU-Net's dataset.json nor a list of cases (Decathlon, MONAI): it has no "
             "`channel_names` and no `training`.",
@@ -160,12 +150,12 @@ def _listed(root: Path, content: Mapping[str, Any], file: Path) -> FoundDataset:
             fix="Name the files yourself with --files NAME=IMAGES,LABELS.",
         )
     _, notes = _ct_channel(content, file)
-    if len(_channel_names(content)) > 1:  # a file holds them all, and is 4D
+    if len(channel_names(content)) > 1:  # a file holds them all, and is 4D
         raise RegistryError(
             "images of several channels.", where=file, fix="Save the CT alone as 3D files."
         )
     pairs, split, more = read_lists(content, root, file)
-    about = _described(root, content, file)
+    about = _described(content, file)
     found = FoundDataset(
         "Decathlon" if about.get("names") else "MONAI datalist",
         root, pairs=pairs, split=split, notes=(*notes, *more), **about,
@@ -176,13 +166,13 @@ def _listed(root: Path, content: Mapping[str, Any], file: Path) -> FoundDataset:
     return replace(found, images=patterns[0], labels=patterns[1], pairs=None)
 
 
-def _described(path: Path, content: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def _described(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """Names, licence and source: what a JSON file says beside its cases."""
     names, ignore = _label_names(content.get("labels", {}), file)
     licence = content.get("licence") or content.get("license") or content.get("licences") or ""
     source = content.get("reference") or content.get("description") or ""
-    told = {"licence": _one_line(licence), "source": _one_line(source)}
-    return {"names": names, "ignore": ignore, **told}
+    licence, source = (" ".join(str(text).split())[:200] for text in (licence, source))
+    return {"names": names, "ignore": ignore, "licence": licence, "source": source}
 
 
 def _label_names(labels: Any, file: Path) -> tuple[tuple[Named, ...], tuple[int, ...]]:
@@ -211,16 +201,9 @@ def _label_names(labels: Any, file: Path) -> tuple[tuple[Named, ...], tuple[int,
     return names, ignore
 
 
-def _channel_names(content: Mapping[str, Any]) -> list[str]:
-    said = content.get("channel_names") or content.get("modality") or {}
-    if isinstance(said, str):
-        said = {"0": said}
-    return [str(name) for name in (said.values() if isinstance(said, dict) else said)]
-
-
 def _ct_channel(content: Mapping[str, Any], file: Path) -> tuple[int, tuple[str, ...]]:
     """Which input channel is the CT, and what to tell the user of it."""
-    names = _channel_names(content)
+    names = channel_names(content)
     cts = [index for index, name in enumerate(names) if same_name(name, "CT")]
     if len(cts) == 1:
         return cts[0], (f"only channel {cts[0]} (CT) is used",) if len(names) > 1 else ()
@@ -235,36 +218,7 @@ def _ct_channel(content: Mapping[str, Any], file: Path) -> tuple[int, tuple[str,
     return 0, ()
 
 
-def _require_nifti(ending: str, file: Path) -> None:
-    if ending not in (".nii.gz", ".nii"):
-        raise RegistryError(
-            f"its files end in {ending}, and only NIfTI is read.",
-            where=file,
-            fix="Convert them to .nii.gz.",
-        )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RegistryError(
-            f"not a readable JSON file ({error}).", where=path, fix="Correct it, or copy it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise RegistryError(
-            "not a JSON object.", where=path, fix='A list of cases begins with {"training": [.'
-        )
-    return content
-
-
-def _one_line(text: Any) -> str:
-    return " ".join(str(text).split())[:200]
-
-
 # Lists of cases in JSON files (Decathlon, MONAI) -> pairs of files, or patterns that mean them.
-
-_SPLIT_OF = dict(zip(_LISTS, ("train", "validation", "test", "test"), strict=True))
 
 
 def read_lists(
@@ -274,9 +228,6 @@ def read_lists(
 
     Returns:
         case -> files; the split, if more than `training` has labels; what a user should know.
-
-    Raises:
-        RegistryError: entries that cannot be read, files that are not there, cases of one name.
     """
     entries: list[tuple[str, Pair]] = []
     num_without, has_folds = 0, False
@@ -290,7 +241,14 @@ def read_lists(
         raise RegistryError(
             "none of its cases has a label.", where=file, fix="Name a list with image and label."
         )
-    _require_files([pair for _, pair in entries], root, file)
+    paths = [path for _, pair in entries for path in (pair.image, pair.label)]
+    if absent := [path for path in paths if is_absent(root / path)]:
+        raise RegistryError(
+            f"{len(absent)} files that it lists do not exist below {root}, the first is "
+            f"{absent[0]}.",
+            where=file,
+            fix="Put the list into the folder that its paths begin at, or correct the paths.",
+        )
     names = _case_names([pair for _, pair in entries], file)
     pairs = {name: pair for name, (_, pair) in zip(names, entries, strict=True)}
     of = [split for split, _ in entries]
@@ -311,7 +269,7 @@ def as_patterns(root: Path, pairs: Mapping[str, Pair]) -> tuple[str, str] | None
     images, labels = (path.replace(case, "{case}") for path in (first.image, first.label))
     if PurePosixPath(images).is_absolute() or PurePosixPath(labels).is_absolute():
         return None
-    found, problems = find_pairs(root, images, labels, None)
+    found, problems = find_pairs(root, images, labels)
     wanted = {name: FoundPair(root / p.image, root / p.label) for name, p in pairs.items()}
     return (images, labels) if found == wanted and not problems else None
 
@@ -333,31 +291,17 @@ def _pair(entry: Any, where: str) -> Pair | None:
         ) from error
 
 
-def _require_files(pairs: list[Pair], root: Path, file: Path) -> None:
-    absent = [p for pair in pairs for p in (pair.image, pair.label) if is_absent(root / p)]
-    if absent:
-        raise RegistryError(
-            f"{len(absent)} files that it lists do not exist below {root}, the first is "
-            f"{absent[0]}.",
-            where=file,
-            fix="Put the list into the folder that its paths begin at, or correct the paths.",
-        )
-
-
 def _case_names(pairs: list[Pair], file: Path) -> list[str]:
     """By the label's name; by the whole path where that is not enough to tell them apart."""
     for part in (slice(-1, None), slice(None)):
         paths = ["/".join(PurePosixPath(pair.label).parts[part]) for pair in pairs]
-        names = [_as_name(re.sub(r"\.nii(\.gz)?$", "", path)) for path in paths]
+        plain = (re.sub(r"\.nii(\.gz)?$", "", path) for path in paths)
+        names = [re.sub(r"[^A-Za-z0-9_.-]+", "-", n).lstrip("_.-") or "case" for n in plain]
         if len(set(names)) == len(names):
             return names
     raise RegistryError(
         "a label is listed more than once.", where=file, fix="List each case once, in one split."
     )
-
-
-def _as_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).lstrip("_.-") or "case"
 
 
 # Folders without a JSON file: images and labels told apart by the names people give them.
@@ -394,14 +338,10 @@ _SIDE_BY_SIDE = (
 
 
 def find_plain(root: Path) -> tuple[str, str]:
-    """Patterns of images and labels below a folder.
-
-    Raises:
-        RegistryError: nothing is found, or more than one reading is possible.
-    """
+    """Patterns of images and labels below a folder."""
     fitting: dict[tuple[FoundPair, ...], tuple[str, str]] = {}
     for images, labels in _candidates(root):
-        found, _ = find_pairs(root, images, labels, None)
+        found, _ = find_pairs(root, images, labels)
         if found:
             fitting.setdefault(tuple(found.values()), (images, labels))
     for pairs, patterns in fitting.items():

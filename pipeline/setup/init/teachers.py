@@ -7,27 +7,32 @@ Folders of nnU-Net and MONAI bundles say in JSON what their channels are; a chec
 from __future__ import annotations
 
 import json
-import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipeline.config import read_json, read_yaml
 from pipeline.data.entries import NnunetOptions, TeacherEntry
-from pipeline.data.labels import is_ct, same_name
+from pipeline.data.labels import same_name
 from pipeline.data.weights import bundle_config, bundle_weights
-from pipeline.errors import ConfigError, TeacherError
+from pipeline.errors import CheckpointError, ConfigError, TeacherError
+from pipeline.networks.tensor_file import read_beside_tensors
 from pipeline.setup.init.meanings import Ask, Named
-from pipeline.teachers.bundle_files import entry_of, network_output, no_ct_inputs
+from pipeline.teachers.bundle_files import (
+    entry_of,
+    network_output,
+    no_ct_inputs,
+    no_weights,
+    read_metadata,
+)
 from pipeline.teachers.nnunet_folder import read_model_folder
 
 _BEST = "checkpoint_best.pth"
+_ONE_CT = "Only networks of one CT channel can teach."
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,7 @@ class FoundTeacher:
     """A network as it lies on the disk.
 
     Attributes:
-        weights: file or folder.
         names: output channels by name, without background; empty: nothing names them.
-        num_channels: None: nothing says how many there are.
         settings: further keys of its entry that the files say.
     """
 
@@ -87,14 +90,8 @@ def _nnunet(path: Path) -> FoundTeacher:
         options = NnunetOptions(checkpoint=_BEST)
     entry = TeacherEntry(kind="nnunet", weights=str(path), organs={"any": (0,)}, nnunet=options)
     folder = read_model_folder(path, entry)
-    if len(folder.inputs) != 1 or is_ct(folder.inputs[0]) is False:
-        raise TeacherError(
-            f"it takes {len(folder.inputs)} input channels, and a CT is one."
-            if len(folder.inputs) != 1
-            else f"its input channel is {folder.inputs[0]}, and a teacher is shown CT.",
-            where=path,
-            fix="Only networks of one CT channel can teach.",
-        )
+    if folder.no_ct:
+        raise TeacherError(f"{folder.no_ct}.", where=path, fix=_ONE_CT)
     folds = ", ".join(folder.checkpoints)
     names = [Named(n, (c,)) for n, c in folder.channels.items() if folder.has_regions or c]
     settings: dict[str, Any] = {"activation": "sigmoid"} if folder.has_regions else {}
@@ -107,19 +104,10 @@ def _nnunet(path: Path) -> FoundTeacher:
 
 def _bundle(path: Path) -> FoundTeacher:
     if not bundle_weights(path).is_file():
-        exported = sorted(str(file) for file in bundle_weights(path).parent.glob("*.ts"))
-        raise TeacherError(
-            "the bundle has no models/model.pt.",
-            where=path,
-            fix=f"Name {exported[0]} as an exported file."
-            if exported
-            else "Fetch the weights: where they are is often said in `large_files.yml`.",
-        )
-    metadata = _read_mapping(path / "configs" / "metadata.json")
+        raise no_weights(path)
+    metadata = read_metadata(path)
     if wrong := no_ct_inputs(metadata):
-        raise TeacherError(
-            f"{'; '.join(wrong)}.", where=path, fix="Only networks of one CT channel can teach."
-        )
+        raise TeacherError(f"{'; '.join(wrong)}.", where=path, fix=_ONE_CT)
     output = network_output(metadata)
     number = output.get("num_channels")
     names = tuple(
@@ -128,7 +116,13 @@ def _bundle(path: Path) -> FoundTeacher:
         if str(channel).isdecimal() and not same_name(str(name), "background")
     )
     config = bundle_config(path)
-    found = set() if config is None else _activations(_read_mapping(config))
+    assert config is not None
+    # YAML reads JSON too, but not JSON with tabs.
+    found = _activations(
+        read_json(config, TeacherError)
+        if config.suffix == ".json"
+        else read_yaml(config, error=TeacherError).data
+    )
     settings = {"activation": found.pop()} if len(found) == 1 else {}
     number = number if isinstance(number, int) else None
     return FoundTeacher("monai-bundle", path, names, number, settings)
@@ -151,18 +145,18 @@ def _activations(config: Any) -> set[str]:
 def _file(path: Path) -> FoundTeacher:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = {name.partition("/")[2]: name for name in archive.namelist()}
-            if "constants.pkl" in names and any(name.startswith("code/") for name in names):
+            members = {name.partition("/")[2] for name in archive.namelist()}
+            if "constants.pkl" in members and any(name.startswith("code/") for name in members):
                 return FoundTeacher("exported", path, notes=("TorchScript",))
-            if "archive_format" in names:
+            if "archive_format" in members:
                 return FoundTeacher("exported", path, notes=("torch.export",))
-            record = _record(archive.read(names["data.pkl"])) if "data.pkl" in names else None
     except (OSError, zipfile.BadZipFile) as error:
         raise TeacherError(
             f"no file of a network that is known ({error}).",
             where=path,
             fix="Save the network as TorchScript or with torch.export.",
         ) from error
+    record = _record(path)
     if record is None:
         raise TeacherError(
             "weights alone (`torch.save`), which say nothing of the network.",
@@ -170,43 +164,19 @@ def _file(path: Path) -> FoundTeacher:
             fix="Name the nnU-Net or bundle folder they belong to, save the network as "
             "TorchScript or with torch.export, or describe it by kind `factory`.",
         )
-    return _checkpoint(path, record)
+    names = tuple(Named(str(n), tuple(v)) for n, v in entry_of(record, "channels").items())
+    settings = {key: value for key, value in record.items() if key in ("spacing_mm", "intensity")}
+    note = f"trained on {' '.join(str(record.get('trained_on', '?')).split())}"
+    number = record.get("num_channels")
+    return FoundTeacher("checkpoint", path, names, number, settings, (note,))
 
 
-def _record(pickled: bytes) -> dict[str, Any] | None:
-    """The record of `pipeline train-teachers`, from the text in a pickle that is not unpickled."""
-    try:
-        texts = [arg for _, arg, _ in pickletools.genops(pickled) if isinstance(arg, str)]
-    except ValueError:
-        return None
-    text = next((value for key, value in pairwise(texts) if key == "record"), "null")
-    with suppress(ValueError):
-        record = json.loads(text)
+def _record(path: Path) -> dict[str, Any] | None:
+    """The record of `pipeline train-teachers`, if it wrote the file."""
+    with suppress(CheckpointError, ValueError, KeyError, TypeError):
+        record = json.loads(read_beside_tensors(path)["record"])
         return record if isinstance(record, dict) and "channels" in record else None
     return None
-
-
-def _checkpoint(path: Path, record: Mapping[str, Any]) -> FoundTeacher:
-    return FoundTeacher(
-        "checkpoint",
-        path,
-        names=tuple(Named(str(n), tuple(v)) for n, v in entry_of(record, "channels").items()),
-        num_channels=record.get("num_channels"),
-        settings={k: record[k] for k in ("spacing_mm", "intensity") if k in record},
-        notes=(f"trained on {' '.join(str(record.get('trained_on', '?')).split())}",),
-    )
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        # YAML reads JSON too, but not JSON with tabs.
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise TeacherError(
-            f"cannot be read ({error}).", where=path, fix="Fetch the bundle again."
-        ) from error
-    return content if isinstance(content, dict) else {}
 
 
 # What a teacher's entry says beside its channels: from its files, or from the user's flag.
@@ -216,18 +186,15 @@ _SPACING = re.compile(rf"({_NUMBER})x({_NUMBER})x({_NUMBER})")
 _WINDOW = re.compile(rf"({_NUMBER})\.\.({_NUMBER})")
 
 
-_EXAMPLES = {
-    "activation": "softmax or sigmoid",
-    "spacing": "1.5x1.5x1.5, z y x in mm, of what it was trained at",
-    "orientation": "RAS, where the axes of its array point to, the first axis first",
-    "window": "-160..240, the HU that it saw as -1 and as 1",
-}
-_FIELDS = {
-    "activation": "activation",
-    "spacing": "spacing_mm",
-    "orientation": "orientation",
-    "window": "intensity",
-}
+# What a flag calls it -> the entry's field, and an example.
+_SETTINGS = {
+    "activation": ("activation", "softmax or sigmoid"),
+    "spacing": ("spacing_mm", "1.5x1.5x1.5, z y x in mm, of what it was trained at"),
+    "orientation": (
+        "orientation", "RAS, where the axes of its array point to, the first axis first"
+    ),
+    "window": ("intensity", "-160..240, the HU that it saw as -1 and as 1"),
+}  # fmt: skip
 
 
 def settings_of(
@@ -237,7 +204,6 @@ def settings_of(
 
     Args:
         parts: of the flag; what is used is taken out.
-        ask: puts a question to the user, or None.
 
     Returns:
         further keys of the teacher's entry, and what is not known, in words for the user.
@@ -247,25 +213,25 @@ def settings_of(
     """
     settings = dict(found.settings)
     # What decides numbers and stands in no file of that kind.
-    wanted = {"exported": tuple(_FIELDS), "monai-bundle": ("activation",)}.get(found.kind, ())
-    for key in [key for key in _FIELDS if key in parts]:
+    wanted = {"exported": tuple(_SETTINGS), "monai-bundle": ("activation",)}.get(found.kind, ())
+    for key in [key for key in _SETTINGS if key in parts]:
         text = parts.pop(key)
-        if key not in wanted or settings.get(_FIELDS[key], text) != text:
+        if key not in wanted or settings.get(_SETTINGS[key][0], text) != text:
             raise ConfigError(
                 f"{key}={text} is not for this teacher of kind {found.kind}: its own files say it.",
                 where=where,
                 fix="Leave it out.",
             )
-        settings[_FIELDS[key]] = _setting(key, text, where)
-    lacking = [key for key in wanted if _FIELDS[key] not in settings]
+        settings[_SETTINGS[key][0]] = _setting(key, text, where)
+    lacking = [key for key in wanted if _SETTINGS[key][0] not in settings]
     if ask is not None:
         for key in lacking:
-            settings[_FIELDS[key]] = _ask_setting(key, ask, where)
+            settings[_SETTINGS[key][0]] = _ask_setting(key, ask, where)
         return settings, []
     if not lacking:
         return settings, []
-    examples = "; ".join(f"{key}: {_EXAMPLES[key]}" for key in lacking)
-    flag = ",".join(f"{key}={_EXAMPLES[key].split(',')[0].split(' ')[0]}" for key in lacking)
+    examples = "; ".join(f"{key}: {_SETTINGS[key][1]}" for key in lacking)
+    flag = ",".join(f"{key}={_SETTINGS[key][1].split(',')[0].split(' ')[0]}" for key in lacking)
     return settings, [
         f"{where}: its files do not say {', '.join(lacking)} ({examples}). Add to the flag, as it "
         f"was trained, for example {flag}."
@@ -276,7 +242,7 @@ def _ask_setting(key: str, ask: Ask, where: str) -> Any:
     hint = ""
     while True:
         try:
-            return _setting(key, ask(f"{hint}{where}: {key} ({_EXAMPLES[key]})").strip(), where)
+            return _setting(key, ask(f"{hint}{where}: {key} ({_SETTINGS[key][1]})").strip(), where)
         except ConfigError as error:
             hint = f"{error.what} "
 
@@ -291,5 +257,5 @@ def _setting(key: str, text: str, where: str) -> Any:
     if key == "window" and (match := _WINDOW.fullmatch(text)):
         return {"kind": "window", "window_hu": [float(number) for number in match.groups()]}
     raise ConfigError(
-        f"{key}={text} cannot be read.", where=where, fix=f"Write {key}: {_EXAMPLES[key]}."
+        f"{key}={text} cannot be read.", where=where, fix=f"Write {key}: {_SETTINGS[key][1]}."
     )

@@ -56,11 +56,7 @@ def registry_text(
     datasets: Sequence[DatasetPart],
     teachers: Sequence[TeacherPart],
 ) -> str:
-    """The whole file.
-
-    Args:
-        notes: on the grid, a line each.
-    """
+    """The whole file; `notes` on the grid, a line each."""
     lines = [f"  {flow(name)}: {number}" for name, number in organs.items()]
     lines += [
         "",
@@ -70,7 +66,7 @@ def registry_text(
     lines += [f"# {note}" for note in notes]
     lines += ["grid:", f"  spacing_mm: {flow(list(spacing_mm))}", "  orientation: RAS", ""]
     lines += ["datasets:"]
-    drawn = [part.found.cases() for part in datasets if part.found.split is None]
+    drawn = [list(part.found.image_files()) for part in datasets if part.found.split is None]
     seed = fitting_seed(SplitEntry(), drawn) or 0
     for number, part in enumerate(datasets):
         lines += ([""] if number else []) + list(_dataset(part, seed))

@@ -33,6 +33,7 @@ from pipeline.log import Log
 from pipeline.review.gc import find_garbage
 from pipeline.review.status import status
 from pipeline.setup.plan import make_plan
+from pipeline.teachers.load import Teachers
 from stages import cache_teachers
 from tests.faults.small import (
     DATASET,
@@ -145,8 +146,10 @@ def test_another_project_of_the_same_text_is_refused_before_it_changes_anything(
         assert says in text
         assert "Nothing was changed. Give this registry a work folder of its own (--work)" in text
         assert refused.value.exit_code == 2
+    config = settings()
+    teachers = Teachers(load_registry(b), config.window, config.storage, "cpu")
     with pytest.raises(WorkFolderError, match="is not the one that the work folder"):
-        make_plan(settings(), load_registry(b), work, log=Log(quiet=True), device="cpu")
+        make_plan(teachers, config.splits, work, log=Log(quiet=True))
     assert content(work) == before
     with pytest.raises(CacheStale, match=says) as stale:
         reads(b, work)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data.dicom import stamp_image, write_segmentation
+from pipeline.data.dicom import stamp_image
+from pipeline.data.dicom_seg import write_segmentation
 from pipeline.data.nifti import read_grid, read_header, read_image, write_like
 from pipeline.data.volume import Volume
 from pipeline.errors import GeometryError
@@ -191,6 +192,21 @@ def test_what_lies_beside_the_series_is_left_out_and_said(tmp_path: Path) -> Non
     assert NAME not in repr(read)
 
 
+def _without_uid(header: Any, z: int) -> None:
+    del header.SOPInstanceUID
+
+
+def test_images_without_a_uid_are_no_copies_of_one_another(tmp_path: Path) -> None:
+    usual = read_image(write_series(tmp_path / "usual", voxels()))
+    read = read_image(write_series(tmp_path / "ct", voxels(), change=_without_uid))
+    assert np.array_equal(read.volume.array, usual.volume.array)
+    assert read.note == ""
+    copy = next((tmp_path / "ct").iterdir())
+    (tmp_path / "ct" / "copy").write_bytes(copy.read_bytes())
+    with pytest.raises(GeometryError, match=r"2 slices or more share a place.*SOPInstanceUID"):
+        read_grid(tmp_path / "ct")
+
+
 def _shift(amount: Sequence[float]) -> Callable[[Any, int], object]:
     def change(header: Any, z: int) -> None:
         old = header.ImagePositionPatient
@@ -361,4 +377,4 @@ def test_init_finds_images_that_are_series(
         write_like(tmp_path / label.format(case), labels, folder)
     dataset = look_at_dataset(tmp_path)
     assert (dataset.images, dataset.labels) == found
-    assert dataset.cases() == ["p1", "p2"]
+    assert list(dataset.image_files()) == ["p1", "p2"]

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipeline.config import digest
-from pipeline.data.entries import closed_cases
+from pipeline.data.files import closed_cases
 from pipeline.data.nifti import read_header, read_image
 from pipeline.data.registry import Registry, load_registry
 from pipeline.data.splits import SplitEntry
@@ -162,7 +162,7 @@ ONE_MISTAKE: dict[str, tuple[str, str, str]] = {
     "spacing not positive": (
         "[3.0, 2.0, 2.0]",
         "[3.0, 0.0, 2.0]",
-        "5: grid: spacing_mm (3.0, 0.0, 2.0) must be positive.",
+        "6: grid.spacing_mm.1: must be greater than 0, not 0.0.",
     ),
     "another schema version": (
         "schema_version: 1",

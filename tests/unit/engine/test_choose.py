@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.engine import here
+from pipeline.engine import choose, here
 from pipeline.engine.choose import open_engine
 from pipeline.engine.here import HERE, Outcome, once_per_process, sendable
 from pipeline.engine.parts import SlurmSettings
@@ -57,22 +57,18 @@ def test_slurm_settings_refuse_what_they_do_not_know(tmp_path: Path) -> None:
 
 class TestWorkersOfThisMachine:
     def test_one_for_each_gpu(self) -> None:
-        clusters = pytest.importorskip("pipeline.engine.dask")
-        found = clusters.local_workers(None, gpus=["2", "GPU-a"], cores=8)
+        found = choose.local_workers(None, gpus=["2", "GPU-a"], cores=8)
         assert [env["CUDA_VISIBLE_DEVICES"] for env in found] == ["2", "GPU-a"]
         assert {env["ORGAN_DISTILL_THREADS"] for env in found} == {"4"}
 
     def test_one_for_four_cores_without(self) -> None:
-        clusters = pytest.importorskip("pipeline.engine.dask")
-        assert len(clusters.local_workers(None, gpus=[], cores=9)) == 2
-        assert len(clusters.local_workers(None, gpus=[], cores=1)) == 1
-        (env, *more) = clusters.local_workers(3, gpus=[], cores=8)
+        assert len(choose.local_workers(None, gpus=[], cores=9)) == 2
+        assert len(choose.local_workers(None, gpus=[], cores=1)) == 1
+        (env, *more) = choose.local_workers(3, gpus=[], cores=8)
         assert (len(more), env["OMP_NUM_THREADS"]) == (2, "2")
         assert "CUDA_VISIBLE_DEVICES" not in env
 
     def test_jobs_that_end_at_once_are_not_replaced_for_ever(self) -> None:
-        clusters = pytest.importorskip("pipeline.engine.dask")
-
         class Cluster:
             workers: dict[str, object] = {}  # noqa: RUF012
             scaled = 0
@@ -82,7 +78,7 @@ class TestWorkersOfThisMachine:
                 self.scaled += 1
 
         cluster = Cluster()
-        renewal = clusters._Renewal(cluster, 2)
+        renewal = choose._Renewal(cluster, 2)
         renewal()
         assert cluster.scaled == 0  # jobs need a while to start
 
@@ -96,27 +92,27 @@ class TestWorkersOfThisMachine:
         assert 2 < cluster.scaled < 100
 
     def test_without_a_living_nanny_nobody_waits(self) -> None:
-        clusters = pytest.importorskip("pipeline.engine.dask")
+        core = pytest.importorskip("distributed.core")
 
         def nannies(*states: str) -> Any:
-            found = [SimpleNamespace(status=clusters.Status[state]) for state in states]
+            found = [SimpleNamespace(status=core.Status[state]) for state in states]
             return SimpleNamespace(workers=dict(enumerate(found)))
 
-        clusters.check_nannies(nannies("closed", "running"))
-        clusters.check_nannies(nannies("starting"))
+        choose.check_nannies(nannies("closed", "running"))
+        choose.check_nannies(nannies("starting"))
         with pytest.raises(EngineError, match="no worker of this machine"):
-            clusters.check_nannies(nannies("closed", "failed"))
+            choose.check_nannies(nannies("closed", "failed"))
 
 
 class TestDeathsInWords:
     def test_by_a_signal(self) -> None:
         deaths = pytest.importorskip("pipeline.engine.dask")
         told = {"host": "n1", "pid": 7, "exit_code": -9, "peak_bytes": 2_500_000_000}
-        text = deaths.in_words("3", told, None)
+        text = deaths.in_words("3", told, {})
         assert text.startswith("worker 3 (host n1, pid 7) was killed by signal 9 (SIGKILL")
         assert "2.5 GB" in text
         assert not deaths.left_on_purpose(told)
-        assert "exited with status 3" in deaths.in_words("3", {**told, "exit_code": 3}, None)
+        assert "exited with status 3" in deaths.in_words("3", {**told, "exit_code": 3}, {})
 
     def test_nobody_knows(self) -> None:
         deaths = pytest.importorskip("pipeline.engine.dask")

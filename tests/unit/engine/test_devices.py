@@ -55,7 +55,7 @@ def test_a_process_that_dies_loses_its_item_and_the_others_do_the_rest() -> None
     done, lost, _ = run([Squares(dies_at=(5,)), Squares(dies_at=(5,))], list(range(12)))
     assert set(done) == set(range(12)) - {5}
     assert isinstance(lost[5], WorkerDied)
-    assert "killed by SIGKILL" in str(lost[5])
+    assert "killed by signal 9 (SIGKILL" in str(lost[5])
 
 
 def test_with_nobody_left_the_first_item_that_was_not_begun_is_named() -> None:

@@ -11,25 +11,17 @@ from pipeline.cli.app import app
 from pipeline.data.registry import load_registry
 from pipeline.errors import ConfigError, GeometryError, RegistryError, SpaceError
 from pipeline.log import Log
-from pipeline.setup.plan import (
-    FEATURES,
-    IMAGES,
-    KINDS,
-    LOG_ODDS,
-    METADATA,
-    Plan,
-    make_plan,
-    print_plan,
-)
+from pipeline.setup.needs import FEATURES, IMAGES, KINDS, LOG_ODDS, METADATA
+from pipeline.setup.plan import Plan, make_plan, print_plan
+from pipeline.teachers.load import Teachers
 from tests.stages.stage_contract import snapshot
 from tests.tiny import cache_config, change_registry, fill_cache, shrink_organ, work_of
 
 
 def planned(registry: Path, **options: object) -> Plan:
-    return make_plan(
-        cache_config(), load_registry(registry), work_of(registry), log=Log(quiet=True),
-        device="cpu", window_batch=8, **options,  # type: ignore[arg-type]
-    )  # fmt: skip
+    config, log = cache_config(), Log(quiet=True)
+    teachers = Teachers(load_registry(registry), config.window, config.storage, "cpu", 8)
+    return make_plan(teachers, config.splits, work_of(registry), log=log, **options)  # type: ignore[arg-type]
 
 
 def written(work: Path) -> dict[str, int]:

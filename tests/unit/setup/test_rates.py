@@ -7,7 +7,7 @@ import pytest
 from pipeline.data.entries import CaseFiles
 from pipeline.data.sizes import CaseSize
 from pipeline.data.volume import Grid
-from pipeline.setup.plan import (
+from pipeline.setup.needs import (
     CASES,
     FEATURES,
     IMAGES,

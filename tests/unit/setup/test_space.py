@@ -7,7 +7,7 @@ import pytest
 from pipeline.cli.options import parse_size
 from pipeline.errors import ConfigError
 from pipeline.log import size
-from pipeline.setup.plan import (
+from pipeline.setup.needs import (
     LOG_ODDS,
     Cost,
     Space,

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.cache.schema import StorageConfig
 from pipeline.data.registry import load_registry
 from pipeline.data.sizes import case_sizes
-from pipeline.setup.plan import CASES, Todo, find_todo
+from pipeline.setup.needs import CASES, Todo, find_todo
 from pipeline.teachers.load import Teachers
 from tests.tiny import cache_config, change_registry, work_of, write_teacher
 

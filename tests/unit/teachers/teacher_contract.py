@@ -27,7 +27,7 @@ from pipeline.config import digest
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.patches import WindowConfig
 from pipeline.data.volume import Grid, Volume
-from pipeline.data.weights import weights_digest
+from pipeline.data.weights import digest_of, stamp_weights
 from pipeline.errors import TeacherError
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.teacher import Teacher, organ_log_odds
@@ -35,6 +35,10 @@ from tests.tiny import teacher_digested
 from tests.unit.teachers.made_teachers import Payload
 
 WINDOW = WindowConfig(shape=(8, 12, 16), overlap=0.25)
+
+
+def weights_digest(entry: TeacherEntry, path: Path) -> str:
+    return digest_of(entry, stamp_weights(entry, path))
 
 
 class TeacherContract(ABC):

@@ -20,7 +20,6 @@ from pipeline.data.nifti import read_image, read_label
 from pipeline.data.patches import WindowConfig
 from pipeline.data.resample import resample, same_grid
 from pipeline.data.volume import Volume, from_file_array
-from pipeline.data.weights import weights_digest
 from pipeline.errors import TeacherError
 from pipeline.networks.by_name import tapped
 from pipeline.teachers.load import load_teacher
@@ -34,7 +33,7 @@ from tests.unit.teachers.made_bundles import (
     write_bundle,
     write_ct,
 )
-from tests.unit.teachers.teacher_contract import StoredNetworkContract
+from tests.unit.teachers.teacher_contract import StoredNetworkContract, weights_digest
 
 Data = dict[str, Any]
 Change = Callable[[Data], object]
@@ -285,7 +284,7 @@ def test_folders_that_are_no_bundle(tmp_path: Path) -> None:
     refused(tmp_path, "configs/ has none of inference.json")
     folder = write_bundle(tmp_path / "bundle")
     (folder / "configs" / "metadata.json").unlink()
-    refused(folder, "metadata.json does not exist")
+    refused(folder, "there is no metadata.json")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]"])
@@ -417,7 +416,7 @@ def test_an_inferer_that_cannot_run_the_network(tmp_path: Path) -> None:
     fails(write_bundle(tmp_path / "bundle", odd), tmp_path, "inferer")
     refused(
         write_bundle(tmp_path / "other", lambda c: c["inferer"].update(roi_size=[14, 24, 8])),
-        "cannot run a window of",
+        "cannot run windows of",
     )
 
 

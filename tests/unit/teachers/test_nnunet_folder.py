@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 import pipeline
 from pipeline.data.entries import TeacherEntry
-from pipeline.data.weights import weights_digest
 from pipeline.errors import TeacherError, TeacherWarning
 from pipeline.teachers.nnunet_folder import check_against_registry, read_model_folder
+from tests.unit.teachers.teacher_contract import weights_digest
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2}
 
@@ -74,11 +74,11 @@ def test_folds_are_those_that_have_the_checkpoint(tmp_path: Path) -> None:
 def test_a_folder_that_lacks_a_file(name: str, tmp_path: Path) -> None:
     model = folder(tmp_path / "m")
     (model / name).unlink()
-    assert "copy the whole model folder" in refused(model, f"there is no {name}")
+    assert "copy it again with all that belongs to it" in refused(model, f"there is no {name}")
 
 
 def test_no_folder_no_folds_no_checkpoint(tmp_path: Path) -> None:
-    assert "plans.json" in refused(tmp_path / "none", "no such folder")
+    refused(tmp_path / "none", "there is no plans.json")
     refused(folder(tmp_path / "a", folds=()), "no fold_0")
     model = folder(tmp_path / "b")
     assert "Folds there: 0, 1" in refused(model, "fold 4 was not trained", nnunet={"folds": [4]})

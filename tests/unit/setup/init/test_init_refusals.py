@@ -24,6 +24,8 @@ from tests.unit.setup.init.test_init_datasets import nnunet, put, refused
         (["=:liver=1"], {}, "neither a path nor NAME=PATH"),
         (["d=d:liver=1"], {"files": ["e=a,b"]}, "'e=a,b' names no dataset and its two patterns"),
         (["d=d:liver=1"], {"files": ["d=images"]}, "'d=images' names no dataset"),
+        (["d=d:liver=1"], {"files": ["d=a.nii,b.nii"]}, "pattern 'a.nii' must contain {case}"),
+        (["d=d:liver=1"], {"files": ["d={case}.nii,/{case}"]}, "must be relative to `root`"),
         (["d=d:liver=1"], {"organs": ["?"]}, "'?' is no organ"),
         (["d=d:liver=1"], {"organs": ["background"]}, "'background' is no organ"),
         (["d=d:liver=1"], {"organs": ["left_kidney", "LeftKidney"]}, "are one name"),

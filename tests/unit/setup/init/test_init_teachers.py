@@ -164,7 +164,7 @@ class TestBundle:
     def test_a_bundle_without_weights(self, tmp_path: Path) -> None:
         folder = bundle(tmp_path / "b", SOFTMAX)
         (folder / "models" / "model.pt").rename(folder / "models" / "model.ts")
-        assert "model.ts as an exported file" in refused(tmp_path, f"b={folder}")
+        assert "model.ts with kind `exported`" in refused(tmp_path, f"b={folder}")
 
 
 class TestFiles:
