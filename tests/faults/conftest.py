@@ -41,5 +41,5 @@ def nursery(small_built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """Forks processes that may be killed."""
     registry = copy_cohort(small_built, tmp_path_factory.mktemp("small") / "warm")
     with Nursery() as found:
-        found.warm(Job("modules", {"registry": str(registry)}))
+        found.warm(Job("modules", {"job": "cache", "registry": str(registry)}))
         yield found

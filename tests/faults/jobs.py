@@ -85,8 +85,11 @@ def cache(registry: str, *, bits: int = 5, kill_at: int = 0, file_limit: int = 0
     return {**_run(path, bits), "operations": watch.operations, "written": sorted(watch.written)}
 
 
-def cache_to_store(registry: str, work: str, endpoint: str, *, kill_at: int = 0) -> dict[str, Any]:
-    """Stage one into an object store; `kill_at`: killed before that request to it."""
+def cache_to_store(
+    registry: str, work: str, endpoint: str, *, kill_at: int = 0, kill_before: str = "nothing"
+) -> dict[str, Any]:
+    """Stage one into an object store; killed before the request `kill_at` to it, or before the
+    first that puts an object whose name ends with `kill_before`."""
     os.environ.update(environment(endpoint))
     from s3fs import S3FileSystem
 
@@ -98,7 +101,8 @@ def cache_to_store(registry: str, work: str, endpoint: str, *, kill_at: int = 0)
     async def counted(self: S3FileSystem, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == kill_at:
+        puts = args[0] == "put_object" and kwargs["Key"].endswith(kill_before)
+        if calls == kill_at or puts:
             os.kill(os.getpid(), signal.SIGKILL)
         return await real(self, *args, **kwargs)
 
@@ -106,9 +110,9 @@ def cache_to_store(registry: str, work: str, endpoint: str, *, kill_at: int = 0)
     return {**_run(Path(registry), 5, parse_folder(work)), "calls": calls}
 
 
-def modules(registry: str) -> list[str]:
-    """What a run of stage one imports, so that the parent can import it before it forks."""
-    cache(registry)
+def modules(job: str, **args: Any) -> list[str]:
+    """What another job imports, so that the parent can import it before it forks."""
+    globals()[job](**args)
     return sorted(sys.modules)
 
 

@@ -115,7 +115,7 @@ def serve() -> None:
             if "warm" in question:
                 (outcome,) = _run([Job(**question["warm"])], Path(folder))
                 assert outcome["status"] == 0, outcome["output"]
-                _import_all(outcome["result"])
+                _import_all([name for name in outcome["result"] if name not in sys.modules])
                 gc.freeze()
                 answers.write("null\n")
             else:

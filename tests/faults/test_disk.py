@@ -135,17 +135,25 @@ def test_a_part_of_the_cache_that_cannot_be_written(
     LEDGER.add("a part of the cache that is read-only")
 
 
+@pytest.fixture(scope="module")
+def predicting(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Nursery:
+    """It has imported what predicting needs: each child would take seconds for that."""
+    folder = to_predict(tmp_path_factory.mktemp("predict") / "warm")
+    nursery.warm(Job("modules", {"job": "predict", "folder": str(folder)}))
+    return nursery
+
+
 def test_predictions_on_a_disk_that_fills_up_at_any_moment(
-    nursery: Nursery, tmp_path: Path
+    predicting: Nursery, tmp_path: Path
 ) -> None:
     """A case fails by name, with no file of it that is not whole; the others are tried."""
-    whole = one_of_predict(nursery, to_predict(tmp_path / "whole"), disk=True)
+    whole = one_of_predict(predicting, to_predict(tmp_path / "whole"), disk=True)
     wanted = whole["again"]["files"]
     rng = random.Random(7)
     for number in range(how_many(8, 60)):
         fill_at = rng.randint(1, whole["operations"])
         told = one_of_predict(
-            nursery, to_predict(tmp_path / str(number)), disk=True, fill_at=fill_at
+            predicting, to_predict(tmp_path / str(number)), disk=True, fill_at=fill_at
         )
         full, where = told["full"], f"filled before operation {fill_at}: {told['full']}"
         if "stopped" in full:
@@ -166,21 +174,21 @@ def test_predictions_on_a_disk_that_fills_up_at_any_moment(
         LEDGER.add("a disk that fills up while predicting")
 
 
-def test_predict_killed_before_any_operation_goes_on(nursery: Nursery, tmp_path: Path) -> None:
+def test_predict_killed_before_any_operation_goes_on(predicting: Nursery, tmp_path: Path) -> None:
     """On the way from one settings' files to another's: none is taken for a stranger's."""
-    whole = one_of_predict(nursery, to_predict(tmp_path / "whole"), overlap=0.25)
+    whole = one_of_predict(predicting, to_predict(tmp_path / "whole"), overlap=0.25)
     first = to_predict(tmp_path / "first")
-    one_of_predict(nursery, first)
+    one_of_predict(predicting, first)
     rng = random.Random(3)
     shutil.copytree(first, tmp_path / "counted")
-    most = one_of_predict(nursery, tmp_path / "counted", overlap=0.25)["operations"]
+    most = one_of_predict(predicting, tmp_path / "counted", overlap=0.25)["operations"]
     for number in range(how_many(12, 120)):
         folder = shutil.copytree(first, tmp_path / str(number))
         kill_at = rng.randint(1, most)
         args = {"folder": str(folder), "overlap": 0.25, "kill_at": kill_at}
-        (outcome,) = nursery.run(Job("predict", args))
+        (outcome,) = predicting.run(Job("predict", args))
         assert outcome.killed, outcome.output
-        again = one_of_predict(nursery, folder, overlap=0.25)
+        again = one_of_predict(predicting, folder, overlap=0.25)
         assert again["failed"] == {}, kill_at
         assert again["files"] == whole["files"], kill_at
         assert list(folder.rglob(".*")) == [], kill_at

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipeline.cache import places as leftovers
-from pipeline.cache import store
 from pipeline.cache.index import read_index
 from pipeline.cache.places import dead_temporaries, find_units
 from pipeline.cache.reader import Unit
@@ -23,12 +21,38 @@ from pipeline.review.verify import deep_problems, repair, verify
 from tests.faults.ledger import LEDGER, how_many
 from tests.faults.nursery import Job, Nursery
 from tests.faults.small import run_stage, unit_names
-from tests.tiny import work_of
+from tests.object_store import BUCKET, folder
+from tests.tiny import copy_cohort, work_of
 
 if TYPE_CHECKING:
     from upath import UPath
 
     from pipeline.folder import Folder
+
+
+@pytest.fixture(scope="module")
+def storing(
+    nursery: Nursery,
+    small_built: Path,
+    store_endpoint: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Nursery:
+    """It has imported what an object store needs."""
+    registry = copy_cohort(small_built, tmp_path_factory.mktemp("small") / "storing")
+    args = {"registry": str(registry), "endpoint": store_endpoint, "work": f"s3://{BUCKET}/warm"}
+    nursery.warm(Job("modules", {"job": "cache_to_store", **args}))
+    return nursery
+
+
+@pytest.fixture(scope="module")
+def filled(
+    small_built: Path, store_endpoint: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, UPath]:
+    """A registry and its cache in the store; each test leaves it whole."""
+    registry = copy_cohort(small_built, tmp_path_factory.mktemp("small") / "filled")
+    work = folder(f"{BUCKET}/filled/work")
+    assert run_stage(registry, work=work).exit_code == 0
+    return registry, work
 
 
 def numbers(work: Folder) -> dict[str, dict[str, Any]]:
@@ -62,18 +86,18 @@ def assert_whole(registry: Path, work: UPath, undisturbed: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_at_any_request_a_rerun_gives_what_an_undisturbed_run_gives(
-    nursery: Nursery, small: Path, undisturbed: Path, store_work: UPath, store_endpoint: str
+    storing: Nursery, small: Path, undisturbed: Path, store_work: UPath, store_endpoint: str
 ) -> None:
     rng = random.Random(6)
     args = {"registry": str(small), "endpoint": store_endpoint}
-    (whole,) = nursery.run(Job("cache_to_store", {**args, "work": str(store_work / "whole")}))
+    (whole,) = storing.run(Job("cache_to_store", {**args, "work": str(store_work / "whole")}))
     assert whole.status == 0, whole.output
     assert whole.result["exit_code"] == 0, whole.result
     for number in range(how_many(1, 40)):
         work = store_work / str(number)
         for share in (1.0, 0.5):
             kill_at = rng.randint(1, int(share * whole.result["calls"]))
-            (outcome,) = nursery.run(
+            (outcome,) = storing.run(
                 Job("cache_to_store", {**args, "work": str(work), "kill_at": kill_at})
             )
             assert outcome.killed or outcome.status == 0, outcome.output
@@ -84,35 +108,24 @@ def test_killed_at_any_request_a_rerun_gives_what_an_undisturbed_run_gives(
 
 
 def test_a_crash_between_arrays_and_receipt_leaves_no_unit(
-    small: Path, undisturbed: Path, store_work: UPath, monkeypatch: pytest.MonkeyPatch
+    storing: Nursery, small: Path, undisturbed: Path, store_work: UPath, store_endpoint: str
 ) -> None:
     """The moment by itself: all objects are uploaded, the receipt is not."""
-
-    class Crash(BaseException):
-        pass
-
-    def crash(path: Any, data: bytes) -> bool:
-        raise Crash
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "create_object", crash)
-        patch.setattr(store, "remove", lambda path: None)  # a killed process tidies nothing
-        with pytest.raises(Crash):
-            run_stage(small, work=store_work)
+    args = {"registry": str(small), "work": str(store_work), "endpoint": store_endpoint}
+    (outcome,) = storing.run(Job("cache_to_store", {**args, "kill_before": RECEIPT}))
+    assert outcome.killed, outcome.output
     (unit,) = find_units(store_work)
     uploaded = sizes(unit.path)
     assert len(uploaded) >= 5
     with pytest.raises(CacheError, match="not in the cache"):
         Unit.open(unit.path)
-    assert dead_temporaries(store_work) == []  # this process lives
-    monkeypatch.setattr(leftovers, "written_by_dead", lambda name: name.startswith("copy~"))
     assert_whole(small, store_work, undisturbed)
     LEDGER.add("a crash between arrays and receipt in an object store")
 
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_two_writers_end_with_one_valid_unit(
-    nursery: Nursery,
+    storing: Nursery,
     small: Path,
     undisturbed: Path,
     store_work: UPath,
@@ -126,7 +139,7 @@ def test_two_writers_end_with_one_valid_unit(
             _truncate(place.path / rng.choice(sorted(read_receipt(place.path).objects)), rng)
     args = {"registry": str(small), "work": str(store_work), "endpoint": store_endpoint}
     job = Job("cache_to_store", args)
-    for outcome in nursery.run(job, job):
+    for outcome in storing.run(job, job):
         assert outcome.status == 0, outcome.output
         assert outcome.result["failed"] == {}
     for place in find_units(store_work):
@@ -137,10 +150,10 @@ def test_two_writers_end_with_one_valid_unit(
 
 @pytest.mark.parametrize("how", ["flipped byte", "truncation", "lost object"])
 def test_damage_is_found_named_and_mended(
-    how: str, small: Path, undisturbed: Path, store_work: UPath
+    how: str, filled: tuple[Path, UPath], undisturbed: Path
 ) -> None:
     rng = random.Random(8)
-    run_stage(small, work=store_work)
+    small, store_work = filled
     places = find_units(store_work)
     for _ in range(how_many(2, 60)):
         place = rng.choice(places)
@@ -160,10 +173,10 @@ def test_damage_is_found_named_and_mended(
 
 
 def test_a_copy_that_nobody_named_goes_after_a_day(
-    small: Path, undisturbed: Path, store_work: UPath, monkeypatch: pytest.MonkeyPatch
+    filled: tuple[Path, UPath], undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its writer's host may be gone for good, so its process cannot be asked after."""
-    run_stage(small, work=store_work)
+    small, store_work = filled
     unit = find_units(store_work)[0].path
     copy = copy_name().replace("copy~", "copy~elsewhere-", 1)
     replace_file(unit / copy / "zarr.json", b"{}")
@@ -175,10 +188,10 @@ def test_a_copy_that_nobody_named_goes_after_a_day(
 
 
 def test_a_store_that_does_not_answer_is_no_damage(
-    small: Path, store_work: UPath, monkeypatch: pytest.MonkeyPatch
+    filled: tuple[Path, UPath], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else `verify --repair` would remove a cache because a network was down."""
-    run_stage(small, work=store_work)
+    store_work = filled[1]
     place = find_units(store_work)[0]
     unit = Unit.open(place.path)
     names = sorted(unit.receipt.arrays)
@@ -204,15 +217,17 @@ def test_a_store_that_does_not_answer_is_no_damage(
     assert deep_problems(place) == []
 
 
-def test_a_lost_chunk_is_no_fill_value(small: Path, store_work: UPath) -> None:
-    run_stage(small, work=store_work)
+def test_a_lost_chunk_is_no_fill_value(filled: tuple[Path, UPath]) -> None:
+    store_work = filled[1]
     place = next(place for place in find_units(store_work) if place.teacher is not None)
     unit = Unit.open(place.path)
     assert unit.read("log_odds/liver").size
     (shard,) = (name for name in unit.receipt.objects if "log_odds/liver/c/" in name)
+    before = (place.path / shard).read_bytes()
     (place.path / shard).unlink()
     with pytest.raises(CacheIncomplete, match=r"chunk \(0, 0, 0\) of array log_odds/liver"):
         unit.read("log_odds/liver")
+    replace_file(place.path / shard, before)
 
 
 def _assert_refused_or_right(path: Folder, undisturbed: Path, work: UPath) -> None:

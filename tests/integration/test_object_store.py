@@ -132,10 +132,7 @@ def test_a_dropped_teacher_goes_with_gc_and_nothing_else(
 
 @pytest.mark.slow
 def test_a_student_stopped_anywhere_goes_on_bit_for_bit(
-    run: Run,
-    settings: dict[str, str],
-    tiny_cached: Path,
-    uploaded: UPath,
+    run: Run, settings: dict[str, str], tiny_cached: Path, uploaded: UPath
 ) -> None:
     """Killed after a checkpoint was sent: what is lost is what came after it."""
     run("train-student", "-q", "-c", settings["train"], work=work_of(tiny_cached))
