@@ -13,12 +13,17 @@ from xdist.scheduler import LoadFileScheduling
 
 # Each process that runs one of these trains the models of nnU-Net once more.
 NNUNET = re.compile(r"test_(?:cache_teachers_)?nnunet(?:_axes|_parity)?\.py")
-LONG_FIRST = ("tests/slurm/", "tests/faults/", "tests/integration/", "tests/benchmarks/")
+LONG_FIRST = (
+    "tests/slurm/", "tests/website/", "tests/faults/", "tests/integration/", "tests/benchmarks/"
+)  # fmt: skip
+# What its files share is started or made once: a cluster that has the machine's cores, a process
+# that has imported everything, finished runs.
+TOGETHER = ("tests/slurm/", "tests/faults/", "tests/unit/review/report/")
 
 
 class Dealt(LoadFileScheduling):
-    """A file is one piece, and so is all of `tests/slurm`: its cluster has the machine's cores.
-    So are the files that share the models of nnU-Net, which take most of a minute to train."""
+    """A file is one piece, and so is each of the folders above, and the files that share the
+    models of nnU-Net, which take most of a minute to train."""
 
     def _split_scope(self, nodeid: str) -> str:
         return piece(nodeid)
@@ -29,7 +34,7 @@ def piece(nodeid: str) -> str:
     file = nodeid.split("::", 1)[0]
     if NNUNET.search(file):
         return "nnU-Net"
-    return LONG_FIRST[0] if file.startswith(LONG_FIRST[0]) else file
+    return next((folder for folder in TOGETHER if file.startswith(folder)), file)
 
 
 def rank(nodeid: str) -> int:

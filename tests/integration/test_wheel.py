@@ -45,7 +45,7 @@ def test_its_requirements_are_what_is_tested_here(installed: Path) -> None:
 
 @pytest.mark.slow
 def test_it_holds_all_of_the_program_and_runs_elsewhere(installed: Path, tmp_path: Path) -> None:
-    """What the demo does is in test_demo.py: it needs nothing but these files."""
+    """What the demo does is in test_typed_pages.py: it needs nothing but these files."""
     [site] = installed.glob("lib/python*/site-packages")
     for package in ("pipeline", "stages"):
         files = [p for p in (REPOSITORY / package).rglob("*") if p.is_file()]

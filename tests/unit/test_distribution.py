@@ -2,17 +2,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.distribution import LONG_FIRST, piece, rank
+from tests.distribution import LONG_FIRST, TOGETHER, piece, rank
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_what_takes_long_comes_first_and_slurm_is_one_piece() -> None:
-    assert all((ROOT / folder).is_dir() for folder in LONG_FIRST)
+def test_what_takes_long_comes_first_and_some_folders_are_one_piece() -> None:
+    assert all((ROOT / folder).is_dir() for folder in (*LONG_FIRST, *TOGETHER))
     nodeids = ["tests/unit/test_a.py::b", "tests/faults/test_c.py::d", "tests/slurm/test_e.py::f"]
     assert sorted(nodeids, key=rank) == nodeids[::-1]
     assert [piece(nodeid) for nodeid in (*nodeids, "tests/slurm/test_g.py::H::i")] == [
-        "tests/unit/test_a.py", "tests/faults/test_c.py", "tests/slurm/", "tests/slurm/",
+        "tests/unit/test_a.py", "tests/faults/", "tests/slurm/", "tests/slurm/",
     ]  # fmt: skip
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 
+from pipeline.cli.demo import STUDENTS
 from tests.tiny import change_registry
 from tests.website.changes import PAGES
 from tests.website.command_lines import command_lines, shell_blocks
@@ -37,18 +41,80 @@ def shell() -> Iterator[Shell]:
 
 
 @pytest.fixture(scope="module")
-def quickstart(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Reader:
-    """Somebody in the middle of the page: the demo has run."""
+def demo(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> tuple[Reader, str]:
+    """Somebody in the middle of the page, and what was printed: the demo has run."""
     folder = tmp_path_factory.mktemp("quickstart")
     reader = Reader(PAGE["quickstart.md"], folder, shell, TUTORIALS["quickstart.md"])
-    reader.type_next()
+    said = reader.type_next()
     shutil.copytree(folder / "demo-quick", folder / "as-the-demo-left-it")
-    return reader
+    return reader, said
+
+
+@pytest.fixture(scope="module")
+def quickstart(demo: tuple[Reader, str]) -> Reader:
+    return demo[0]
 
 
 @pytest.fixture(scope="module")
 def nnunet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_nnunet(tmp_path_factory.mktemp("nnunet"))
+
+
+@pytest.mark.slow
+class TestDemo:
+    def test_it_ends_with_a_table_and_says_where_everything_is(
+        self, demo: tuple[Reader, str]
+    ) -> None:
+        folder, printed = demo[0].folder / "as-the-demo-left-it", demo[1]
+        for word in ("ms_kd", "pseudo_label", "marginal", "teachers", "liver", "pancreas", "mean"):
+            assert word in printed
+        for told in ("demo-quick/overlay.png", "one seed", "difference to marginal"):
+            assert told in printed
+        for picture in ("overlay.png", "kinds/validation.png"):
+            assert (folder / picture).stat().st_size > 20_000
+        compared = json.loads((folder / "kinds" / "validation.json").read_text())
+        assert [entry["name"] for entry in compared["configurations"]] == list(STUDENTS)
+        for kind in STUDENTS:
+            run = folder / "work" / "students" / "kinds" / f"{kind}-seed0"
+            assert_there(run, "student.pt", "progress.png")
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+
+    def test_predictions_lie_on_the_grid_of_their_images(self, quickstart: Reader) -> None:
+        folder = quickstart.folder / "as-the-demo-left-it"
+        found = sorted((folder / "predictions" / "ms_kd").rglob("*.nii.gz"))
+        assert found
+        for path in found:
+            label = nib.load(path)
+            image = nib.load(folder / "phantom" / path.parent.name / "images" / path.name)
+            assert label.shape == image.shape
+            np.testing.assert_array_equal(label.affine, image.affine)
+            assert set(np.unique(np.asarray(label.dataobj))) <= {0, 1, 2, 3, 4}
+
+    def test_a_second_run_does_nothing_again(self, demo: tuple[Reader, str]) -> None:
+        reader, printed = demo
+        before = files_with_times(reader.folder / "demo-quick")
+        again = reader.shell.run("pipeline demo demo-quick --quick", reader.folder)
+        assert again.returncode == 0, again.stderr
+        assert files_with_times(reader.folder / "demo-quick") == before
+        table = [line for line in again.stdout.splitlines() if line.startswith("│")]
+        assert table
+        # What was printed has the standard error behind it.
+        assert table == [x for x in printed.splitlines() if x.startswith("│")][: len(table)]
+
+    def test_a_full_demo_does_not_write_over_a_quick_one(self, quickstart: Reader) -> None:
+        registry = quickstart.folder / "demo-quick" / "data_registry.yaml"
+        before = registry.read_bytes()
+        done = quickstart.shell.run("pipeline demo demo-quick", quickstart.folder)
+        assert done.returncode == 2
+        assert "another size" in done.stderr
+        assert registry.read_bytes() == before
+
+
+def files_with_times(folder: Path) -> dict[str, int]:
+    """Networks, NIfTI files and chunks (which have no suffix): reports and tables are made anew."""
+    kept = (path for path in folder.rglob("*") if path.suffix in {".pt", ".gz", ""})
+    return {str(path): path.stat().st_mtime_ns for path in kept if path.is_file()}
 
 
 @pytest.mark.slow
