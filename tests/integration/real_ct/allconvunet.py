@@ -14,8 +14,7 @@ the third mirrored. `_to_network` and `_from_network` are the only places that k
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from scipy.ndimage import affine_transform
 from torch import Tensor, nn
 
 from pipeline.data.volume import Grid, Index3, Spacing, Volume
-from pipeline.errors import TeacherError
 from pipeline.teachers.teacher import Prediction
 
 VERSION = 1
@@ -104,16 +102,12 @@ class AllConvTeacher:
         network: in inference mode, on `device`.
         taps: names of modules of the network whose outputs are kept as features.
         device: where the network runs.
-        box_mm: size of the abdominal box along z, y, x.
     """
 
-    def __init__(
-        self, network: AllConvUNet, *, taps: Sequence[str], device: str, box_mm: Spacing = BOX_MM
-    ) -> None:
+    def __init__(self, network: AllConvUNet, *, taps: Sequence[str], device: str) -> None:
         self.network = network
         self.taps = tuple(taps)
         self.device = torch.device(device)
-        self.box_mm = box_mm
 
     def predict(self, image: Volume) -> Prediction:
         """Logits and features of one CT.
@@ -147,7 +141,7 @@ class AllConvTeacher:
         """
         spacing = np.array(image.spacing_mm)
         size = np.array(image.grid.shape)
-        box = np.array(self.box_mm) / spacing  # in voxels of the image
+        box = np.array(BOX_MM) / spacing  # in voxels of the image
         num_slices = int(min(np.ceil(box[0]), size[0]))
         middle = _body_centre(image.array[size[0] - num_slices :])
         top_face = size[0] - 0.5  # voxel i covers i - .5 .. i + .5
@@ -163,7 +157,7 @@ class AllConvTeacher:
         return {
             "architecture": "AllConvUNet",
             "version": VERSION,
-            "box_mm": list(self.box_mm),
+            "box_mm": list(BOX_MM),
             "box_rule": f"top of field of view; centre of mass above {BODY_HU} HU",
             "grid": list(GRID_SHAPE),
             "network_axes": "xyz",
@@ -181,89 +175,20 @@ class AllConvTeacher:
         return self.network.get_submodule(tap).register_forward_hook(hook)
 
 
-def load(
-    weights: Path,
-    *,
-    taps: Sequence[str] = (),
-    device: str = "cpu",
-    box_mm: Sequence[float] = BOX_MM,
-) -> AllConvTeacher:
+def load(weights: Path, *, taps: Sequence[str] = (), device: str = "cpu") -> AllConvTeacher:
     """The factory that a registry names.
 
     Args:
         weights: `.npz` of plain arrays named like the network's modules.
         taps: modules to read features from, such as "conv33" (before its norm) or "batch33".
         device: a torch device.
-        box_mm: size of the abdominal box along z, y, x.
-
-    Raises:
-        TeacherError: weights that are unreadable or not this network's, an unknown tap, or a box
-            without three positive sizes.
     """
     network = AllConvUNet()
-    _fill(network, _read_arrays(weights), weights)
-    known = [name for name, _ in network.named_children()]
-    unknown = [tap for tap in taps if tap not in known]
-    if unknown:
-        raise TeacherError(
-            f"the network has no module named {', '.join(unknown)}.",
-            where=weights,
-            fix=f"Taps can be: {', '.join(known)}.",
-        )
-    if len(box_mm) != 3 or min(box_mm) <= 0:
-        raise TeacherError(
-            f"box_mm is {list(box_mm)}.", where=weights, fix="Give three positive sizes: z, y, x."
-        )
-    z, y, x = (float(mm) for mm in box_mm)
-    network.eval().to(device)
-    return AllConvTeacher(network, taps=taps, device=device, box_mm=(z, y, x))
-
-
-def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    fix = "Expected an .npz of plain arrays: fetch or export the weights again."
-    try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise TeacherError("one array instead of named arrays.", where=path, fix=fix)
-        with file:
-            return {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        what = f"the weights cannot be read ({type(error).__name__}: {error})."
-        raise TeacherError(what, where=path, fix=fix) from error
-
-
-def _fill(network: AllConvUNet, arrays: Mapping[str, npt.NDArray[Any]], path: Path) -> None:
-    expected = weight_shapes(network)
-    problems = [f"{name} is missing" for name in expected if name not in arrays]
-    problems += [f"{name} is not of this network" for name in arrays if name not in expected]
-    for name, shape in expected.items():
-        if name in arrays and arrays[name].shape != shape:
-            problems.append(f"{name} has shape {arrays[name].shape}, not {shape}")
-        elif name in arrays and not _is_finite(arrays[name]):
-            problems.append(f"{name} holds values that are not finite numbers")
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise TeacherError(
-            f"these are not the weights of an AllConvUNet: {'; '.join(problems[:3])}{more}.",
-            where=path,
-            fix="Name the file that belongs to this factory, or the factory for this file.",
-        )
+    with np.load(weights, allow_pickle=False) as file:
+        arrays = {name: torch.from_numpy(file[name].astype(np.float32)) for name in file.files}
     # Batch norm fills in its counter of training steps itself; it plays no part in inference.
-    state = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
-    network.load_state_dict(state, strict=True)
-
-
-def weight_shapes(network: AllConvUNet) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every array that a weights file must hold."""
-    return {
-        name: tuple(tensor.shape)
-        for name, tensor in network.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
-
-
-def _is_finite(array: npt.NDArray[Any]) -> bool:
-    return array.dtype.kind in "fiu" and bool(np.isfinite(array).all())
+    network.load_state_dict(arrays, strict=True)
+    return AllConvTeacher(network.eval().to(device), taps=taps, device=device)
 
 
 def _body_centre(slab: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
