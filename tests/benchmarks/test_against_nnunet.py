@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,19 @@ def made_plan(axes: int) -> dict[str, Any]:
     return {"patch_size": [16] * axes, "batch_size": 3, "architecture": architecture}
 
 
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Called with a number of axes, nnU-Net has planned so."""
+    return lambda axes: monkeypatch.setattr(ours, "plan_of", lambda *_: made_plan(axes))
+
+
 @pytest.mark.parametrize("cohort", ["phantoms", "slices"])
 @pytest.mark.parametrize("row", ours.rows())
 def test_every_student_can_be_built(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cohort: str, row: str
+    planned: Callable[[int], None], tmp_path: Path, cohort: str, row: str
 ) -> None:
     flat = cohort == "slices"
-    monkeypatch.setattr(ours, "plan_of", lambda *_: made_plan(2 if flat else 3))
+    planned(2 if flat else 3)
     place = Place(tmp_path, "all", "test")
     training = ours.config_of(place, SIZES[cohort, "tiny"], row, seed=2).training
     assert training.patch == ((1, 16, 16) if flat else (16, 16, 16))
@@ -92,10 +99,10 @@ def test_every_student_can_be_built(
 
 
 def test_a_training_goes_on_with_as_many_steps(
-    monkeypatch: pytest.MonkeyPatch, tiny_cached: Path, tmp_path: Path
+    planned: Callable[[int], None], tiny_cached: Path, tmp_path: Path
 ) -> None:
     """As its speed was measured before it was killed, whatever it would be now."""
-    monkeypatch.setattr(ours, "plan_of", lambda *_: made_plan(3))
+    planned(3)
     place = Place(tiny_cached.parent, "here", "test")
     tiny_cached.rename(tiny_cached.with_name("here_registry.yaml"))
     record = tmp_path / "speed.json"

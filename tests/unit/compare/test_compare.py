@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typer.testing import CliRunner
 
 from pipeline.cli import app as cli
@@ -24,12 +26,10 @@ from pipeline.errors import CacheMissing, CheckpointError, ConfigError, Pipeline
 from pipeline.log import Log
 from pipeline.review import statistics
 from pipeline.review.units import run_folders
-from pipeline.student import training
 from pipeline.student.checkpoint import load_student
 from pipeline.student.inference import StudentWindows
 from pipeline.student.speed import SpeedFlags, TrainingExecution
-from stages import train_student
-from stages.compare import budget, scoring
+from stages.compare import budget
 from stages.compare import results as tables
 from stages.compare.page import to_html, write_results
 from stages.compare.plan import Comparison, ComparisonSettings, load_configurations, plan_comparison
@@ -41,6 +41,7 @@ from stages.train_student import TrainStudentConfig
 from tests.stages.stage_contract import snapshot
 from tests.tiny import (
     ORGANS,
+    at_step,
     cache_config,
     change_registry,
     copy_cohort,
@@ -88,6 +89,10 @@ def run(
 ) -> Results:
     planned = plan(registry, configs, **changes)
     return compare(planned, scope(registry), TrainingExecution("cpu"), window_batch=8)
+
+
+def broken() -> None:
+    raise FloatingPointError("the loss became NaN in dice.")
 
 
 def students(registry: Path) -> Path:
@@ -310,16 +315,12 @@ class TestResults:
         assert (float(hard["low"]), float(hard["high"])) == (found.low, found.high)
 
     def test_a_second_call_trains_and_scores_nothing(
-        self, finished: Path, monkeypatch: pytest.MonkeyPatch
+        self, finished: Path, reads: list[tuple[str, int]]
     ) -> None:
-        def never(*args: Any, **options: Any) -> Any:
-            raise AssertionError("nothing is left to do")
-
         before = snapshot(finished.parent)
-        monkeypatch.setattr(training, "make_step", never)
-        monkeypatch.setattr(scoring.Student, "label_map", never)
         assert not run(finished).failed
         assert snapshot(finished.parent) == before
+        assert not [name for name, _ in reads if name.endswith("image")]
 
     def test_scores_of_another_student_are_not_taken(self, finished: Path) -> None:
         path = students(finished) / "hard-seed0" / "scores_validation.json"
@@ -381,23 +382,11 @@ class TestResults:
 
 class TestInterruptions:
     def test_a_stopped_comparison_goes_on_to_the_same_end(
-        self,
-        tiny_cached: Path,
-        compared: tuple[Path, Results, Path],
-        monkeypatch: pytest.MonkeyPatch,
+        self, tiny_cached: Path, compared: tuple[Path, Results, Path]
     ) -> None:
-        real, calls = training.make_step, []
-
-        def stopped(*rest: Any) -> dict[str, Any]:
-            calls.append(1)
-            if len(calls) == STEPS + 1:  # the first step of the second run
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(*rest)
-
-        with monkeypatch.context() as context:
-            context.setattr(training, "make_step", stopped)
-            with pytest.raises(Stopped, match="run 2 of 4, hard-seed0") as caught:
-                run(tiny_cached)
+        in_the_second = at_step(STEPS + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with in_the_second, pytest.raises(Stopped, match="run 2 of 4, hard-seed0") as caught:
+            run(tiny_cached)
         assert "Run the same command again" in str(caught.value)
         first = snapshot(students(tiny_cached) / "labels-seed0")
         assert [r.finished for r in plan(tiny_cached).runs] == [True, False, False, False]
@@ -410,35 +399,16 @@ class TestInterruptions:
         theirs = weights(compared[0], "hard-seed0")
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
-    def test_a_signal_in_a_runs_last_step_begins_no_other(
-        self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        real, calls = training.make_step, []
-
-        def signalled(*rest: Any) -> dict[str, Any]:
-            calls.append(1)
-            if len(calls) == STEPS:  # the last step of the first run
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(*rest)
-
-        with monkeypatch.context() as context:
-            context.setattr(training, "make_step", signalled)
-            with pytest.raises(Stopped, match="run 1 of 4, labels-seed0: a signal came"):
-                run(tiny_cached)
+    def test_a_signal_in_a_runs_last_step_begins_no_other(self, tiny_cached: Path) -> None:
+        in_the_last = at_step(STEPS, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with in_the_last, pytest.raises(Stopped, match="run 1 of 4, labels-seed0: a signal came"):
+            run(tiny_cached)
         assert [r.finished for r in plan(tiny_cached).runs] == [True, False, False, False]
 
     def test_a_run_that_fails_is_marked_and_the_others_go_on(
-        self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+        self, tiny_cached: Path, tmp_path: Path
     ) -> None:
-        real = training.make_step
-
-        def broken(state: Any, *rest: Any) -> dict[str, Any]:
-            if state.config.seed == 1 and state.config.supervision.kind == "pseudo_label":
-                raise FloatingPointError("the loss became NaN in dice.")
-            return real(state, *rest)
-
-        with monkeypatch.context() as context:
-            context.setattr(training, "make_step", broken)
+        with at_step(3 * STEPS + 1, broken):  # in the last of four
             results = run(tiny_cached)
         assert [(r.config, r.seed) for r in results.failed] == [("hard", 1)]
         assert "hard, seed 1 failed and is in no number" in to_html(results)
@@ -450,15 +420,12 @@ class TestInterruptions:
         assert "became NaN" in runs["configurations"][1]["runs"][1]["error"]
         assert not run(tiny_cached).failed  # it is tried again
 
-    def test_where_all_fail_there_is_no_table(
-        self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def broken(*rest: Any) -> dict[str, Any]:
-            raise FloatingPointError("the loss became NaN in dice.")
-
-        monkeypatch.setattr(training, "make_step", broken)
-        with pytest.raises(PipelineError, match="all 4 runs failed"):
-            run(tiny_cached)
+    def test_where_all_fail_there_is_no_table(self, tiny_cached: Path) -> None:
+        with ExitStack() as each:
+            for first in range(1, 5):
+                each.enter_context(at_step(first, broken))
+            with pytest.raises(PipelineError, match="all 4 runs failed"):
+                run(tiny_cached)
 
     def test_other_settings_under_the_same_name_are_refused_first(self, finished: Path) -> None:
         before = snapshot(finished.parent)
@@ -479,17 +446,21 @@ def test_a_student_of_another_origin_stays(tiny_cached: Path) -> None:
     assert [path.read_text() for path in folder.iterdir()] == ["mine"]
 
 
-def test_flags_of_speed_reach_every_run(tiny_cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen, flags = train_student.run, [], SpeedFlags(channels_last=True)
+def test_flags_of_speed_reach_every_run(tiny_cached: Path) -> None:
+    seen: list[bool] = []
 
-    def spy(*arguments: Any, **options: Any) -> Any:
-        seen.append(arguments[2].flags)
-        return real(*arguments, **options)
+    def look(optimiser: torch.optim.Optimizer, *_: object) -> None:
+        weights = (w for group in optimiser.param_groups for w in group["params"] if w.ndim == 5)
+        seen.append(all(w.is_contiguous(memory_format=torch.channels_last_3d) for w in weights))
 
-    monkeypatch.setattr(train_student, "run", spy)
     planned = plan(tiny_cached, [config("labels")], steps=1)
-    compare(planned, scope(tiny_cached), TrainingExecution("cpu", flags=flags))
-    assert seen == [flags] * len(planned.runs)
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        flags = SpeedFlags(channels_last=True)
+        compare(planned, scope(tiny_cached), TrainingExecution("cpu", flags=flags))
+    finally:
+        handle.remove()
+    assert seen == [True] * len(planned.runs)
 
 
 class TestBudget:

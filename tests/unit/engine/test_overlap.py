@@ -190,8 +190,14 @@ def test_while_all_wait_for_a_network_two_cts_are_in_memory_and_no_outputs() -> 
     assert alive == [2]
 
 
-def test_a_side_that_is_stopped_begins_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(here, "_PATIENCE_S", 0.01)
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that hangs is waited for no longer than a moment."""
+    monkeypatch.setattr(here, "_PATIENCE_S", 0.05)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_side_that_is_stopped_begins_nothing_more() -> None:
     begun, release = threading.Event(), threading.Event()
     side, done = here._Side("read ahead"), []
 
@@ -266,10 +272,8 @@ def test_closing_stops_early_and_waits_for_what_is_being_stored() -> None:
     assert threads() == []
 
 
-def test_a_step_that_hangs_does_not_hold_up_an_interruption(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(here, "_PATIENCE_S", 0.05)
+@pytest.mark.usefixtures("impatient")
+def test_a_step_that_hangs_does_not_hold_up_an_interruption() -> None:
     hangs, release = threading.Event(), threading.Event()
 
     def hang(item: int) -> int:
