@@ -29,7 +29,7 @@ from pipeline.review.units import run_folders
 from pipeline.student.checkpoint import load_student
 from pipeline.student.inference import StudentWindows
 from pipeline.student.speed import SpeedFlags, TrainingExecution
-from stages.compare import budget
+from stages.compare import budget, scoring
 from stages.compare import results as tables
 from stages.compare.page import to_html, write_results
 from stages.compare.plan import Comparison, ComparisonSettings, load_configurations, plan_comparison
