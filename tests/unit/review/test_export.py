@@ -393,8 +393,9 @@ def test_nnunet_takes_the_dataset_as_it_is(tiny_cached: Path, tmp_path: Path) ->
     export_raw(tiny_cached, tmp_path / "nnUNet_raw" / "Dataset501_Organs", "liver")
     folders = {name: str(tmp_path / name) for name in ("nnUNet_raw", "nnUNet_preprocessed")}
     command = ["nnUNetv2_plan_and_preprocess", "-d", "501", "--verify_dataset_integrity"]
+    one_process = ["-npfp", "1", "-np", "1"]  # each of its own imports nnU-Net
     done = subprocess.run(
-        [Path(sys.executable).parent / command[0], *command[1:], "-c", "3d_fullres", "-np", "1"],
+        [Path(sys.executable).parent / command[0], *command[1:], "-c", "3d_fullres", *one_process],
         env={**os.environ, **folders, "nnUNet_results": str(tmp_path / "results")},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
