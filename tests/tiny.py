@@ -18,14 +18,18 @@ The student grid is 12 mm; volumes have about 24 x 28 x 32 voxels.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 import yaml
@@ -49,6 +53,7 @@ from stages import cache_teachers
 from stages.report import Scope, StageReport
 
 RunCli = Callable[..., tuple[int, str, str]]  # what the fixture `run_cli` is
+ROOT = Path(__file__).resolve().parents[1]
 ORGANS = ("liver", "spleen")
 SHAPE = (24, 28, 32)
 GRID_MM = (12.0, 12.0, 12.0)
@@ -153,6 +158,19 @@ def as_one_file(records: Path) -> Path:
     return file
 
 
+def first_voxel(array: Any) -> Any:
+    """Another one there."""
+    array.flat[0] += 1
+    return array
+
+
+def repaint(path: Path, change: Callable[[Any], Any] = first_voxel) -> None:
+    """Rewrites a NIfTI file with other voxels in the same geometry."""
+    image = nib.load(path)
+    voxels = change(np.asanyarray(image.dataobj).copy())
+    nib.save(nib.Nifti1Image(voxels, image.affine, image.header), path)
+
+
 def shrink_organ(label: Path, value: int, spacing_mm: float) -> None:
     """Leaves one voxel of a label value, one that a grid of that spacing passes by."""
     volume = read_label(label).volume
@@ -163,6 +181,17 @@ def shrink_organ(label: Path, value: int, spacing_mm: float) -> None:
     kept = np.where(volume.array == value, 0, volume.array).astype(np.uint8)
     kept[tuple(np.argwhere(passed_by)[0])] = value
     write_like(label, Volume(kept, volume.grid), label)
+
+
+def run_python(
+    *arguments: object, cwd: Path = ROOT, timeout: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own; what it printed."""
+    known = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env={**known, **environment},
+        capture_output=True, text=True, check=False, timeout=timeout,
+    )  # fmt: skip
 
 
 @contextmanager

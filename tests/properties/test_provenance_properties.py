@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import given
@@ -41,13 +37,13 @@ from tests.tiny import (
     case_digested,
     change_registry,
     copy_cohort,
+    repaint,
     run_cache,
+    run_python,
     teacher_digested,
     work_of,
     write_teacher,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # --- one value, one digest ------------------------------------------------------------------------
 
@@ -169,16 +165,7 @@ print(json.dumps([digest(case), digest(teacher),
 def test_every_process_computes_the_same_digests() -> None:
     found = set()
     for seed in ("0", "random"):
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-        )
-        found.add(done.stdout)
+        found.add(run_python("-c", PROGRAM, PYTHONHASHSEED=seed).stdout)
     assert len(found) == 1
     # Pinned: a digest that changes without a new FORMAT_VERSION would make every cache stale.
     assert json.loads(found.pop()) == PINNED
@@ -302,15 +289,8 @@ def changed(cohort: Path, tmp_path: Path, change: Callable[[Path], object]) -> t
     return before[0] != after[0], before[1] != after[1]
 
 
-def repaint(kind: str) -> Callable[[Path], None]:
-    def change(registry: Path) -> None:
-        path = registry.parent / "data" / "multi-ct" / kind / "case_000.nii.gz"
-        image = nib.load(path)
-        array = np.asanyarray(image.dataobj).copy()
-        array[0, 0, 0] ^= 1
-        nib.save(nib.Nifti1Image(array, image.affine, image.header), path)
-
-    return change
+def repainted(kind: str) -> Callable[[Path], None]:
+    return lambda r: repaint(r.parent / "data" / "multi-ct" / kind / "case_000.nii.gz")
 
 
 def weights(**changes: Any) -> Callable[[Path], None]:
@@ -339,8 +319,8 @@ def new_spacing(data: dict[str, Any]) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], bool, bool]] = {
-    "image bytes": (repaint("images"), True, False),
-    "label bytes": (repaint("labels"), True, False),
+    "image bytes": (repainted("images"), True, False),
+    "label bytes": (repainted("labels"), True, False),
     "label values": (
         entry(lambda d: d["datasets"]["multi-ct"]["annotated"].update(liver=[1, 3])), True, False,
     ),

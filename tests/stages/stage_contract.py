@@ -16,11 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
@@ -31,9 +28,7 @@ import pytest
 
 from pipeline.student.progress import metric_lines, without_timing
 from stages.report import StageReport
-from tests.tiny import placeless_entry
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.tiny import placeless_entry, run_python
 
 # Runs the command line with one function replaced: its nth call kills the process, as kill -9 does.
 _KILLER = """
@@ -89,15 +84,7 @@ def run_killed(command: Sequence[str], at: str, nth: int) -> int:
     """Runs the command line until the nth call of `module:function`, which kills it; returns the
     return code."""
     module, function = at.split(":")
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLER, module, function, str(nth), *command],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = run_python("-c", _KILLER, module, function, nth, *command)
     assert done.returncode == -signal.SIGKILL, done.stderr
     return done.returncode
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from pipeline.student.inputs import open_inputs
 from pipeline.student.settings import SupervisionConfig
 from tests.stages.stage_contract import snapshot
 from tests.stages.test_cache_teachers import run, units_of
-from tests.tiny import change_registry, shrink_organ, teacher_data, work_of
+from tests.tiny import change_registry, repaint, shrink_organ, teacher_data, work_of
 
 FACTORIES = "tests.unit.teachers.made_teachers"
 
@@ -60,12 +59,6 @@ def keep(registry: Path, *datasets: str, **teachers: Any) -> Path:
         data["organs"] = {o: i for o, i in data["organs"].items() if o in known}
 
     return change_registry(registry, change)
-
-
-def repaint(path: Path, voxels: Any) -> None:
-    """Rewrites a NIfTI file with `voxels(array)` in the same geometry."""
-    image = nib.load(path)
-    nib.save(nib.Nifti1Image(voxels(np.asanyarray(image.dataobj).copy()), image.affine), path)
 
 
 def files_of(registry: Path, part: str, dataset: str = "liver-ct") -> list[Path]:

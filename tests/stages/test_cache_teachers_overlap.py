@@ -21,9 +21,9 @@ from pipeline.data.registry import load_registry
 from pipeline.errors import TeacherError
 from pipeline.teachers import units
 from tests.stages import test_cache_teachers as stage
-from tests.stages.stage_contract import ROOT, content
+from tests.stages.stage_contract import content
 from tests.stages.test_cache_teachers import quiet_run, run, units_of
-from tests.tiny import cache_config, copy_cohort, work_of
+from tests.tiny import ROOT, cache_config, copy_cohort, work_of
 
 
 def test_overlapped_or_in_turn_is_the_same(tiny_registry: Path, tmp_path: Path) -> None:

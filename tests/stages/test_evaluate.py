@@ -4,7 +4,6 @@ import csv
 import gzip
 import json
 import math
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from tests.stages.stage_contract import snapshot
 from tests.tiny import (
     RunCli,
     change_registry,
+    file_limit,
     fill_cache,
     in_two_folds,
     training_settings,
@@ -240,12 +240,9 @@ class TestFilesOfOthers:
     ) -> None:
         """Both files stay as they were, the table is printed, and the report says it."""
         run(perfect)
-        before, limit = snapshot(perfect.parent), resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (256, limit[1]))
-        try:
+        before = snapshot(perfect.parent)
+        with file_limit(256):
             report = run(perfect, tolerance_mm=1.0, table=True)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert (report.done, set(report.failed)) == (list(CASES), {"summary.json"})
         assert report.exit_code == 2
         assert str(report.failed["summary.json"]) == (
@@ -374,11 +371,6 @@ class TestScores:
         assert found["reason"] == "not annotated in this case"
         mean = means(perfect, "spleen")
         assert (mean["num_cases"], mean["num_missing"]) == (2, len(cases))
-
-    def test_swapped_organs_score_zero(self, perfect: Path) -> None:
-        write_prediction(perfect, CASES[0], swapped)
-        run(perfect)
-        assert metrics(perfect, CASES[0], "liver")["Dice"] == 0.0
 
     def test_a_prediction_mirrored_in_memory_but_right_in_space_is_perfect(
         self, perfect: Path
@@ -678,14 +670,8 @@ class TestSummary:
         report = run(perfect)
         summary = summary_of(perfect)
         assert set(summary) == {
-            "settings",
-            "failed",
-            "metric_per_case",
-            "mean",
-            "foreground_mean",
-            "organs",
-            "rules",
-        }
+            "settings", "failed", "metric_per_case", "mean", "foreground_mean", "organs", "rules",
+        }  # fmt: skip
         assert list(summary["mean"]) == ["1", "2"]
         assert all(
             set(m) == {*METRICS, "num_cases", "num_missing"} for m in summary["mean"].values()
@@ -723,12 +709,7 @@ class TestSummary:
         self, perfect: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         write_prediction(perfect, CASES[0], without(SPLEEN))
-        evaluate.run(
-            EvaluateConfig(),
-            load_registry(perfect),
-            perfect.parent / "predictions",
-            log=Log(quiet=True),
-        )
+        run(perfect, table=True)
         shown = capsys.readouterr().out
         assert "mean over organs" in shown
         assert "0.500" in shown

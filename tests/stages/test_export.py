@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import resource
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +39,7 @@ from stages.export import ExportConfig
 from stages.report import StageReport
 from tests.stages.stage_contract import StageContract, snapshot
 from tests.stages.test_predict import record, write_ct
-from tests.tiny import GRID_MM, work_of
+from tests.tiny import GRID_MM, file_limit, work_of
 from tests.unit.student.test_networks_by_name import NAMES, NETWORKS
 
 CPU = torch.device("cpu")
@@ -271,12 +270,9 @@ class TestWhatIsExported:
         """As a full disk does: by a limit on the size of files, below that of the network's."""
         student, image = exported("softmax").student, exported("softmax").image
         out = exported("softmax").copied(form, tmp_path / "out")
-        before, limit = snapshot(out), resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limit[1]))
-        try:
+        before = snapshot(out)
+        with file_limit(1024):
             report = run(student, [form, form], out, ExportConfig(overlap=0.25), check_on=image)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert (report.done, set(report.failed), report.exit_code) == ([], {form}, 2)
         assert str(report.failed[form]) == (
             f"{out / form}: it cannot be written (File too large). Check free space, quota and "

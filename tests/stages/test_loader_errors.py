@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
-from tests.tiny import training_settings, work_of
+from tests.tiny import run_python, training_settings, work_of
 
 
 def test_a_damaged_chunk_stops_the_training_and_does_not_hang(tiny_cached: Path) -> None:
@@ -18,12 +16,8 @@ def test_a_damaged_chunk_stops_the_training_and_does_not_hang(tiny_cached: Path)
         chunk.write_bytes(bytes(content))
     config = tiny_cached.parent / "student.yaml"
     config.write_text(yaml.safe_dump({"training": training_settings()}), encoding="utf-8")
-    command = [sys.executable, "-m", "pipeline.cli", "train-student"]
-    where = ["-r", str(tiny_cached), "-c", str(config), "-w", str(work_of(tiny_cached))]
-    done = subprocess.run(
-        [*command, *where, "--workers", "1"],
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+    where = ["-r", tiny_cached, "-c", config, "-w", work_of(tiny_cached)]
+    done = run_python("-m", "pipeline.cli", "train-student", *where, "--workers", "1")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]

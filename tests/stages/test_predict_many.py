@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,9 +27,9 @@ from pipeline.student.predicted import Probabilities
 from stages import predict
 from stages.predict import PredictConfig
 from stages.report import StageReport
-from tests.stages.stage_contract import ROOT, content, snapshot
+from tests.stages.stage_contract import content, snapshot
 from tests.stages.test_predict import SPACING_XYZ, record, write_ct, write_student
-from tests.tiny import RunCli, file_limit
+from tests.tiny import RunCli, file_limit, run_python
 
 CPU = torch.device("cpu")
 
@@ -308,11 +306,7 @@ def test_a_case_five_times_as_long_takes_little_more_memory(
         image.parent.mkdir()
         array = np.random.default_rng(0).integers(-1000, 1000, (96, 96, 120 * times))
         nib.save(nib.Nifti1Image(array.astype(np.int16), np.diag([*SPACING_XYZ, 1.0])), image)
-        done = subprocess.run(
-            [sys.executable, "-c", _PEAK, str(student), str(image), str(tmp_path / f"o{times}")],
-            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
+        done = run_python("-c", _PEAK, student, image, tmp_path / f"o{times}", timeout=300)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) / 1024)
     voxels = 96 * 96 * 600

@@ -35,14 +35,16 @@ from pipeline.student import training
 from pipeline.student.checkpoint import load_student
 from pipeline.student.inference import StudentWindows
 from pipeline.student.postprocessing import Rule
+from pipeline.student.progress import metric_lines
 from pipeline.student.settings import Kind
 from pipeline.student.speed import TrainingExecution
 from stages import train_student
 from stages.report import Scope, StageReport
 from stages.train_student import TrainStudentConfig
-from tests.stages.stage_contract import ROOT, StageContract, content, snapshot
+from tests.stages.stage_contract import StageContract, content, snapshot
 from tests.tiny import (
     ORGANS,
+    ROOT,
     TAP,
     RunCli,
     at_step,
@@ -52,6 +54,7 @@ from tests.tiny import (
     fill_cache,
     in_two_folds,
     run_cache,
+    run_python,
     training_settings,
     work_of,
 )
@@ -162,6 +165,20 @@ def losses_of(registry: Path) -> list[float]:
     return [line["loss"] for line in steps_of(registry)]
 
 
+@pytest.fixture(scope="module")
+def built_run(built_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cached cohort with a finished run, never to be changed; use `trained`."""
+    registry = copy_cohort(built_cache, tmp_path_factory.mktemp("trained") / "cohort")
+    assert run(registry).done == ["student"]
+    return registry
+
+
+@pytest.fixture
+def trained(built_run: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return copy_cohort(built_run, tmp_path / "cohort")
+
+
 def test_a_student_of_a_fold(tiny_cached: Path, run_cli: RunCli) -> None:
     in_two_folds(tiny_cached)
     units = {path for teacher in ORGANS for path in units_of(tiny_cached, teacher)}
@@ -244,15 +261,7 @@ class TestTheCacheIsTheOnlyDoor:
     def test_it_trains_where_no_teacher_weights_and_no_ct_are(self, tiny_cached: Path) -> None:
         shutil.rmtree(tiny_cached.parent / "data")
         shutil.rmtree(tiny_cached.parent / "teachers")
-        done = subprocess.run(
-            [sys.executable, "-c", _WITHOUT_TEACHERS, *arguments(tiny_cached)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
+        done = run_python("-c", _WITHOUT_TEACHERS, *arguments(tiny_cached))
         assert done.returncode == 0, done.stderr
         assert "stage one cannot be imported here" in done.stdout
         assert "are taken, by their name alone, for those that the cached units" in done.stderr
@@ -377,13 +386,12 @@ class TestMissingUnits:
         with pytest.raises(CacheMissing, match="has 0 bytes"):
             run(tiny_cached)
 
-    def test_units_that_nobody_reads_are_not_missed(self, tiny_cached: Path) -> None:
-        unread = set(units_of(tiny_cached, "liver")) - set(trained_units(tiny_cached, "liver"))
+    def test_units_that_nobody_reads_are_not_missed(self, trained: Path) -> None:
+        unread = set(units_of(trained, "liver")) - set(trained_units(trained, "liver"))
         assert unread
-        run(tiny_cached)
         for path in unread:
             shutil.rmtree(path)
-        assert run(tiny_cached).skipped == ["student"]
+        assert run(trained).skipped == ["student"]
 
     @pytest.mark.parametrize("teacher", ["liver", "spleen"])
     def test_they_may_be_left_out(
@@ -419,12 +427,11 @@ class TestMissingUnits:
         assert "Name another `run`" in str(caught.value)
         assert snapshot(run_folder(tiny_cached)) == before
 
-    def test_a_run_does_not_go_on_with_fewer_units(self, tiny_cached: Path) -> None:
-        run(tiny_cached)
-        (run_folder(tiny_cached) / "finished.json").unlink()
-        shutil.rmtree(trained_units(tiny_cached, "liver")[1])
+    def test_a_run_does_not_go_on_with_fewer_units(self, trained: Path) -> None:
+        (run_folder(trained) / "finished.json").unlink()
+        shutil.rmtree(trained_units(trained, "liver")[1])
         with pytest.raises(CheckpointError, match="no longer has: teacher liver in 1 case"):
-            run(tiny_cached, settings(allow_missing=True))
+            run(trained, settings(allow_missing=True))
 
     def test_without_any_teachers_unit_there_is_nothing_to_distil(self, tiny_cached: Path) -> None:
         for teacher in ORGANS:
@@ -500,50 +507,45 @@ class TestTheRun:
         run(whole, settings(seed=4))
         return content(run_folder(whole))
 
-    def test_other_settings_under_the_same_name_are_refused(self, tiny_cached: Path) -> None:
-        run(tiny_cached)
-        before = snapshot(run_folder(tiny_cached))
+    def test_other_settings_under_the_same_name_are_refused(self, trained: Path) -> None:
+        before = snapshot(run_folder(trained))
         with pytest.raises(CheckpointError, match=r"config\.seed was 0, now 1"):
-            run(tiny_cached, settings(seed=1))
-        assert snapshot(run_folder(tiny_cached)) == before
+            run(trained, settings(seed=1))
+        assert snapshot(run_folder(trained)) == before
 
     @pytest.mark.parametrize("left", ["all", "student.pt", "best.pt", "finished.json"])
-    def test_a_student_of_other_settings_is_not_replaced(
-        self, tiny_cached: Path, left: str
-    ) -> None:
+    def test_a_student_of_other_settings_is_not_replaced(self, trained: Path, left: str) -> None:
         """Whatever tells of it, once its checkpoints have been removed."""
-        run(tiny_cached)
-        shutil.rmtree(run_folder(tiny_cached) / "checkpoints")
+        shutil.rmtree(run_folder(trained) / "checkpoints")
         for name in {"student.pt", "best.pt", "finished.json"} - {left} if left != "all" else ():
-            (run_folder(tiny_cached) / name).unlink()
-        before = snapshot(run_folder(tiny_cached))
+            (run_folder(trained) / name).unlink()
+        before = snapshot(run_folder(trained))
         with pytest.raises(CheckpointError) as caught:
-            run(tiny_cached, settings(seed=1))
+            run(trained, settings(seed=1))
         assert str(caught.value) == (
-            f"{run_folder(tiny_cached) / (left if left != 'all' else 'student.pt')}: it is of a "
+            f"{run_folder(trained) / (left if left != 'all' else 'student.pt')}: it is of a "
             "student that was trained with other settings or on other data, or it was changed "
             "since. It is not replaced. Name another `run` in the settings, or move away what is "
             "there."
         )
         assert caught.value.exit_code == 2
-        assert snapshot(run_folder(tiny_cached)) == before
+        assert snapshot(run_folder(trained)) == before
 
     def test_a_finished_run_without_checkpoints_is_done_as_long_as_its_student_is_there(
-        self, tiny_cached: Path
+        self, trained: Path
     ) -> None:
-        run(tiny_cached)
-        shutil.rmtree(run_folder(tiny_cached) / "checkpoints")
-        student = run_folder(tiny_cached) / "student.pt"
+        shutil.rmtree(run_folder(trained) / "checkpoints")
+        student = run_folder(trained) / "student.pt"
         whole = student.read_bytes()
-        assert run(tiny_cached).skipped == ["student"]
+        assert run(trained).skipped == ["student"]
         student.unlink()
-        assert run(tiny_cached).done == ["student"]
+        assert run(trained).done == ["student"]
         assert student.read_bytes() == whole
         # Nor is one replaced that somebody else put there, though checkpoints are the run's own.
-        (run_folder(tiny_cached) / "finished.json").unlink()
+        (run_folder(trained) / "finished.json").unlink()
         student.write_bytes(b"of somebody else")
         with pytest.raises(CheckpointError, match=r"student\.pt: it is of a student that"):
-            run(tiny_cached)
+            run(trained)
         assert student.read_bytes() == b"of somebody else"
 
     @pytest.mark.parametrize("config", [None, "{}"])
@@ -631,27 +633,26 @@ class TestTheRun:
         assert [path.name for path in checkpoints.iterdir()] == ["step_00000002.pt"]
         assert run(tiny_cached, settings(steps=3)).done == ["student"]
 
+    @pytest.mark.parametrize("lr", [0.05, 1e-30])
     def test_the_best_student_is_beside_the_last_and_predicts(
-        self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
+        self, tiny_cached: Path, lr: float
     ) -> None:
         """The first of equals, also where a stop lies between them."""
-        dice = iter([0.3, 0.7, 0.5, 0.7])
-        monkeypatch.setattr(
-            training,
-            "validate",
-            lambda *args: {organ: [[d] * 3] for d in [next(dice)] for organ in ORGANS},
-        )
-        config = settings(steps=4, validate_every=1)
+        config = settings(steps=4, validate_every=1, optimiser={"lr": lr})
         with at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
             assert not run(tiny_cached, config).done
         assert run(tiny_cached, config).done == ["student"]
         best, of_best = load_student(run_folder(tiny_cached) / "best.pt")
         last, of_last = load_student(run_folder(tiny_cached) / "student.pt")
-        assert (best.steps, best.validation_dice) == (2, dict.fromkeys(ORGANS, 0.7))
-        assert (last.steps, last.validation_dice) == (4, dict.fromkeys(ORGANS, 0.7))
+        lines = metric_lines(run_folder(tiny_cached) / "metrics.jsonl")
+        dice = {line["step"]: line["validation_dice"] for line in lines if "loss" not in line}
+        first = max(dice, key=lambda step: sum(dice[step].values()))
+        assert first == (2 if lr == 0.05 else 1)
+        assert (best.steps, best.validation_dice) == (first, dice[first])
+        assert (last.steps, last.validation_dice) == (4, dice[4])
         assert best.run_digest == last.run_digest
         weights = zip(of_best.state_dict().values(), of_last.state_dict().values(), strict=True)
-        assert not all(torch.equal(a, b) for a, b in weights)
+        assert all(torch.equal(a, b) for a, b in weights) == (lr == 1e-30)
 
     def test_rules_are_learnt_by_the_last_validation_itself(
         self, tiny_cached: Path, monkeypatch: pytest.MonkeyPatch
@@ -801,14 +802,10 @@ def test_torchrun_trains_one_student_in_two_processes(tiny_cached: Path) -> None
     config = tiny_cached.parent / "student.yaml"
     config.write_text(yaml.safe_dump(settings(batch_size=2, steps=3).model_dump(mode="json")))
     torchrun = ["torch.distributed.run", "--max-restarts", "0", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [
-            sys.executable, "-m", *torchrun, "--master-port", str(_free_port()),
-            "-m", "pipeline.cli", "train-student", "--device", "cpu",
-            "-r", str(tiny_cached), "-w", str(work_of(tiny_cached)), "-c", str(config),
-        ],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, timeout=200,
+    done = run_python(
+        "-m", *torchrun, "--master-port", _free_port(),
+        "-m", "pipeline.cli", "train-student", "--device", "cpu",
+        "-r", tiny_cached, "-w", work_of(tiny_cached), "-c", config, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     # The first process speaks, the other keeps silent.

@@ -16,26 +16,17 @@ from pipeline.errors import CacheMissing, ConfigError, PipelineError
 from pipeline.log import Log
 from pipeline.student.speed import SpeedFlags, TrainingExecution
 from stages.report import Scope, StageReport
-from tests.tiny import RunCli
+from tests.tiny import ROOT, RunCli, run_python
 from website.command_reference import walk
 
 Body = Callable[[], object]
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def pipeline(*arguments: str, code: str = "from pipeline.cli import main; main()") -> tuple[
     int, str, str
 ]:  # fmt: skip
     """Runs the command line in a process of its own: exit code, standard output and error."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = run_python("-c", code, *arguments, COLUMNS="200")
     return done.returncode, done.stdout, done.stderr
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,22 +9,15 @@ import pytest
 import yaml
 
 from pipeline.cli import options
-from tests.unit.cli.test_app import ROOT
+from tests.tiny import run_python
 
 
 def offered(line: str, folder: Path, *, shell: str = "bash") -> list[str]:
     """What is offered at the end of a command line, typed in `folder`."""
     words = line.split(" ")
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.argv = ['pipeline']; "
-         "from pipeline.cli import main; main()"],
-        cwd=folder,
-        env={
-            **os.environ, "PYTHONPATH": str(ROOT), "_PIPELINE_COMPLETE": f"complete_{shell}",
-            "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1),
-        },
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+    code = "import sys; sys.argv = ['pipeline']; from pipeline.cli import main; main()"
+    typed = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    done = run_python("-c", code, cwd=folder, _PIPELINE_COMPLETE=f"complete_{shell}", **typed)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +10,8 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
-from tests.tiny import WINDOW, training_settings
+from tests.tiny import WINDOW, run_python, training_settings
 
-ROOT = Path(__file__).resolve().parents[3]
 _LIST_MODULES = """
 import sys
 sys.argv = ["pipeline", *sys.argv[1:]]
@@ -79,15 +75,7 @@ def folder(built_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_command_imports_what_it_needs(
     command: str, absent: tuple[str, ...], at_most: int, folder: Path
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _LIST_MODULES, *command.split()],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = run_python("-c", _LIST_MODULES, *command.split(), cwd=folder)
     assert done.returncode == (2 if "absent.yaml" in command else 0), done.stderr
     modules = done.stderr.split("MODULES ")[1].split()
     assert "typer" in modules
@@ -105,8 +93,6 @@ def test_a_command_imports_what_it_needs(
 )
 def test_worker_processes_import_what_they_need(module: str, absent: tuple[str, ...]) -> None:
     """Of `check`, `inspect` and a training's loaders: what the server they are forked from does."""
-    code = f"import sys, {module}; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = run_python("-c", f"import sys, {module}; print(*sys.modules)")
+    assert done.returncode == 0, done.stderr
     assert [name for name in absent if name in done.stdout.split()] == []

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.tiny import run_python
 
 # 48 channels of 320 x 64 x 64 voxels are 252 MB in float32; a window's depth of them 13 MB.
 _CHILD = """
@@ -42,9 +39,7 @@ print(json.dumps(peak() - before))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
 def test_ten_times_the_case_takes_no_more_memory() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=True, timeout=300,
-    )  # fmt: skip
+    done = run_python("-c", _CHILD, timeout=300)
+    assert done.returncode == 0, done.stderr
     grown_mb = json.loads(done.stdout)
     assert grown_mb < 30  # the int16 volume itself is 3 MB

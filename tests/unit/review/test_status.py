@@ -4,15 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
 from pipeline.data.registry import load_registry
 from pipeline.review.status import STATES, status
-from tests.tiny import change_registry, work_of, write_teacher
+from tests.tiny import change_registry, repaint, work_of, write_teacher
 
 
 def states(registry: Path) -> dict[tuple[str, str, str], str]:
@@ -21,14 +19,6 @@ def states(registry: Path) -> dict[tuple[str, str, str], str]:
 
 def not_done(registry: Path) -> dict[tuple[str, str, str], str]:
     return {unit: state for unit, state in states(registry).items() if state != "done"}
-
-
-def repaint(path: Path) -> None:
-    """Other voxels in the same geometry."""
-    image = nib.load(path)
-    values = np.asanyarray(image.dataobj).copy()
-    values.flat[0] += 1
-    nib.save(nib.Nifti1Image(values, image.affine, image.header), path)
 
 
 def test_nothing_cached_is_missing(tiny_registry: Path) -> None:

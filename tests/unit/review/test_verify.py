@@ -41,14 +41,6 @@ def test_a_sound_cache(built_cache: Path, deep: bool) -> None:
     assert snapshot(work_of(built_cache)) == before
 
 
-def lose_shard(unit: Path) -> None:
-    shard(unit, "log_odds/liver").unlink()
-
-
-def lose_arrays(unit: Path) -> None:
-    shutil.rmtree(unit / "log_odds")
-
-
 def flip_shard(unit: Path) -> None:
     flip(shard(unit, "log_odds/liver"))
 

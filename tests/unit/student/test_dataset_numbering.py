@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +9,9 @@ import torch
 from pipeline.cache.reader import CachedCase
 from pipeline.student.augment import AugmentConfig
 from pipeline.student.distributed import Processes
+from tests.tiny import run_python
 from tests.unit.student.coded import TAP
 from tests.unit.student.samples import CACHED, MOVING, dataset, fingerprint, fingerprints
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 class TestPureFunctionOfItsNumber:
@@ -72,15 +68,7 @@ class TestPureFunctionOfItsNumber:
             "from tests.unit.student.samples import fingerprints\n"
             "print(*fingerprints(torch.load(sys.argv[1], weights_only=False)))\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(coded_folder / "data.pt")],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
+        done = run_python("-c", code, coded_folder / "data.pt")
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == fingerprints(data)
 

@@ -14,9 +14,9 @@ import os
 import pickle
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import pytest
@@ -37,8 +37,34 @@ from tests.unit.teachers.made_teachers import Payload
 WINDOW = WindowConfig(shape=(8, 12, 16), overlap=0.25)
 
 
+T = TypeVar("T")
+
+
 def weights_digest(entry: TeacherEntry, path: Path) -> str:
     return digest_of(entry, stamp_weights(entry, path))
+
+
+def opened(
+    kind: type[T], entry: TeacherEntry, path: Path, *, name: str = "mine",
+    window: WindowConfig | None = None, batch: int = 1,
+) -> T:  # fmt: skip
+    """As stage one does."""
+    teacher = load_teacher(
+        name, entry, path,
+        window=window or WindowConfig(), batch_size=batch, device=torch.device("cpu"),
+    )  # fmt: skip
+    assert isinstance(teacher, kind)
+    return teacher
+
+
+def refusal(match: str, where: str, act: Callable[[], object]) -> str:
+    """What is said of a teacher that cannot be taken, where, and what to do."""
+    with pytest.raises(TeacherError, match=match) as caught:
+        act()
+    assert caught.value.exit_code == 2
+    assert where in str(caught.value)
+    assert caught.value.fix
+    return str(caught.value)
 
 
 class TeacherContract(ABC):
@@ -71,11 +97,9 @@ class TeacherContract(ABC):
     def load(
         self, path: Path, *, window: WindowConfig = WINDOW, batch: int = 2, **changes: Any
     ) -> Teacher:
-        """As stage one does."""
-        return load_teacher(
-            "mine", self.entry(**changes), path,
-            window=window, batch_size=batch, device=torch.device("cpu"),
-        )  # fmt: skip
+        return cast(
+            Teacher, opened(object, self.entry(**changes), path, window=window, batch=batch)
+        )
 
     def image(self) -> Volume:
         """About as many HU above soft tissue as below."""

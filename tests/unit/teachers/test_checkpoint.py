@@ -16,10 +16,9 @@ from pipeline.networks.by_name import build_network
 from pipeline.networks.tensor_file import save_atomically
 from pipeline.student.checkpoint import StudentRecord, load_student, save_student
 from pipeline.teachers.checkpoint import CheckpointTeacher, read_teacher, save_teacher
-from pipeline.teachers.load import load_teacher
 from pipeline.teachers.teacher import StreamingTeacher
 from tests.tiny import GRID_MM, NETWORK, TAP, teacher_data, write_teacher
-from tests.unit.teachers.teacher_contract import StoredNetworkContract
+from tests.unit.teachers.teacher_contract import StoredNetworkContract, opened, refusal
 
 WINDOW = WindowConfig(shape=(8, 8, 8), overlap=0.25)
 
@@ -29,11 +28,8 @@ def entry(**changes: Any) -> TeacherEntry:
 
 
 def load(path: Path, window: WindowConfig = WINDOW, **changes: Any) -> CheckpointTeacher:
-    teacher = load_teacher(
-        "liver", entry(**changes), path, window=window, batch_size=2, device=torch.device("cpu")
-    )
-    assert isinstance(teacher, CheckpointTeacher)
-    return teacher
+    entered = entry(**changes)
+    return opened(CheckpointTeacher, entered, path, name="liver", window=window, batch=2)
 
 
 @pytest.fixture
@@ -43,11 +39,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def refused(path: Path, match: str, **changes: Any) -> str:
-    with pytest.raises(TeacherError, match=match) as caught:
-        load(path, **changes)
-    assert caught.value.exit_code == 2
-    assert str(path) in str(caught.value)
-    return str(caught.value)
+    return refusal(match, str(path), lambda: load(path, **changes))
 
 
 class TestCheckpoint(StoredNetworkContract):

@@ -21,42 +21,25 @@ from pipeline.data.patches import WindowConfig
 from pipeline.data.volume import Grid, Volume
 from pipeline.errors import TeacherError
 from pipeline.teachers.exported import ExportedTeacher, FixedBatch
-from pipeline.teachers.load import load_teacher
 from tests.unit.teachers.made_bundles import exported_entry, seeded_network
 from tests.unit.teachers.made_teachers import Payload
-from tests.unit.teachers.teacher_contract import WINDOW, StoredNetworkContract
+from tests.unit.teachers.teacher_contract import WINDOW, StoredNetworkContract, opened, refusal
 
 # The contract's window as the network sees it, x first: a mix-up of axes cannot run unnoticed.
 SEEN = (16, 12, 8)
 
 
 def load(
-    path: Path,
-    *,
-    window: WindowConfig = WINDOW,
-    batch: int = 2,
-    trusted: bool = False,
+    path: Path, *, window: WindowConfig = WINDOW, batch: int = 2, trusted: bool = False,
     **changes: Any,
-) -> ExportedTeacher:
+) -> ExportedTeacher:  # fmt: skip
     entry = exported_entry(**changes)
-    teacher = load_teacher(
-        "mine",
-        entry.trusting() if trusted else entry,
-        path,
-        window=window,
-        batch_size=batch,
-        device=torch.device("cpu"),
-    )
-    assert isinstance(teacher, ExportedTeacher)
-    return teacher
+    entry = entry.trusting() if trusted else entry
+    return opened(ExportedTeacher, entry, path, window=window, batch=batch)
 
 
 def refused(path: Path, match: str, **changes: Any) -> str:
-    with pytest.raises(TeacherError, match=match) as caught:
-        load(path, **changes)
-    assert caught.value.exit_code == 2
-    assert f"teacher mine, {path}" in str(caught.value)
-    return str(caught.value)
+    return refusal(match, f"teacher mine, {path}", lambda: load(path, **changes))
 
 
 def image(shape: tuple[int, int, int] = (13, 20, 27)) -> Volume:

@@ -5,15 +5,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-import torch
 
 from pipeline.data.entries import TeacherEntry
-from pipeline.data.patches import WindowConfig
 from pipeline.data.volume import Grid, Volume
 from pipeline.errors import ConfigError, PipelineError, TeacherError
 from pipeline.teachers.factory import FactoryTeacher
-from pipeline.teachers.load import load_teacher
-from tests.unit.teachers.teacher_contract import TeacherContract
+from tests.unit.teachers.teacher_contract import TeacherContract, opened, refusal
 
 MODULE = "tests.unit.teachers.made_teachers"
 IMAGE = Volume(
@@ -28,23 +25,11 @@ def entry(function: str, **changes: Any) -> TeacherEntry:
 
 def load(tmp_path: Path, function: str = f"{MODULE}:threshold", **changes: Any) -> FactoryTeacher:
     (tmp_path / "weights.bin").write_bytes(b"w")
-    teacher = load_teacher(
-        "mine",
-        entry(function, **changes),
-        tmp_path / "weights.bin",
-        window=WindowConfig(),
-        batch_size=1,
-        device=torch.device("cpu"),
-    )
-    assert isinstance(teacher, FactoryTeacher)
-    return teacher
+    return opened(FactoryTeacher, entry(function, **changes), tmp_path / "weights.bin")
 
 
 def refused(tmp_path: Path, match: str, function: str, **changes: Any) -> None:
-    with pytest.raises(TeacherError, match=match) as caught:
-        load(tmp_path, function, **changes)
-    assert caught.value.exit_code == 2
-    assert f"teacher mine ({function})" in str(caught.value)
+    refusal(match, f"teacher mine ({function})", lambda: load(tmp_path, function, **changes))
 
 
 class TestFactory(TeacherContract):

@@ -17,12 +17,10 @@ from pydantic import ValidationError
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.labels import log_odds
 from pipeline.data.nifti import read_image, read_label
-from pipeline.data.patches import WindowConfig
 from pipeline.data.resample import resample, same_grid
 from pipeline.data.volume import Volume, from_file_array
 from pipeline.errors import TeacherError
 from pipeline.networks.by_name import tapped
-from pipeline.teachers.load import load_teacher
 from pipeline.teachers.monai_bundle import BundleTeacher
 from tests.unit.teachers.made_bundles import (
     TAP,
@@ -33,7 +31,12 @@ from tests.unit.teachers.made_bundles import (
     write_bundle,
     write_ct,
 )
-from tests.unit.teachers.teacher_contract import StoredNetworkContract, weights_digest
+from tests.unit.teachers.teacher_contract import (
+    StoredNetworkContract,
+    opened,
+    refusal,
+    weights_digest,
+)
 
 Data = dict[str, Any]
 Change = Callable[[Data], object]
@@ -41,24 +44,11 @@ Change = Callable[[Data], object]
 
 def load(folder: Path, *, trusted: bool = False, **changes: Any) -> BundleTeacher:
     entry = bundle_entry(**changes)
-    teacher = load_teacher(
-        "zoo",
-        entry.trusting() if trusted else entry,
-        folder,
-        window=WindowConfig(),
-        batch_size=1,
-        device=torch.device("cpu"),
-    )
-    assert isinstance(teacher, BundleTeacher)
-    return teacher
+    return opened(BundleTeacher, entry.trusting() if trusted else entry, folder, name="zoo")
 
 
 def refused(folder: Path, match: str, **changes: Any) -> str:
-    with pytest.raises(TeacherError, match=match) as caught:
-        load(folder, **changes)
-    assert caught.value.exit_code == 2
-    assert f"teacher zoo, {folder}" in str(caught.value)
-    return str(caught.value)
+    return refusal(match, f"teacher zoo, {folder}", lambda: load(folder, **changes))
 
 
 def run_own_workflow(folder: Path, change: Change = lambda config: None) -> Any:

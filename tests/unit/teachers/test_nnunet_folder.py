@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 import pipeline
 from pipeline.data.entries import TeacherEntry
-from pipeline.errors import TeacherError, TeacherWarning
+from pipeline.errors import TeacherWarning
 from pipeline.teachers.nnunet_folder import check_against_registry, read_model_folder
-from tests.unit.teachers.teacher_contract import weights_digest
+from tests.unit.teachers.teacher_contract import refusal, weights_digest
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2}
 
@@ -48,12 +48,7 @@ def folder(
 
 
 def refused(path: Path, match: str, **changes: Any) -> str:
-    with pytest.raises(TeacherError, match=match) as caught:
-        check_against_registry("mine", entry(**changes), read_model_folder(path, entry(**changes)))
-    assert caught.value.exit_code == 2
-    assert str(path) in str(caught.value)
-    assert caught.value.fix
-    return str(caught.value)
+    return refusal(match, str(path), lambda: accepted(path, **changes))
 
 
 def accepted(path: Path, **changes: Any) -> None:

@@ -22,15 +22,14 @@ import torch
 
 from pipeline.data.entries import TeacherEntry
 from pipeline.data.nifti import read_image
-from pipeline.data.patches import WindowConfig
 from pipeline.data.resample import resample
 from pipeline.data.volume import Grid, Orientation, Volume
 from pipeline.errors import TeacherError
-from pipeline.teachers.load import load_teacher
 from pipeline.teachers.nnunet import NnunetTeacher
 from pipeline.teachers.teacher import Prediction, organ_log_odds
 from tests.blobs import write_blobs
 from tests.nnunet_models import ORGANS
+from tests.unit.teachers.teacher_contract import opened
 
 # Making the model folders takes more than ten seconds.
 pytestmark = pytest.mark.slow
@@ -70,11 +69,7 @@ def entry_of(kind: str, **changes: Any) -> TeacherEntry:
 
 
 def load(model: Path, entry: TeacherEntry) -> NnunetTeacher:
-    teacher = load_teacher(
-        "mine", entry, model, window=WindowConfig(), batch_size=1, device=torch.device("cpu")
-    )
-    assert isinstance(teacher, NnunetTeacher)
-    return teacher
+    return opened(NnunetTeacher, entry, model)
 
 
 def own(
@@ -147,8 +142,16 @@ def regions_on_native_grid(
     return regions
 
 
-@pytest.mark.parametrize("scan", SCANS)
-@pytest.mark.parametrize("kind", ["labels", "regions", "2d"])
+@pytest.mark.parametrize(
+    ("kind", "scan"),
+    [
+        *(("labels", scan) for scan in SCANS),
+        ("regions", "LPS"),
+        ("regions", "LIP oblique cropped"),
+        ("2d", "RAS anisotropic"),
+        ("2d", "SLA cropped"),
+    ],
+)
 def test_the_same_numbers_as_nnunet(
     kind: str,
     scan: str,

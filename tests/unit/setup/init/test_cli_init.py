@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +9,7 @@ from pipeline.cli import app as cli
 from pipeline.cli import setup
 from pipeline.data.registry import load_registry
 from pipeline.errors import RegistryError
-
-ROOT = Path(__file__).resolve().parents[4]
+from tests.tiny import run_python
 
 
 def pairs(folder: Path) -> Path:
@@ -25,13 +21,8 @@ def pairs(folder: Path) -> Path:
 
 def test_the_command_says_what_comes_next(tmp_path: Path) -> None:
     pairs(tmp_path / "ct")
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "init", "-d", "ct:liver=1",
-         "--spacing-mm", "4", "2", "2"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+    words = ["init", "-d", "ct:liver=1", "--spacing-mm", "4", "2", "2"]
+    done = run_python("-m", "pipeline.cli", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "dataset ct: 1 cases, liver" in done.stdout
     assert "pipeline cache-teachers --dry-run" in done.stdout
