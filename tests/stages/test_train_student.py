@@ -507,12 +507,6 @@ class TestTheRun:
         run(whole, settings(seed=4))
         return content(run_folder(whole))
 
-    def test_other_settings_under_the_same_name_are_refused(self, trained: Path) -> None:
-        before = snapshot(run_folder(trained))
-        with pytest.raises(CheckpointError, match=r"config\.seed was 0, now 1"):
-            run(trained, settings(seed=1))
-        assert snapshot(run_folder(trained)) == before
-
     @pytest.mark.parametrize("left", ["all", "student.pt", "best.pt", "finished.json"])
     def test_a_student_of_other_settings_is_not_replaced(self, trained: Path, left: str) -> None:
         """Whatever tells of it, once its checkpoints have been removed."""

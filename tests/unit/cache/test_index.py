@@ -33,25 +33,6 @@ CASE = IndexedCase("ct", "case_1", "train", "a" * 64, "b" * 64)
 TEACHER = IndexedTeacher("liver", "c" * 64, ("liver", "tumour"), ("tap",), {"window": [8, 8, 8]})
 
 
-def test_cases_come_back_in_order(tmp_path: Path) -> None:
-    other = replace(CASE, case="case_0", split="test", digest="d" * 64)
-    write_dataset_index(tmp_path, "ct", KEY, [CASE, other])
-    assert read_dataset_index(tmp_path, "ct", KEY) == [other, CASE]
-    assert CASE.name == "ct/case_1"
-
-
-def test_teachers_come_back(tmp_path: Path) -> None:
-    write_teacher_index(tmp_path, KEY, TEACHER)
-    assert read_teacher_index(tmp_path, "liver", KEY) == TEACHER
-
-
-def test_another_registry_entry_is_another_file(tmp_path: Path) -> None:
-    write_dataset_index(tmp_path, "ct", KEY, [CASE])
-    write_dataset_index(tmp_path, "ct", OTHER_KEY, [], left_out=["case_1"])
-    assert read_dataset_index(tmp_path, "ct", KEY) == [CASE]
-    assert read_dataset_index(tmp_path, "ct", OTHER_KEY) == []
-
-
 def test_what_stage_one_has_not_seen_is_stale(tmp_path: Path) -> None:
     write_dataset_index(tmp_path, "ct", KEY, [CASE])
     write_teacher_index(tmp_path, KEY, TEACHER)

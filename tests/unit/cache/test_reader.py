@@ -75,13 +75,6 @@ def test_a_patch_is_the_volume_with_its_outside_filled(case: CachedCase, patch: 
     assert np.array_equal(case.features("t", "tap", patch), wanted, equal_nan=True)
 
 
-def test_a_patch_wholly_outside_is_all_fill(case: CachedCase) -> None:
-    patch = Patch((20, -9, 0), (4, 4, 4))
-    assert case.image(patch).tolist() == np.full((4, 4, 4), -1024).tolist()
-    assert np.isnan(case.log_odds("t", "liver", patch)).all()
-    assert case.image(patch, fill=-7).max() == -7
-
-
 def test_dtypes_and_grid(case: CachedCase) -> None:
     assert case.image().dtype == np.int16
     assert case.label().dtype == np.uint8

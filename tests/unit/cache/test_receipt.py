@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pipeline.cache.receipt import (
 from pipeline.cache.schema import StorageConfig, image_spec
 from pipeline.cache.store import Made, write_unit
 from pipeline.config import digest
-from pipeline.errors import CacheCorrupt, CacheError
+from pipeline.errors import CacheCorrupt
 
 STORAGE = StorageConfig(chunk=8)
 TEACHER = {"weights_sha256": "w", "window": {"overlap": 0.5}}
@@ -86,44 +86,28 @@ def test_without_notes_a_receipt_is_what_it_always_was(
     assert verify_unit(path).notes == {}
 
 
-@pytest.mark.parametrize("field", ["seconds", "written", "arrays", "objects", "teacher_inputs"])
-def test_a_changed_field_breaks_the_seal(unit: Path, field: str) -> None:
-    data = json.loads((unit / RECEIPT).read_text())
-    data[field] = {} if isinstance(data[field], dict) else "1"
-    (unit / RECEIPT).write_text(json.dumps(data, indent=1))
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({field: "1"} for field in ("seconds", "written", "seal", "digest")),
+        *({field: {}} for field in ("arrays", "objects", "teacher_inputs", "inputs")),
+        *({field: None} for field in ("seal", "inputs", "digest")),  # it is missing
+        {"seconds": math.inf},
+    ],
+)
+def test_a_field_that_changed_or_is_missing_breaks_the_seal(
+    unit: Path, change: dict[str, Any]
+) -> None:
+    data = json.loads((unit / RECEIPT).read_text()) | change
+    kept = {field: value for field, value in data.items() if value is not None}
+    (unit / RECEIPT).write_text(json.dumps(kept, indent=1))
     with pytest.raises(CacheCorrupt, match="its own digest"):
         read_receipt(unit)
 
 
-@pytest.mark.parametrize("field", ["seal", "inputs", "digest"])
-def test_a_missing_field_breaks_the_seal(unit: Path, field: str) -> None:
-    data = json.loads((unit / RECEIPT).read_text())
-    del data[field]
-    (unit / RECEIPT).write_text(json.dumps(data, indent=1))
-    with pytest.raises(CacheCorrupt, match="its own digest"):
-        read_receipt(unit)
-
-
-def test_a_number_that_became_infinite_is_corrupt(unit: Path) -> None:
+def test_white_space_for_other_white_space_is_another_byte(unit: Path) -> None:
     text = (unit / RECEIPT).read_text()
-    assert '"seconds": 1.0' in text
-    (unit / RECEIPT).write_text(text.replace('"seconds": 1.0', '"seconds": 1e999'))
-    with pytest.raises(CacheCorrupt, match="its own digest"):
-        read_receipt(unit)
-
-
-def test_no_changed_byte_of_a_receipt_passes_the_deep_check(unit: Path) -> None:
-    whole = (unit / RECEIPT).read_bytes()
-    draw = random.Random(0)
-    spaces = [at for at, byte in enumerate(whole) if byte in b" \n"]
-    changes = [(draw.randrange(len(whole)), draw.randrange(1, 256)) for _ in range(400)]
-    # White space for other white space says the same and is another byte all the same.
-    changes += [(at, whole[at] ^ ord("\t")) for at in draw.sample(spaces, 40)]
-    for at, change in changes:
-        data = bytearray(whole)
-        data[at] ^= change
-        (unit / RECEIPT).write_bytes(data)
-        with pytest.raises(CacheError):
-            verify_unit(unit)
-    (unit / RECEIPT).write_bytes(whole)
-    verify_unit(unit)
+    (unit / RECEIPT).write_text(text.replace("\n ", "\n\t", 1))
+    assert read_receipt(unit)
+    with pytest.raises(CacheCorrupt, match="other bytes"):
+        verify_unit(unit)

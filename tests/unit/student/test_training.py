@@ -265,11 +265,6 @@ class TestResume:
 
 
 class TestWhatARunLeaves:
-    def test_the_last_two_checkpoints(self, cases: Path, tmp_path: Path) -> None:
-        start(cases, tmp_path, minutes=0.0, config=settings(steps=5))
-        names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-        assert names == ["step_00000004.pt", "step_00000005.pt"]
-
     def test_only_a_checkpoint_at_the_end_if_none_was_due(
         self, straight: dict[bool, Straight]
     ) -> None:
