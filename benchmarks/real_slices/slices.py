@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from benchmarks.real_slices.size import TAP, INTENSITY, PIXEL_MM, SLICES, Size
+from benchmarks.real_slices.size import INTENSITY, PIXEL_MM, SLICES, TAP, Size
 from pipeline.cache.store import write_json
 from pipeline.config import file_sha256
 from pipeline.errors import ConfigError
