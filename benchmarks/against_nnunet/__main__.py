@@ -93,7 +93,7 @@ def _parts(place: Place, rows: Sequence[str]) -> Iterator[tuple[str, dict[str, A
             yield part, {"part": part}
     there = nnunet.kinds_of_labels(place)
     for row in rows:
-        if NNUNET.get(row, "hard") not in there:
+        if row in NNUNET and NNUNET[row].labels not in there:
             continue
         whole = trained(place, row) and all(read(place, row, v) for v in variants(row))
         if not whole:

@@ -16,6 +16,7 @@ import torch
 from benchmarks.accuracy.cohort import raise_failed
 from benchmarks.against_nnunet import nnunet, ours
 from benchmarks.against_nnunet.cohorts import SIZES, Place, Size, make
+from benchmarks.against_nnunet.nnunet import Model
 from pipeline.cache.store import write_json
 from pipeline.errors import PipelineError
 from pipeline.folder import json_with
@@ -23,9 +24,11 @@ from pipeline.log import Log
 from stages import evaluate
 from stages.evaluate import EvaluateConfig
 
-NNUNET: Mapping[str, str] = {
-    "nnU-Net, hard pseudo-labels": "hard",
-    "nnU-Net, ignore label": "ignore",
+NNUNET: Mapping[str, Model] = {
+    "nnU-Net, hard pseudo-labels": Model("hard"),
+    "nnU-Net, ignore label": Model("ignore"),
+    "nnU-Net, hard pseudo-labels, our optimiser": Model("hard", our_optimiser=True),
+    "nnU-Net, ignore label, our optimiser": Model("ignore", our_optimiser=True),
 }
 _MIB = 1024
 
@@ -82,11 +85,11 @@ def trained(place: Place, row: str) -> dict[str, Any] | None:
 def _row(place: Place, size: Size, request: Mapping[str, Any], log: Log) -> None:
     row, folder = request["row"], row_folder(place, request["row"])
     folder.mkdir(parents=True, exist_ok=True)
-    labels = NNUNET.get(row)
+    model = NNUNET.get(row)
     if trained(place, row) is None:
         seconds, seed = request["seconds"], request["seed"]
-        if labels is not None:
-            told = nnunet.train(place, labels, size, seconds, seed)
+        if model is not None:
+            told = nnunet.train(place, model, size, seconds, seed)
         else:
             told = ours.train(place, size, row, seconds, seed, folder / "speed.json")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MIB
@@ -95,9 +98,9 @@ def _row(place: Place, size: Size, request: Mapping[str, Any], log: Log) -> None
         if read(place, row, variant) is not None:
             continue
         output = folder / f"{place.split}-{variant}"
-        if labels is not None:
+        if model is not None:
             mirror = variant == "mirrored"
-            found = nnunet.predict(place, labels, size, output, mirror=mirror)
+            found = nnunet.predict(place, model, size, output, mirror=mirror)
         else:
             found = ours.predict(place, row, variant, output, log)
         rows = _scored(place, output, log)

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from benchmarks.against_nnunet.cohorts import Place, Size
 from pipeline.cache.store import write_json
 from pipeline.log import Log
 from pipeline.review.cached_files import export_nnunet
+from pipeline.student.settings import OptimiserConfig, build_optimiser
 
 # By what is written where nobody knows: background, or nnU-Net's ignore label.
 DATASETS: Mapping[str, str] = {"hard": "Dataset501_Hard", "ignore": "Dataset502_Ignore"}
 # Where these stand, nnU-Net makes samples in the process that trains, and no other.
 ONE_CORE = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
+OURS = OptimiserConfig()
 _FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
@@ -36,8 +39,21 @@ def raw(place: Place, labels: str) -> Path:
     return _root(place) / "nnUNet_raw" / DATASETS[labels]
 
 
-def _model(place: Place, labels: str) -> Path:
-    return _root(place) / f"{labels}.pth"
+@dataclass(frozen=True)
+class Model:
+    """One of nnU-Net's.
+
+    Attributes:
+        labels: of `DATASETS`.
+        our_optimiser: AdamW with a cosine, as `train-student` has by default, for its SGD.
+    """
+
+    labels: str
+    our_optimiser: bool = False
+
+    def path(self, place: Place) -> Path:
+        """Where it is kept."""
+        return _root(place) / f"{self.labels}{'-adamw' if self.our_optimiser else ''}.pth"
 
 
 def plan_of(place: Place, size: Size) -> dict[str, Any]:
@@ -105,7 +121,7 @@ def prepare(place: Place, size: Size) -> None:
         api.preprocess_dataset(number, configurations=(size.configuration,), num_processes=(1,))
 
 
-def train(place: Place, labels: str, size: Size, seconds: float, seed: int) -> dict[str, Any]:
+def train(place: Place, model: Model, size: Size, seconds: float, seed: int) -> dict[str, Any]:
     """nnU-Net's own trainer, until `seconds` of this process's CPU time are over.
 
     Returns:
@@ -116,15 +132,23 @@ def train(place: Place, labels: str, size: Size, seconds: float, seed: int) -> d
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     class Timed(nnUNetTrainer):  # type: ignore[misc]
-        """Its poly schedule runs along the seconds; no pseudo-validation between epochs."""
+        """Its schedule runs along the seconds; no pseudo-validation between epochs."""
+
+        def configure_optimizers(self) -> Any:
+            if not model.our_optimiser:
+                return super().configure_optimizers()
+            return build_optimiser(OURS, self.network), None
 
         def run_training(self) -> dict[str, Any]:
             self.on_train_start()
             self.network.train()
             steps, began = 0, time.process_time()
             while (spent := time.process_time() - began) < seconds:
+                lr = self.initial_lr * (1 - spent / seconds) ** 0.9
+                if model.our_optimiser:
+                    lr = OURS.lr_at(int(1e6 * spent / seconds), 10**6)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = self.initial_lr * (1 - spent / seconds) ** 0.9
+                    group["lr"] = lr
                 self.train_step(next(self.dataloader_train))
                 steps += 1
             self.on_train_end()
@@ -132,19 +156,19 @@ def train(place: Place, labels: str, size: Size, seconds: float, seed: int) -> d
 
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002  # its loaders draw from this one
-    plans, dataset = _plans(place, labels)
+    plans, dataset = _plans(place, model.labels)
     trainer = Timed(
         {**plans, "continue_training": False}, size.configuration, 0, dataset, torch.device("cpu")
     )
     told: dict[str, Any] = trainer.run_training()
     made = Path(trainer.output_folder) / "checkpoint_final.pth"
-    made.replace(_model(place, labels))
-    parts = [_model(place, labels), *_plan_files(place, labels)]
+    made.replace(model.path(place))
+    parts = [model.path(place), *_plan_files(place, model.labels)]
     return told | {"bytes_kept": sum(part.stat().st_size for part in parts)}
 
 
 def predict(
-    place: Place, labels: str, size: Size, output: Path, *, mirror: bool
+    place: Place, model: Model, size: Size, output: Path, *, mirror: bool
 ) -> dict[str, float]:
     """nnU-Net's own predictor, `output/<dataset>/<case>.nii.gz`."""
     _enter(place)
@@ -153,10 +177,10 @@ def predict(
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    plans, dataset = _plans(place, labels)
+    plans, dataset = _plans(place, model.labels)
     manager = PlansManager(plans)
     configuration = manager.get_configuration(size.configuration)
-    kept = torch.load(_model(place, labels), weights_only=False)
+    kept = torch.load(model.path(place), weights_only=False)
     outputs = manager.get_label_manager(dataset).num_segmentation_heads
     network = nnUNetTrainer.build_network_architecture(manager, configuration, 1, outputs, False)
     network.load_state_dict(kept["network_weights"])

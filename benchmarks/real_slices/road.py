@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.accuracy.cohort import raise_failed
 from benchmarks.accuracy.configurations import merged
-from benchmarks.real_slices.size import Size
+from benchmarks.real_slices.size import TAP, Size
 from benchmarks.real_slices.slices import ORGANS, write_registry
 from pipeline.cache.store import write_json
 from pipeline.config import read_yaml
@@ -30,7 +30,11 @@ from stages.train_student import TrainStudentConfig
 
 BASELINES = ("marginal", "pseudo_label")
 METHOD = "ms_kd"
-KINDS = (*BASELINES, METHOD)
+_SUPERVISIONS: Mapping[str, Mapping[str, Any]] = {
+    **{kind: {"kind": kind} for kind in (*BASELINES, METHOD)},
+    "with_features": {"kind": METHOD, "features": {"student_taps": [TAP]}},
+}
+KINDS = tuple(_SUPERVISIONS)
 EQUAL_STEPS, EQUAL_TIME = "equal steps", "equal time"
 _WINDOW_BATCH = 8
 _SETTINGS = "See stages/train_student.yaml, below `training`."
@@ -177,7 +181,7 @@ def configurations(
     """
     common = {} if base is None else _changes(base)
     found = [
-        _configuration(size, kind, merged(common, {"supervision": {"kind": kind}}), base)
+        _configuration(size, kind, merged(common, {"supervision": _SUPERVISIONS[kind]}), base)
         for kind in kinds
     ]
     paths = [] if folder is None else sorted(folder.glob("*.yaml"))

@@ -10,6 +10,7 @@ from benchmarks.accuracy.configurations import merged
 
 PIXEL_MM = 1.5  # nominal: the true one is unknown, and differs
 SLICES = 1  # that a case has
+TAP = "model.1.submodule.0"  # cached of teachers, and compared with the student's: an encoder stage
 
 
 @dataclass(frozen=True)

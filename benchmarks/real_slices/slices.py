@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from benchmarks.real_slices.size import INTENSITY, PIXEL_MM, SLICES, Size
+from benchmarks.real_slices.size import INTENSITY, PIXEL_MM, SLICES, TAP, Size
 from pipeline.cache.store import write_json
 from pipeline.config import file_sha256
 from pipeline.errors import ConfigError
@@ -189,4 +189,5 @@ def _teacher(organ: str, name: str, size: Size, teachers: Path) -> dict[str, Any
         "spacing_mm": size.spacing_mm,
         "intensity": dict(INTENSITY),
         "trained_on": name,
+        "taps": [TAP],
     }
