@@ -114,21 +114,7 @@ def run(
     """
     began = time.monotonic()
     report = StageReport("evaluate")
-    known = [case for dataset in registry.datasets for case in registry.cases(dataset)]
-    cases = [c for c in known if (c.fold is not None if config.folds else c.split in config.splits)]
-    if config.folds and not cases:
-        raise ConfigError(
-            "its cases are in no folds.",
-            where=registry.path,
-            fix="Write `split: {folds: 5}` for its datasets, or leave out --folds.",
-        )
-    if not cases:
-        empty = "".join(f"; {note}" for note in registry.empty_splits(config.splits))
-        raise ConfigError(
-            f"no case is in {' or '.join(config.splits)}.",
-            where=registry.path,
-            fix=f"Set `split` in the registry, or `splits` in evaluate.yaml{empty or '.'}",
-        )
+    cases = _cases(config, registry)
     _check_folder(predictions, cases)
     written = [predictions / name for name in ("summary.json", "scores.csv")]
     ours = json_with(written[0], "settings", "metric_per_case"), contains(written[1], CSV_HEADER)
@@ -141,33 +127,11 @@ def run(
         report.done = [case.name for case in cases]
         return report
     prepare_work_folder(predictions)
-    scored: dict[str, _Scored] = {}
-    with log.progress("evaluate", len(cases)) as advance:
-        for case in cases:
-            try:
-                scored[case.name] = _score(config, registry, predictions, case)
-                report.done.append(case.name)
-                each = [s for s in scored[case.name].scores if not math.isnan(s.dice)]
-                told = ", ".join(f"{s.organ} Dice {s.dice:.3f}" for s in each) or "no organ"
-                log.detail(f"{case.name}: {told}")
-                if notes := scored[case.name].notes:
-                    report.warnings[case.name] = notes
-                    log.warn(f"{case.name}: {' '.join(notes)}")
-            except PipelineError as error:
-                report.failed[case.name] = error
-                log.warn(f"{case.name} failed: {error}")
-            advance(case.name)
+    scored = _score_all(config, registry, predictions, cases, report, log)
     _say_organs({name: case.read_as for name, case in scored.items()}, log)
-    found = {name: case.scores for name, case in scored.items()}
-    summary = summarise(found, registry.label_space.ids)
-    for row in summary["metric_per_case"]:
-        row |= scored[row["case"]].files
-    summary["settings"] = settings_of(config, registry)
     folds = {case.name: case.fold for case in cases if config.folds and case.name in scored}
-    if folds:
-        summary |= fold_summary(found, folds, registry.label_space.ids)
-    mixed = _mixed({name: case.maker for name, case in scored.items()}, folds)
-    if mixed:
+    summary = _summary(config, registry, scored, folds)
+    if mixed := _mixed({name: case.maker for name, case in scored.items()}, folds):
         summary["warnings"] = report.warnings[written[0].name] = [mixed]
     summary["failed"] = {name: str(error) for name, error in report.failed.items()}
     try:
@@ -184,6 +148,71 @@ def run(
     if mixed:
         log.warn(mixed)
     return report
+
+
+def _cases(config: EvaluateConfig, registry: Registry) -> list[CaseFiles]:
+    """Those of the splits, or of all folds."""
+    known = [case for dataset in registry.datasets for case in registry.cases(dataset)]
+    cases = [c for c in known if (c.fold is not None if config.folds else c.split in config.splits)]
+    if config.folds and not cases:
+        raise ConfigError(
+            "its cases are in no folds.",
+            where=registry.path,
+            fix="Write `split: {folds: 5}` for its datasets, or leave out --folds.",
+        )
+    if not cases:
+        empty = "".join(f"; {note}" for note in registry.empty_splits(config.splits))
+        raise ConfigError(
+            f"no case is in {' or '.join(config.splits)}.",
+            where=registry.path,
+            fix=f"Set `split` in the registry, or `splits` in evaluate.yaml{empty or '.'}",
+        )
+    return cases
+
+
+def _score_all(
+    config: EvaluateConfig,
+    registry: Registry,
+    predictions: Path,
+    cases: Sequence[CaseFiles],
+    report: StageReport,
+    log: Log,
+) -> dict[str, _Scored]:
+    """What could be scored; the rest is told and stands in the report."""
+    scored: dict[str, _Scored] = {}
+    with log.progress("evaluate", len(cases)) as advance:
+        for case in cases:
+            try:
+                found = scored[case.name] = _score(config, registry, predictions, case)
+                report.done.append(case.name)
+                each = [s for s in found.scores if not math.isnan(s.dice)]
+                told = ", ".join(f"{s.organ} Dice {s.dice:.3f}" for s in each) or "no organ"
+                log.detail(f"{case.name}: {told}")
+                if found.notes:
+                    report.warnings[case.name] = found.notes
+                    log.warn(f"{case.name}: {' '.join(found.notes)}")
+            except PipelineError as error:
+                report.failed[case.name] = error
+                log.warn(f"{case.name} failed: {error}")
+            advance(case.name)
+    return scored
+
+
+def _summary(
+    config: EvaluateConfig,
+    registry: Registry,
+    scored: Mapping[str, _Scored],
+    folds: Mapping[str, int | None],
+) -> dict[str, Any]:
+    """summary.json, but for warnings and failures."""
+    found = {name: case.scores for name, case in scored.items()}
+    summary = summarise(found, registry.label_space.ids)
+    for row in summary["metric_per_case"]:
+        row |= scored[row["case"]].files
+    summary["settings"] = settings_of(config, registry)
+    if folds:
+        summary |= fold_summary(found, folds, registry.label_space.ids)
+    return summary
 
 
 def fold_summary(

@@ -32,7 +32,9 @@ def plan(
     ] = None,
     spacing_mm: Annotated[
         tuple[float, float, float] | None,
-        Panel.RESULT.option(help="--student: grid to plan for, z y x; default: proposed."),
+        Panel.RESULT.option(
+            metavar="Z Y X", help="--student: grid to plan for; default: the proposed one."
+        ),
     ] = None,
     output: Annotated[
         Path | None,

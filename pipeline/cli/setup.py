@@ -56,7 +56,9 @@ def init(
     ] = None,
     spacing_mm: Annotated[
         tuple[float, float, float] | None,
-        Panel.RESULT.option(help="Of the student grid: z y x; default: what fits the files."),
+        Panel.RESULT.option(
+            metavar="Z Y X", help="Of the student grid; default: what fits the files."
+        ),
     ] = None,
     registry: Annotated[
         Path, Panel.RESULT.option("--registry", "-r", help="The file to write.")
