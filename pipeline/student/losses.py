@@ -211,7 +211,8 @@ class RegionMasks:
 
     Attributes:
         organ: bool (N, K, D, H, W), R_k.
-        background: bool (N, D, H, W), B, and what is B as far as anybody speaks.
+        background: bool (N, D, H, W), as `Consensus.unclaimed`: the agreed background B, and what
+            is background as far as anybody speaks.
     """
 
     organ: Tensor
