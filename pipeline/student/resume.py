@@ -99,7 +99,7 @@ class RunFolder:
         name: of the run, for people; by default the folder's.
         saved: called whenever a checkpoint has been written.
         record: what a student's file says beside its weights, for a step and its Dice per organ;
-            None: best.pt is not kept.
+            None: best.pt is not kept, and no rule for small parts is learnt.
         pictures: draw progress.png beside each checkpoint.
     """
 

@@ -40,7 +40,7 @@ class Trained:
         network: with its last weights, on the CPU, in evaluation mode.
         validation_dice: per organ, of the last step; None where no validation case shows it.
         rules: which parts of an organ are better removed, by the same cases; empty of an unfinished
-            training.
+            training, and of one that keeps no student.
         step: steps that were made in all; fewer than asked for if it was stopped.
         signalled: a signal to stop came, be it in the last step: who has more to do shall not.
     """
@@ -97,6 +97,7 @@ def train(
     for remark in data.remarks():
         log.warn(remark)
     step = start = run.restore(state, log)
+    learns = run.record is not None  # a student's file holds rules, no other one does
     network, last_save = state.network, time.monotonic()
     network.train()
     with (
@@ -113,7 +114,7 @@ def train(
             metrics.add(step, **line)
             advance(metrics.note)
             if step % config.validate_every == 0 or step == config.steps:
-                scores, rules = _validated(state, step)
+                scores, rules = _validated(state, learns and step == config.steps)
                 run.add_validation(state, step, scores)
                 network.train()
             due = time.monotonic() - last_save > execution.checkpoint_minutes * 60
@@ -125,8 +126,8 @@ def train(
             if stop and step < config.steps:
                 log.info(f"stopped by a signal after step {step}; the checkpoint is written")
                 break
-    if step == start == config.steps:  # killed before its student was written, which has the rules
-        _, rules = _validated(state, step)
+    if learns and step == start == config.steps:  # killed before its student was written
+        _, rules = _validated(state, learns)
     return Trained(network.cpu().eval(), scores, rules, step, config.steps, stopping())
 
 
@@ -213,12 +214,14 @@ def make_step(state: TrainingState, batch: Batch, step: int) -> dict[str, Any]:
 # Dice on labelled validation cases while training.
 
 
-def _validated(state: TrainingState, step: int) -> tuple[dict[str, float | None], dict[str, Rule]]:
-    """Mean Dice per organ over the cases whose label shows it, None where none does; and after the
-    last step which parts of an organ are better removed: organs without a rule are left as they
+def _validated(
+    state: TrainingState, learns: bool
+) -> tuple[dict[str, float | None], dict[str, Rule]]:
+    """Mean Dice per organ over the cases whose label shows it, None where none does; and if that is
+    to be learnt, which parts of an organ are better removed: organs without a rule are left as they
     are."""
     config, inputs, speed = state.config, state.inputs, state.speed
-    tried = _rules_to_try(inputs) if step == config.steps else {}
+    tried = _rules_to_try(inputs) if learns else {}
     network = state.network.network
     windows = StudentWindows(network, config.intensity, config.patch, speed.device, overlap=0.25)
     with speed.autocast():

@@ -171,8 +171,12 @@ def kept_scores(record: RunRecord) -> ReportScores | None:
     content = json_with(record.folder / _KEPT, "rules", "rows")
     if content is None or content["rules"] != RULES:
         return None
-    rows = content["rows"]
-    if not rows or not {row["case"] for row in rows} <= set(record.validation):
+    rows, fields = content["rows"], {"case", "organ", "reason", *METRICS}
+    if not isinstance(rows, list) or not rows:
+        return None
+    if not all(isinstance(row, dict) and fields <= row.keys() for row in rows):
+        return None
+    if not {row["case"] for row in rows} <= set(record.validation):
         return None
     source = f"{_KEPT} of this run: validation cases of the cache, on the student grid"
     return ReportScores(_judged(rows), "kept", source, {})

@@ -64,8 +64,8 @@ def look_at_teacher(path: Path) -> FoundTeacher:
         raise TeacherError("there is no such file or folder.", where=path, fix="Check the path.")
     if (path / "plans.json").is_file():
         return _nnunet(path)
-    if bundle_config(path) is not None:
-        return _bundle(path)
+    if (config := bundle_config(path)) is not None:
+        return _bundle(path, config)
     models = sorted(found.parent for found in path.glob("*__*__*/plans.json"))
     if len(models) == 1:
         return _nnunet(models[0])
@@ -102,7 +102,7 @@ def _nnunet(path: Path) -> FoundTeacher:
     return FoundTeacher("nnunet", path, tuple(names), num_channels, settings, (note,))
 
 
-def _bundle(path: Path) -> FoundTeacher:
+def _bundle(path: Path, config: Path) -> FoundTeacher:
     if not bundle_weights(path).is_file():
         raise no_weights(path)
     metadata = read_metadata(path)
@@ -115,8 +115,6 @@ def _bundle(path: Path) -> FoundTeacher:
         for channel, name in entry_of(output, "channel_def").items()
         if str(channel).isdecimal() and not same_name(str(name), "background")
     )
-    config = bundle_config(path)
-    assert config is not None
     # YAML reads JSON too, but not JSON with tabs.
     found = _activations(
         read_json(config, TeacherError)

@@ -230,12 +230,13 @@ class TestResume:
         assert numbers_of(tmp_path) == numbers_of(straight[False].folder)
 
     def test_a_finished_run_is_left_as_it_is(
-        self, cases: Path, straight: dict[bool, Straight]
+        self, cases: Path, straight: dict[bool, Straight], reads: list[tuple[str, int]]
     ) -> None:
         folder, trained = straight[False].folder, straight[False].trained
         before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         again = start(cases, folder)
         assert (again.step, again.finished) == (STEPS, True)
+        assert not reads  # no validation case is predicted again: without a student, no rules
         assert again.validation_dice == trained.validation_dice
         assert_same(dict(again.network.state_dict()), dict(trained.network.state_dict()))
         assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before

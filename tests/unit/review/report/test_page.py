@@ -200,8 +200,13 @@ def test_kept_scores_are_taken_before_the_cache(runs: Path, tmp_path: Path) -> N
     scores = page(runs, tmp_path / "r.html").one(id="scores")
     assert "scores_validation.json of this run" in scores.text
     assert "0.123" in scores.text
-    # Of other cases they are none of this run's, and by other rules they mean something else.
-    for other in ({"rules": RULES, "rows": [{**row, "case": "a/b"}]}, {"rules": 1, "rows": [row]}):
+    # Of other cases they are none of this run's, by other rules they mean something else, and what
+    # is no row says nothing.
+    row["reason"] = ""
+    others: list[tuple[int, Any]] = [
+        (RULES, [{**row, "case": "a/b"}]), (1, [row]), (RULES, [{"case": case}]), (RULES, 7),
+    ]  # fmt: skip
+    for other in ({"rules": rules, "rows": rows} for rules, rows in others):
         path.write_text(json.dumps({"key": "", **other}))
         assert "predicted for this page" in page(runs, tmp_path / "r.html").one(id="scores").text
 
