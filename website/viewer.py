@@ -1,48 +1,57 @@
-"""`python -m website.viewer`: a CT and our label map in a viewer that others wrote, as a picture.
+"""`python -m website.viewer`: a CT and our label map in ITK-SNAP, as a picture.
 
-NiiVue reads the NIfTI files, headless Chromium draws them; names and colours are those of
-`labels.itksnap.txt`, read as ITK-SNAP documents it. Once, in any folder: `npm install
-@niivue/niivue`; and the Debian package chromium.
+ITK-SNAP runs on a virtual display, driven by keys; what it took from our `labels.itksnap.txt` it
+must write again the same. Debian bullseye has it and all it needs, bookworm has not; for `--root`:
+
+    mmdebstrap --variant=minbase --include=itksnap,xvfb,xauth,xdotool,imagemagick,libgl1-mesa-dri \\
+        bullseye FOLDER http://deb.debian.org/debian
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import http.server
-import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
 
 _LINE = re.compile(
     r"\s*(\d+)\s+(\d+)\s+(\d+)\s+(\d+)\s+([\d.]+)\s+([01])\s+([01])\s+\"([^\"]*)\"\s*"
 )
-_PAGE = """<!doctype html>
-<body style="margin:0;background:#000;color:#fff;font:18px sans-serif">
-<div style="width:1300px;height:420px"><canvas id="c"></canvas></div><p id="names"></p>
-<script type="module">
-import {{ Niivue }} from "./niivue.js";
-const viewer = new Niivue({{ isRadiologicalConvention: true, show3Dcrosshair: false,
-  crosshairWidth: 0, backColor: [0, 0, 0, 1], showLegend: true, multiplanarEqualSize: true }});
-await viewer.attachToCanvas(document.getElementById("c"));
-await viewer.loadVolumes([{{ url: "ct.nii.gz", cal_min: -160, cal_max: 240 }},
-  {{ url: "labels.nii.gz", opacity: 0.6 }}]);
-viewer.volumes[1].setColormapLabel({names});
-viewer.setMultiplanarLayout(3);
-viewer.updateGLVolume();
-const held = viewer.volumes[1].colormapLabel, line = document.getElementById("names");
-held.labels.slice(1).forEach((name, n) => {{
-  const [r, g, b] = held.lut.slice(4 * (n + 1));
-  const colour = `rgb(${{r}},${{g}},${{b}})`;
-  line.insertAdjacentHTML("beforeend", `<b style="color:${{colour}}">&emsp;&#9632;</b> `);
-  line.append(name);
-}});
-</script></body>
+_NEEDED = "itksnap xvfb-run xauth xdotool import"
+# Folder and cursor are the arguments. Places are those of ITK-SNAP 3.6 with Debian's fonts.
+_SESSION = r"""
+export HOME="$1" LIBGL_ALWAYS_SOFTWARE=1
+cd "$1"
+window() { xdotool search --sync --onlyvisible --name "$1" | tail -n 1; }
+on() { xdotool windowfocus "$1"; shift; sleep 1; xdotool "$@"; sleep 1; }
+itksnap -g ct.nii.gz -s labels.nii.gz -l labels.txt &
+on "$(window 'Automatic Update')" key alt+n
+main=$(window '^ct')
+xdotool windowmove "$main" 0 0
+on "$main" key ctrl+j                                    # contrast
+at=38
+for index in $2; do                                      # the cursor's voxel
+    on "$main" mousemove $at 230 click --repeat 3 --delay 50 1 type "$index"
+    on "$main" key Return
+    at=$((at + 56))
+done
+on "$main" mousemove 225 686 click 1                     # surfaces
+on "$main" mousemove 130 12 click 1 key --delay 200 Up Up Up Up Return
+save=$(window 'Save Label')                              # Segmentation > Export Label Descriptions
+on "$save" key ctrl+a
+on "$save" type saved.txt
+on "$save" key Return
+on "$main" key ctrl+l
+xdotool windowmove "$(window 'Label Editor')" 912 0
+sleep 3
+import -window root picture.png
 """
 
 
@@ -65,60 +74,64 @@ def read_itksnap(path: Path) -> dict[int, tuple[tuple[int, int, int], str]]:
     return found
 
 
-def niivue_names(path: Path) -> dict[str, list[object]]:
-    """The same as NiiVue's table of labels."""
-    labels = read_itksnap(path)
-    return {
-        **{channel: [c[n] for c, _ in labels.values()] for n, channel in enumerate("RGB")},
-        "A": [255 if label else 0 for label in labels],
-        "I": list(labels),
-        "labels": [name if label else "" for label, (_, name) in labels.items()],
-    }
+def missing(root: Path | None) -> list[str]:
+    """The programs that are not there."""
+    script = f"for name in {_NEEDED}; do command -v $name >/dev/null || echo $name; done"
+    command = [*_entered(root), "sh", "-c", script]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
-def draw(ct: Path, labels: Path, niivue: Path, output: Path) -> None:
-    """Writes the picture; the colour file is `labels.itksnap.txt` beside the label map.
+def draw(ct: Path, labels: Path, names: Path, output: Path, root: Path | None = None) -> None:
+    """Writes the picture.
 
     Args:
-        ct: NIfTI.
+        ct: NIfTI, compressed.
         labels: label map that `pipeline predict` wrote.
-        niivue: its folder below node_modules.
+        names: `labels.itksnap.txt`, which it wrote, too.
         output: PNG.
+        root: a Debian that has the programs; None: they are on PATH.
+
+    Raises:
+        RuntimeError: ITK-SNAP has other labels than `names`.
     """
-    names = json.dumps(niivue_names(labels.parent / "labels.itksnap.txt"))
-    with tempfile.TemporaryDirectory() as folder:
-        served = Path(folder)
-        shutil.copy(ct, served / "ct.nii.gz")
-        shutil.copy(labels, served / "labels.nii.gz")
-        shutil.copy(niivue / "dist" / "index.js", served / "niivue.js")
-        (served / "index.html").write_text(_PAGE.format(names=names), "utf-8")
-        handler = functools.partial(_Quiet, directory=folder)
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            options = [
-                "--headless", "--no-sandbox", "--hide-scrollbars", "--use-angle=swiftshader",
-                "--enable-unsafe-swiftshader", "--window-size=1300,470", "--timeout=60000",
-                f"--user-data-dir={folder}/profile", f"--screenshot={output.resolve()}",
-            ]  # fmt: skip
-            url = f"http://127.0.0.1:{server.server_port}/index.html"
-            subprocess.run(["chromium", *options, url], check=True, capture_output=True)
-            server.shutdown()
+    array = np.asarray(nib.load(labels).dataobj)
+    cursor = " ".join(str(1 + _fullest(array, axis)) for axis in range(3))
+    with tempfile.TemporaryDirectory(dir=root and root / "tmp") as made:
+        folder = Path(made)
+        shutil.copy(ct, folder / "ct.nii.gz")
+        shutil.copy(labels, folder / "labels.nii.gz")
+        shutil.copy(names, folder / "labels.txt")
+        seen = folder if root is None else Path("/tmp", folder.name)
+        display = ["timeout", "300", "xvfb-run", "-a", "-s", "-screen 0 1460x700x24"]
+        command = [*_entered(root), *display, "sh", "-c", _SESSION, "sh", str(seen), cursor]
+        subprocess.run(command, check=True, capture_output=True)
+        saved = read_itksnap(folder / "saved.txt")
+        if saved != read_itksnap(names):
+            raise RuntimeError(f"ITK-SNAP made of {names}: {saved}")
+        shutil.copy(folder / "picture.png", output)
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: object) -> None:
-        """Requests are of no interest."""
+def _entered(root: Path | None) -> list[str]:
+    """Without a network, the displays of other programs are out of reach."""
+    return [] if root is None else ["unshare", "--net", "chroot", str(root)]
+
+
+def _fullest(labels: npt.NDArray[np.integer], axis: int) -> int:
+    """The slice with the most labels; of several, that with the most voxels of labels."""
+    slices = np.moveaxis(labels, axis, 0)
+    return max(range(len(slices)), key=lambda n: (np.unique(slices[n]).size, (slices[n] > 0).sum()))
 
 
 def main() -> None:
-    """CT, label map, node_modules/@niivue/niivue, PNG."""
+    """CT, label map, names, PNG."""
     parser = argparse.ArgumentParser(prog="website.viewer", description=__doc__)
-    for name in ("ct", "labels", "niivue", "output"):
+    for name in ("ct", "labels", "names", "output"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("--root", type=Path, help="a Debian that has the programs; needs root")
     chosen = parser.parse_args()
-    if shutil.which("chromium") is None or not (chosen.niivue / "dist" / "index.js").is_file():
-        sys.exit("No picture: needs Debian's chromium, and NiiVue (npm install @niivue/niivue).")
-    draw(chosen.ct, chosen.labels, chosen.niivue, chosen.output)
+    if absent := missing(chosen.root):
+        sys.exit(f"No picture: {', '.join(absent)} not found.\n\n{__doc__}")
+    draw(chosen.ct, chosen.labels, chosen.names, chosen.output, chosen.root)
 
 
 if __name__ == "__main__":

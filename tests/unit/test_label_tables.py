@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import os
 import re
 import xml.etree.ElementTree as ET
 from itertools import pairwise
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+from matplotlib import image
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from pipeline.data.labels import LabelSpace
+from pipeline.data.nifti import read_grid, write_like
+from pipeline.data.volume import Volume
 from pipeline.figures import (
     caret_xml,
     colour_of,
@@ -21,7 +27,7 @@ from pipeline.figures import (
     slicer_text,
 )
 from pipeline.review.report.pictures import organ_colours as on_the_page
-from website.viewer import niivue_names, read_itksnap
+from website import viewer
 
 
 def test_colours_of_all_ids_differ_and_neighbours_differ_much() -> None:
@@ -84,14 +90,51 @@ def test_names_that_the_formats_cannot_hold_stay_readable() -> None:
 def test_the_label_file_is_what_itksnap_documents(tmp_path: Path) -> None:
     path = tmp_path / "labels.itksnap.txt"
     path.write_text(itksnap_text({1: "liver", 7: "left kidney", 254: "12th rib"}))
-    found = read_itksnap(path)
+    found = viewer.read_itksnap(path)
     assert found[0] == ((0, 0, 0), "Clear Label")
     assert found[7] == (colour_of(7), "left kidney")
-    assert niivue_names(path)["labels"] == ["", "liver", "left kidney", "12th rib"]
     for wrong in ('1 256 0 0 1 1 1 "a"', "1 0 0 0 1 1 1 a", '1 0 0 0 2 1 1 "a"'):
         path.write_text(f"# IDX\n{wrong}\n")
         with pytest.raises(ValueError, match="line 2 is no label description"):
-            read_itksnap(path)
+            viewer.read_itksnap(path)
+
+
+@pytest.mark.slow
+def test_itksnap_has_our_names_and_colours_and_the_patients_sides(tmp_path: Path) -> None:
+    """Of a CT whose axes run S, L, P. The environment variable ITKSNAP_ROOT names a Debian that has
+    the programs (`website/viewer.py`); else they are on PATH."""
+    root = Path(named) if (named := os.environ.get("ITKSNAP_ROOT")) else None
+    if absent := viewer.missing(root):
+        pytest.skip(f"{', '.join(absent)}: not on PATH, nor in a Debian that ITKSNAP_ROOT names")
+    stored = np.full((40, 40, 40), -1000, np.int16)
+    stored[:4] = 500
+    affine = [[0, -5, 0, 90], [0, 0, -5, 80], [5, 0, 0, -70], [0, 0, 0, 1]]
+    ct, labels, names = (tmp_path / name for name in ("ct.nii.gz", "map.nii.gz", "names.txt"))
+    nib.save(nib.Nifti1Image(stored, np.array(affine, float)), ct)
+    grid = read_grid(ct)
+    array = np.zeros(grid.shape, np.uint8)  # z, y, x in RAS+
+    array[22:30, 12:22, 26:34] = 1
+    array[22:30, 12:22, 6:14] = 2
+    array[6:14, 20:32, 26:34] = 254
+    organs = {1: "liver", 2: 'the "left" kidney', 3: "rein gauche, entier", 254: "vena_cava" * 4}
+    write_like(labels, Volume(array, grid), ct, names=organs)
+    names.write_text(itksnap_text(organs), "utf-8")
+    viewer.draw(ct, labels, names, tmp_path / "seen.png", root)  # names come back the same
+    seen = np.round(255 * image.imread(tmp_path / "seen.png")[..., :3]).astype(int)
+
+    def centre(panel: np.ndarray, organ_id: int) -> np.ndarray:
+        half = np.array(colour_of(organ_id)) / 2  # over black
+        at = np.argwhere((abs(panel - half) < 2).all(axis=-1))
+        assert len(at) > 500
+        return at.mean(axis=0)
+
+    for organ_id in organs:
+        assert (seen[:, 912:] == colour_of(organ_id)).all(axis=-1).sum() > 50
+    axial, sagittal, coronal = seen[27:336, 190:524], seen[27:336, 550:884], seen[363:673, 550:884]
+    for panel in (axial, coronal):
+        assert centre(panel, 1)[1] + 50 < centre(panel, 2)[1]  # the patient's right is on the left
+    assert centre(coronal, 1)[0] + 50 < centre(coronal, 254)[0]
+    assert centre(sagittal, 254)[1] + 20 < centre(sagittal, 1)[1]  # in front of it
 
 
 def test_names_are_read_back_and_written_again_the_same() -> None:
