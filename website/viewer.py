@@ -4,7 +4,7 @@ ITK-SNAP runs on a virtual display, driven by keys; what it took from our `label
 must write again the same. Debian bullseye has it and all it needs, bookworm has not; for `--root`:
 
     mmdebstrap --variant=minbase --include=itksnap,xvfb,xauth,xdotool,imagemagick,libgl1-mesa-dri \\
-        bullseye FOLDER http://deb.debian.org/debian
+        bullseye FOLDER
 """
 
 from __future__ import annotations
