@@ -49,7 +49,8 @@ class Road:
         size: of everything.
         configurations: what is compared.
         comparison: name of the settings that all students share; empty for those of `Size`.
-        seconds: of training of each student at equal time; None: equal steps alone.
+        terms: `EQUAL_STEPS`, `EQUAL_TIME` or both.
+        seconds: of training of each student at equal time.
         test: score the test set as well as the validation cases.
         device: auto, cpu, cuda, cuda:1.
         log: where progress goes.
@@ -59,6 +60,7 @@ class Road:
     size: Size
     configurations: Sequence[TrainStudentConfig]
     comparison: str
+    terms: Sequence[str]
     seconds: float | None
     test: bool
     device: str
@@ -89,7 +91,7 @@ class Road:
         """
         scope = self.cached(seed)
         found = {}
-        for terms in (EQUAL_STEPS, *([EQUAL_TIME] if self.seconds is not None else [])):
+        for terms in self.terms:
             for test in (False, True)[: 1 + self.test]:
                 results = self._compare(scope, seed, terms, test=test)
                 found[terms, results.split] = results
