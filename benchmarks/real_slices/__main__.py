@@ -79,7 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--only-equal-time", action="store_true", help="no students of equal steps")
     add("--test", action="store_true", help="score the test set: once, when all is chosen")
     add("--device", default="cpu", help="auto, cpu, cuda, cuda:1")
-    add("--size", choices=SIZES, default="full", help="tiny: to try the command")
+    add(
+        "--size",
+        choices=SIZES,
+        default="full",
+        help="experts: longer trainings, of better teachers; tiny: to try",
+    )
     return parser
 
 

@@ -133,7 +133,10 @@ class Road:
         # Once: settings that are new to a teacher's training since then change nothing.
         if all((places / f"{organ}.pt").exists() for organ in ORGANS):
             return
-        training = self.size.training({"steps": steps, "seed": seed, "validate_every": steps})
+        settings: dict[str, Any] = {"steps": steps, "seed": seed, "validate_every": steps}
+        if self.size.teacher_augment is not None:
+            settings["augment"] = {"preset": self.size.teacher_augment}
+        training = self.size.training(settings)
         del training["intensity"]  # a teacher's stands in its registry entry
         config = train_teachers.TrainTeachersConfig.model_validate({"training": training})
         scope = Scope(registry, self.place(seed) / "work", self.log, tables=False)
