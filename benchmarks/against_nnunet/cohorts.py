@@ -122,7 +122,7 @@ def make(folder: Path, size: Size, data: Path | None, seed: int, log: Log) -> No
         make_cohort(folder, REGIMES["a"], cohort, seed, log)
         source, window = folder / "student_registry.yaml", list(cohort.patch)
     else:
-        road = Road(folder.parent, cohort, (), "", None, False, "cpu", log)
+        road = Road(folder.parent, cohort, (), "", (), None, False, "cpu", log)
         if data is not None:
             convert(data, road.slices)
         road.cached(seed)

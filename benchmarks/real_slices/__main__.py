@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.real_slices.report import report
-from benchmarks.real_slices.road import KINDS, Road, configurations
+from benchmarks.real_slices.road import EQUAL_STEPS, EQUAL_TIME, KINDS, Road, configurations
 from benchmarks.real_slices.size import SIZES
 from benchmarks.real_slices.slices import convert, missing_sets
 from pipeline.errors import ConfigError, PipelineError, listed
@@ -42,10 +42,17 @@ def run(arguments: argparse.Namespace, log: Log) -> int:
     seconds = arguments.seconds
     if seconds is not None and not 0 < seconds < math.inf:
         raise ConfigError("must be more than 0.", where="--seconds", fix="Say 300.")
+    if arguments.only_equal_time and seconds is None:
+        fix = "Say --seconds too."
+        raise ConfigError("of how many seconds?", where="--only-equal-time", fix=fix)
+    terms = [EQUAL_TIME] if arguments.only_equal_time else [EQUAL_STEPS, EQUAL_TIME]
     base: Path | None = arguments.training
     wanted = configurations(size, kinds, arguments.configs, base)
     comparison = base.stem if base is not None else ""
-    road = Road(folder, size, wanted, comparison, seconds, arguments.test, arguments.device, log)
+    road = Road(
+        folder, size, wanted, comparison, terms[: 1 + (seconds is not None)], seconds,
+        arguments.test, arguments.device, log,
+    )  # fmt: skip
     if missing := missing_sets(arguments.data, road.slices):
         log.warn(f"skipped: there are no slices, {listed(missing, 2)} are not there")
         return 0
@@ -69,9 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--configs", type=Path, help="folder of YAML files that change ms_kd's `training`")
     add("--training", type=Path, help="YAML file that changes `training` of all students")
     add("--seconds", type=float, help="also at equal time: seconds of training of each student")
+    add("--only-equal-time", action="store_true", help="no students of equal steps")
     add("--test", action="store_true", help="score the test set: once, when all is chosen")
     add("--device", default="cpu", help="auto, cpu, cuda, cuda:1")
-    add("--size", choices=SIZES, default="full", help="tiny: to try the command")
+    add(
+        "--size",
+        choices=SIZES,
+        default="full",
+        help="experts: longer trainings, of better teachers; tiny: to try",
+    )
     return parser
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.real_slices.road import EQUAL_STEPS, Road
+from benchmarks.real_slices.road import Road
 from benchmarks.real_slices.size import GREYS
 from benchmarks.real_slices.slices import ORGANS
 from pipeline.cache.reader import CachedCase
@@ -41,7 +41,7 @@ def draw_slices(
     """
     from matplotlib.patches import Rectangle
 
-    results = found[EQUAL_STEPS, split]
+    results = found[road.terms[0], split]
     last, first = results.configs[-1], results.configs[0]
     gains = _gains(results, last, first)
     order = sorted(gains, key=lambda case: gains[case])

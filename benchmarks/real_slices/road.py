@@ -49,7 +49,8 @@ class Road:
         size: of everything.
         configurations: what is compared.
         comparison: name of the settings that all students share; empty for those of `Size`.
-        seconds: of training of each student at equal time; None: equal steps alone.
+        terms: `EQUAL_STEPS`, `EQUAL_TIME` or both.
+        seconds: of training of each student at equal time.
         test: score the test set as well as the validation cases.
         device: auto, cpu, cuda, cuda:1.
         log: where progress goes.
@@ -59,6 +60,7 @@ class Road:
     size: Size
     configurations: Sequence[TrainStudentConfig]
     comparison: str
+    terms: Sequence[str]
     seconds: float | None
     test: bool
     device: str
@@ -89,7 +91,7 @@ class Road:
         """
         scope = self.cached(seed)
         found = {}
-        for terms in (EQUAL_STEPS, *([EQUAL_TIME] if self.seconds is not None else [])):
+        for terms in self.terms:
             for test in (False, True)[: 1 + self.test]:
                 results = self._compare(scope, seed, terms, test=test)
                 found[terms, results.split] = results
@@ -131,7 +133,10 @@ class Road:
         # Once: settings that are new to a teacher's training since then change nothing.
         if all((places / f"{organ}.pt").exists() for organ in ORGANS):
             return
-        training = self.size.training({"steps": steps, "seed": seed, "validate_every": steps})
+        settings: dict[str, Any] = {"steps": steps, "seed": seed, "validate_every": steps}
+        if self.size.teacher_augment is not None:
+            settings["augment"] = {"preset": self.size.teacher_augment}
+        training = self.size.training(settings)
         del training["intensity"]  # a teacher's stands in its registry entry
         config = train_teachers.TrainTeachersConfig.model_validate({"training": training})
         scope = Scope(registry, self.place(seed) / "work", self.log, tables=False)

@@ -25,6 +25,7 @@ class Size:
         batch_size: slices of a step, of all trainings.
         lr: of all trainings.
         teacher_steps: of every teacher.
+        teacher_augment: preset of every teacher; None: what `train-teachers` does by default.
         student_steps: of every student, at equal steps.
     """
 
@@ -35,6 +36,7 @@ class Size:
     batch_size: int = 8
     lr: float = 0.002
     teacher_steps: int = 800
+    teacher_augment: str | None = None
     student_steps: int = 1000
 
     @property
@@ -71,7 +73,10 @@ class Size:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self) | {"pixel_mm": PIXEL_MM, "slices_of_a_case": SLICES}
+        said = asdict(self) | {"pixel_mm": PIXEL_MM, "slices_of_a_case": SLICES}
+        if self.teacher_augment is None:  # as in folders that are older than the field
+            del said["teacher_augment"]
+        return said
 
 
 GREYS: Sequence[float] = (0.0, 255.0)  # the Hounsfield units that 8 bits were made of
@@ -80,12 +85,14 @@ SIZES = {
     size.name: size
     for size in (
         Size(),
+        Size(name="experts", teacher_steps=2500, teacher_augment="strong", student_steps=2500),
         Size(
             name="tiny",
             patch=16,
             channels=(4, 8, 8),
             batch_size=2,
             teacher_steps=2,
+            teacher_augment="strong",
             student_steps=2,
         ),
     )

@@ -26,7 +26,7 @@ from pipeline.consensus import regions
 from pipeline.data.labels import LabelSpace
 from pipeline.data.patches import Patch
 from pipeline.data.registry import Registry
-from pipeline.errors import CacheError, CacheMissing, RegistryError
+from pipeline.errors import CacheError, CacheMissing
 from pipeline.folder import Folder
 from pipeline.log import print_table
 
@@ -145,10 +145,7 @@ def open_case(
         CacheError: a unit is damaged.
     """
     dataset, _, _ = name.partition("/")
-    if dataset not in registry.datasets:
-        known = ", ".join(registry.datasets)
-        fix = f"A case is named dataset/case; datasets: {known}."
-        raise RegistryError(f"there is no dataset {dataset!r}.", where=registry.path, fix=fix)
+    registry.check_dataset(dataset)
     cohort = open_cohort(work, registry, teachers=teachers, datasets=[dataset])
     for unit in (name, *(() if allow_missing else [f"{t} x {name}" for t in teachers])):
         if unit in cohort.problems:

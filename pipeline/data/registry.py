@@ -101,6 +101,16 @@ class Registry(Config):
         """A path as written in the registry -> a path that can be opened."""
         return self._path.parent / Path(path).expanduser()
 
+    def check_dataset(self, name: str) -> None:
+        """Refuses the name of a dataset that there is not.
+
+        Raises:
+            RegistryError: names those that there are.
+        """
+        if name not in self.datasets:
+            fix = f"Datasets: {', '.join(self.datasets)}; a case is named dataset/case."
+            raise RegistryError(f"there is no dataset {name!r}.", where=self._path, fix=fix)
+
     def cases(self, dataset: str) -> list[entries.CaseFiles]:
         """The cases of a dataset with files and split, by name; cases in no split are left out.
 

@@ -127,10 +127,7 @@ def _explained(there: Inventory, receipt: Receipt) -> Inputs:
 
 def _find(registry: Registry, case: str) -> CaseFiles:
     dataset, _, name = case.partition("/")
-    if dataset not in registry.datasets:
-        known = ", ".join(registry.datasets)
-        fix = f"A case is named dataset/case; datasets: {known}."
-        raise RegistryError(f"there is no dataset {dataset!r}.", where=registry.path, fix=fix)
+    registry.check_dataset(dataset)
     sources = {source.case: source for source in registry.cases(dataset)}
     if name not in sources:
         some = ", ".join(list(sources)[:8])

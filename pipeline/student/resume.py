@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline.cache.schema import Inputs, differing
 from pipeline.cache.store import write_json
 from pipeline.config import canonical_json
 from pipeline.errors import CheckpointError, PipelineError
@@ -227,15 +228,24 @@ class RunFolder:
         if found is None:
             write_json(self.path / "config.json", identity)
             return None
-        differing = _differing(json.loads(found["identity"]), json.loads(canonical_json(identity)))
-        if differing:
-            differing.sort(key=lambda told: told.partition(" ")[0].count("."))  # fold before cases
-            raise CheckpointError(
-                f"this run was started with other settings: {'; '.join(differing[:6])}.",
-                where=self.path,
-                fix="Use the same settings to go on, or name another `run` in them to start over.",
-            )
+        fix = "Use the same settings to go on, or name another `run` in them to start over."
+        check_same(json.loads(found["identity"]), identity, self.path, fix)
         return found
+
+
+def check_same(before: Inputs, now: Inputs, where: object, fix: str) -> None:
+    """Refuses to go on with a run whose configuration or inputs were others.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    if changes := differing(before, json.loads(canonical_json(now))):
+        changes.sort(key=lambda told: told.partition(":")[0].count("."))  # fold before cases
+        raise CheckpointError(
+            f"this run was started with other settings: {'; '.join(changes[:6])}.",
+            where=where,
+            fix=fix,
+        )
 
 
 @contextmanager
@@ -362,13 +372,3 @@ def live_as_long_as_the_loop(worker: int) -> None:
             os._exit(1)
 
         threading.Thread(target=follow, daemon=True).start()
-
-
-def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in sorted({*old, *new})
-            for line in _differing(old.get(key), new.get(key), f"{prefix}{key}.")
-        ]
-    return [] if old == new else [f"{prefix[:-1]} was {old}, now {new}"]

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache.reader import CachedCase
-from pipeline.cache.schema import differing
 from pipeline.cache.store import prepare_work_folder
-from pipeline.config import canonical_json, digest, load_config
+from pipeline.config import digest, load_config
 from pipeline.data.registry import Registry
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import ConfigError
 from pipeline.folder import Folder, matching, read_text
 from pipeline.student.inputs import TrainingInputs, check_same_units, open_inputs
 from pipeline.student.network import build_student
+from pipeline.student.resume import check_same
 from pipeline.student.settings import TrainingConfig, run_digest
 from pipeline.student.speed import TrainingExecution
 from stages.compare.budget import equal_steps, steps_for_seconds, without_seed_and_steps
@@ -230,17 +230,12 @@ def _check_same_settings(
     if not matching(folder / "checkpoints", "step_*.pt"):
         return
     try:
-        before = json.loads(canonical_json(json.loads(read_text(folder / "config.json"))))
+        before = json.loads(read_text(folder / "config.json"))
     except (OSError, ValueError):
         return  # resuming looks into the checkpoint itself
     now = {"config": training.model_dump(mode="json"), "inputs": dict(identity)}
-    if changes := differing(before, json.loads(canonical_json(now))):
-        said = "; ".join(changes[:6])
-        raise CheckpointError(
-            f"this run was started with other settings: {said}.",
-            where=folder,
-            fix="Use the same settings to go on, or name another comparison (--name).",
-        )
+    fix = "Use the same settings to go on, or name another comparison (--name)."
+    check_same(before, now, folder, fix)
 
 
 def _notices(

@@ -107,6 +107,16 @@ def test_from_slices_to_tables(
     assert set(test["estimates"]) == {"marginal", "ms_kd", "its teacher"}
     assert (folder / "results/strong/slices.png").stat().st_size > 0
     assert "![" in (folder / "results/strong/results.md").read_text()
+    configs = folder.glob("seed3/work/teachers-in-training/*/config.json")
+    presets = {json.loads(p.read_text())["config"]["augment"]["preset"] for p in configs}
+    assert presets == {"strong"}
+
+    # Longer, at equal time alone.
+    assert main([*wanted, "--only-equal-time"]) == 2
+    assert "--only-equal-time: of how many seconds?" in capsys.readouterr().err
+    assert main([*wanted, "--only-equal-time", "--seconds", "0.2"]) == 0
+    found = json.loads((folder / "results/strong/results.json").read_text())
+    assert set(found["scores"]) == {"equal time, validation"}
 
     # Other patients, without the training sets: nothing is trained again.
     made = {p: p.stat().st_mtime_ns for p in folder.glob("**/*.pt")}

@@ -202,7 +202,7 @@ def test_a_student_of_a_fold(tiny_cached: Path, run_cli: RunCli) -> None:
     folder.rename(folder.with_name("student-fold0"))
     code, _, said = run_cli(*command, "--fold", "0")
     assert code == 2
-    assert "this run was started with other settings: inputs.fold was 1, now 0; " in said
+    assert "this run was started with other settings: inputs.fold: 1 -> 0; " in said
     # One case less, and others are in other folds than the cache has them in.
     for part in ("images", "labels"):
         gone = next(c.case for c in known.cases("liver-ct") if c.fold == 1)

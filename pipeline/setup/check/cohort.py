@@ -338,11 +338,8 @@ def check_datasets(
         registry: read without its files; what is wrong with them is part of the report.
         jobs: processes; None for as many as there are cores, at most 16. Changes speed only.
     """
-    if dataset is not None and dataset not in registry.datasets:
-        known = ", ".join(registry.datasets)
-        raise RegistryError(
-            f"there is no dataset {dataset!r}.", where=registry.path, fix=f"Datasets: {known}."
-        )
+    if dataset is not None:
+        registry.check_dataset(dataset)
     entries = {d: e for d, e in registry.datasets.items() if dataset in (None, d)}
     findings = _file_findings(registry, entries)
     tasks, num_cases = [], 0

@@ -248,12 +248,12 @@ class TestResume:
         with pytest.raises(CheckpointError) as caught:
             start(cases, straight[False].folder, config=other)
         text = str(caught.value)
-        assert "config.optimiser.lr was 0.002, now 0.5" in text
-        assert "config.patch was [8, 8, 8], now [8, 8, 12]" in text
+        assert "config.optimiser.lr: 0.002 -> 0.5" in text
+        assert "config.patch: [8, 8, 8] -> [8, 8, 12]" in text
         assert "steps was" not in text
 
     def test_other_data_are_refused(self, cases: Path, straight: dict[bool, Straight]) -> None:
-        with pytest.raises(CheckpointError, match=r"inputs\.cases\.liver-ct/a was digest, now 2"):
+        with pytest.raises(CheckpointError, match=r"inputs\.cases\.liver-ct/a: digest -> 2"):
             start(cases, straight[False].folder, inputs={"cases": {"liver-ct/a": "2"}})
 
     def test_a_run_killed_before_its_first_checkpoint_starts_over(
