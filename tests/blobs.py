@@ -1,4 +1,4 @@
-"""Scans of two organs in soft tissue, stored as any archive might: order of axes, spacing, tilt."""
+"""Scans of organs in soft tissue, stored as any archive might: order of axes, spacing, tilt."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def write_blobs(
     border: int = 0,
     seed: int = 0,
     tilt: float = 0.0,
+    organs: int = 2,
 ) -> Array:
-    """Writes a NIfTI of two ellipsoids in soft tissue; returns their labels (i, j, k).
+    """Writes a NIfTI of ellipsoids in soft tissue; returns their labels (i, j, k).
 
     Args:
         path: of the image.
@@ -33,6 +34,7 @@ def write_blobs(
         border: so many voxels at every face are 0 HU, which nnU-Net crops away.
         seed: of noise and places.
         tilt: degrees that the scan is turned by.
+        organs: 2, or 3: one more, brighter still.
     """
     rng = np.random.default_rng(seed)
     size = np.array(shape) * spacing
@@ -50,7 +52,8 @@ def write_blobs(
     for value, centre, radii, mean in (
         (1, (0.36, 0.45, 0.5), (0.2, 0.24, 0.28), 250),
         (2, (0.74, 0.6, 0.55), (0.16, 0.2, 0.24), -150),
-    ):
+        (3, (0.7, 0.2, 0.3), (0.2, 0.16, 0.22), 450),
+    )[:organs]:
         inside = ellipsoid(centre, radii)
         label[inside], hu[inside] = value, mean
     hu = np.rint(hu + rng.normal(0, 15, shape))

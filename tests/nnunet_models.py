@@ -43,7 +43,7 @@ class Recipe:
         regions_class_order: for overlapping regions.
         num_folds: folds to train.
         configurations: of the plans, one model folder each.
-        values: label value of soft tissue, of the bright and of the dark organ.
+        values: label value of soft tissue, of the bright and of the dark organ, and of a third.
         num_steps: of training, per fold.
     """
 
@@ -55,7 +55,7 @@ class Recipe:
     regions_class_order: Sequence[int] | None = None
     num_folds: int = 1
     configurations: tuple[str, ...] = ("3d_fullres",)
-    values: tuple[int, int, int] = (0, 1, 2)
+    values: tuple[int, ...] = (0, 1, 2)
     num_steps: int = 40
 
 
@@ -120,7 +120,13 @@ def build_model(recipe: Recipe, folder: Path) -> list[Path]:
         dataset["regions_class_order"] = list(recipe.regions_class_order)
     for case in range(2):
         image = raw / "imagesTr" / f"case_{case}_0000.nii.gz"
-        label = write_blobs(image, spacing=recipe.spacing, code=recipe.code, seed=case)
+        label = write_blobs(
+            image,
+            spacing=recipe.spacing,
+            code=recipe.code,
+            seed=case,
+            organs=len(recipe.values) - 1,
+        )
         label = np.array(recipe.values, np.uint8)[label]
         target = raw / "labelsTr" / f"case_{case}.nii.gz"
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ All tuples are in (z, y, x) order and in voxels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -135,6 +136,16 @@ def check_slice(shape: Sequence[int], window: Sequence[int], fix: str) -> None:
         raise GeometryError(
             f"one slice, {size} voxels, would be all but padding in patches of {patch}.", fix=fix
         )
+
+
+# Of a patch: less image than that is worth a warning. Patches that fit are rounded up to the
+# network's strides, so that a little padding is usual.
+ENOUGH_IMAGE = 0.5
+
+
+def image_share(shape: Sequence[int], patch: Sequence[int]) -> float:
+    """The most of a patch that an image of that shape can fill; the rest is padding."""
+    return math.prod(min(n, p) / p for n, p in zip(shape, patch, strict=True))
 
 
 def padded_shape(shape: Sequence[int], window: Sequence[int], align: Sequence[int]) -> Index3:

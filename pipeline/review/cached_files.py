@@ -140,12 +140,12 @@ def export_nnunet(
 ) -> Path:
     """Writes what labels and experts say together as a dataset that nnU-Net trains on.
 
-    `imagesTr/<dataset>__<case>_0000.nii.gz` leads to the CT (a link; a copy of what is no .nii.gz),
-    `labelsTr/` has a label map in its geometry: the dataset's labels where there are any, else the
-    organ whose experts have the highest log-odds above 0, background where all organs' experts are
-    below 0, and nnU-Net's `ignore` where somebody is silent. Log-odds, not labels, are resampled
-    from the student grid. `imagesTs/` has the CTs of the test split. A case that is there, from the
-    same cache and files, is not made again; `dataset.json` is written last.
+    `imagesTr/<dataset>__<case>_0000.nii.gz` leads to the CT (a link; a copy of what is no .nii.gz
+    of three axes), `labelsTr/` has a label map in its geometry: the dataset's labels where there
+    are any, else the organ whose experts have the highest log-odds above 0, background where all
+    organs' experts are below 0, and nnU-Net's `ignore` where somebody is silent. Log-odds, not
+    labels, are resampled from the student grid. `imagesTs/` has the CTs of the test split. A case
+    that is there, from the same cache and files, is not made again; `dataset.json` is written last.
 
     Args:
         registry: read with its files.
@@ -223,11 +223,14 @@ def _place(output: Path, source: CaseFiles, names: Mapping[str, str]) -> Path:
 
 def _link(path: Path, source: CaseFiles) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if source.image.name.endswith(_SUFFIX):
+    # nnU-Net's reader takes three axes alone, even where a fourth has but one entry.
+    three = len(read_header(source.image)[1].get_data_shape()) == 3
+    if three and source.image.name.endswith(_SUFFIX):
         if not path.is_symlink() or path.resolve() != source.image.resolve():
             path.unlink(missing_ok=True)
             path.symlink_to(source.image.resolve())
-    elif not path.exists():
+    elif path.is_symlink() or not path.exists():
+        path.unlink(missing_ok=True)
         image = read_image(source.image)
         write_image(path, image.volume, affine_xyz=image.file_affine, description=_MARK)
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pipeline.cache.reader import FULL, CachedCase, Unit
 from pipeline.config import Config
-from pipeline.data.patches import FLAT_PATCH, Index3, check_slice
+from pipeline.data.patches import ENOUGH_IMAGE, FLAT_PATCH, Index3, check_slice, image_share
 from pipeline.data.volume import Grid
 from pipeline.errors import named
 
@@ -92,17 +92,14 @@ class Sampler:
     def remarks(self, patch: Index3) -> list[str]:
         """What a user should hear before the training starts; a sentence each."""
         found = []
-        small = [
-            name
-            for name, shape in self._shapes.items()
-            if any(n > m for n, m in zip(patch, shape, strict=True))
-        ]
+        share = {name: image_share(shape, patch) for name, shape in self._shapes.items()}
+        small = [name for name in share if share[name] < ENOUGH_IMAGE]
         if small:
-            least = min(small, key=lambda name: np.prod(self._shapes[name]))
+            least = min(small, key=lambda name: share[name])
             found.append(
-                f"patch {patch} is larger than {len(small)} of {len(self._shapes)} cases along "
-                f"some axis, the smallest is {least} {self._shapes[least]}: their patches are "
-                "filled up with air that teaches nothing (label 255, log-odds NaN)."
+                f"patch {patch} is far larger than {len(small)} of {len(share)} cases: of "
+                f"{least} {self._shapes[least]} at most {share[least]:.0%} of a patch is image, "
+                "the rest air that teaches nothing. A smaller `patch` costs less."
             )
         nowhere = [organ for organ, holders in self._holders.items() if not holders]
         if nowhere and self._config.foreground:

@@ -25,7 +25,12 @@ from torch import Tensor, nn
 from pipeline.data.entries import NnunetOptions, TeacherEntry
 from pipeline.data.volume import Grid, Orientation, Volume
 from pipeline.errors import TeacherError
-from pipeline.teachers.nnunet_folder import ModelFolder, check_against_registry, read_model_folder
+from pipeline.teachers.nnunet_folder import (
+    READERS,
+    ModelFolder,
+    check_against_registry,
+    read_model_folder,
+)
 from pipeline.teachers.teacher import Prediction, load_weights
 
 
@@ -122,14 +127,6 @@ def prepared_grid(grid: Grid, properties: Mapping[str, Any], shape: tuple[int, .
 
 # Loading a trained nnU-Net v2 model folder, and holding it against the registry.
 
-# How each of nnU-Net's image readers orders the axes of an array.
-_READERS = {
-    "SimpleITKIO": "stored",
-    "NibabelIO": "stored",
-    "SimpleITKIOWithReorient": "RAS",
-    "NibabelIOWithReorient": "RAS",
-}
-
 
 def load_nnunet_teacher(
     name: str, entry: TeacherEntry, path: Path, *, device: torch.device
@@ -202,14 +199,14 @@ def _installed_version(name: str) -> str:
 
 def _reader_orientation(folder: ModelFolder) -> str:
     reader = folder.plans["image_reader_writer"]
-    if reader not in _READERS:
+    if reader not in READERS:
         raise TeacherError(
             f"it was trained on images read by {reader}, which reads no CT in NIfTI.",
             where=folder.path / "plans.json",
             fix="Set `nnunet.orientation` to say in which order of axes it wants its images: "
             "`stored`, or letters such as LPS.",
         )
-    return _READERS[reader]
+    return READERS[reader]
 
 
 def _configuration(folder: ModelFolder, plans: Any, name: str) -> Any:

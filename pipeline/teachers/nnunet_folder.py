@@ -20,6 +20,14 @@ from pipeline.data.labels import is_ct, plain_name
 from pipeline.data.weights import nnunet_checkpoints
 from pipeline.errors import TeacherError, TeacherWarning
 
+# How each of nnU-Net's image readers orders the axes of an array.
+READERS = {
+    "SimpleITKIO": "stored",
+    "NibabelIO": "stored",
+    "SimpleITKIOWithReorient": "RAS",
+    "NibabelIOWithReorient": "RAS",
+}
+
 
 @dataclass(frozen=True)
 class ModelFolder:

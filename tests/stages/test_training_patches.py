@@ -82,7 +82,7 @@ def test_a_patch_larger_than_every_case_trains_and_says_so(
 ) -> None:
     report = train(tiny_cached, patch=[36, 40, 44], augment=augment)
     assert report.exit_code == 0
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "is larger than" in line]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "far larger than" in line]
     assert len(warnings) == 1
     assert "4 of 4 cases" in warnings[0]
     scores = report.details["validation_dice"]

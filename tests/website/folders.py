@@ -19,17 +19,27 @@ from tests.tiny import change_registry, training_settings
 from tests.unit.teachers.made_bundles import write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
-# One draws a bright organ, the other a dark one; a tumour is drawn below.
+# One draws a bright organ, one a dark one, one the third, in KiTS's order of axes;
+# tumours are drawn below.
 NNUNET = {
     "liver": Recipe(
         3,
         "Liver",
         labels={"background": 0, "liver": 1, "tumour": 2},
-        values=(0, 1, 0),
+        values=(0, 1, 0, 0),
         num_steps=20,
     ),
     "spleen": Recipe(
-        9, "Spleen", labels={"background": 0, "spleen": 1}, values=(0, 0, 1), num_steps=20
+        9, "Spleen", labels={"background": 0, "spleen": 1}, values=(0, 0, 1, 0), num_steps=20
+    ),
+    "kidneys": Recipe(
+        40,
+        "KiTS",
+        spacing=(4.0, 2.0, 2.0),
+        code="IPL",
+        labels={"background": 0, "kidney": 1, "tumour": 2},
+        values=(0, 0, 0, 1),
+        num_steps=40,
     ),
 }
 NUM_CASES = 3
@@ -44,9 +54,12 @@ def build_nnunet(folder: Path) -> Path:
         raw = folder / "nnUNet_raw" / f"Dataset{recipe.number:03d}_{recipe.name}"
         for case in range(NUM_CASES):
             image = raw / "imagesTr" / f"case_{case}_0000.nii.gz"
-            drawn = write_blobs(image, shape=SHAPE, seed=10 * recipe.number + case)
+            drawn = write_blobs(
+                image, shape=SHAPE, spacing=recipe.spacing, code=recipe.code,
+                seed=10 * recipe.number + case, organs=3,
+            )  # fmt: skip
             label = np.array(recipe.values, np.uint8)[drawn]
-            if "tumour" in recipe.labels:
+            if recipe.name != "Spleen":
                 lower = np.arange(len(label)) < np.nonzero(label)[0].mean()
                 label[lower[:, None, None] & (label == 1)] = 2
             affine = nib.load(image).affine
@@ -57,10 +70,10 @@ def build_nnunet(folder: Path) -> Path:
 
 
 def nnunet_folder(built: Path, folder: Path) -> Path:
-    """A folder with the two of nnU-Net, and a scan that nobody labelled."""
+    """A folder with the two of nnU-Net's, and a scan that nobody labelled."""
     for name in ("nnUNet_raw", "nnUNet_results"):
         (folder / name).symlink_to(built / name)
-    write_blobs(folder / "scans" / "ct_0000.nii.gz", shape=SHAPE)
+    write_blobs(folder / "scans" / "ct_0000.nii.gz", shape=SHAPE, organs=3)
     return folder
 
 

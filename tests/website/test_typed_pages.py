@@ -189,7 +189,7 @@ def as_the_page_advises(data: dict[str, Any]) -> None:
     for dataset in data["datasets"].values():
         dataset["split"]["test"] = 0.2
     for teacher in data["teachers"].values():
-        teacher["nnunet"] = {"mirroring": False}
+        teacher["nnunet"] = {**teacher.get("nnunet", {}), "mirroring": False}
 
 
 @pytest.mark.slow

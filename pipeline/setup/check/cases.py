@@ -6,7 +6,6 @@ It runs in worker processes, so it loads no network library.
 from __future__ import annotations
 
 import hashlib
-import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ from pipeline.data.hounsfield import (
 )
 from pipeline.data.labels import NAME_THEM, some_values
 from pipeline.data.nifti import NiftiVolume, read_image, read_label
-from pipeline.data.patches import FLAT_PATCH, check_slice
+from pipeline.data.patches import ENOUGH_IMAGE, FLAT_PATCH, check_slice, image_share
 from pipeline.data.resample import resample
 from pipeline.data.volume import Grid, Index3, Spacing, Volume
 from pipeline.errors import GeometryError, PipelineError
@@ -225,16 +224,15 @@ def _image_facts(
 
 def _sizes(task: Task, grid: Grid) -> list[Finding]:
     shape, patch = grid.with_spacing(task.spacing_mm).shape, task.patch
-    if all(n >= p for n, p in zip(shape, patch, strict=True)):
-        return []
     try:
         check_slice(shape, patch, FLAT_PATCH)
     except GeometryError as error:
         return [of_case("error", "patch", task.source.name, error.what, error.fix)]
-    filled = math.prod(min(n, p) / p for n, p in zip(shape, patch, strict=True))
+    if (filled := image_share(shape, patch)) >= ENOUGH_IMAGE:
+        return []
     what = (
-        f"on the student grid it has {_by(shape)} voxels, less than the student's patch of "
-        f"{_by(patch)}: at most {filled:.0%} of a patch is image, the rest padding."
+        f"on the student grid it has {_by(shape)} voxels, far less than the student's patch "
+        f"of {_by(patch)}: at most {filled:.0%} of a patch is image, the rest padding."
     )
     fix = "Choose a smaller `patch` or a finer `grid.spacing_mm`, or leave such cases out."
     return [of_case("warning", "patch", task.source.name, what, fix)]

@@ -44,7 +44,8 @@ class Report:
             for row in rows
             for text in row.warnings
         ]
-        return in_order([*self.data.findings, *failed, *doubts])
+        given = [row.teacher for row in rows if row.orientation == "stored"]
+        return in_order([*self.data.findings, *failed, *doubts, *several_orders(given, self.data)])
 
     @property
     def exit_code(self) -> int:
@@ -62,6 +63,23 @@ class Report:
             **self.data.to_json(),
             "teachers": self.teachers.to_json() if self.teachers else None,
         }
+
+
+def several_orders(teachers: Sequence[str], data: DataReport) -> list[Finding]:
+    """Of teachers that are given images in the order of axes of their files, and know only one."""
+    orders: dict[str, set[str]] = {}
+    for case in data.cases:
+        if case.stored:
+            orders.setdefault(case.dataset, set()).add(case.stored)
+    if len(set().union(*orders.values())) < 2:
+        return []
+    each = ", ".join(f"{dataset} {' and '.join(sorted(own))}" for dataset, own in orders.items())
+    what = (
+        "nnU-Net does not reorient, so it is given images with their axes in the order of their "
+        f"files, and that differs: {each}. A network knows the order of its training files alone."
+    )
+    fix = "Name the order of its training files, for example `nnunet: {orientation: LPS}`."
+    return [Finding("warning", "teacher", f"teacher {name}", what, fix) for name in teachers]
 
 
 def print_report(report: Report) -> None:
@@ -155,7 +173,8 @@ def _alike(finding: Finding) -> tuple[object, ...]:
     of_organ = finding.kind in ("organ", "volume", "place", "small")
     organ = finding.what.split(" ")[0] if of_organ else ""
     if finding.case is None or finding.kind == "duplicate":
-        return (finding.kind, finding.where, finding.what)
+        where = "" if finding.kind == "teacher" else finding.where
+        return (finding.severity, finding.kind, where, finding.what)
     dataset = None if finding.kind == "patch" else finding.dataset
     # Much can be wrong with a file, and the remedy is the same.
     what = kind_of(finding.what, finding.case) if finding.kind == "file" else ""

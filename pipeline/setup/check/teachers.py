@@ -36,6 +36,7 @@ class TeacherCheck:
     Attributes:
         organs: organ -> the output channels that mean it, from the registry.
         spacing_mm: z, y, x of the grid that its logits are on.
+        orientation: of an nnU-Net, the order of axes that it is given: letters, or `stored`.
         organ_ml: organ -> millilitres of the crop where its log-odds are above 0.
         taps: tap -> (F, d, h, w) of its features.
         agreement: tap -> see `tap_agreement`.
@@ -50,6 +51,7 @@ class TeacherCheck:
     warnings: Sequence[str] = ()
     num_channels: int | None = None
     spacing_mm: Sequence[float] = ()
+    orientation: str = ""
     shape: Sequence[int] = ()
     organ_ml: Mapping[str, float] = field(default_factory=dict)
     taps: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -208,6 +210,7 @@ def _check_one(teachers: Teachers, name: str, crop: Volume, where: str) -> Teach
         row,
         num_channels=int(logits.array.shape[0]),
         spacing_mm=logits.spacing_mm,
+        orientation=getattr(teacher, "orientation", ""),
         shape=logits.grid.shape,
         organ_ml={
             organ: round(np.count_nonzero(volume.array > 0) * logits.grid.voxel_ml, 3)

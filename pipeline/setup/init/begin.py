@@ -7,13 +7,15 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, count
 from pathlib import Path
 
-from pipeline.data.entries import check_pattern
+from nibabel.orientations import aff2axcodes
+
+from pipeline.data.entries import NnunetOptions, check_pattern
 from pipeline.data.labels import same_name
-from pipeline.data.nifti import read_grid
+from pipeline.data.nifti import read_grid, read_header
 from pipeline.data.registry import Registry, load_registry
 from pipeline.data.volume import Spacing
 from pipeline.errors import ConfigError, GeometryError, RegistryError, WorkFolderError
@@ -122,7 +124,9 @@ def draft(path: Path, request: InitRequest, *, force: bool = False, ask: Ask | N
         several = f"{len(problems)} things are not known:{whole}"
         raise ConfigError(problems[0] if len(problems) == 1 else several)
     spacing_mm, notes = _grid(found, request.spacing_mm)
-    return registry_text(organs, spacing_mm, notes, dataset_parts, teacher_parts)
+    return registry_text(
+        organs, spacing_mm, notes, dataset_parts, _in_their_order(teacher_parts, found)
+    )
 
 
 def _of_dataset(
@@ -238,6 +242,33 @@ def _grid(
     return _OTHERWISE_MM, notes
 
 
+def _in_their_order(
+    teachers: Sequence[TeacherPart], found: Mapping[str, FoundDataset]
+) -> list[TeacherPart]:
+    """nnU-Net does not reorient: where files are stored in several orders of axes, each of its
+    networks is given that of the dataset that it was trained on, if that is here and has one."""
+    orders: dict[str, set[str]] = {}
+    if any(part.found.trained_on for part in teachers):
+        for dataset in found.values():
+            own = orders.setdefault(dataset.root.name, set())
+            for file in dataset.image_files().values():
+                with suppress(GeometryError):
+                    own.add("".join(aff2axcodes(read_header(file)[1].get_best_affine())))
+    several = len(set().union(*orders.values())) > 1
+    parts = []
+    for part in teachers:
+        own = orders.get(part.found.trained_on, set())
+        if several and len(own) == 1:
+            (order,) = own
+            settings = dict(part.settings)
+            settings["nnunet"] = {**settings.get("nnunet", {}), "orientation": order}
+            note = f"{part.found.trained_on} is stored as {order}, others here are not"
+            network = replace(part.found, notes=(*part.found.notes, note))
+            part = replace(part, found=network, settings=settings)
+        parts.append(part)
+    return parts
+
+
 def _expand(path: str) -> Path:
     return Path(path).expanduser()
 
@@ -261,7 +292,10 @@ def describe(registry: Registry) -> list[str]:
         num_cases = len(registry.cases(name))
         lines.append(f"dataset {name}: {num_cases} cases, {', '.join(entry.annotated)}")
     for name, teacher in registry.teachers.items():
-        other = f" of {teacher.nnunet.checkpoint}" if teacher.nnunet else ""
+        usual = NnunetOptions()
+        nnunet = teacher.nnunet or usual
+        other = f" of {nnunet.checkpoint}" if nnunet.checkpoint != usual.checkpoint else ""
+        other += f", axes {nnunet.orientation}" if nnunet.orientation else ""
         lines.append(f"teacher {name} ({teacher.kind}{other}): {', '.join(teacher.organs)}")
     by = " x ".join(f"{mm:g}" for mm in registry.grid.spacing_mm)
     grid = f"student grid {by} mm (z, y, x); `pipeline plan --student` proposes the rest"

@@ -167,10 +167,12 @@ def open_question(
 ) -> str:
     """What has to be said of the values without a meaning, in words for the user."""
     listed = ", ".join(f"{value} ({name})" for value, name in left.items())
-    first = next(iter(left))
-    choices = [f"{o}={in_flag((*meanings.organs.get(o, ()), first))}" for o in organs[:3]]
-    choices += [f"{BACKGROUND}={first}"]
-    choices += [f"{IGNORE}={first}"] if what == "label value" else []
+    name = next(iter(left.values()))
+    # A region and those inside it, as kidney, tumour and cyst, are one organ to most.
+    alike = tuple(value for value, names in left.items() if name in names.split(", "))
+    choices = [f"{o}={in_flag((*meanings.organs.get(o, ()), *alike))}" for o in organs[:3]]
+    choices += [f"{BACKGROUND}={in_flag(alike)}"]
+    choices += [f"{IGNORE}={in_flag(alike)}"] if what == "label value" else []
     return (
         f"it is not said what {what} {listed} means. Add to the flag, for example, "
         f"{' or '.join(choices)}; {BACKGROUND}={REST} says that none of the others is an organ."

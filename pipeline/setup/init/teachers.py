@@ -29,7 +29,7 @@ from pipeline.teachers.bundle_files import (
     no_weights,
     read_metadata,
 )
-from pipeline.teachers.nnunet_folder import read_model_folder
+from pipeline.teachers.nnunet_folder import READERS, read_model_folder
 
 _BEST = "checkpoint_best.pth"
 _ONE_CT = "Only networks of one CT channel can teach."
@@ -42,6 +42,8 @@ class FoundTeacher:
     Attributes:
         names: output channels by name, without background; empty: nothing names them.
         settings: further keys of its entry that the files say.
+        trained_on: nnU-Net's name of the dataset whose order of axes is the only one that it knows;
+            empty: of none.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class FoundTeacher:
     num_channels: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    trained_on: str = ""
 
 
 def look_at_teacher(path: Path) -> FoundTeacher:
@@ -99,7 +102,9 @@ def _nnunet(path: Path) -> FoundTeacher:
         settings["nnunet"] = {"checkpoint": _BEST}
     note = f"folds that have a {'best, no final' if best else 'final'} checkpoint: {folds}"
     num_channels = len(set(folder.channels.values()))
-    return FoundTeacher("nnunet", path, tuple(names), num_channels, settings, (note,))
+    stored = READERS.get(folder.plans["image_reader_writer"]) == "stored"
+    trained_on = str(folder.plans.get("dataset_name", "")) if stored else ""
+    return FoundTeacher("nnunet", path, tuple(names), num_channels, settings, (note,), trained_on)
 
 
 def _bundle(path: Path, config: Path) -> FoundTeacher:

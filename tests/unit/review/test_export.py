@@ -353,6 +353,22 @@ def test_labels_and_experts_together_are_a_dataset_of_nnunet(
     ]
 
 
+def test_an_image_with_a_fourth_axis_is_written_with_three(
+    tiny_cached: Path, tmp_path: Path
+) -> None:
+    """nnU-Net's reader refuses it, and so all of `nnUNetv2_plan_and_preprocess`."""
+    path = load_registry(tiny_cached).cases("liver-ct")[0].image
+    image = nib.load(path)
+    voxels = np.asarray(image.dataobj)
+    nib.save(nib.Nifti1Image(voxels[..., None], image.affine), path)
+    fill_cache(tiny_cached)
+    export_raw(tiny_cached, tmp_path / "Dataset501_Organs")
+    [made] = (tmp_path / "Dataset501_Organs").glob("images*/liver-ct__case_000_0000.nii.gz")
+    written = nib.load(made)
+    np.testing.assert_array_equal(np.asarray(written.dataobj), voxels)
+    np.testing.assert_array_equal(written.affine, image.affine)
+
+
 def test_folds_are_those_of_nnunet(tiny_cached: Path, tmp_path: Path) -> None:
     fill_cache(in_two_folds(tiny_cached))
     output = tmp_path / "Dataset501_Organs"

@@ -212,6 +212,7 @@ def test_a_phantom_that_was_not_made(tiny_registry: Path) -> None:
 
 
 def test_a_case_that_is_smaller_than_the_patch(tiny_registry: Path) -> None:
+    assert check(tiny_registry, patch=(28, 8, 8), dataset="liver-ct").findings == []
     report = check(tiny_registry, patch=(64, 8, 8), dataset="liver-ct")
     assert len(report.findings) == len(report.cases) == 3
     assert {f.severity for f in report.findings} == {"warning"}

@@ -16,7 +16,10 @@ from pipeline.data.registry import load_registry
 from pipeline.data.volume import Grid, Orientation, Volume
 from pipeline.errors import RegistryError
 from pipeline.log import Log
-from pipeline.setup.check.teachers import CheckReport, check_teachers, middle
+from pipeline.setup.check.cases import CaseFacts
+from pipeline.setup.check.cohort import DataReport
+from pipeline.setup.check.report import Report, print_report
+from pipeline.setup.check.teachers import CheckReport, TeacherCheck, check_teachers, middle
 from pipeline.teachers.load import Teachers
 from tests.stages.test_cache_teachers_input import factory, keep
 from tests.stages.test_teacher_kinds import bundle, exported, with_softmax
@@ -176,3 +179,23 @@ def test_trust_on_the_command_line(tiny_registry: Path, run_cli: RunCli) -> None
     code, _, err = run_cli(*arguments, "--trust", "zo")
     assert code == 2
     assert "there is no teacher 'zo' to trust" in err
+
+
+def test_files_in_several_orders_of_axes_for_teachers_that_know_one(
+    tiny_registry: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def looked_at(orders: dict[str, str]) -> Report:
+        kinds = {"a": "stored", "b": "stored", "told": "IPL", "zoo": ""}
+        rows = [TeacherCheck(name, "nnunet", {}, orientation=o) for name, o in kinds.items()]
+        facts = [CaseFacts(f"{d}/0", d, "train", stored=code) for d, code in orders.items()]
+        data = DataReport(list(orders), facts, len(facts), [])
+        teachers = CheckReport("liver-ct/0", (2, 2, 2), (1, 1, 1), "cpu", rows)
+        return Report(load_registry(tiny_registry), data, teachers)
+
+    assert looked_at({"liver-ct": "LPS", "spleen-ct": "LPS"}).findings == []
+    report = looked_at({"liver-ct": "LPS", "spleen-ct": "IPL"})
+    assert [found.where for found in report.findings] == ["teacher a", "teacher b"]
+    assert "that differs: liver-ct LPS, spleen-ct IPL." in report.findings[0].what
+    assert report.exit_code == 0
+    print_report(report)
+    assert capsys.readouterr().out.count("nnU-Net does not") == 1

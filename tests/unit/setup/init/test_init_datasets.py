@@ -80,6 +80,12 @@ class TestLayouts:
         found = load_registry(start(tmp_path, f"d={tmp_path}/d", organs=["liver"]))
         assert found.datasets["d"].annotated == {"liver": (1, 2)}
 
+    def test_regions_of_another_name_are_asked_for_together(self, tmp_path: Path) -> None:
+        labels = {"background": 0, "kidney": [1, 2, 3], "masses": [2, 3], "tumor": 2}
+        nnunet(tmp_path / "d", labels=labels)
+        said = refused(tmp_path, f"d={tmp_path}/d", organs=["liver", "kidneys"])
+        assert "for example, liver=1+2+3 or kidneys=1+2+3 or background=1+2+3" in said
+
     def test_the_ct_among_several_channels(self, tmp_path: Path) -> None:
         nnunet(tmp_path / "d", channel_names={"0": "PET", "1": "CT"})
         put(tmp_path / "d", "imagesTr/ct_1_0001.nii.gz", "imagesTr/ct_2_0001.nii.gz")

@@ -14,6 +14,8 @@ from pipeline.setup.init.begin import InitRequest, begin, describe
 from pipeline.teachers.bundle_files import contradictions
 from pipeline.teachers.checkpoint import read_teacher
 from pipeline.teachers.nnunet_folder import check_against_registry, read_model_folder
+from tests.blobs import write_blobs
+from tests.nnunet_models import change_json
 
 LABELS = {"background": 0, "liver": 1, "cancer": 2}
 
@@ -105,6 +107,31 @@ class TestNnunet:
         model(results / "T__P__2d")
         (tmp_path / "data_registry.yaml").unlink()
         assert "several trained models: T__P__2d" in refused(tmp_path, f"msd={results}:liver=1")
+
+    @pytest.mark.parametrize(
+        ("others", "reader", "said"),
+        [("IPL", "NibabelIO", "liver"), ("LPS", "NibabelIO", "axes IPL): liver"),
+         ("LPS", "NibabelIOWithReorient", "liver")],
+    )  # fmt: skip
+    def test_it_is_given_the_order_of_axes_that_it_was_trained_in(
+        self, tmp_path: Path, others: str, reader: str, said: str
+    ) -> None:
+        """`other` is stored otherwise, and nnU-Net does not reorient."""
+        for name, code in (("Dataset003_Liver", "IPL"), ("other", others)):
+            for part in ("images", "labels"):
+                write_blobs(tmp_path / name / part / "a.nii.gz", shape=(4, 4, 4), code=code)
+        folder = model(tmp_path / "T__P__3d_fullres")
+        change_json(
+            folder / "plans.json",
+            lambda plans: plans.update(dataset_name="Dataset003_Liver", image_reader_writer=reader),
+        )
+        path = tmp_path / "data_registry.yaml"
+        datasets = [f"d={tmp_path}/Dataset003_Liver:liver=1", f"e={tmp_path}/other:liver=1"]
+        registry = begin(path, InitRequest(datasets, [f"t={folder}:liver=1+2"]))
+        assert said in describe(registry)[2]
+        given = registry.teachers["t"].nnunet
+        assert (given.orientation if given else None) == ("IPL" if "axes" in said else None)
+        assert ("is stored as IPL, others here are not" in path.read_text()) == ("axes" in said)
 
     def test_regions_are_channels_of_a_sigmoid(self, tmp_path: Path) -> None:
         labels = {"background": 0, "liver": [1, 2], "cancer": 2}
