@@ -372,14 +372,14 @@ def write_new(path: Path, text: str) -> str:
         )
     with writing(path):
         replace_file(path, text.encode())
-    return f"wrote {path}. Read it through."
+    return f"wrote {path}. Read it through; then: pipeline train-student -c {path}"
 
 
 _HEAD = """\
 Proposed by `pipeline plan --student`; yours to edit. What is not named here is the default:
 stages/train_student.yaml.
 
-    pipeline train-student -c train_student.yaml --precision bf16 --workers 8
+    pipeline train-student -c train_student.yaml --workers 8        on a GPU: --precision bf16
 
 """
 _OWN = (
