@@ -74,7 +74,7 @@ _PHANTOMS = Phantoms(
 SIZES = {
     ("phantoms", "full"): Size("full", _PHANTOMS, base_features=8, memory_gb=0.1),
     ("phantoms", "tiny"): Size("tiny", TINY_PHANTOMS, base_features=2, memory_gb=0.05),
-    ("slices", "full"): Size("full", SLICES["full"], base_features=16, memory_gb=2.0),
+    ("slices", "full"): Size("full", SLICES["full"], base_features=16, memory_gb=0.25),
     ("slices", "tiny"): Size("tiny", SLICES["tiny"], base_features=2, memory_gb=0.05),
 }
 
