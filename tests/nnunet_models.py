@@ -13,7 +13,7 @@ import json
 import multiprocessing.dummy
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,13 +92,6 @@ def build_models(folder: Path) -> dict[str, Path]:
 def copy_model(model: Path, folder: Path) -> Path:
     """A copy to be damaged."""
     return Path(shutil.copytree(model, folder / model.name))
-
-
-def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Applies a change to the content of a JSON file."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    change(content)
-    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def build_model(recipe: Recipe, folder: Path) -> list[Path]:

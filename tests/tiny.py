@@ -95,6 +95,13 @@ def change_registry(registry: Path, change: Callable[[dict[str, Any]], object]) 
     return registry
 
 
+def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Applies a change to the content of a JSON file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
 def in_two_folds(registry: Path) -> Path:
     """The cohort with its cases in folds: three cases each of liver-ct and spleen-ct, two of
     multi-ct, whose third one tests."""

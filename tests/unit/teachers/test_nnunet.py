@@ -20,7 +20,8 @@ from pipeline.teachers import nnunet
 from pipeline.teachers.nnunet import read_checkpoint
 from pipeline.teachers.teacher import organ_log_odds
 from tests.blobs import write_blobs
-from tests.nnunet_models import change_json, copy_model
+from tests.nnunet_models import copy_model
+from tests.tiny import change_json
 from tests.unit.teachers.teacher_contract import StoredNetworkContract, refusal
 from tests.unit.teachers.test_nnunet_parity import entry_of, load
 

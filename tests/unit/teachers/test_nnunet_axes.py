@@ -13,7 +13,8 @@ import pytest
 from pipeline.data.nifti import read_image
 from pipeline.data.volume import Orientation, Volume
 from tests.blobs import write_blobs
-from tests.nnunet_models import change_json, copy_model
+from tests.nnunet_models import copy_model
+from tests.tiny import change_json
 from tests.unit.teachers.test_nnunet_parity import (
     LARGEST_DIFFERENCE,
     difference,

@@ -15,7 +15,7 @@ from pipeline.teachers.bundle_files import contradictions
 from pipeline.teachers.checkpoint import read_teacher
 from pipeline.teachers.nnunet_folder import check_against_registry, read_model_folder
 from tests.blobs import write_blobs
-from tests.nnunet_models import change_json
+from tests.tiny import change_json
 
 LABELS = {"background": 0, "liver": 1, "cancer": 2}
 
