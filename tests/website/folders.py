@@ -14,8 +14,8 @@ import numpy as np
 import yaml
 
 from tests.blobs import write_blobs
-from tests.nnunet_models import Recipe, build_model, change_json
-from tests.tiny import change_registry, training_settings
+from tests.nnunet_models import Recipe, build_model
+from tests.tiny import change_json, change_registry, training_settings
 from tests.unit.teachers.made_bundles import write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
