@@ -45,14 +45,14 @@ def run(arguments: argparse.Namespace, log: Log) -> int:
     if arguments.only_equal_time and seconds is None:
         fix = "Say --seconds too."
         raise ConfigError("of how many seconds?", where="--only-equal-time", fix=fix)
-    terms = [EQUAL_TIME] if arguments.only_equal_time else [EQUAL_STEPS, EQUAL_TIME]
+    terms = [] if arguments.only_equal_time else [EQUAL_STEPS]
+    terms += [] if seconds is None else [EQUAL_TIME]
     base: Path | None = arguments.training
     wanted = configurations(size, kinds, arguments.configs, base)
     comparison = base.stem if base is not None else ""
     road = Road(
-        folder, size, wanted, comparison, terms[: 1 + (seconds is not None)], seconds,
-        arguments.test, arguments.device, log,
-    )  # fmt: skip
+        folder, size, wanted, comparison, terms, seconds, arguments.test, arguments.device, log
+    )
     if missing := missing_sets(arguments.data, road.slices):
         log.warn(f"skipped: there are no slices, {listed(missing, 2)} are not there")
         return 0

@@ -26,7 +26,7 @@ from nibabel.volumeutils import apply_read_scaling
 from pipeline.data.dicom import is_series, open_series, read_series
 from pipeline.data.files import require_file
 from pipeline.data.hounsfield import Doubt, header_doubts
-from pipeline.data.volume import Grid, Volume, orientation_of
+from pipeline.data.volume import Grid, Orientation, Volume, orientation_of
 from pipeline.errors import GeometryError
 from pipeline.figures import caret_names, caret_xml
 
@@ -273,7 +273,13 @@ def _whole_numbers(values: npt.NDArray[Any], path: Path) -> tuple[npt.NDArray[np
 
 
 def read_grid(path: Path) -> Grid:
-    """The grid of a file in RAS+, from its header alone (the voxels are not read).
+    """The first of `read_geometry`."""
+    return read_geometry(path)[0]
+
+
+def read_geometry(path: Path) -> tuple[Grid, Orientation]:
+    """The grid of a file in RAS+, and how the file keeps its axes, from its header alone (the
+    voxels are not read).
 
     Raises:
         GeometryError: not a 3D NIfTI header, or not one DICOM series.
@@ -283,7 +289,8 @@ def read_grid(path: Path) -> Grid:
         image = SimpleNamespace(affine=header.get_best_affine(), shape=header.get_data_shape())
     shape = _check_shape(image, path)
     order = np.argsort(io_orientation(image.affine)[:, 0])
-    return _canonical_grid([shape[i] for i in order], image.affine, shape)
+    grid = _canonical_grid([shape[i] for i in order], image.affine, shape)
+    return grid, orientation_of(image.affine)
 
 
 def write_image(

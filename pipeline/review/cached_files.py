@@ -224,8 +224,8 @@ def _place(output: Path, source: CaseFiles, names: Mapping[str, str]) -> Path:
 def _link(path: Path, source: CaseFiles) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # nnU-Net's reader takes three axes alone, even where a fourth has but one entry.
-    three = len(read_header(source.image)[1].get_data_shape()) == 3
-    if three and source.image.name.endswith(_SUFFIX):
+    nifti = source.image.name.endswith(_SUFFIX)
+    if nifti and len(read_header(source.image)[1].get_data_shape()) == 3:
         if not path.is_symlink() or path.resolve() != source.image.resolve():
             path.unlink(missing_ok=True)
             path.symlink_to(source.image.resolve())

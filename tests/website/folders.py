@@ -70,7 +70,7 @@ def build_nnunet(folder: Path) -> Path:
 
 
 def nnunet_folder(built: Path, folder: Path) -> Path:
-    """A folder with the two of nnU-Net's, and a scan that nobody labelled."""
+    """A folder with the three of nnU-Net's, and a scan that nobody labelled."""
     for name in ("nnUNet_raw", "nnUNet_results"):
         (folder / name).symlink_to(built / name)
     write_blobs(folder / "scans" / "ct_0000.nii.gz", shape=SHAPE, organs=3)

@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import combinations, count
 from pathlib import Path
 
-from nibabel.orientations import aff2axcodes
-
 from pipeline.data.entries import NnunetOptions, check_pattern
 from pipeline.data.labels import same_name
-from pipeline.data.nifti import read_grid, read_header
+from pipeline.data.nifti import read_geometry
 from pipeline.data.registry import Registry, load_registry
-from pipeline.data.volume import Spacing
+from pipeline.data.volume import Grid, Orientation, Spacing
 from pipeline.errors import ConfigError, GeometryError, RegistryError, WorkFolderError
 from pipeline.folder import contains, refuse_foreign, temporary_name
 from pipeline.setup.init import meanings
@@ -123,9 +121,13 @@ def draft(path: Path, request: InitRequest, *, force: bool = False, ask: Ask | N
         whole = "".join(f"\n  {problem}" for problem in problems)
         several = f"{len(problems)} things are not known:{whole}"
         raise ConfigError(problems[0] if len(problems) == 1 else several)
-    spacing_mm, notes = _grid(found, request.spacing_mm)
+    headers = {name: _headers(dataset) for name, dataset in found.items()}
+    spacing_mm, notes = _grid(headers, request.spacing_mm)
+    orders: dict[str, set[str]] = {}
+    for name, dataset in found.items():
+        orders.setdefault(dataset.root.name, set()).update(kept.code for _, kept in headers[name])
     return registry_text(
-        organs, spacing_mm, notes, dataset_parts, _in_their_order(teacher_parts, found)
+        organs, spacing_mm, notes, dataset_parts, _in_their_order(teacher_parts, orders)
     )
 
 
@@ -216,17 +218,22 @@ def _patterns(files: Sequence[str], datasets: Mapping[str, Flag]) -> dict[str, t
     return found
 
 
+def _headers(dataset: FoundDataset) -> list[tuple[Grid, Orientation]]:
+    """Of its images; those that cannot be read are for `pipeline check` to report."""
+    found = []
+    for file in dataset.image_files().values():
+        with suppress(GeometryError):
+            found.append(read_geometry(file))
+    return found
+
+
 def _grid(
-    found: Mapping[str, FoundDataset], chosen: Spacing | None
+    headers: Mapping[str, Sequence[tuple[Grid, Orientation]]], chosen: Spacing | None
 ) -> tuple[Spacing, Sequence[str]]:
-    """The student grid, and what the headers say; files that cannot be read are for `pipeline
-    check` to report."""
+    """The student grid, and what the headers say."""
     medians, grids = [], []
-    for name, dataset in found.items():
-        own = []
-        for file in dataset.image_files().values():
-            with suppress(GeometryError):
-                own.append(read_grid(file))
+    for name, read in headers.items():
+        own = [grid for grid, _ in read]
         if own:
             spacings = zip(*(grid.spacing_mm for grid in own), strict=True)
             median = [round(statistics.median(axis), 2) for axis in spacings]
@@ -243,17 +250,10 @@ def _grid(
 
 
 def _in_their_order(
-    teachers: Sequence[TeacherPart], found: Mapping[str, FoundDataset]
+    teachers: Sequence[TeacherPart], orders: Mapping[str, set[str]]
 ) -> list[TeacherPart]:
     """nnU-Net does not reorient: where files are stored in several orders of axes, each of its
     networks is given that of the dataset that it was trained on, if that is here and has one."""
-    orders: dict[str, set[str]] = {}
-    if any(part.found.trained_on for part in teachers):
-        for dataset in found.values():
-            own = orders.setdefault(dataset.root.name, set())
-            for file in dataset.image_files().values():
-                with suppress(GeometryError):
-                    own.add("".join(aff2axcodes(read_header(file)[1].get_best_affine())))
     several = len(set().union(*orders.values())) > 1
     parts = []
     for part in teachers:
